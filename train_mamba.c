@@ -1,3 +1,25 @@
+// ssm.c: the Mamba family of state space models, trained in plain C.
+//
+// One file, read from top to bottom: every layer with its backward pass, the blocks, the model, training, generation.
+// Each function states its formula, the shapes, what is saved for the backward pass, and its source. Sizes and symbols:
+//   B batch   T tokens   D d_model   E d_inner   N d_state   K conv taps   R dt_rank   F MLP width   V, Vp vocabulary (padded)
+// Arrays are row-major and token-major: (B,T,channel). dX is the gradient of X; every backward function ADDS to its outputs.
+// Mathematics: Mamba (arXiv 2312.00752) and the code of state-spaces/mamba; layers in the manner of llm.c.
+//
+//  1. Basics: the number type, errors, memory, random numbers
+//  2. Configuration: what describes a model
+//  3. Matmul
+//  4. Layers: forward and backward side by side
+//  5. Blocks: the residual sub-layers and the table of their kinds
+//  6. Model: tensor table, memory plan, initialization, forward, backward
+//  7. Optimizer: gradient norm, AdamW, learning rate schedules
+//  8. Checkpoints: saving, loading, resuming
+//  9. Sampling: from logits to a token
+// 10. Options: one table for parser, help and the settings print
+// 11. Backend: what the loops call; the CPU one
+// 12. Generation
+// 13. Training and evaluation
+// 14. Main
 // ---------------------------------------------------------------------------------------------------
 // 1. Basics: the number type, errors, memory, random numbers
 
@@ -8,6 +30,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -18,6 +41,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
@@ -168,11 +192,3448 @@ typedef struct {
     int64_t eos_token;       // the end token, -1 when the vocabulary has none
 } Config;
 
-// config_check: true when the sizes describe a model; the line says what was expected and what was found.
+// add_count: total += a*b*c, false when that leaves [0, 2^40)
+static bool add_count(int64_t* total, int64_t a, int64_t b, int64_t c) {
+    int64_t dim[3] = {a, b, c};
+    size_t n;
+    if (!checked_size(3, dim, 1, &n) || n >= (size_t)1 << 40) return false;
+    *total += (int64_t)n;
+    return *total < (int64_t)1 << 40;
+}
+
+// config_check: every size that the rest of the program relies on, whether it came from options or from a file.
 bool config_check(const Config* c, Error* err) {
-    (void)c; (void)err;
+    const struct { const char* name; int64_t value, low, high; } range[] = {
+        {"n_layer", c->n_layer, 1, 65536},          {"d_model", c->d_model, 1, INT32_MAX},
+        {"d_inner", c->d_inner, 1, INT32_MAX},      {"d_state", c->d_state, 1, 256},
+        {"d_conv", c->d_conv, 1, 8},                {"dt_rank", c->dt_rank, 1, INT32_MAX},
+        {"d_intermediate", c->d_intermediate, 0, INT32_MAX}, {"vocab_size", c->vocab_size, 1, INT32_MAX},
+        {"vocab_padded", c->vocab_padded, c->vocab_size, INT32_MAX},
+        {"eos_token", c->eos_token, -1, c->vocab_padded - 1} };
+    for (size_t i = 0; i < sizeof range / sizeof *range; i++)
+        if (range[i].value < range[i].low || range[i].value > range[i].high)
+            return fail(err, "%s is %lld, expected %lld .. %lld", range[i].name, (long long)range[i].value,
+                        (long long)range[i].low, (long long)range[i].high);
+    // the pattern: mixers, each with at most one m after it
+    size_t letters = strnlen(c->pattern, sizeof c->pattern);
+    bool mlp = false;
+    if (letters == 0 || letters == sizeof c->pattern)
+        return fail(err, "the pattern has %zu letters, expected 1 .. %zu", letters, sizeof c->pattern - 1);
+    for (size_t i = 0; i < letters; i++) {
+        unsigned char letter = (unsigned char)c->pattern[i];
+        mlp = mlp || letter == 'm';
+        if (letter != '1' && letter != 'm')
+            return fail(err, "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1) and m (gated MLP)",
+                        letter > 32 && letter < 127 ? letter : '?', i);
+        if (letter == 'm' && (i == 0 || c->pattern[i - 1] == 'm'))
+            return fail(err, "pattern \"%s\": an m must follow a mixer, like 1m", c->pattern);
+    }
+    if (mlp != (c->d_intermediate > 0))
+        return fail(err, "pattern \"%s\" and d_intermediate %lld do not agree: d_intermediate is the width of m, 0 without m",
+                    c->pattern, (long long)c->d_intermediate);
+    // conditions are written so that NaN fails
+    if (!(c->norm_eps > 0 && c->norm_eps <= 1)) return fail(err, "norm_eps is %g, expected above 0, at most 1", c->norm_eps);
+    if (!(c->dt_min > 0 && c->dt_min <= c->dt_max && c->dt_max <= 1000))
+        return fail(err, "dt_min %g and dt_max %g: expected 0 < dt_min <= dt_max <= 1000", c->dt_min, c->dt_max);
+    if (!(c->dt_init_floor >= 0 && c->dt_init_floor <= 1000))
+        return fail(err, "dt_init_floor is %g, expected 0 .. 1000", c->dt_init_floor);
+    if (!(c->dt_scale > 0 && c->dt_scale <= 1000)) return fail(err, "dt_scale is %g, expected above 0, at most 1000", c->dt_scale);
+    if (!(c->initializer_range >= 0 && c->initializer_range <= 1000))
+        return fail(err, "initializer_range is %g, expected 0 .. 1000", c->initializer_range);
+    // parameters: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj, (E,R) dt_proj, (E,N) A_log, vectors; MLP 3DF
+    int64_t D = c->d_model, E = c->d_inner, R = c->dt_rank, N = c->d_state, block = 0, total = 0;
+    bool fits = add_count(&block, 3, D, E) && add_count(&block, E, c->d_conv, 1) && add_count(&block, 2, R, E) &&
+                add_count(&block, 3, N, E) && add_count(&block, 5, E, 1) && add_count(&block, 3, D, 1) &&
+                add_count(&block, 3, D, c->d_intermediate) && add_count(&total, c->n_layer, block, 1) &&
+                add_count(&total, c->tie_embeddings ? 1 : 2, c->vocab_padded, D);
+    return fits || fail(err, "n_layer %lld, d_model %lld, d_inner %lld, vocabulary %lld: more than 2^40 parameters",
+                        (long long)c->n_layer, (long long)D, (long long)E, (long long)c->vocab_padded);
+}
+
+// defines: SafeTensors and its reader and writer, checkpoint directories, config_read, config_write
+#include "data/safetensors.h"
+// defines: Tokenizer, streaming decode
+#include "data/tokenizer.h"
+// defines: Dataset, Loader
+#include "data/dataloader.h"
+
+// ---------------------------------------------------------------------------------------------------
+// 3. Matmul
+//MATMUL-BEGIN
+// The three products of a linear layer (its output, the gradient of its input, the gradient of its weight) are
+// one function, matmul_add: C(i,j) += sum_l A(i,l) B(l,j), where a transpose is only another pair of strides.
+// It is fast for four reasons, which are the rungs of dev/cpu/matmul.c:
+//   1. the inner loop runs over neighbouring j in vectors, so no sum is split over the lanes of a vector;
+//   2. a tile of TILE_ROWS x TILE_COLS sums stays in registers, so each load serves several multiplications;
+//   3. the pieces of A and B in use are copied ("packed") side by side, so that they stay in the caches;
+//   4. the threads share out blocks of C, and no two of them write to the same sum.
+// Every sum is made in one order: within groups of SUM_BLOCK consecutive l one after the other, then group after
+// group. Nothing else enters: neither tile nor block, neither the thread nor the other rows. So a row of a large
+// batch has the bits of that row alone, and a text fed token by token those of the whole text at once.
+// The blocking follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
+//
+// With -DUSE_OPENBLAS the products of the backward go to OpenBLAS, one thread per call, on the same blocks of C.
+// The forward never does: the order of summation in OpenBLAS depends on the number of rows.
+
+#ifdef USE_OPENBLAS
+#include <cblas.h>
+#undef I            // <complex.h>, which cblas.h includes, takes this name; here it is the input width
+#if REAL_IS_DOUBLE
+#define cblas_gemm cblas_dgemm
+#else
+#define cblas_gemm cblas_sgemm
+#endif
+#endif
+
+// A vector register has 64 bytes with AVX-512, 32 with AVX, otherwise 16. The tile follows the number of
+// registers: 24 sums of 32 registers with AVX-512, 12 of 16 elsewhere.
+#if defined(__AVX512F__)
+enum { VEC_BYTES = 64, TILE_ROWS = 12 };
+#elif defined(__AVX__)
+enum { VEC_BYTES = 32, TILE_ROWS = 6 };
+#else
+enum { VEC_BYTES = 16, TILE_ROWS = 6 };
+#endif
+enum { VEC = VEC_BYTES / sizeof(real), TILE_COLS = 2 * VEC };
+enum { SUM_BLOCK = 256 };            // l per group; a packed panel of B, SUM_BLOCK x TILE_COLS, has at most 32 KiB
+enum { BLOCK_ROWS = 192 };           // rows of a block of C: how often a packed panel of B is used
+enum { BLOCK_COLS = 256 };           // columns of a block of C: how often the packed rows of A are used
+enum { PACK_LD = SUM_BLOCK + 16 };   // row length of packed A; rows 1024 bytes apart would share cache sets
+enum { ROW_OUTPUTS = 16 };           // outputs that matmul_row makes together
+enum { FEW_ROWS = 4 };               // below this many rows, packing costs more than it saves
+// vec: a register full; vec4: four numbers. `aligned` lets them be loaded from any address of a real.
+typedef real vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
+typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
+
+// FMA_VEC, FMA_VEC4: a*b + c with one rounding. Spelled out, because a compiler left to itself fuses some of these
+// and not others (gcc: -mtune=znver3 splits them in some loops), and then equal sums would differ in the last bit.
+#if defined(__FMA__)
+#include <immintrin.h>
+#if REAL_IS_DOUBLE
+#define FMA_VEC4(a, b, c) _mm256_fmadd_pd(a, b, c)
+#else
+#define FMA_VEC4(a, b, c) _mm_fmadd_ps(a, b, c)
+#endif
+#if REAL_IS_DOUBLE && defined(__AVX512F__)
+#define FMA_VEC(a, b, c) _mm512_fmadd_pd(a, b, c)
+#elif REAL_IS_DOUBLE
+#define FMA_VEC(a, b, c) _mm256_fmadd_pd(a, b, c)
+#elif defined(__AVX512F__)
+#define FMA_VEC(a, b, c) _mm512_fmadd_ps(a, b, c)
+#else
+#define FMA_VEC(a, b, c) _mm256_fmadd_ps(a, b, c)
+#endif
+#else
+#define FMA_VEC4(a, b, c) ((a) * (b) + (c))
+#define FMA_VEC(a, b, c) ((a) * (b) + (c))
+#endif
+
+static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+
+// transpose4: t[k] = { src[k], src[stride + k], src[2*stride + k], src[3*stride + k] }, k < 4
+static inline __attribute__((always_inline)) void transpose4(vec4* t, const real* src, size_t stride) {
+    vec4 a = *(const vec4*)src, b = *(const vec4*)(src + stride);
+    vec4 c = *(const vec4*)(src + 2 * stride), d = *(const vec4*)(src + 3 * stride);
+    vec4 ab_lo = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_hi = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    vec4 cd_lo = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_hi = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    t[0] = __builtin_shufflevector(ab_lo, cd_lo, 0, 1, 4, 5);
+    t[1] = __builtin_shufflevector(ab_lo, cd_lo, 2, 3, 6, 7);
+    t[2] = __builtin_shufflevector(ab_hi, cd_hi, 0, 1, 4, 5);
+    t[3] = __builtin_shufflevector(ab_hi, cd_hi, 2, 3, 6, 7);
+}
+
+// pack: copies a piece of a strided matrix into rows: dst[r*ld + c] = src[r*row_stride + c*col_stride].
+// One of the two strides is 1. When it is row_stride this is a transpose, made of 4 x 4 squares in registers.
+static void pack(real* dst, size_t ld, const real* src, size_t row_stride, size_t col_stride,
+                 size_t rows, size_t cols) {
+    if (col_stride == 1) {
+        for (size_t r = 0; r < rows; r++) memcpy(dst + r * ld, src + r * row_stride, cols * sizeof(real));
+        return;
+    }
+    size_t c = 0;
+    for (; c + 4 <= cols; c += 4) {
+        const real* s = src + c * col_stride;
+        size_t r = 0;
+        for (; r + 4 <= rows; r += 4) {
+            vec4 t[4];
+            transpose4(t, s + r, col_stride);
+            for (size_t k = 0; k < 4; k++) *(vec4*)(dst + (r + k) * ld + c) = t[k];
+        }
+        for (; r < rows; r++) {
+            for (size_t k = 0; k < 4; k++) dst[r * ld + c + k] = s[k * col_stride + r];
+        }
+    }
+    for (; c < cols; c++) {
+        for (size_t r = 0; r < rows; r++) dst[r * ld + c] = src[r * row_stride + c * col_stride];
+    }
+}
+
+// matmul_tile: C(r,j) += sum_l A(r,l) B(l,j) for r < rows, j < cols <= vecs*VEC, l < L. A and B are packed: A(r,l)
+// at A[r*PACK_LD + l], B(l,j) at B[l*TILE_COLS + j]. rows and vecs are constants at every call: the loops over
+// them unroll, and `sum` becomes registers.
+static inline __attribute__((always_inline))
+void matmul_tile(real* C, size_t ldc, const real* A, const real* B, size_t L, size_t cols, int rows, int vecs) {
+    vec sum[TILE_ROWS][2];
+    for (int r = 0; r < rows; r++) {
+        for (int v = 0; v < vecs; v++) sum[r][v] = (vec){0};
+    }
+    for (size_t l = 0; l < L; l++) {
+        for (int r = 0; r < rows; r++) {
+            vec a = A[r * PACK_LD + l] - (vec){0};                     // the same number in all lanes
+            for (int v = 0; v < vecs; v++) {
+                sum[r][v] = FMA_VEC(a, *(const vec*)(B + l * TILE_COLS + v * VEC), sum[r][v]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        for (int v = 0; v < vecs; v++) {
+            real* c = C + r * ldc + v * VEC;
+            size_t n = cols - (size_t)(v * VEC);                       // columns from here to the edge of C
+            if (n >= VEC) {
+                *(vec*)c += sum[r][v];
+            } else {
+                real edge[VEC];
+                memcpy(edge, &sum[r][v], sizeof edge);
+                for (size_t j = 0; j < n; j++) c[j] += edge[j];
+            }
+        }
+    }
+}
+
+// matmul_block: one block of C, at most BLOCK_ROWS rows, any number of columns; strides as in matmul_add.
+static void matmul_block(real* C, size_t ldc, const real* A, size_t ai, size_t al,
+                         const real* B, size_t bl, size_t bj, size_t rows, size_t cols, size_t L) {
+    real a_pack[BLOCK_ROWS * PACK_LD] __attribute__((aligned(64)));
+    real b_pack[SUM_BLOCK * TILE_COLS] __attribute__((aligned(64)));
+    for (size_t l0 = 0; l0 < L; l0 += SUM_BLOCK) {
+        size_t Lb = min_size(SUM_BLOCK, L - l0);
+        pack(a_pack, PACK_LD, A + l0 * al, ai, al, rows, Lb);
+        for (size_t j = 0; j < cols; j += TILE_COLS) {
+            size_t n = min_size(TILE_COLS, cols - j);
+            bool narrow = n <= VEC;
+            if (n < TILE_COLS) memset(b_pack, 0, Lb * TILE_COLS * sizeof(real));      // lanes past the edge
+            pack(b_pack, TILE_COLS, B + l0 * bl + j * bj, bl, bj, Lb, n);
+            for (size_t i = 0; i < rows;) {
+                real* c = C + i * ldc + j;
+                const real* a = a_pack + i * PACK_LD;
+                if (i + TILE_ROWS <= rows) {
+                    if (narrow) matmul_tile(c, ldc, a, b_pack, Lb, n, TILE_ROWS, 1);
+                    else matmul_tile(c, ldc, a, b_pack, Lb, n, TILE_ROWS, 2);
+                    i += TILE_ROWS;
+                } else if (i + 4 <= rows) {
+                    if (narrow) matmul_tile(c, ldc, a, b_pack, Lb, n, 4, 1);
+                    else matmul_tile(c, ldc, a, b_pack, Lb, n, 4, 2);
+                    i += 4;
+                } else {
+                    if (narrow) matmul_tile(c, ldc, a, b_pack, Lb, n, 1, 1);
+                    else matmul_tile(c, ldc, a, b_pack, Lb, n, 1, 2);
+                    i += 1;
+                }
+            }
+        }
+    }
+}
+
+// openblas_block: the same block with OpenBLAS. Without it, the name stands for matmul_block.
+#ifdef USE_OPENBLAS
+static void openblas_block(real* C, size_t ldc, const real* A, size_t ai, size_t al,
+                           const real* B, size_t bl, size_t bj, size_t rows, size_t cols, size_t L) {
+    // a row stride must reach over a row, even if there is only one row
+    size_t lda = al == 1 ? (ai < L ? L : ai) : al, ldb = bj == 1 ? (bl < cols ? cols : bl) : bj;
+    cblas_gemm(CblasRowMajor, al == 1 ? CblasNoTrans : CblasTrans, bj == 1 ? CblasNoTrans : CblasTrans,
+               (int)rows, (int)cols, (int)L, 1, A, (int)lda, B, (int)ldb, 1, C, (int)ldc);
+}
+#else
+#define openblas_block matmul_block
+#endif
+
+// block_shape: the size of the blocks of an (M,N) matrix that the threads share out, halved until there are 16
+// blocks or they are small.
+static void block_shape(size_t* mb, size_t* nb, size_t M, size_t N) {
+    *mb = BLOCK_ROWS;
+    *nb = BLOCK_COLS;
+    while (((M + *mb - 1) / *mb) * ((N + *nb - 1) / *nb) < 16 && (*mb > 24 || *nb > TILE_COLS)) {
+        if (*nb > TILE_COLS && *nb >= *mb) *nb /= 2;
+        else if (*mb > 24) *mb /= 2;
+        else *nb /= 2;
+    }
+}
+
+// matmul_add: C(i,j) += sum_l A(i,l) B(l,j), i < M, j < N, l < L. With `fill`, C(i,j) starts at bias[j], or at 0.
+//   C(i,j) at C[i*ldc + j], A(i,l) at A[i*ai + l*al], B(l,j) at B[l*bl + j*bj]
+// Called by all threads of a parallel region, which share the blocks and do not wait for each other at the end.
+static void matmul_add(bool openblas, real* C, size_t ldc, bool fill, const real* bias,
+                       const real* A, size_t ai, size_t al, const real* B, size_t bl, size_t bj,
+                       size_t M, size_t N, size_t L) {
+    size_t mb, nb;
+    block_shape(&mb, &nb, M, N);
+    size_t across = (N + nb - 1) / nb, blocks = ((M + mb - 1) / mb) * across;
+    #pragma omp for schedule(dynamic) nowait
+    for (size_t block = 0; block < blocks; block++) {
+        size_t i0 = block / across * mb, j0 = block % across * nb;
+        size_t rows = min_size(mb, M - i0), cols = min_size(nb, N - j0);
+        real* c = C + i0 * ldc + j0;
+        for (size_t i = 0; fill && i < rows; i++) {
+            for (size_t j = 0; j < cols; j++) c[i * ldc + j] = bias ? bias[j0 + j] : (real)0;
+        }
+        const real *a = A + i0 * ai, *b = B + j0 * bj;
+        if (openblas) openblas_block(c, ldc, a, ai, al, b, bl, bj, rows, cols, L);
+        else matmul_block(c, ldc, a, ai, al, b, bl, bj, rows, cols, L);
+    }
+}
+
+// matmul_row: the forward for one row and ROW_OUTPUTS outputs, with the order of summation of matmul_tile. Reads
+// each weight once and copies none: with few rows the time is that of reading the weights from memory.
+static void matmul_row(real* out, const real* inp, const real* weight, const real* bias, size_t I) {
+    vec4 total[ROW_OUTPUTS / 4], sum[ROW_OUTPUTS / 4], w[4];
+    for (int g = 0; g < ROW_OUTPUTS / 4; g++) total[g] = bias ? *(const vec4*)(bias + 4 * g) : (vec4){0};
+    for (size_t i = 0; i < I;) {
+        size_t end = min_size(i + SUM_BLOCK, I);
+        for (int g = 0; g < ROW_OUTPUTS / 4; g++) sum[g] = (vec4){0};
+        for (; i + 4 <= end; i += 4) {
+            for (int g = 0; g < ROW_OUTPUTS / 4; g++) {
+                transpose4(w, weight + (size_t)g * 4 * I + i, I);
+                for (int k = 0; k < 4; k++) sum[g] = FMA_VEC4(inp[i + k] - (vec4){0}, w[k], sum[g]);
+            }
+        }
+        for (; i < end; i++) {
+            for (int g = 0; g < ROW_OUTPUTS / 4; g++) {
+                const real* w_g = weight + (size_t)g * 4 * I + i;
+                vec4 w_i = {w_g[0], w_g[I], w_g[2 * I], w_g[3 * I]};
+                sum[g] = FMA_VEC4(inp[i] - (vec4){0}, w_i, sum[g]);
+            }
+        }
+        for (int g = 0; g < ROW_OUTPUTS / 4; g++) total[g] += sum[g];
+    }
+    for (int g = 0; g < ROW_OUTPUTS / 4; g++) *(vec4*)(out + 4 * g) = total[g];
+}
+
+// matmul_forward: the linear layer.   PyTorch: F.linear(inp, weight, bias)
+//   out[m,o] = sum_i inp[m,i] * weight[o,i] + bias[o]
+//   inp (M,I), row stride ldi   weight (O,I)   bias (O) or NULL   out (M,O), row stride ldo, overwritten
+void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const real* weight, const real* bias,
+                    size_t M, size_t I, size_t O) {
+    size_t by_row = M < FEW_ROWS ? O / ROW_OUTPUTS * ROW_OUTPUTS : 0;        // outputs made by matmul_row
+    #pragma omp parallel if (M * I * O > 32768)    // below, waking the threads takes longer than the work
+    {
+        #pragma omp for schedule(dynamic) nowait
+        for (size_t o = 0; o < by_row; o += ROW_OUTPUTS) {
+            for (size_t m = 0; m < M; m++) {
+                matmul_row(out + m * ldo + o, inp + m * ldi, weight + o * I, bias ? bias + o : NULL, I);
+            }
+        }
+        matmul_add(false, out + by_row, ldo, true, bias ? bias + by_row : NULL, inp, ldi, 1,
+                   weight + by_row * I, 1, I, M, O - by_row, I);
+    }
+}
+
+// matmul_backward: out[m,o] = sum_i inp[m,i] * weight[o,i] + bias[o]  =>
+//   dinp[m,i]    += sum_o dout[m,o] * weight[o,i]
+//   dweight[o,i] += sum_m dout[m,o] * inp[m,i]           dbias[o] += sum_m dout[m,o]
+//   dout (M,O), dinp (M,I), inp (M,I) with row strides lddo, lddi, ldi; dinp, dweight, dbias each may be NULL
+void matmul_backward(real* dinp, size_t lddi, real* dweight, real* dbias, const real* dout, size_t lddo,
+                     const real* inp, size_t ldi, const real* weight, size_t M, size_t I, size_t O) {
+#ifdef USE_OPENBLAS
+    openblas_set_num_threads(1);                   // the threads are ours
+#endif
+    #pragma omp parallel if (M * I * O > 32768)
+    {
+        if (dinp) matmul_add(true, dinp, lddi, false, NULL, dout, lddo, 1, weight, I, 1, M, I, O);
+        if (dweight) matmul_add(true, dweight, I, false, NULL, dout, 1, lddo, inp, ldi, 1, O, I, M);
+        #pragma omp for schedule(dynamic) nowait
+        for (size_t o = 0; o < (dbias ? O : 0); o += TILE_COLS) {
+            size_t n = min_size(TILE_COLS, O - o);
+            for (size_t m0 = 0; m0 < M; m0 += SUM_BLOCK) {
+                real sum[TILE_COLS] = {0};
+                for (size_t m = m0; m < min_size(m0 + SUM_BLOCK, M); m++) {
+                    for (size_t j = 0; j < n; j++) sum[j] += dout[m * lddo + o + j];
+                }
+                for (size_t j = 0; j < n; j++) dbias[o + j] += sum[j];
+            }
+        }
+    }
+}
+//MATMUL-END
+
+// ---------------------------------------------------------------------------------------------------
+// 4. Layers: forward and backward side by side
+
+//MATHFUN-BEGIN
+// exp, sigmoid, silu, softplus, expm1 as plain arithmetic: no branch, no call, only selects and moves of
+// bits, so that a `#pragma omp simd` loop around them becomes vector code without -ffast-math. NaN comes out
+// as NaN. Largest errors, against the double functions at every fifth float: exp_real 1.01 ulp; relative:
+// expm1_neg_real 9e-8, softplus_real 2.3e-7, sigmoid_real 1.5e-7, silu_real 2.0e-7. The double build, our
+// oracle, calls libm.
+#if REAL_IS_DOUBLE
+static inline real exp_real(real x) { return exp(x); }
+static inline real expm1_neg_real(real x) { return expm1(x); }
+static inline real softplus_real(real x) { return x > 20 ? x : log1p(exp(x)); }
+#else
+static inline uint32_t bits_of_float(float x) { uint32_t u; memcpy(&u, &x, sizeof u); return u; }
+static inline float float_of_bits(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x; }
+
+// exp_reduce: x = k ln2 + r with k = round(x / ln2) and |r| <= ln2 / 2, so that exp(x) = 2^k exp(r). Returns
+//   exp(r) - 1 = r + r^2 q(r),   q of degree 4 with the smallest largest error (3e-9 of exp(r)).
+// Adding 1.5 * 2^23 leaves no bits for a fraction: the sum is rounded to an integer, and its lowest bits are
+// k as a two's complement number. Shifted left by 23 they are what to add to the bits of a float to multiply
+// it by 2^k. ln2 is split into a first part of 9 bits, whose product with k is exact, and the rest.
+static inline float exp_reduce(float x, uint32_t* k_shifted) {
+    const float round_to_integer = 12582912.0f;
+    float z = x * 1.44269504f + round_to_integer;
+    float k = z - round_to_integer;
+    float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    float q = 1.38146177e-3f;
+    q = q * r + 8.36871285e-3f;
+    q = q * r + 4.16683890e-2f;
+    q = q * r + 1.66665211e-1f;
+    q = q * r + 4.99999940e-1f;
+    *k_shifted = bits_of_float(z) << 23;
+    return r + r * r * q;
+}
+
+// exp_real: exp(x); 0 where the result is below 2^-126, the smallest normal float; infinity above the largest
+static inline real exp_real(real x) {
+    uint32_t k_shifted;
+    float p = 1.0f + exp_reduce(x, &k_shifted);
+    float y = float_of_bits(bits_of_float(p) + k_shifted);
+    y = x < -87.3365402f ? 0.0f : y;
+    return x <= 88.7228394f ? y : x + INFINITY;      // NaN goes here: every comparison is false
+}
+
+// expm1_neg_real: exp(x) - 1 for x <= 0, without the cancellation near 0:  2^k (exp(r) - 1) + (2^k - 1)
+static inline real expm1_neg_real(real x) {
+    uint32_t k_shifted;
+    x = x < -80.0f ? -80.0f : x;                     // exp(-80) is nothing beside -1; 2^k stays normal
+    float p = exp_reduce(x, &k_shifted);
+    float scale = float_of_bits(bits_of_float(1.0f) + k_shifted);
+    return scale * p + (scale - 1.0f);
+}
+
+// softplus_real: log(1 + exp(x)) = max(x, 0) + log1p(u),  u = exp(-|x|) in [0, 1]
+//   log1p(u) = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 + ...),  s = u / (2 + u) <= 1/3: no cancellation for any u
+// The series is cut after s^9, its coefficients adjusted to the smallest largest error (5e-9).
+static inline real softplus_real(real x) {
+    float u = exp_real(x < 0 ? x : -x);
+    float s = u / (2.0f + u), s2 = s * s;
+    float p = 1.40064105e-1f;
+    p = p * s2 + 1.40008241e-1f;
+    p = p * s2 + 2.00107679e-1f;
+    p = p * s2 + 3.33332092e-1f;
+    float log1p_u = 2.0f * (s + s * (s2 * p));
+    return x > 20.0f ? x : (x > 0 ? x : 0.0f) + log1p_u;
+}
+#endif
+
+static inline real sigmoid_real(real x) { return 1 / (1 + exp_real(-x)); }
+
+// silu_real: x sigmoid(x). Below -100 sigmoid is 0 in float; the select keeps -infinity * 0 from becoming
+// NaN.
+static inline real silu_real(real x) { return x < -100 ? 0 : x * sigmoid_real(x); }
+//MATHFUN-END
+
+// the derivative of silu: sigma(x) (1 + x (1 - sigma(x)))
+static inline real silu_grad_real(real x) {
+    real sigma = sigmoid_real(x);
+    return sigma * (1 + x * (1 - sigma));
+}
+
+// Loops over columns that must not be split further go in tiles of this many channels (one to four vectors).
+enum { CHANNEL_TILE = 32 };
+
+static inline real sqrt_real(real x) { return REAL_IS_DOUBLE ? (real)sqrt((double)x) : (real)sqrtf((float)x); }
+
+void zero_real(real* p, size_t n) {
+    #pragma omp parallel for if (n > 65536)
+    for (size_t i = 0; i < n; i += 4096) memset(p + i, 0, min_size(4096, n - i) * sizeof(real));
+}
+
+// embedding_forward: a row of the embedding matrix for each token.   out (M,D)   weight (Vp,D)   tokens (M), M = B*T
+void embedding_forward(real* out, const int* tokens, const real* weight, size_t M, size_t D) {
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++) memcpy(out + m * D, weight + (size_t)tokens[m] * D, D * sizeof(real));
+}
+
+// out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over columns.
+void embedding_backward(real* dweight, const real* dout, const int* tokens, size_t M, size_t D) {
+    #pragma omp parallel for
+    for (size_t d0 = 0; d0 < D; d0 += CHANNEL_TILE) {
+        size_t n = min_size(CHANNEL_TILE, D - d0);
+        for (size_t m = 0; m < M; m++) {
+            const real* dout_m = dout + m * D + d0;
+            real* dw = dweight + (size_t)tokens[m] * D + d0;
+            for (size_t d = 0; d < n; d++) dw[d] += dout_m[d];
+        }
+    }
+}
+
+// rmsnorm_forward: divides each token's vector by its root mean square.
+//   rstd = (mean_d inp_d^2 + eps)^(-1/2)        out = weight * inp * rstd
+//   inp, out (M,D)   weight (D)   saved for backward: rstd (M)        Zhang and Sennrich (arXiv 1910.07467)
+void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight, size_t M, size_t D, real eps) {
+    #pragma omp parallel for if (M > 1)
+    for (size_t m = 0; m < M; m++) {
+        const real* inp_m = inp + m * D;
+        real* out_m = out + m * D;
+        real sum = 0;
+        #pragma omp simd reduction(+:sum)
+        for (size_t d = 0; d < D; d++) sum += inp_m[d] * inp_m[d];
+        real r = 1 / (real)sqrt((double)(sum / (real)D + eps));
+        for (size_t d = 0; d < D; d++) out_m[d] = weight[d] * inp_m[d] * r;
+        rstd[m] = r;
+    }
+}
+
+// With xhat = inp * rstd and q = weight * dout:
+//   out = weight * xhat     =>  dweight += sum_m dout * xhat
+//   xhat = inp * rstd(inp)  =>  dinp    += rstd * (q - xhat * mean_d(q * xhat))
+void rmsnorm_backward(real* dinp, real* dweight, const real* dout, const real* inp, const real* weight,
+                      const real* rstd, size_t M, size_t D) {
+    #pragma omp parallel for
+    for (size_t m = 0; m < M; m++) {
+        const real *inp_m = inp + m * D, *dout_m = dout + m * D;
+        real* dinp_m = dinp + m * D;
+        real r = rstd[m], dot = 0;
+        #pragma omp simd reduction(+:dot)
+        for (size_t d = 0; d < D; d++) dot += weight[d] * dout_m[d] * inp_m[d];
+        real mean = dot * r / (real)D;
+        for (size_t d = 0; d < D; d++) dinp_m[d] += r * (weight[d] * dout_m[d] - inp_m[d] * r * mean);
+    }
+    #pragma omp parallel for
+    for (size_t d0 = 0; d0 < D; d0 += CHANNEL_TILE) {
+        size_t n = min_size(CHANNEL_TILE, D - d0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *inp_m = inp + m * D + d0, *dout_m = dout + m * D + d0;
+            for (size_t d = 0; d < n; d++) sum[d] += dout_m[d] * inp_m[d] * rstd[m];
+        }
+        for (size_t d = 0; d < n; d++) dweight[d0 + d] += sum[d];
+    }
+}
+
+// residual_forward: out = a + b, n elements; out may be a. Its backward is the identity to both (see the blocks).
+void residual_forward(real* out, const real* a, const real* b, size_t n) {
+    #pragma omp parallel for simd if (n > 16384)
+    for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
+}
+
+// conv_row: the input row that a tap reads at time s for an output of document `id`, or NULL when the tap sees nothing:
+// before the start without a tail, or across a document boundary. The tail belongs to document 0.
+static inline const real* conv_row(const real* inp, size_t ldi, const real* tail, const int* doc, size_t b, ptrdiff_t s,
+                                   int id, size_t T, size_t E, size_t K) {
+    if (s < 0) return tail && id == 0 ? tail + (b * (K - 1) + (size_t)(s + (ptrdiff_t)K - 1)) * E : NULL;
+    if (doc && doc[b * T + (size_t)s] != id) return NULL;
+    return inp + (b * T + (size_t)s) * ldi;
+}
+
+enum { CONV_MAX_TAPS = 8 };
+
+// causal_conv1d_forward: each channel sees its own last K inputs, then SiLU.
+//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)        tap K-1 is the current token
+//   inp (B,T,E) with row stride ldi   weight (E,K)   bias (E) or NULL   doc (B,T) or NULL   out (B,T,E)
+//   tail0, tailT (B,K-1,E): the K-1 inputs before t = 0 and before t = T, oldest first; either may be NULL, they may
+//   be the same array; a tail holds only inputs of the last token's document, the rest is 0
+//   saved for backward: nothing, c is recomputed        Mamba paper, section 3.4
+void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0, const real* weight,
+                           const real* bias, const int* doc, size_t B, size_t T, size_t E, size_t K) {
+    size_t tiles = (E + CHANNEL_TILE - 1) / CHANNEL_TILE;
+    #pragma omp parallel for collapse(2)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t tile = 0; tile < tiles; tile++) {
+            size_t e0 = tile * CHANNEL_TILE, n = min_size(CHANNEL_TILE, E - e0);
+            real w[CONV_MAX_TAPS][CHANNEL_TILE], c[CHANNEL_TILE];
+            for (size_t k = 0; k < K; k++)
+                for (size_t e = 0; e < n; e++) w[k][e] = weight[(e0 + e) * K + k];
+            for (size_t t = 0; t < T; t++) {
+                int id = doc ? doc[b * T + t] : 0;
+                for (size_t e = 0; e < n; e++) c[e] = bias ? bias[e0 + e] : 0;
+                for (size_t k = 0; k < K; k++) {
+                    const real* row = conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(t + k) - (ptrdiff_t)K + 1, id, T, E, K);
+                    if (!row) continue;
+                    for (size_t e = 0; e < n; e++) c[e] += w[k][e] * row[e0 + e];
+                }
+                real* out_bt = out + (b * T + t) * E + e0;
+                #pragma omp simd
+                for (size_t e = 0; e < n; e++) out_bt[e] = silu_real(c[e]);
+            }
+            int id = doc ? doc[b * T + T - 1] : 0;
+            for (size_t k = 0; tailT && k + 1 < K; k++) {   // oldest first: in place, a row is read before it is overwritten
+                const real* row = conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(T + k) - (ptrdiff_t)K + 1, id, T, E, K);
+                for (size_t e = e0; e < e0 + n; e++) tailT[(b * (K - 1) + k) * E + e] = row ? row[e] : 0;
+            }
+        }
+    }
+}
+
+// forward: out = silu(c)                        =>  dc = dout * silu'(c)
+// forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t    dw_k += sum_t dc_t inp_{t-K+1+k}
+//                                                    dinp_s += sum_k w_k dc_{s+K-1-k}
+// forward: tailT = the last inputs              =>  the same rows of dinp (or dtail0) += dtailT
+//   dtail0, dtailT, dbias may be NULL.  Parallel over channels only: the weight gradients sum over batch and time.
+void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias, real* dtail0, const real* dout,
+                            const real* dtailT, const real* inp, size_t ldi, const real* tail0, const real* weight,
+                            const real* bias, const int* doc, size_t B, size_t T, size_t E, size_t K) {
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t e0 = 0; e0 < E; e0 += CHANNEL_TILE) {
+        size_t n = min_size(CHANNEL_TILE, E - e0);
+        real w[CONV_MAX_TAPS][CHANNEL_TILE], dw[CONV_MAX_TAPS][CHANNEL_TILE] = {{0}}, db[CHANNEL_TILE] = {0};
+        for (size_t k = 0; k < K; k++)
+            for (size_t e = 0; e < n; e++) w[k][e] = weight[(e0 + e) * K + k];
+        for (size_t b = 0; b < B; b++) {
+            for (size_t t = 0; t < T; t++) {
+                int id = doc ? doc[b * T + t] : 0;
+                const real* rows[CONV_MAX_TAPS];
+                real c[CHANNEL_TILE], dc[CHANNEL_TILE];
+                for (size_t e = 0; e < n; e++) c[e] = bias ? bias[e0 + e] : 0;
+                for (size_t k = 0; k < K; k++) {
+                    rows[k] = conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(t + k) - (ptrdiff_t)K + 1, id, T, E, K);
+                    if (rows[k]) for (size_t e = 0; e < n; e++) c[e] += w[k][e] * rows[k][e0 + e];
+                }
+                const real* dout_bt = dout + (b * T + t) * E + e0;
+                #pragma omp simd
+                for (size_t e = 0; e < n; e++) dc[e] = dout_bt[e] * silu_grad_real(c[e]);
+                for (size_t e = 0; e < n; e++) db[e] += dc[e];
+                for (size_t k = 0; k < K; k++) {
+                    if (!rows[k]) continue;
+                    for (size_t e = 0; e < n; e++) dw[k][e] += dc[e] * rows[k][e0 + e];
+                    real* drow = NULL;
+                    if (t + k + 1 >= K) drow = dinp + (b * T + t + k + 1 - K) * lddi + e0;
+                    else if (dtail0) drow = dtail0 + (b * (K - 1) + t + k) * E + e0;
+                    if (drow) for (size_t e = 0; e < n; e++) drow[e] += w[k][e] * dc[e];
+                }
+            }
+            int id = doc ? doc[b * T + T - 1] : 0;
+            for (size_t k = 0; dtailT && k + 1 < K; k++) {
+                if (!conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(T + k) - (ptrdiff_t)K + 1, id, T, E, K)) continue;
+                real* drow = NULL;
+                if (T + k + 1 >= K) drow = dinp + (b * T + T + k + 1 - K) * lddi + e0;
+                else if (dtail0) drow = dtail0 + (b * (K - 1) + T + k) * E + e0;
+                if (drow) for (size_t e = 0; e < n; e++) drow[e] += dtailT[(b * (K - 1) + k) * E + e0 + e];
+            }
+        }
+        for (size_t k = 0; k < K; k++)
+            for (size_t e = 0; e < n; e++) dweight[(e0 + e) * K + k] += dw[k][e];
+        for (size_t e = 0; dbias && e < n; e++) dbias[e0 + e] += db[e];
+    }
+}
+
+// softplus_forward: out = log(1 + exp(inp)), the identity above 20.   inp, out (n), may be the same array
+// saved for backward: out itself        makes the step size dt positive: Mamba paper, section 3.2, algorithm 2
+void softplus_forward(real* out, const real* inp, size_t n) {
+    #pragma omp parallel for simd if (n > 4096)
+    for (size_t i = 0; i < n; i++) out[i] = softplus_real(inp[i]);
+}
+
+// d softplus(p)/dp = sigma(p) = 1 - exp(-softplus(p)): the output is enough, the input need not be kept
+void softplus_backward(real* dinp, const real* dout, const real* out, size_t n) {
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) dinp[i] -= dout[i] * expm1_neg_real(-out[i]);
+}
+
+//SCAN-BEGIN
+// The selective scan works on tiles: SCAN_TILE neighbouring channels and SCAN_STATES entries of their
+// states. The state of a tile lies in an array h[n][channel], so that one vector instruction serves many
+// channels, Bt[n] and Ct[n] are the same number for all of them, and no sum runs across a vector. Tiles are
+// independent of each other; nothing in the arithmetic of a tile depends on B, on the number of threads or
+// on where a sequence is cut into calls. Whatever T, E and N are, the arrays fit in the first two caches and
+// on the stack of a thread. Channels beyond E are computed as zeros.
+// SCAN_CHUNK: forward saves the state every so many tokens, backward recomputes the states in between.
+enum { SCAN_TILE = 32, SCAN_STATES = 16, SCAN_CHUNK = 32 };
+
+// the largest finite number: A = -exp(A_log) stops here, so that dt * A with dt = 0 is 0 and not NaN
+#define SCAN_MAX_DECAY ((real)(REAL_IS_DOUBLE ? DBL_MAX : FLT_MAX))
+
+size_t scan_tiles(size_t E) { return (E + SCAN_TILE - 1) / SCAN_TILE; }
+size_t scan_chunks(size_t T) { return (T + SCAN_CHUNK - 1) / SCAN_CHUNK; }
+
+// saved: for every sequence, tile and chunk the state (N,SCAN_TILE) that enters the chunk
+size_t selective_scan_saved(size_t B, size_t T, size_t E, size_t N) {
+    return B * scan_tiles(E) * scan_chunks(T) * N * SCAN_TILE;
+}
+
+// scratch: dBt and dCt of every tile (tiles,B,T,2,N), dA_log and dDskip of every sequence (B,E,N), (B,E)
+size_t selective_scan_scratch(size_t B, size_t T, size_t E, size_t N) {
+    return scan_tiles(E) * B * T * 2 * N + B * E * N + B * E;
+}
+
+// the state of token t-1 does not reach token t when t begins another document
+static inline bool scan_resets(const int* doc_b, size_t t) {
+    return doc_b && doc_b[t] != (t == 0 ? 0 : doc_b[t - 1]);
+}
+
+// scan_load_lanes: the values of one token for the channels ("lanes") of a tile
+static inline void scan_load_lanes(real* lane, const real* src, size_t lanes) {
+    if (lanes == SCAN_TILE) {
+        memcpy(lane, src, SCAN_TILE * sizeof(real));          // a constant size: a few vector moves
+    } else {
+        memset(lane, 0, SCAN_TILE * sizeof(real));
+        memcpy(lane, src, lanes * sizeof(real));
+    }
+}
+
+// scan_load_states: h[n][lane] from an array (E,N); src: the tile's first channel and n; NULL means zeros
+static void scan_load_states(real (*h)[SCAN_TILE], const real* src, size_t states, size_t lanes, size_t N) {
+    memset(h, 0, SCAN_STATES * sizeof h[0]);
+    for (size_t l = 0; src && l < lanes; l++) {
+        for (size_t n = 0; n < states; n++) h[n][l] = src[l * N + n];
+    }
+}
+
+// scan_load_decay: A = -exp(A_log)
+static void scan_load_decay(real (*A)[SCAN_TILE], const real* A_log, size_t states, size_t lanes, size_t N) {
+    scan_load_states(A, A_log, states, lanes, N);
+    for (size_t n = 0; n < states; n++) {
+        #pragma omp simd
+        for (size_t l = 0; l < SCAN_TILE; l++) {
+            real decay = exp_real(A[n][l]);
+            A[n][l] = decay > SCAN_MAX_DECAY ? -SCAN_MAX_DECAY : -decay;
+        }
+    }
+}
+
+// selective_scan_forward: the Mamba-1 recurrence, one state h[e,:] of length N per channel.
+//   (F5) a_t = exp(dt_t A),  A = -exp(A_log)          a, h (E,N) per token; a_t := 0 where a document begins
+//   (F6) h_t = a_t h_{t-1} + (dt_t x_t) Bt_t
+//   (F7) y_t = sum_n Ct_t[n] h_t[:,n] + Dskip x_t
+//   x, dt, y (B,T,E)   A_log (E,N)   Bt, Ct (B,T,N), row stride ldbc   Dskip (E)
+//   h0, hT (B,E,N), each may be NULL, may be one array   doc (B,T) or NULL: document ids; h0 is of document 0
+//   saved for backward: hs, the state that enters every chunk; NULL when there will be no backward
+//   Mamba paper (arXiv 2312.00752), section 3.2, algorithm 2
+void selective_scan_forward(real* y, real* hs, real* hT, const real* x, const real* dt, const real* A_log,
+                            const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, const real* h0,
+                            const int* doc, size_t B, size_t T, size_t E, size_t N) {
+    size_t tiles = scan_tiles(E), chunks = scan_chunks(T);
+    #pragma omp parallel for collapse(2) schedule(static) if (B * tiles > 1)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t tile = 0; tile < tiles; tile++) {
+            size_t e0 = tile * SCAN_TILE, lanes = min_size(E - e0, SCAN_TILE);
+            const int* doc_b = doc ? doc + b * T : NULL;
+            real A[SCAN_STATES][SCAN_TILE], h[SCAN_STATES][SCAN_TILE], D_e[SCAN_TILE];
+            real x_t[SCAN_TILE], dt_t[SCAN_TILE], dtx[SCAN_TILE], y_t[SCAN_TILE];
+            scan_load_lanes(D_e, Dskip + e0, lanes);
+            for (size_t n0 = 0; n0 < N; n0 += SCAN_STATES) {
+                size_t states = min_size(N - n0, SCAN_STATES), state0 = (b * E + e0) * N + n0;
+                scan_load_decay(A, A_log + e0 * N + n0, states, lanes, N);
+                scan_load_states(h, h0 ? h0 + state0 : NULL, states, lanes, N);
+                for (size_t t = 0; t < T; t++) {
+                    size_t row = b * T + t, i = row * E + e0;
+                    if (hs && t % SCAN_CHUNK == 0) {
+                        size_t chunk = (b * tiles + tile) * chunks + t / SCAN_CHUNK;
+                        memcpy(hs + (chunk * N + n0) * SCAN_TILE, h, states * sizeof h[0]);
+                    }
+                    if (scan_resets(doc_b, t)) memset(h, 0, sizeof h);
+                    scan_load_lanes(x_t, x + i, lanes);
+                    scan_load_lanes(dt_t, dt + i, lanes);
+                    if (n0 > 0) scan_load_lanes(y_t, y + i, lanes);          // the sum over the n before n0
+                    #pragma omp simd
+                    for (size_t l = 0; l < SCAN_TILE; l++) {
+                        dtx[l] = dt_t[l] * x_t[l];
+                        y_t[l] = n0 > 0 ? y_t[l] : D_e[l] * x_t[l];
+                    }
+                    for (size_t n = 0; n < states; n++) {
+                        real B_n = Bt[row * ldbc + n0 + n], C_n = Ct[row * ldbc + n0 + n];
+                        #pragma omp simd
+                        for (size_t l = 0; l < SCAN_TILE; l++) {
+                            h[n][l] = exp_real(dt_t[l] * A[n][l]) * h[n][l] + dtx[l] * B_n;
+                            y_t[l] += C_n * h[n][l];
+                        }
+                    }
+                    memcpy(y + i, y_t, lanes * sizeof(real));
+                }
+                for (size_t l = 0; hT && l < lanes; l++) {
+                    for (size_t n = 0; n < states; n++) hT[state0 + l * N + n] = h[n][l];
+                }
+            }
+        }
+    }
+}
+
+// scan_chunk_states: one chunk of the forward once more, for backward: a_t and m_t = a_t h_{t-1} of its
+// tokens.
+//   x, dt, Bt: at the first token of the chunk, t0   a, m (count,SCAN_STATES,SCAN_TILE)
+static void scan_chunk_states(real (*a)[SCAN_STATES][SCAN_TILE], real (*m)[SCAN_STATES][SCAN_TILE],
+                              const real* hs_chunk, real (*A)[SCAN_TILE], const real* x, const real* dt,
+                              const real* Bt, size_t ldbc, const int* doc_b, size_t t0, size_t count,
+                              size_t states, size_t lanes, size_t E) {
+    real h[SCAN_STATES][SCAN_TILE], x_t[SCAN_TILE], dt_t[SCAN_TILE];
+    memcpy(h, hs_chunk, states * sizeof h[0]);
+    for (size_t i = 0; i < count; i++) {
+        if (scan_resets(doc_b, t0 + i)) memset(h, 0, sizeof h);
+        scan_load_lanes(x_t, x + i * E, lanes);
+        scan_load_lanes(dt_t, dt + i * E, lanes);
+        for (size_t n = 0; n < states; n++) {
+            real B_n = Bt[i * ldbc + n];
+            #pragma omp simd
+            for (size_t l = 0; l < SCAN_TILE; l++) {
+                a[i][n][l] = exp_real(dt_t[l] * A[n][l]);
+                m[i][n][l] = a[i][n][l] * h[n][l];
+                h[n][l] = m[i][n][l] + dt_t[l] * x_t[l] * B_n;
+            }
+        }
+    }
+}
+
+// scan_token_backward: one token of one tile. lambda_t is dLoss/dh_t: the state receives it from y_t and from
+// h_{t+1}, whose share a_{t+1} lambda_{t+1} is in `carry`, and hands it on to what h_t was made of.
+//   forward (F7) y_t = sum_n C_n h_t + ..   (B4) lambda = dy C_n + carry     (B5) dC_n = sum_l dy h_t
+//   forward (F6) h_t = m_t + dt x B_n       (B6) dB_n = sum_l lambda dt x    (B7) dx += dt sum_n lambda B_n
+//                                           (B8) ddt += x sum_n lambda B_n
+//   forward (F5) m_t = exp(dt A) h_{t-1}    (B8) ddt += sum_n lambda A m_t   (B9) dA += lambda dt m_t
+// The sums over the channels of the tile go to dBC (2,N), the two sums over n to lambda_B and lambda_Am.
+static void scan_token_backward(real* dBC, real (*dA)[SCAN_TILE], real (*carry)[SCAN_TILE], real* lambda_B,
+                                real* lambda_Am, const real* dy_t, real (*a)[SCAN_TILE], real (*m)[SCAN_TILE],
+                                real (*A)[SCAN_TILE], const real* x_t, const real* dt_t, const real* B_t,
+                                const real* C_t, size_t states, size_t N) {
+    for (size_t n = 0; n < states; n++) {
+        real B_n = B_t[n], C_n = C_t[n], dB_n = 0, dC_n = 0;
+        #pragma omp simd reduction(+:dB_n, dC_n)
+        for (size_t l = 0; l < SCAN_TILE; l++) {
+            real dtx = dt_t[l] * x_t[l];
+            real lambda = dy_t[l] * C_n + carry[n][l];
+            real lambda_m = lambda * m[n][l];
+            dC_n += dy_t[l] * (m[n][l] + dtx * B_n);
+            dB_n += lambda * dtx;
+            lambda_B[l] += lambda * B_n;
+            lambda_Am[l] += lambda_m * A[n][l];
+            dA[n][l] += lambda_m * dt_t[l];
+            carry[n][l] = a[n][l] * lambda;
+        }
+        dBC[n] = dB_n;
+        dBC[N + n] = dC_n;
+    }
+}
+
+// scan_sum_parts: the sums over sequences (dA_log, dDskip) and over tiles (dBt, dCt), always in the same
+// order
+static void scan_sum_parts(real* dA_log, real* dBt, real* dCt, size_t lddbc, real* dDskip,
+                           const real* dBC_part, const real* dA_part, const real* dD_part,
+                           size_t B, size_t T, size_t E, size_t N) {
+    #pragma omp parallel for schedule(static)
+    for (size_t e = 0; e < E; e++) {
+        for (size_t b = 0; b < B; b++) {
+            dDskip[e] += dD_part[b * E + e];
+            for (size_t n = 0; n < N; n++) dA_log[e * N + n] += dA_part[(b * E + e) * N + n];
+        }
+    }
+    #pragma omp parallel for schedule(static)
+    for (size_t row = 0; row < B * T; row++) {
+        for (size_t tile = 0; tile < scan_tiles(E); tile++) {
+            const real* dBC = dBC_part + (tile * B * T + row) * 2 * N;
+            for (size_t n = 0; n < N; n++) dBt[row * lddbc + n] += dBC[n];
+            for (size_t n = 0; n < N; n++) dCt[row * lddbc + n] += dBC[N + n];
+        }
+    }
+}
+
+// selective_scan_backward: from the last chunk to the first; in a chunk the states are recomputed forward,
+// then lambda runs from its last token to its first (scan_token_backward). What is left is outside that
+// loop:
+//   forward (F7) y_t = .. + Dskip x_t       (B3) dx += Dskip dy,  dDskip += sum_{b,t} dy x
+//   forward (F5) A = -exp(A_log)            (B9) dA_log += dA A
+//   forward (F6) h_0 = a_0 h0 + ..          (B14) dh0 += a_0 lambda_0: the last `carry`; the first is dhT
+//   dx, ddt, dy (B,T,E)   dA_log (E,N)   dBt, dCt (B,T,N), row stride lddbc   dDskip (E)
+//   dh0, dhT (B,E,N), each may be NULL   hs: as forward left it   scratch: selective_scan_scratch() elements
+// Every gradient is added to what is there.
+void selective_scan_backward(real* dx, real* ddt, real* dA_log, real* dBt, real* dCt, size_t lddbc,
+                             real* dDskip, real* dh0, const real* dy, const real* dhT, const real* hs,
+                             const real* x, const real* dt, const real* A_log, const real* Bt, const real* Ct,
+                             size_t ldbc, const real* Dskip, const int* doc, real* scratch,
+                             size_t B, size_t T, size_t E, size_t N) {
+    size_t tiles = scan_tiles(E), chunks = scan_chunks(T);
+    real* dBC_part = scratch;                                  // (tiles,B,T,2,N)
+    real* dA_part = dBC_part + tiles * B * T * 2 * N;          // (B,E,N)
+    real* dD_part = dA_part + B * E * N;                       // (B,E)
+    #pragma omp parallel for collapse(2) schedule(static) if (B * tiles > 1)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t tile = 0; tile < tiles; tile++) {
+            size_t e0 = tile * SCAN_TILE, lanes = min_size(E - e0, SCAN_TILE);
+            const int* doc_b = doc ? doc + b * T : NULL;
+            real a[SCAN_CHUNK][SCAN_STATES][SCAN_TILE], m[SCAN_CHUNK][SCAN_STATES][SCAN_TILE];
+            real A[SCAN_STATES][SCAN_TILE], dA[SCAN_STATES][SCAN_TILE], carry[SCAN_STATES][SCAN_TILE];
+            real x_t[SCAN_TILE], dt_t[SCAN_TILE], dy_t[SCAN_TILE];
+            real lambda_B[SCAN_TILE], lambda_Am[SCAN_TILE];
+            for (size_t l = 0; l < lanes; l++) dD_part[b * E + e0 + l] = 0;
+            for (size_t n0 = 0; n0 < N; n0 += SCAN_STATES) {
+                size_t states = min_size(N - n0, SCAN_STATES), state0 = (b * E + e0) * N + n0;
+                scan_load_decay(A, A_log + e0 * N + n0, states, lanes, N);
+                scan_load_states(carry, dhT ? dhT + state0 : NULL, states, lanes, N);
+                memset(dA, 0, sizeof dA);
+                for (size_t chunk = chunks; chunk-- > 0;) {
+                    size_t t0 = chunk * SCAN_CHUNK, count = min_size(T - t0, SCAN_CHUNK), row0 = b * T + t0;
+                    const real* hs_chunk = hs + (((b * tiles + tile) * chunks + chunk) * N + n0) * SCAN_TILE;
+                    scan_chunk_states(a, m, hs_chunk, A, x + row0 * E + e0, dt + row0 * E + e0,
+                                      Bt + row0 * ldbc + n0, ldbc, doc_b, t0, count, states, lanes, E);
+                    for (size_t t = count; t-- > 0;) {         // t counts from the start of the chunk
+                        size_t row = row0 + t, i = row * E + e0;
+                        scan_load_lanes(x_t, x + i, lanes);
+                        scan_load_lanes(dt_t, dt + i, lanes);
+                        scan_load_lanes(dy_t, dy + i, lanes);
+                        memset(lambda_B, 0, sizeof lambda_B);
+                        memset(lambda_Am, 0, sizeof lambda_Am);
+                        scan_token_backward(dBC_part + (tile * B * T + row) * 2 * N + n0, dA, carry, lambda_B,
+                                            lambda_Am, dy_t, a[t], m[t], A, x_t, dt_t, Bt + row * ldbc + n0,
+                                            Ct + row * ldbc + n0, states, N);
+                        if (scan_resets(doc_b, t0 + t)) memset(carry, 0, sizeof carry);
+                        for (size_t l = 0; l < lanes; l++) {
+                            dx[i + l] += dt_t[l] * lambda_B[l];
+                            ddt[i + l] += x_t[l] * lambda_B[l] + lambda_Am[l];
+                        }
+                        for (size_t l = 0; n0 == 0 && l < lanes; l++) {      // the skip, once
+                            dx[i + l] += Dskip[e0 + l] * dy_t[l];
+                            dD_part[b * E + e0 + l] += dy_t[l] * x_t[l];
+                        }
+                    }
+                }
+                for (size_t l = 0; l < lanes; l++) {
+                    for (size_t n = 0; n < states; n++) {
+                        dA_part[state0 + l * N + n] = dA[n][l] * A[n][l];
+                        if (dh0) dh0[state0 + l * N + n] += carry[n][l];
+                    }
+                }
+            }
+        }
+    }
+    scan_sum_parts(dA_log, dBt, dCt, lddbc, dDskip, dBC_part, dA_part, dD_part, B, T, E, N);
+}
+//SCAN-END
+
+// gate_forward: out = y * silu(z).   y (M,E) row stride ldy   z (M,E) row stride ldz   out (M,E)
+// The output gate of a Mamba mixer (Mamba paper, section 3.4) and, with y = up and z = gate, the gated MLP.
+void gate_forward(real* out, const real* y, size_t ldy, const real* z, size_t ldz, size_t M, size_t E) {
+    #pragma omp parallel for if (M > 1)
+    for (size_t m = 0; m < M; m++) {
+        const real *y_m = y + m * ldy, *z_m = z + m * ldz;
+        #pragma omp simd
+        for (size_t e = 0; e < E; e++) out[m * E + e] = y_m[e] * silu_real(z_m[e]);
+    }
+}
+
+// out = y * silu(z)  =>  dy += dout * silu(z)     dz += dout * y * silu'(z)
+void gate_backward(real* dy, size_t lddy, real* dz, size_t lddz, const real* dout, const real* y, size_t ldy,
+                   const real* z, size_t ldz, size_t M, size_t E) {
+    #pragma omp parallel for
+    for (size_t m = 0; m < M; m++) {
+        const real *y_m = y + m * ldy, *z_m = z + m * ldz, *dout_m = dout + m * E;
+        real *dy_m = dy + m * lddy, *dz_m = dz + m * lddz;
+        #pragma omp simd
+        for (size_t e = 0; e < E; e++) {
+            dy_m[e] += dout_m[e] * silu_real(z_m[e]);
+            dz_m[e] += dout_m[e] * y_m[e] * silu_grad_real(z_m[e]);
+        }
+    }
+}
+
+// crossentropy: the loss of each position and, unless dlogits is NULL, the gradient of scale * sum(losses).
+//   losses[m] = logsumexp_v(logits[m,v]) - logits[m,target]       dlogits = scale * (softmax(logits) - onehot(target))
+//   logits (M,V); targets (M), a negative target is ignored (loss 0, gradient 0); dlogits is WRITTEN and may be logits
+void crossentropy(real* losses, real* dlogits, const real* logits, const int* targets, real scale, size_t M, size_t V) {
+    #pragma omp parallel for if (M > 1)
+    for (size_t m = 0; m < M; m++) {
+        const real* z = logits + m * V;
+        real* dz = dlogits ? dlogits + m * V : NULL;
+        int target = targets[m];
+        losses[m] = 0;
+        if (target < 0) {
+            if (dz) memset(dz, 0, V * sizeof(real));
+            continue;
+        }
+        real max = z[0], sum = 0;
+        #pragma omp simd reduction(max:max)
+        for (size_t v = 0; v < V; v++) max = z[v] > max ? z[v] : max;
+        #pragma omp simd reduction(+:sum)
+        for (size_t v = 0; v < V; v++) sum += exp_real(z[v] - max);
+        losses[m] = (real)log((double)sum) + max - z[target];
+        if (!dz) continue;
+        real norm = scale / sum;
+        #pragma omp simd
+        for (size_t v = 0; v < V; v++) dz[v] = norm * exp_real(z[v] - max);
+        dz[target] -= scale;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 5. Blocks: the residual sub-layers and the table of their kinds
+//
+// The model is a residual stream that sub-layers read (through an RMSNorm) and add to. A kind of sub-layer is one row
+// of the table `kinds` at the end of this section: its parameters, the activations it saves for backward, the scratch
+// it shares with the other layers, its recurrent state, and its two functions. Everything else (allocation, binding,
+// initialization, checkpoints, optimizer groups, counts, memory print, test names) walks these tables.
+
+// Symbolic sizes, so that a table can be written before the model is known.
+enum { DIM_NONE, DIM_1, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP, DIM_K1,
+       DIM_SCAN_SAVED, DIM_SCAN_SCRATCH };
+
+int64_t config_dim(const Config* c, int dim) {
+    switch (dim) {
+        case DIM_1:   return 1;
+        case DIM_D:   return c->d_model;
+        case DIM_E:   return c->d_inner;
+        case DIM_2E:  return 2 * c->d_inner;
+        case DIM_N:   return c->d_state;
+        case DIM_K:   return c->d_conv;
+        case DIM_K1:  return c->d_conv - 1;
+        case DIM_R:   return c->dt_rank;
+        case DIM_R2N: return c->dt_rank + 2 * c->d_state;
+        case DIM_F:   return c->d_intermediate;
+        case DIM_2F:  return 2 * c->d_intermediate;
+        case DIM_VP:  return c->vocab_padded;
+    }
+    return 0;
+}
+
+// How a parameter starts (Mamba code, state-spaces/mamba `mixer_seq_simple.py` and `mamba_simple.py`)
+enum {
+    INIT_NONE,
+    INIT_ONE,
+    INIT_EMBEDDING,    // normal, standard deviation initializer_range
+    INIT_ZERO,
+    INIT_LINEAR,       // uniform +-1/sqrt(fan_in), fan_in = the last dimension
+    INIT_RESIDUAL,     // INIT_LINEAR / sqrt(n_layer): the sum of all layers keeps the size of one
+    INIT_CONV,         // uniform +-1/sqrt(K), weight and bias: the fan_in of a depthwise convolution is K
+    INIT_DT_WEIGHT,    // uniform +-dt_scale/sqrt(R), or that constant
+    INIT_DT_BIAS,      // softplus(bias) is log-uniform in [dt_min, dt_max]: half-lives from one token to hundreds
+    INIT_A_LOG,        // A[e,n] = -(n+1) in every channel (S4D-real)
+};
+
+enum {
+    DECAY = 1,          // AdamW weight decay: matrices only
+    IF_BIAS = 2,        // exists only with config.bias
+    IF_CONV_BIAS = 4,   // exists only with config.conv_bias
+};
+
+// TensorSpec: one row of a kind's table. Parameters have a full shape; activations and scratch are per token, (B*T) times
+// the shape; state is per sequence, (B) times the shape. The rows stand in the order of the fields of the kind's struct of
+// pointers, so binding a struct to memory is one loop over the table.
+typedef struct {
+    const char* name;
+    int dim[3];
+    int init, flags;
+} TensorSpec;
+
+// Run: what a block needs to know about the call.
+typedef struct {
+    const Config* config;
+    size_t B, T;
+    const int* doc;      // (B,T) document ids, or NULL: one document per row
+} Run;
+
+// ------------------------------------------------------------------------------------------------
+// 5.1 Mamba-1
+
+typedef struct {
+    real *norm;                        // (D)
+    real *in_proj, *in_proj_bias;      // (2E,D): rows 0..E-1 make x, rows E..2E-1 make the gate z
+    real *conv1d, *conv1d_bias;        // (E,1,K), (E)
+    real *x_proj;                      // (R+2N,E): rows for r (the input of dt), B and C
+    real *dt_proj, *dt_proj_bias;      // (E,R), (E)
+    real *A_log, *D;                   // (E,N), (E)
+    real *out_proj, *out_proj_bias;    // (D,E), (D)
+} Mamba1Params;
+
+static const TensorSpec mamba1_params[] = {
+    {"norm.weight",            {DIM_D},                INIT_ONE, 0},
+    {"mixer.in_proj.weight",   {DIM_2E, DIM_D},        INIT_LINEAR, DECAY},
+    {"mixer.in_proj.bias",     {DIM_2E},               INIT_ZERO, IF_BIAS},
+    {"mixer.conv1d.weight",    {DIM_E, DIM_1, DIM_K},  INIT_CONV, 0},
+    {"mixer.conv1d.bias",      {DIM_E},                INIT_CONV, IF_CONV_BIAS},
+    {"mixer.x_proj.weight",    {DIM_R2N, DIM_E},       INIT_LINEAR, DECAY},
+    {"mixer.dt_proj.weight",   {DIM_E, DIM_R},         INIT_DT_WEIGHT, DECAY},
+    {"mixer.dt_proj.bias",     {DIM_E},                INIT_DT_BIAS, 0},
+    {"mixer.A_log",            {DIM_E, DIM_N},         INIT_A_LOG, 0},
+    {"mixer.D",                {DIM_E},                INIT_ONE, 0},
+    {"mixer.out_proj.weight",  {DIM_D, DIM_E},         INIT_RESIDUAL, DECAY},
+    {"mixer.out_proj.bias",    {DIM_D},                INIT_ZERO, IF_BIAS},
+};
+
+typedef struct { real *rstd, *u, *xz, *x, *rbc, *dt, *hs, *s; } Mamba1Acts;
+
+static const TensorSpec mamba1_acts[] = {
+    {"rstd", {DIM_1}, 0, 0},           // of the norm
+    {"u",    {DIM_D}, 0, 0},           // normalized input
+    {"xz",   {DIM_2E}, 0, 0},          // x before the conv, gate z
+    {"x",    {DIM_E}, 0, 0},           // after conv and SiLU
+    {"rbc",  {DIM_R2N}, 0, 0},         // r, B, C
+    {"dt",   {DIM_E}, 0, 0},           // step size, after softplus
+    {"hs",   {DIM_SCAN_SAVED}, 0, 0},  // state at the start of each chunk
+    {"s",    {DIM_E}, 0, 0},           // scan output, before the gate
+};
+
+typedef struct { real *y, *out, *du, *dxz, *dx, *drbc, *ddt, *ds, *scan; } Mamba1Scratch;
+
+static const TensorSpec mamba1_scratch[] = {
+    {"y",    {DIM_E}, 0, 0},           // after the gate
+    {"out",  {DIM_D}, 0, 0},           // what the block adds to the residual stream
+    {"du",   {DIM_D}, 0, 0},
+    {"dxz",  {DIM_2E}, 0, 0},
+    {"dx",   {DIM_E}, 0, 0},
+    {"drbc", {DIM_R2N}, 0, 0},
+    {"ddt",  {DIM_E}, 0, 0},
+    {"ds",   {DIM_E}, 0, 0},
+    {"scan", {DIM_SCAN_SCRATCH}, 0, 0},
+};
+
+typedef struct { real *conv, *ssm; } Mamba1State;
+
+static const TensorSpec mamba1_state[] = {
+    {"conv", {DIM_K1, DIM_E}, 0, 0},   // the last K-1 inputs of the conv
+    {"ssm",  {DIM_E, DIM_N}, 0, 0},    // h
+};
+
+// mamba1_block_forward: res_out = res_in + Mamba(RMSNorm(res_in)).   res (B,T,D), res_out may be res_in
+//   u = norm(res)     [x; z] = W_in u     x = silu(conv(x))     [r; B; C] = W_x x     dt = softplus(W_dt r + b_dt)
+//   s = scan(x, dt, A, B, C) + D x        y = s * silu(z)       out = W_out y
+//   s0, sT: state before and after, fields may be NULL, may be the same     Mamba paper, section 3.4, figure 3
+void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params, real* const* acts,
+                          real* const* scratch, real* const* state0, real* const* stateT) {
+    const Mamba1Params* p = (const Mamba1Params*)params;
+    const Mamba1Acts* a = (const Mamba1Acts*)acts;
+    const Mamba1Scratch* w = (const Mamba1Scratch*)scratch;
+    const Mamba1State *s0 = (const Mamba1State*)state0, *sT = (const Mamba1State*)stateT;
+    const Config* c = run->config;
+    size_t B = run->B, T = run->T, M = B * T;
+    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, K = (size_t)c->d_conv, R = (size_t)c->dt_rank;
+    size_t RBC = R + 2 * N;
+    const real *z = a->xz + E, *Bt = a->rbc + R, *Ct = a->rbc + R + N;
+
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+    matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
+    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
+    matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
+    matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
+    softplus_forward(a->dt, a->dt, M * E);
+    selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc, B, T, E, N);
+    gate_forward(w->y, a->s, E, z, 2 * E, M, E);
+    matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
+    residual_forward(res_out, res_in, w->out, M * D);
+}
+
+// mamba1_block_backward: the lines of the forward in reverse order. dres (B,T,D) holds the gradient of res_out on entry
+// and of res_in on exit. ds0 and dsT are the gradients of the states, fields may be NULL.
+void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams, real* const* params,
+                           real* const* acts, real* const* scratch, real* const* state0, real* const* dstate0,
+                           real* const* dstateT) {
+    const Mamba1Params *p = (const Mamba1Params*)params, *dp = (const Mamba1Params*)dparams;
+    const Mamba1Acts* a = (const Mamba1Acts*)acts;
+    const Mamba1Scratch* w = (const Mamba1Scratch*)scratch;
+    const Mamba1State *s0 = (const Mamba1State*)state0, *ds0 = (const Mamba1State*)dstate0, *dsT = (const Mamba1State*)dstateT;
+    const Config* c = run->config;
+    size_t B = run->B, T = run->T, M = B * T;
+    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, K = (size_t)c->d_conv, R = (size_t)c->dt_rank;
+    size_t RBC = R + 2 * N;
+    const real *z = a->xz + E, *Bt = a->rbc + R, *Ct = a->rbc + R + N;
+    real *dxz = w->dxz, *dz = w->dxz + E, *dx = w->dx, *drbc = w->drbc, *dBt = w->drbc + R, *dCt = w->drbc + R + N;
+    real* dy = w->ddt;         // the gradient of y is consumed before ddt is needed
+    zero_real(dy, M * E);
+    zero_real(w->ds, M * E);
+    zero_real(dxz, M * 2 * E);
+    zero_real(dx, M * E);
+    zero_real(drbc, M * RBC);
+    zero_real(w->du, M * D);
+
+    // out = W_out y, y = s * silu(z); the residual passes dres on unchanged
+    gate_forward(w->y, a->s, E, z, 2 * E, M, E);
+    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dres, D, w->y, E, p->out_proj, M, E, D);
+    gate_backward(w->ds, E, dz, 2 * E, dy, a->s, E, z, 2 * E, M, E);
+    // s = scan(x, dt, A, B, C) + D x: the first contribution to dx
+    zero_real(w->ddt, M * E);
+    selective_scan_backward(dx, w->ddt, dp->A_log, dBt, dCt, RBC, dp->D, ds0->ssm, w->ds, dsT->ssm, a->hs, a->x, a->dt, p->A_log,
+                            Bt, Ct, RBC, p->D, run->doc, w->scan, B, T, E, N);
+    // dt = softplus(W_dt r + b_dt): the gradient of the sum goes where ds was
+    zero_real(w->ds, M * E);
+    softplus_backward(w->ds, w->ddt, a->dt, M * E);
+    matmul_backward(drbc, RBC, dp->dt_proj, dp->dt_proj_bias, w->ds, E, a->rbc, RBC, p->dt_proj, M, R, E);
+    // [r; B; C] = W_x x: the second contribution to dx
+    matmul_backward(dx, E, dp->x_proj, NULL, drbc, RBC, a->x, E, p->x_proj, M, E, RBC);
+    causal_conv1d_backward(dxz, 2 * E, dp->conv1d, dp->conv1d_bias, ds0->conv, dx, dsT->conv, a->xz, 2 * E, s0->conv,
+                           p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
+    matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, dxz, 2 * E, a->u, D, p->in_proj, M, D, 2 * E);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5.2 Gated MLP
+
+typedef struct { real *norm, *fc1, *fc2; } MlpParams;
+
+static const TensorSpec mlp_params[] = {
+    {"norm2.weight",   {DIM_D},         INIT_ONE, 0},
+    {"mlp.fc1.weight", {DIM_2F, DIM_D}, INIT_LINEAR, DECAY},   // rows 0..F-1 make up, rows F..2F-1 make the gate
+    {"mlp.fc2.weight", {DIM_D, DIM_F},  INIT_RESIDUAL, DECAY},
+};
+
+typedef struct { real *rstd, *u, *h; } MlpActs;
+
+static const TensorSpec mlp_acts[] = {
+    {"rstd", {DIM_1}, 0, 0},
+    {"u",    {DIM_D}, 0, 0},
+    {"h",    {DIM_2F}, 0, 0},          // up, gate
+};
+
+typedef struct { real *m, *out, *du, *dh, *dm; } MlpScratch;
+
+static const TensorSpec mlp_scratch[] = {
+    {"m",   {DIM_F}, 0, 0},
+    {"out", {DIM_D}, 0, 0},
+    {"du",  {DIM_D}, 0, 0},
+    {"dh",  {DIM_2F}, 0, 0},
+    {"dm",  {DIM_F}, 0, 0},
+};
+
+// mlp_block_forward: res_out = res_in + W_2 (up * silu(gate)),  [up; gate] = W_1 RMSNorm(res_in).   Shazeer (arXiv 2002.05202)
+void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params, real* const* acts,
+                       real* const* scratch, real* const* state0, real* const* stateT) {
+    const MlpParams* p = (const MlpParams*)params;
+    const MlpActs* a = (const MlpActs*)acts;
+    const MlpScratch* w = (const MlpScratch*)scratch;
+    (void)state0; (void)stateT;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
+    matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
+    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
+    residual_forward(res_out, res_in, w->out, M * D);
+}
+
+void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams, real* const* params,
+                        real* const* acts, real* const* scratch, real* const* state0, real* const* dstate0,
+                        real* const* dstateT) {
+    const MlpParams *p = (const MlpParams*)params, *dp = (const MlpParams*)dparams;
+    const MlpActs* a = (const MlpActs*)acts;
+    const MlpScratch* w = (const MlpScratch*)scratch;
+    (void)state0; (void)dstate0; (void)dstateT;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    zero_real(w->dm, M * F);
+    zero_real(w->dh, M * 2 * F);
+    zero_real(w->du, M * D);
+    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    matmul_backward(w->dm, F, dp->fc2, NULL, dres, D, w->m, F, p->fc2, M, F, D);
+    gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5.3 The table of kinds
+
+enum { MAX_FIELDS = 16 };     // pointers in a kind's struct
+
+typedef struct {
+    char letter;              // in the pattern string
+    const char* name;
+    const TensorSpec* params;  int n_params;
+    const TensorSpec* acts;    int n_acts;      // saved for backward, one set per layer (one in all with recompute)
+    const TensorSpec* scratch; int n_scratch;   // shared by all layers
+    const TensorSpec* state;   int n_state;     // carried from token to token
+    void (*forward)(const Run*, real* res_out, const real* res_in, real* const* params, real* const* acts,
+                    real* const* scratch, real* const* state0, real* const* stateT);
+    void (*backward)(const Run*, real* dres, const real* res_in, real* const* dparams, real* const* params,
+                     real* const* acts, real* const* scratch, real* const* state0, real* const* dstate0,
+                     real* const* dstateT);
+} Kind;
+
+#define TABLE(t) t, (int)(sizeof(t) / sizeof(t[0]))
+static const Kind kinds[] = {
+    {'1', "Mamba-1", TABLE(mamba1_params), TABLE(mamba1_acts), TABLE(mamba1_scratch), TABLE(mamba1_state),
+     mamba1_block_forward, mamba1_block_backward},
+    {'m', "gated MLP", TABLE(mlp_params), TABLE(mlp_acts), TABLE(mlp_scratch), NULL, 0,
+     mlp_block_forward, mlp_block_backward},
+};
+enum { N_KINDS = sizeof(kinds) / sizeof(kinds[0]) };
+
+#define FIELDS(type) (sizeof(type) / sizeof(void*))
+static_assert(FIELDS(Mamba1Params) == sizeof(mamba1_params) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(Mamba1Acts) == sizeof(mamba1_acts) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(MlpParams) == sizeof(mlp_params) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(MlpActs) == sizeof(mlp_acts) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(MlpScratch) == sizeof(mlp_scratch) / sizeof(TensorSpec), "one row per field, in order");
+
+// ---------------------------------------------------------------------------------------------------
+// 6. Model: tensor table, memory plan, initialization, forward, backward
+
+// Tensor: one parameter of a concrete model. The same offset serves parameters, gradients and both AdamW moments.
+typedef struct {
+    char name[64];            // in checkpoints, in the published dialect
+    const TensorSpec* spec;
+    int layer;                // sub-layer, or -1 for the tensors outside the blocks
+    int ndim;
+    int64_t shape[3];
+    size_t count, offset;     // elements; the offset is a multiple of 16
+} Tensor;
+
+typedef struct {
+    const Kind* kind;
+    int block;                                // number in the tensor names
+    real *params[MAX_FIELDS], *grads[MAX_FIELDS];
+} Layer;
+
+typedef struct {
+    Config config;
+    int n_layers;             // residual sub-layers: with pattern "1m", two per block
+    Layer* layer;
+    int n_tensors;
+    Tensor* tensor;
+    size_t n_params;          // trainable numbers, the figure that is quoted
+    size_t n_elements;        // the same with padding between tensors
+    real *params, *grads, *m, *v;             // grads, m, v only when training
+    real *embedding, *norm_f, *head;          // head == embedding when tied
+    real *dembedding, *dnorm_f, *dhead;
+} Model;
+
+// The tensors outside the blocks: field order of Model, see model_bind.
+static const TensorSpec model_specs[] = {
+    {"backbone.embeddings.weight", {DIM_VP, DIM_D}, INIT_EMBEDDING, DECAY},
+    {"backbone.norm_f.weight",     {DIM_D},         INIT_ONE, 0},
+    {"lm_head.weight",             {DIM_VP, DIM_D}, INIT_LINEAR, DECAY},
+};
+
+const Kind* kind_of(char letter) {
+    for (int i = 0; i < N_KINDS; i++)
+        if (kinds[i].letter == letter) return &kinds[i];
+    die("--pattern: there is no layer kind '%c'; known are 1 (Mamba-1) and m (gated MLP after a mixer)", letter);
+}
+
+static bool spec_exists(const TensorSpec* s, const Config* c) {
+    return !((s->flags & IF_BIAS) && !c->bias) && !((s->flags & IF_CONV_BIAS) && !c->conv_bias);
+}
+
+static void model_add_tensor(Model* m, const TensorSpec* spec, int layer) {
+    if (!spec_exists(spec, &m->config)) return;
+    m->tensor = (Tensor*)xrealloc(m->tensor, (size_t)m->n_tensors + 1, sizeof(Tensor));
+    Tensor* t = &m->tensor[m->n_tensors++];
+    memset(t, 0, sizeof *t);
+    t->spec = spec;
+    t->layer = layer;
+    if (layer < 0) snprintf(t->name, sizeof t->name, "%s", spec->name);
+    else snprintf(t->name, sizeof t->name, "backbone.layers.%d.%s", m->layer[layer].block, spec->name);
+    for (int i = 0; i < 3 && spec->dim[i]; i++) t->shape[t->ndim++] = config_dim(&m->config, spec->dim[i]);
+    if (!checked_size(t->ndim, t->shape, 1, &t->count)) die("%s: its size does not fit in 63 bits", t->name);
+    t->offset = m->n_elements;
+    m->n_params += t->count;
+    m->n_elements += (t->count + 15) / 16 * 16;
+}
+
+// model_describe: fills the layer list and the tensor table from a configuration; allocates no parameters.
+void model_describe(Model* m, const Config* config) {
+    memset(m, 0, sizeof *m);
+    m->config = *config;
+    const char *pattern = config->pattern, *p = pattern;
+    for (int block = 0; block < config->n_layer; block++) {
+        do {        // a mixer, then its MLP
+            m->layer = (Layer*)xrealloc(m->layer, (size_t)m->n_layers + 1, sizeof(Layer));
+            Layer* layer = &m->layer[m->n_layers++];
+            memset(layer, 0, sizeof *layer);
+            layer->kind = kind_of(*p);
+            layer->block = block;
+            p = p[1] ? p + 1 : pattern;
+        } while (*p == 'm' && p != pattern);
+    }
+    model_add_tensor(m, &model_specs[0], -1);
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_params; i++) model_add_tensor(m, &m->layer[l].kind->params[i], l);
+    model_add_tensor(m, &model_specs[1], -1);
+    if (!config->tie_embeddings) model_add_tensor(m, &model_specs[2], -1);
+}
+
+// model_bind: points the layers' structs into the flat arrays.
+static void model_bind(Model* m) {
+    real** outside[3] = {&m->embedding, &m->norm_f, &m->head};
+    real** doutside[3] = {&m->dembedding, &m->dnorm_f, &m->dhead};
+    for (int i = 0; i < m->n_tensors; i++) {
+        Tensor* t = &m->tensor[i];
+        real *value = m->params + t->offset, *grad = m->grads ? m->grads + t->offset : NULL;
+        if (t->layer < 0) {
+            *outside[t->spec - model_specs] = value;
+            *doutside[t->spec - model_specs] = grad;
+        } else {
+            Layer* layer = &m->layer[t->layer];
+            layer->params[t->spec - layer->kind->params] = value;
+            layer->grads[t->spec - layer->kind->params] = grad;
+        }
+    }
+    if (m->config.tie_embeddings) {
+        m->head = m->embedding;
+        m->dhead = m->dembedding;
+    }
+}
+
+// model_alloc: memory for the parameters and, for training, gradients and moments. All zero.
+void model_alloc(Model* m, bool training) {
+    m->params = (real*)xcalloc(m->n_elements, sizeof(real));
+    if (training) {
+        m->grads = (real*)xcalloc(m->n_elements, sizeof(real));
+        m->m = (real*)xcalloc(m->n_elements, sizeof(real));
+        m->v = (real*)xcalloc(m->n_elements, sizeof(real));
+    }
+    model_bind(m);
+}
+
+void model_free(Model* m) {
+    free(m->layer);
+    free(m->tensor);
+    free(m->params);
+    free(m->grads);
+    free(m->m);
+    free(m->v);
+    memset(m, 0, sizeof *m);
+}
+
+// model_init: draws every parameter by its rule. A value depends on (seed, tensor, element) alone.
+//   dt_proj.bias: dt = exp(u (ln dt_max - ln dt_min) + ln dt_min), at least dt_init_floor; bias = dt + ln(1 - exp(-dt)),
+//   the inverse of softplus. out_proj and fc2 are divided by sqrt(n_layer), as the published code does in effect.
+void model_init(Model* m, uint64_t seed) {
+    const Config* c = &m->config;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        real* p = m->params + t->offset;
+        uint64_t stream = STREAM_INIT + (uint64_t)i;
+        double scale = 1 / sqrt((double)t->shape[t->ndim - 1]);
+        if (t->spec->init == INIT_CONV) scale = 1 / sqrt((double)c->d_conv);
+        if (t->spec->init == INIT_DT_WEIGHT) scale = c->dt_scale / sqrt((double)c->dt_rank);
+        if (t->spec->init == INIT_RESIDUAL && c->rescale_prenorm_residual) scale /= sqrt((double)c->n_layer);
+        #pragma omp parallel for
+        for (size_t j = 0; j < t->count; j++) {
+            double x = 0, u = random_uniform(seed, stream, j);
+            switch (t->spec->init) {
+                case INIT_ZERO: x = 0; break;
+                case INIT_ONE: x = 1; break;
+                case INIT_EMBEDDING: x = c->initializer_range * random_normal(seed, stream, j); break;
+                case INIT_LINEAR: case INIT_RESIDUAL: case INIT_CONV: x = scale * (2 * u - 1); break;
+                case INIT_DT_WEIGHT: x = c->dt_init_constant ? scale : scale * (2 * u - 1); break;
+                case INIT_DT_BIAS: {
+                    double dt = exp(u * (log(c->dt_max) - log(c->dt_min)) + log(c->dt_min));
+                    if (dt < c->dt_init_floor) dt = c->dt_init_floor;
+                    x = dt + log(-expm1(-dt));
+                    break;
+                }
+                case INIT_A_LOG: x = log((double)(j % (size_t)c->d_state) + 1); break;
+            }
+            p[j] = (real)x;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// 6.1 State and workspace
+
+// State: the recurrent state of `rows` sequences in every layer. It is all that a sequence leaves behind: constant memory.
+typedef struct {
+    size_t rows, n_elements;
+    real* data;
+    real* (*field)[MAX_FIELDS];     // [layer][field]: (rows, shape)
+} State;
+
+// A state without memory: every field NULL. As an input it means "start from zero", as an output "not wanted".
+State state_none(const Model* m) {
+    State s = {0, 0, NULL, NULL};
+    s.field = (real*(*)[MAX_FIELDS])xcalloc((size_t)m->n_layers, sizeof(*s.field));
+    return s;
+}
+
+static size_t spec_count(const TensorSpec* spec, const Config* c) {
+    size_t n = 1;
+    for (int i = 0; i < 3 && spec->dim[i]; i++) n *= (size_t)config_dim(c, spec->dim[i]);
+    return n;
+}
+
+State state_alloc(const Model* m, size_t rows) {
+    State s = state_none(m);
+    s.rows = rows;
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            s.n_elements += rows * spec_count(&m->layer[l].kind->state[i], &m->config);
+    s.data = (real*)xcalloc(s.n_elements, sizeof(real));
+    real* p = s.data;
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+            s.field[l][i] = p;
+            p += rows * spec_count(&m->layer[l].kind->state[i], &m->config);
+        }
+    return s;
+}
+
+void state_free(State* s) {
+    free(s->data);
+    free(s->field);
+    memset(s, 0, sizeof *s);
+}
+
+// state_copy_row: row `from` of src becomes row `to` of dst; src NULL clears the row.
+void state_copy_row(const Model* m, State* dst, size_t to, const State* src, size_t from) {
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+            size_t n = spec_count(&m->layer[l].kind->state[i], &m->config);
+            if (src) memcpy(dst->field[l][i] + to * n, src->field[l][i] + from * n, n * sizeof(real));
+            else memset(dst->field[l][i] + to * n, 0, n * sizeof(real));
+        }
+}
+
+// Workspace: the memory of one forward (and backward) over at most B x T tokens. Every call may use smaller B and T.
+// For inference nothing is kept per layer: the residual stream and the activations are reused from layer to layer.
+typedef struct {
+    size_t B, T;
+    bool training, recompute;
+    size_t bytes;                     // of everything below
+    real* data;
+    real** res;                       // [n_layers + 1] residual stream before each sub-layer, (B,T,D)
+    real* (*acts)[MAX_FIELDS];        // [layer][field]
+    real* (*scratch)[MAX_FIELDS];     // [kind][field]
+    real *f, *f_rstd;                 // final norm (B,T,D), (B,T)
+    real *logits, *losses, *dres, *df;
+} Workspace;
+
+enum { CLASSIFIER_ROWS = 256 };       // logits exist for this many tokens at a time
+
+static size_t activation_count(const TensorSpec* spec, const Config* c, size_t B, size_t T) {
+    size_t E = (size_t)c->d_inner, N = (size_t)c->d_state;
+    if (spec->dim[0] == DIM_SCAN_SAVED) return selective_scan_saved(B, T, E, N);
+    if (spec->dim[0] == DIM_SCAN_SCRATCH) return selective_scan_scratch(B, T, E, N);
+    return B * T * spec_count(spec, c);
+}
+
+// A Planner hands out pieces of one allocation; with base NULL it only counts, so that the plan can be printed and
+// compared with the memory of the machine before anything is allocated.
+typedef struct { real* base; size_t used; } Planner;
+
+static real* plan(Planner* p, size_t count) {
+    real* piece = p->base ? p->base + p->used : NULL;
+    p->used += (count + 15) / 16 * 16;
+    return piece;
+}
+
+static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
+    const Config* c = &m->config;
+    size_t M = w->B * w->T, D = (size_t)c->d_model, Vp = (size_t)c->vocab_padded;
+    for (int l = 0; l <= m->n_layers; l++) w->res[l] = w->training || l == 0 ? plan(p, M * D) : w->res[0];
+    for (int k = 0; k < N_KINDS; k++) {
+        bool used = false;      // a kind outside the pattern needs nothing
+        int first = -1;
+        for (int l = 0; l < m->n_layers; l++) {
+            if (m->layer[l].kind != &kinds[k]) continue;
+            used = true;
+            for (int i = 0; i < kinds[k].n_acts; i++) {
+                if (!w->training && kinds[k].acts[i].dim[0] == DIM_SCAN_SAVED) continue;      // stays NULL: nothing is saved
+                bool own = first < 0 || (w->training && !w->recompute);
+                w->acts[l][i] = own ? plan(p, activation_count(&kinds[k].acts[i], c, w->B, w->T)) : w->acts[first][i];
+            }
+            if (first < 0) first = l;
+        }
+        for (int i = 0; used && i < kinds[k].n_scratch; i++) {
+            const char* name = kinds[k].scratch[i].name;
+            bool backward_only = name[0] == 'd' || kinds[k].scratch[i].dim[0] == DIM_SCAN_SCRATCH;
+            if (w->training || !backward_only) w->scratch[k][i] = plan(p, activation_count(&kinds[k].scratch[i], c, w->B, w->T));
+        }
+    }
+    w->f = plan(p, M * D);
+    w->f_rstd = plan(p, M);
+    w->logits = plan(p, min_size(CLASSIFIER_ROWS, M) * Vp);
+    w->losses = plan(p, M);
+    w->dres = w->training ? plan(p, M * D) : NULL;
+    w->df = w->training ? plan(p, M * D) : NULL;
+}
+
+// workspace_alloc: with measure_only the bytes are computed and nothing is kept.
+Workspace workspace_alloc(const Model* m, size_t B, size_t T, bool training, bool recompute, bool measure_only) {
+    Workspace w;
+    memset(&w, 0, sizeof w);
+    w.B = B;
+    w.T = T;
+    w.training = training;
+    w.recompute = recompute;
+    w.res = (real**)xcalloc((size_t)m->n_layers + 1, sizeof(real*));
+    w.acts = (real*(*)[MAX_FIELDS])xcalloc((size_t)m->n_layers, sizeof(*w.acts));
+    w.scratch = (real*(*)[MAX_FIELDS])xcalloc(N_KINDS, sizeof(*w.scratch));
+    Planner p = {NULL, 0};
+    workspace_plan(&w, m, &p);
+    w.bytes = p.used * sizeof(real);
+    if (measure_only) return w;
+    w.data = p.base = (real*)xcalloc(p.used, sizeof(real));
+    p.used = 0;
+    workspace_plan(&w, m, &p);
+    return w;
+}
+
+void workspace_free(Workspace* w) {
+    free(w->data);
+    free(w->res);
+    free(w->acts);
+    free(w->scratch);
+    memset(w, 0, sizeof *w);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 6.2 Forward, loss, backward
+
+static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, const State* s0, const State* sT) {
+    const Layer* layer = &m->layer[l];
+    layer->kind->forward(run, w->res[l + 1], w->res[l], layer->params, w->acts[l], w->scratch[layer->kind - kinds],
+                         s0->field[l], sT->field[l]);
+}
+
+// model_forward: tokens (B,T) to the final normalized residual stream w->f (B,T,D).
+//   res_0 = embedding[tokens]     res_{l+1} = res_l + layer_l(RMSNorm(res_l))     f = RMSNorm(res_last)
+//   doc (B,T) or NULL; s0 and sT: states before and after, see state_none; in inference they may be the same state
+void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
+                   const State* s0, const State* sT) {
+    assert(B * T <= w->B * w->T && B <= w->B);
+    Run run = {&m->config, B, T, doc};
+    size_t D = (size_t)m->config.d_model;
+    embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
+    rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
+}
+
+// model_loss: the classifier and the loss over `M` tokens of w->f, in pieces so that a whole logits array never exists.
+//   logits = f W_head^T (M,Vp)        returns the sum of the losses; the caller divides by the number of targets
+//   backward = true: also df = scale * d(sum)/df (written to w->df) and dW_head += scale * dlogits^T f
+double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bool backward, real scale) {
+    size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
+    double sum = 0;
+    if (backward) zero_real(w->df, M * D);
+    for (size_t m0 = 0; m0 < M; m0 += CLASSIFIER_ROWS) {
+        size_t n = min_size(CLASSIFIER_ROWS, M - m0);
+        const real* f = w->f + m0 * D;
+        matmul_forward(w->logits, Vp, f, D, m->head, NULL, n, D, Vp);
+        crossentropy(w->losses + m0, backward ? w->logits : NULL, w->logits, targets + m0, scale, n, Vp);
+        if (backward) matmul_backward(w->df + m0 * D, D, m->dhead, NULL, w->logits, Vp, f, D, m->head, n, D, Vp);
+        for (size_t i = m0; i < m0 + n; i++) sum += (double)w->losses[i];
+    }
+    return sum;
+}
+
+// model_backward: from w->df to every parameter gradient (+=). The arguments are those of model_forward; with recompute
+// each layer runs forward again just before its backward. ds0, dsT: gradients of the states, see state_none.
+void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
+                    const State* s0, const State* ds0, const State* dsT) {
+    Run run = {&m->config, B, T, doc};
+    size_t D = (size_t)m->config.d_model, M = B * T;
+    State none = state_none(m);
+    zero_real(w->dres, M * D);
+    rmsnorm_backward(w->dres, m->dnorm_f, w->df, w->res[m->n_layers], m->norm_f, w->f_rstd, M, D);
+    for (int l = m->n_layers - 1; l >= 0; l--) {
+        const Layer* layer = &m->layer[l];
+        if (w->recompute) layer_forward(m, w, &run, l, s0, &none);
+        layer->kind->backward(&run, w->dres, w->res[l], layer->grads, layer->params, w->acts[l],
+                              w->scratch[layer->kind - kinds], s0->field[l], ds0->field[l], dsT->field[l]);
+    }
+    embedding_backward(m->dembedding, w->dres, tokens, M, D);
+    state_free(&none);
+}
+
+// find_nonfinite: the name of the first tensor with a NaN or infinity, in the order in which a step computes them:
+// parameters, then the activations of a forward run again layer by layer, then gradients from the last layer to the first.
+static bool all_finite(const real* p, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite((double)p[i])) return false;
     return true;
 }
-// BEGIN-UNFINISHED
-// defines: SafeTensors, safetensors_open/read/close, SafeTensorsWriter, config_read, config_write
-//#include "data/safetensors.h"
+
+bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T, const State* s0,
+                    char* text, size_t size) {
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        if (all_finite(m->params + t->offset, t->count)) continue;
+        snprintf(text, size, "parameter %s (layer %d)", t->name, t->layer);
+        return true;
+    }
+    Run run = {&m->config, B, T, doc};
+    State none = state_none(m);
+    bool found = false;
+    size_t D = (size_t)m->config.d_model;
+    for (int l = 0; l < m->n_layers && !found; l++) {
+        const Layer* layer = &m->layer[l];
+        if (l == 0) embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+        layer_forward(m, w, &run, l, s0, &none);
+        for (int i = 0; i < layer->kind->n_acts && !found; i++) {
+            if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T))) continue;
+            snprintf(text, size, "activation %s of layer %d (%s)", layer->kind->acts[i].name, l, layer->kind->name);
+            found = true;
+        }
+        if (!found && !all_finite(w->res[l + 1], B * T * D)) {
+            snprintf(text, size, "residual stream after layer %d (%s)", l, layer->kind->name);
+            found = true;
+        }
+    }
+    state_free(&none);
+    for (int i = m->n_tensors - 1; i >= 0 && !found && m->grads; i--) {
+        const Tensor* t = &m->tensor[i];
+        if (all_finite(m->grads + t->offset, t->count)) continue;
+        snprintf(text, size, "gradient of %s (layer %d)", t->name, t->layer);
+        found = true;
+    }
+    return found;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 7. Optimizer: gradient norm, AdamW, learning rate schedules
+
+// gradient_norm: the L2 norm of all gradients together. Sums of fixed blocks in double, added in order: the result does
+// not depend on the number of threads.
+double gradient_norm(const Model* m) {
+    enum { BLOCK = 65536 };
+    size_t blocks = (m->n_elements + BLOCK - 1) / BLOCK;
+    double *partial = (double*)xcalloc(blocks, sizeof(double)), sum = 0;
+    #pragma omp parallel for
+    for (size_t i = 0; i < blocks; i++) {
+        const real* g = m->grads + i * BLOCK;
+        size_t n = min_size(BLOCK, m->n_elements - i * BLOCK);
+        double s = 0;
+        #pragma omp simd reduction(+:s)
+        for (size_t j = 0; j < n; j++) s += (double)g[j] * (double)g[j];
+        partial[i] = s;
+    }
+    for (size_t i = 0; i < blocks; i++) sum += partial[i];
+    free(partial);
+    return sqrt(sum);
+}
+
+// clip_scale: what the gradients are multiplied with so that their norm is at most `clip` (0: no clipping)
+double clip_scale(double norm, double clip) {
+    double scale = clip / (norm + 1e-6);
+    return clip > 0 && scale < 1 ? scale : 1;
+}
+
+typedef struct { double beta1, beta2, eps, weight_decay; } AdamW;
+
+// adamw_update: step number `step` (from 1) on every tensor; tensors without the DECAY flag are not decayed.
+//   g = scale * grad     m = beta1 m + (1-beta1) g     v = beta2 v + (1-beta2) g^2
+//   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)       Loshchilov, Hutter (1711.05101)
+void adamw_update(Model* model, const AdamW* opt, double lr, double scale, int64_t step) {
+    real beta1 = (real)opt->beta1, beta2 = (real)opt->beta2, eps = (real)opt->eps, s = (real)scale;
+    real rate = (real)(lr / (1 - pow(opt->beta1, (double)step)));
+    real v_scale = (real)(1 / sqrt(1 - pow(opt->beta2, (double)step)));
+    for (int i = 0; i < model->n_tensors; i++) {
+        const Tensor* t = &model->tensor[i];
+        real *p = model->params + t->offset, *m = model->m + t->offset, *v = model->v + t->offset;
+        const real* grad = model->grads + t->offset;
+        real keep = t->spec->flags & DECAY ? (real)(1 - lr * opt->weight_decay) : 1;
+        #pragma omp parallel for simd if (t->count > 16384)
+        for (size_t j = 0; j < t->count; j++) {
+            real g = s * grad[j];
+            m[j] = beta1 * m[j] + (1 - beta1) * g;
+            v[j] = beta2 * v[j] + (1 - beta2) * g * g;
+            p[j] = keep * p[j] - rate * m[j] / (sqrt_real(v[j]) * v_scale + eps);
+        }
+    }
+}
+
+// lr_at: the learning rate of step `step` (from 0) of `steps`. Linear warmup over `warmup` steps, then by schedule:
+//   constant | linear or cosine from lr to min_lr over the rest | wsd (warmup, stable, decay): constant, then linear
+//   to min_lr over the last `decay` steps
+enum { SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_WSD };
+
+double lr_at(int schedule, int64_t step, int64_t steps, int64_t warmup, int64_t decay, double lr, double min_lr) {
+    if (step < warmup) return lr * (double)(step + 1) / (double)warmup;
+    double done = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1;
+    if (schedule == SCHEDULE_WSD) done = decay > 0 && step > steps - decay ? (double)(step - (steps - decay)) / (double)decay : 0;
+    if (done > 1) done = 1;
+    switch (schedule) {
+        case SCHEDULE_LINEAR: case SCHEDULE_WSD: return lr + (min_lr - lr) * done;
+        case SCHEDULE_COSINE: return min_lr + (lr - min_lr) * 0.5 * (1 + cos(3.141592653589793 * done));
+    }
+    return lr;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 8. Checkpoints: saving, loading, resuming
+//
+// A checkpoint is a directory that Hugging Face transformers loads: config.json, model.safetensors, tokenizer.json, and
+// for resuming optimizer.safetensors with both AdamW moments, the carried states and, as metadata, the training
+// settings and counters. Both tensor files carry the step and a save id, the hash of all parameters.
+
+uint64_t model_hash(const Model* m) {
+    uint64_t hash = 0;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const unsigned char* p = (const unsigned char*)(m->params + m->tensor[i].offset);
+        size_t bytes = m->tensor[i].count * sizeof(real);
+        for (size_t j = 0; j < bytes; j += 8) {
+            uint64_t word = 0;
+            memcpy(&word, p + j, min_size(8, bytes - j));
+            hash = (hash ^ word) * 0x9e3779b97f4a7c15ull;
+            hash ^= hash >> 29;
+        }
+    }
+    return mix64(hash);
+}
+
+// model_file_tensors: what a checkpoint file of the model holds, for writing and for comparing. The embedding has two
+// published names: `embeddings` (Hugging Face) and `embedding` (mamba_ssm). out: n_tensors entries, caller frees
+static SafeTensorOut* model_file_tensors(const Model* m, bool mamba_ssm) {
+    SafeTensorOut* out = (SafeTensorOut*)xcalloc((size_t)m->n_tensors + 1, sizeof(SafeTensorOut));
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        out[i].name = i == 0 && mamba_ssm ? "backbone.embedding.weight" : t->name;
+        out[i].ndim = t->ndim;
+        for (int k = 0; k < t->ndim; k++) out[i].shape[k] = t->shape[k];
+        out[i].dtype = REAL_IS_DOUBLE ? ST_F64 : ST_F32;
+        out[i].data = m->params ? m->params + t->offset : NULL;
+    }
+    return out;
+}
+
+static SafeTensorOut flat_tensor(const char* name, const real* data, size_t n) {
+    SafeTensorOut t;
+    memset(&t, 0, sizeof t);
+    t.name = name;
+    t.ndim = 1;
+    t.shape[0] = (int64_t)n;
+    t.dtype = REAL_IS_DOUBLE ? ST_F64 : ST_F32;
+    t.data = data;
+    return t;
+}
+
+// optimizer_file_tensors: both moments of every tensor and the carried states, each as a flat array.
+typedef struct { char text[96]; } TensorName;
+static SafeTensorOut* optimizer_file_tensors(const Model* m, const State* carry, int n_carry, TensorName* name) {
+    int n = m->n_tensors;
+    SafeTensorOut* out = (SafeTensorOut*)xcalloc((size_t)(2 * n + n_carry), sizeof(SafeTensorOut));
+    for (int i = 0; i < n; i++) {
+        const Tensor* t = &m->tensor[i];
+        snprintf(name[i].text, sizeof name[i].text, "exp_avg.%s", t->name);
+        snprintf(name[n + i].text, sizeof name[i].text, "exp_avg_sq.%s", t->name);
+        out[i] = flat_tensor(name[i].text, m->m + t->offset, t->count);
+        out[n + i] = flat_tensor(name[n + i].text, m->v + t->offset, t->count);
+    }
+    for (int i = 0; i < n_carry; i++) {
+        snprintf(name[2 * n + i].text, sizeof name[0].text, "carried_state.%d", i);
+        out[2 * n + i] = flat_tensor(name[2 * n + i].text, carry[i].data, carry[i].n_elements);
+    }
+    return out;
+}
+
+// checkpoint_save: writes out/step_%08d and points out/last at it. settings: key, value, ..., NULL (training settings and
+// counters) or NULL for a model without optimizer. On failure the previous checkpoint is still whole and visible.
+enum { MAX_META = 512 };
+bool checkpoint_save(const Model* m, const Tokenizer* tok, const char* out, int64_t step, const char** settings,
+                     const State* carry, int n_carry, Error* err) {
+    char dir[4096], path[4352], step_text[32], id_text[32];
+    const char* meta[MAX_META];
+    snprintf(step_text, sizeof step_text, "%lld", (long long)step);
+    snprintf(id_text, sizeof id_text, "%016llx", (unsigned long long)model_hash(m));
+    const char* fixed[] = {"format", "pt", "step", step_text, "save_id", id_text};
+    int n = 0;
+    for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) meta[n++] = fixed[i];
+    meta[n] = NULL;
+    if (!checkpoint_begin(out, step, dir, sizeof dir, err)) return false;
+    if (!config_write(&m->config, dir, err)) return false;
+    if (tok->kind != TOKENIZER_NONE && !tokenizer_write(tok, dir, err)) return false;
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    SafeTensorOut* tensors = model_file_tensors(m, strchr(m->config.pattern, 'm') != NULL);
+    bool ok = safetensors_write(path, tensors, m->n_tensors, meta, err);
+    free(tensors);
+    if (ok && settings) {
+        for (int i = 0; settings[i]; i++) {
+            assert(n + 1 < MAX_META);
+            meta[n++] = settings[i];
+        }
+        meta[n] = NULL;
+        snprintf(path, sizeof path, "%s/optimizer.safetensors", dir);
+        TensorName* names = (TensorName*)xcalloc((size_t)(2 * m->n_tensors + n_carry), sizeof(TensorName));
+        tensors = optimizer_file_tensors(m, carry, n_carry, names);
+        ok = safetensors_write(path, tensors, 2 * m->n_tensors + n_carry, meta, err);
+        free(tensors);
+        free(names);
+    }
+    return ok && checkpoint_commit(out, step, err);
+}
+
+// model_load_tensors: every parameter from a file, or one line that lists all that does not fit. Accepts both published
+// names of the embedding, and a head beside a tied embedding when it is the same matrix.
+bool model_load_tensors(Model* m, const SafeTensors* st, Error* err) {
+    SafeTensorOut* want = model_file_tensors(m, safetensors_find(st, "backbone.embedding.weight") != NULL);
+    const SafeTensor* tied_head = m->config.tie_embeddings ? safetensors_find(st, "lm_head.weight") : NULL;
+    if (tied_head) {
+        want[m->n_tensors] = want[0];
+        want[m->n_tensors].name = "lm_head.weight";
+    }
+    bool ok = safetensors_expect(st, want, m->n_tensors + (tied_head != NULL), err);
+    for (int i = 0; ok && i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        ok = safetensors_read_real(st, safetensors_find(st, want[i].name), m->params + t->offset, err);
+        if (ok && !all_finite(m->params + t->offset, t->count))
+            ok = fail(err, "%s: %s holds NaN or infinity; the file is damaged or the model had diverged", st->path, t->name);
+    }
+    if (ok && tied_head) {
+        real* copy = (real*)xcalloc(m->tensor[0].count, sizeof(real));
+        ok = safetensors_read_real(st, tied_head, copy, err);
+        if (ok && memcmp(copy, m->embedding, m->tensor[0].count * sizeof(real)) != 0)
+            ok = fail(err, "%s: lm_head.weight differs from the embedding, but config.json ties them; "
+                           "set tie_word_embeddings to false there", st->path);
+        free(copy);
+    }
+    free(want);
+    return ok;
+}
+
+// model_load: describes and allocates the model of a checkpoint directory and reads its parameters.
+bool model_load(Model* m, const char* dir, bool training, Error* err) {
+    Config config;
+    char path[4352];
+    SafeTensors st;
+    if (!config_read(&config, dir, err)) return false;
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    if (!safetensors_open(&st, path, err)) return false;
+    model_describe(m, &config);
+    model_alloc(m, training);
+    bool ok = model_load_tensors(m, &st, err);
+    safetensors_close(&st);
+    if (!ok) model_free(m);
+    return ok;
+}
+
+// optimizer_load: moments and carried states that belong to the loaded parameters: both files must be of one save, and the
+// save id must be the hash of these parameters. st: the opened optimizer.safetensors
+bool optimizer_load(Model* m, const SafeTensors* model_file, const SafeTensors* st, State* carry, int n_carry, Error* err) {
+    char id[32];
+    snprintf(id, sizeof id, "%016llx", (unsigned long long)model_hash(m));
+    if (!checkpoint_same_save(model_file, st, err)) return false;
+    if (strcmp(id, safetensors_metadata(st, "save_id")) != 0)
+        return fail(err, "%s: the weights are not those that were saved with %s; use another checkpoint", model_file->path, st->path);
+    int n = m->n_tensors;
+    TensorName* names = (TensorName*)xcalloc((size_t)(2 * n + n_carry), sizeof(TensorName));
+    SafeTensorOut* want = optimizer_file_tensors(m, carry, n_carry, names);
+    bool ok = safetensors_expect(st, want, 2 * n + n_carry, err);
+    for (int i = 0; ok && i < 2 * n + n_carry; i++)
+        ok = safetensors_read_real(st, safetensors_find(st, want[i].name), (real*)want[i].data, err);
+    free(want);
+    free(names);
+    return ok;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 9. Sampling: from logits to a token
+
+// The order of the rules: repetition penalty, top-k, min-p, temperature, top-p, draw. Each is off at its neutral value.
+typedef struct {
+    double temperature;          // 0: the most likely token
+    int64_t top_k;               // keep the k most likely (0: all); 1: the most likely token
+    double top_p;                // keep the smallest set of best tokens whose probability reaches p (0 or 1: all)
+    double min_p;                // keep tokens with at least min_p times the probability of the best (0: all)
+    double repetition_penalty;   // logits of tokens already seen: z/rho when z >= 0, z*rho otherwise (1: off)
+    uint64_t seed;
+} Sampler;
+
+typedef struct { float z; int token; } Candidate;
+
+// better first: higher logit, then lower token
+static int compare_candidates(const void* a, const void* b) {
+    const Candidate *x = (const Candidate*)a, *y = (const Candidate*)b;
+    if (x->z != y->z) return x->z > y->z ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+// float_order: an unsigned integer that is ordered like the float: the bits, with negative numbers folded over.
+static inline uint32_t float_order(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+// keep_top_k: keeps exactly the k best of n candidates, in their order. The k-th largest logit is found by bisection over
+// the 2^32 floats in order (their bits, sign-folded, are ordered integers): 32 passes and no sort.
+static size_t keep_top_k(Candidate* c, size_t n, size_t k) {
+    uint32_t lo = 0, hi = UINT32_MAX;        // the largest key that at least k candidates reach
+    for (int pass = 0; pass < 32 && lo < hi; pass++) {
+        uint32_t mid = lo + (hi - lo) / 2 + 1;
+        size_t count = 0;
+        for (size_t i = 0; i < n; i++) count += float_order(c[i].z) >= mid;
+        if (count >= k) lo = mid;
+        else hi = mid - 1;
+    }
+    size_t above = 0, kept = 0;
+    for (size_t i = 0; i < n; i++) above += float_order(c[i].z) > lo;
+    size_t ties = k - above;                 // of the candidates equal to the k-th, those with the lowest tokens stay
+    for (size_t i = 0; i < n; i++) {
+        uint32_t key = float_order(c[i].z);
+        if (key > lo || (key == lo && ties > 0)) {
+            if (key == lo) ties--;
+            c[kept++] = c[i];
+        }
+    }
+    return kept;
+}
+
+// sample_token: one draw from logits (V). seen (V) marks the tokens of prompt and output so far. The random number is that
+// of (seed, STREAM_SAMPLE + row, position): a sequence does not depend on the others in its batch. c: memory for V.
+// false when the logits hold NaN or +infinity, or no finite value at all.
+bool sample_token(const Sampler* s, const real* logits, const unsigned char* seen, size_t V, uint64_t row, uint64_t position,
+                  Candidate* c, int* token, Error* err) {
+    Candidate best = {-INFINITY, -1};
+    double rho = s->repetition_penalty;
+    for (size_t v = 0; v < V; v++) {
+        double z = (double)logits[v];
+        if (rho != 1 && seen[v]) z = z >= 0 ? z / rho : z * rho;
+        if (isnan(z) || z > 3.4e38)
+            return fail(err, "the logit of token %zu is %f: the model has diverged or its file is damaged", v, z);
+        c[v].z = (float)z;
+        c[v].token = (int)v;
+        if (c[v].z > best.z) best = c[v];
+    }
+    if (best.token < 0) return fail(err, "no token has a finite logit: the model has diverged or its file is damaged");
+    *token = best.token;
+    if (s->top_k == 1 || s->temperature == 0) return true;
+    size_t n = V;
+    if (s->top_k > 0 && (size_t)s->top_k < n) n = keep_top_k(c, n, (size_t)s->top_k);
+    if (s->min_p > 0) {         // z >= z_best + ln(min_p)
+        size_t kept = 0;
+        for (size_t i = 0; i < n; i++)
+            if (c[i].z >= best.z + (float)log(s->min_p)) c[kept++] = c[i];
+        n = kept;
+    }
+    double sum = 0;             // probabilities, not normalized, go where the logits were
+    for (size_t i = 0; i < n; i++) {
+        c[i].z = expf((float)(((double)c[i].z - (double)best.z) / s->temperature));
+        sum += (double)c[i].z;
+    }
+    if (s->top_p > 0 && s->top_p < 1) {
+        // Tokens below (1-p)/n lose together less than 1-p, so they are never in the set: the sort stays short.
+        size_t kept = 0;
+        for (size_t i = 0; i < n; i++)
+            if ((double)c[i].z >= sum * (1 - s->top_p) / (double)n) c[kept++] = c[i];
+        qsort(c, kept, sizeof(Candidate), compare_candidates);
+        double before = 0;      // keep a token iff the total of strictly better ones is below p
+        for (n = 0; n < kept && before < s->top_p * sum; n++) before += (double)c[n].z;
+        sum = before;
+    }
+    double u = random_uniform(s->seed, STREAM_SAMPLE + row, position) * sum;
+    for (size_t i = 0; i < n; i++) {
+        *token = c[i].z > 0 ? c[i].token : *token;
+        u -= (double)c[i].z;
+        if (u < 0) break;
+    }
+    return true;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 10. Options: one table for parser, help and the settings print
+
+enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_ALL = 15 };
+static const char* const words[] = {"train", "generate", "eval", "info"};
+
+typedef struct {
+    // model
+    const char *preset, *pattern;
+    int64_t d_model, n_layer, expand, d_state, d_conv, dt_rank, d_intermediate, vocab_size, eos_token;
+    bool tie_embeddings;
+    // data
+    const char *data, *val_data;
+    double val_fraction;
+    int64_t seq_len, batch_size, grad_accum;
+    bool carry_state, reset_documents, force_data;
+    // optimizer
+    int64_t steps, warmup, decay_steps;
+    const char* schedule;
+    double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
+    // run
+    uint64_t seed;
+    const char *out, *from, *on_nan;
+    int64_t threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
+    bool recompute, resume;
+    // generation
+    const char *prompt, *prompt_file, *save_state, *load_state;
+    int64_t num_samples, max_tokens, top_k, chunk;
+    double temperature, top_p, min_p, repetition_penalty;
+    bool raw;
+    // evaluation
+    const char* dump_logits;
+} Options;
+
+enum { FROM_DEFAULT, FROM_PRESET, FROM_CHECKPOINT, FROM_USER };     // where a value comes from, weakest first
+
+// Option: one row. type: i integer, f number, s text, c one of the choices in `choices`, b switch, l list of texts.
+// A list is stored as its items separated by newlines.
+typedef struct {
+    const char* name;
+    char type;
+    size_t offset;
+    int words;
+    const char* value;           // default, as text
+    double min, max;
+    const char *choices, *help;
+} Option;
+
+#define OPT(field) offsetof(Options, field)
+#define BIG 9e15
+static const Option options[] = {
+    {NULL, 0, 0, WORD_ALL, NULL, 0, 0, NULL, "Model"},
+    {"preset",          's', OPT(preset),          WORD_ALL, "", 0, 0, NULL, "a named set of options, listed below; other options override it"},
+    {"pattern",         's', OPT(pattern),         WORD_ALL, "1", 0, 0, NULL, "one letter per sub-layer, repeated over the blocks: 1 Mamba-1, m gated MLP after a mixer"},
+    {"n-layer",         'i', OPT(n_layer),         WORD_ALL, "4", 1, 10000, NULL, "blocks"},
+    {"d-model",         'i', OPT(d_model),         WORD_ALL, "128", 1, 1e6, NULL, "width of the residual stream, D"},
+    {"expand",          'i', OPT(expand),          WORD_ALL, "2", 1, 64, NULL, "inner width E = expand * D"},
+    {"d-state",         'i', OPT(d_state),         WORD_ALL, "16", 1, 256, NULL, "state size per channel, N"},
+    {"d-conv",          'i', OPT(d_conv),          WORD_ALL, "4", 1, CONV_MAX_TAPS, NULL, "taps of the causal convolution, K"},
+    {"dt-rank",         'i', OPT(dt_rank),         WORD_ALL, "0", 0, 1e6, NULL, "rank of the dt projection, R; 0: D/16 rounded up"},
+    {"d-intermediate",  'i', OPT(d_intermediate),  WORD_ALL, "0", 0, 1e7, NULL, "hidden width of the gated MLP, rounded up to 128; 0: 8/3 D"},
+    {"vocab-size",      'i', OPT(vocab_size),      WORD_ALL, "0", 0, 1e9, NULL, "tokens; 0: 257 for text (bytes and the end token), 50257 for token shards"},
+    {"eos-token",       'i', OPT(eos_token),       WORD_ALL, "-1", -1, 1e9, NULL, "id of the end token in token shards; -1: the last of the vocabulary"},
+    {"tie-embeddings",  'b', OPT(tie_embeddings),  WORD_ALL, "on", 0, 0, NULL, "the head uses the embedding matrix"},
+    {NULL, 0, 0, WORD_TRAIN | WORD_EVAL, NULL, 0, 0, NULL, "Data"},
+    {"data",            'l', OPT(data),            WORD_TRAIN | WORD_EVAL, "", 0, 0, NULL, "text files (read as bytes) or .bin token shards, patterns allowed; none: this program's source"},
+    {"val-data",        'l', OPT(val_data),        WORD_TRAIN, "", 0, 0, NULL, "validation files; none: the end of the training data"},
+    {"val-fraction",    'f', OPT(val_fraction),    WORD_TRAIN, "0.1", 0, 0.9, NULL, "part of the data, at its end, that is used for validation only"},
+    {"seq-len",         'i', OPT(seq_len),         WORD_TRAIN | WORD_EVAL, "256", 1, 1e8, NULL, "tokens per row, T"},
+    {"batch-size",      'i', OPT(batch_size),      WORD_TRAIN | WORD_EVAL, "8", 1, 1e6, NULL, "rows per forward and backward pass, B"},
+    {"grad-accum",      'i', OPT(grad_accum),      WORD_TRAIN, "1", 1, 1e6, NULL, "passes per optimizer step"},
+    {"carry-state",     'b', OPT(carry_state),     WORD_TRAIN, "off", 0, 0, NULL, "rows continue where the previous step ended, with its state (truncated BPTT)"},
+    {"reset-documents", 'b', OPT(reset_documents), WORD_TRAIN | WORD_EVAL, "on", 0, 0, NULL, "the end token starts a new document: conv and state are reset there"},
+    {"force-data",      'b', OPT(force_data),      WORD_TRAIN, "off", 0, 0, NULL, "resume although the data files changed"},
+    {NULL, 0, 0, WORD_TRAIN, NULL, 0, 0, NULL, "Optimizer"},
+    {"steps",           'i', OPT(steps),           WORD_TRAIN, "500", 1, BIG, NULL, "optimizer steps"},
+    {"lr",              'f', OPT(lr),              WORD_TRAIN, "3e-3", 0, 1e9, NULL, "peak learning rate"},
+    {"min-lr",          'f', OPT(min_lr),          WORD_TRAIN, "1e-4", 0, 1e9, NULL, "learning rate at the end of the schedule"},
+    {"schedule",        'c', OPT(schedule),        WORD_TRAIN, "cosine", 0, 0, "constant linear cosine wsd", "after the warmup; wsd is warmup, stable, decay"},
+    {"warmup",          'i', OPT(warmup),          WORD_TRAIN, "20", 0, BIG, NULL, "steps of linear warmup"},
+    {"decay-steps",     'i', OPT(decay_steps),     WORD_TRAIN, "0", 0, BIG, NULL, "wsd only: steps of decay at the end; 0: a fifth of all"},
+    {"weight-decay",    'f', OPT(weight_decay),    WORD_TRAIN, "0.1", 0, 1e3, NULL, "AdamW, on matrices only"},
+    {"beta1",           'f', OPT(beta1),           WORD_TRAIN, "0.9", 0, 0.999999, NULL, "AdamW"},
+    {"beta2",           'f', OPT(beta2),           WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
+    {"eps",             'f', OPT(eps),             WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
+    {"clip",            'f', OPT(clip),            WORD_TRAIN, "1", 0, 1e9, NULL, "largest norm of the gradient; 0: no clipping"},
+    {NULL, 0, 0, WORD_ALL, NULL, 0, 0, NULL, "Run"},
+    {"out",             's', OPT(out),             WORD_TRAIN, "out", 0, 0, NULL, "directory of checkpoints, log and plot"},
+    {"resume",          'b', OPT(resume),          WORD_TRAIN, "off", 0, 0, NULL, "continue from out/last, with its settings unless given anew"},
+    {"from",            's', OPT(from),            WORD_GENERATE | WORD_EVAL | WORD_INFO, "out", 0, 0, NULL, "checkpoint directory, or a run's directory for its last checkpoint"},
+    {"seed",            'u', OPT(seed),            WORD_ALL, "1337", 0, 0, NULL, "of initialization, data order and sampling"},
+    {"threads",         'i', OPT(threads),         WORD_ALL, "0", 0, 4096, NULL, "CPU threads; 0: all. The results do not depend on it"},
+    {"recompute",       'b', OPT(recompute),       WORD_TRAIN, "off", 0, 0, NULL, "keep only the input of each layer and run it again in the backward pass"},
+    {"log-every",       'i', OPT(log_every),       WORD_TRAIN, "10", 1, BIG, NULL, "steps between progress lines"},
+    {"eval-every",      'i', OPT(eval_every),      WORD_TRAIN, "100", 0, BIG, NULL, "steps between evaluations; 0: at the end only"},
+    {"eval-batches",    'i', OPT(eval_batches),    WORD_TRAIN | WORD_EVAL, "0", 0, BIG, NULL, "batches per evaluation; 0: the whole validation data"},
+    {"save-every",      'i', OPT(save_every),      WORD_TRAIN, "0", 0, BIG, NULL, "steps between checkpoints; 0: at the end, and at each best validation loss"},
+    {"keep",            'i', OPT(keep),            WORD_TRAIN, "2", 1, 1e6, NULL, "newest checkpoints that stay, besides the best"},
+    {"sample-every",    'i', OPT(sample_every),    WORD_TRAIN, "0", 0, BIG, NULL, "steps between samples; 0: at the end only"},
+    {"on-nan",          'c', OPT(on_nan),          WORD_TRAIN, "stop", 0, 0, "stop skip", "non-finite loss or gradient: stop, or skip at most 3 steps in a row"},
+    {NULL, 0, 0, WORD_TRAIN | WORD_GENERATE, NULL, 0, 0, NULL, "Generation"},
+    {"prompt",          's', OPT(prompt),          WORD_TRAIN | WORD_GENERATE, "", 0, 0, NULL, "text to continue; - reads standard input; none: the start of a document"},
+    {"prompt-file",     's', OPT(prompt_file),     WORD_GENERATE, "", 0, 0, NULL, "read the prompt from a file"},
+    {"num-samples",     'i', OPT(num_samples),     WORD_GENERATE, "1", 1, 65536, NULL, "independent continuations"},
+    {"max-tokens",      'i', OPT(max_tokens),      WORD_TRAIN | WORD_GENERATE, "400", 0, BIG, NULL, "new tokens per sample"},
+    {"temperature",     'f', OPT(temperature),     WORD_TRAIN | WORD_GENERATE, "0.8", 0, 1e30, NULL, "0: always the most likely token"},
+    {"top-k",           'i', OPT(top_k),           WORD_TRAIN | WORD_GENERATE, "0", 0, BIG, NULL, "keep the k most likely tokens; 0: all, 1: always the most likely"},
+    {"top-p",           'f', OPT(top_p),           WORD_TRAIN | WORD_GENERATE, "1", 0, 1, NULL, "keep the best tokens that together reach this probability; 0 or 1: all"},
+    {"min-p",           'f', OPT(min_p),           WORD_TRAIN | WORD_GENERATE, "0", 0, 1, NULL, "keep tokens with this part of the best one's probability; 0: all"},
+    {"repetition-penalty", 'f', OPT(repetition_penalty), WORD_TRAIN | WORD_GENERATE, "1", 1e-3, 1e3, NULL, "weakens tokens already in the text; 1: off"},
+    {"chunk",           'i', OPT(chunk),           WORD_GENERATE, "256", 1, 1e6, NULL, "tokens of the prompt per pass; the result does not depend on it"},
+    {"save-state",      's', OPT(save_state),      WORD_GENERATE, "", 0, 0, NULL, "write the recurrent state after the prompt to a file"},
+    {"load-state",      's', OPT(load_state),      WORD_GENERATE, "", 0, 0, NULL, "continue from such a file; a prompt is appended"},
+    {"raw",             'b', OPT(raw),             WORD_GENERATE, "off", 0, 0, NULL, "write bytes as they are instead of replacing invalid UTF-8"},
+    {NULL, 0, 0, WORD_EVAL, NULL, 0, 0, NULL, "Evaluation"},
+    {"dump-logits",     's', OPT(dump_logits),     WORD_EVAL, "", 0, 0, NULL, "write inputs and logits of the first batch to a safetensors file"},
+};
+enum { N_OPTIONS = sizeof(options) / sizeof(options[0]) };
+
+// A preset is a list of options, read by the same parser.
+typedef struct { const char *name, *help, *text; } Preset;
+static const Preset presets[] = {
+    {"tiny",            "0.4M parameters: the default",                     "--n-layer 4 --d-model 128"},
+    {"shakespeare-cpu", "nanoGPT's CPU setting on data/tinyshakespeare.txt",
+     "--data data/tinyshakespeare.txt --n-layer 4 --d-model 128 --batch-size 12 --seq-len 64 --steps 2000 --lr 5e-3"},
+    {"mamba-130m",      "published sizes",  "--n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
+    {"mamba-370m",      "",                 "--n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
+    {"mamba-790m",      "",                 "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
+    {"mamba-1.4b",      "",                 "--n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
+    {"mamba-2.8b",      "",                 "--n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
+};
+enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
+
+// Settings: the parsed options with, for each, its text and where it comes from.
+typedef struct {
+    int word;                          // WORD_TRAIN, ...
+    Options o;
+    char* text[N_OPTIONS];
+    int origin[N_OPTIONS];
+} Settings;
+
+// edit_distance: Levenshtein, to name the option that was probably meant
+static int edit_distance(const char* a, const char* b) {
+    int row[64], n = (int)strlen(b);
+    if (n > 62) return 99;
+    for (int j = 0; j <= n; j++) row[j] = j;
+    for (int i = 1; *a; a++, i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= n; j++) {
+            int change = diagonal + (*a != b[j - 1]), other = 1 + (row[j] < row[j - 1] ? row[j] : row[j - 1]);
+            diagonal = row[j];
+            row[j] = change < other ? change : other;
+        }
+    }
+    return row[n];
+}
+
+static int option_find(const char* name) {
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (options[i].name && strcmp(options[i].name, name) == 0) return i;
+    return -1;
+}
+
+static const char* nearest_option(const char* name, int word) {
+    const char* best = NULL;
+    int best_distance = 1 << 30;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        if (!options[i].name || !(options[i].words & word)) continue;
+        int distance = strlen(name) < 40 ? edit_distance(name, options[i].name) : 99;
+        if (distance < best_distance) { best_distance = distance; best = options[i].name; }
+    }
+    return best;
+}
+
+// option_set: checks and stores one value. A weaker origin does not replace a stronger one.
+bool option_set(Settings* s, int i, const char* value, int origin, Error* err) {
+    const Option* opt = &options[i];
+    char* field = (char*)&s->o + opt->offset;
+    if (s->text[i] && origin < s->origin[i]) return true;
+    const char* clean = value;
+    bool plain = *clean && !isspace((unsigned char)*clean) && !strpbrk(clean, "xXnN");     // no hex, nan, inf, blanks
+    char* end = NULL;
+    switch (opt->type) {
+        case 'i': case 'f': {
+            errno = 0;
+            double number = plain ? strtod(clean, &end) : 0;
+            bool whole = opt->type == 'f' || number == floor(number);
+            if (!plain || *end || errno == ERANGE || !isfinite(number) || !whole)
+                return fail(err, "--%s expects %s, found '%.40s'", opt->name,
+                            opt->type == 'i' ? "a whole number" : "a number such as 0.1 or 3e-4", value);
+            if (number < opt->min || number > opt->max)
+                return fail(err, "--%s expects a number from %g to %g, found %.40s", opt->name, opt->min, opt->max, value);
+            if (opt->type == 'i') *(int64_t*)field = (int64_t)number;
+            else *(double*)field = number;
+            break;
+        }
+        case 'u': {
+            errno = 0;
+            bool digits = *clean && strspn(clean, "0123456789") == strlen(clean);
+            unsigned long long number = digits ? strtoull(clean, &end, 10) : 0;
+            if (!digits || errno == ERANGE)
+                return fail(err, "--%s expects a whole number from 0 to 18446744073709551615, found '%.40s'", opt->name, value);
+            *(uint64_t*)field = number;
+            break;
+        }
+        case 'b': {
+            bool on = strcmp(value, "on") == 0, off = strcmp(value, "off") == 0;
+            if (!on && !off) return fail(err, "--%s is a switch: on or off, found '%.40s'", opt->name, value);
+            *(bool*)field = on;
+            break;
+        }
+        case 'c': {
+            size_t n = strlen(value);
+            bool found = false;
+            for (const char* c = opt->choices; *c && !found; c += strcspn(c, " "), c += *c == ' ')
+                found = strcspn(c, " ") == n && strncmp(c, value, n) == 0;
+            if (!found) return fail(err, "--%s expects one of: %s; found '%.40s'", opt->name, opt->choices, value);
+            break;
+        }
+    }
+    char* copy = strdup(value);
+    free(s->text[i]);
+    s->text[i] = copy;
+    s->origin[i] = origin;
+    if (opt->type == 's' || opt->type == 'c' || opt->type == 'l') *(const char**)field = copy;
+    return true;
+}
+
+// options_parse: `--name value`, `--name=value`, switches `--name`, `--no-name`, lists `--data A B C`.
+bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
+    bool given[N_OPTIONS] = {false};
+    for (int a = 0; a < argc; a++) {
+        char name[64];
+        if (strncmp(argv[a], "--", 2) != 0 || !argv[a][2])
+            return fail(err, "expected an option such as --steps, found '%.60s'; --help lists the options", argv[a]);
+        const char *rest = argv[a] + 2, *equals = strchr(rest, '=');
+        size_t n = equals ? (size_t)(equals - rest) : strlen(rest);
+        snprintf(name, sizeof name, "%.*s", (int)min_size(n, 63), rest);
+        int i = option_find(name);
+        const char* value = equals ? equals + 1 : NULL;
+        if (i < 0 && strncmp(name, "no-", 3) == 0 && !value) {
+            i = option_find(name + 3);
+            if (i >= 0 && options[i].type == 'b') value = "off";
+            else i = -1;
+        }
+        if (i < 0)
+            return fail(err, "unknown option --%.60s; did you mean --%s? --help lists all", name, nearest_option(name, s->word));
+        const Option* opt = &options[i];
+        if (!(opt->words & s->word) && origin == FROM_USER) {
+            const char* of = "";
+            for (int w = 0; w < 4; w++) if (opt->words & (1 << w)) of = words[w];
+            return fail(err, "--%s is an option of '%s', not of '%s'", opt->name, of, words[__builtin_ctz((unsigned)s->word)]);
+        }
+        if (given[i]) return fail(err, "--%s is given twice", opt->name);
+        given[i] = true;
+        if (opt->type == 'l' && !value) {
+            char* list = NULL;
+            size_t length = 0;
+            while (a + 1 < argc && strncmp(argv[a + 1], "--", 2) != 0) {
+                size_t m = strlen(argv[++a]);
+                list = (char*)xrealloc(list, length + m + 2, 1);
+                if (length) list[length++] = '\n';
+                memcpy(list + length, argv[a], m + 1);
+                length += m;
+            }
+            if (!list) return fail(err, "--%s expects at least one file", opt->name);
+            bool ok = option_set(s, i, list, origin, err);
+            free(list);
+            if (!ok) return false;
+            continue;
+        }
+        if (opt->type == 'b' && !value) {
+            bool next = a + 1 < argc && (strcmp(argv[a + 1], "on") == 0 || strcmp(argv[a + 1], "off") == 0);
+            value = next ? argv[++a] : "on";
+        }
+        if (!value) {
+            if (a + 1 >= argc || strncmp(argv[a + 1], "--", 2) == 0) return fail(err, "--%s expects a value", opt->name);
+            value = argv[++a];
+        }
+        if (!option_set(s, i, value, origin, err)) return false;
+    }
+    return true;
+}
+
+// preset_apply: the options of a preset, as if they stood before the user's.
+bool preset_apply(Settings* s, const char* name, Error* err) {
+    char list[512] = "";
+    for (int i = 0; i < N_PRESETS; i++) {
+        if (strcmp(presets[i].name, name) == 0) {
+            char text[512], *argv[64];
+            int argc = 0;
+            snprintf(text, sizeof text, "%s", presets[i].text);
+            for (char* token = strtok(text, " "); token && argc < 64; token = strtok(NULL, " ")) argv[argc++] = token;
+            return options_parse(s, argc, argv, FROM_PRESET, err);
+        }
+        snprintf(list + strlen(list), sizeof list - strlen(list), " %s", presets[i].name);
+    }
+    return fail(err, "--preset: there is no '%.40s'; known are%s", name, list);
+}
+
+// settings_parse: defaults, then the user's options, then the preset below them.
+bool settings_parse(Settings* s, int word, int argc, char** argv, Error* err) {
+    memset(s, 0, sizeof *s);
+    s->word = word;
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (options[i].name && !option_set(s, i, options[i].value, FROM_DEFAULT, err)) return false;
+    if (!options_parse(s, argc, argv, FROM_USER, err)) return false;
+    return !s->o.preset[0] || preset_apply(s, s->o.preset, err);
+}
+
+void settings_free(Settings* s) {
+    for (int i = 0; i < N_OPTIONS; i++) free(s->text[i]);
+    memset(s, 0, sizeof *s);
+}
+
+static int settings_origin(const Settings* s, const char* name) { return s->origin[option_find(name)]; }
+
+void settings_print(const Settings* s) {
+    for (int i = 0; i < N_OPTIONS; i++) {
+        if (!options[i].name || !(options[i].words & s->word)) continue;
+        char shown[64];
+        snprintf(shown, sizeof shown, "%.60s", s->text[i][0] ? s->text[i] : "-");
+        for (char* p = shown; *p; p++) if (*p == '\n') *p = ' ';
+        printf("  %-20s %s", options[i].name, shown);
+        if (s->origin[i] != FROM_DEFAULT && strcmp(s->text[i], options[i].value) != 0)
+            printf("   (default %s)", options[i].value[0] ? options[i].value : "-");
+        printf("\n");
+    }
+}
+
+void help_print(int word) {
+    printf("train_mamba: Mamba language models in plain C.\n\n"
+           "usage: train_mamba [train|generate|eval|info] [options]\n"
+           "  train      train a model (the default word; without options on this program's own source)\n"
+           "  generate   write text with a trained model\n"
+           "  eval       loss of a trained model on files\n"
+           "  info       what a checkpoint or a set of options describes\n");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option* opt = &options[i];
+        if (word && !(opt->words & word)) continue;
+        if (!opt->name) {
+            printf("\n%s\n", opt->help);
+            continue;
+        }
+        char left[64];
+        const char* kind = opt->type == 'b' ? "" : opt->type == 'l' ? " FILE..." : opt->type == 's' || opt->type == 'c' ? " TEXT" : " N";
+        snprintf(left, sizeof left, "--%s%s", opt->name, kind);
+        printf("  %-26s %s", left, opt->help);
+        if (opt->choices) printf(": %s", opt->choices);
+        printf(" [%s]\n", opt->value[0] ? opt->value : "-");
+    }
+    printf("\nPresets\n");
+    for (int i = 0; i < N_PRESETS; i++) printf("  %-18s %s%s%s\n", presets[i].name, presets[i].help, presets[i].help[0] ? ": " : "", presets[i].text);
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 11. Backend: what the loops call; the CPU one
+//
+// The training loop, evaluation and generation are written once against these functions. The model's arrays on the host
+// are the CPU backend's own; another backend keeps its copy and moves it with upload and download.
+
+// Session: sequences being generated, their recurrent state and the workspace of one call.
+typedef struct {
+    size_t rows, chunk;      // sequences; most tokens per call
+    State state;
+    State view;              // state from some row on: pointers only
+    Workspace work;
+} Session;
+
+typedef struct Backend Backend;
+struct Backend {
+    const char* name;
+    Model* model;
+    Workspace work;
+    State none;
+    State *carry_in, *carry_out;       // with carried states: one per micro-batch
+    // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale * sum.
+    //   micro: the micro-batch whose carried state is used, -1 for none
+    double (*forward)(Backend*, int micro, const int* tokens, const int* targets, const int* doc, size_t B, size_t T, double scale);
+    void (*backward)(Backend*, int micro, const int* tokens, const int* doc, size_t B, size_t T);     // adds to the gradients
+    void (*zero_gradients)(Backend*);
+    double (*gradient_norm)(Backend*);
+    void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
+    // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
+    void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
+    void (*download)(Backend*);        // device -> host: parameters, moments, carried states
+    void (*upload)(Backend*);
+    void (*destroy)(Backend*);
+};
+
+static double cpu_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc, size_t B, size_t T,
+                          double scale) {
+    const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
+    const State* sT = b->carry_in && micro >= 0 ? &b->carry_out[micro] : &b->none;
+    model_forward(b->model, &b->work, tokens, doc, B, T, s0, sT);
+    return model_loss(b->model, &b->work, targets, B * T, scale > 0, (real)scale);
+}
+
+static void cpu_backward(Backend* b, int micro, const int* tokens, const int* doc, size_t B, size_t T) {
+    const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
+    model_backward(b->model, &b->work, tokens, doc, B, T, s0, &b->none, &b->none);
+}
+
+static void cpu_zero_gradients(Backend* b) { zero_real(b->model->grads, b->model->n_elements); }
+static double cpu_gradient_norm(Backend* b) { return gradient_norm(b->model); }
+static void cpu_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
+    adamw_update(b->model, opt, lr, scale, step);
+}
+
+static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T, real* logits) {
+    const Model* m = b->model;
+    size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            s->view.field[l][i] = s->state.field[l][i] + row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
+    model_forward(m, &s->work, tokens, NULL, rows, T, &s->view, &s->view);
+    for (size_t r = 0; logits && r < rows; r++)      // the last token of each row, side by side
+        if (T > 1) memmove(s->work.f + r * D, s->work.f + (r * T + T - 1) * D, D * sizeof(real));
+    if (logits) matmul_forward(logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
+}
+
+static void cpu_transfer(Backend* b) { (void)b; }     // the host arrays are the backend's own
+
+static void cpu_destroy(Backend* b) {
+    workspace_free(&b->work);
+    state_free(&b->none);
+}
+
+// backend_cpu: B, T: the largest call of forward (0: decoding only)
+Backend backend_cpu(Model* m, size_t B, size_t T, bool training, bool recompute) {
+    Backend b;
+    memset(&b, 0, sizeof b);
+    b.name = "cpu";
+    b.model = m;
+    b.none = state_none(m);
+    if (B) b.work = workspace_alloc(m, B, T, training, recompute, false);
+    b.forward = cpu_forward;
+    b.backward = cpu_backward;
+    b.zero_gradients = cpu_zero_gradients;
+    b.gradient_norm = cpu_gradient_norm;
+    b.update = cpu_update;
+    b.decode = cpu_decode;
+    b.download = cpu_transfer;
+    b.upload = cpu_transfer;
+    b.destroy = cpu_destroy;
+    return b;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 12. Generation
+
+Session session_create(const Model* m, size_t rows, size_t chunk) {
+    Session s;
+    memset(&s, 0, sizeof s);
+    s.rows = rows;
+    s.chunk = chunk;
+    s.state = state_alloc(m, rows);
+    s.view = state_none(m);
+    s.work = workspace_alloc(m, rows, (chunk + rows - 1) / rows, false, false, false);   // `rows` x 1 or 1 x `chunk` tokens
+    return s;
+}
+
+void session_free(Session* s) {
+    state_free(&s->state);
+    state_free(&s->view);
+    workspace_free(&s->work);
+}
+
+// Prompt: a source of tokens of any length; text comes from memory or, piece by piece, from an open file.
+typedef struct {
+    const Tokenizer* tokenizer;
+    const char* text;
+    size_t left;
+    FILE* file;
+} Prompt;
+
+// prompt_read: up to `max` more tokens; 0 at the end.
+static size_t prompt_read(Prompt* p, int* tokens, size_t max) {
+    char piece[4096];
+    size_t n = min_size(max, sizeof piece);
+    if (p->file) {
+        n = fread(piece, 1, n, p->file);
+    } else {
+        n = min_size(n, p->left);
+        if (n) memcpy(piece, p->text, n);
+        p->text += n;
+        p->left -= n;
+    }
+    size_t count;
+    int* ids = tokenizer_encode(p->tokenizer, piece, n, &count);
+    if (count) memcpy(tokens, ids, count * sizeof(int));
+    free(ids);
+    return count;
+}
+
+typedef struct {
+    int64_t prompt_tokens, new_tokens;
+    double prefill_seconds, decode_seconds;
+} GenerateStats;
+
+// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence, the logits after
+// its last token, and which tokens have occurred. Tied to the weights by their hash.
+bool state_save(const Model* m, const State* s, const real* logits, const real* seen, int64_t tokens, const char* path, Error* err) {
+    char hash[32], count[32];
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
+    snprintf(count, sizeof count, "%lld", (long long)tokens);
+    const char* meta[] = {"format", "pt", "model", hash, "tokens", count, NULL};
+    size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
+    State one = state_alloc(m, 1);
+    state_copy_row(m, &one, 0, s, 0);
+    SafeTensorOut out[3] = {flat_tensor("state", one.data, n), flat_tensor("logits", logits, Vp), flat_tensor("seen", seen, Vp)};
+    bool ok = safetensors_write(path, out, 3, meta, err);
+    state_free(&one);
+    return ok;
+}
+
+bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tokens, const char* path, Error* err) {
+    SafeTensors st;
+    char hash[32];
+    if (!safetensors_open(&st, path, err)) return false;
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
+    const char *found = safetensors_metadata(&st, "model"), *count = safetensors_metadata(&st, "tokens");
+    const SafeTensor *a = safetensors_find(&st, "state"), *b = safetensors_find(&st, "logits"), *c = safetensors_find(&st, "seen");
+    size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
+    State one = state_alloc(m, 1);
+    bool ok = true;
+    if (!found || !count || !a || !b || !c) ok = fail(err, "%s: expected a file written by --save-state", path);
+    else if (strcmp(found, hash) != 0)
+        ok = fail(err, "%s: this state was made with other weights (%s, these are %s); make it anew with --save-state", path, found, hash);
+    else if (a->count != n || b->count != Vp || c->count != Vp)
+        ok = fail(err, "%s: holds %zu, %zu and %zu numbers, expected %zu, %zu and %zu", path, a->count, b->count, c->count, n, Vp, Vp);
+    else
+        ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
+             safetensors_read_real(&st, c, seen, err);
+    if (ok) {
+        state_copy_row(m, s, 0, &one, 0);
+        *tokens = atoll(count);
+    }
+    state_free(&one);
+    safetensors_close(&st);
+    return ok;
+}
+
+// generate: reads the prompt in chunks, then writes o->num_samples continuations to `out`, one token at a time with
+// constant memory. A single sample is streamed; several are decoded as one batch and written one after the other.
+bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* out, GenerateStats* stats,
+              volatile sig_atomic_t* interrupted, Error* err) {
+    const Model* m = backend->model;
+    size_t rows = (size_t)o->num_samples, V = (size_t)m->config.vocab_size, Vp = (size_t)m->config.vocab_padded;
+    Sampler sampler = {o->temperature, o->top_k, o->top_p, o->min_p, o->repetition_penalty, o->seed};
+    Session s = session_create(m, rows, (size_t)o->chunk);
+    real* logits = (real*)xcalloc(rows * Vp, sizeof(real));
+    real* seen_real = (real*)xcalloc(Vp, sizeof(real));
+    unsigned char* seen = (unsigned char*)xcalloc(rows * Vp, 1);
+    Candidate* candidates = (Candidate*)xcalloc(V, sizeof(Candidate));
+    int *piece = (int*)xcalloc((size_t)o->chunk, sizeof(int)), *last = (int*)xcalloc(rows, sizeof(int));
+    Utf8Stream* utf8 = (Utf8Stream*)xcalloc(rows, sizeof(Utf8Stream));
+    bool* done = (bool*)xcalloc(rows, sizeof(bool));
+    char** text = (char**)xcalloc(rows, sizeof(char*));
+    size_t* length = (size_t*)xcalloc(rows, sizeof(size_t));
+    memset(stats, 0, sizeof *stats);
+    bool ok = true;
+
+    // the context: a saved state, then the prompt; an empty one starts a document
+    double start = seconds_now();
+    int64_t position = 0;
+    if (o->load_state[0]) ok = state_load(m, &s.state, logits, seen_real, &position, o->load_state, err);
+    for (size_t n; ok && (n = prompt_read(prompt, piece, (size_t)o->chunk)) > 0; position += (int64_t)n) {
+        for (size_t i = 0; i < n && ok; i++) {
+            if ((size_t)piece[i] >= Vp) ok = fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", piece[i], Vp - 1);
+            else seen_real[piece[i]] = 1;
+        }
+        if (ok) backend->decode(backend, &s, 0, 1, piece, n, logits);
+        stats->prompt_tokens += (int64_t)n;
+        if (*interrupted) ok = fail(err, "interrupted while reading the prompt");
+    }
+    if (ok && position == 0) {
+        int begin = m->config.eos_token >= 0 && m->config.eos_token < m->config.vocab_size ? (int)m->config.eos_token : 0;
+        backend->decode(backend, &s, 0, 1, &begin, 1, logits);
+        position = 1;
+    }
+    stats->prefill_seconds = seconds_now() - start;
+    if (ok && o->save_state[0]) ok = state_save(m, &s.state, logits, seen_real, position, o->save_state, err);
+    for (size_t r = 0; ok && r < rows; r++) {
+        if (r) state_copy_row(m, &s.state, r, &s.state, 0);
+        if (r) memcpy(logits + r * Vp, logits, Vp * sizeof(real));
+        for (size_t v = 0; v < Vp; v++) seen[r * Vp + v] = seen_real[v] != 0;
+        utf8[r].raw = o->raw;
+    }
+
+    start = seconds_now();
+    size_t active = rows;
+    for (int64_t i = 0; ok && i < o->max_tokens && active > 0 && !*interrupted; i++) {
+        for (size_t r = 0; r < rows && ok; r++) {
+            if (done[r]) continue;
+            ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i), candidates, &last[r], err);
+            if (!ok) break;
+            stats->new_tokens++;
+            if (last[r] == m->config.eos_token) {
+                done[r] = true;
+                active--;
+                continue;
+            }
+            seen[r * Vp + (size_t)last[r]] = 1;
+            char bytes[TOKENIZER_MAX_TEXT];
+            size_t n = tokenizer_decode(tok, &utf8[r], last[r], bytes);
+            if (rows == 1) {
+                fwrite(bytes, 1, n, out);
+                fflush(out);
+            } else {
+                text[r] = (char*)xrealloc(text[r], length[r] + n, 1);
+                memcpy(text[r] + length[r], bytes, n);
+                length[r] += n;
+            }
+        }
+        if (ok && active > 0 && i + 1 < o->max_tokens) backend->decode(backend, &s, 0, rows, last, 1, logits);
+    }
+    stats->decode_seconds = seconds_now() - start;
+    for (size_t r = 0; r < rows; r++) {
+        char bytes[TOKENIZER_MAX_TEXT];
+        if (rows > 1) fprintf(out, "--- sample %zu\n", r + 1);
+        if (length[r]) fwrite(text[r], 1, length[r], out);
+        fwrite(bytes, 1, tokenizer_flush(&utf8[r], bytes), out);
+        if (!o->raw || rows > 1) fputc('\n', out);
+        free(text[r]);
+    }
+    if (ok && (fflush(out) != 0 || ferror(out))) ok = fail(err, "could not write the text: %s", strerror(errno));
+    session_free(&s);
+    free(logits); free(seen_real); free(seen); free(candidates); free(piece); free(last); free(utf8); free(done); free(text); free(length);
+    return ok;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 13. Training and evaluation
+
+static volatile sig_atomic_t stop_signal = 0;
+
+static void on_signal(int number) {
+    if (stop_signal) _exit(128 + number);      // the second one leaves at once
+    stop_signal = number;
+}
+
+static void catch_signals(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_signal;
+    action.sa_flags = SA_RESTART;
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGHUP, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN);                  // a file size limit becomes an ordinary write error
+}
+
+static void set_threads(int64_t threads) {
+    (void)threads;
+#ifdef _OPENMP
+    if (threads > 0) omp_set_num_threads((int)threads);
+#endif
+}
+
+static int thread_count(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// check_memory: compares a plan with the machine before anything is allocated; Linux would promise it and kill us later.
+static bool check_memory(double bytes, const char* advice, Error* err) {
+    double available = INFINITY;
+    char line[256];
+    FILE* f = fopen("/proc/meminfo", "r");
+    while (f && fgets(line, sizeof line, f)) {
+        double kib;
+        if (sscanf(line, "MemAvailable: %lf kB", &kib) == 1) available = kib * 1024;
+    }
+    if (f) fclose(f);
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && (double)limit.rlim_cur < available)
+        available = (double)limit.rlim_cur;
+    if (bytes <= available) return true;
+    return fail(err, "this needs %.1f GiB of memory, %.1f GiB are available; %s", bytes / 1073741824.0, available / 1073741824.0, advice);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 13.1 From options to data and model
+
+typedef struct {
+    Tokenizer tokenizer;
+    Dataset train, val;
+    bool has_val;
+    char* default_list;        // the file list when --data is not given
+} Data;
+
+// The default data: the source files of this project, from the current directory or from beside the executable.
+static char* default_data(void) {
+    static const char* const names[] = {"train_mamba.c", "train_mamba.cu", "test_mamba.c", "data/safetensors.h",
+                                        "data/tokenizer.h", "data/dataloader.h"};
+    char root[4096] = ".", *list = (char*)xcalloc(1, 1);
+    if (access("train_mamba.c", R_OK) != 0) {
+        ssize_t n = readlink("/proc/self/exe", root, sizeof root - 1);
+        root[n > 0 ? n : 0] = 0;
+        for (int up = 0; up < 2 && strrchr(root, '/'); up++) *strrchr(root, '/') = 0;
+    }
+    size_t length = 0;
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        char path[4352];
+        snprintf(path, sizeof path, "%s%s%s", strcmp(root, ".") ? root : "", strcmp(root, ".") ? "/" : "", names[i]);
+        if (access(path, R_OK) != 0) continue;
+        list = (char*)xrealloc(list, length + strlen(path) + 2, 1);
+        length += (size_t)sprintf(list + length, "%s%s", length ? "\n" : "", path);
+    }
+    if (!length) die("no --data given, and this program's source files (the default data) are not here; give --data FILE...");
+    return list;
+}
+
+static bool open_list(Dataset* d, const char* list, const Tokenizer* tok, Error* err) {
+    char *copy = strdup(list), *paths[4096], *rest = NULL;
+    int n = 0;
+    for (char* p = strtok_r(copy, "\n", &rest); p && n < 4096; p = strtok_r(NULL, "\n", &rest)) paths[n++] = p;
+    bool ok = dataset_open(d, paths, n, tok, err);
+    free(copy);
+    return ok;
+}
+
+static bool ends_with(const char* text, const char* end) {
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
+
+// tokenizer_choose: bytes for text; token shards (.bin) only have ids.
+static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list, Error* err) {
+    const Options* o = &s->o;
+    bool shards = ends_with(list, ".bin");
+    tokenizer_bytes(tok);
+    if (shards) {
+        tok->kind = TOKENIZER_NONE;
+        tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;
+        tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : tok->vocab_size - 1);
+    } else if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
+        return fail(err, "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
+                    (long long)o->vocab_size, (long long)tok->vocab_size);
+    }
+    return true;
+}
+
+bool data_open_all(Data* data, const Settings* s, Error* err) {
+    const Options* o = &s->o;
+    const char* list = o->data;
+    if (!list[0]) list = data->default_list = default_data();
+    if (!open_list(&data->train, list, &data->tokenizer, err)) return false;
+    if (o->val_data[0]) {
+        if (!open_list(&data->val, o->val_data, &data->tokenizer, err)) return false;
+        data->has_val = true;
+    } else if (o->val_fraction > 0) {
+        data->has_val = dataset_split(&data->train, o->val_fraction, &data->val) && data->val.n_tokens > 1;
+        if (!data->has_val)
+            return fail(err, "data has %lld tokens, too few to keep a fraction of %g for validation; give more data or "
+                             "--val-fraction 0", (long long)data->train.n_tokens, o->val_fraction);
+    }
+    return true;
+}
+
+void data_close_all(Data* data) {
+    if (data->has_val) dataset_close(&data->val);
+    dataset_close(&data->train);
+    free(data->default_list);
+}
+
+// config_from_options: the Config that the model options describe, for a vocabulary of V tokens.
+Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
+    const Options* o = &s->o;
+    Config c;
+    memset(&c, 0, sizeof c);
+    snprintf(c.pattern, sizeof c.pattern, "%s", o->pattern);
+    c.n_layer = o->n_layer;
+    c.d_model = o->d_model;
+    c.d_inner = o->expand * o->d_model;
+    c.d_state = o->d_state;
+    c.d_conv = o->d_conv;
+    c.dt_rank = o->dt_rank ? o->dt_rank : (o->d_model + 15) / 16;
+    if (strchr(o->pattern, 'm')) {
+        c.d_intermediate = o->d_intermediate ? o->d_intermediate : (8 * o->d_model + 2) / 3;
+        c.d_intermediate = (c.d_intermediate + 127) / 128 * 128;
+    }
+    c.vocab_size = V;
+    c.vocab_padded = (V + 7) / 8 * 8;
+    c.tie_embeddings = o->tie_embeddings;
+    c.conv_bias = true;
+    c.rescale_prenorm_residual = true;
+    c.norm_eps = 1e-5;
+    c.dt_min = 1e-3;
+    c.dt_max = 1e-1;
+    c.dt_init_floor = 1e-4;
+    c.dt_scale = 1;
+    c.initializer_range = 0.02;
+    c.eos_token = eos;
+    return c;
+}
+
+static double mib(double bytes) { return bytes / 1048576.0; }
+
+// ------------------------------------------------------------------------------------------------
+// 13.2 Evaluation
+
+typedef struct { double loss; int64_t targets; } Evaluation;
+
+// evaluate: mean loss over the targets of `batches` batches (0: all) in order, each target once, states starting from zero.
+bool evaluate(Backend* b, const Loader* loader, size_t B, size_t T, int64_t batches, bool documents, Evaluation* result, Error* err) {
+    int *inputs = (int*)xcalloc(B * T, sizeof(int)), *targets = (int*)xcalloc(B * T, sizeof(int)), *doc = (int*)xcalloc(B * T, sizeof(int));
+    double sum = 0;
+    int64_t n = 0, all = (loader_eval_samples(loader) + (int64_t)B - 1) / (int64_t)B;
+    bool ok = true;
+    if (batches == 0 || batches > all) batches = all;
+    if (all == 0) ok = fail(err, "the data has %lld tokens, an evaluation needs at least 2", (long long)loader->data->n_tokens);
+    for (int64_t i = 0; i < batches && ok && !stop_signal; i++) {
+        ok = loader_eval_batch(loader, i * (int64_t)B, (int64_t)B, inputs, targets, doc, err);
+        if (!ok) break;
+        sum += b->forward(b, -1, inputs, targets, documents ? doc : NULL, B, T, 0);
+        for (size_t j = 0; j < B * T; j++) n += targets[j] >= 0;
+    }
+    result->loss = n ? sum / (double)n : 0;
+    result->targets = n;
+    free(inputs); free(targets); free(doc);
+    return ok;
+}
+
+// ------------------------------------------------------------------------------------------------
+// 13.3 The training loop
+
+typedef struct {
+    int64_t step, samples;       // finished optimizer steps; sample counter of the loader
+    double best_loss;            // validation
+    int64_t best_step;
+    double train_loss;           // of the last step
+} Progress;
+
+typedef struct {
+    Settings* settings;
+    Model model;
+    Data data;
+    Loader loader, val_loader;
+    Backend backend;
+    Progress progress;
+    int *inputs, *targets, *doc;      // one optimizer step: (grad_accum * B, T)
+    bool* fresh;
+    bool save_failed;
+    FILE* log;
+} Trainer;
+
+// Options that a resumed run takes from its checkpoint. The first group may not change, the rest is listed when it does.
+static bool option_is_saved(const Option* opt) {
+    static const char* const not_saved[] = {"preset", "out", "resume", "from", "threads", "force-data"};
+    if (!opt->name || !(opt->words & WORD_TRAIN)) return false;
+    for (size_t i = 0; i < sizeof not_saved / sizeof not_saved[0]; i++)
+        if (strcmp(opt->name, not_saved[i]) == 0) return false;
+    return true;
+}
+
+static bool option_is_fixed(const Option* opt) {
+    static const char* const fixed[] = {"pattern", "n-layer", "d-model", "expand", "d-state", "d-conv", "dt-rank", "d-intermediate",
+                                        "vocab-size", "eos-token", "tie-embeddings", "carry-state"};
+    for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++)
+        if (strcmp(opt->name, fixed[i]) == 0) return true;
+    return false;
+}
+
+// save: writes a checkpoint with everything that a resume needs. A failure is a warning: training goes on.
+static void trainer_save(Trainer* t, bool best) {
+    const Options* o = &t->settings->o;
+    Progress* p = &t->progress;
+    const char* meta[MAX_META];
+    static char names[N_OPTIONS][64];
+    char text[6][64];
+    int n = 0;
+    t->backend.download(&t->backend);
+    snprintf(text[0], 64, "%lld", (long long)p->samples);
+    snprintf(text[1], 64, "%.17g", p->best_loss);
+    snprintf(text[2], 64, "%lld", (long long)p->best_step);
+    snprintf(text[3], 64, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
+    snprintf(text[4], 64, "%.17g", p->train_loss);
+    const char* fixed[] = {"ssm_c_format", "1", "samples", text[0], "best_loss", text[1], "best_step", text[2], "data", text[3], "train_loss", text[4]};
+    for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) meta[n++] = fixed[i];
+    for (int i = 0; i < N_OPTIONS; i++) {
+        if (!option_is_saved(&options[i])) continue;
+        snprintf(names[i], sizeof names[i], "option.%s", options[i].name);
+        meta[n++] = names[i];
+        meta[n++] = t->settings->text[i];
+    }
+    meta[n] = NULL;
+    Error err;
+    int n_carry = o->carry_state ? (int)o->grad_accum : 0;
+    bool ok = checkpoint_save(&t->model, &t->data.tokenizer, o->out, p->step, meta, t->backend.carry_in, n_carry, &err);
+    if (ok && best) ok = checkpoint_mark_best(o->out, p->step, &err);
+    if (ok) {
+        checkpoint_prune(o->out, (int)o->keep);
+        printf("saved %s/step_%08lld%s\n", o->out, (long long)p->step, best ? " (best)" : "");
+    } else {
+        warn("could not save step %lld: %s; the previous checkpoint is whole, training goes on", (long long)p->step, err.text);
+    }
+    t->save_failed = !ok;
+}
+
+// resume_settings: the settings of the checkpoint below those given by the user.
+static bool resume_settings(Settings* s, const SafeTensors* st, Error* err) {
+    const char* format = safetensors_metadata(st, "ssm_c_format");
+    if (!format || strcmp(format, "1") != 0)
+        return fail(err, "%s: its format is %s, this program reads format 1; use the program that wrote it", st->path, format ? format : "unknown");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        char name[80];
+        if (!option_is_saved(&options[i])) continue;
+        snprintf(name, sizeof name, "option.%s", options[i].name);
+        const char* value = safetensors_metadata(st, name);
+        if (!value) continue;
+        if (s->origin[i] == FROM_USER && strcmp(value, s->text[i]) != 0) {
+            if (option_is_fixed(&options[i]))
+                return fail(err, "--%s %s: the run in %s has %s, which cannot change when it resumes", options[i].name, s->text[i], s->o.out, value);
+            printf("changed: --%s %s, was %s\n", options[i].name, s->text[i][0] ? s->text[i] : "-", value[0] ? value : "-");
+        }
+        if (!option_set(s, i, value, FROM_CHECKPOINT, err)) return false;
+    }
+    return true;
+}
+
+static bool resume_progress(Trainer* t, const SafeTensors* st, Error* err) {
+    const Options* o = &t->settings->o;
+    static const char* const keys[] = {"step", "samples", "best_loss", "best_step", "data", "train_loss"};
+    const char* value[6];
+    for (int i = 0; i < 6; i++)
+        if (!(value[i] = safetensors_metadata(st, keys[i]))) return fail(err, "%s: metadata '%s' is missing", st->path, keys[i]);
+    t->progress.step = atoll(value[0]);
+    t->progress.samples = atoll(value[1]);
+    t->progress.best_loss = atof(value[2]);
+    t->progress.best_step = atoll(value[3]);
+    t->progress.train_loss = atof(value[5]);
+    char print[32];
+    snprintf(print, sizeof print, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
+    if (strcmp(print, value[4]) != 0 && !o->force_data)
+        return fail(err, "the training data changed since %s was saved (fingerprint %s, was %s); --force-data goes on all the same", st->path, print, value[4]);
+    if (t->progress.step >= o->steps)
+        return fail(err, "the run in %s is finished: step %lld of %lld; give a larger --steps to continue it", o->out,
+                    (long long)t->progress.step, (long long)o->steps);
+    return true;
+}
+
+// log_open: out/log.csv; a resumed run first drops the rows after its checkpoint.
+static bool log_open(Trainer* t, bool resume, Error* err) {
+    char path[4352], fresh[4352], line[512];
+    snprintf(path, sizeof path, "%s/log.csv", t->settings->o.out);
+    snprintf(fresh, sizeof fresh, "%s/log.csv.tmp", t->settings->o.out);
+    FILE *old = resume ? fopen(path, "r") : NULL, *f = fopen(fresh, "w");
+    if (!f) return fail(err, "%s: %s", fresh, strerror(errno));
+    fprintf(f, "step,loss,lr,grad_norm,tokens_per_second,val_loss,val_bpb\n");
+    while (old && fgets(line, sizeof line, old))
+        if (isdigit((unsigned char)line[0]) && atoll(line) <= t->progress.step) fputs(line, f);
+    if (old) fclose(old);
+    if (fflush(f) != 0 || rename(fresh, path) != 0) return fail(err, "%s: %s", path, strerror(errno));
+    t->log = f;
+    return true;
+}
+
+// bits per byte, when a token is a byte
+static void bits_per_byte(const Tokenizer* tok, double loss, char text[32]) {
+    if (tok->kind == TOKENIZER_BYTES) snprintf(text, 32, "%.4f", loss / log(2.0));
+    else text[0] = 0;
+}
+
+static bool trainer_evaluate(Trainer* t, double* loss, Error* err) {
+    const Options* o = &t->settings->o;
+    Evaluation result;
+    if (!evaluate(&t->backend, &t->val_loader, (size_t)o->batch_size, (size_t)o->seq_len, o->eval_batches, o->reset_documents, &result, err))
+        return false;
+    *loss = result.loss;
+    return true;
+}
+
+static bool trainer_sample(Trainer* t, Error* err) {
+    const Options* o = &t->settings->o;
+    Prompt prompt = {&t->data.tokenizer, o->prompt, strlen(o->prompt), NULL};
+    GenerateStats stats;
+    if (o->max_tokens == 0) return true;
+    printf("--- sample at step %lld\n", (long long)t->progress.step);
+    if (!generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err)) return false;
+    printf("---\n");
+    return true;
+}
+
+// train_step: one optimizer step. Returns false with a description when a loss or the gradient is not finite; then nothing
+// was updated.
+static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error* err) {
+    const Options* o = &t->settings->o;
+    Backend* b = &t->backend;
+    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum;
+    if (!loader_batch(&t->loader, t->progress.samples, (int64_t)(B * accum), t->inputs, t->targets, t->doc, t->fresh, err)) die("%s", err->text);
+    int64_t targets = 0;
+    for (size_t i = 0; i < accum * B * T; i++) targets += t->targets[i] >= 0;
+    double scale = targets ? 1.0 / (double)targets : 0, sum = 0;
+    char what[256] = "the loss itself";
+    int micro = 0;
+    bool finite = true;
+    b->zero_gradients(b);
+    for (; micro < (int)accum && finite; micro++) {
+        size_t at = (size_t)micro * B * T;
+        const int* doc = o->reset_documents ? t->doc + at : NULL;
+        for (size_t r = 0; b->carry_in && r < B; r++)
+            if (t->fresh[(size_t)micro * B + r]) state_copy_row(&t->model, &b->carry_in[micro], r, NULL, 0);
+        sum += b->forward(b, micro, t->inputs + at, t->targets + at, doc, B, T, scale);
+        finite = isfinite(sum);
+        if (finite && scale > 0) b->backward(b, micro, t->inputs + at, doc, B, T);
+    }
+    *loss = targets ? sum / (double)targets : 0;
+    *norm = finite ? b->gradient_norm(b) : NAN;
+    if (!isfinite(*norm)) {
+        micro = finite ? 0 : micro - 1;
+        size_t at = (size_t)micro * B * T;
+        const State* s0 = b->carry_in ? &b->carry_in[micro] : &b->none;
+        b->download(b);
+        find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0, what, sizeof what);
+        bool starts;
+        return fail(err, "step %lld: %s is not finite; first bad value in: %s; batch: samples %lld to %lld, from token %lld of the data",
+                    (long long)t->progress.step + 1, finite ? "the gradient" : "the loss", what, (long long)t->progress.samples,
+                    (long long)(t->progress.samples + (int64_t)(B * accum) - 1), (long long)loader_position(&t->loader, t->progress.samples, &starts));
+    }
+    AdamW opt = {o->beta1, o->beta2, o->eps, o->weight_decay};
+    b->update(b, &opt, lr, clip_scale(*norm, o->clip), t->progress.step + 1);
+    for (size_t i = 0; b->carry_in && i < accum; i++) {
+        State swap = b->carry_in[i];
+        b->carry_in[i] = b->carry_out[i];
+        b->carry_out[i] = swap;
+    }
+    t->progress.train_loss = *loss;
+    t->progress.step++;
+    t->progress.samples += (int64_t)(B * accum);
+    return true;
+}
+
+static void format_time(double seconds, char text[32]) {
+    long long s = (long long)(seconds + 0.5);
+    if (s >= 3600) snprintf(text, 32, "%lld:%02lld:%02lld", s / 3600, s / 60 % 60, s % 60);
+    else snprintf(text, 32, "%lld:%02lld", s / 60, s % 60);
+}
+
+// train_loop: steps until done or stopped. Returns the exit code.
+static int train_loop(Trainer* t) {
+    const Options* o = &t->settings->o;
+    Progress* p = &t->progress;
+    Error err;
+    double tokens_per_step = (double)(o->batch_size * o->grad_accum * o->seq_len);
+    double start = seconds_now(), since = start, other = 0;      // other: evaluation, saving, sampling since the last line
+    int64_t first = p->step, shown = p->step;
+    int bad_in_a_row = 0;
+    int64_t decay = o->decay_steps ? o->decay_steps : o->steps / 5;
+    int schedule = SCHEDULE_CONSTANT;
+    if (strcmp(o->schedule, "linear") == 0) schedule = SCHEDULE_LINEAR;
+    if (strcmp(o->schedule, "cosine") == 0) schedule = SCHEDULE_COSINE;
+    if (strcmp(o->schedule, "wsd") == 0) schedule = SCHEDULE_WSD;
+    while (p->step < o->steps && !stop_signal) {
+        double loss, norm, lr = lr_at(schedule, p->step, o->steps, o->warmup, decay, o->lr, o->min_lr);
+        if (!train_step(t, lr, &loss, &norm, &err)) {
+            if (strcmp(o->on_nan, "skip") == 0 && ++bad_in_a_row <= 3) {
+                warn("%s; skipped (%d in a row)", err.text, bad_in_a_row);
+                p->samples += o->batch_size * o->grad_accum;
+                p->step++;
+                continue;
+            }
+            fflush(stdout);
+            fprintf(stderr, "error: %s; nothing was updated, the last checkpoint is kept; try a lower --lr (now %g) or --clip\n", err.text, lr);
+            return 1;
+        }
+        bad_in_a_row = 0;
+        bool last = p->step == o->steps;
+        bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
+        double now = seconds_now(), rate = tokens_per_step * (double)(p->step - shown) / (now - since - other);
+        if (last || evaluate_now || p->step % o->log_every == 0 || p->step == first + 1) {
+            char left[32];
+            format_time((now - start) / (double)(p->step - first) * (double)(o->steps - p->step), left);
+            printf("step %6lld/%lld | loss %7.4f | lr %.2e | norm %7.3f | %8.0f tok/s | left %s\n", (long long)p->step,
+                   (long long)o->steps, loss, lr, norm, rate, left);
+            shown = p->step;
+            since = seconds_now();
+            other = 0;
+        }
+        double pause = seconds_now(), val_loss = 0;
+        char bpb[32] = "", val_text[32] = "";
+        bool best = false;
+        if (evaluate_now) {
+            if (!trainer_evaluate(t, &val_loss, &err)) die("%s", err.text);
+            if (stop_signal) break;
+            best = !(val_loss >= p->best_loss);
+            if (best) { p->best_loss = val_loss; p->best_step = p->step; }
+            bits_per_byte(&t->data.tokenizer, val_loss, bpb);
+            snprintf(val_text, sizeof val_text, "%.6f", val_loss);
+            printf("step %6lld/%lld | validation loss %.4f%s%s%s\n", (long long)p->step, (long long)o->steps, val_loss,
+                   bpb[0] ? " | bits per byte " : "", bpb, best ? " | best so far" : "");
+        }
+        fprintf(t->log, "%lld,%.6f,%.6e,%.6f,%.1f,%s,%s\n", (long long)p->step, loss, lr, norm, rate, val_text, bpb);
+        fflush(t->log);
+        if (best || last || (o->save_every && p->step % o->save_every == 0)) trainer_save(t, best);
+        if (!last && o->sample_every && p->step % o->sample_every == 0 && !trainer_sample(t, &err)) die("%s", err.text);
+        fflush(stdout);
+        other += seconds_now() - pause;
+    }
+    if (stop_signal) {
+        printf("stopped by signal %d at step %lld\n", (int)stop_signal, (long long)p->step);
+        if (p->step > first) trainer_save(t, false);
+        printf("continue with: train_mamba --out %s --resume\n", o->out);
+        return 128 + (int)stop_signal;
+    }
+    char took[32];
+    format_time(seconds_now() - start, took);
+    printf("done: %lld steps in %s", (long long)(p->step - first), took);
+    if (t->data.has_val) printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
+    printf("\n");
+    if (!trainer_sample(t, &err)) die("%s", err.text);
+    return t->save_failed ? 1 : 0;
+}
+
+// plot_loss: a picture of the log, when gnuplot is there. It never delays or fails a run by more than 20 seconds.
+static void plot_loss(const char* out) {
+    if (system("command -v gnuplot >/dev/null 2>&1") != 0) return;
+    FILE* g = popen("timeout 20 gnuplot 2>/dev/null", "w");
+    if (!g) return;
+    fprintf(g, "set terminal png size 900,500\nset output '%s/loss.png'\nset datafile separator ','\nset grid\n"
+               "set xlabel 'step'\nset ylabel 'loss (nats per token)'\n"
+               "plot '%s/log.csv' using 1:2 with lines title 'training', '' using 1:6 with linespoints title 'validation'\n", out, out);
+    if (pclose(g) == 0) printf("plot: %s/loss.png\n", out);
+}
+
+static int lock_run(const char* out) {
+    char path[4352], holder[64] = "another process";
+    snprintf(path, sizeof path, "%s/.lock", out);
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    if (fd < 0) die("%s: %s", path, strerror(errno));
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        ssize_t n = read(fd, holder, sizeof holder - 1);
+        if (n > 0) holder[n] = 0;
+        die("%s is in use by a running train_mamba (%s); wait for it or choose another --out", out, holder);
+    }
+    int n = snprintf(holder, sizeof holder, "pid %d", (int)getpid());
+    if (ftruncate(fd, 0) != 0 || write(fd, holder, (size_t)n) != n) warn("%s: %s", path, strerror(errno));
+    return fd;      // the kernel releases the lock when the process ends, however it ends
+}
+
+static void print_model(const Model* m) {
+    const Config* c = &m->config;
+    printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern, (long long)c->n_layer, (long long)c->d_model,
+           (long long)c->d_inner, (long long)c->d_state, (long long)c->d_conv, (long long)c->dt_rank);
+    if (c->d_intermediate) printf(", F %lld", (long long)c->d_intermediate);
+    printf(", vocabulary %lld (padded %lld)\nparameters: %zu\n", (long long)c->vocab_size, (long long)c->vocab_padded, m->n_params);
+}
+
+// trainer_create: everything between the command line and the first step.
+static void trainer_create(Trainer* t, Settings* s) {
+    Error err;
+    char dir[4096], path[4352];
+    SafeTensors st;
+    memset(t, 0, sizeof *t);
+    t->settings = s;
+    const Options* o = &s->o;
+    t->progress.best_loss = INFINITY;
+    Config config;
+    if (o->resume) {
+        if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
+        snprintf(path, sizeof path, "%s/optimizer.safetensors", dir);
+        if (!safetensors_open(&st, path, &err) || !resume_settings(s, &st, &err) || !config_read(&config, dir, &err)) die("%s", err.text);
+    } else {
+        snprintf(path, sizeof path, "%s/last", o->out);
+        struct stat info;
+        if (lstat(path, &info) == 0) die("%s already holds a run; --resume continues it, --out DIR starts another one elsewhere", o->out);
+    }
+    set_threads(o->threads);
+    const char* list = o->data;
+    if (!tokenizer_choose(&t->data.tokenizer, s, list, &err) || !data_open_all(&t->data, s, &err)) die("%s", err.text);
+    if (!o->resume) {
+        int64_t V = t->data.tokenizer.vocab_size;
+        if (settings_origin(s, "vocab-size") == FROM_USER && o->vocab_size > V) V = o->vocab_size;
+        config = config_from_options(s, V, t->data.tokenizer.eos);
+    }
+    if (!config_check(&config, &err)) die("%s", err.text);
+    model_describe(&t->model, &config);
+    Model* m = &t->model;
+    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
+    int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
+    if (!checked_size(4, dims, 1, &step_size)) die("--batch-size x --grad-accum x --seq-len does not fit in 63 bits");
+
+    // memory, before anything is allocated
+    Workspace measured = workspace_alloc(m, B, T, true, o->recompute, true);
+    double parameter_bytes = (double)m->n_elements * sizeof(real), activation_bytes = (double)measured.bytes;
+    workspace_free(&measured);
+    print_model(m);
+    printf("memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f MiB%s\n", mib(parameter_bytes),
+           mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes), o->recompute ? " (recompute)" : "");
+    if (!check_memory(4 * parameter_bytes + activation_bytes, "try a smaller --batch-size, --seq-len or model, or --recompute", &err)) die("%s", err.text);
+    if (!checkpoint_probe(o->out, (uint64_t)(6 * parameter_bytes) + (1 << 20), &err)) die("%s", err.text);
+    lock_run(o->out);
+
+    model_alloc(m, true);
+    t->backend = backend_cpu(m, B, T, true, o->recompute);
+    if (t->backend.work.bytes != (size_t)activation_bytes) die("the memory plan was %g bytes, %zu were used", activation_bytes, t->backend.work.bytes);
+    if (o->carry_state) {
+        t->backend.carry_in = (State*)xcalloc(accum, sizeof(State));
+        t->backend.carry_out = (State*)xcalloc(accum, sizeof(State));
+        for (size_t i = 0; i < accum; i++) {
+            t->backend.carry_in[i] = state_alloc(m, B);
+            t->backend.carry_out[i] = state_alloc(m, B);
+        }
+    }
+    if (o->resume) {
+        SafeTensors weights;
+        snprintf(path, sizeof path, "%s/model.safetensors", dir);
+        if (!resume_progress(t, &st, &err) || !safetensors_open(&weights, path, &err) || !model_load_tensors(m, &weights, &err) ||
+            !optimizer_load(m, &weights, &st, t->backend.carry_in, o->carry_state ? (int)accum : 0, &err)) die("%s", err.text);
+        safetensors_close(&weights);
+        safetensors_close(&st);
+        printf("resumed: %s, step %lld\n", dir, (long long)t->progress.step);
+    } else {
+        model_init(m, o->seed);
+    }
+    t->backend.upload(&t->backend);
+
+    Loader loader = {&t->data.train, o->seq_len, o->seed, o->carry_state, (int64_t)(B * accum), t->data.tokenizer.eos, 0, 1};
+    t->loader = loader;
+    if (!loader_check(&t->loader, &err)) die("%s", err.text);
+    loader.data = &t->data.val;
+    loader.sequential = false;
+    t->val_loader = loader;
+    t->inputs = (int*)xcalloc(accum * B * T, sizeof(int));
+    t->targets = (int*)xcalloc(accum * B * T, sizeof(int));
+    t->doc = (int*)xcalloc(accum * B * T, sizeof(int));
+    t->fresh = (bool*)xcalloc(accum * B, sizeof(bool));
+    if (!log_open(t, o->resume, &err)) die("%s", err.text);
+    printf("data: %lld tokens for training, %lld for validation\n", (long long)t->data.train.n_tokens, t->data.has_val ? (long long)t->data.val.n_tokens : 0);
+    printf("device: %s, %d threads, %s\n", t->backend.name, thread_count(), REAL_IS_DOUBLE ? "float64" : "float32");
+}
+
+static void trainer_free(Trainer* t) {
+    for (int64_t i = 0; t->backend.carry_in && i < t->settings->o.grad_accum; i++) {
+        state_free(&t->backend.carry_in[i]);
+        state_free(&t->backend.carry_out[i]);
+    }
+    free(t->backend.carry_in);
+    free(t->backend.carry_out);
+    t->backend.destroy(&t->backend);
+    model_free(&t->model);
+    data_close_all(&t->data);
+    free(t->inputs); free(t->targets); free(t->doc); free(t->fresh);
+    if (t->log) fclose(t->log);
+}
+
+int train_main(Settings* s) {
+    Trainer t;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    trainer_create(&t, s);
+    printf("settings:\n");
+    settings_print(s);
+    catch_signals();
+    int code = train_loop(&t);
+    if (code == 0) {
+        plot_loss(s->o.out);
+        printf("checkpoint: %s/last\n", s->o.out);
+    }
+    trainer_free(&t);
+    return code;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 14. Main
+
+// model_open: the model of --from, or with --preset and no --from a freshly initialized one.
+static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
+    Error err;
+    const Options* o = &s->o;
+    if (o->preset[0] && settings_origin(s, "from") == FROM_DEFAULT) {
+        int64_t V = o->vocab_size ? o->vocab_size : 257;
+        tokenizer_bytes(tok);
+        if (V != tok->vocab_size) { tok->kind = TOKENIZER_NONE; tok->vocab_size = V; }
+        tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : V - 1);
+        Config c = config_from_options(s, V, tok->eos);
+        if (!config_check(&c, &err)) die("%s", err.text);
+        model_describe(m, &c);
+        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err)) die("%s", err.text);
+        dir[0] = 0;
+        if (s->word == WORD_INFO) return;
+        model_alloc(m, false);
+        model_init(m, o->seed);
+        return;
+    }
+    if (!checkpoint_resolve(o->from, dir, 4096, &err) || !model_load(m, dir, false, &err)) die("%s", err.text);
+    if (!tokenizer_read(tok, dir, &err)) die("%s", err.text);
+    if (tok->kind == TOKENIZER_NONE) {
+        tok->vocab_size = m->config.vocab_size;
+        tok->eos = (int)m->config.eos_token;
+    }
+}
+
+int generate_main(Settings* s) {
+    Model m;
+    Tokenizer tok;
+    Error err;
+    char dir[4096];
+    const Options* o = &s->o;
+    set_threads(o->threads);
+    model_open(&m, &tok, s, dir);
+    Backend backend = backend_cpu(&m, 0, 0, false, false);
+    Prompt prompt = {&tok, o->prompt, strlen(o->prompt), NULL};
+    if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
+    bool from_stdin = strcmp(o->prompt, "-") == 0;
+    if (from_stdin) prompt.file = stdin;
+    if (o->prompt_file[0] && !(prompt.file = fopen(o->prompt_file, "rb"))) die("%s: %s", o->prompt_file, strerror(errno));
+    if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file)) die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
+    if (!prompt.file && o->prompt[0] && o->num_samples == 1) printf("%s", o->prompt);
+    catch_signals();
+    GenerateStats stats;
+    bool ok = generate(&backend, &tok, o, &prompt, stdout, &stats, &stop_signal, &err);
+    if (!ok) die("%s", err.text);
+    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s\n", (long long)stats.prompt_tokens,
+            stats.prompt_tokens ? (double)stats.prompt_tokens / stats.prefill_seconds : 0, (long long)stats.new_tokens,
+            stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0);
+    if (prompt.file && prompt.file != stdin) fclose(prompt.file);
+    backend.destroy(&backend);
+    model_free(&m);
+    return stop_signal ? 128 + (int)stop_signal : 0;
+}
+
+// dump_logits: inputs and logits of the first batch, for comparison with other implementations.
+static bool dump_logits(Backend* b, const Loader* loader, size_t B, size_t T, const char* path, Error* err) {
+    const Model* m = b->model;
+    size_t n = B * T, D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
+    int *inputs = (int*)xcalloc(n, sizeof(int)), *targets = (int*)xcalloc(n, sizeof(int));
+    real *logits = (real*)xcalloc(n * Vp, sizeof(real)), *ids = (real*)xcalloc(n, sizeof(real));
+    bool ok = loader_eval_batch(loader, 0, (int64_t)B, inputs, targets, NULL, err);
+    if (ok) {
+        model_forward(m, &b->work, inputs, NULL, B, T, &b->none, &b->none);
+        matmul_forward(logits, Vp, b->work.f, D, m->head, NULL, n, D, Vp);
+        for (size_t i = 0; i < n; i++) ids[i] = (real)inputs[i];
+        SafeTensorOut out[2] = {flat_tensor("input_ids", ids, n), flat_tensor("logits", logits, n * Vp)};
+        for (int i = 0; i < 2; i++) {
+            out[i].ndim = 2 + i;
+            out[i].shape[0] = (int64_t)B;
+            out[i].shape[1] = (int64_t)T;
+            out[i].shape[2] = (int64_t)Vp;
+        }
+        const char* meta[] = {"format", "pt", NULL};
+        ok = safetensors_write(path, out, 2, meta, err);
+    }
+    free(inputs); free(targets); free(logits); free(ids);
+    return ok;
+}
+
+int eval_main(Settings* s) {
+    Model m;
+    Data data;
+    Error err;
+    char dir[4096];
+    const Options* o = &s->o;
+    memset(&data, 0, sizeof data);
+    set_threads(o->threads);
+    model_open(&m, &data.tokenizer, s, dir);
+    const char* list = o->data;
+    if (!list[0]) list = data.default_list = default_data();
+    if (!open_list(&data.train, list, &data.tokenizer, &err)) die("%s", err.text);
+    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
+    Backend backend = backend_cpu(&m, B, T, false, false);
+    Loader loader = {&data.train, o->seq_len, o->seed, false, 0, data.tokenizer.eos, 0, 1};
+    Evaluation result;
+    catch_signals();
+    if (o->dump_logits[0] && !dump_logits(&backend, &loader, B, T, o->dump_logits, &err)) die("%s", err.text);
+    double start = seconds_now();
+    if (!evaluate(&backend, &loader, B, T, o->eval_batches, o->reset_documents, &result, &err)) die("%s", err.text);
+    double seconds = seconds_now() - start;
+    char bpb[32];
+    bits_per_byte(&data.tokenizer, result.loss, bpb);
+    printf("tokens %lld | loss %.6f | perplexity %.4f | bits per byte %s | %.0f tok/s\n", (long long)result.targets, result.loss,
+           exp(result.loss), bpb[0] ? bpb : "-", (double)result.targets / seconds);
+    backend.destroy(&backend);
+    data_close_all(&data);
+    model_free(&m);
+    return stop_signal ? 128 + (int)stop_signal : 0;
+}
+
+int info_main(Settings* s) {
+    Model m;
+    Tokenizer tok;
+    char dir[4096], shape[96];
+    model_open(&m, &tok, s, dir);
+    if (dir[0]) printf("checkpoint: %s\n", dir);
+    print_model(&m);
+    printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
+    printf("%-44s %-18s %12s  %s\n", "tensor", "shape", "parameters", "AdamW decay");
+    for (int i = 0; i < m.n_tensors; i++) {
+        const Tensor* t = &m.tensor[i];
+        printf("%-44s %-18s %12zu  %s\n", t->name, shape_text(shape, sizeof shape, t->ndim, t->shape), t->count, t->spec->flags & DECAY ? "yes" : "-");
+    }
+    size_t state = 0;
+    for (int l = 0; l < m.n_layers; l++)
+        for (int i = 0; i < m.layer[l].kind->n_state; i++) state += spec_count(&m.layer[l].kind->state[i], &m.config);
+    printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state, mib((double)state * sizeof(real)));
+    printf("training memory without activations: %.1f MiB\n", mib(4.0 * (double)m.n_elements * sizeof(real)));
+    model_free(&m);
+    return 0;
+}
+
+#ifndef SSM_NO_MAIN
+int main(int argc, char** argv) {
+    int word = WORD_TRAIN, skip = 1;
+    if (argc > 1 && argv[1][0] != '-') {
+        word = 0;
+        for (int i = 0; i < 4; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
+        if (!word) die("unknown word '%.40s'; expected train, generate, eval or info, then options; --help lists them", argv[1]);
+        skip = 2;
+    }
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+            help_print(skip == 2 ? word : 0);
+            return 0;
+        }
+    }
+    Settings settings;
+    Error err;
+    if (!settings_parse(&settings, word, argc - skip, argv + skip, &err)) die("%s", err.text);
+    int code = 0;
+    switch (word) {
+        case WORD_TRAIN: code = train_main(&settings); break;
+        case WORD_GENERATE: code = generate_main(&settings); break;
+        case WORD_EVAL: code = eval_main(&settings); break;
+        case WORD_INFO: code = info_main(&settings); break;
+    }
+    settings_free(&settings);
+    return code;
+}
+#endif

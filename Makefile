@@ -1,0 +1,81 @@
+# ssm.c: `make` builds the trainer, `make test` proves it, `make help` lists the rest.
+#
+# Detection prints what was found and, for what was not, the fix. Variables to override: CC, CFLAGS, SANITIZE=1,
+# NO_OPENMP=1, NO_OPENBLAS=1 (the built-in matmul).
+
+CC ?= cc
+CXX ?= c++
+CFLAGS ?= -O3 -march=native
+WARNINGS = -Wall -Wextra
+BUILD = build
+PKG_CONFIG ?= pkg-config
+
+ifeq ($(SANITIZE),1)
+  CFLAGS = -O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+  BUILD = build/sanitize
+endif
+
+# --- detection
+ifeq (,$(filter help clean,$(MAKECMDGOALS)))
+  HASH := \#
+  try = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
+  ifneq ($(shell $(PKG_CONFIG) --exists jansson 2>/dev/null && echo yes),yes)
+    $(error Jansson (JSON) not found. On Debian or Ubuntu: sudo apt-get install gcc make pkg-config libjansson-dev libopenblas-dev)
+  endif
+  JANSSON_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson)
+  JANSSON_LIBS := $(shell $(PKG_CONFIG) --libs jansson)
+  ifndef NO_OPENMP
+    OPENMP := $(if $(call try,int main(void){return 0;},-fopenmp),-fopenmp)
+  endif
+  ifndef NO_OPENBLAS
+    ifeq ($(call try,$(HASH)include <cblas.h>\nint main(void){openblas_set_num_threads(1);return 0;},-lopenblas),yes)
+      OPENBLAS_CFLAGS := -DUSE_OPENBLAS
+      OPENBLAS_LIBS := -lopenblas
+    endif
+  endif
+  $(info OpenMP:   $(if $(OPENMP),found,not used; one thread. Fix: gcc, or libomp-dev for clang))
+  $(info OpenBLAS: $(if $(OPENBLAS_LIBS),found,not used; the built-in matmul works alone. Fix: sudo apt-get install libopenblas-dev))
+endif
+
+C_FLAGS = -std=gnu11 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) $(OPENBLAS_CFLAGS)
+LIBS = $(JANSSON_LIBS) $(OPENBLAS_LIBS) -lm
+SOURCES = train_mamba.c data/safetensors.h data/tokenizer.h data/dataloader.h
+
+.PHONY: all test test-float test-double faults mutate mutate-all check-cxx dev clean help
+
+all: $(BUILD)/train_mamba ## build the trainer (the default)
+
+$(BUILD)/train_mamba: $(SOURCES) Makefile
+	@mkdir -p $(BUILD)
+	$(CC) $(C_FLAGS) train_mamba.c -o $@ $(LIBS)
+
+$(BUILD)/test_mamba: test_mamba.c $(SOURCES) Makefile
+	@mkdir -p $(BUILD)
+	$(CC) $(C_FLAGS) test_mamba.c -o $@ $(LIBS)
+
+$(BUILD)/test_mamba_double: test_mamba.c $(SOURCES) Makefile
+	@mkdir -p $(BUILD)
+	$(CC) $(C_FLAGS) -DREAL=double test_mamba.c -o $@ $(LIBS)
+
+$(BUILD)/dev/%: dev/cpu/%.c $(SOURCES) Makefile
+	@mkdir -p $(BUILD)/dev
+	$(CC) $(C_FLAGS) $< -o $@ $(LIBS)
+
+$(BUILD)/dev/%: dev/bench/%.c $(SOURCES) Makefile
+	@mkdir -p $(BUILD)/dev
+	$(CC) $(C_FLAGS) $< -o $@ $(LIBS)
+
+test: $(BUILD)/test_mamba $(BUILD)/test_mamba_double ## float and double test suites (SANITIZE=1: under sanitizers)
+	$(BUILD)/test_mamba
+	$(BUILD)/test_mamba_double
+
+check-cxx: ## the C file is also valid C++17 (what the CUDA build includes)
+	$(CXX) -x c++ -std=c++17 -fsyntax-only $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) $(OPENBLAS_CFLAGS) train_mamba.c
+
+dev: $(patsubst dev/cpu/%.c,$(BUILD)/dev/%,$(wildcard dev/cpu/*.c)) $(patsubst dev/bench/%.c,$(BUILD)/dev/%,$(wildcard dev/bench/*.c)) ## kernel ladders and benchmarks
+
+clean: ## remove build/
+	rm -rf build
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
