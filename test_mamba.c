@@ -60,7 +60,7 @@ void worst_add(Worst* w, double err, const char* format, ...) {
 // worst_report: a claim that was never measured is a failure
 void worst_report(const char* claim, const Worst* w, double at_most) {
     char name[160];
-    snprintf(name, sizeof name, "%s [%s]", claim, w->where[0] ? w->where : "never measured");
+    snprintf(name, sizeof name, "%.70s [%.80s]", claim, w->where[0] ? w->where : "never measured");
     report(name, w->where[0] ? w->err : NAN, at_most);
 }
 
@@ -128,7 +128,7 @@ void free_all(void) {
 uint64_t random_stream = 0;
 
 double test_uniform(double lo, double hi, uint64_t stream, size_t i) {
-    return lo + (hi - lo) * random_uniform(7, stream, i);
+    return lo < hi ? lo + (hi - lo) * random_uniform(7, stream, i) : lo;
 }
 
 // relative_l2: |a - reference| / |reference|; |a| where the reference is zero. NaN gives NaN.
@@ -158,18 +158,15 @@ enum { MAX_IN = 8, MAX_OUT = 2 };
 #define SENTINEL ((real)12345.0)
 
 // Operand: rows x cols at row stride ld. What lies between cols and ld belongs to somebody else: it is NaN in
-// inputs (must not be read) and SENTINEL in outputs and gradients (must not be written). value == NULL: not
-// given.
+// inputs (must not be read), SENTINEL in outputs and gradients (must not be written). value NULL: not given.
 typedef struct {
     const char* name;
     int per;
     size_t rows, cols, ld;
     real* value;                 // input or output
-    // inputs: what backward adds to; outputs: the weights of the loss, what backward starts from
-    real* grad;
+    real* grad;                  // of an input: backward adds to it; of an output: weights of the loss
     bool skippable;              // backward accepts NULL for this gradient
 } Operand;
-
 
 // Problem: loss = sum over outputs of <grad, value>; backward computes the gradient of every input
 typedef struct Problem {
@@ -192,8 +189,7 @@ typedef struct LayerTest {
     void (*make)(Problem* p);
     void (*forward)(Problem* p);
     void (*backward)(Problem* p);
-    // dense double arrays, NULL where not given
-    void (*formula)(const Problem* p, double** in, double** out);
+    void (*formula)(const Problem* p, double** in, double** out);   // dense arrays, NULL: not given
     int state;                   // index of the initial state among the inputs, -1: every token stands alone
     bool overwrites;             // backward writes its gradient instead of adding to it
 } LayerTest;
@@ -201,12 +197,12 @@ typedef struct LayerTest {
 size_t span(const Operand* t) { return t->rows ? (t->rows - 1) * t->ld + t->cols : 0; }
 size_t count(const Operand* t) { return t->rows * t->cols; }
 
-// fill_operand: columns get `value`, or uniform random numbers where lo < hi; the gaps between rows get `gap`
+// fill_operand: columns get uniform random numbers, or lo where lo == hi; the gaps between rows get `gap`
 void fill_operand(const Operand* t, real* v, double lo, double hi, real gap) {
     uint64_t stream = random_stream++;
     for (size_t r = 0; v && r < t->rows; r++)
         for (size_t c = 0; c < t->ld && r * t->ld + c < span(t); c++)
-            v[r * t->ld + c] = c >= t->cols ? gap : (real)(lo < hi ? test_uniform(lo, hi, stream, r * t->cols + c) : lo);
+            v[r * t->ld + c] = c >= t->cols ? gap : (real)test_uniform(lo, hi, stream, r * t->cols + c);
 }
 
 Operand* add_operand(Operand* list, int* n, const char* name, int per, size_t rows, size_t cols, size_t gap) {
@@ -264,6 +260,7 @@ void problem_make(Problem* p, const LayerTest* layer, const char* shape) {
     memset(p, 0, sizeof *p);
     p->layer = layer;
     p->shape = shape;
+    p->scale = (real)0.375;
     p->flags = (strstr(shape, "bias") ? HAS_BIAS : 0) | (strstr(shape, "state") ? HAS_STATE : 0) |
                (strstr(shape, "final") ? HAS_FINAL : 0) | (strstr(shape, "big") ? IS_BIG : 0);
     size_t* const sizes[] = { &p->B, &p->T, &p->D, &p->E, &p->N, &p->K, &p->V };
@@ -482,6 +479,7 @@ void check_alone(const Problem* p, Findings* f) {
 void check_problem(Problem* p, Findings* f) {
     run_forward(p);
     run_backward(p, 0, false);
+    assert(loss_of(p) != 0);            // a problem whose loss is 0 would prove nothing
     check_gaps(p, f);
     check_formula(p, f);
     check_direction(p, f);
@@ -495,9 +493,8 @@ void check_problem(Problem* p, Findings* f) {
     run_backward(p, 0, false);
     worst_add(&f->twice, differing(snapshot(p, &n), base, n), "%s", p->shape);
 
-    // Any number of threads: the same bits. Catches: races, and sums whose order depends on the threads. (All
-    // else runs with one thread: on a busy machine thousands of small parallel regions would take most of the
-    // time.)
+    // Any number of threads: the same bits. Catches: races, and sums whose order depends on the threads.
+    // (All else runs with one thread.)
     const int threads[] = { 2, 3, 4, 7 };
     for (int k = 0; k < 4; k++) {
         use_threads(threads[k]);
@@ -555,9 +552,10 @@ void check_layer(const LayerTest* layer, const char* const* shapes, int n_shapes
         for (int i = 0; i < p.n_in; i++) skippable |= p.in[i].skippable;
         free_all();
     }
-    worst_report("outputs = formula", &f.formula, limit(3e-6, 1e-14));
-    worst_report("gradient along random directions", &f.direction, limit(3e-5, 1e-10));
-    if (REAL_IS_DOUBLE) worst_report("gradient = central differences", &f.difference, 1e-6);
+    worst_report("outputs = formula", &f.formula, limit(3e-6, 1e-14));    // measured 2.3e-7, 3e-16
+    worst_report("gradient along random directions", &f.direction, limit(3e-5, 1e-10));    // 9.6e-7, 2.1e-11
+    if (REAL_IS_DOUBLE) worst_report("gradient = central differences", &f.difference, 1e-6);    // 4.5e-9
+    // measured: 8.5e-7, 1.2e-15
     if (!layer->overwrites) worst_report("backward adds", &f.accumulate, limit(3e-6, 1e-14));
     worst_report("twice: differing bits", &f.twice, 0);
     worst_report("1, 2, 3, 4, 7 threads: differing bits", &f.threads, 0);
@@ -812,21 +810,20 @@ void test_scan(void) {
         "B3 T7 E5 N5", "B3 T7 E13 N5 state final", "B3 T37 E5 N1 final", "B3 T7 E37 N1 state",
         "B1 T1 E1 N1 state final", "B1 T1 E33 N5", "B3 T37 E5 N3 state final documents0",
         "B3 T7 E13 N5 state final documents3", "B8 T7 E5 N2 state documents0",
-        "B2 T37 E33 N2 final documents6", "B8 T67 E70 N5 state final big documents0",
-        "B1 T32 E3 N16 state final big", "B2 T33 E65 N17 big" };
+        "B2 T37 E33 N2 final documents6", "B3 T37 E13 N5 state final documents2",
+        "B8 T67 E70 N5 state final big documents0", "B1 T32 E3 N16 state final big", "B2 T33 E65 N17 big" };
     check_layer(&scan_layer, shapes, COUNT_OF(shapes));
 
     // Without saved states (inference): the same bits. Catches: a second code path that drifts.
     Problem p;
-    problem_make(&p, &scan_layer, shapes[10]);
+    problem_make(&p, &scan_layer, shapes[11]);
     run_forward(&p);
     double *y = dense(&p.out[0], p.out[0].value), *hT = dense(&p.out[1], p.out[1].value);
     run_forward(&p);
     scan_call(&p, NULL);
-    report("without saved states: differing bits",
-           differing(dense(&p.out[0], p.out[0].value), y, count(&p.out[0])) +
-               differing(dense(&p.out[1], p.out[1].value), hT, count(&p.out[1])),
-           0);
+    double wrong = differing(dense(&p.out[0], p.out[0].value), y, count(&p.out[0])) +
+                   differing(dense(&p.out[1], p.out[1].value), hT, count(&p.out[1]));
+    report("without saved states: differing bits", wrong, 0);
 }
 
 // Gate: out = y silu(z); y and z are parts of wider rows.
@@ -855,8 +852,8 @@ void test_gate(void) {
     check_layer(&gate_layer, shapes, COUNT_OF(shapes));
 }
 
-// Cross entropy: loss = logsumexp(logits) - logits[target], 0 where the target is negative. Forward and backward
-// are one function.
+// Cross entropy: loss = logsumexp(logits) - logits[target], 0 where the target is negative. Forward and
+// backward are one function.
 void crossentropy_make(Problem* p) {
     for (size_t i = 0; i < p->B * p->T; i++) if (random_bits(7, 2, i) % 4 == 0) p->ids[i] = i % 2 ? -1 : -100;
     add_input(p, "logits", PER_TOKEN, p->B * p->T, p->V, 0, -3, 3);
@@ -932,6 +929,14 @@ void compare_parts(const Problem* p, const double* whole, Worst* forward, Worst*
                   p->in[i].name, (int)cut, p->shape);
 }
 
+void report_parts(const LayerTest* layer, const Worst* forward, const Worst* backward) {
+    char claim[80];
+    snprintf(claim, sizeof claim, "%s: differing bits", layer->name);
+    worst_report(claim, forward, 0);
+    snprintf(claim, sizeof claim, "%s: gradients", layer->name);
+    worst_report(claim, backward, limit(3e-6, 1e-14));      // 3.9e-7, 9.5e-16
+}
+
 // problem_forget: outputs NaN, gradients 0, before the parts are computed into the same arrays
 void problem_forget(Problem* p) {
     for (int j = 0; j < p->n_out; j++) fill_operand(&p->out[j], p->out[j].value, NAN, NAN, SENTINEL);
@@ -965,23 +970,18 @@ void check_split(const LayerTest* layer, const char* const* shapes, int n_shapes
         }
         free_all();
     }
-    worst_report(layer->state == SCAN_H0 ? "scan: differing bits" : "conv: differing bits", &forward, 0);
-    worst_report(layer->state == SCAN_H0 ? "scan: gradients" : "conv: gradients", &backward,
-                 limit(3e-6, 1e-14));
+    report_parts(layer, &forward, &backward);
 }
 
 void test_split(void) {
     const char* const conv_shapes[] = {
-        "B1 T40 E5 K4 bias state final",       "B1 T40 E5 K4 state final documents1",
+        "B1 T40 E5 K4 bias state final", "B1 T40 E5 K4 state final documents1",
         "B1 T40 E3 K2 state final documents2", "B1 T40 E5 K4 bias state final documents3",
-        "B1 T40 E5 K3 state final documents5", "B1 T7 E5 K4 state final documents4"
-    };
-    const char* const scan_shapes[] = { "B1 T40 E5 N3 state final",
-                                        "B1 T40 E5 N3 state final documents1",
-                                        "B1 T40 E33 N2 state final documents2",
-                                        "B1 T40 E5 N1 state final documents3",
-                                        "B1 T40 E5 N3 state final documents5",
-                                        "B1 T7 E5 N3 state final documents4" };
+        "B1 T40 E5 K3 state final documents5", "B1 T7 E5 K4 state final documents4" };
+    const char* const scan_shapes[] = {
+        "B1 T40 E5 N3 state final", "B1 T40 E5 N3 state final documents1",
+        "B1 T40 E33 N2 state final documents2", "B1 T40 E5 N1 state final documents3",
+        "B1 T40 E5 N3 state final documents5", "B1 T7 E5 N3 state final documents4" };
     check_split(&conv_layer, conv_shapes, COUNT_OF(conv_shapes));
     check_split(&scan_layer, scan_shapes, COUNT_OF(scan_shapes));
 }
@@ -1013,18 +1013,16 @@ void check_packed(const LayerTest* layer, const char* const* shapes, int n_shape
         compare_parts(&p, packed, &forward, &backward, 0);
         free_all();
     }
-    worst_report(layer->state == SCAN_H0 ? "scan: differing bits" : "conv: differing bits", &forward, 0);
-    worst_report(layer->state == SCAN_H0 ? "scan: gradients" : "conv: gradients", &backward,
-                 limit(3e-6, 1e-14));
+    report_parts(layer, &forward, &backward);
 }
 
 void test_packed(void) {
-    const char* const conv_shapes[] = { "B8 T37 E5 K4 bias state final documents0",
-                                        "B8 T3 E5 K4 state final documents0",
-                                        "B8 T9 E5 K2 state final documents0" };
-    const char* const scan_shapes[] = { "B8 T67 E5 N3 state final documents0",
-                                        "B8 T3 E5 N3 state final documents0",
-                                        "B8 T37 E33 N1 state final documents0" };
+    const char* const conv_shapes[] = {
+        "B8 T37 E5 K4 bias state final documents0", "B8 T3 E5 K4 state final documents0",
+        "B8 T9 E5 K2 state final documents0" };
+    const char* const scan_shapes[] = {
+        "B8 T67 E5 N3 state final documents0", "B8 T3 E5 N3 state final documents0",
+        "B8 T37 E33 N1 state final documents0" };
     check_packed(&conv_layer, conv_shapes, COUNT_OF(conv_shapes));
     check_packed(&scan_layer, scan_shapes, COUNT_OF(scan_shapes));
 }
@@ -1047,7 +1045,7 @@ void test_exp(void) {
         worst_add(&w, relative((double)exp_real(xr), exp((double)xr), limit(1.2e-38, 2.3e-308)), "x = %g",
                   (double)xr);
     }
-    worst_report("exp_real, relative", &w, limit(3e-7, 5e-16));
+    worst_report("exp_real, relative", &w, limit(3e-7, 5e-16));    // 8.0e-8, 0
     const double x[] = { -1e30, -INFINITY, -0.0, 0, 1e3, 1e30, INFINITY };
     double wrong = !isnan(exp_real((real)NAN));
     for (int i = 0; i < COUNT_OF(x); i++) wrong += !((double)exp_real((real)x[i]) == (double)(real)exp(x[i]));
@@ -1067,7 +1065,7 @@ void test_softplus_extremes(void) {
         worst_add(&forward, relative((double)out, softplus_exact((double)in), 2e-38), "x = %g", x[i]);
         worst_add(&backward, relative((double)din, 1 / (1 + exp(-(double)in)), 2e-38), "x = %g", x[i]);
     }
-    worst_report("softplus, relative", &forward, limit(1e-6, 1e-14));
+    worst_report("softplus, relative", &forward, limit(1e-6, 1e-14));    // 9.6e-8, 0
     // identity above 20: exp(-20) is lost
     worst_report("sigmoid from softplus, relative", &backward, limit(1e-6, 3e-9));
 }
@@ -1086,8 +1084,8 @@ void test_gate_extremes(void) {
         worst_add(&forward, relative((double)out, 0.75 * zd * sigmoid, 1e-36), "z = %g", zs[i]);
         worst_add(&backward, isnan((double)dy + (double)dz) ? NAN : error, "z = %g", zs[i]);
     }
-    worst_report("gate, relative", &forward, limit(1e-6, 1e-14));
-    worst_report("gate backward, relative", &backward, limit(2e-5, 1e-12));
+    worst_report("gate, relative", &forward, limit(1e-6, 1e-14));    // 1.9e-7, 0
+    worst_report("gate backward, relative", &backward, limit(2e-5, 1e-12));    // 1.9e-7, 0
 }
 
 // logits of +-1e4, alone, together, all equal. Catches: a missing max, a loss of inf - inf.
@@ -1117,8 +1115,8 @@ void test_crossentropy_extremes(void) {
             worst_add(&backward, relative_l2(got, exact, 3), "row %d target %d", i, target);
         }
     }
-    worst_report("losses", &forward, limit(1e-7, 1e-15));
-    worst_report("dlogits", &backward, limit(1e-6, 1e-14));
+    worst_report("losses", &forward, limit(1e-7, 1e-15));    // 3.8e-8, 5e-17
+    worst_report("dlogits", &backward, limit(1e-6, 1e-14));    // 5.2e-8, 0
 }
 
 // scan_gradient: (B3) to (B9) of the backward derivation, literally, in double precision, B = 1 and no
@@ -1187,8 +1185,8 @@ void test_scan_extremes(void) {
         free_all();
     }
     worst_report("scan: values not finite", &finite, 0);
-    worst_report("scan: outputs", &values, limit(1e-6, 1e-14));
-    worst_report("scan: gradients", &gradients, limit(3e-6, 1e-14));
+    worst_report("scan: outputs", &values, limit(1e-6, 1e-14));    // 1.3e-7, 0
+    worst_report("scan: gradients", &gradients, limit(3e-6, 1e-14));    // 2.1e-7, 2.6e-16
 }
 
 void test_extremes(void) {
@@ -1273,6 +1271,14 @@ int main(int argc, char** argv) {
         for (int i = 0; i < COUNT_OF(cases); i++) printf("%s\n", cases[i].name);
         return 0;
     }
+#ifdef _OPENMP
+    // Threads that spin while they wait take most of the time on a busy machine, and only the environment of a
+    // new process can tell them to sleep. Where it cannot be started, the tests just take longer.
+    if (!getenv("OMP_WAIT_POLICY")) {
+        setenv("OMP_WAIT_POLICY", "passive", 1);
+        execv("/proc/self/exe", argv);
+    }
+#endif
     use_threads(1);
     int n_run = 0;
     double start = seconds_now();

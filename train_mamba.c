@@ -260,20 +260,21 @@ bool config_check(const Config* c, Error* err) {
 // ---------------------------------------------------------------------------------------------------
 // 3. Matmul
 //MATMUL-BEGIN
-// The three products of a linear layer (its output, the gradient of its input, the gradient of its weight) are
-// one function, matmul_add: C(i,j) += sum_l A(i,l) B(l,j), where a transpose is only another pair of strides.
-// It is fast for four reasons, which are the rungs of dev/cpu/matmul.c:
+// The three products of a linear layer (its output, the gradient of its input, the gradient of its weight)
+// are one function, matmul_add: C(i,j) += sum_l A(i,l) B(l,j), where a transpose is only another pair of
+// strides. It is fast for four reasons, which are the rungs of dev/cpu/matmul.c:
 //   1. the inner loop runs over neighbouring j in vectors, so no sum is split over the lanes of a vector;
 //   2. a tile of TILE_ROWS x TILE_COLS sums stays in registers, so each load serves several multiplications;
 //   3. the pieces of A and B in use are copied ("packed") side by side, so that they stay in the caches;
 //   4. the threads share out blocks of C, and no two of them write to the same sum.
-// Every sum is made in one order: within groups of SUM_BLOCK consecutive l one after the other, then group after
-// group. Nothing else enters: neither tile nor block, neither the thread nor the other rows. So a row of a large
-// batch has the bits of that row alone, and a text fed token by token those of the whole text at once.
+// Every sum is made in one order: within groups of SUM_BLOCK consecutive l one after the other, then group
+// after group. Nothing else enters: neither tile nor block, neither the thread nor the other rows. So a row
+// of a large batch has the bits of that row alone, and a text fed token by token those of the whole text at
+// once.
 // The blocking follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
 //
-// With -DUSE_OPENBLAS the products of the backward go to OpenBLAS, one thread per call, on the same blocks of C.
-// The forward never does: the order of summation in OpenBLAS depends on the number of rows.
+// With -DUSE_OPENBLAS the products of the backward go to OpenBLAS, one thread per call, on the same blocks of
+// C. The forward never does: the order of summation in OpenBLAS depends on the number of rows.
 
 #ifdef USE_OPENBLAS
 #include <cblas.h>
@@ -295,7 +296,7 @@ enum { VEC_BYTES = 32, TILE_ROWS = 6 };
 enum { VEC_BYTES = 16, TILE_ROWS = 6 };
 #endif
 enum { VEC = VEC_BYTES / sizeof(real), TILE_COLS = 2 * VEC };
-enum { SUM_BLOCK = 256 };            // l per group; a packed panel of B, SUM_BLOCK x TILE_COLS, has at most 32 KiB
+enum { SUM_BLOCK = 256 };            // l per group; a packed panel of B, SUM_BLOCK x TILE_COLS, has <= 32 KiB
 enum { BLOCK_ROWS = 192 };           // rows of a block of C: how often a packed panel of B is used
 enum { BLOCK_COLS = 256 };           // columns of a block of C: how often the packed rows of A are used
 enum { PACK_LD = SUM_BLOCK + 16 };   // row length of packed A; rows 1024 bytes apart would share cache sets
@@ -305,27 +306,25 @@ enum { FEW_ROWS = 4 };               // below this many rows, packing costs more
 typedef real vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
 typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
 
-// FMA_VEC, FMA_VEC4: a*b + c with one rounding. Spelled out, because a compiler left to itself fuses some of these
-// and not others (gcc: -mtune=znver3 splits them in some loops), and then equal sums would differ in the last bit.
-#if defined(__FMA__)
-#include <immintrin.h>
-#if REAL_IS_DOUBLE
-#define FMA_VEC4(a, b, c) _mm256_fmadd_pd(a, b, c)
-#else
-#define FMA_VEC4(a, b, c) _mm_fmadd_ps(a, b, c)
-#endif
-#if REAL_IS_DOUBLE && defined(__AVX512F__)
-#define FMA_VEC(a, b, c) _mm512_fmadd_pd(a, b, c)
-#elif REAL_IS_DOUBLE
-#define FMA_VEC(a, b, c) _mm256_fmadd_pd(a, b, c)
-#elif defined(__AVX512F__)
-#define FMA_VEC(a, b, c) _mm512_fmadd_ps(a, b, c)
-#else
-#define FMA_VEC(a, b, c) _mm256_fmadd_ps(a, b, c)
-#endif
-#else
+// FMA_VEC, FMA_VEC4: a*b + c with one rounding. Spelled out, because a compiler left to itself fuses some of
+// these and not others (gcc: -mtune=znver3 splits them in some loops), and then equal sums would differ in
+// the last bit.
+#if !defined(__FMA__)
 #define FMA_VEC4(a, b, c) ((a) * (b) + (c))
 #define FMA_VEC(a, b, c) ((a) * (b) + (c))
+#else
+#include <immintrin.h>
+#define FMA_VEC4 PASTE(FMA_VEC4_, REAL)
+#define FMA_VEC4_float _mm_fmadd_ps
+#define FMA_VEC4_double _mm256_fmadd_pd
+#define FMA_VEC PASTE(FMA_VEC_, REAL)
+#if defined(__AVX512F__)
+#define FMA_VEC_float _mm512_fmadd_ps
+#define FMA_VEC_double _mm512_fmadd_pd
+#else
+#define FMA_VEC_float _mm256_fmadd_ps
+#define FMA_VEC_double _mm256_fmadd_pd
+#endif
 #endif
 
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
@@ -368,11 +367,12 @@ static void pack(real* dst, size_t ld, const real* src, size_t row_stride, size_
     }
 }
 
-// matmul_tile: C(r,j) += sum_l A(r,l) B(l,j) for r < rows, j < cols <= vecs*VEC, l < L. A and B are packed: A(r,l)
-// at A[r*PACK_LD + l], B(l,j) at B[l*TILE_COLS + j]. rows and vecs are constants at every call: the loops over
-// them unroll, and `sum` becomes registers.
+// matmul_tile: C(r,j) += sum_l A(r,l) B(l,j) for r < rows, j < cols <= vecs*VEC, l < L. A and B are packed:
+// A(r,l) at A[r*PACK_LD + l], B(l,j) at B[l*TILE_COLS + j]. rows and vecs are constants at every call: the
+// loops over them unroll, and `sum` becomes registers.
 static inline __attribute__((always_inline))
-void matmul_tile(real* C, size_t ldc, const real* A, const real* B, size_t L, size_t cols, int rows, int vecs) {
+void matmul_tile(real* C, size_t ldc, const real* A, const real* B, size_t L, size_t cols,
+                 int rows, int vecs) {
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) {
         for (int v = 0; v < vecs; v++) sum[r][v] = (vec){0};
@@ -416,19 +416,14 @@ static void matmul_block(real* C, size_t ldc, const real* A, size_t ai, size_t a
             for (size_t i = 0; i < rows;) {
                 real* c = C + i * ldc + j;
                 const real* a = a_pack + i * PACK_LD;
-                if (i + TILE_ROWS <= rows) {
-                    if (narrow) matmul_tile(c, ldc, a, b_pack, Lb, n, TILE_ROWS, 1);
-                    else matmul_tile(c, ldc, a, b_pack, Lb, n, TILE_ROWS, 2);
-                    i += TILE_ROWS;
-                } else if (i + 4 <= rows) {
-                    if (narrow) matmul_tile(c, ldc, a, b_pack, Lb, n, 4, 1);
-                    else matmul_tile(c, ldc, a, b_pack, Lb, n, 4, 2);
-                    i += 4;
-                } else {
-                    if (narrow) matmul_tile(c, ldc, a, b_pack, Lb, n, 1, 1);
-                    else matmul_tile(c, ldc, a, b_pack, Lb, n, 1, 2);
-                    i += 1;
-                }
+                size_t left = rows - i;
+                if (left >= TILE_ROWS && !narrow) matmul_tile(c, ldc, a, b_pack, Lb, n, TILE_ROWS, 2);
+                else if (left >= TILE_ROWS) matmul_tile(c, ldc, a, b_pack, Lb, n, TILE_ROWS, 1);
+                else if (left >= 4 && !narrow) matmul_tile(c, ldc, a, b_pack, Lb, n, 4, 2);
+                else if (left >= 4) matmul_tile(c, ldc, a, b_pack, Lb, n, 4, 1);
+                else if (!narrow) matmul_tile(c, ldc, a, b_pack, Lb, n, 1, 2);
+                else matmul_tile(c, ldc, a, b_pack, Lb, n, 1, 1);
+                i += left >= TILE_ROWS ? TILE_ROWS : left >= 4 ? 4 : 1;
             }
         }
     }
@@ -447,8 +442,8 @@ static void openblas_block(real* C, size_t ldc, const real* A, size_t ai, size_t
 #define openblas_block matmul_block
 #endif
 
-// block_shape: the size of the blocks of an (M,N) matrix that the threads share out, halved until there are 16
-// blocks or they are small.
+// block_shape: the size of the blocks of an (M,N) matrix that the threads share out, halved until there are
+// 16 blocks or they are small.
 static void block_shape(size_t* mb, size_t* nb, size_t M, size_t N) {
     *mb = BLOCK_ROWS;
     *nb = BLOCK_COLS;
@@ -459,9 +454,11 @@ static void block_shape(size_t* mb, size_t* nb, size_t M, size_t N) {
     }
 }
 
-// matmul_add: C(i,j) += sum_l A(i,l) B(l,j), i < M, j < N, l < L. With `fill`, C(i,j) starts at bias[j], or at 0.
+// matmul_add: C(i,j) += sum_l A(i,l) B(l,j), i < M, j < N, l < L. With `fill`, C(i,j) starts at bias[j], or
+// at 0.
 //   C(i,j) at C[i*ldc + j], A(i,l) at A[i*ai + l*al], B(l,j) at B[l*bl + j*bj]
-// Called by all threads of a parallel region, which share the blocks and do not wait for each other at the end.
+// Called by all threads of a parallel region, which share the blocks and do not wait for each other at the
+// end.
 static void matmul_add(bool openblas, real* C, size_t ldc, bool fill, const real* bias,
                        const real* A, size_t ai, size_t al, const real* B, size_t bl, size_t bj,
                        size_t M, size_t N, size_t L) {
@@ -482,8 +479,10 @@ static void matmul_add(bool openblas, real* C, size_t ldc, bool fill, const real
     }
 }
 
-// matmul_row: the forward for one row and ROW_OUTPUTS outputs, with the order of summation of matmul_tile. Reads
-// each weight once and copies none: with few rows the time is that of reading the weights from memory.
+// matmul_row: the forward for one row and ROW_OUTPUTS outputs, with the order of summation of matmul_tile.
+// Reads each weight once and copies none: with few rows the time is that of reading the weights from memory.
+// So it also asks for the next ROW_OUTPUTS rows ahead of time, which follow in memory (asking past the end
+// does no harm).
 static void matmul_row(real* out, const real* inp, const real* weight, const real* bias, size_t I) {
     vec4 total[ROW_OUTPUTS / 4], sum[ROW_OUTPUTS / 4], w[4];
     for (int g = 0; g < ROW_OUTPUTS / 4; g++) total[g] = bias ? *(const vec4*)(bias + 4 * g) : (vec4){0};
@@ -491,6 +490,8 @@ static void matmul_row(real* out, const real* inp, const real* weight, const rea
         size_t end = min_size(i + SUM_BLOCK, I);
         for (int g = 0; g < ROW_OUTPUTS / 4; g++) sum[g] = (vec4){0};
         for (; i + 4 <= end; i += 4) {
+            const char* next = (const char*)weight + ROW_OUTPUTS * (I + i) * sizeof(real);
+            for (size_t k = 0; k < 4 * ROW_OUTPUTS * sizeof(real); k += 64) __builtin_prefetch(next + k);
             for (int g = 0; g < ROW_OUTPUTS / 4; g++) {
                 transpose4(w, weight + (size_t)g * 4 * I + i, I);
                 for (int k = 0; k < 4; k++) sum[g] = FMA_VEC4(inp[i + k] - (vec4){0}, w[k], sum[g]);
@@ -516,7 +517,7 @@ void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const re
     size_t by_row = M < FEW_ROWS ? O / ROW_OUTPUTS * ROW_OUTPUTS : 0;        // outputs made by matmul_row
     #pragma omp parallel if (M * I * O > 32768)    // below, waking the threads takes longer than the work
     {
-        #pragma omp for schedule(dynamic) nowait
+        #pragma omp for schedule(static) nowait      // static: a thread's next rows are those it asked for
         for (size_t o = 0; o < by_row; o += ROW_OUTPUTS) {
             for (size_t m = 0; m < M; m++) {
                 matmul_row(out + m * ldo + o, inp + m * ldi, weight + o * I, bias ? bias + o : NULL, I);
@@ -559,7 +560,7 @@ void matmul_backward(real* dinp, size_t lddi, real* dweight, real* dbias, const 
 // 4. Layers: forward and backward side by side
 
 //MATHFUN-BEGIN
-// exp, sigmoid, silu, softplus, expm1 as plain arithmetic: no branch, no call, only selects and moves of
+// exp, sigmoid, silu, softplus, expm1 as plain arithmetic: no branch, no call, only masks and moves of
 // bits, so that a `#pragma omp simd` loop around them becomes vector code without -ffast-math. NaN comes out
 // as NaN. Largest errors, against the double functions at every fifth float: exp_real 1.01 ulp; relative:
 // expm1_neg_real 9e-8, softplus_real 2.3e-7, sigmoid_real 1.5e-7, silu_real 2.0e-7. The double build, our
@@ -568,9 +569,15 @@ void matmul_backward(real* dinp, size_t lddi, real* dweight, real* dbias, const 
 static inline real exp_real(real x) { return exp(x); }
 static inline real expm1_neg_real(real x) { return expm1(x); }
 static inline real softplus_real(real x) { return x > 20 ? x : log1p(exp(x)); }
+static inline real sigmoid_real(real x) { return 1 / (1 + exp(-x)); }
+static inline real silu_real(real x) { return x < -1000 ? 0 : x * sigmoid_real(x); }
 #else
 static inline uint32_t bits_of_float(float x) { uint32_t u; memcpy(&u, &x, sizeof u); return u; }
 static inline float float_of_bits(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x; }
+
+// mask: all bits where the condition holds. `condition ? a : b` would do, but gcc moves arithmetic that follows
+// a select into one of its branches and then, for fear of traps, does not compute both, as AVX2 code must.
+static inline uint32_t mask(bool condition) { return -(uint32_t)condition; }
 
 // exp_reduce: x = k ln2 + r with k = round(x / ln2) and |r| <= ln2 / 2, so that exp(x) = 2^k exp(r). Returns
 //   exp(r) - 1 = r + r^2 q(r),   q of degree 4 with the smallest largest error (3e-9 of exp(r)).
@@ -591,44 +598,46 @@ static inline float exp_reduce(float x, uint32_t* k_shifted) {
     return r + r * r * q;
 }
 
-// exp_real: exp(x); 0 where the result is below 2^-126, the smallest normal float; infinity above the largest
+// exp_real: exp(x) = (2 exp(r)) 2^(k-1), since 2^128 is no float. 0 below 2^-125.5, where k = -126 makes the bits
+// of 2^(k-1) those of 0; infinity where the product overflows. The masks serve all x beyond. NaN passes.
 static inline real exp_real(real x) {
-    uint32_t k_shifted;
-    float p = 1.0f + exp_reduce(x, &k_shifted);
-    float y = float_of_bits(bits_of_float(p) + k_shifted);
-    y = x < -87.3365402f ? 0.0f : y;
-    return x <= 88.7228394f ? y : x + INFINITY;      // NaN goes here: every comparison is false
+    uint32_t k_shifted, small = mask(x < -87.0f), large = mask(x > 88.75f);
+    float p = 2.0f + 2.0f * exp_reduce(x, &k_shifted);
+    float y = p * float_of_bits(bits_of_float(0.5f) + k_shifted);
+    return float_of_bits((bits_of_float(y) & ~(small | large)) | (large & bits_of_float(INFINITY)));
 }
 
 // expm1_neg_real: exp(x) - 1 for x <= 0, without the cancellation near 0:  2^k (exp(r) - 1) + (2^k - 1)
 static inline real expm1_neg_real(real x) {
-    uint32_t k_shifted;
-    x = x < -80.0f ? -80.0f : x;                     // exp(-80) is nothing beside -1; 2^k stays normal
+    uint32_t k_shifted, small = mask(x < -80.0f);
     float p = exp_reduce(x, &k_shifted);
     float scale = float_of_bits(bits_of_float(1.0f) + k_shifted);
-    return scale * p + (scale - 1.0f);
+    float y = scale * p + (scale - 1.0f);
+    return float_of_bits((bits_of_float(y) & ~small) | (small & bits_of_float(-1.0f)));
 }
 
 // softplus_real: log(1 + exp(x)) = max(x, 0) + log1p(u),  u = exp(-|x|) in [0, 1]
 //   log1p(u) = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 + ...),  s = u / (2 + u) <= 1/3: no cancellation for any u
-// The series is cut after s^9, its coefficients adjusted to the smallest largest error (5e-9).
+// The series is cut after s^9, its coefficients adjusted to the smallest largest error (5e-9). Above 20 the
+// sum rounds to x itself.
 static inline real softplus_real(real x) {
-    float u = exp_real(x < 0 ? x : -x);
+    float u = exp_real(-fabsf(x));
     float s = u / (2.0f + u), s2 = s * s;
     float p = 1.40064105e-1f;
     p = p * s2 + 1.40008241e-1f;
     p = p * s2 + 2.00107679e-1f;
     p = p * s2 + 3.33332092e-1f;
-    float log1p_u = 2.0f * (s + s * (s2 * p));
-    return x > 20.0f ? x : (x > 0 ? x : 0.0f) + log1p_u;
+    float max_x_0 = float_of_bits(bits_of_float(x) & ~mask(x < 0));
+    return max_x_0 + 2.0f * (s + s * (s2 * p));
 }
-#endif
 
 static inline real sigmoid_real(real x) { return 1 / (1 + exp_real(-x)); }
 
-// silu_real: x sigmoid(x). Below -100 sigmoid is 0 in float; the select keeps -infinity * 0 from becoming
-// NaN.
-static inline real silu_real(real x) { return x < -100 ? 0 : x * sigmoid_real(x); }
+// silu_real: x sigmoid(x). Below -100 sigmoid is 0 in float; the mask keeps -infinity * 0 from becoming NaN.
+static inline real silu_real(real x) {
+    return float_of_bits(bits_of_float(x * sigmoid_real(x)) & ~mask(x < -100));
+}
+#endif
 //MATHFUN-END
 
 // the derivative of silu: sigma(x) (1 + x (1 - sigma(x)))
@@ -885,7 +894,7 @@ static void scan_load_decay(real (*A)[SCAN_TILE], const real* A_log, size_t stat
         #pragma omp simd
         for (size_t l = 0; l < SCAN_TILE; l++) {
             real decay = exp_real(A[n][l]);
-            A[n][l] = decay > SCAN_MAX_DECAY ? -SCAN_MAX_DECAY : -decay;
+            A[n][l] = -(decay > SCAN_MAX_DECAY ? SCAN_MAX_DECAY : decay);
         }
     }
 }
@@ -1002,8 +1011,7 @@ static void scan_token_backward(real* dBC, real (*dA)[SCAN_TILE], real (*carry)[
     }
 }
 
-// scan_sum_parts: the sums over sequences (dA_log, dDskip) and over tiles (dBt, dCt), always in the same
-// order
+// scan_sum_parts: the sums over sequences (dA_log, dDskip) and over tiles (dBt, dCt), in a fixed order
 static void scan_sum_parts(real* dA_log, real* dBt, real* dCt, size_t lddbc, real* dDskip,
                            const real* dBC_part, const real* dA_part, const real* dD_part,
                            size_t B, size_t T, size_t E, size_t N) {
@@ -1025,8 +1033,7 @@ static void scan_sum_parts(real* dA_log, real* dBt, real* dCt, size_t lddbc, rea
 }
 
 // selective_scan_backward: from the last chunk to the first; in a chunk the states are recomputed forward,
-// then lambda runs from its last token to its first (scan_token_backward). What is left is outside that
-// loop:
+// then lambda runs from its last token to its first (scan_token_backward). Outside of that is only:
 //   forward (F7) y_t = .. + Dskip x_t       (B3) dx += Dskip dy,  dDskip += sum_{b,t} dy x
 //   forward (F5) A = -exp(A_log)            (B9) dA_log += dA A
 //   forward (F6) h_0 = a_0 h0 + ..          (B14) dh0 += a_0 lambda_0: the last `carry`; the first is dhT

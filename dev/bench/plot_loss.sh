@@ -1,9 +1,8 @@
 #!/bin/sh
 # plot_loss.sh LOG.csv [OUT.png]: training and validation loss over steps, drawn by gnuplot.
 #   Writes OUT.png (default: LOG.png beside the log); with TERM=dumb it draws in the terminal instead.
-#   The log is the trainer's: a header line naming the columns, among them step, loss, val_loss; a field is empty
-#   where its value is unknown (val_loss is known only at evaluations). Columns are found by name, so new ones may
-#   be added.
+#   The log is the trainer's: a header line naming the columns, among them step, loss, val_loss; a field is
+#   empty where its value is unknown (val_loss is known only at evaluations). Columns are found by name.
 set -eu
 usage="usage: $0 LOG.csv [OUT.png]   (TERM=dumb draws in the terminal)"
 [ $# -ge 1 ] && [ $# -le 2 ] || { echo "$usage" >&2; exit 1; }
@@ -18,7 +17,7 @@ points() {
     awk -F, -v column="$1" '
         { sub(/\r$/, "") }
         NR == 1 { for (i = 1; i <= NF; i++) { if ($i == "step") s = i; if ($i == column) c = i }; next }
-        s && c && $s != "" && $c != "" { print $s, $c }' "$log"
+        s && c && $s != "" && $c != "" { print $s, $c }' < "$log"
 }
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -35,7 +34,7 @@ else
     terminal="set terminal pngcairo size 900,560; set output '$(printf %s "$out" | sed "s/'/''/g")'"
 fi
 curves=""
-[ -s "$scratch/train" ] && curves="'$scratch/train' with lines linewidth 1 linecolor rgb '#4477aa' title 'training'"
+[ -s "$scratch/train" ] && curves="'$scratch/train' with lines linecolor rgb '#4477aa' title 'training'"
 [ -s "$scratch/val" ] && curves="${curves:+$curves, }'$scratch/val' with linespoints linewidth 2 pointtype 7 \
 linecolor rgb '#cc6677' title 'validation'"
 gnuplot -e "$terminal; set xlabel 'step'; set ylabel 'loss (nats per token)'; set grid; plot $curves"

@@ -1,18 +1,20 @@
 // The matmul ladder: how the linear layer of train_mamba.c becomes fast, one idea per rung.
 //
-//   gcc -O3 -march=native -fopenmp -std=gnu11 -o build/matmul dev/cpu/matmul.c -lm              (with the libraries of
-//   gcc ... -DUSE_OPENBLAS -o build/matmul dev/cpu/matmul.c -lopenblas -lm                       train_mamba.c)
-//   build/matmul             all rungs           build/matmul 3       rung 3 only           -DREAL=double: in double
+//   gcc -O3 -march=native -fopenmp -std=gnu11 -o build/matmul dev/cpu/matmul.c -lm  (+ those of train_mamba)
+//   with OpenBLAS as the last rung: add -DUSE_OPENBLAS and -lopenblas; in double: add -DREAL=double
+//   build/matmul             all rungs           build/matmul 3           rung 3 only
 //
 // All rungs compute C(i,j) += sum_l A(i,l) B(l,j); the three products of a layer differ only in the strides:
 //   forward   out (M,O)     = inp (M,I) weight^T     A(i,l) = inp[i,l]     B(l,j) = weight[j,l]
 //   dinp      dinp (M,I)    = dout (M,O) weight      A(i,l) = dout[i,l]    B(l,j) = weight[l,j]
 //   dweight   dweight (O,I) = dout^T inp             A(i,l) = dout[l,i]    B(l,j) = inp[l,j]
-// Every result is compared with a naive one in double (relative L2). The bound is measured in the same run: the rate of
-// fused multiply-adds on registers alone, all cores; for a single row, the time to read the weights once. Times are medians.
+// Every result is compared with a naive one in double (relative L2). The bound is measured in the same run:
+// the rate of fused multiply-adds on registers alone, all cores; for a single row, the time to read the
+// weights once. Times are medians of many repeats; on a machine that does other work at the same time, they
+// are not worth much.
 
 #define SSM_NO_MAIN
-// defines: real, matmul_forward, matmul_add, pack, vec, VEC, TILE_ROWS, TILE_COLS, FMA_VEC, random_uniform, die
+// defines: real, matmul_forward, matmul_add, pack, vec, VEC, TILE_ROWS, TILE_COLS, FMA_VEC
 #include "../../train_mamba.c"
 
 enum { FORWARD, DINP, DWEIGHT };
@@ -28,14 +30,16 @@ typedef struct {
     real* scratch;                  // room for a copy of B
 } Product;
 
-// 1. Three loops as in the formula. In the forward both A and B are read along rows, but the order of a sum may not be
-// changed without -ffast-math, so it stays scalar: one addition after the other, each waiting for the one before.
+// 1. Three loops as in the formula. In the forward both A and B are read along rows, but without -ffast-math
+// the order of a sum may not be changed, so it stays scalar: one addition after the other, each waiting for
+// the one before.
 static void matmul_add1(const Product* p) {
     #pragma omp parallel for collapse(2)
     for (size_t i = 0; i < p->M; i++) {
         for (size_t j = 0; j < p->N; j++) {
             real sum = 0;
-            for (size_t l = 0; l < p->L; l++) sum += p->A[i * p->ai + l * p->al] * p->B[l * p->bl + j * p->bj];
+            const real *a = p->A + i * p->ai, *b = p->B + j * p->bj;
+            for (size_t l = 0; l < p->L; l++) sum += a[l * p->al] * b[l * p->bl];
             p->C[i * p->N + j] += sum;
         }
     }
@@ -53,8 +57,8 @@ static const real* rows_of_B(const Product* p, size_t* ld) {
     return p->scratch;
 }
 
-// 2. The same loops with j inside: neighbouring j are independent sums, so the compiler uses vectors. But each
-// multiplication now loads and stores a sum: the loads and stores are the limit, not the arithmetic.
+// 2. The same loops with j inside: neighbouring j are independent sums, so the compiler uses vectors. But
+// each multiplication now loads and stores a sum: the loads and stores are the limit, not the arithmetic.
 static void matmul_add2(const Product* p) {
     size_t ldb;
     const real* B = rows_of_B(p, &ldb);
@@ -69,8 +73,9 @@ static void matmul_add2(const Product* p) {
     }
 }
 
-// 3. A tile of TILE_ROWS x TILE_COLS sums in registers: TILE_ROWS numbers of A and TILE_COLS of B serve all of their
-// products. Columns of B are now read down the whole length L, each from another cache line: fine while B fits the cache.
+// 3. A tile of TILE_ROWS x TILE_COLS sums in registers: TILE_ROWS numbers of A and TILE_COLS of B serve all
+// of their products. B is now read down its whole length, every row in another cache line: fine while B fits
+// into the cache.
 static void matmul_add3(const Product* p) {
     size_t ldb;
     const real* B = rows_of_B(p, &ldb);
@@ -108,8 +113,8 @@ static void matmul_add3(const Product* p) {
     }
 }
 
-// 4. The built-in of train_mamba.c: the tile, with A and B packed piece by piece into the caches, and blocks of C shared
-// out to the threads. For a single row it reads the weights in place.
+// 4. The built-in of train_mamba.c: the tile, with A and B packed piece by piece into the caches, and blocks
+// of C shared out to the threads. For a single row it reads the weights in place.
 static void matmul_add4(const Product* p) {
     if (p->kind == FORWARD) {
         matmul_forward(p->C, p->N, p->A, p->ai, p->B, NULL, p->M, p->L, p->N);
@@ -131,8 +136,8 @@ static void matmul_add5(const Product* p) {
 #else
             cblas_sgemv
 #endif
-            (CblasRowMajor, CblasNoTrans, (int)min_size(64, p->N - j), (int)p->L, 1, p->B + j * p->bj, (int)p->bj,
-             p->A, 1, 1, p->C + j, 1);
+            (CblasRowMajor, CblasNoTrans, (int)min_size(64, p->N - j), (int)p->L, 1,
+             p->B + j * p->bj, (int)p->bj, p->A, 1, 1, p->C + j, 1);
         }
         return;
     }
@@ -153,11 +158,12 @@ static const Rung rungs[] = {
 };
 enum { RUNGS = sizeof rungs / sizeof rungs[0] };
 
-// Shape: rows M = B*T, inputs I, outputs O, row stride of inp. A small model in training, a smaller one, and the
-// decoding of Mamba-130M (in_proj, out_proj, x_proj, dt_proj, head).
+// Shape: rows M = B*T, inputs I, outputs O, row stride of inp. A small model in training, a smaller one, and
+// the decoding of Mamba-130M (in_proj, out_proj, x_proj, dt_proj, head).
 typedef struct { size_t M, I, O, ldi; } Shape;
 static const Shape shapes[] = {
-    {2048, 256, 1024, 256}, {2048, 512, 256, 512}, {2048, 512, 48, 512}, {2048, 16, 512, 48}, {2048, 256, 264, 256},
+    {2048, 256, 1024, 256}, {2048, 512, 256, 512}, {2048, 512, 48, 512}, {2048, 16, 512, 48},
+    {2048, 256, 264, 256},
     {768, 128, 512, 128}, {768, 256, 128, 256}, {768, 256, 40, 256}, {768, 8, 256, 40},
     {1, 768, 3072, 768}, {1, 1536, 768, 1536}, {1, 1536, 80, 1536}, {1, 48, 1536, 80}, {1, 768, 50280, 768},
 };
@@ -167,9 +173,9 @@ static int compare_double(const void* a, const void* b) {
     return (x > y) - (x < y);
 }
 
-// peak_flops: fused multiply-adds on 24 (12 with 16 registers) independent vectors, nothing loaded or stored.
+// peak_flops: fused multiply-adds on as many independent vectors as the tile has, nothing loaded or stored.
 static double peak_flops(void) {
-    enum { SUMS = 2 * TILE_ROWS, TURNS = 1 << 16 };
+    enum { TURNS = 1 << 16 };
     double best = 0;
     for (int repeat = 0; repeat < 20; repeat++) {
         double start = seconds_now();
@@ -181,14 +187,17 @@ static double peak_flops(void) {
             #pragma omp single
             threads = omp_get_num_threads();
 #endif
-            vec sum[SUMS], x = (real)0.999 - (vec){0}, y = (real)1e-3 - (vec){0};
-            for (int k = 0; k < SUMS; k++) sum[k] = (real)k - (vec){0};
+            vec sum[TILE_ROWS][2], x = (real)0.999 - (vec){0}, y = (real)1e-3 - (vec){0};
+            for (int r = 0; r < TILE_ROWS; r++) sum[r][0] = sum[r][1] = (real)r - (vec){0};
             for (int turn = 0; turn < TURNS; turn++) {
-                for (int k = 0; k < SUMS; k++) sum[k] = FMA_VEC(sum[k], x, y);
+                for (int r = 0; r < TILE_ROWS; r++) {
+                    sum[r][0] = FMA_VEC(sum[r][0], x, y);
+                    sum[r][1] = FMA_VEC(sum[r][1], x, y);
+                }
             }
-            for (int k = 0; k < SUMS; k++) total += sum[k][0];
+            for (int r = 0; r < TILE_ROWS; r++) total += sum[r][0][0] + sum[r][1][0];
         }
-        double rate = 2.0 * VEC * SUMS * TURNS * threads / (seconds_now() - start);
+        double rate = 4.0 * VEC * TILE_ROWS * TURNS * threads / (seconds_now() - start);
         if (rate > best && total == total) best = rate;
     }
     return best;
@@ -259,7 +268,8 @@ static int bench(const Product* p, size_t only, double peak) {
     for (size_t i = 0; i < p->M; i++) {
         for (size_t l = 0; l < p->L; l++) {
             double a = p->A[i * p->ai + l * p->al];
-            for (size_t j = 0; j < p->N; j++) reference[i * p->N + j] += a * (double)p->B[l * p->bl + j * p->bj];
+            const real* b = p->B + l * p->bl;
+            for (size_t j = 0; j < p->N; j++) reference[i * p->N + j] += a * (double)b[j * p->bj];
         }
     }
     double flops = 2.0 * (double)p->M * (double)p->N * (double)p->L;
@@ -271,9 +281,9 @@ static int bench(const Product* p, size_t only, double peak) {
         double error = relative_error(p->C, reference, p->M * p->N), limit = REAL_IS_DOUBLE ? 1e-14 : 5e-6;
         double seconds = median_seconds(&rungs[r], p);
         bool ok = error <= limit;
-        printf("%-8s %5zu %6zu %5zu  %zu %-26s %9.1f %8.1f %6.1f%% %8.1e %s\n", kind_name[p->kind], p->M, p->N, p->L,
-               r + 1, rungs[r].idea, 1e6 * seconds, 1e-9 * flops / seconds, 100 * bound / seconds, error,
-               ok ? "ok" : "FAIL");
+        printf("%-8s %5zu %6zu %5zu  %zu %-26s %9.1f %8.1f %6.1f%% %8.1e %s\n",
+               kind_name[p->kind], p->M, p->N, p->L, r + 1, rungs[r].idea, 1e6 * seconds,
+               1e-9 * flops / seconds, 100 * bound / seconds, error, ok ? "ok" : "FAIL");
         failures += !ok;
     }
     fflush(stdout);
@@ -285,17 +295,22 @@ int main(int argc, char** argv) {
     char* end = NULL;
     size_t only = argc > 1 ? (size_t)strtoul(argv[1], &end, 10) : 0;
     if (argc > 2 || (argc > 1 && (*end || only < 1 || only > RUNGS))) {
-        die("expected the number of a rung, 1 to %d, found \"%s\"; without a number all rungs run", (int)RUNGS, argv[1]);
+        die("expected the number of a rung, 1 to %d, found \"%s\"; without one, all run",
+            (int)RUNGS, argv[1]);
     }
     int failures = 0;
     double peak = peak_flops();
-    printf("peak %.1f GFLOP/s (multiply-adds on registers, all cores); M = 1: bound = reading the weights once\n", 1e-9 * peak);
-    printf("%-8s %5s %6s %5s  %-28s %9s %8s %7s %8s\n", "product", "M", "N", "L", "rung", "us", "GFLOP/s", "bound", "rel L2");
+    printf("bound: %.1f GFLOP/s, multiply-adds on registers, all cores; M = 1: reading the weights once\n",
+           1e-9 * peak);
+    printf("%-8s %5s %6s %5s  %-28s %9s %8s %7s %8s\n",
+           "product", "M", "N", "L", "rung", "us", "GFLOP/s", "bound", "rel L2");
     for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++) {
         size_t M = shapes[s].M, I = shapes[s].I, O = shapes[s].O, ldi = shapes[s].ldi;
-        real *inp = random_array(M * ldi, 1), *weight = random_array(O * I, 2), *dout = random_array(M * O, 3);
-        real* C = random_array(M * O > M * I ? (M * O > O * I ? M * O : O * I) : (M * I > O * I ? M * I : O * I), 4);
-        real* scratch = random_array(O * I, 5);
+        real* inp = random_array(M * ldi, 1);
+        real* weight = random_array(O * I, 2);
+        real* dout = random_array(M * O, 3);
+        real* C = (real*)xcalloc(M * O + M * I + O * I, sizeof(real));    // more than any of the three needs
+        real* scratch = (real*)xcalloc(O * I, sizeof(real));
         Product forward = {FORWARD, M, O, I, C, inp, weight, ldi, 1, 1, I, scratch};
         Product dinp = {DINP, M, I, O, C, dout, weight, O, 1, I, 1, scratch};
         Product dweight = {DWEIGHT, O, I, M, C, dout, inp, 1, O, ldi, 1, scratch};

@@ -10,11 +10,12 @@
 //   v4  the shipped functions on one thread: vector instructions over tiles of channels, chunks in backward
 //   v5  the shipped functions on all threads
 //
-// Each rung is checked against a float64 oracle twice, at a ragged shape with documents and initial states and at
-// the shape that is timed, and fails above a relative error of 1e-5. The bound is the larger of two times, measured
-// in the same run on all threads: the arithmetic (for every b,t,e,n one exp_real and 4 multiply-adds forward, 12
-// backward, in loops that do not leave the registers and the first cache) and the memory traffic (every input and
-// output once) at the rate of a large copy. Other work on the machine falsifies shares of the bound.
+// Each rung is checked against a float64 oracle twice, at a ragged shape with documents and initial states
+// and at the shape that is timed, and fails above a relative error of 1e-5. The bound is the larger of two
+// times, measured in the same run on all threads: the arithmetic (for every b,t,e,n one exp_real and 4
+// multiply-adds forward, 12 backward, in loops that do not leave the registers and the first cache) and the
+// memory traffic (every input and output once) at the rate of a large copy. Shares of the bound mean
+// nothing while other work runs on the machine.
 #ifndef SSM_NO_MAIN
 #define SSM_NO_MAIN
 #endif
@@ -169,8 +170,8 @@ static void backward2(Scan* s) {
 }
 
 // ---------------------------------------------------------------------------------------------------
-// v3: as v2; every loop over n is vector code, because exp_real is plain arithmetic. The pragma allows the sums
-// over n to be taken in another order.
+// v3: as v2; every loop over n is vector code, because exp_real is plain arithmetic. The pragma allows
+// the sums over n to be taken in another order.
 
 static void forward3(Scan* s) {
     size_t E = s->E, N = s->N;
@@ -332,7 +333,7 @@ static void zero_results(Scan* s) {
     for (int k = 0; k < RESULTS; k++) memset(result[k], 0, size[k] * sizeof(real));
 }
 
-// oracle: one state entry (b,e,n) at a time, in double throughout; the order of results is that of scan_results
+// oracle: one state entry (b,e,n) at a time, in double throughout; results in the order of scan_results
 static void oracle(const Scan* s, double** out) {
     size_t T = s->T, E = s->E, N = s->N;
     double* h = (double*)xcalloc(T + 1, sizeof(double));               // h[t+1] is the state after token t
@@ -402,7 +403,7 @@ static double median_time(void (*f)(Scan*), Scan* s, int most) {
     return time[runs / 2];
 }
 
-// the three rates of the bound: seconds per exp_real, per multiply-add, per byte, on all threads; best of TRIALS.
+// measure_rates: seconds per exp_real, per multiply-add, per byte, on all threads; the best of TRIALS.
 // Every round reads another piece of the arguments, so that no round can be taken for a repetition.
 enum { LANES = 256, ROUNDS = 20000, FMAS = 4, TRIALS = 7 };
 static void measure_rates(double* per_exp, double* per_fma, double* per_byte, int threads, double* sink) {
@@ -473,7 +474,7 @@ int main(int argc, char** argv) {
            1e-9 / per_fma, 1e-9 / per_byte);
     printf("bound: forward %.3f ms, backward %.3f ms\n\n", bound_f * 1e3, bound_b * 1e3);
 
-    for (int pass = 0; pass < 2; pass++) {                             // 0: the ragged check, 1: check and time
+    for (int pass = 0; pass < 2; pass++) {                           // 0: the ragged check, 1: check and time
         Scan s = pass == 0 ? scan_create(3, 67, 41, 5, true) : scan_create(B, T, E, N, false);
         real* result[RESULTS];
         double* expected[RESULTS];
