@@ -575,8 +575,8 @@ static inline real silu_real(real x) { return x < -1000 ? 0 : x * sigmoid_real(x
 static inline uint32_t bits_of_float(float x) { uint32_t u; memcpy(&u, &x, sizeof u); return u; }
 static inline float float_of_bits(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x; }
 
-// mask: all bits where the condition holds. `condition ? a : b` would do, but gcc moves arithmetic that follows
-// a select into one of its branches and then, for fear of traps, does not compute both, as AVX2 code must.
+// mask: all bits where the condition holds. `condition ? a : b` would do, but gcc moves arithmetic that
+// follows a select into one of its branches and then, for fear of traps, does not compute both, as AVX2 must.
 static inline uint32_t mask(bool condition) { return -(uint32_t)condition; }
 
 // exp_reduce: x = k ln2 + r with k = round(x / ln2) and |r| <= ln2 / 2, so that exp(x) = 2^k exp(r). Returns
@@ -598,8 +598,8 @@ static inline float exp_reduce(float x, uint32_t* k_shifted) {
     return r + r * r * q;
 }
 
-// exp_real: exp(x) = (2 exp(r)) 2^(k-1), since 2^128 is no float. 0 below 2^-125.5, where k = -126 makes the bits
-// of 2^(k-1) those of 0; infinity where the product overflows. The masks serve all x beyond. NaN passes.
+// exp_real: exp(x) = (2 exp(r)) 2^(k-1), since 2^128 is no float. 0 below 2^-125.5, where k = -126 makes the
+// bits of 2^(k-1) those of 0; infinity where the product overflows. The masks serve all x beyond. NaN passes.
 static inline real exp_real(real x) {
     uint32_t k_shifted, small = mask(x < -87.0f), large = mask(x > 88.75f);
     float p = 2.0f + 2.0f * exp_reduce(x, &k_shifted);

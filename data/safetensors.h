@@ -6,15 +6,17 @@
 //   4. Checkpoints          a directory that becomes visible by one rename
 //   5. config.json          in the words of Hugging Face and of mamba_ssm
 //
-// A .safetensors file is 8 bytes n (unsigned, little-endian), n bytes of JSON, and the data of all tensors back to back:
-//   {"name": {"dtype": "F32", "shape": [3,4], "data_offsets": [begin,end]}, ..., "__metadata__": {"key": "value"}}
-// Offsets count from byte 8+n; sorted, the ranges tile the rest of the file exactly. Data is little-endian and row-major.
-// (huggingface/safetensors, README "Format".) Every file is taken for hostile: readers return false with one line in
-// Error; they do not allocate more than twice the file plus 16 MiB, whatever the file says.
+// A .safetensors file is 8 bytes n (unsigned, little-endian), n bytes of JSON, then the data of all tensors:
+//   {"name": {"dtype": "F32", "shape": [3,4], "data_offsets": [begin,end]}, ...,
+//    "__metadata__": {"key": "value", ...}}
+// Offsets count from byte 8+n; sorted, the ranges tile the rest of the file exactly. Data is little-endian
+// and row-major. (huggingface/safetensors, README "Format".) Every file is taken for hostile: readers return
+// false with one line in Error, and do not allocate more than twice the file plus 16 MiB, whatever the file
+// says.
 #include <dirent.h>
 #include <jansson.h>
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files are little-endian and are copied without swapping");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files are little-endian");
 
 // ---------------------------------------------------------------------------------------------------
 // 1. Files
@@ -41,14 +43,17 @@ int open_retry(const char* path, int flags) {
     return fd;
 }
 
-// open_regular: opens a regular file (links are followed) for reading; -1 with a line for anything else. O_NONBLOCK
-// keeps a FIFO without a writer from blocking forever; it has no effect on regular files.
+// open_regular: opens a regular file (links are followed) for reading; -1 with a line for anything else.
+// O_NONBLOCK keeps a FIFO without a writer from blocking forever; it has no effect on regular files.
 int open_regular(const char* path, struct stat* info, Error* err) {
     int fd = open_retry(path, O_RDONLY | O_NONBLOCK);
     if (fd < 0) { fail_line(err, "%s: cannot open: %s", path, strerror(errno)); return -1; }
     if (fstat(fd, info) == 0 && S_ISREG(info->st_mode)) return fd;
-    fail_line(err, "%s: expected a regular file, found a %s", path, S_ISDIR(info->st_mode) ? "directory" :
-              S_ISFIFO(info->st_mode) ? "FIFO" : S_ISCHR(info->st_mode) ? "character device" : "special file");
+    const char* kind = S_ISDIR(info->st_mode)    ? "directory"
+                       : S_ISFIFO(info->st_mode) ? "FIFO"
+                                                 : "special file";
+    fail_line(err, "%s: expected a regular file, found a %s", path,
+              S_ISCHR(info->st_mode) ? "character device" : kind);
     close(fd);
     return -1;
 }
@@ -76,8 +81,8 @@ bool write_all(int fd, const void* data, size_t n) {
     return true;
 }
 
-// sync_close: true only if the data is on the device. After a failed fsync the kernel may have dropped the pages and
-// would report success the next time, so an error here is final: the caller gives up this file.
+// sync_close: true only if the data is on the device. After a failed fsync the kernel may have dropped the
+// pages and would report success the next time, so an error here is final: the caller gives up this file.
 bool sync_close(int fd) {
     int error = 0;
     while (fsync(fd) < 0) if (errno != EINTR) { error = errno; break; }
@@ -131,9 +136,11 @@ void text_add_json(Text* text, const char* string) {   // quoted and escaped; fa
 
 enum { ST_F64, ST_F32, ST_F16, ST_BF16, ST_I64, ST_I32, ST_I16, ST_I8, ST_U64, ST_U32, ST_U16, ST_U8, ST_BOOL,
        ST_F8_E4M3, ST_F8_E5M2, ST_DTYPES };
-static const struct { const char* name; size_t size; } st_dtype[ST_DTYPES] = {
-    {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8},
-    {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1} };
+typedef struct { const char* name; size_t size; } SafeType;
+static const SafeType st_dtype[ST_DTYPES] = {{"F64", 8},  {"F32", 4},     {"F16", 2},    {"BF16", 2},
+                                             {"I64", 8},  {"I32", 4},     {"I16", 2},    {"I8", 1},
+                                             {"U64", 8},  {"U32", 4},     {"U16", 2},    {"U8", 1},
+                                             {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
 
 enum { ST_MAX_DIMS = 8, ST_MAX_HEADER = 8 << 20, ST_MAX_ENTRY = 64 << 10, ST_MAX_VALUE = 1 << 20,
        ST_MAX_METADATA = 1 << 16, ST_PIECE = 1 << 16 };
@@ -153,7 +160,7 @@ typedef struct {
     int n;
     SafeTensor* tensor;              // sorted by name
     int n_meta;
-    char** meta;                     // key, value, key, value, ...: 2 * n_meta strings, pointing into the header
+    char** meta;                     // key, value, key, value, ...: 2 * n_meta strings in the header
     char* header;
     struct stat info;                // as the file was when it was opened
 } SafeTensors;
@@ -181,8 +188,8 @@ static void skip_space(const char** p, const char* end) {
     while (*p < end && (**p == ' ' || **p == '\t' || **p == '\n' || **p == '\r')) ++*p;
 }
 
-// json_piece: parses one JSON value of at most `limit` bytes at *p and steps over it. The header is taken one entry at a
-// time: a tree of all of it needs 12 times its text, and up to 70 times when the text is hostile.
+// json_piece: parses one JSON value of at most `limit` bytes at *p and steps over it. The header is taken one
+// entry at a time: a tree of all of it needs 12 times its text, and up to 70 times when the text is hostile.
 static json_t* json_piece(const char** p, const char* end, size_t limit, json_error_t* e) {
     size_t n = (size_t)(end - *p) < limit ? (size_t)(end - *p) : limit;
     json_t* value = json_loadb(*p, n, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_DISABLE_EOF_CHECK, e);
@@ -190,9 +197,10 @@ static json_t* json_piece(const char** p, const char* end, size_t limit, json_er
     return value;
 }
 
-// json_string_in_place: like json_piece for a string, which is decoded onto its own place in the header (the decoded
-// form is never longer than the quoted one). NULL unless a string is there.
-static char* json_string_in_place(const char** p, const char* end, size_t limit, char* header, json_error_t* e) {
+// json_string_in_place: like json_piece for a string, which is decoded onto its own place in the header (the
+// decoded form is never longer than the quoted one). NULL unless a string is there.
+static char* json_string_in_place(const char** p, const char* end, size_t limit, char* header,
+                                  json_error_t* e) {
     char* place = header + (*p - header);
     snprintf(e->text, sizeof e->text, "expected a string");
     json_t* value = *p < end && **p == '"' ? json_piece(p, end, limit, e) : NULL;
@@ -201,9 +209,10 @@ static char* json_string_in_place(const char** p, const char* end, size_t limit,
     return value ? place : NULL;
 }
 
-// next_key: steps over the `{` or `,` before an entry, its key and the colon. Returns the key; NULL with *done at the
-// closing brace, NULL without it when the text is malformed.
-static char* next_key(const char** p, const char* end, bool first, char* header, bool* done, json_error_t* e) {
+// next_key: steps over the `{` or `,` before an entry, its key and the colon. Returns the key; NULL with
+// *done at the closing brace, NULL without it when the text is malformed.
+static char* next_key(const char** p, const char* end, bool first, char* header, bool* done,
+                      json_error_t* e) {
     snprintf(e->text, sizeof e->text, "expected %s", first ? "{" : ", or }");
     *done = false;
     skip_space(p, end);
@@ -221,33 +230,36 @@ static char* next_key(const char** p, const char* end, bool first, char* header,
     return key;
 }
 
-// parse_tensor: {"dtype": ..., "shape": [...], "data_offsets": [begin,end]} into t; the product is checked in 64 bits
+// parse_tensor: {"dtype": ..., "shape": [...], "data_offsets": [begin,end]} into t
 static bool parse_tensor(SafeTensor* t, const json_t* entry, const char* path, Error* err) {
     const json_t* dtype = json_object_get(entry, "dtype");
     const json_t* shape = json_object_get(entry, "shape");
     const json_t* offsets = json_object_get(entry, "data_offsets");
-    if (!json_is_string(dtype) || !json_is_array(shape) || !json_is_array(offsets) || json_object_size(entry) != 3)
-        return fail_line(err, "%s: tensor %.200s: expected exactly dtype (string), shape (list) and data_offsets (list)",
+    if (!json_is_string(dtype) || !json_is_array(shape) || !json_is_array(offsets) ||
+        json_object_size(entry) != 3)
+        return fail_line(err, "%s: tensor %.200s: expected exactly dtype, shape (list), data_offsets (list)",
                          path, t->name);
     for (t->dtype = 0; t->dtype < ST_DTYPES; t->dtype++)
         if (strcmp(json_string_value(dtype), st_dtype[t->dtype].name) == 0) break;
     if (t->dtype == ST_DTYPES)
-        return fail_line(err, "%s: tensor %.200s: unknown dtype \"%.40s\", expected F32, F64, F16, BF16 or an integer type",
+        return fail_line(err, "%s: tensor %.200s: unknown dtype \"%.40s\", expected F32, F16, BF16, I64, ...",
                          path, t->name, json_string_value(dtype));
     if (json_array_size(shape) > ST_MAX_DIMS)
-        return fail_line(err, "%s: tensor %.200s: shape has %zu dimensions, at most %d are supported", path, t->name,
-                         json_array_size(shape), ST_MAX_DIMS);
+        return fail_line(err, "%s: tensor %.200s: shape has %zu dimensions, at most %d are supported", path,
+                         t->name, json_array_size(shape), ST_MAX_DIMS);
     t->ndim = (int)json_array_size(shape);
     for (int i = 0; i < t->ndim; i++) {
         const json_t* dim = json_array_get(shape, (size_t)i);
         t->shape[i] = json_is_integer(dim) ? json_integer_value(dim) : -1;
         if (t->shape[i] < 0)
-            return fail_line(err, "%s: tensor %.200s: shape[%d] is not a non-negative integer", path, t->name, i);
+            return fail_line(err, "%s: tensor %.200s: shape[%d] is not a non-negative integer", path, t->name,
+                             i);
     }
     const json_t *begin = json_array_get(offsets, 0), *end = json_array_get(offsets, 1);
     if (json_array_size(offsets) != 2 || !json_is_integer(begin) || !json_is_integer(end) ||
         json_integer_value(begin) < 0 || json_integer_value(end) < json_integer_value(begin))
-        return fail_line(err, "%s: tensor %.200s: data_offsets must be two integers 0 <= begin <= end", path, t->name);
+        return fail_line(err, "%s: tensor %.200s: data_offsets must be two integers 0 <= begin <= end", path,
+                         t->name);
     t->begin = (uint64_t)json_integer_value(begin);
     t->end = (uint64_t)json_integer_value(end);
     size_t bytes = 0;
@@ -256,8 +268,9 @@ static bool parse_tensor(SafeTensor* t, const json_t* entry, const char* path, E
         return fail_line(err, "%s: tensor %.200s: shape %s does not fit in 63 bits", path, t->name,
                          shape_text(text, sizeof text, t->ndim, t->shape));
     if (bytes != t->end - t->begin)
-        return fail_line(err, "%s: tensor %.200s: %s of shape %s needs %zu bytes, data_offsets give %llu", path, t->name,
-                         st_dtype[t->dtype].name, shape_text(text, sizeof text, t->ndim, t->shape), bytes,
+        return fail_line(err, "%s: tensor %.200s: %s of shape %s needs %zu bytes, data_offsets give %llu",
+                         path, t->name, st_dtype[t->dtype].name,
+                         shape_text(text, sizeof text, t->ndim, t->shape), bytes,
                          (unsigned long long)(t->end - t->begin));
     t->count = bytes / st_dtype[t->dtype].size;
     return true;
@@ -306,8 +319,9 @@ static bool parse_header(SafeTensors* st, size_t length, Error* err) {
         SafeTensor* t = st->tensor + st->n++;
         t->name = name;
         json_t* entry = p < end && *p == '{' ? json_piece(&p, end, ST_MAX_ENTRY, &e) : NULL;
-        if (!entry) return fail_line(err, "%s: tensor %.200s: the header entry is not a valid JSON object: %s", st->path,
-                                     name, p < end && *p == '{' ? e.text : "expected {");
+        if (!entry)
+            return fail_line(err, "%s: tensor %.200s: the header entry is not a valid JSON object: %s",
+                             st->path, name, p < end && *p == '{' ? e.text : "expected {");
         bool ok = parse_tensor(t, entry, st->path, err);
         json_decref(entry);
         if (!ok) return false;
@@ -321,13 +335,15 @@ static bool parse_header(SafeTensors* st, size_t length, Error* err) {
     qsort(st->tensor, (size_t)st->n, sizeof(SafeTensor), order_by_offset);
     for (int i = 0; i < st->n; at = st->tensor[i++].end)
         if (st->tensor[i].begin != at)
-            return fail_line(err, "%s: tensor %.200s begins at byte %llu of the data, expected %llu (%s)", st->path,
-                             st->tensor[i].name, (unsigned long long)st->tensor[i].begin, (unsigned long long)at,
+            return fail_line(err, "%s: tensor %.200s begins at byte %llu of the data, expected %llu (%s)",
+                             st->path, st->tensor[i].name, (unsigned long long)st->tensor[i].begin,
+                             (unsigned long long)at,
                              st->tensor[i].begin < at ? "two tensors overlap" : "a hole");
     if (at != size)
         return fail_line(err, "%s: the tensors need %llu bytes of data, the file has %llu; %s", st->path,
                          (unsigned long long)at, (unsigned long long)size,
-                         at > size ? "it is cut off: download or copy it again" : "bytes follow the last tensor");
+                         at > size ? "it is cut off: download or copy it again"
+                                   : "bytes follow the last tensor");
     qsort(st->tensor, (size_t)st->n, sizeof(SafeTensor), order_by_name);
     for (int i = 1; i < st->n; i++)
         if (strcmp(st->tensor[i - 1].name, st->tensor[i].name) == 0)
@@ -348,7 +364,8 @@ static const char* what_else(const char* head) {
     return NULL;
 }
 
-// safetensors_open: checks the whole header and keeps the file open. On failure st is closed; closing again is harmless.
+// safetensors_open: checks the whole header and keeps the file open. On failure st is closed; closing again
+// is harmless.
 bool safetensors_open(SafeTensors* st, const char* path, Error* err) {
     memset(st, 0, sizeof *st);
     st->fd = open_regular(path, &st->info, err);
@@ -357,22 +374,28 @@ bool safetensors_open(SafeTensors* st, const char* path, Error* err) {
     char head[33] = {0};
     bool ok = (st->path = strdup(path)) || fail_line(err, "%s: out of memory", path);
     if (ok && size < 8)
-        ok = fail_line(err, "%s: %llu bytes, too short for safetensors (8 bytes and a header)", path, (unsigned long long)size);
+        ok = fail_line(err, "%s: %llu bytes, too short for safetensors (8 bytes and a header)", path,
+                       (unsigned long long)size);
     if (ok && !read_exact(st->fd, head, size < 32 ? size : 32, 0))
-        ok = fail_line(err, "%s: cannot read: %s", path, errno ? strerror(errno) : "the file changed while reading");
+        ok = fail_line(err, "%s: cannot read: %s", path,
+                       errno ? strerror(errno) : "the file changed while reading");
     memcpy(&length, head, 8);
     if (ok && length > size - 8 && what_else(head)) ok = fail_line(err, "%s: %s", path, what_else(head));
     else if (ok && length > size - 8)
-        ok = fail_line(err, "%s: the header length is %llu bytes, the file has %llu; %s", path, (unsigned long long)length,
-                       (unsigned long long)size, __builtin_bswap64(length) <= size - 8 ? "the length is big-endian" :
-                       "not a safetensors file, or cut off: download or copy it again");
+        ok = fail_line(err, "%s: the header length is %llu bytes, the file has %llu; %s", path,
+                       (unsigned long long)length, (unsigned long long)size,
+                       __builtin_bswap64(length) <= size - 8
+                           ? "the length is big-endian"
+                           : "not a safetensors file, or cut off: download or copy it again");
     else if (ok && (length < 2 || length > ST_MAX_HEADER || head[8] != '{'))
-        ok = fail_line(err, "%s: expected a header of 2 to %d bytes starting with {, found %llu bytes starting with 0x%02x",
+        ok = fail_line(err,
+                       "%s: expected a header of 2 to %d bytes starting with {, found %llu bytes and 0x%02x",
                        path, ST_MAX_HEADER, (unsigned long long)length, (unsigned char)head[8]);
     st->data_start = 8 + length;
     if (ok && !(st->header = (char*)malloc(length + 1))) ok = fail_line(err, "%s: out of memory", path);
     if (ok && !read_exact(st->fd, st->header, length, 8))
-        ok = fail_line(err, "%s: cannot read: %s", path, errno ? strerror(errno) : "the file changed while reading");
+        ok = fail_line(err, "%s: cannot read: %s", path,
+                       errno ? strerror(errno) : "the file changed while reading");
     ok = ok && parse_header(st, length, err);
     if (!ok) {
         if (!st->path) close(st->fd);
@@ -396,8 +419,8 @@ const char* safetensors_metadata(const SafeTensors* st, const char* key) {   // 
     return NULL;
 }
 
-// F16 has 5 bits of exponent and 10 of mantissa, BF16 is the upper half of a float. Both ways are exact or round to the
-// nearest, ties to even; NaN stays NaN, and widening keeps its payload.
+// F16 has 5 bits of exponent and 10 of mantissa, BF16 is the upper half of a float. Both ways are exact or
+// round to the nearest, ties to even; NaN stays NaN, and widening keeps its payload.
 static float widen_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h >> 15) << 31, exponent = (h >> 10) & 31, mantissa = h & 1023;
     uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
@@ -416,17 +439,19 @@ static uint16_t narrow_float(double value, int e, int m) {
     uint64_t mantissa = bits & (((uint64_t)1 << 52) - 1);
     if (isnan(value)) return (uint16_t)(sign | top << m | mantissa >> (52 - m) | (uint64_t)1 << (m - 1));
     if (exponent >= (int64_t)top) return (uint16_t)(sign | top << m);
-    int64_t shift = 52 - m + (exponent < 1 ? 1 - exponent : 0);                     // below the normal range: fewer bits
+    int64_t shift = 52 - m + (exponent < 1 ? 1 - exponent : 0);   // fewer bits below the normal range
     if (shift > 54) return (uint16_t)sign;
     mantissa |= (uint64_t)1 << 52;
-    uint64_t kept = mantissa >> shift, rest = mantissa & (((uint64_t)1 << shift) - 1), half = (uint64_t)1 << (shift - 1);
+    uint64_t kept = mantissa >> shift, half = (uint64_t)1 << (shift - 1), rest = mantissa & (2 * half - 1);
     kept += rest > half || (rest == half && (kept & 1));
-    if (exponent > 1) kept += (uint64_t)(exponent - 1) << m;   // the leading 1 of the mantissa adds 1 to the exponent,
-    return (uint16_t)(sign | kept);                            // and a carry out of it gives the next power of two
+    // the leading 1 of the mantissa adds 1 to the exponent, and a carry out of it gives the next power of two
+    if (exponent > 1) kept += (uint64_t)(exponent - 1) << m;
+    return (uint16_t)(sign | kept);
 }
 
 // read_piece: elements [from, from + n) of a tensor as they are in the file
-static bool read_piece(const SafeTensors* st, const SafeTensor* t, size_t from, size_t n, void* out, Error* err) {
+static bool read_piece(const SafeTensors* st, const SafeTensor* t, size_t from, size_t n, void* out,
+                       Error* err) {
     size_t size = st_dtype[t->dtype].size;
     return read_exact(st->fd, out, n * size, st->data_start + t->begin + from * size) ||
            fail_line(err, "%s: tensor %.200s: cannot read: %s", st->path, t->name,
@@ -436,9 +461,11 @@ static bool read_piece(const SafeTensors* st, const SafeTensor* t, size_t from, 
 // unchanged: false with a line when the file is not the one whose header was checked
 static bool unchanged(const SafeTensors* st, Error* err) {
     struct stat now;
-    if (fstat(st->fd, &now) == 0 && now.st_size == st->info.st_size && now.st_mtim.tv_sec == st->info.st_mtim.tv_sec &&
-        now.st_mtim.tv_nsec == st->info.st_mtim.tv_nsec) return true;
-    return fail_line(err, "%s: the file changed while reading; try again when nothing writes to it", st->path);
+    if (fstat(st->fd, &now) == 0 && now.st_size == st->info.st_size &&
+        now.st_mtim.tv_sec == st->info.st_mtim.tv_sec && now.st_mtim.tv_nsec == st->info.st_mtim.tv_nsec)
+        return true;
+    return fail_line(err, "%s: the file changed while reading; try again when nothing writes to it",
+                     st->path);
 }
 
 // safetensors_read_real: a floating-point tensor as `real`; out has t->count elements
@@ -476,7 +503,8 @@ bool safetensors_read_real(const SafeTensors* st, const SafeTensor* t, real* out
 // safetensors_read_int: an integer tensor; out has t->count elements
 bool safetensors_read_int(const SafeTensors* st, const SafeTensor* t, int64_t* out, Error* err) {
     if (t->dtype < ST_I64 || t->dtype > ST_BOOL)
-        return fail_line(err, "%s: tensor %.200s is %s, expected an integer type", st->path, t->name, st_dtype[t->dtype].name);
+        return fail_line(err, "%s: tensor %.200s is %s, expected an integer type", st->path, t->name,
+                         st_dtype[t->dtype].name);
     uint64_t piece[ST_PIECE / 8];
     size_t size = st_dtype[t->dtype].size;
     for (size_t from = 0, n; from < t->count; from += n) {
@@ -486,10 +514,12 @@ bool safetensors_read_int(const SafeTensors* st, const SafeTensor* t, int64_t* o
             uint64_t bits = 0;
             memcpy(&bits, (char*)piece + size * i, size);
             int unused = 64 - 8 * (int)size;
-            if (t->dtype <= ST_I8) out[from + i] = (int64_t)(bits << unused) >> unused;   // copies the sign down
+            if (t->dtype <= ST_I8)
+                out[from + i] = (int64_t)(bits << unused) >> unused;   // copies the sign down
             else out[from + i] = (int64_t)bits;
             if (t->dtype == ST_U64 && bits > INT64_MAX)
-                return fail_line(err, "%s: tensor %.200s: element %zu is beyond 2^63", st->path, t->name, from + i);
+                return fail_line(err, "%s: tensor %.200s: element %zu is beyond 2^63", st->path, t->name,
+                                 from + i);
         }
     }
     return unchanged(st, err);
@@ -504,7 +534,8 @@ typedef struct {
     const real* data;
 } SafeTensorOut;
 
-// safetensors_expect: compares the file with the wanted tensors (any floating dtype) and names every difference at once.
+// safetensors_expect: compares the file with the wanted tensors (any floating dtype) and names every
+// difference at once.
 bool safetensors_expect(const SafeTensors* st, const SafeTensorOut* want, int n, Error* err) {
     Text text = {NULL, 0, 0, false};
     int differences = 0, known = 0;
@@ -518,8 +549,8 @@ bool safetensors_expect(const SafeTensors* st, const SafeTensorOut* want, int n,
         shape_text(need, sizeof need, want[i].ndim, want[i].shape);
         if (differences++ < 12 && !t) text_add(&text, "; %.100s %s is missing", want[i].name, need);
         else if (differences <= 12)
-            text_add(&text, "; %.100s is %s %s, expected floating point %s", want[i].name, st_dtype[t->dtype].name,
-                     shape_text(have, sizeof have, t->ndim, t->shape), need);
+            text_add(&text, "; %.100s is %s %s, expected floating point %s", want[i].name,
+                     st_dtype[t->dtype].name, shape_text(have, sizeof have, t->ndim, t->shape), need);
     }
     for (int j = 0; j < st->n && known < st->n; j++) {   // the wanted list is short: compare each
         bool found = false;
@@ -537,9 +568,11 @@ bool safetensors_expect(const SafeTensors* st, const SafeTensorOut* want, int n,
 // ---------------------------------------------------------------------------------------------------
 // 3. Writing safetensors
 
-static int order_for_writing(const void* a, const void* b) {   // wide types first, so that all tensors are aligned
+// wide types first: then every tensor is aligned
+static int order_for_writing(const void* a, const void* b) {
     const SafeTensorOut *s = (const SafeTensorOut*)a, *t = (const SafeTensorOut*)b;
-    if (st_dtype[s->dtype].size != st_dtype[t->dtype].size) return st_dtype[s->dtype].size > st_dtype[t->dtype].size ? -1 : 1;
+    if (st_dtype[s->dtype].size != st_dtype[t->dtype].size)
+        return st_dtype[s->dtype].size > st_dtype[t->dtype].size ? -1 : 1;
     return strcmp(s->name, t->name);
 }
 
@@ -567,7 +600,8 @@ static bool write_tensor(int fd, const SafeTensorOut* t, size_t count) {
 }
 
 // header_text: the header of sorted tensors, padded with spaces so that the data begins at a multiple of 8
-static bool header_text(Text* text, const SafeTensorOut* t, int n, const char** meta, const char* path, Error* err) {
+static bool header_text(Text* text, const SafeTensorOut* t, int n, const char** meta, const char* path,
+                        Error* err) {
     uint64_t at = 0;
     text_add(text, "{");
     for (int i = 0; meta && meta[i] && meta[i + 1]; i += 2) {
@@ -582,29 +616,32 @@ static bool header_text(Text* text, const SafeTensorOut* t, int n, const char** 
         char shape[200];
         if (t[i].dtype < 0 || t[i].dtype > ST_BF16 || t[i].ndim < 0 || t[i].ndim > ST_MAX_DIMS ||
             !checked_size(t[i].ndim, t[i].shape, st_dtype[t[i].dtype].size, &bytes) || at + bytes > INT64_MAX)
-            return fail_line(err, "%s: tensor %.200s cannot be written: dtype or shape out of range", path, t[i].name);
+            return fail_line(err, "%s: tensor %.200s cannot be written: dtype or shape out of range", path,
+                             t[i].name);
         if (i && strcmp(t[i].name, t[i - 1].name) == 0)
             return fail_line(err, "%s: tensor %.200s would be written twice", path, t[i].name);
         text_add_json(text, t[i].name);
-        text_add(text, ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%llu,%llu]}%s", st_dtype[t[i].dtype].name,
-                 shape_text(shape, sizeof shape, t[i].ndim, t[i].shape), (unsigned long long)at,
-                 (unsigned long long)(at + bytes), i + 1 < n ? "," : "");
+        text_add(text, ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%llu,%llu]}%s",
+                 st_dtype[t[i].dtype].name, shape_text(shape, sizeof shape, t[i].ndim, t[i].shape),
+                 (unsigned long long)at, (unsigned long long)(at + bytes), i + 1 < n ? "," : "");
         at += bytes;
     }
     text_add(text, "}");
     text_add(text, "%*s", (int)(-text->n & 7), "");
     return (!text->failed && text->n <= ST_MAX_HEADER) ||
-           fail_line(err, "%s: cannot be written: a name is not UTF-8, or the header is beyond %d bytes", path, ST_MAX_HEADER);
+           fail_line(err, "%s: cannot be written: a name is not UTF-8, or the header is beyond %d bytes",
+                     path, ST_MAX_HEADER);
 }
 
-// safetensors_write: writes path.tmp, syncs it and renames it to path, so that path is never half written (and may be the
-// file that the tensors were read from). meta: key, value, ..., NULL; or NULL.
+// safetensors_write: writes path.tmp, syncs it and renames it to path, so that path is never half written
+// (and may be the file that the tensors were read from). meta: key, value, ..., NULL; or NULL.
 bool safetensors_write(const char* path, const SafeTensorOut* tensor, int n, const char** meta, Error* err) {
     Text text = {NULL, 0, 0, false};
     char temporary[4096];
     size_t name_length = (size_t)snprintf(temporary, sizeof temporary, "%s.tmp", path);
     SafeTensorOut* sorted = (SafeTensorOut*)malloc((size_t)(n + 1) * sizeof(SafeTensorOut));
-    bool ok = (sorted && name_length < sizeof temporary) || fail_line(err, "%.200s: out of memory, or the path is too long", path);
+    bool ok = (sorted && name_length < sizeof temporary) ||
+              fail_line(err, "%.200s: out of memory, or the path is too long", path);
     if (ok && n) {
         memcpy(sorted, tensor, (size_t)n * sizeof(SafeTensorOut));
         qsort(sorted, (size_t)n, sizeof(SafeTensorOut), order_for_writing);
@@ -617,7 +654,8 @@ bool safetensors_write(const char* path, const SafeTensorOut* tensor, int n, con
         ok = write_all(fd, &length, 8) && write_all(fd, text.data, text.n);
         for (int i = 0; ok && i < n; i++) {
             size_t count = 0;
-            ok = checked_size(sorted[i].ndim, sorted[i].shape, 1, &count) && write_tensor(fd, sorted + i, count);
+            ok = checked_size(sorted[i].ndim, sorted[i].shape, 1, &count) &&
+                 write_tensor(fd, sorted + i, count);
         }
         int error = errno;
         if (ok) ok = sync_close(fd) && rename(temporary, path) == 0, error = errno;
@@ -638,8 +676,8 @@ bool safetensors_write(const char* path, const SafeTensorOut* tensor, int n, con
 //   out/step_00001000.tmp/   being written: every file synced, then the directory
 //   out/step_00001000/       the same directory after one rename: it exists whole or not at all
 //   out/last, out/best       relative links to a step, replaced by renaming a new link over the old one
-// A kill or a power loss at any call leaves the old or the new checkpoint; nothing is ever written in place. (Files renamed
-// one by one left new weights beside old moments at 61 % of 218 kill points.)
+// A kill or a power loss at any call leaves the old or the new checkpoint; nothing is ever written in place.
+// (Files renamed one by one left new weights beside old moments at 61 % of 218 kill points.)
 
 bool checkpoint_write_text(const char* dir, const char* file, const char* text, Error* err) {
     char path[4096];
@@ -660,7 +698,8 @@ static int64_t step_of(const char* name, const char* suffix) {
     return strtoll(name + 5, NULL, 10);
 }
 
-static bool step_path(char* path, size_t size, const char* out, int64_t step, const char* suffix, Error* err) {
+static bool step_path(char* path, size_t size, const char* out, int64_t step, const char* suffix,
+                      Error* err) {
     char name[64];
     snprintf(name, sizeof name, "step_%08lld%s", (long long)step, suffix);
     return join_path(path, size, out, name, err);
@@ -672,7 +711,8 @@ static bool remove_dir(const char* path) {
     Error unused;
     char file[4096];
     for (struct dirent* d; dir && (d = readdir(dir));)
-        if (strcmp(d->d_name, ".") != 0 && strcmp(d->d_name, "..") != 0 && join_path(file, sizeof file, path, d->d_name, &unused))
+        if (strcmp(d->d_name, ".") != 0 && strcmp(d->d_name, "..") != 0 &&
+            join_path(file, sizeof file, path, d->d_name, &unused))
             unlink(file);
     if (dir) closedir(dir);
     return rmdir(path) == 0;
@@ -684,7 +724,8 @@ void checkpoint_remove_stale(const char* out, bool print) {
     Error unused;
     char path[4096];
     for (struct dirent* d; dir && (d = readdir(dir));)
-        if (step_of(d->d_name, ".tmp") >= 0 && join_path(path, sizeof path, out, d->d_name, &unused) && remove_dir(path) && print)
+        if (step_of(d->d_name, ".tmp") >= 0 && join_path(path, sizeof path, out, d->d_name, &unused) &&
+            remove_dir(path) && print)
             printf("removed %s, left by an interrupted save\n", path);
     if (dir) closedir(dir);
 }
@@ -710,11 +751,13 @@ static bool replace_link(const char* out, const char* name, const char* target, 
     return sync_dir(out, err);
 }
 
-// checkpoint_probe: before the first step: can checkpoints be saved in `out`? Makes the directory, tries every operation
-// a save needs, and compares the free space with two checkpoints of bytes_needed each (the new one and the one kept).
+// checkpoint_probe: before the first step: can checkpoints be saved in `out`? Makes the directory, tries
+// every operation a save needs, and compares the free space with two checkpoints of bytes_needed each (the
+// new one and the one kept).
 bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
     char path[4096], moved[4096];
-    if (!out[0] || strlen(out) > 3800) return fail_line(err, "the output directory's name is empty or too long");
+    if (!out[0] || strlen(out) > 3800)
+        return fail_line(err, "the output directory's name is empty or too long");
     snprintf(path, sizeof path, "%s", out);
     for (char* p = path + 1; ; p++) {
         char c = *p;
@@ -737,11 +780,14 @@ bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
     char file[4096];
     snprintf(file, sizeof file, "%s/probe/file", out);
     unlink(file), rmdir(moved);
-    bool ok = (mkdir(path, 0777) == 0 || errno == EEXIST) || fail_line(err, "%s: cannot create: %s", path, strerror(errno));
+    bool ok = (mkdir(path, 0777) == 0 || errno == EEXIST) ||
+              fail_line(err, "%s: cannot create: %s", path, strerror(errno));
     ok = ok && checkpoint_write_text(path, "file", "probe\n", err) && sync_dir(path, err);
-    if (ok && rename(path, moved) < 0) ok = fail_line(err, "%s: cannot rename a directory: %s", path, strerror(errno));
+    if (ok && rename(path, moved) < 0)
+        ok = fail_line(err, "%s: cannot rename a directory: %s", path, strerror(errno));
     ok = ok && replace_link(out, "probe_link", "probe", err) && replace_link(out, "probe_link", "probe", err);
-    if (ok && (unlink(file) < 0 || rmdir(moved) < 0)) ok = fail_line(err, "%s: cannot remove: %s", moved, strerror(errno));
+    if (ok && (unlink(file) < 0 || rmdir(moved) < 0))
+        ok = fail_line(err, "%s: cannot remove: %s", moved, strerror(errno));
     if (!ok) remove_dir(path), remove_dir(moved);
     snprintf(path, sizeof path, "%s/probe_link", out);
     unlink(path);
@@ -750,18 +796,19 @@ bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
     if (statvfs(out, &fs) == 0) {
         double free_bytes = (double)fs.f_bavail * (double)fs.f_frsize;
         if (free_bytes < 2.0 * (double)bytes_needed)
-            return fail_line(err, "%s: two checkpoints need %.1f GiB, %.1f GiB free; make room or choose another --out", out,
-                             2.0 * (double)bytes_needed / 0x1p30, free_bytes / 0x1p30);
+            return fail_line(err, "%s: two checkpoints need %.1f GiB, %.1f GiB free; choose another --out",
+                             out, 2.0 * (double)bytes_needed / 0x1p30, free_bytes / 0x1p30);
     }
     return true;
 }
 
-// checkpoint_begin: a fresh directory for the files of one save. What failed saves left is removed first: it may be
-// what fills the disk.
+// checkpoint_begin: a fresh directory for the files of one save. What failed saves left is removed first: it
+// may be what fills the disk.
 bool checkpoint_begin(const char* out, int64_t step, char* dir, size_t size, Error* err) {
     checkpoint_remove_stale(out, false);
     if (!step_path(dir, size, out, step, ".tmp", err)) return false;
-    return mkdir(dir, 0777) == 0 || fail_line(err, "%s: cannot create the directory: %s", dir, strerror(errno));
+    return mkdir(dir, 0777) == 0 ||
+           fail_line(err, "%s: cannot create the directory: %s", dir, strerror(errno));
 }
 
 // points_at: whether the link out/name leads to that step
@@ -775,17 +822,21 @@ static bool points_at(const char* out, const char* name, int64_t step) {
     return step_of(target, "") == step;
 }
 
-// checkpoint_commit: makes the save visible and `last` point to it. False: this save does not count; what was there is
-// intact. A checkpoint of the same step (saved by an earlier run) changes places with the new one in one call.
+// checkpoint_commit: makes the save visible and `last` point to it. False: this save does not count; what was
+// there is intact. A checkpoint of the same step (saved by an earlier run) changes places with the new one in
+// one call.
 bool checkpoint_commit(const char* out, int64_t step, Error* err) {
     char from[4096], to[4096];
-    if (!step_path(from, sizeof from, out, step, ".tmp", err) || !step_path(to, sizeof to, out, step, "", err)) return false;
+    if (!step_path(from, sizeof from, out, step, ".tmp", err) ||
+        !step_path(to, sizeof to, out, step, "", err))
+        return false;
     if (!sync_dir(from, err)) return false;
     struct stat info;
     bool exists = lstat(to, &info) == 0;
+    bool pointed_at = points_at(out, "last", step) || points_at(out, "best", step);
     int result = exists ? renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) : rename(from, to);
-    if (result < 0 && exists && (errno == EINVAL || errno == ENOSYS) && !points_at(out, "last", step) &&
-        !points_at(out, "best", step)) {   // no exchange on this file system, but nothing points to the old one
+    if (result < 0 && exists && (errno == EINVAL || errno == ENOSYS) &&
+        !pointed_at) {   // no exchange in this file system
         char old[4096];
         if (snprintf(old, sizeof old, "%s/step_%018lld.tmp", out, (long long)step) >= (int)sizeof old)
             return fail_line(err, "%.200s: the path is too long", out);
@@ -799,7 +850,8 @@ bool checkpoint_commit(const char* out, int64_t step, Error* err) {
 
 bool checkpoint_mark_best(const char* out, int64_t step, Error* err) {
     char path[4096];
-    return step_path(path, sizeof path, out, step, "", err) && replace_link(out, "best", path + strlen(out) + 1, err);
+    return step_path(path, sizeof path, out, step, "", err) &&
+           replace_link(out, "best", path + strlen(out) + 1, err);
 }
 
 static int newest_first(const void* a, const void* b) {
@@ -807,8 +859,8 @@ static int newest_first(const void* a, const void* b) {
     return s > t ? -1 : s < t;
 }
 
-// checkpoint_prune: keeps the newest `keep` (at least 1) and what best and last point to. A directory loses its name
-// before its first file, so that no half checkpoint is ever visible.
+// checkpoint_prune: keeps the newest `keep` (at least 1) and what best and last point to. A directory loses
+// its name before its first file, so that no half checkpoint is ever visible.
 void checkpoint_prune(const char* out, int keep) {
     int64_t* steps = NULL;
     size_t n = 0;
@@ -826,17 +878,21 @@ void checkpoint_prune(const char* out, int keep) {
         Error unused;
         if (points_at(out, "last", steps[i]) || points_at(out, "best", steps[i])) continue;
         if (step_path(path, sizeof path, out, steps[i], "", &unused) &&
-            step_path(away, sizeof away, out, steps[i], ".tmp", &unused) && rename(path, away) == 0) remove_dir(away);
+            step_path(away, sizeof away, out, steps[i], ".tmp", &unused) && rename(path, away) == 0)
+            remove_dir(away);
     }
     free(steps);
 }
 
-// checkpoint_resolve: the directory that holds model.safetensors: path itself, or the step that path/last leads to
+// checkpoint_resolve: the directory that holds model.safetensors: path itself, or the step that path/last
+// leads to
 bool checkpoint_resolve(const char* path, char* dir, size_t size, Error* err) {
     char file[4096], target[256];
     struct stat info;
-    if (stat(path, &info) < 0) return fail_line(err, "%s: cannot open the checkpoint: %s", path, strerror(errno));
-    if (!S_ISDIR(info.st_mode)) return fail_line(err, "%s: expected a checkpoint directory, found a file", path);
+    if (stat(path, &info) < 0)
+        return fail_line(err, "%s: cannot open the checkpoint: %s", path, strerror(errno));
+    if (!S_ISDIR(info.st_mode))
+        return fail_line(err, "%s: expected a checkpoint directory, found a file", path);
     if (!join_path(file, sizeof file, path, "model.safetensors", err)) return false;
     if (stat(file, &info) == 0) {
         int n = snprintf(dir, size, "%s", path);
@@ -844,17 +900,21 @@ bool checkpoint_resolve(const char* path, char* dir, size_t size, Error* err) {
     }
     if (!join_path(file, sizeof file, path, "last", err)) return false;
     if (lstat(file, &info) < 0)
-        return fail_line(err, "%s: holds neither model.safetensors nor a link `last` to a checkpoint; expected a directory "
-                         "saved by this program or downloaded with its model.safetensors", path);
+        return fail_line(err, "%s: holds neither model.safetensors nor a link `last` to a checkpoint", path);
     ssize_t n = S_ISLNK(info.st_mode) ? readlink(file, target, sizeof target - 1) : -1;
-    if (n < 0) return fail_line(err, "%s: expected a link to a checkpoint, found %s; name the checkpoint itself", file,
-                                S_ISDIR(info.st_mode) ? "a directory" : "a file");
+    if (n < 0)
+        return fail_line(err, "%s: expected a link to a checkpoint, found %s; name the checkpoint itself",
+                         file, S_ISDIR(info.st_mode) ? "a directory" : "a file");
     target[n] = 0;
     if (step_of(target, "") < 0)
-        return fail_line(err, "%s: points to %s, expected step_<number>; name the checkpoint itself", file, target);
-    if (!join_path(dir, size, path, target, err) || !join_path(file, sizeof file, dir, "model.safetensors", err)) return false;
-    return stat(file, &info) == 0 || fail_line(err, "%s/last: points to %s, which %s; name another step_* of that directory",
-                                               path, target, stat(dir, &info) < 0 ? "does not exist" : "has no model.safetensors");
+        return fail_line(err, "%s: points to %s, expected step_<number>; name the checkpoint itself", file,
+                         target);
+    if (!join_path(dir, size, path, target, err) ||
+        !join_path(file, sizeof file, dir, "model.safetensors", err))
+        return false;
+    return stat(file, &info) == 0 ||
+           fail_line(err, "%s/last: points to %s, which %s; name another step_* of that directory", path,
+                     target, stat(dir, &info) < 0 ? "does not exist" : "has no model.safetensors");
 }
 
 // checkpoint_same_save: weights and moments must come from one save: both files carry its step and a save id.
@@ -862,24 +922,29 @@ bool checkpoint_same_save(const SafeTensors* a, const SafeTensors* b, Error* err
     const char *step_a = safetensors_metadata(a, "step"), *step_b = safetensors_metadata(b, "step");
     const char *id_a = safetensors_metadata(a, "save_id"), *id_b = safetensors_metadata(b, "save_id");
     if (!step_a || !step_b || !id_a || !id_b)
-        return fail_line(err, "%s: no step and save_id in __metadata__: this checkpoint can be used with --from, not resumed",
+        return fail_line(err,
+                         "%s: no step and save_id in __metadata__: this can be used with --from, not resumed",
                          !step_a || !id_a ? a->path : b->path);
     if (strcmp(step_a, step_b) != 0)
-        return fail_line(err, "%s is of step %.40s but %s is of step %.40s: not one checkpoint", a->path, step_a, b->path, step_b);
-    return strcmp(id_a, id_b) == 0 || fail_line(err, "%s and %s are both of step %.40s but of different saves (%.40s, %.40s)",
-                                                a->path, b->path, step_a, id_a, id_b);
+        return fail_line(err, "%s is of step %.40s but %s is of step %.40s: not one checkpoint", a->path,
+                         step_a, b->path, step_b);
+    return strcmp(id_a, id_b) == 0 ||
+           fail_line(err, "%s and %s are both of step %.40s but of different saves (%.40s, %.40s)", a->path,
+                     b->path, step_a, id_a, id_b);
 }
 
 // ---------------------------------------------------------------------------------------------------
 // 5. config.json
 //
-// Two dialects describe a Mamba-1 model: Hugging Face (model_type "mamba") and mamba_ssm (d_model, ssm_cfg). Some published
-// files mix them. What a dialect has no word for is in one extra object, "ssm_c", so that our own files come back exactly.
+// Two dialects describe a Mamba-1 model: Hugging Face (model_type "mamba") and mamba_ssm (d_model, ssm_cfg).
+// Some published files mix them. What a dialect has no word for is in one extra object, "ssm_c", so that our
+// own files come back exactly.
 
 enum { CONFIG_INT, CONFIG_REAL, CONFIG_BOOL };
 enum { MAX_CONFIG = 128 << 10 };
 
-// One row per field of Config that is written as it is. NULL: the dialect has no such key, and the value goes to ssm_c.
+// One row per field of Config that is written as it is. NULL: the dialect has no such key, and the value goes
+// to ssm_c.
 typedef struct { const char *name, *hf, *mamba; int kind; size_t offset; } ConfigField;
 static const ConfigField config_fields[] = {
     {"n_layer", "num_hidden_layers", "n_layer", CONFIG_INT, offsetof(Config, n_layer)},
@@ -889,14 +954,17 @@ static const ConfigField config_fields[] = {
     {"d_inner", "intermediate_size", NULL, CONFIG_INT, offsetof(Config, d_inner)},
     {"dt_rank", "time_step_rank", "ssm_cfg.dt_rank", CONFIG_INT, offsetof(Config, dt_rank)},
     {"d_intermediate", NULL, "d_intermediate", CONFIG_INT, offsetof(Config, d_intermediate)},
-    {"tie_embeddings", "tie_word_embeddings", "tie_embeddings", CONFIG_BOOL, offsetof(Config, tie_embeddings)},
+    {"tie_embeddings", "tie_word_embeddings", "tie_embeddings", CONFIG_BOOL,
+     offsetof(Config, tie_embeddings)},
     {"bias", "use_bias", "ssm_cfg.bias", CONFIG_BOOL, offsetof(Config, bias)},
     {"conv_bias", "use_conv_bias", "ssm_cfg.conv_bias", CONFIG_BOOL, offsetof(Config, conv_bias)},
-    {"rescale_prenorm_residual", "rescale_prenorm_residual", NULL, CONFIG_BOOL, offsetof(Config, rescale_prenorm_residual)},
+    {"rescale_prenorm_residual", "rescale_prenorm_residual", NULL, CONFIG_BOOL,
+     offsetof(Config, rescale_prenorm_residual)},
     {"norm_eps", "layer_norm_epsilon", NULL, CONFIG_REAL, offsetof(Config, norm_eps)},
     {"dt_min", "time_step_min", "ssm_cfg.dt_min", CONFIG_REAL, offsetof(Config, dt_min)},
     {"dt_max", "time_step_max", "ssm_cfg.dt_max", CONFIG_REAL, offsetof(Config, dt_max)},
-    {"dt_init_floor", "time_step_floor", "ssm_cfg.dt_init_floor", CONFIG_REAL, offsetof(Config, dt_init_floor)},
+    {"dt_init_floor", "time_step_floor", "ssm_cfg.dt_init_floor", CONFIG_REAL,
+     offsetof(Config, dt_init_floor)},
     {"dt_scale", "time_step_scale", "ssm_cfg.dt_scale", CONFIG_REAL, offsetof(Config, dt_scale)},
     {"initializer_range", "initializer_range", NULL, CONFIG_REAL, offsetof(Config, initializer_range)},
 };
@@ -911,7 +979,8 @@ char* read_text(const char* path, size_t limit, size_t* size, Error* err) {
     bool ok = text != NULL;
     if (!ok) fail_line(err, "%s: %lld bytes, expected at most %zu", path, (long long)info.st_size, limit);
     else if (!(ok = read_exact(fd, text, (size_t)info.st_size, 0)))
-        fail_line(err, "%s: cannot read: %s", path, errno ? strerror(errno) : "the file changed while reading");
+        fail_line(err, "%s: cannot read: %s", path,
+                  errno ? strerror(errno) : "the file changed while reading");
     close(fd);
     if (!ok) { free(text); return NULL; }
     *size = (size_t)info.st_size;
@@ -919,7 +988,8 @@ char* read_text(const char* path, size_t limit, size_t* size, Error* err) {
     return text;
 }
 
-// Published configs contain the bare words Infinity and NaN (time_step_limit), which are not JSON: they become null.
+// Published configs contain the bare words Infinity and NaN (time_step_limit), which are not JSON: they
+// become null.
 static void null_bare_words(char* text) {
     static const char* const words[] = {"-Infinity", "Infinity", "NaN"};
     bool quoted = false;
@@ -929,7 +999,7 @@ static void null_bare_words(char* text) {
         for (int i = 0; i < 3 && !quoted; i++) {
             size_t n = strlen(words[i]);
             if (strncmp(p, words[i], n) != 0) continue;
-            if (n == 3) { memmove(p + 4, p + 3, strlen(p + 3) + 1); n = 4; }   // the buffer has room: see config_read
+            if (n == 3) memmove(p + 4, p + 3, strlen(p + 3) + 1);   // the buffer has room: see config_read
             memset(p, ' ', n);
             memcpy(p, "null", 4);
         }
@@ -947,12 +1017,16 @@ static bool config_int(const json_t* value, int64_t* out) {
     return json_is_integer(value);
 }
 
-static bool config_value(const ConfigField* f, const json_t* value, const char* key, Config* c, const char* path, Error* err) {
+static bool config_value(const ConfigField* f, const json_t* value, const char* key, Config* c,
+                         const char* path, Error* err) {
     void* out = (char*)c + f->offset;
     if (f->kind == CONFIG_INT && config_int(value, (int64_t*)out)) return true;
     if (f->kind == CONFIG_INT && strcmp(f->name, "dt_rank") == 0 && json_is_string(value) &&
         strcmp(json_string_value(value), "auto") == 0) return true;   // stays -1, resolved when D is known
-    if (f->kind == CONFIG_REAL && json_is_number(value)) { *(double*)out = json_number_value(value); return true; }
+    if (f->kind == CONFIG_REAL && json_is_number(value)) {
+        *(double*)out = json_number_value(value);
+        return true;
+    }
     if (f->kind == CONFIG_BOOL && json_is_boolean(value)) { *(bool*)out = json_is_true(value); return true; }
     return fail_line(err, "%s: \"%s\" is not %s", path, key, f->kind == CONFIG_INT ? "an integer" :
                      f->kind == CONFIG_BOOL ? "true or false" : "a finite number");
@@ -967,27 +1041,31 @@ static bool config_refuse(const json_t* root, const char* path, Error* err) {
         return fail_line(err, "%s: \"model_type\" is \"%.60s\", expected \"mamba\" (Mamba-1)", path,
                          json_is_string(type) ? json_string_value(type) : "not a string");
     if (!type && !json_object_get(root, "d_model"))
-        return fail_line(err, "%s: has neither \"model_type\" nor \"d_model\": not the config of a Mamba model", path);
+        return fail_line(err, "%s: neither \"model_type\" nor \"d_model\": not the config of a Mamba model",
+                         path);
     if (ssm && !json_is_object(ssm)) return fail_line(err, "%s: \"ssm_cfg\" is not an object", path);
     if (layer && (!json_is_string(layer) || strcmp(json_string_value(layer), "Mamba1") != 0))
         return fail_line(err, "%s: \"ssm_cfg.layer\" is \"%.60s\", expected \"Mamba1\"", path,
                          json_is_string(layer) ? json_string_value(layer) : "not a string");
     if (json_array_size(json_object_get(root, "attn_layer_idx")) > 0)
-        return fail_line(err, "%s: \"attn_layer_idx\" is not empty: attention layers are not supported", path);
+        return fail_line(err, "%s: \"attn_layer_idx\" is not empty: attention layers are not supported",
+                         path);
     if (json_is_false(json_object_get(root, "rms_norm")))
         return fail_line(err, "%s: \"rms_norm\" is false: LayerNorm is not supported, only RMSNorm", path);
     const json_t* act = json_object_get(root, "hidden_act");
-    if (act && (!json_is_string(act) || (strcmp(json_string_value(act), "silu") != 0 && strcmp(json_string_value(act), "swish") != 0)))
+    if (act && (!json_is_string(act) || strcmp(json_string_value(act), "silu") != 0))
         return fail_line(err, "%s: \"hidden_act\" is not \"silu\"", path);
     return true;
 }
 
-// config_special: what needs more than a row of the table: the vocabulary, expand, dt_rank, the end token, the pattern
+// config_special: what needs more than a row of the table: the vocabulary, expand, dt_rank, the end token,
+// the pattern
 static bool config_special(Config* c, const json_t* root, bool hf, const char* path, Error* err) {
     const json_t* ours = json_object_get(root, "ssm_c");
     const json_t* value = json_object_get(root, "expand");
     double expand = 2;
-    if (!value || !hf) value = config_key(root, "ssm_cfg.expand") ? config_key(root, "ssm_cfg.expand") : value;
+    if (!value || !hf)
+        value = config_key(root, "ssm_cfg.expand") ? config_key(root, "ssm_cfg.expand") : value;
     if (value) expand = json_is_number(value) ? json_number_value(value) : -1;
     if (c->d_inner == -1) {   // not given: int(expand * D), as both references compute it
         if (!(expand > 0 && expand <= 1e6 && expand * (double)c->d_model < 0x1p53))
@@ -1001,28 +1079,35 @@ static bool config_special(Config* c, const json_t* root, bool hf, const char* p
     int64_t multiple = 8;
     value = json_object_get(root, "pad_vocab_size_multiple");
     if (!hf) {   // the number of tokens; Hugging Face's is the number of rows, already padded
-        if ((value && !config_int(value, &multiple)) || multiple < 1 || multiple > INT32_MAX || c->vocab_size > INT32_MAX)
-            return fail_line(err, "%s: \"vocab_size\" or \"pad_vocab_size_multiple\" is not an integer in 1 .. 2^31-1", path);
+        if ((value && !config_int(value, &multiple)) || multiple < 1 || multiple > INT32_MAX ||
+            c->vocab_size > INT32_MAX)
+            return fail_line(err, "%s: \"vocab_size\" or \"pad_vocab_size_multiple\" is not in 1 .. 2^31-1",
+                             path);
         c->vocab_padded = (c->vocab_size + multiple - 1) / multiple * multiple;
     }
     if ((value = json_object_get(ours, "vocab_size")) && !config_int(value, &c->vocab_size))
         return fail_line(err, "%s: \"ssm_c.vocab_size\" is not an integer", path);
     c->eos_token = hf ? 0 : -1;   // the class default of Hugging Face; mamba_ssm leaves it to the tokenizer
-    value = json_object_get(ours, "eos_token_id") ? json_object_get(ours, "eos_token_id") : json_object_get(root, "eos_token_id");
+    value = json_object_get(json_object_get(ours, "eos_token_id") ? ours : root, "eos_token_id");
     if (json_is_array(value)) value = json_array_get(value, 0);
     if (json_is_null(value)) c->eos_token = -1;
     else if (value && !config_int(value, &c->eos_token))
         return fail_line(err, "%s: \"eos_token_id\" is not an integer", path);
-    const char* init = json_string_value(hf ? json_object_get(root, "time_step_init_scheme") : config_key(root, "ssm_cfg.dt_init"));
+    const char* init = json_string_value(hf ? json_object_get(root, "time_step_init_scheme")
+                                            : config_key(root, "ssm_cfg.dt_init"));
     c->dt_init_constant = init && strcmp(init, "constant") == 0;
     if (init && !c->dt_init_constant && strcmp(init, "random") != 0)
-        return fail_line(err, "%s: the initialization of dt is \"%.60s\", expected \"random\" or \"constant\"", path, init);
-    if (!hf && !json_object_get(ours, "d_intermediate"))   // mamba_ssm rounds the width of the MLP up to 128; ours is exact
-        c->d_intermediate += c->d_intermediate > 0 && c->d_intermediate < INT32_MAX ? (-c->d_intermediate & 127) : 0;
+        return fail_line(err, "%s: the initialization of dt is \"%.60s\", expected random or constant", path,
+                         init);
+    // mamba_ssm rounds the width of the MLP up to a multiple of 128; ours is exact
+    bool round_up = !hf && !json_object_get(ours, "d_intermediate");
+    if (round_up && c->d_intermediate > 0 && c->d_intermediate < INT32_MAX)
+        c->d_intermediate += -c->d_intermediate & 127;
     snprintf(c->pattern, sizeof c->pattern, "%s", c->d_intermediate > 0 ? "1m" : "1");
     if ((value = json_object_get(ours, "pattern"))) {
         if (!json_is_string(value) || json_string_length(value) >= sizeof c->pattern)
-            return fail_line(err, "%s: \"ssm_c.pattern\" is not a string of at most %zu letters", path, sizeof c->pattern - 1);
+            return fail_line(err, "%s: \"ssm_c.pattern\" is not a string of at most %zu letters", path,
+                             sizeof c->pattern - 1);
         snprintf(c->pattern, sizeof c->pattern, "%s", json_string_value(value));
     }
     return true;
@@ -1047,7 +1132,8 @@ static bool config_parse(Config* c, const json_t* root, const char* path, Error*
         const char* keys[3] = {hf ? f->hf : f->mamba, hf ? f->mamba : f->hf, f->name};
         const json_t* value = NULL;
         int k = 0;
-        for (; k < 3 && !value; k++) value = config_key(k == 2 ? json_object_get(root, "ssm_c") : root, keys[k]);
+        for (; k < 3 && !value; k++)
+            value = config_key(k == 2 ? json_object_get(root, "ssm_c") : root, keys[k]);
         if (value && !config_value(f, value, keys[k - 1], c, path, err)) return false;
         if (!value && i < 2) return fail_line(err, "%s: \"%s\" is missing", path, keys[0]);
     }
@@ -1056,7 +1142,8 @@ static bool config_parse(Config* c, const json_t* root, const char* path, Error*
     return config_check(c, &why) || fail_line(err, "%s: %s", path, why.text);
 }
 
-// config_read: dir/config.json, checked by config_check; one line names the key that is wrong or not supported
+// config_read: dir/config.json, checked by config_check; one line names the key that is wrong or not
+// supported
 bool config_read(Config* c, const char* dir, Error* err) {
     char path[4096];
     size_t size = 0;
@@ -1071,8 +1158,9 @@ bool config_read(Config* c, const char* dir, Error* err) {
     json_error_t e;
     json_t* root = binary ? NULL : json_loadb(text, strlen(text), JSON_REJECT_DUPLICATES, &e);
     free(text);
-    bool ok = root ? config_parse(c, root, path, err) : binary ? fail_line(err, "%s: not a text file (NUL byte)", path) :
-              fail_line(err, "%s: not valid JSON at line %d: %s", path, e.line, e.text);
+    bool ok = root     ? config_parse(c, root, path, err)
+              : binary ? fail_line(err, "%s: not a text file (NUL byte)", path)
+                       : fail_line(err, "%s: not valid JSON at line %d: %s", path, e.line, e.text);
     json_decref(root);
     return ok;
 }
@@ -1092,7 +1180,8 @@ static void add_fields(Text* text, const Config* c, bool hf, int group) {
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField* f = config_fields + i;
         const char* key = hf ? f->hf : f->mamba;
-        bool nested = key && strncmp(key, "ssm_cfg.", 8) == 0, exact = group == 2 && strcmp(f->name, "d_intermediate") == 0;
+        bool nested = key && strncmp(key, "ssm_cfg.", 8) == 0,
+             exact = group == 2 && strcmp(f->name, "d_intermediate") == 0;
         if (!exact && group != (!key ? 2 : nested)) continue;
         const char* value = (const char*)c + f->offset;
         text_add(text, "%s\"%s\": ", group ? ", " : ",\n  ", group == 2 ? f->name : nested ? key + 8 : key);
@@ -1102,8 +1191,8 @@ static void add_fields(Text* text, const Config* c, bool hf, int group) {
     }
 }
 
-// config_to_json: Hugging Face's dialect when every sub-layer is a Mamba-1 mixer, mamba_ssm's when there are MLPs. The
-// text is to be freed; NULL when memory is out.
+// config_to_json: Hugging Face's dialect when every sub-layer is a Mamba-1 mixer, mamba_ssm's when there are
+// MLPs. The text is to be freed; NULL when memory is out.
 char* config_to_json(const Config* c) {
     bool hf = strspn(c->pattern, "1") == strlen(c->pattern);
     Text text = {NULL, 0, 0, false};
@@ -1111,32 +1200,38 @@ char* config_to_json(const Config* c) {
     if (c->eos_token >= 0) snprintf(eos, sizeof eos, "%lld", (long long)c->eos_token);
     double expand = (double)c->d_inner / (double)c->d_model;   // chosen so that int(expand * D) is E again
     while ((int64_t)(expand * (double)c->d_model) < c->d_inner) expand = nextafter(expand, INFINITY);
-    int64_t multiple = 1;                                      // the smallest usual one that gives Vp, or Vp itself
-    while (multiple <= 256 && (c->vocab_size + multiple - 1) / multiple * multiple != c->vocab_padded) multiple *= 2;
+    int64_t multiple = 1;   // the smallest usual one that gives Vp, or Vp itself
+    while (multiple <= 256 && (c->vocab_size + multiple - 1) / multiple * multiple != c->vocab_padded)
+        multiple *= 2;
     if (multiple > 256) multiple = c->vocab_padded;
-    if (hf) text_add(&text, "{\n  \"architectures\": [\"MambaForCausalLM\"],\n  \"model_type\": \"mamba\",\n  \"torch_dtype\": "
-                     "\"float32\",\n  \"vocab_size\": %lld", (long long)c->vocab_padded);
-    else text_add(&text, "{\n  \"vocab_size\": %lld,\n  \"pad_vocab_size_multiple\": %lld", (long long)c->vocab_size,
-                  (long long)multiple);
+    if (hf) {
+        text_add(&text, "{\n  \"architectures\": [\"MambaForCausalLM\"],\n  \"model_type\": \"mamba\"");
+        text_add(&text, ",\n  \"torch_dtype\": \"float32\",\n  \"vocab_size\": %lld",
+                 (long long)c->vocab_padded);
+    } else {
+        text_add(&text, "{\n  \"vocab_size\": %lld", (long long)c->vocab_size);
+        text_add(&text, ",\n  \"pad_vocab_size_multiple\": %lld", (long long)multiple);
+    }
     add_fields(&text, c, hf, 0);
     const char* init = c->dt_init_constant ? "constant" : "random";
     if (hf) {
         text_add(&text, ",\n  \"expand\": ");
         if (c->d_inner % c->d_model == 0) text_add(&text, "%lld", (long long)(c->d_inner / c->d_model));
         else add_real(&text, expand);
-        text_add(&text, ",\n  \"hidden_act\": \"silu\",\n  \"residual_in_fp32\": true,\n  \"time_step_init_scheme\": \"%s\",\n  "
-                 "\"use_cache\": true", init);
+        text_add(&text, ",\n  \"time_step_init_scheme\": \"%s\",\n  \"hidden_act\": \"silu\"", init);
+        text_add(&text, ",\n  \"residual_in_fp32\": true,\n  \"use_cache\": true");
     } else {
         text_add(&text, ",\n  \"ssm_cfg\": {\"layer\": \"Mamba1\", \"dt_init\": \"%s\", \"expand\": ", init);
         if (c->d_inner % c->d_model == 0) text_add(&text, "%lld", (long long)(c->d_inner / c->d_model));
         else add_real(&text, expand);
         add_fields(&text, c, hf, 1);
-        text_add(&text, "},\n  \"attn_layer_idx\": [],\n  \"attn_cfg\": {},\n  \"rms_norm\": true,\n  \"residual_in_fp32\": true"
-                 ",\n  \"fused_add_norm\": true");
+        text_add(&text, "},\n  \"attn_layer_idx\": [],\n  \"attn_cfg\": {},\n  \"rms_norm\": true");
+        text_add(&text, ",\n  \"residual_in_fp32\": true,\n  \"fused_add_norm\": true");
     }
-    text_add(&text, ",\n  \"bos_token_id\": %s,\n  \"eos_token_id\": %s,\n  \"pad_token_id\": %s", eos, eos, eos);
-    text_add(&text, ",\n  \"ssm_c\": {\"pattern\": \"%s\", \"vocab_size\": %lld, \"eos_token_id\": %s", c->pattern,
-             (long long)c->vocab_size, eos);
+    text_add(&text, ",\n  \"bos_token_id\": %s,\n  \"eos_token_id\": %s,\n  \"pad_token_id\": %s", eos, eos,
+             eos);
+    text_add(&text, ",\n  \"ssm_c\": {\"pattern\": \"%s\", \"vocab_size\": %lld, \"eos_token_id\": %s",
+             c->pattern, (long long)c->vocab_size, eos);
     add_fields(&text, c, hf, 2);
     text_add(&text, "}\n}\n");
     if (text.failed) { free(text.data); return NULL; }
@@ -1147,7 +1242,8 @@ bool config_write(const Config* c, const char* dir, Error* err) {
     Error why;
     if (!config_check(c, &why)) return fail_line(err, "%s/config.json: not written: %s", dir, why.text);
     char* text = config_to_json(c);
-    bool ok = text ? checkpoint_write_text(dir, "config.json", text, err) : fail_line(err, "%s: out of memory", dir);
+    bool ok = text ? checkpoint_write_text(dir, "config.json", text, err)
+                   : fail_line(err, "%s: out of memory", dir);
     free(text);
     return ok;
 }

@@ -1,12 +1,12 @@
 """Training speed on the CPU: our program beside transformers and mambapy, measured alternately in one run.
 
-    python dev/bench/train_speed.py [--binary build/train_mamba] [--rounds 3] [--budget 60] [--only NAME ...]
+    python dev/bench/train_speed.py [--binary build/train_mamba] [--rounds 3] [--budget 60] [--only NAME]
 
 One training step = forward, cross-entropy, backward, AdamW, in float32, on the same model: Mamba-1, tied
 head, sizes below. Every contender gets all cores (or --threads). Each round runs every contender once, in
-rotating order, so that a busy moment of the machine does not hit one of them alone; a contender's number is the
-median over rounds, its spread (max - min) / median. One that has used up its time budget sits out the remaining
-rounds; one that cannot run is shown with its reason, not left out.
+rotating order, so that a busy moment of the machine does not hit one of them alone; a contender's number is
+the median over rounds, its spread (max - min) / median. One that has used up its time budget sits out the
+remaining rounds; one that cannot run is shown with its reason, not left out.
 
   transformers           MambaForCausalLM as it runs without extra packages: a Python loop over time, whose
                          backward writes a gradient of full length for every step (work quadratic in T)
@@ -28,7 +28,7 @@ SIZES = dict(D=256, n_layer=8, N=16, K=4, V=256, B=8, T=256)
 
 
 def our_command(args):
-    """The one place that knows our program's flags. It prints `tokens_per_second X` and warms up by itself."""
+    """The one place that knows our program's flags. It prints `tokens_per_second X` after a warm-up."""
     s = SIZES
     return [args.binary, "bench", "--pattern", "1", "--d-model", str(s["D"]), "--n-layer", str(s["n_layer"]),
             "--d-state", str(s["N"]), "--d-conv", str(s["K"]), "--vocab-size", str(s["V"]),

@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from make_fixtures import Float64Only
 
 LIMIT = 1e-4                                                  # relative L2 of the logits
-SAMPLE = "The state of a model is a fixed-size summary of what it has read so far.\nNaïve readers count tokens. "
+SAMPLE = "The state of a model is a fixed-size summary of what it has read.\nNaïve readers count tokens. "
 
 
 def our_logits(binary, directory, data):
