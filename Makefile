@@ -39,7 +39,7 @@ endif
 
 C_FLAGS = -std=gnu11 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) $(OPENBLAS_CFLAGS)
 LIBS = $(JANSSON_LIBS) $(OPENBLAS_LIBS) -lm
-SOURCES = train_mamba.c data/safetensors.h data/tokenizer.h data/dataloader.h
+SOURCES = train_mamba.c $(wildcard data/*.h)
 
 .PHONY: all test test-float test-double faults mutate mutate-all check-cxx dev clean help
 

@@ -1,10 +1,13 @@
 // ssm.c: the Mamba family of state space models, trained in plain C.
 //
-// One file, read from top to bottom: every layer with its backward pass, the blocks, the model, training, generation.
-// Each function states its formula, the shapes, what is saved for the backward pass, and its source. Sizes and symbols:
-//   B batch   T tokens   D d_model   E d_inner   N d_state   K conv taps   R dt_rank   F MLP width   V, Vp vocabulary (padded)
-// Arrays are row-major and token-major: (B,T,channel). dX is the gradient of X; every backward function ADDS to its outputs.
-// Mathematics: Mamba (arXiv 2312.00752) and the code of state-spaces/mamba; layers in the manner of llm.c.
+// One file, read from top to bottom: every layer with its backward pass, the blocks, the model, training,
+// generation. Each function states its formula, the shapes, what is saved for the backward pass, and its
+// source. Sizes and symbols:
+//   B batch   T tokens   D d_model   E d_inner   N d_state   K conv taps   R dt_rank   F MLP width
+//   V, Vp vocabulary (padded)
+// Arrays are row-major and token-major: (B,T,channel). dX is the gradient of X; every backward function ADDS
+// to its outputs. Mathematics: Mamba (arXiv 2312.00752) and the code of state-spaces/mamba; layers in the
+// manner of llm.c.
 //
 //  1. Basics: the number type, errors, memory, random numbers
 //  2. Configuration: what describes a model
@@ -13,13 +16,14 @@
 //  5. Blocks: the residual sub-layers and the table of their kinds
 //  6. Model: tensor table, memory plan, initialization, forward, backward
 //  7. Optimizer: gradient norm, AdamW, learning rate schedules
-//  8. Checkpoints: saving, loading, resuming
-//  9. Sampling: from logits to a token
-// 10. Options: one table for parser, help and the settings print
-// 11. Backend: what the loops call; the CPU one
-// 12. Generation
-// 13. Training and evaluation
-// 14. Main
+//  8. Sampling: from logits to a token
+//  9. Backend: what the loops call; the CPU one
+// 10. Generation
+// 11. Training and evaluation
+// 12. Main
+//
+// What goes in and out is in data/: files and checkpoints, tokenizer, data loader, command line.
+
 // ---------------------------------------------------------------------------------------------------
 // 1. Basics: the number type, errors, memory, random numbers
 
@@ -64,7 +68,8 @@ typedef REAL real;
 
 static_assert(sizeof(off_t) == 8, "files beyond 2 GiB need a 64-bit off_t");
 
-// die: the end of every user error: one line on stderr (what was expected, what was found, what to do), exit code 1.
+// die: the end of every user error: one line on stderr (what was expected, what was found, what to do), exit
+// code 1.
 __attribute__((format(printf, 1, 2), noreturn))
 void die(const char* format, ...) {
     va_list args;
@@ -88,8 +93,8 @@ void warn(const char* format, ...) {
     va_end(args);
 }
 
-// Error: what a reader of outside data reports. Readers return false and leave one line here; the caller decides
-// whether to die, to warn, or (in the tests) to compare the words.
+// Error: what a reader of outside data reports. Readers return false and leave one line here; the caller
+// decides whether to die, to warn, or (in the tests) to compare the words.
 typedef struct { char text[4096]; } Error;
 
 // fail: fills the error and returns false, so that a reader can say `return fail(err, "%s: ...", path, ...)`.
@@ -102,9 +107,9 @@ bool fail(Error* err, const char* format, ...) {
     return false;
 }
 
-// checked_size: n dimensions times the size of an element, in bytes (or elements with elem = 1). Every product of
-// sizes that comes from a file or an option goes through here. Returns false when a dimension is negative or the
-// product does not fit in 63 bits.
+// checked_size: n dimensions times the size of an element, in bytes (or elements with elem = 1). Every
+// product of sizes that comes from a file or an option goes through here. Returns false when a dimension is
+// negative or the product does not fit in 63 bits.
 bool checked_size(int n, const int64_t* dim, size_t elem, size_t* size) {
     size_t product = elem;
     for (int i = 0; i < n; i++) {
@@ -130,8 +135,8 @@ void* xrealloc(void* old, size_t count, size_t size) {
     return p;
 }
 
-// Random numbers are a pure function of (seed, stream, counter): there is no generator state to save, any value can
-// be recomputed, and nothing depends on the number of threads. Streams keep the uses apart.
+// Random numbers are a pure function of (seed, stream, counter): there is no generator state to save, any
+// value can be recomputed, and nothing depends on the number of threads. Streams keep the uses apart.
 //   mix(x): the finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection on 64 bits
 //   bits   = mix( mix( mix(seed) + stream ) + counter )
 enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_SAMPLE = 1 << 20, STREAM_INIT = 1 << 21 };
@@ -201,7 +206,8 @@ static bool add_count(int64_t* total, int64_t a, int64_t b, int64_t c) {
     return *total < (int64_t)1 << 40;
 }
 
-// config_check: every size that the rest of the program relies on, whether it came from options or from a file.
+// config_check: every size that the rest of the program relies on, whether it came from options or from a
+// file.
 bool config_check(const Config* c, Error* err) {
     const struct { const char* name; int64_t value, low, high; } range[] = {
         {"n_layer", c->n_layer, 1, 65536},          {"d_model", c->d_model, 1, INT32_MAX},
@@ -223,31 +229,41 @@ bool config_check(const Config* c, Error* err) {
         unsigned char letter = (unsigned char)c->pattern[i];
         mlp = mlp || letter == 'm';
         if (letter != '1' && letter != 'm')
-            return fail(err, "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1) and m (gated MLP)",
-                        letter > 32 && letter < 127 ? letter : '?', i);
+            return fail(
+                err,
+                "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1) and m (gated MLP)",
+                letter > 32 && letter < 127 ? letter : '?', i);
         if (letter == 'm' && (i == 0 || c->pattern[i - 1] == 'm'))
             return fail(err, "pattern \"%s\": an m must follow a mixer, like 1m", c->pattern);
     }
     if (mlp != (c->d_intermediate > 0))
-        return fail(err, "pattern \"%s\" and d_intermediate %lld do not agree: d_intermediate is the width of m, 0 without m",
+        return fail(err,
+                    "pattern \"%s\" and d_intermediate %lld do not agree: d_intermediate is the width of m, "
+                    "0 without m",
                     c->pattern, (long long)c->d_intermediate);
     // conditions are written so that NaN fails
-    if (!(c->norm_eps > 0 && c->norm_eps <= 1)) return fail(err, "norm_eps is %g, expected above 0, at most 1", c->norm_eps);
+    if (!(c->norm_eps > 0 && c->norm_eps <= 1))
+        return fail(err, "norm_eps is %g, expected above 0, at most 1", c->norm_eps);
     if (!(c->dt_min > 0 && c->dt_min <= c->dt_max && c->dt_max <= 1000))
-        return fail(err, "dt_min %g and dt_max %g: expected 0 < dt_min <= dt_max <= 1000", c->dt_min, c->dt_max);
+        return fail(err, "dt_min %g and dt_max %g: expected 0 < dt_min <= dt_max <= 1000", c->dt_min,
+                    c->dt_max);
     if (!(c->dt_init_floor >= 0 && c->dt_init_floor <= 1000))
         return fail(err, "dt_init_floor is %g, expected 0 .. 1000", c->dt_init_floor);
-    if (!(c->dt_scale > 0 && c->dt_scale <= 1000)) return fail(err, "dt_scale is %g, expected above 0, at most 1000", c->dt_scale);
+    if (!(c->dt_scale > 0 && c->dt_scale <= 1000))
+        return fail(err, "dt_scale is %g, expected above 0, at most 1000", c->dt_scale);
     if (!(c->initializer_range >= 0 && c->initializer_range <= 1000))
         return fail(err, "initializer_range is %g, expected 0 .. 1000", c->initializer_range);
-    // parameters: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj, (E,R) dt_proj, (E,N) A_log, vectors; MLP 3DF
+    // parameters: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj, (E,R) dt_proj, (E,N) A_log,
+    // vectors; MLP 3DF
     int64_t D = c->d_model, E = c->d_inner, R = c->dt_rank, N = c->d_state, block = 0, total = 0;
-    bool fits = add_count(&block, 3, D, E) && add_count(&block, E, c->d_conv, 1) && add_count(&block, 2, R, E) &&
-                add_count(&block, 3, N, E) && add_count(&block, 5, E, 1) && add_count(&block, 3, D, 1) &&
-                add_count(&block, 3, D, c->d_intermediate) && add_count(&total, c->n_layer, block, 1) &&
+    bool fits = add_count(&block, 3, D, E) && add_count(&block, E, c->d_conv, 1) &&
+                add_count(&block, 2, R, E) && add_count(&block, 3, N, E) && add_count(&block, 5, E, 1) &&
+                add_count(&block, 3, D, 1) && add_count(&block, 3, D, c->d_intermediate) &&
+                add_count(&total, c->n_layer, block, 1) &&
                 add_count(&total, c->tie_embeddings ? 1 : 2, c->vocab_padded, D);
-    return fits || fail(err, "n_layer %lld, d_model %lld, d_inner %lld, vocabulary %lld: more than 2^40 parameters",
-                        (long long)c->n_layer, (long long)D, (long long)E, (long long)c->vocab_padded);
+    return fits ||
+           fail(err, "n_layer %lld, d_model %lld, d_inner %lld, vocabulary %lld: more than 2^40 parameters",
+                (long long)c->n_layer, (long long)D, (long long)E, (long long)c->vocab_padded);
 }
 
 // defines: SafeTensors and its reader and writer, checkpoint directories, config_read, config_write
@@ -649,20 +665,24 @@ static inline real silu_grad_real(real x) {
 // Loops over columns that must not be split further go in tiles of this many channels (one to four vectors).
 enum { CHANNEL_TILE = 32 };
 
-static inline real sqrt_real(real x) { return REAL_IS_DOUBLE ? (real)sqrt((double)x) : (real)sqrtf((float)x); }
+static inline real sqrt_real(real x) {
+    return REAL_IS_DOUBLE ? (real)sqrt((double)x) : (real)sqrtf((float)x);
+}
 
 void zero_real(real* p, size_t n) {
     #pragma omp parallel for if (n > 65536)
     for (size_t i = 0; i < n; i += 4096) memset(p + i, 0, min_size(4096, n - i) * sizeof(real));
 }
 
-// embedding_forward: a row of the embedding matrix for each token.   out (M,D)   weight (Vp,D)   tokens (M), M = B*T
+// embedding_forward: a row of the embedding matrix for each token.   out (M,D)   weight (Vp,D)
+// tokens (M), M = B*T
 void embedding_forward(real* out, const int* tokens, const real* weight, size_t M, size_t D) {
     #pragma omp parallel for if (M > 64)
     for (size_t m = 0; m < M; m++) memcpy(out + m * D, weight + (size_t)tokens[m] * D, D * sizeof(real));
 }
 
-// out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over columns.
+// out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over
+// columns.
 void embedding_backward(real* dweight, const real* dout, const int* tokens, size_t M, size_t D) {
     #pragma omp parallel for
     for (size_t d0 = 0; d0 < D; d0 += CHANNEL_TILE) {
@@ -678,8 +698,9 @@ void embedding_backward(real* dweight, const real* dout, const int* tokens, size
 // rmsnorm_forward: divides each token's vector by its root mean square.
 //   rstd = (mean_d inp_d^2 + eps)^(-1/2)        out = weight * inp * rstd
 //   inp, out (M,D)   weight (D)   saved for backward: rstd (M)        Zhang and Sennrich (arXiv 1910.07467)
-void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight, size_t M, size_t D, real eps) {
-    #pragma omp parallel for if (M > 1)
+void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight, size_t M, size_t D,
+                     real eps) {
+#pragma omp parallel for if (M > 1)
     for (size_t m = 0; m < M; m++) {
         const real* inp_m = inp + m * D;
         real* out_m = out + m * D;
@@ -719,16 +740,18 @@ void rmsnorm_backward(real* dinp, real* dweight, const real* dout, const real* i
     }
 }
 
-// residual_forward: out = a + b, n elements; out may be a. Its backward is the identity to both (see the blocks).
+// residual_forward: out = a + b, n elements; out may be a. Its backward is the identity to both (see the
+// blocks).
 void residual_forward(real* out, const real* a, const real* b, size_t n) {
     #pragma omp parallel for simd if (n > 16384)
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
-// conv_row: the input row that a tap reads at time s for an output of document `id`, or NULL when the tap sees nothing:
-// before the start without a tail, or across a document boundary. The tail belongs to document 0.
-static inline const real* conv_row(const real* inp, size_t ldi, const real* tail, const int* doc, size_t b, ptrdiff_t s,
-                                   int id, size_t T, size_t E, size_t K) {
+// conv_row: the input row that a tap reads at time s for an output of document `id`, or NULL when the tap
+// sees nothing: before the start without a tail, or across a document boundary. The tail belongs to document
+// 0.
+static inline const real* conv_row(const real* inp, size_t ldi, const real* tail, const int* doc, size_t b,
+                                   ptrdiff_t s, int id, size_t T, size_t E, size_t K) {
     if (s < 0) return tail && id == 0 ? tail + (b * (K - 1) + (size_t)(s + (ptrdiff_t)K - 1)) * E : NULL;
     if (doc && doc[b * T + (size_t)s] != id) return NULL;
     return inp + (b * T + (size_t)s) * ldi;
@@ -737,13 +760,15 @@ static inline const real* conv_row(const real* inp, size_t ldi, const real* tail
 enum { CONV_MAX_TAPS = 8 };
 
 // causal_conv1d_forward: each channel sees its own last K inputs, then SiLU.
-//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)        tap K-1 is the current token
+//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)
+//   tap K-1 is the current token
 //   inp (B,T,E) with row stride ldi   weight (E,K)   bias (E) or NULL   doc (B,T) or NULL   out (B,T,E)
-//   tail0, tailT (B,K-1,E): the K-1 inputs before t = 0 and before t = T, oldest first; either may be NULL, they may
-//   be the same array; a tail holds only inputs of the last token's document, the rest is 0
+//   tail0, tailT (B,K-1,E): the K-1 inputs before t = 0 and before t = T, oldest first; either may be NULL,
+//   they may be the same array; a tail holds only inputs of the last token's document, the rest is 0
 //   saved for backward: nothing, c is recomputed        Mamba paper, section 3.4
-void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0, const real* weight,
-                           const real* bias, const int* doc, size_t B, size_t T, size_t E, size_t K) {
+void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0,
+                           const real* weight, const real* bias, const int* doc, size_t B, size_t T, size_t E,
+                           size_t K) {
     size_t tiles = (E + CHANNEL_TILE - 1) / CHANNEL_TILE;
     #pragma omp parallel for collapse(2)
     for (size_t b = 0; b < B; b++) {
@@ -756,7 +781,8 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
                 int id = doc ? doc[b * T + t] : 0;
                 for (size_t e = 0; e < n; e++) c[e] = bias ? bias[e0 + e] : 0;
                 for (size_t k = 0; k < K; k++) {
-                    const real* row = conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(t + k) - (ptrdiff_t)K + 1, id, T, E, K);
+                    const real* row =
+                        conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(t + k) - (ptrdiff_t)K + 1, id, T, E, K);
                     if (!row) continue;
                     for (size_t e = 0; e < n; e++) c[e] += w[k][e] * row[e0 + e];
                 }
@@ -765,8 +791,10 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
                 for (size_t e = 0; e < n; e++) out_bt[e] = silu_real(c[e]);
             }
             int id = doc ? doc[b * T + T - 1] : 0;
-            for (size_t k = 0; tailT && k + 1 < K; k++) {   // oldest first: in place, a row is read before it is overwritten
-                const real* row = conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(T + k) - (ptrdiff_t)K + 1, id, T, E, K);
+            for (size_t k = 0; tailT && k + 1 < K;
+                 k++) {    // oldest first: in place, a row is read before it is overwritten
+                const real* row =
+                    conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(T + k) - (ptrdiff_t)K + 1, id, T, E, K);
                 for (size_t e = e0; e < e0 + n; e++) tailT[(b * (K - 1) + k) * E + e] = row ? row[e] : 0;
             }
         }
@@ -777,11 +805,13 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
 // forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t    dw_k += sum_t dc_t inp_{t-K+1+k}
 //                                                    dinp_s += sum_k w_k dc_{s+K-1-k}
 // forward: tailT = the last inputs              =>  the same rows of dinp (or dtail0) += dtailT
-//   dtail0, dtailT, dbias may be NULL.  Parallel over channels only: the weight gradients sum over batch and time.
-void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias, real* dtail0, const real* dout,
-                            const real* dtailT, const real* inp, size_t ldi, const real* tail0, const real* weight,
-                            const real* bias, const int* doc, size_t B, size_t T, size_t E, size_t K) {
-    #pragma omp parallel for schedule(dynamic, 1)
+//   dtail0, dtailT, dbias may be NULL.  Parallel over channels only: the weight gradients sum over batch and
+//   time.
+void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias, real* dtail0,
+                            const real* dout, const real* dtailT, const real* inp, size_t ldi,
+                            const real* tail0, const real* weight, const real* bias, const int* doc, size_t B,
+                            size_t T, size_t E, size_t K) {
+#pragma omp parallel for schedule(dynamic, 1)
     for (size_t e0 = 0; e0 < E; e0 += CHANNEL_TILE) {
         size_t n = min_size(CHANNEL_TILE, E - e0);
         real w[CONV_MAX_TAPS][CHANNEL_TILE], dw[CONV_MAX_TAPS][CHANNEL_TILE] = {{0}}, db[CHANNEL_TILE] = {0};
@@ -794,7 +824,8 @@ void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias,
                 real c[CHANNEL_TILE], dc[CHANNEL_TILE];
                 for (size_t e = 0; e < n; e++) c[e] = bias ? bias[e0 + e] : 0;
                 for (size_t k = 0; k < K; k++) {
-                    rows[k] = conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(t + k) - (ptrdiff_t)K + 1, id, T, E, K);
+                    rows[k] =
+                        conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(t + k) - (ptrdiff_t)K + 1, id, T, E, K);
                     if (rows[k]) for (size_t e = 0; e < n; e++) c[e] += w[k][e] * rows[k][e0 + e];
                 }
                 const real* dout_bt = dout + (b * T + t) * E + e0;
@@ -812,7 +843,8 @@ void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias,
             }
             int id = doc ? doc[b * T + T - 1] : 0;
             for (size_t k = 0; dtailT && k + 1 < K; k++) {
-                if (!conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(T + k) - (ptrdiff_t)K + 1, id, T, E, K)) continue;
+                if (!conv_row(inp, ldi, tail0, doc, b, (ptrdiff_t)(T + k) - (ptrdiff_t)K + 1, id, T, E, K))
+                    continue;
                 real* drow = NULL;
                 if (T + k + 1 >= K) drow = dinp + (b * T + T + k + 1 - K) * lddi + e0;
                 else if (dtail0) drow = dtail0 + (b * (K - 1) + T + k) * E + e0;
@@ -826,7 +858,8 @@ void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias,
 }
 
 // softplus_forward: out = log(1 + exp(inp)), the identity above 20.   inp, out (n), may be the same array
-// saved for backward: out itself        makes the step size dt positive: Mamba paper, section 3.2, algorithm 2
+// saved for backward: out itself
+// makes the step size dt positive: Mamba paper, section 3.2, algorithm 2
 void softplus_forward(real* out, const real* inp, size_t n) {
     #pragma omp parallel for simd if (n > 4096)
     for (size_t i = 0; i < n; i++) out[i] = softplus_real(inp[i]);
@@ -1130,10 +1163,13 @@ void gate_backward(real* dy, size_t lddy, real* dz, size_t lddz, const real* dou
 }
 
 // crossentropy: the loss of each position and, unless dlogits is NULL, the gradient of scale * sum(losses).
-//   losses[m] = logsumexp_v(logits[m,v]) - logits[m,target]       dlogits = scale * (softmax(logits) - onehot(target))
-//   logits (M,V); targets (M), a negative target is ignored (loss 0, gradient 0); dlogits is WRITTEN and may be logits
-void crossentropy(real* losses, real* dlogits, const real* logits, const int* targets, real scale, size_t M, size_t V) {
-    #pragma omp parallel for if (M > 1)
+//   losses[m] = logsumexp_v(logits[m,v]) - logits[m,target]
+//   dlogits = scale * (softmax(logits) - onehot(target))
+//   logits (M,V); targets (M), a negative target is ignored (loss 0, gradient 0); dlogits is WRITTEN and may
+//   be logits
+void crossentropy(real* losses, real* dlogits, const real* logits, const int* targets, real scale, size_t M,
+                  size_t V) {
+#pragma omp parallel for if (M > 1)
     for (size_t m = 0; m < M; m++) {
         const real* z = logits + m * V;
         real* dz = dlogits ? dlogits + m * V : NULL;
@@ -1160,10 +1196,11 @@ void crossentropy(real* losses, real* dlogits, const real* logits, const int* ta
 // ---------------------------------------------------------------------------------------------------
 // 5. Blocks: the residual sub-layers and the table of their kinds
 //
-// The model is a residual stream that sub-layers read (through an RMSNorm) and add to. A kind of sub-layer is one row
-// of the table `kinds` at the end of this section: its parameters, the activations it saves for backward, the scratch
-// it shares with the other layers, its recurrent state, and its two functions. Everything else (allocation, binding,
-// initialization, checkpoints, optimizer groups, counts, memory print, test names) walks these tables.
+// The model is a residual stream that sub-layers read (through an RMSNorm) and add to. A kind of sub-layer is
+// one row of the table `kinds` at the end of this section: its parameters, the activations it saves for
+// backward, the scratch it shares with the other layers, its recurrent state, and its two functions.
+// Everything else (allocation, binding, initialization, checkpoints, optimizer groups, counts, memory print,
+// test names) walks these tables.
 
 // Symbolic sizes, so that a table can be written before the model is known.
 enum { DIM_NONE, DIM_1, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP, DIM_K1,
@@ -1197,8 +1234,8 @@ enum {
     INIT_RESIDUAL,     // INIT_LINEAR / sqrt(n_layer): the sum of all layers keeps the size of one
     INIT_CONV,         // uniform +-1/sqrt(K), weight and bias: the fan_in of a depthwise convolution is K
     INIT_DT_WEIGHT,    // uniform +-dt_scale/sqrt(R), or that constant
-    INIT_DT_BIAS,      // softplus(bias) is log-uniform in [dt_min, dt_max]: half-lives from one token to hundreds
-    INIT_A_LOG,        // A[e,n] = -(n+1) in every channel (S4D-real)
+    INIT_DT_BIAS,    // softplus(bias) is log-uniform in [dt_min, dt_max]: half-lives 1..700 tokens
+    INIT_A_LOG,      // A[e,n] = -(n+1) in every channel (S4D-real)
 };
 
 enum {
@@ -1207,9 +1244,9 @@ enum {
     IF_CONV_BIAS = 4,   // exists only with config.conv_bias
 };
 
-// TensorSpec: one row of a kind's table. Parameters have a full shape; activations and scratch are per token, (B*T) times
-// the shape; state is per sequence, (B) times the shape. The rows stand in the order of the fields of the kind's struct of
-// pointers, so binding a struct to memory is one loop over the table.
+// TensorSpec: one row of a kind's table. Parameters have a full shape; activations and scratch are per token,
+// (B*T) times the shape; state is per sequence, (B) times the shape. The rows stand in the order of the
+// fields of the kind's struct of pointers, so binding a struct to memory is one loop over the table.
 typedef struct {
     const char* name;
     int dim[3];
@@ -1286,48 +1323,56 @@ static const TensorSpec mamba1_state[] = {
 };
 
 // mamba1_block_forward: res_out = res_in + Mamba(RMSNorm(res_in)).   res (B,T,D), res_out may be res_in
-//   u = norm(res)     [x; z] = W_in u     x = silu(conv(x))     [r; B; C] = W_x x     dt = softplus(W_dt r + b_dt)
+//   u = norm(res)     [x; z] = W_in u     x = silu(conv(x))     [r; B; C] = W_x x
+//   dt = softplus(W_dt r + b_dt)
 //   s = scan(x, dt, A, B, C) + D x        y = s * silu(z)       out = W_out y
-//   s0, sT: state before and after, fields may be NULL, may be the same     Mamba paper, section 3.4, figure 3
-void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params, real* const* acts,
-                          real* const* scratch, real* const* state0, real* const* stateT) {
+//   s0, sT: state before and after, fields may be NULL, may be the same
+//   Mamba paper, section 3.4, figure 3
+void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                          real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
     const Mamba1Params* p = (const Mamba1Params*)params;
     const Mamba1Acts* a = (const Mamba1Acts*)acts;
     const Mamba1Scratch* w = (const Mamba1Scratch*)scratch;
     const Mamba1State *s0 = (const Mamba1State*)state0, *sT = (const Mamba1State*)stateT;
     const Config* c = run->config;
     size_t B = run->B, T = run->T, M = B * T;
-    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, K = (size_t)c->d_conv, R = (size_t)c->dt_rank;
+    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, K = (size_t)c->d_conv,
+           R = (size_t)c->dt_rank;
     size_t RBC = R + 2 * N;
     const real *z = a->xz + E, *Bt = a->rbc + R, *Ct = a->rbc + R + N;
 
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
     matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
-    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
+    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
+                          E, K);
     matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
     matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
-    selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc, B, T, E, N);
+    selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc,
+                           B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
     matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
     residual_forward(res_out, res_in, w->out, M * D);
 }
 
-// mamba1_block_backward: the lines of the forward in reverse order. dres (B,T,D) holds the gradient of res_out on entry
-// and of res_in on exit. ds0 and dsT are the gradients of the states, fields may be NULL.
-void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams, real* const* params,
-                           real* const* acts, real* const* scratch, real* const* state0, real* const* dstate0,
-                           real* const* dstateT) {
+// mamba1_block_backward: the lines of the forward in reverse order. dres (B,T,D) holds the gradient of
+// res_out on entry and of res_in on exit. ds0 and dsT are the gradients of the states, fields may be NULL.
+void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                           real* const* params, real* const* acts, real* const* scratch, real* const* state0,
+                           real* const* dstate0, real* const* dstateT) {
     const Mamba1Params *p = (const Mamba1Params*)params, *dp = (const Mamba1Params*)dparams;
     const Mamba1Acts* a = (const Mamba1Acts*)acts;
     const Mamba1Scratch* w = (const Mamba1Scratch*)scratch;
-    const Mamba1State *s0 = (const Mamba1State*)state0, *ds0 = (const Mamba1State*)dstate0, *dsT = (const Mamba1State*)dstateT;
+    const Mamba1State *s0 = (const Mamba1State*)state0, *ds0 = (const Mamba1State*)dstate0,
+                      *dsT = (const Mamba1State*)dstateT;
     const Config* c = run->config;
     size_t B = run->B, T = run->T, M = B * T;
-    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, K = (size_t)c->d_conv, R = (size_t)c->dt_rank;
+    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, K = (size_t)c->d_conv,
+           R = (size_t)c->dt_rank;
     size_t RBC = R + 2 * N;
     const real *z = a->xz + E, *Bt = a->rbc + R, *Ct = a->rbc + R + N;
-    real *dxz = w->dxz, *dz = w->dxz + E, *dx = w->dx, *drbc = w->drbc, *dBt = w->drbc + R, *dCt = w->drbc + R + N;
+    real *dxz = w->dxz, *dz = w->dxz + E, *dx = w->dx, *drbc = w->drbc, *dBt = w->drbc + R,
+         *dCt = w->drbc + R + N;
     real* dy = w->ddt;         // the gradient of y is consumed before ddt is needed
     zero_real(dy, M * E);
     zero_real(w->ds, M * E);
@@ -1342,16 +1387,16 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     gate_backward(w->ds, E, dz, 2 * E, dy, a->s, E, z, 2 * E, M, E);
     // s = scan(x, dt, A, B, C) + D x: the first contribution to dx
     zero_real(w->ddt, M * E);
-    selective_scan_backward(dx, w->ddt, dp->A_log, dBt, dCt, RBC, dp->D, ds0->ssm, w->ds, dsT->ssm, a->hs, a->x, a->dt, p->A_log,
-                            Bt, Ct, RBC, p->D, run->doc, w->scan, B, T, E, N);
+    selective_scan_backward(dx, w->ddt, dp->A_log, dBt, dCt, RBC, dp->D, ds0->ssm, w->ds, dsT->ssm, a->hs,
+                            a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, run->doc, w->scan, B, T, E, N);
     // dt = softplus(W_dt r + b_dt): the gradient of the sum goes where ds was
     zero_real(w->ds, M * E);
     softplus_backward(w->ds, w->ddt, a->dt, M * E);
     matmul_backward(drbc, RBC, dp->dt_proj, dp->dt_proj_bias, w->ds, E, a->rbc, RBC, p->dt_proj, M, R, E);
     // [r; B; C] = W_x x: the second contribution to dx
     matmul_backward(dx, E, dp->x_proj, NULL, drbc, RBC, a->x, E, p->x_proj, M, E, RBC);
-    causal_conv1d_backward(dxz, 2 * E, dp->conv1d, dp->conv1d_bias, ds0->conv, dx, dsT->conv, a->xz, 2 * E, s0->conv,
-                           p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
+    causal_conv1d_backward(dxz, 2 * E, dp->conv1d, dp->conv1d_bias, ds0->conv, dx, dsT->conv, a->xz, 2 * E,
+                           s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
     matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, dxz, 2 * E, a->u, D, p->in_proj, M, D, 2 * E);
     rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
 }
@@ -1362,9 +1407,12 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
 typedef struct { real *norm, *fc1, *fc2; } MlpParams;
 
 static const TensorSpec mlp_params[] = {
-    {"norm2.weight",   {DIM_D},         INIT_ONE, 0},
-    {"mlp.fc1.weight", {DIM_2F, DIM_D}, INIT_LINEAR, DECAY},   // rows 0..F-1 make up, rows F..2F-1 make the gate
-    {"mlp.fc2.weight", {DIM_D, DIM_F},  INIT_RESIDUAL, DECAY},
+    {"norm2.weight", {DIM_D}, INIT_ONE, 0},
+    {"mlp.fc1.weight",
+     {DIM_2F, DIM_D},
+     INIT_LINEAR,
+     DECAY},    // rows 0..F-1 make up, rows F..2F-1 make the gate
+    {"mlp.fc2.weight", {DIM_D, DIM_F}, INIT_RESIDUAL, DECAY},
 };
 
 typedef struct { real *rstd, *u, *h; } MlpActs;
@@ -1385,9 +1433,10 @@ static const TensorSpec mlp_scratch[] = {
     {"dm",  {DIM_F}, 0, 0},
 };
 
-// mlp_block_forward: res_out = res_in + W_2 (up * silu(gate)),  [up; gate] = W_1 RMSNorm(res_in).   Shazeer (arXiv 2002.05202)
-void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params, real* const* acts,
-                       real* const* scratch, real* const* state0, real* const* stateT) {
+// mlp_block_forward: res_out = res_in + W_2 (up * silu(gate)),  [up; gate] = W_1 RMSNorm(res_in).
+// Shazeer (arXiv 2002.05202)
+void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                       real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
     const MlpParams* p = (const MlpParams*)params;
     const MlpActs* a = (const MlpActs*)acts;
     const MlpScratch* w = (const MlpScratch*)scratch;
@@ -1400,9 +1449,9 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     residual_forward(res_out, res_in, w->out, M * D);
 }
 
-void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams, real* const* params,
-                        real* const* acts, real* const* scratch, real* const* state0, real* const* dstate0,
-                        real* const* dstateT) {
+void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                        real* const* params, real* const* acts, real* const* scratch, real* const* state0,
+                        real* const* dstate0, real* const* dstateT) {
     const MlpParams *p = (const MlpParams*)params, *dp = (const MlpParams*)dparams;
     const MlpActs* a = (const MlpActs*)acts;
     const MlpScratch* w = (const MlpScratch*)scratch;
@@ -1427,7 +1476,8 @@ typedef struct {
     char letter;              // in the pattern string
     const char* name;
     const TensorSpec* params;  int n_params;
-    const TensorSpec* acts;    int n_acts;      // saved for backward, one set per layer (one in all with recompute)
+    const TensorSpec* acts;
+    int n_acts;    // saved for backward, one set per layer (one in all with recompute)
     const TensorSpec* scratch; int n_scratch;   // shared by all layers
     const TensorSpec* state;   int n_state;     // carried from token to token
     void (*forward)(const Run*, real* res_out, const real* res_in, real* const* params, real* const* acts,
@@ -1447,10 +1497,13 @@ static const Kind kinds[] = {
 enum { N_KINDS = sizeof(kinds) / sizeof(kinds[0]) };
 
 #define FIELDS(type) (sizeof(type) / sizeof(void*))
-static_assert(FIELDS(Mamba1Params) == sizeof(mamba1_params) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(Mamba1Params) == sizeof(mamba1_params) / sizeof(TensorSpec),
+              "one row per field, in order");
 static_assert(FIELDS(Mamba1Acts) == sizeof(mamba1_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec),
+              "one row per field, in order");
+static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec),
+              "one row per field, in order");
 static_assert(FIELDS(MlpParams) == sizeof(mlp_params) / sizeof(TensorSpec), "one row per field, in order");
 static_assert(FIELDS(MlpActs) == sizeof(mlp_acts) / sizeof(TensorSpec), "one row per field, in order");
 static_assert(FIELDS(MlpScratch) == sizeof(mlp_scratch) / sizeof(TensorSpec), "one row per field, in order");
@@ -1458,7 +1511,8 @@ static_assert(FIELDS(MlpScratch) == sizeof(mlp_scratch) / sizeof(TensorSpec), "o
 // ---------------------------------------------------------------------------------------------------
 // 6. Model: tensor table, memory plan, initialization, forward, backward
 
-// Tensor: one parameter of a concrete model. The same offset serves parameters, gradients and both AdamW moments.
+// Tensor: one parameter of a concrete model. The same offset serves parameters, gradients and both AdamW
+// moments.
 typedef struct {
     char name[64];            // in checkpoints, in the published dialect
     const TensorSpec* spec;
@@ -1497,7 +1551,8 @@ static const TensorSpec model_specs[] = {
 const Kind* kind_of(char letter) {
     for (int i = 0; i < N_KINDS; i++)
         if (kinds[i].letter == letter) return &kinds[i];
-    die("--pattern: there is no layer kind '%c'; known are 1 (Mamba-1) and m (gated MLP after a mixer)", letter);
+    die("--pattern: there is no layer kind '%c'; known are 1 (Mamba-1) and m (gated MLP after a mixer)",
+        letter);
 }
 
 static bool spec_exists(const TensorSpec* s, const Config* c) {
@@ -1537,7 +1592,8 @@ void model_describe(Model* m, const Config* config) {
     }
     model_add_tensor(m, &model_specs[0], -1);
     for (int l = 0; l < m->n_layers; l++)
-        for (int i = 0; i < m->layer[l].kind->n_params; i++) model_add_tensor(m, &m->layer[l].kind->params[i], l);
+        for (int i = 0; i < m->layer[l].kind->n_params; i++)
+            model_add_tensor(m, &m->layer[l].kind->params[i], l);
     model_add_tensor(m, &model_specs[1], -1);
     if (!config->tie_embeddings) model_add_tensor(m, &model_specs[2], -1);
 }
@@ -1586,8 +1642,9 @@ void model_free(Model* m) {
 }
 
 // model_init: draws every parameter by its rule. A value depends on (seed, tensor, element) alone.
-//   dt_proj.bias: dt = exp(u (ln dt_max - ln dt_min) + ln dt_min), at least dt_init_floor; bias = dt + ln(1 - exp(-dt)),
-//   the inverse of softplus. out_proj and fc2 are divided by sqrt(n_layer), as the published code does in effect.
+//   dt_proj.bias: dt = exp(u (ln dt_max - ln dt_min) + ln dt_min), at least dt_init_floor; bias = dt + ln(1 -
+//   exp(-dt)), the inverse of softplus. out_proj and fc2 are divided by sqrt(n_layer), as the published code
+//   does in effect.
 void model_init(Model* m, uint64_t seed) {
     const Config* c = &m->config;
     for (int i = 0; i < m->n_tensors; i++) {
@@ -1623,14 +1680,16 @@ void model_init(Model* m, uint64_t seed) {
 // ------------------------------------------------------------------------------------------------
 // 6.1 State and workspace
 
-// State: the recurrent state of `rows` sequences in every layer. It is all that a sequence leaves behind: constant memory.
+// State: the recurrent state of `rows` sequences in every layer. It is all that a sequence leaves behind:
+// constant memory.
 typedef struct {
     size_t rows, n_elements;
     real* data;
     real* (*field)[MAX_FIELDS];     // [layer][field]: (rows, shape)
 } State;
 
-// A state without memory: every field NULL. As an input it means "start from zero", as an output "not wanted".
+// A state without memory: every field NULL. As an input it means "start from zero", as an output "not
+// wanted".
 State state_none(const Model* m) {
     State s = {0, 0, NULL, NULL};
     s.field = (real*(*)[MAX_FIELDS])xcalloc((size_t)m->n_layers, sizeof(*s.field));
@@ -1675,8 +1734,9 @@ void state_copy_row(const Model* m, State* dst, size_t to, const State* src, siz
         }
 }
 
-// Workspace: the memory of one forward (and backward) over at most B x T tokens. Every call may use smaller B and T.
-// For inference nothing is kept per layer: the residual stream and the activations are reused from layer to layer.
+// Workspace: the memory of one forward (and backward) over at most B x T tokens. Every call may use smaller B
+// and T. For inference nothing is kept per layer: the residual stream and the activations are reused from
+// layer to layer.
 typedef struct {
     size_t B, T;
     bool training, recompute;
@@ -1698,8 +1758,8 @@ static size_t activation_count(const TensorSpec* spec, const Config* c, size_t B
     return B * T * spec_count(spec, c);
 }
 
-// A Planner hands out pieces of one allocation; with base NULL it only counts, so that the plan can be printed and
-// compared with the memory of the machine before anything is allocated.
+// A Planner hands out pieces of one allocation; with base NULL it only counts, so that the plan can be
+// printed and compared with the memory of the machine before anything is allocated.
 typedef struct { real* base; size_t used; } Planner;
 
 static real* plan(Planner* p, size_t count) {
@@ -1719,16 +1779,19 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             if (m->layer[l].kind != &kinds[k]) continue;
             used = true;
             for (int i = 0; i < kinds[k].n_acts; i++) {
-                if (!w->training && kinds[k].acts[i].dim[0] == DIM_SCAN_SAVED) continue;      // stays NULL: nothing is saved
+                if (!w->training && kinds[k].acts[i].dim[0] == DIM_SCAN_SAVED)
+                    continue;    // stays NULL: nothing is saved
                 bool own = first < 0 || (w->training && !w->recompute);
-                w->acts[l][i] = own ? plan(p, activation_count(&kinds[k].acts[i], c, w->B, w->T)) : w->acts[first][i];
+                w->acts[l][i] =
+                    own ? plan(p, activation_count(&kinds[k].acts[i], c, w->B, w->T)) : w->acts[first][i];
             }
             if (first < 0) first = l;
         }
         for (int i = 0; used && i < kinds[k].n_scratch; i++) {
             const char* name = kinds[k].scratch[i].name;
             bool backward_only = name[0] == 'd' || kinds[k].scratch[i].dim[0] == DIM_SCAN_SCRATCH;
-            if (w->training || !backward_only) w->scratch[k][i] = plan(p, activation_count(&kinds[k].scratch[i], c, w->B, w->T));
+            if (w->training || !backward_only)
+                w->scratch[k][i] = plan(p, activation_count(&kinds[k].scratch[i], c, w->B, w->T));
         }
     }
     w->f = plan(p, M * D);
@@ -1740,7 +1803,8 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
 }
 
 // workspace_alloc: with measure_only the bytes are computed and nothing is kept.
-Workspace workspace_alloc(const Model* m, size_t B, size_t T, bool training, bool recompute, bool measure_only) {
+Workspace workspace_alloc(const Model* m, size_t B, size_t T, bool training, bool recompute,
+                          bool measure_only) {
     Workspace w;
     memset(&w, 0, sizeof w);
     w.B = B;
@@ -1771,15 +1835,17 @@ void workspace_free(Workspace* w) {
 // ------------------------------------------------------------------------------------------------
 // 6.2 Forward, loss, backward
 
-static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, const State* s0, const State* sT) {
+static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, const State* s0,
+                          const State* sT) {
     const Layer* layer = &m->layer[l];
-    layer->kind->forward(run, w->res[l + 1], w->res[l], layer->params, w->acts[l], w->scratch[layer->kind - kinds],
-                         s0->field[l], sT->field[l]);
+    layer->kind->forward(run, w->res[l + 1], w->res[l], layer->params, w->acts[l],
+                         w->scratch[layer->kind - kinds], s0->field[l], sT->field[l]);
 }
 
 // model_forward: tokens (B,T) to the final normalized residual stream w->f (B,T,D).
 //   res_0 = embedding[tokens]     res_{l+1} = res_l + layer_l(RMSNorm(res_l))     f = RMSNorm(res_last)
-//   doc (B,T) or NULL; s0 and sT: states before and after, see state_none; in inference they may be the same state
+//   doc (B,T) or NULL; s0 and sT: states before and after, see state_none; in inference they may be the same
+//   state
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
@@ -1790,8 +1856,10 @@ void model_forward(const Model* m, Workspace* w, const int* tokens, const int* d
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
 }
 
-// model_loss: the classifier and the loss over `M` tokens of w->f, in pieces so that a whole logits array never exists.
-//   logits = f W_head^T (M,Vp)        returns the sum of the losses; the caller divides by the number of targets
+// model_loss: the classifier and the loss over `M` tokens of w->f, in pieces so that a whole logits array
+// never exists.
+//   logits = f W_head^T (M,Vp)
+//   returns the sum of the losses; the caller divides by the number of targets
 //   backward = true: also df = scale * d(sum)/df (written to w->df) and dW_head += scale * dlogits^T f
 double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bool backward, real scale) {
     size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
@@ -1802,14 +1870,16 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
         const real* f = w->f + m0 * D;
         matmul_forward(w->logits, Vp, f, D, m->head, NULL, n, D, Vp);
         crossentropy(w->losses + m0, backward ? w->logits : NULL, w->logits, targets + m0, scale, n, Vp);
-        if (backward) matmul_backward(w->df + m0 * D, D, m->dhead, NULL, w->logits, Vp, f, D, m->head, n, D, Vp);
+        if (backward)
+            matmul_backward(w->df + m0 * D, D, m->dhead, NULL, w->logits, Vp, f, D, m->head, n, D, Vp);
         for (size_t i = m0; i < m0 + n; i++) sum += (double)w->losses[i];
     }
     return sum;
 }
 
-// model_backward: from w->df to every parameter gradient (+=). The arguments are those of model_forward; with recompute
-// each layer runs forward again just before its backward. ds0, dsT: gradients of the states, see state_none.
+// model_backward: from w->df to every parameter gradient (+=). The arguments are those of model_forward; with
+// recompute each layer runs forward again just before its backward. ds0, dsT: gradients of the states, see
+// state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
     Run run = {&m->config, B, T, doc};
@@ -1827,16 +1897,17 @@ void model_backward(const Model* m, Workspace* w, const int* tokens, const int* 
     state_free(&none);
 }
 
-// find_nonfinite: the name of the first tensor with a NaN or infinity, in the order in which a step computes them:
-// parameters, then the activations of a forward run again layer by layer, then gradients from the last layer to the first.
+// find_nonfinite: the name of the first tensor with a NaN or infinity, in the order in which a step computes
+// them: parameters, then the activations of a forward run again layer by layer, then gradients from the last
+// layer to the first.
 static bool all_finite(const real* p, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (!isfinite((double)p[i])) return false;
     return true;
 }
 
-bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T, const State* s0,
-                    char* text, size_t size) {
+bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
+                    const State* s0, char* text, size_t size) {
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor* t = &m->tensor[i];
         if (all_finite(m->params + t->offset, t->count)) continue;
@@ -1852,8 +1923,10 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         if (l == 0) embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
         layer_forward(m, w, &run, l, s0, &none);
         for (int i = 0; i < layer->kind->n_acts && !found; i++) {
-            if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T))) continue;
-            snprintf(text, size, "activation %s of layer %d (%s)", layer->kind->acts[i].name, l, layer->kind->name);
+            if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T)))
+                continue;
+            snprintf(text, size, "activation %s of layer %d (%s)", layer->kind->acts[i].name, l,
+                     layer->kind->name);
             found = true;
         }
         if (!found && !all_finite(w->res[l + 1], B * T * D)) {
@@ -1874,8 +1947,8 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW, learning rate schedules
 
-// gradient_norm: the L2 norm of all gradients together. Sums of fixed blocks in double, added in order: the result does
-// not depend on the number of threads.
+// gradient_norm: the L2 norm of all gradients together. Sums of fixed blocks in double, added in order: the
+// result does not depend on the number of threads.
 double gradient_norm(const Model* m) {
     enum { BLOCK = 65536 };
     size_t blocks = (m->n_elements + BLOCK - 1) / BLOCK;
@@ -1904,7 +1977,8 @@ typedef struct { double beta1, beta2, eps, weight_decay; } AdamW;
 
 // adamw_update: step number `step` (from 1) on every tensor; tensors without the DECAY flag are not decayed.
 //   g = scale * grad     m = beta1 m + (1-beta1) g     v = beta2 v + (1-beta2) g^2
-//   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)       Loshchilov, Hutter (1711.05101)
+//   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)
+//   Loshchilov, Hutter (1711.05101)
 void adamw_update(Model* model, const AdamW* opt, double lr, double scale, int64_t step) {
     real beta1 = (real)opt->beta1, beta2 = (real)opt->beta2, eps = (real)opt->eps, s = (real)scale;
     real rate = (real)(lr / (1 - pow(opt->beta1, (double)step)));
@@ -1924,15 +1998,18 @@ void adamw_update(Model* model, const AdamW* opt, double lr, double scale, int64
     }
 }
 
-// lr_at: the learning rate of step `step` (from 0) of `steps`. Linear warmup over `warmup` steps, then by schedule:
-//   constant | linear or cosine from lr to min_lr over the rest | wsd (warmup, stable, decay): constant, then linear
-//   to min_lr over the last `decay` steps
+// lr_at: the learning rate of step `step` (from 0) of `steps`. Linear warmup over `warmup` steps, then by
+// schedule:
+//   constant | linear or cosine from lr to min_lr over the rest | wsd (warmup, stable, decay): constant, then
+//   linear to min_lr over the last `decay` steps
 enum { SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_WSD };
 
-double lr_at(int schedule, int64_t step, int64_t steps, int64_t warmup, int64_t decay, double lr, double min_lr) {
+double lr_at(int schedule, int64_t step, int64_t steps, int64_t warmup, int64_t decay, double lr,
+             double min_lr) {
     if (step < warmup) return lr * (double)(step + 1) / (double)warmup;
     double done = steps > warmup ? (double)(step - warmup) / (double)(steps - warmup) : 1;
-    if (schedule == SCHEDULE_WSD) done = decay > 0 && step > steps - decay ? (double)(step - (steps - decay)) / (double)decay : 0;
+    if (schedule == SCHEDULE_WSD)
+        done = decay > 0 && step > steps - decay ? (double)(step - (steps - decay)) / (double)decay : 0;
     if (done > 1) done = 1;
     switch (schedule) {
         case SCHEDULE_LINEAR: case SCHEDULE_WSD: return lr + (min_lr - lr) * done;
@@ -1941,180 +2018,20 @@ double lr_at(int schedule, int64_t step, int64_t steps, int64_t warmup, int64_t 
     return lr;
 }
 
-// ---------------------------------------------------------------------------------------------------
-// 8. Checkpoints: saving, loading, resuming
-//
-// A checkpoint is a directory that Hugging Face transformers loads: config.json, model.safetensors, tokenizer.json, and
-// for resuming optimizer.safetensors with both AdamW moments, the carried states and, as metadata, the training
-// settings and counters. Both tensor files carry the step and a save id, the hash of all parameters.
-
-uint64_t model_hash(const Model* m) {
-    uint64_t hash = 0;
-    for (int i = 0; i < m->n_tensors; i++) {
-        const unsigned char* p = (const unsigned char*)(m->params + m->tensor[i].offset);
-        size_t bytes = m->tensor[i].count * sizeof(real);
-        for (size_t j = 0; j < bytes; j += 8) {
-            uint64_t word = 0;
-            memcpy(&word, p + j, min_size(8, bytes - j));
-            hash = (hash ^ word) * 0x9e3779b97f4a7c15ull;
-            hash ^= hash >> 29;
-        }
-    }
-    return mix64(hash);
-}
-
-// model_file_tensors: what a checkpoint file of the model holds, for writing and for comparing. The embedding has two
-// published names: `embeddings` (Hugging Face) and `embedding` (mamba_ssm). out: n_tensors entries, caller frees
-static SafeTensorOut* model_file_tensors(const Model* m, bool mamba_ssm) {
-    SafeTensorOut* out = (SafeTensorOut*)xcalloc((size_t)m->n_tensors + 1, sizeof(SafeTensorOut));
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor* t = &m->tensor[i];
-        out[i].name = i == 0 && mamba_ssm ? "backbone.embedding.weight" : t->name;
-        out[i].ndim = t->ndim;
-        for (int k = 0; k < t->ndim; k++) out[i].shape[k] = t->shape[k];
-        out[i].dtype = REAL_IS_DOUBLE ? ST_F64 : ST_F32;
-        out[i].data = m->params ? m->params + t->offset : NULL;
-    }
-    return out;
-}
-
-static SafeTensorOut flat_tensor(const char* name, const real* data, size_t n) {
-    SafeTensorOut t;
-    memset(&t, 0, sizeof t);
-    t.name = name;
-    t.ndim = 1;
-    t.shape[0] = (int64_t)n;
-    t.dtype = REAL_IS_DOUBLE ? ST_F64 : ST_F32;
-    t.data = data;
-    return t;
-}
-
-// optimizer_file_tensors: both moments of every tensor and the carried states, each as a flat array.
-typedef struct { char text[96]; } TensorName;
-static SafeTensorOut* optimizer_file_tensors(const Model* m, const State* carry, int n_carry, TensorName* name) {
-    int n = m->n_tensors;
-    SafeTensorOut* out = (SafeTensorOut*)xcalloc((size_t)(2 * n + n_carry), sizeof(SafeTensorOut));
-    for (int i = 0; i < n; i++) {
-        const Tensor* t = &m->tensor[i];
-        snprintf(name[i].text, sizeof name[i].text, "exp_avg.%s", t->name);
-        snprintf(name[n + i].text, sizeof name[i].text, "exp_avg_sq.%s", t->name);
-        out[i] = flat_tensor(name[i].text, m->m + t->offset, t->count);
-        out[n + i] = flat_tensor(name[n + i].text, m->v + t->offset, t->count);
-    }
-    for (int i = 0; i < n_carry; i++) {
-        snprintf(name[2 * n + i].text, sizeof name[0].text, "carried_state.%d", i);
-        out[2 * n + i] = flat_tensor(name[2 * n + i].text, carry[i].data, carry[i].n_elements);
-    }
-    return out;
-}
-
-// checkpoint_save: writes out/step_%08d and points out/last at it. settings: key, value, ..., NULL (training settings and
-// counters) or NULL for a model without optimizer. On failure the previous checkpoint is still whole and visible.
-enum { MAX_META = 512 };
-bool checkpoint_save(const Model* m, const Tokenizer* tok, const char* out, int64_t step, const char** settings,
-                     const State* carry, int n_carry, Error* err) {
-    char dir[4096], path[4352], step_text[32], id_text[32];
-    const char* meta[MAX_META];
-    snprintf(step_text, sizeof step_text, "%lld", (long long)step);
-    snprintf(id_text, sizeof id_text, "%016llx", (unsigned long long)model_hash(m));
-    const char* fixed[] = {"format", "pt", "step", step_text, "save_id", id_text};
-    int n = 0;
-    for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) meta[n++] = fixed[i];
-    meta[n] = NULL;
-    if (!checkpoint_begin(out, step, dir, sizeof dir, err)) return false;
-    if (!config_write(&m->config, dir, err)) return false;
-    if (tok->kind != TOKENIZER_NONE && !tokenizer_write(tok, dir, err)) return false;
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    SafeTensorOut* tensors = model_file_tensors(m, strchr(m->config.pattern, 'm') != NULL);
-    bool ok = safetensors_write(path, tensors, m->n_tensors, meta, err);
-    free(tensors);
-    if (ok && settings) {
-        for (int i = 0; settings[i]; i++) {
-            assert(n + 1 < MAX_META);
-            meta[n++] = settings[i];
-        }
-        meta[n] = NULL;
-        snprintf(path, sizeof path, "%s/optimizer.safetensors", dir);
-        TensorName* names = (TensorName*)xcalloc((size_t)(2 * m->n_tensors + n_carry), sizeof(TensorName));
-        tensors = optimizer_file_tensors(m, carry, n_carry, names);
-        ok = safetensors_write(path, tensors, 2 * m->n_tensors + n_carry, meta, err);
-        free(tensors);
-        free(names);
-    }
-    return ok && checkpoint_commit(out, step, err);
-}
-
-// model_load_tensors: every parameter from a file, or one line that lists all that does not fit. Accepts both published
-// names of the embedding, and a head beside a tied embedding when it is the same matrix.
-bool model_load_tensors(Model* m, const SafeTensors* st, Error* err) {
-    SafeTensorOut* want = model_file_tensors(m, safetensors_find(st, "backbone.embedding.weight") != NULL);
-    const SafeTensor* tied_head = m->config.tie_embeddings ? safetensors_find(st, "lm_head.weight") : NULL;
-    if (tied_head) {
-        want[m->n_tensors] = want[0];
-        want[m->n_tensors].name = "lm_head.weight";
-    }
-    bool ok = safetensors_expect(st, want, m->n_tensors + (tied_head != NULL), err);
-    for (int i = 0; ok && i < m->n_tensors; i++) {
-        const Tensor* t = &m->tensor[i];
-        ok = safetensors_read_real(st, safetensors_find(st, want[i].name), m->params + t->offset, err);
-        if (ok && !all_finite(m->params + t->offset, t->count))
-            ok = fail(err, "%s: %s holds NaN or infinity; the file is damaged or the model had diverged", st->path, t->name);
-    }
-    if (ok && tied_head) {
-        real* copy = (real*)xcalloc(m->tensor[0].count, sizeof(real));
-        ok = safetensors_read_real(st, tied_head, copy, err);
-        if (ok && memcmp(copy, m->embedding, m->tensor[0].count * sizeof(real)) != 0)
-            ok = fail(err, "%s: lm_head.weight differs from the embedding, but config.json ties them; "
-                           "set tie_word_embeddings to false there", st->path);
-        free(copy);
-    }
-    free(want);
-    return ok;
-}
-
-// model_load: describes and allocates the model of a checkpoint directory and reads its parameters.
-bool model_load(Model* m, const char* dir, bool training, Error* err) {
-    Config config;
-    char path[4352];
-    SafeTensors st;
-    if (!config_read(&config, dir, err)) return false;
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    if (!safetensors_open(&st, path, err)) return false;
-    model_describe(m, &config);
-    model_alloc(m, training);
-    bool ok = model_load_tensors(m, &st, err);
-    safetensors_close(&st);
-    if (!ok) model_free(m);
-    return ok;
-}
-
-// optimizer_load: moments and carried states that belong to the loaded parameters: both files must be of one save, and the
-// save id must be the hash of these parameters. st: the opened optimizer.safetensors
-bool optimizer_load(Model* m, const SafeTensors* model_file, const SafeTensors* st, State* carry, int n_carry, Error* err) {
-    char id[32];
-    snprintf(id, sizeof id, "%016llx", (unsigned long long)model_hash(m));
-    if (!checkpoint_same_save(model_file, st, err)) return false;
-    if (strcmp(id, safetensors_metadata(st, "save_id")) != 0)
-        return fail(err, "%s: the weights are not those that were saved with %s; use another checkpoint", model_file->path, st->path);
-    int n = m->n_tensors;
-    TensorName* names = (TensorName*)xcalloc((size_t)(2 * n + n_carry), sizeof(TensorName));
-    SafeTensorOut* want = optimizer_file_tensors(m, carry, n_carry, names);
-    bool ok = safetensors_expect(st, want, 2 * n + n_carry, err);
-    for (int i = 0; ok && i < 2 * n + n_carry; i++)
-        ok = safetensors_read_real(st, safetensors_find(st, want[i].name), (real*)want[i].data, err);
-    free(want);
-    free(names);
-    return ok;
-}
+// defines: checkpoint_save, model_load, model_load_tensors, optimizer_load, model_hash
+#include "data/checkpoint.h"
+// defines: Options, Settings, settings_parse, settings_print, help_print
+#include "data/options.h"
 
 // ---------------------------------------------------------------------------------------------------
-// 9. Sampling: from logits to a token
+// 8. Sampling: from logits to a token
 
-// The order of the rules: repetition penalty, top-k, min-p, temperature, top-p, draw. Each is off at its neutral value.
+// The order of the rules: repetition penalty, top-k, min-p, temperature, top-p, draw. Each is off at its
+// neutral value.
 typedef struct {
     double temperature;          // 0: the most likely token
     int64_t top_k;               // keep the k most likely (0: all); 1: the most likely token
-    double top_p;                // keep the smallest set of best tokens whose probability reaches p (0 or 1: all)
+    double top_p;    // keep the smallest set of best tokens whose probability reaches p (0 or 1: all)
     double min_p;                // keep tokens with at least min_p times the probability of the best (0: all)
     double repetition_penalty;   // logits of tokens already seen: z/rho when z >= 0, z*rho otherwise (1: off)
     uint64_t seed;
@@ -2129,15 +2046,17 @@ static int compare_candidates(const void* a, const void* b) {
     return (x->token > y->token) - (x->token < y->token);
 }
 
-// float_order: an unsigned integer that is ordered like the float: the bits, with negative numbers folded over.
+// float_order: an unsigned integer that is ordered like the float: the bits, with negative numbers folded
+// over.
 static inline uint32_t float_order(float x) {
     uint32_t u;
     memcpy(&u, &x, sizeof u);
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
-// keep_top_k: keeps exactly the k best of n candidates, in their order. The k-th largest logit is found by bisection over
-// the 2^32 floats in order (their bits, sign-folded, are ordered integers): 32 passes and no sort.
+// keep_top_k: keeps exactly the k best of n candidates, in their order. The k-th largest logit is found by
+// bisection over the 2^32 floats in order (their bits, sign-folded, are ordered integers): 32 passes and no
+// sort.
 static size_t keep_top_k(Candidate* c, size_t n, size_t k) {
     uint32_t lo = 0, hi = UINT32_MAX;        // the largest key that at least k candidates reach
     for (int pass = 0; pass < 32 && lo < hi; pass++) {
@@ -2149,7 +2068,7 @@ static size_t keep_top_k(Candidate* c, size_t n, size_t k) {
     }
     size_t above = 0, kept = 0;
     for (size_t i = 0; i < n; i++) above += float_order(c[i].z) > lo;
-    size_t ties = k - above;                 // of the candidates equal to the k-th, those with the lowest tokens stay
+    size_t ties = k - above;    // of the candidates equal to the k-th, those with the lowest tokens stay
     for (size_t i = 0; i < n; i++) {
         uint32_t key = float_order(c[i].z);
         if (key > lo || (key == lo && ties > 0)) {
@@ -2160,23 +2079,25 @@ static size_t keep_top_k(Candidate* c, size_t n, size_t k) {
     return kept;
 }
 
-// sample_token: one draw from logits (V). seen (V) marks the tokens of prompt and output so far. The random number is that
-// of (seed, STREAM_SAMPLE + row, position): a sequence does not depend on the others in its batch. c: memory for V.
-// false when the logits hold NaN or +infinity, or no finite value at all.
-bool sample_token(const Sampler* s, const real* logits, const unsigned char* seen, size_t V, uint64_t row, uint64_t position,
-                  Candidate* c, int* token, Error* err) {
+// sample_token: one draw from logits (V). seen (V) marks the tokens of prompt and output so far. The random
+// number is that of (seed, STREAM_SAMPLE + row, position): a sequence does not depend on the others in its
+// batch. c: memory for V. false when the logits hold NaN or +infinity, or no finite value at all.
+bool sample_token(const Sampler* s, const real* logits, const unsigned char* seen, size_t V, uint64_t row,
+                  uint64_t position, Candidate* c, int* token, Error* err) {
     Candidate best = {-INFINITY, -1};
     double rho = s->repetition_penalty;
     for (size_t v = 0; v < V; v++) {
         double z = (double)logits[v];
         if (rho != 1 && seen[v]) z = z >= 0 ? z / rho : z * rho;
         if (isnan(z) || z > 3.4e38)
-            return fail(err, "the logit of token %zu is %f: the model has diverged or its file is damaged", v, z);
+            return fail(err, "the logit of token %zu is %f: the model has diverged or its file is damaged", v,
+                        z);
         c[v].z = (float)z;
         c[v].token = (int)v;
         if (c[v].z > best.z) best = c[v];
     }
-    if (best.token < 0) return fail(err, "no token has a finite logit: the model has diverged or its file is damaged");
+    if (best.token < 0)
+        return fail(err, "no token has a finite logit: the model has diverged or its file is damaged");
     *token = best.token;
     if (s->top_k == 1 || s->temperature == 0) return true;
     size_t n = V;
@@ -2193,7 +2114,8 @@ bool sample_token(const Sampler* s, const real* logits, const unsigned char* see
         sum += (double)c[i].z;
     }
     if (s->top_p > 0 && s->top_p < 1) {
-        // Tokens below (1-p)/n lose together less than 1-p, so they are never in the set: the sort stays short.
+        // Tokens below (1-p)/n lose together less than 1-p, so they are never in the set: the sort stays
+        // short.
         size_t kept = 0;
         for (size_t i = 0; i < n; i++)
             if ((double)c[i].z >= sum * (1 - s->top_p) / (double)n) c[kept++] = c[i];
@@ -2212,366 +2134,11 @@ bool sample_token(const Sampler* s, const real* logits, const unsigned char* see
 }
 
 // ---------------------------------------------------------------------------------------------------
-// 10. Options: one table for parser, help and the settings print
-
-enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_ALL = 15 };
-static const char* const words[] = {"train", "generate", "eval", "info"};
-
-typedef struct {
-    // model
-    const char *preset, *pattern;
-    int64_t d_model, n_layer, expand, d_state, d_conv, dt_rank, d_intermediate, vocab_size, eos_token;
-    bool tie_embeddings;
-    // data
-    const char *data, *val_data;
-    double val_fraction;
-    int64_t seq_len, batch_size, grad_accum;
-    bool carry_state, reset_documents, force_data;
-    // optimizer
-    int64_t steps, warmup, decay_steps;
-    const char* schedule;
-    double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
-    // run
-    uint64_t seed;
-    const char *out, *from, *on_nan;
-    int64_t threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
-    bool recompute, resume;
-    // generation
-    const char *prompt, *prompt_file, *save_state, *load_state;
-    int64_t num_samples, max_tokens, top_k, chunk;
-    double temperature, top_p, min_p, repetition_penalty;
-    bool raw;
-    // evaluation
-    const char* dump_logits;
-} Options;
-
-enum { FROM_DEFAULT, FROM_PRESET, FROM_CHECKPOINT, FROM_USER };     // where a value comes from, weakest first
-
-// Option: one row. type: i integer, f number, s text, c one of the choices in `choices`, b switch, l list of texts.
-// A list is stored as its items separated by newlines.
-typedef struct {
-    const char* name;
-    char type;
-    size_t offset;
-    int words;
-    const char* value;           // default, as text
-    double min, max;
-    const char *choices, *help;
-} Option;
-
-#define OPT(field) offsetof(Options, field)
-#define BIG 9e15
-static const Option options[] = {
-    {NULL, 0, 0, WORD_ALL, NULL, 0, 0, NULL, "Model"},
-    {"preset",          's', OPT(preset),          WORD_ALL, "", 0, 0, NULL, "a named set of options, listed below; other options override it"},
-    {"pattern",         's', OPT(pattern),         WORD_ALL, "1", 0, 0, NULL, "one letter per sub-layer, repeated over the blocks: 1 Mamba-1, m gated MLP after a mixer"},
-    {"n-layer",         'i', OPT(n_layer),         WORD_ALL, "4", 1, 10000, NULL, "blocks"},
-    {"d-model",         'i', OPT(d_model),         WORD_ALL, "128", 1, 1e6, NULL, "width of the residual stream, D"},
-    {"expand",          'i', OPT(expand),          WORD_ALL, "2", 1, 64, NULL, "inner width E = expand * D"},
-    {"d-state",         'i', OPT(d_state),         WORD_ALL, "16", 1, 256, NULL, "state size per channel, N"},
-    {"d-conv",          'i', OPT(d_conv),          WORD_ALL, "4", 1, CONV_MAX_TAPS, NULL, "taps of the causal convolution, K"},
-    {"dt-rank",         'i', OPT(dt_rank),         WORD_ALL, "0", 0, 1e6, NULL, "rank of the dt projection, R; 0: D/16 rounded up"},
-    {"d-intermediate",  'i', OPT(d_intermediate),  WORD_ALL, "0", 0, 1e7, NULL, "hidden width of the gated MLP, rounded up to 128; 0: 8/3 D"},
-    {"vocab-size",      'i', OPT(vocab_size),      WORD_ALL, "0", 0, 1e9, NULL, "tokens; 0: 257 for text (bytes and the end token), 50257 for token shards"},
-    {"eos-token",       'i', OPT(eos_token),       WORD_ALL, "-1", -1, 1e9, NULL, "id of the end token in token shards; -1: the last of the vocabulary"},
-    {"tie-embeddings",  'b', OPT(tie_embeddings),  WORD_ALL, "on", 0, 0, NULL, "the head uses the embedding matrix"},
-    {NULL, 0, 0, WORD_TRAIN | WORD_EVAL, NULL, 0, 0, NULL, "Data"},
-    {"data",            'l', OPT(data),            WORD_TRAIN | WORD_EVAL, "", 0, 0, NULL, "text files (read as bytes) or .bin token shards, patterns allowed; none: this program's source"},
-    {"val-data",        'l', OPT(val_data),        WORD_TRAIN, "", 0, 0, NULL, "validation files; none: the end of the training data"},
-    {"val-fraction",    'f', OPT(val_fraction),    WORD_TRAIN, "0.1", 0, 0.9, NULL, "part of the data, at its end, that is used for validation only"},
-    {"seq-len",         'i', OPT(seq_len),         WORD_TRAIN | WORD_EVAL, "256", 1, 1e8, NULL, "tokens per row, T"},
-    {"batch-size",      'i', OPT(batch_size),      WORD_TRAIN | WORD_EVAL, "8", 1, 1e6, NULL, "rows per forward and backward pass, B"},
-    {"grad-accum",      'i', OPT(grad_accum),      WORD_TRAIN, "1", 1, 1e6, NULL, "passes per optimizer step"},
-    {"carry-state",     'b', OPT(carry_state),     WORD_TRAIN, "off", 0, 0, NULL, "rows continue where the previous step ended, with its state (truncated BPTT)"},
-    {"reset-documents", 'b', OPT(reset_documents), WORD_TRAIN | WORD_EVAL, "on", 0, 0, NULL, "the end token starts a new document: conv and state are reset there"},
-    {"force-data",      'b', OPT(force_data),      WORD_TRAIN, "off", 0, 0, NULL, "resume although the data files changed"},
-    {NULL, 0, 0, WORD_TRAIN, NULL, 0, 0, NULL, "Optimizer"},
-    {"steps",           'i', OPT(steps),           WORD_TRAIN, "500", 1, BIG, NULL, "optimizer steps"},
-    {"lr",              'f', OPT(lr),              WORD_TRAIN, "3e-3", 0, 1e9, NULL, "peak learning rate"},
-    {"min-lr",          'f', OPT(min_lr),          WORD_TRAIN, "1e-4", 0, 1e9, NULL, "learning rate at the end of the schedule"},
-    {"schedule",        'c', OPT(schedule),        WORD_TRAIN, "cosine", 0, 0, "constant linear cosine wsd", "after the warmup; wsd is warmup, stable, decay"},
-    {"warmup",          'i', OPT(warmup),          WORD_TRAIN, "20", 0, BIG, NULL, "steps of linear warmup"},
-    {"decay-steps",     'i', OPT(decay_steps),     WORD_TRAIN, "0", 0, BIG, NULL, "wsd only: steps of decay at the end; 0: a fifth of all"},
-    {"weight-decay",    'f', OPT(weight_decay),    WORD_TRAIN, "0.1", 0, 1e3, NULL, "AdamW, on matrices only"},
-    {"beta1",           'f', OPT(beta1),           WORD_TRAIN, "0.9", 0, 0.999999, NULL, "AdamW"},
-    {"beta2",           'f', OPT(beta2),           WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
-    {"eps",             'f', OPT(eps),             WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
-    {"clip",            'f', OPT(clip),            WORD_TRAIN, "1", 0, 1e9, NULL, "largest norm of the gradient; 0: no clipping"},
-    {NULL, 0, 0, WORD_ALL, NULL, 0, 0, NULL, "Run"},
-    {"out",             's', OPT(out),             WORD_TRAIN, "out", 0, 0, NULL, "directory of checkpoints, log and plot"},
-    {"resume",          'b', OPT(resume),          WORD_TRAIN, "off", 0, 0, NULL, "continue from out/last, with its settings unless given anew"},
-    {"from",            's', OPT(from),            WORD_GENERATE | WORD_EVAL | WORD_INFO, "out", 0, 0, NULL, "checkpoint directory, or a run's directory for its last checkpoint"},
-    {"seed",            'u', OPT(seed),            WORD_ALL, "1337", 0, 0, NULL, "of initialization, data order and sampling"},
-    {"threads",         'i', OPT(threads),         WORD_ALL, "0", 0, 4096, NULL, "CPU threads; 0: all. The results do not depend on it"},
-    {"recompute",       'b', OPT(recompute),       WORD_TRAIN, "off", 0, 0, NULL, "keep only the input of each layer and run it again in the backward pass"},
-    {"log-every",       'i', OPT(log_every),       WORD_TRAIN, "10", 1, BIG, NULL, "steps between progress lines"},
-    {"eval-every",      'i', OPT(eval_every),      WORD_TRAIN, "100", 0, BIG, NULL, "steps between evaluations; 0: at the end only"},
-    {"eval-batches",    'i', OPT(eval_batches),    WORD_TRAIN | WORD_EVAL, "0", 0, BIG, NULL, "batches per evaluation; 0: the whole validation data"},
-    {"save-every",      'i', OPT(save_every),      WORD_TRAIN, "0", 0, BIG, NULL, "steps between checkpoints; 0: at the end, and at each best validation loss"},
-    {"keep",            'i', OPT(keep),            WORD_TRAIN, "2", 1, 1e6, NULL, "newest checkpoints that stay, besides the best"},
-    {"sample-every",    'i', OPT(sample_every),    WORD_TRAIN, "0", 0, BIG, NULL, "steps between samples; 0: at the end only"},
-    {"on-nan",          'c', OPT(on_nan),          WORD_TRAIN, "stop", 0, 0, "stop skip", "non-finite loss or gradient: stop, or skip at most 3 steps in a row"},
-    {NULL, 0, 0, WORD_TRAIN | WORD_GENERATE, NULL, 0, 0, NULL, "Generation"},
-    {"prompt",          's', OPT(prompt),          WORD_TRAIN | WORD_GENERATE, "", 0, 0, NULL, "text to continue; - reads standard input; none: the start of a document"},
-    {"prompt-file",     's', OPT(prompt_file),     WORD_GENERATE, "", 0, 0, NULL, "read the prompt from a file"},
-    {"num-samples",     'i', OPT(num_samples),     WORD_GENERATE, "1", 1, 65536, NULL, "independent continuations"},
-    {"max-tokens",      'i', OPT(max_tokens),      WORD_TRAIN | WORD_GENERATE, "400", 0, BIG, NULL, "new tokens per sample"},
-    {"temperature",     'f', OPT(temperature),     WORD_TRAIN | WORD_GENERATE, "0.8", 0, 1e30, NULL, "0: always the most likely token"},
-    {"top-k",           'i', OPT(top_k),           WORD_TRAIN | WORD_GENERATE, "0", 0, BIG, NULL, "keep the k most likely tokens; 0: all, 1: always the most likely"},
-    {"top-p",           'f', OPT(top_p),           WORD_TRAIN | WORD_GENERATE, "1", 0, 1, NULL, "keep the best tokens that together reach this probability; 0 or 1: all"},
-    {"min-p",           'f', OPT(min_p),           WORD_TRAIN | WORD_GENERATE, "0", 0, 1, NULL, "keep tokens with this part of the best one's probability; 0: all"},
-    {"repetition-penalty", 'f', OPT(repetition_penalty), WORD_TRAIN | WORD_GENERATE, "1", 1e-3, 1e3, NULL, "weakens tokens already in the text; 1: off"},
-    {"chunk",           'i', OPT(chunk),           WORD_GENERATE, "256", 1, 1e6, NULL, "tokens of the prompt per pass; the result does not depend on it"},
-    {"save-state",      's', OPT(save_state),      WORD_GENERATE, "", 0, 0, NULL, "write the recurrent state after the prompt to a file"},
-    {"load-state",      's', OPT(load_state),      WORD_GENERATE, "", 0, 0, NULL, "continue from such a file; a prompt is appended"},
-    {"raw",             'b', OPT(raw),             WORD_GENERATE, "off", 0, 0, NULL, "write bytes as they are instead of replacing invalid UTF-8"},
-    {NULL, 0, 0, WORD_EVAL, NULL, 0, 0, NULL, "Evaluation"},
-    {"dump-logits",     's', OPT(dump_logits),     WORD_EVAL, "", 0, 0, NULL, "write inputs and logits of the first batch to a safetensors file"},
-};
-enum { N_OPTIONS = sizeof(options) / sizeof(options[0]) };
-
-// A preset is a list of options, read by the same parser.
-typedef struct { const char *name, *help, *text; } Preset;
-static const Preset presets[] = {
-    {"tiny",            "0.4M parameters: the default",                     "--n-layer 4 --d-model 128"},
-    {"shakespeare-cpu", "nanoGPT's CPU setting on data/tinyshakespeare.txt",
-     "--data data/tinyshakespeare.txt --n-layer 4 --d-model 128 --batch-size 12 --seq-len 64 --steps 2000 --lr 5e-3"},
-    {"mamba-130m",      "published sizes",  "--n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
-    {"mamba-370m",      "",                 "--n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
-    {"mamba-790m",      "",                 "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
-    {"mamba-1.4b",      "",                 "--n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
-    {"mamba-2.8b",      "",                 "--n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
-};
-enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
-
-// Settings: the parsed options with, for each, its text and where it comes from.
-typedef struct {
-    int word;                          // WORD_TRAIN, ...
-    Options o;
-    char* text[N_OPTIONS];
-    int origin[N_OPTIONS];
-} Settings;
-
-// edit_distance: Levenshtein, to name the option that was probably meant
-static int edit_distance(const char* a, const char* b) {
-    int row[64], n = (int)strlen(b);
-    if (n > 62) return 99;
-    for (int j = 0; j <= n; j++) row[j] = j;
-    for (int i = 1; *a; a++, i++) {
-        int diagonal = row[0];
-        row[0] = i;
-        for (int j = 1; j <= n; j++) {
-            int change = diagonal + (*a != b[j - 1]), other = 1 + (row[j] < row[j - 1] ? row[j] : row[j - 1]);
-            diagonal = row[j];
-            row[j] = change < other ? change : other;
-        }
-    }
-    return row[n];
-}
-
-static int option_find(const char* name) {
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (options[i].name && strcmp(options[i].name, name) == 0) return i;
-    return -1;
-}
-
-static const char* nearest_option(const char* name, int word) {
-    const char* best = NULL;
-    int best_distance = 1 << 30;
-    for (int i = 0; i < N_OPTIONS; i++) {
-        if (!options[i].name || !(options[i].words & word)) continue;
-        int distance = strlen(name) < 40 ? edit_distance(name, options[i].name) : 99;
-        if (distance < best_distance) { best_distance = distance; best = options[i].name; }
-    }
-    return best;
-}
-
-// option_set: checks and stores one value. A weaker origin does not replace a stronger one.
-bool option_set(Settings* s, int i, const char* value, int origin, Error* err) {
-    const Option* opt = &options[i];
-    char* field = (char*)&s->o + opt->offset;
-    if (s->text[i] && origin < s->origin[i]) return true;
-    const char* clean = value;
-    bool plain = *clean && !isspace((unsigned char)*clean) && !strpbrk(clean, "xXnN");     // no hex, nan, inf, blanks
-    char* end = NULL;
-    switch (opt->type) {
-        case 'i': case 'f': {
-            errno = 0;
-            double number = plain ? strtod(clean, &end) : 0;
-            bool whole = opt->type == 'f' || number == floor(number);
-            if (!plain || *end || errno == ERANGE || !isfinite(number) || !whole)
-                return fail(err, "--%s expects %s, found '%.40s'", opt->name,
-                            opt->type == 'i' ? "a whole number" : "a number such as 0.1 or 3e-4", value);
-            if (number < opt->min || number > opt->max)
-                return fail(err, "--%s expects a number from %g to %g, found %.40s", opt->name, opt->min, opt->max, value);
-            if (opt->type == 'i') *(int64_t*)field = (int64_t)number;
-            else *(double*)field = number;
-            break;
-        }
-        case 'u': {
-            errno = 0;
-            bool digits = *clean && strspn(clean, "0123456789") == strlen(clean);
-            unsigned long long number = digits ? strtoull(clean, &end, 10) : 0;
-            if (!digits || errno == ERANGE)
-                return fail(err, "--%s expects a whole number from 0 to 18446744073709551615, found '%.40s'", opt->name, value);
-            *(uint64_t*)field = number;
-            break;
-        }
-        case 'b': {
-            bool on = strcmp(value, "on") == 0, off = strcmp(value, "off") == 0;
-            if (!on && !off) return fail(err, "--%s is a switch: on or off, found '%.40s'", opt->name, value);
-            *(bool*)field = on;
-            break;
-        }
-        case 'c': {
-            size_t n = strlen(value);
-            bool found = false;
-            for (const char* c = opt->choices; *c && !found; c += strcspn(c, " "), c += *c == ' ')
-                found = strcspn(c, " ") == n && strncmp(c, value, n) == 0;
-            if (!found) return fail(err, "--%s expects one of: %s; found '%.40s'", opt->name, opt->choices, value);
-            break;
-        }
-    }
-    char* copy = strdup(value);
-    free(s->text[i]);
-    s->text[i] = copy;
-    s->origin[i] = origin;
-    if (opt->type == 's' || opt->type == 'c' || opt->type == 'l') *(const char**)field = copy;
-    return true;
-}
-
-// options_parse: `--name value`, `--name=value`, switches `--name`, `--no-name`, lists `--data A B C`.
-bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
-    bool given[N_OPTIONS] = {false};
-    for (int a = 0; a < argc; a++) {
-        char name[64];
-        if (strncmp(argv[a], "--", 2) != 0 || !argv[a][2])
-            return fail(err, "expected an option such as --steps, found '%.60s'; --help lists the options", argv[a]);
-        const char *rest = argv[a] + 2, *equals = strchr(rest, '=');
-        size_t n = equals ? (size_t)(equals - rest) : strlen(rest);
-        snprintf(name, sizeof name, "%.*s", (int)min_size(n, 63), rest);
-        int i = option_find(name);
-        const char* value = equals ? equals + 1 : NULL;
-        if (i < 0 && strncmp(name, "no-", 3) == 0 && !value) {
-            i = option_find(name + 3);
-            if (i >= 0 && options[i].type == 'b') value = "off";
-            else i = -1;
-        }
-        if (i < 0)
-            return fail(err, "unknown option --%.60s; did you mean --%s? --help lists all", name, nearest_option(name, s->word));
-        const Option* opt = &options[i];
-        if (!(opt->words & s->word) && origin == FROM_USER) {
-            const char* of = "";
-            for (int w = 0; w < 4; w++) if (opt->words & (1 << w)) of = words[w];
-            return fail(err, "--%s is an option of '%s', not of '%s'", opt->name, of, words[__builtin_ctz((unsigned)s->word)]);
-        }
-        if (given[i]) return fail(err, "--%s is given twice", opt->name);
-        given[i] = true;
-        if (opt->type == 'l' && !value) {
-            char* list = NULL;
-            size_t length = 0;
-            while (a + 1 < argc && strncmp(argv[a + 1], "--", 2) != 0) {
-                size_t m = strlen(argv[++a]);
-                list = (char*)xrealloc(list, length + m + 2, 1);
-                if (length) list[length++] = '\n';
-                memcpy(list + length, argv[a], m + 1);
-                length += m;
-            }
-            if (!list) return fail(err, "--%s expects at least one file", opt->name);
-            bool ok = option_set(s, i, list, origin, err);
-            free(list);
-            if (!ok) return false;
-            continue;
-        }
-        if (opt->type == 'b' && !value) {
-            bool next = a + 1 < argc && (strcmp(argv[a + 1], "on") == 0 || strcmp(argv[a + 1], "off") == 0);
-            value = next ? argv[++a] : "on";
-        }
-        if (!value) {
-            if (a + 1 >= argc || strncmp(argv[a + 1], "--", 2) == 0) return fail(err, "--%s expects a value", opt->name);
-            value = argv[++a];
-        }
-        if (!option_set(s, i, value, origin, err)) return false;
-    }
-    return true;
-}
-
-// preset_apply: the options of a preset, as if they stood before the user's.
-bool preset_apply(Settings* s, const char* name, Error* err) {
-    char list[512] = "";
-    for (int i = 0; i < N_PRESETS; i++) {
-        if (strcmp(presets[i].name, name) == 0) {
-            char text[512], *argv[64];
-            int argc = 0;
-            snprintf(text, sizeof text, "%s", presets[i].text);
-            for (char* token = strtok(text, " "); token && argc < 64; token = strtok(NULL, " ")) argv[argc++] = token;
-            return options_parse(s, argc, argv, FROM_PRESET, err);
-        }
-        snprintf(list + strlen(list), sizeof list - strlen(list), " %s", presets[i].name);
-    }
-    return fail(err, "--preset: there is no '%.40s'; known are%s", name, list);
-}
-
-// settings_parse: defaults, then the user's options, then the preset below them.
-bool settings_parse(Settings* s, int word, int argc, char** argv, Error* err) {
-    memset(s, 0, sizeof *s);
-    s->word = word;
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (options[i].name && !option_set(s, i, options[i].value, FROM_DEFAULT, err)) return false;
-    if (!options_parse(s, argc, argv, FROM_USER, err)) return false;
-    return !s->o.preset[0] || preset_apply(s, s->o.preset, err);
-}
-
-void settings_free(Settings* s) {
-    for (int i = 0; i < N_OPTIONS; i++) free(s->text[i]);
-    memset(s, 0, sizeof *s);
-}
-
-static int settings_origin(const Settings* s, const char* name) { return s->origin[option_find(name)]; }
-
-void settings_print(const Settings* s) {
-    for (int i = 0; i < N_OPTIONS; i++) {
-        if (!options[i].name || !(options[i].words & s->word)) continue;
-        char shown[64];
-        snprintf(shown, sizeof shown, "%.60s", s->text[i][0] ? s->text[i] : "-");
-        for (char* p = shown; *p; p++) if (*p == '\n') *p = ' ';
-        printf("  %-20s %s", options[i].name, shown);
-        if (s->origin[i] != FROM_DEFAULT && strcmp(s->text[i], options[i].value) != 0)
-            printf("   (default %s)", options[i].value[0] ? options[i].value : "-");
-        printf("\n");
-    }
-}
-
-void help_print(int word) {
-    printf("train_mamba: Mamba language models in plain C.\n\n"
-           "usage: train_mamba [train|generate|eval|info] [options]\n"
-           "  train      train a model (the default word; without options on this program's own source)\n"
-           "  generate   write text with a trained model\n"
-           "  eval       loss of a trained model on files\n"
-           "  info       what a checkpoint or a set of options describes\n");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option* opt = &options[i];
-        if (word && !(opt->words & word)) continue;
-        if (!opt->name) {
-            printf("\n%s\n", opt->help);
-            continue;
-        }
-        char left[64];
-        const char* kind = opt->type == 'b' ? "" : opt->type == 'l' ? " FILE..." : opt->type == 's' || opt->type == 'c' ? " TEXT" : " N";
-        snprintf(left, sizeof left, "--%s%s", opt->name, kind);
-        printf("  %-26s %s", left, opt->help);
-        if (opt->choices) printf(": %s", opt->choices);
-        printf(" [%s]\n", opt->value[0] ? opt->value : "-");
-    }
-    printf("\nPresets\n");
-    for (int i = 0; i < N_PRESETS; i++) printf("  %-18s %s%s%s\n", presets[i].name, presets[i].help, presets[i].help[0] ? ": " : "", presets[i].text);
-}
-
-// ---------------------------------------------------------------------------------------------------
-// 11. Backend: what the loops call; the CPU one
+// 9. Backend: what the loops call; the CPU one
 //
-// The training loop, evaluation and generation are written once against these functions. The model's arrays on the host
-// are the CPU backend's own; another backend keeps its copy and moves it with upload and download.
+// The training loop, evaluation and generation are written once against these functions. The model's arrays
+// on the host are the CPU backend's own; another backend keeps its copy and moves it with upload and
+// download.
 
 // Session: sequences being generated, their recurrent state and the workspace of one call.
 typedef struct {
@@ -2588,10 +2155,13 @@ struct Backend {
     Workspace work;
     State none;
     State *carry_in, *carry_out;       // with carried states: one per micro-batch
-    // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale * sum.
+    // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
+    // sum.
     //   micro: the micro-batch whose carried state is used, -1 for none
-    double (*forward)(Backend*, int micro, const int* tokens, const int* targets, const int* doc, size_t B, size_t T, double scale);
-    void (*backward)(Backend*, int micro, const int* tokens, const int* doc, size_t B, size_t T);     // adds to the gradients
+    double (*forward)(Backend*, int micro, const int* tokens, const int* targets, const int* doc, size_t B,
+                      size_t T, double scale);
+    void (*backward)(Backend*, int micro, const int* tokens, const int* doc, size_t B,
+                     size_t T);    // adds to the gradients
     void (*zero_gradients)(Backend*);
     double (*gradient_norm)(Backend*);
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
@@ -2602,8 +2172,8 @@ struct Backend {
     void (*destroy)(Backend*);
 };
 
-static double cpu_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc, size_t B, size_t T,
-                          double scale) {
+static double cpu_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
+                          size_t B, size_t T, double scale) {
     const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
     const State* sT = b->carry_in && micro >= 0 ? &b->carry_out[micro] : &b->none;
     model_forward(b->model, &b->work, tokens, doc, B, T, s0, sT);
@@ -2621,12 +2191,14 @@ static void cpu_update(Backend* b, const AdamW* opt, double lr, double scale, in
     adamw_update(b->model, opt, lr, scale, step);
 }
 
-static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T, real* logits) {
+static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
+                       real* logits) {
     const Model* m = b->model;
     size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     for (int l = 0; l < m->n_layers; l++)
         for (int i = 0; i < m->layer[l].kind->n_state; i++)
-            s->view.field[l][i] = s->state.field[l][i] + row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
+            s->view.field[l][i] =
+                s->state.field[l][i] + row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
     model_forward(m, &s->work, tokens, NULL, rows, T, &s->view, &s->view);
     for (size_t r = 0; logits && r < rows; r++)      // the last token of each row, side by side
         if (T > 1) memmove(s->work.f + r * D, s->work.f + (r * T + T - 1) * D, D * sizeof(real));
@@ -2661,7 +2233,7 @@ Backend backend_cpu(Model* m, size_t B, size_t T, bool training, bool recompute)
 }
 
 // ---------------------------------------------------------------------------------------------------
-// 12. Generation
+// 10. Generation
 
 Session session_create(const Model* m, size_t rows, size_t chunk) {
     Session s;
@@ -2670,7 +2242,8 @@ Session session_create(const Model* m, size_t rows, size_t chunk) {
     s.chunk = chunk;
     s.state = state_alloc(m, rows);
     s.view = state_none(m);
-    s.work = workspace_alloc(m, rows, (chunk + rows - 1) / rows, false, false, false);   // `rows` x 1 or 1 x `chunk` tokens
+    s.work = workspace_alloc(m, rows, (chunk + rows - 1) / rows, false, false,
+                             false);    // `rows` x 1 or 1 x `chunk` tokens
     return s;
 }
 
@@ -2712,9 +2285,10 @@ typedef struct {
     double prefill_seconds, decode_seconds;
 } GenerateStats;
 
-// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence, the logits after
-// its last token, and which tokens have occurred. Tied to the weights by their hash.
-bool state_save(const Model* m, const State* s, const real* logits, const real* seen, int64_t tokens, const char* path, Error* err) {
+// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence, the
+// logits after its last token, and which tokens have occurred. Tied to the weights by their hash.
+bool state_save(const Model* m, const State* s, const real* logits, const real* seen, int64_t tokens,
+                const char* path, Error* err) {
     char hash[32], count[32];
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
     snprintf(count, sizeof count, "%lld", (long long)tokens);
@@ -2722,27 +2296,35 @@ bool state_save(const Model* m, const State* s, const real* logits, const real* 
     size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
     State one = state_alloc(m, 1);
     state_copy_row(m, &one, 0, s, 0);
-    SafeTensorOut out[3] = {flat_tensor("state", one.data, n), flat_tensor("logits", logits, Vp), flat_tensor("seen", seen, Vp)};
+    SafeTensorOut out[3] = {flat_tensor("state", one.data, n), flat_tensor("logits", logits, Vp),
+                            flat_tensor("seen", seen, Vp)};
     bool ok = safetensors_write(path, out, 3, meta, err);
     state_free(&one);
     return ok;
 }
 
-bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tokens, const char* path, Error* err) {
+bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tokens, const char* path,
+                Error* err) {
     SafeTensors st;
     char hash[32];
     if (!safetensors_open(&st, path, err)) return false;
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
     const char *found = safetensors_metadata(&st, "model"), *count = safetensors_metadata(&st, "tokens");
-    const SafeTensor *a = safetensors_find(&st, "state"), *b = safetensors_find(&st, "logits"), *c = safetensors_find(&st, "seen");
+    const SafeTensor *a = safetensors_find(&st, "state"), *b = safetensors_find(&st, "logits"),
+                     *c = safetensors_find(&st, "seen");
     size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
     State one = state_alloc(m, 1);
     bool ok = true;
-    if (!found || !count || !a || !b || !c) ok = fail(err, "%s: expected a file written by --save-state", path);
+    if (!found || !count || !a || !b || !c)
+        ok = fail(err, "%s: expected a file written by --save-state", path);
     else if (strcmp(found, hash) != 0)
-        ok = fail(err, "%s: this state was made with other weights (%s, these are %s); make it anew with --save-state", path, found, hash);
+        ok = fail(
+            err,
+            "%s: this state was made with other weights (%s, these are %s); make it anew with --save-state",
+            path, found, hash);
     else if (a->count != n || b->count != Vp || c->count != Vp)
-        ok = fail(err, "%s: holds %zu, %zu and %zu numbers, expected %zu, %zu and %zu", path, a->count, b->count, c->count, n, Vp, Vp);
+        ok = fail(err, "%s: holds %zu, %zu and %zu numbers, expected %zu, %zu and %zu", path, a->count,
+                  b->count, c->count, n, Vp, Vp);
     else
         ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
              safetensors_read_real(&st, c, seen, err);
@@ -2755,12 +2337,14 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     return ok;
 }
 
-// generate: reads the prompt in chunks, then writes o->num_samples continuations to `out`, one token at a time with
-// constant memory. A single sample is streamed; several are decoded as one batch and written one after the other.
-bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* out, GenerateStats* stats,
-              volatile sig_atomic_t* interrupted, Error* err) {
+// generate: reads the prompt in chunks, then writes o->num_samples continuations to `out`, one token at a
+// time with constant memory. A single sample is streamed; several are decoded as one batch and written one
+// after the other.
+bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* out,
+              GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
     const Model* m = backend->model;
-    size_t rows = (size_t)o->num_samples, V = (size_t)m->config.vocab_size, Vp = (size_t)m->config.vocab_padded;
+    size_t rows = (size_t)o->num_samples, V = (size_t)m->config.vocab_size,
+           Vp = (size_t)m->config.vocab_padded;
     Sampler sampler = {o->temperature, o->top_k, o->top_p, o->min_p, o->repetition_penalty, o->seed};
     Session s = session_create(m, rows, (size_t)o->chunk);
     real* logits = (real*)xcalloc(rows * Vp, sizeof(real));
@@ -2781,7 +2365,9 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     if (o->load_state[0]) ok = state_load(m, &s.state, logits, seen_real, &position, o->load_state, err);
     for (size_t n; ok && (n = prompt_read(prompt, piece, (size_t)o->chunk)) > 0; position += (int64_t)n) {
         for (size_t i = 0; i < n && ok; i++) {
-            if ((size_t)piece[i] >= Vp) ok = fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", piece[i], Vp - 1);
+            if ((size_t)piece[i] >= Vp)
+                ok = fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", piece[i],
+                          Vp - 1);
             else seen_real[piece[i]] = 1;
         }
         if (ok) backend->decode(backend, &s, 0, 1, piece, n, logits);
@@ -2789,7 +2375,9 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
         if (*interrupted) ok = fail(err, "interrupted while reading the prompt");
     }
     if (ok && position == 0) {
-        int begin = m->config.eos_token >= 0 && m->config.eos_token < m->config.vocab_size ? (int)m->config.eos_token : 0;
+        int begin = m->config.eos_token >= 0 && m->config.eos_token < m->config.vocab_size
+                        ? (int)m->config.eos_token
+                        : 0;
         backend->decode(backend, &s, 0, 1, &begin, 1, logits);
         position = 1;
     }
@@ -2807,7 +2395,8 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     for (int64_t i = 0; ok && i < o->max_tokens && active > 0 && !*interrupted; i++) {
         for (size_t r = 0; r < rows && ok; r++) {
             if (done[r]) continue;
-            ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i), candidates, &last[r], err);
+            ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
+                              candidates, &last[r], err);
             if (!ok) break;
             stats->new_tokens++;
             if (last[r] == m->config.eos_token) {
@@ -2838,14 +2427,24 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
         if (!o->raw || rows > 1) fputc('\n', out);
         free(text[r]);
     }
-    if (ok && (fflush(out) != 0 || ferror(out))) ok = fail(err, "could not write the text: %s", strerror(errno));
+    if (ok && (fflush(out) != 0 || ferror(out)))
+        ok = fail(err, "could not write the text: %s", strerror(errno));
     session_free(&s);
-    free(logits); free(seen_real); free(seen); free(candidates); free(piece); free(last); free(utf8); free(done); free(text); free(length);
+    free(logits);
+    free(seen_real);
+    free(seen);
+    free(candidates);
+    free(piece);
+    free(last);
+    free(utf8);
+    free(done);
+    free(text);
+    free(length);
     return ok;
 }
 
 // ---------------------------------------------------------------------------------------------------
-// 13. Training and evaluation
+// 11. Training and evaluation
 
 static volatile sig_atomic_t stop_signal = 0;
 
@@ -2880,7 +2479,8 @@ static int thread_count(void) {
 #endif
 }
 
-// check_memory: compares a plan with the machine before anything is allocated; Linux would promise it and kill us later.
+// check_memory: compares a plan with the machine before anything is allocated; Linux would promise it and
+// kill us later.
 static bool check_memory(double bytes, const char* advice, Error* err) {
     double available = INFINITY;
     char line[256];
@@ -2891,14 +2491,16 @@ static bool check_memory(double bytes, const char* advice, Error* err) {
     }
     if (f) fclose(f);
     struct rlimit limit;
-    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && (double)limit.rlim_cur < available)
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY &&
+        (double)limit.rlim_cur < available)
         available = (double)limit.rlim_cur;
     if (bytes <= available) return true;
-    return fail(err, "this needs %.1f GiB of memory, %.1f GiB are available; %s", bytes / 1073741824.0, available / 1073741824.0, advice);
+    return fail(err, "this needs %.1f GiB of memory, %.1f GiB are available; %s", bytes / 1073741824.0,
+                available / 1073741824.0, advice);
 }
 
 // ------------------------------------------------------------------------------------------------
-// 13.1 From options to data and model
+// 11.1 From options to data and model
 
 typedef struct {
     Tokenizer tokenizer;
@@ -2907,10 +2509,11 @@ typedef struct {
     char* default_list;        // the file list when --data is not given
 } Data;
 
-// The default data: the source files of this project, from the current directory or from beside the executable.
+// The default data: the source files of this project, from the current directory or from beside the
+// executable.
 static char* default_data(void) {
-    static const char* const names[] = {"train_mamba.c", "train_mamba.cu", "test_mamba.c", "data/safetensors.h",
-                                        "data/tokenizer.h", "data/dataloader.h"};
+    static const char* const names[] = {"train_mamba.c",      "train_mamba.cu",   "test_mamba.c",
+                                        "data/safetensors.h", "data/tokenizer.h", "data/dataloader.h"};
     char root[4096] = ".", *list = (char*)xcalloc(1, 1);
     if (access("train_mamba.c", R_OK) != 0) {
         ssize_t n = readlink("/proc/self/exe", root, sizeof root - 1);
@@ -2920,19 +2523,23 @@ static char* default_data(void) {
     size_t length = 0;
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         char path[4352];
-        snprintf(path, sizeof path, "%s%s%s", strcmp(root, ".") ? root : "", strcmp(root, ".") ? "/" : "", names[i]);
+        snprintf(path, sizeof path, "%s%s%s", strcmp(root, ".") ? root : "", strcmp(root, ".") ? "/" : "",
+                 names[i]);
         if (access(path, R_OK) != 0) continue;
         list = (char*)xrealloc(list, length + strlen(path) + 2, 1);
         length += (size_t)sprintf(list + length, "%s%s", length ? "\n" : "", path);
     }
-    if (!length) die("no --data given, and this program's source files (the default data) are not here; give --data FILE...");
+    if (!length)
+        die("no --data given, and this program's source files (the default data) are not here; give --data "
+            "FILE...");
     return list;
 }
 
 static bool open_list(Dataset* d, const char* list, const Tokenizer* tok, Error* err) {
     char *copy = strdup(list), *paths[4096], *rest = NULL;
     int n = 0;
-    for (char* p = strtok_r(copy, "\n", &rest); p && n < 4096; p = strtok_r(NULL, "\n", &rest)) paths[n++] = p;
+    for (char* p = strtok_r(copy, "\n", &rest); p && n < 4096; p = strtok_r(NULL, "\n", &rest))
+        paths[n++] = p;
     bool ok = dataset_open(d, paths, n, tok, err);
     free(copy);
     return ok;
@@ -2952,9 +2559,12 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
         tok->kind = TOKENIZER_NONE;
         tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;
         tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : tok->vocab_size - 1);
-    } else if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
-        return fail(err, "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
-                    (long long)o->vocab_size, (long long)tok->vocab_size);
+    } else if (o->vocab_size && o->vocab_size < tok->vocab_size &&
+               settings_origin(s, "vocab-size") == FROM_USER) {
+        return fail(
+            err,
+            "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
+            (long long)o->vocab_size, (long long)tok->vocab_size);
     }
     return true;
 }
@@ -2970,8 +2580,11 @@ bool data_open_all(Data* data, const Settings* s, Error* err) {
     } else if (o->val_fraction > 0) {
         data->has_val = dataset_split(&data->train, o->val_fraction, &data->val) && data->val.n_tokens > 1;
         if (!data->has_val)
-            return fail(err, "data has %lld tokens, too few to keep a fraction of %g for validation; give more data or "
-                             "--val-fraction 0", (long long)data->train.n_tokens, o->val_fraction);
+            return fail(
+                err,
+                "data has %lld tokens, too few to keep a fraction of %g for validation; give more data or "
+                "--val-fraction 0",
+                (long long)data->train.n_tokens, o->val_fraction);
     }
     return true;
 }
@@ -3016,18 +2629,23 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
 static double mib(double bytes) { return bytes / 1048576.0; }
 
 // ------------------------------------------------------------------------------------------------
-// 13.2 Evaluation
+// 11.2 Evaluation
 
 typedef struct { double loss; int64_t targets; } Evaluation;
 
-// evaluate: mean loss over the targets of `batches` batches (0: all) in order, each target once, states starting from zero.
-bool evaluate(Backend* b, const Loader* loader, size_t B, size_t T, int64_t batches, bool documents, Evaluation* result, Error* err) {
-    int *inputs = (int*)xcalloc(B * T, sizeof(int)), *targets = (int*)xcalloc(B * T, sizeof(int)), *doc = (int*)xcalloc(B * T, sizeof(int));
+// evaluate: mean loss over the targets of `batches` batches (0: all) in order, each target once, states
+// starting from zero.
+bool evaluate(Backend* b, const Loader* loader, size_t B, size_t T, int64_t batches, bool documents,
+              Evaluation* result, Error* err) {
+    int *inputs = (int*)xcalloc(B * T, sizeof(int)), *targets = (int*)xcalloc(B * T, sizeof(int)),
+        *doc = (int*)xcalloc(B * T, sizeof(int));
     double sum = 0;
     int64_t n = 0, all = (loader_eval_samples(loader) + (int64_t)B - 1) / (int64_t)B;
     bool ok = true;
     if (batches == 0 || batches > all) batches = all;
-    if (all == 0) ok = fail(err, "the data has %lld tokens, an evaluation needs at least 2", (long long)loader->data->n_tokens);
+    if (all == 0)
+        ok = fail(err, "the data has %lld tokens, an evaluation needs at least 2",
+                  (long long)loader->data->n_tokens);
     for (int64_t i = 0; i < batches && ok && !stop_signal; i++) {
         ok = loader_eval_batch(loader, i * (int64_t)B, (int64_t)B, inputs, targets, doc, err);
         if (!ok) break;
@@ -3041,7 +2659,7 @@ bool evaluate(Backend* b, const Loader* loader, size_t B, size_t T, int64_t batc
 }
 
 // ------------------------------------------------------------------------------------------------
-// 13.3 The training loop
+// 11.3 The training loop
 
 typedef struct {
     int64_t step, samples;       // finished optimizer steps; sample counter of the loader
@@ -3063,7 +2681,8 @@ typedef struct {
     FILE* log;
 } Trainer;
 
-// Options that a resumed run takes from its checkpoint. The first group may not change, the rest is listed when it does.
+// Options that a resumed run takes from its checkpoint. The first group may not change, the rest is listed
+// when it does.
 static bool option_is_saved(const Option* opt) {
     static const char* const not_saved[] = {"preset", "out", "resume", "from", "threads", "force-data"};
     if (!opt->name || !(opt->words & WORD_TRAIN)) return false;
@@ -3073,7 +2692,8 @@ static bool option_is_saved(const Option* opt) {
 }
 
 static bool option_is_fixed(const Option* opt) {
-    static const char* const fixed[] = {"pattern", "n-layer", "d-model", "expand", "d-state", "d-conv", "dt-rank", "d-intermediate",
+    static const char* const fixed[] = {"pattern",    "n-layer",   "d-model",        "expand",
+                                        "d-state",    "d-conv",    "dt-rank",        "d-intermediate",
                                         "vocab-size", "eos-token", "tie-embeddings", "carry-state"};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++)
         if (strcmp(opt->name, fixed[i]) == 0) return true;
@@ -3094,7 +2714,8 @@ static void trainer_save(Trainer* t, bool best) {
     snprintf(text[2], 64, "%lld", (long long)p->best_step);
     snprintf(text[3], 64, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
     snprintf(text[4], 64, "%.17g", p->train_loss);
-    const char* fixed[] = {"ssm_c_format", "1", "samples", text[0], "best_loss", text[1], "best_step", text[2], "data", text[3], "train_loss", text[4]};
+    const char* fixed[] = {"ssm_c_format", "1",     "samples", text[0], "best_loss",  text[1],
+                           "best_step",    text[2], "data",    text[3], "train_loss", text[4]};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) meta[n++] = fixed[i];
     for (int i = 0; i < N_OPTIONS; i++) {
         if (!option_is_saved(&options[i])) continue;
@@ -3105,13 +2726,15 @@ static void trainer_save(Trainer* t, bool best) {
     meta[n] = NULL;
     Error err;
     int n_carry = o->carry_state ? (int)o->grad_accum : 0;
-    bool ok = checkpoint_save(&t->model, &t->data.tokenizer, o->out, p->step, meta, t->backend.carry_in, n_carry, &err);
+    bool ok = checkpoint_save(&t->model, &t->data.tokenizer, o->out, p->step, meta, t->backend.carry_in,
+                              n_carry, &err);
     if (ok && best) ok = checkpoint_mark_best(o->out, p->step, &err);
     if (ok) {
         checkpoint_prune(o->out, (int)o->keep);
         printf("saved %s/step_%08lld%s\n", o->out, (long long)p->step, best ? " (best)" : "");
     } else {
-        warn("could not save step %lld: %s; the previous checkpoint is whole, training goes on", (long long)p->step, err.text);
+        warn("could not save step %lld: %s; the previous checkpoint is whole, training goes on",
+             (long long)p->step, err.text);
     }
     t->save_failed = !ok;
 }
@@ -3120,7 +2743,8 @@ static void trainer_save(Trainer* t, bool best) {
 static bool resume_settings(Settings* s, const SafeTensors* st, Error* err) {
     const char* format = safetensors_metadata(st, "ssm_c_format");
     if (!format || strcmp(format, "1") != 0)
-        return fail(err, "%s: its format is %s, this program reads format 1; use the program that wrote it", st->path, format ? format : "unknown");
+        return fail(err, "%s: its format is %s, this program reads format 1; use the program that wrote it",
+                    st->path, format ? format : "unknown");
     for (int i = 0; i < N_OPTIONS; i++) {
         char name[80];
         if (!option_is_saved(&options[i])) continue;
@@ -3129,8 +2753,10 @@ static bool resume_settings(Settings* s, const SafeTensors* st, Error* err) {
         if (!value) continue;
         if (s->origin[i] == FROM_USER && strcmp(value, s->text[i]) != 0) {
             if (option_is_fixed(&options[i]))
-                return fail(err, "--%s %s: the run in %s has %s, which cannot change when it resumes", options[i].name, s->text[i], s->o.out, value);
-            printf("changed: --%s %s, was %s\n", options[i].name, s->text[i][0] ? s->text[i] : "-", value[0] ? value : "-");
+                return fail(err, "--%s %s: the run in %s has %s, which cannot change when it resumes",
+                            options[i].name, s->text[i], s->o.out, value);
+            printf("changed: --%s %s, was %s\n", options[i].name, s->text[i][0] ? s->text[i] : "-",
+                   value[0] ? value : "-");
         }
         if (!option_set(s, i, value, FROM_CHECKPOINT, err)) return false;
     }
@@ -3142,7 +2768,8 @@ static bool resume_progress(Trainer* t, const SafeTensors* st, Error* err) {
     static const char* const keys[] = {"step", "samples", "best_loss", "best_step", "data", "train_loss"};
     const char* value[6];
     for (int i = 0; i < 6; i++)
-        if (!(value[i] = safetensors_metadata(st, keys[i]))) return fail(err, "%s: metadata '%s' is missing", st->path, keys[i]);
+        if (!(value[i] = safetensors_metadata(st, keys[i])))
+            return fail(err, "%s: metadata '%s' is missing", st->path, keys[i]);
     t->progress.step = atoll(value[0]);
     t->progress.samples = atoll(value[1]);
     t->progress.best_loss = atof(value[2]);
@@ -3151,10 +2778,13 @@ static bool resume_progress(Trainer* t, const SafeTensors* st, Error* err) {
     char print[32];
     snprintf(print, sizeof print, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
     if (strcmp(print, value[4]) != 0 && !o->force_data)
-        return fail(err, "the training data changed since %s was saved (fingerprint %s, was %s); --force-data goes on all the same", st->path, print, value[4]);
+        return fail(err,
+                    "the training data changed since %s was saved (fingerprint %s, was %s); --force-data "
+                    "goes on all the same",
+                    st->path, print, value[4]);
     if (t->progress.step >= o->steps)
-        return fail(err, "the run in %s is finished: step %lld of %lld; give a larger --steps to continue it", o->out,
-                    (long long)t->progress.step, (long long)o->steps);
+        return fail(err, "the run in %s is finished: step %lld of %lld; give a larger --steps to continue it",
+                    o->out, (long long)t->progress.step, (long long)o->steps);
     return true;
 }
 
@@ -3183,7 +2813,8 @@ static void bits_per_byte(const Tokenizer* tok, double loss, char text[32]) {
 static bool trainer_evaluate(Trainer* t, double* loss, Error* err) {
     const Options* o = &t->settings->o;
     Evaluation result;
-    if (!evaluate(&t->backend, &t->val_loader, (size_t)o->batch_size, (size_t)o->seq_len, o->eval_batches, o->reset_documents, &result, err))
+    if (!evaluate(&t->backend, &t->val_loader, (size_t)o->batch_size, (size_t)o->seq_len, o->eval_batches,
+                  o->reset_documents, &result, err))
         return false;
     *loss = result.loss;
     return true;
@@ -3195,18 +2826,21 @@ static bool trainer_sample(Trainer* t, Error* err) {
     GenerateStats stats;
     if (o->max_tokens == 0) return true;
     printf("--- sample at step %lld\n", (long long)t->progress.step);
-    if (!generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err)) return false;
+    if (!generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err))
+        return false;
     printf("---\n");
     return true;
 }
 
-// train_step: one optimizer step. Returns false with a description when a loss or the gradient is not finite; then nothing
-// was updated.
+// train_step: one optimizer step. Returns false with a description when a loss or the gradient is not finite;
+// then nothing was updated.
 static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error* err) {
     const Options* o = &t->settings->o;
     Backend* b = &t->backend;
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum;
-    if (!loader_batch(&t->loader, t->progress.samples, (int64_t)(B * accum), t->inputs, t->targets, t->doc, t->fresh, err)) die("%s", err->text);
+    if (!loader_batch(&t->loader, t->progress.samples, (int64_t)(B * accum), t->inputs, t->targets, t->doc,
+                      t->fresh, err))
+        die("%s", err->text);
     int64_t targets = 0;
     for (size_t i = 0; i < accum * B * T; i++) targets += t->targets[i] >= 0;
     double scale = targets ? 1.0 / (double)targets : 0, sum = 0;
@@ -3230,11 +2864,16 @@ static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error*
         size_t at = (size_t)micro * B * T;
         const State* s0 = b->carry_in ? &b->carry_in[micro] : &b->none;
         b->download(b);
-        find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0, what, sizeof what);
+        find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
+                       what, sizeof what);
         bool starts;
-        return fail(err, "step %lld: %s is not finite; first bad value in: %s; batch: samples %lld to %lld, from token %lld of the data",
-                    (long long)t->progress.step + 1, finite ? "the gradient" : "the loss", what, (long long)t->progress.samples,
-                    (long long)(t->progress.samples + (int64_t)(B * accum) - 1), (long long)loader_position(&t->loader, t->progress.samples, &starts));
+        return fail(err,
+                    "step %lld: %s is not finite; first bad value in: %s; batch: samples %lld to %lld, from "
+                    "token %lld of the data",
+                    (long long)t->progress.step + 1, finite ? "the gradient" : "the loss", what,
+                    (long long)t->progress.samples,
+                    (long long)(t->progress.samples + (int64_t)(B * accum) - 1),
+                    (long long)loader_position(&t->loader, t->progress.samples, &starts));
     }
     AdamW opt = {o->beta1, o->beta2, o->eps, o->weight_decay};
     b->update(b, &opt, lr, clip_scale(*norm, o->clip), t->progress.step + 1);
@@ -3261,7 +2900,8 @@ static int train_loop(Trainer* t) {
     Progress* p = &t->progress;
     Error err;
     double tokens_per_step = (double)(o->batch_size * o->grad_accum * o->seq_len);
-    double start = seconds_now(), since = start, other = 0;      // other: evaluation, saving, sampling since the last line
+    double start = seconds_now(), since = start,
+           other = 0;    // other: evaluation, saving, sampling since the last line
     int64_t first = p->step, shown = p->step;
     int bad_in_a_row = 0;
     int64_t decay = o->decay_steps ? o->decay_steps : o->steps / 5;
@@ -3279,18 +2919,22 @@ static int train_loop(Trainer* t) {
                 continue;
             }
             fflush(stdout);
-            fprintf(stderr, "error: %s; nothing was updated, the last checkpoint is kept; try a lower --lr (now %g) or --clip\n", err.text, lr);
+            fprintf(stderr,
+                    "error: %s; nothing was updated, the last checkpoint is kept; try a lower --lr (now %g) "
+                    "or --clip\n",
+                    err.text, lr);
             return 1;
         }
         bad_in_a_row = 0;
         bool last = p->step == o->steps;
         bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
-        double now = seconds_now(), rate = tokens_per_step * (double)(p->step - shown) / (now - since - other);
+        double now = seconds_now(),
+               rate = tokens_per_step * (double)(p->step - shown) / (now - since - other);
         if (last || evaluate_now || p->step % o->log_every == 0 || p->step == first + 1) {
             char left[32];
             format_time((now - start) / (double)(p->step - first) * (double)(o->steps - p->step), left);
-            printf("step %6lld/%lld | loss %7.4f | lr %.2e | norm %7.3f | %8.0f tok/s | left %s\n", (long long)p->step,
-                   (long long)o->steps, loss, lr, norm, rate, left);
+            printf("step %6lld/%lld | loss %7.4f | lr %.2e | norm %7.3f | %8.0f tok/s | left %s\n",
+                   (long long)p->step, (long long)o->steps, loss, lr, norm, rate, left);
             shown = p->step;
             since = seconds_now();
             other = 0;
@@ -3305,13 +2949,15 @@ static int train_loop(Trainer* t) {
             if (best) { p->best_loss = val_loss; p->best_step = p->step; }
             bits_per_byte(&t->data.tokenizer, val_loss, bpb);
             snprintf(val_text, sizeof val_text, "%.6f", val_loss);
-            printf("step %6lld/%lld | validation loss %.4f%s%s%s\n", (long long)p->step, (long long)o->steps, val_loss,
-                   bpb[0] ? " | bits per byte " : "", bpb, best ? " | best so far" : "");
+            printf("step %6lld/%lld | validation loss %.4f%s%s%s\n", (long long)p->step, (long long)o->steps,
+                   val_loss, bpb[0] ? " | bits per byte " : "", bpb, best ? " | best so far" : "");
         }
-        fprintf(t->log, "%lld,%.6f,%.6e,%.6f,%.1f,%s,%s\n", (long long)p->step, loss, lr, norm, rate, val_text, bpb);
+        fprintf(t->log, "%lld,%.6f,%.6e,%.6f,%.1f,%s,%s\n", (long long)p->step, loss, lr, norm, rate,
+                val_text, bpb);
         fflush(t->log);
         if (best || last || (o->save_every && p->step % o->save_every == 0)) trainer_save(t, best);
-        if (!last && o->sample_every && p->step % o->sample_every == 0 && !trainer_sample(t, &err)) die("%s", err.text);
+        if (!last && o->sample_every && p->step % o->sample_every == 0 && !trainer_sample(t, &err))
+            die("%s", err.text);
         fflush(stdout);
         other += seconds_now() - pause;
     }
@@ -3324,20 +2970,25 @@ static int train_loop(Trainer* t) {
     char took[32];
     format_time(seconds_now() - start, took);
     printf("done: %lld steps in %s", (long long)(p->step - first), took);
-    if (t->data.has_val) printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
+    if (t->data.has_val)
+        printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
     if (!trainer_sample(t, &err)) die("%s", err.text);
     return t->save_failed ? 1 : 0;
 }
 
-// plot_loss: a picture of the log, when gnuplot is there. It never delays or fails a run by more than 20 seconds.
+// plot_loss: a picture of the log, when gnuplot is there. It never delays or fails a run by more than 20
+// seconds.
 static void plot_loss(const char* out) {
     if (system("command -v gnuplot >/dev/null 2>&1") != 0) return;
     FILE* g = popen("timeout 20 gnuplot 2>/dev/null", "w");
     if (!g) return;
-    fprintf(g, "set terminal png size 900,500\nset output '%s/loss.png'\nset datafile separator ','\nset grid\n"
-               "set xlabel 'step'\nset ylabel 'loss (nats per token)'\n"
-               "plot '%s/log.csv' using 1:2 with lines title 'training', '' using 1:6 with linespoints title 'validation'\n", out, out);
+    fprintf(g,
+            "set terminal png size 900,500\nset output '%s/loss.png'\nset datafile separator ','\nset grid\n"
+            "set xlabel 'step'\nset ylabel 'loss (nats per token)'\n"
+            "plot '%s/log.csv' using 1:2 with lines title 'training', '' using 1:6 with linespoints title "
+            "'validation'\n",
+            out, out);
     if (pclose(g) == 0) printf("plot: %s/loss.png\n", out);
 }
 
@@ -3358,10 +3009,12 @@ static int lock_run(const char* out) {
 
 static void print_model(const Model* m) {
     const Config* c = &m->config;
-    printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern, (long long)c->n_layer, (long long)c->d_model,
-           (long long)c->d_inner, (long long)c->d_state, (long long)c->d_conv, (long long)c->dt_rank);
+    printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
+           (long long)c->n_layer, (long long)c->d_model, (long long)c->d_inner, (long long)c->d_state,
+           (long long)c->d_conv, (long long)c->dt_rank);
     if (c->d_intermediate) printf(", F %lld", (long long)c->d_intermediate);
-    printf(", vocabulary %lld (padded %lld)\nparameters: %zu\n", (long long)c->vocab_size, (long long)c->vocab_padded, m->n_params);
+    printf(", vocabulary %lld (padded %lld)\nparameters: %zu\n", (long long)c->vocab_size,
+           (long long)c->vocab_padded, m->n_params);
 }
 
 // trainer_create: everything between the command line and the first step.
@@ -3377,15 +3030,20 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (o->resume) {
         if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
         snprintf(path, sizeof path, "%s/optimizer.safetensors", dir);
-        if (!safetensors_open(&st, path, &err) || !resume_settings(s, &st, &err) || !config_read(&config, dir, &err)) die("%s", err.text);
+        if (!safetensors_open(&st, path, &err) || !resume_settings(s, &st, &err) ||
+            !config_read(&config, dir, &err))
+            die("%s", err.text);
     } else {
         snprintf(path, sizeof path, "%s/last", o->out);
         struct stat info;
-        if (lstat(path, &info) == 0) die("%s already holds a run; --resume continues it, --out DIR starts another one elsewhere", o->out);
+        if (lstat(path, &info) == 0)
+            die("%s already holds a run; --resume continues it, --out DIR starts another one elsewhere",
+                o->out);
     }
     set_threads(o->threads);
     const char* list = o->data;
-    if (!tokenizer_choose(&t->data.tokenizer, s, list, &err) || !data_open_all(&t->data, s, &err)) die("%s", err.text);
+    if (!tokenizer_choose(&t->data.tokenizer, s, list, &err) || !data_open_all(&t->data, s, &err))
+        die("%s", err.text);
     if (!o->resume) {
         int64_t V = t->data.tokenizer.vocab_size;
         if (settings_origin(s, "vocab-size") == FROM_USER && o->vocab_size > V) V = o->vocab_size;
@@ -3396,22 +3054,28 @@ static void trainer_create(Trainer* t, Settings* s) {
     Model* m = &t->model;
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
     int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
-    if (!checked_size(4, dims, 1, &step_size)) die("--batch-size x --grad-accum x --seq-len does not fit in 63 bits");
+    if (!checked_size(4, dims, 1, &step_size))
+        die("--batch-size x --grad-accum x --seq-len does not fit in 63 bits");
 
     // memory, before anything is allocated
     Workspace measured = workspace_alloc(m, B, T, true, o->recompute, true);
     double parameter_bytes = (double)m->n_elements * sizeof(real), activation_bytes = (double)measured.bytes;
     workspace_free(&measured);
     print_model(m);
-    printf("memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f MiB%s\n", mib(parameter_bytes),
-           mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes), o->recompute ? " (recompute)" : "");
-    if (!check_memory(4 * parameter_bytes + activation_bytes, "try a smaller --batch-size, --seq-len or model, or --recompute", &err)) die("%s", err.text);
+    printf(
+        "memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f MiB%s\n",
+        mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
+        o->recompute ? " (recompute)" : "");
+    if (!check_memory(4 * parameter_bytes + activation_bytes,
+                      "try a smaller --batch-size, --seq-len or model, or --recompute", &err))
+        die("%s", err.text);
     if (!checkpoint_probe(o->out, (uint64_t)(6 * parameter_bytes) + (1 << 20), &err)) die("%s", err.text);
     lock_run(o->out);
 
     model_alloc(m, true);
     t->backend = backend_cpu(m, B, T, true, o->recompute);
-    if (t->backend.work.bytes != (size_t)activation_bytes) die("the memory plan was %g bytes, %zu were used", activation_bytes, t->backend.work.bytes);
+    if (t->backend.work.bytes != (size_t)activation_bytes)
+        die("the memory plan was %g bytes, %zu were used", activation_bytes, t->backend.work.bytes);
     if (o->carry_state) {
         t->backend.carry_in = (State*)xcalloc(accum, sizeof(State));
         t->backend.carry_out = (State*)xcalloc(accum, sizeof(State));
@@ -3423,8 +3087,10 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (o->resume) {
         SafeTensors weights;
         snprintf(path, sizeof path, "%s/model.safetensors", dir);
-        if (!resume_progress(t, &st, &err) || !safetensors_open(&weights, path, &err) || !model_load_tensors(m, &weights, &err) ||
-            !optimizer_load(m, &weights, &st, t->backend.carry_in, o->carry_state ? (int)accum : 0, &err)) die("%s", err.text);
+        if (!resume_progress(t, &st, &err) || !safetensors_open(&weights, path, &err) ||
+            !model_load_tensors(m, &weights, &err) ||
+            !optimizer_load(m, &weights, &st, t->backend.carry_in, o->carry_state ? (int)accum : 0, &err))
+            die("%s", err.text);
         safetensors_close(&weights);
         safetensors_close(&st);
         printf("resumed: %s, step %lld\n", dir, (long long)t->progress.step);
@@ -3433,7 +3099,8 @@ static void trainer_create(Trainer* t, Settings* s) {
     }
     t->backend.upload(&t->backend);
 
-    Loader loader = {&t->data.train, o->seq_len, o->seed, o->carry_state, (int64_t)(B * accum), t->data.tokenizer.eos, 0, 1};
+    Loader loader = {&t->data.train,        o->seq_len, o->seed, o->carry_state, (int64_t)(B * accum),
+                     t->data.tokenizer.eos, 0,          1};
     t->loader = loader;
     if (!loader_check(&t->loader, &err)) die("%s", err.text);
     loader.data = &t->data.val;
@@ -3444,8 +3111,10 @@ static void trainer_create(Trainer* t, Settings* s) {
     t->doc = (int*)xcalloc(accum * B * T, sizeof(int));
     t->fresh = (bool*)xcalloc(accum * B, sizeof(bool));
     if (!log_open(t, o->resume, &err)) die("%s", err.text);
-    printf("data: %lld tokens for training, %lld for validation\n", (long long)t->data.train.n_tokens, t->data.has_val ? (long long)t->data.val.n_tokens : 0);
-    printf("device: %s, %d threads, %s\n", t->backend.name, thread_count(), REAL_IS_DOUBLE ? "float64" : "float32");
+    printf("data: %lld tokens for training, %lld for validation\n", (long long)t->data.train.n_tokens,
+           t->data.has_val ? (long long)t->data.val.n_tokens : 0);
+    printf("device: %s, %d threads, %s\n", t->backend.name, thread_count(),
+           REAL_IS_DOUBLE ? "float64" : "float32");
 }
 
 static void trainer_free(Trainer* t) {
@@ -3479,7 +3148,7 @@ int train_main(Settings* s) {
 }
 
 // ---------------------------------------------------------------------------------------------------
-// 14. Main
+// 12. Main
 
 // model_open: the model of --from, or with --preset and no --from a freshly initialized one.
 static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
@@ -3493,14 +3162,16 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         Config c = config_from_options(s, V, tok->eos);
         if (!config_check(&c, &err)) die("%s", err.text);
         model_describe(m, &c);
-        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err)) die("%s", err.text);
+        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
+            die("%s", err.text);
         dir[0] = 0;
         if (s->word == WORD_INFO) return;
         model_alloc(m, false);
         model_init(m, o->seed);
         return;
     }
-    if (!checkpoint_resolve(o->from, dir, 4096, &err) || !model_load(m, dir, false, &err)) die("%s", err.text);
+    if (!checkpoint_resolve(o->from, dir, 4096, &err) || !model_load(m, dir, false, &err))
+        die("%s", err.text);
     if (!tokenizer_read(tok, dir, &err)) die("%s", err.text);
     if (tok->kind == TOKENIZER_NONE) {
         tok->vocab_size = m->config.vocab_size;
@@ -3521,15 +3192,19 @@ int generate_main(Settings* s) {
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
     bool from_stdin = strcmp(o->prompt, "-") == 0;
     if (from_stdin) prompt.file = stdin;
-    if (o->prompt_file[0] && !(prompt.file = fopen(o->prompt_file, "rb"))) die("%s: %s", o->prompt_file, strerror(errno));
-    if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file)) die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
+    if (o->prompt_file[0] && !(prompt.file = fopen(o->prompt_file, "rb")))
+        die("%s: %s", o->prompt_file, strerror(errno));
+    if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file))
+        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
     if (!prompt.file && o->prompt[0] && o->num_samples == 1) printf("%s", o->prompt);
     catch_signals();
     GenerateStats stats;
     bool ok = generate(&backend, &tok, o, &prompt, stdout, &stats, &stop_signal, &err);
     if (!ok) die("%s", err.text);
-    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s\n", (long long)stats.prompt_tokens,
-            stats.prompt_tokens ? (double)stats.prompt_tokens / stats.prefill_seconds : 0, (long long)stats.new_tokens,
+    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s\n",
+            (long long)stats.prompt_tokens,
+            stats.prompt_tokens ? (double)stats.prompt_tokens / stats.prefill_seconds : 0,
+            (long long)stats.new_tokens,
             stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0);
     if (prompt.file && prompt.file != stdin) fclose(prompt.file);
     backend.destroy(&backend);
@@ -3581,12 +3256,14 @@ int eval_main(Settings* s) {
     catch_signals();
     if (o->dump_logits[0] && !dump_logits(&backend, &loader, B, T, o->dump_logits, &err)) die("%s", err.text);
     double start = seconds_now();
-    if (!evaluate(&backend, &loader, B, T, o->eval_batches, o->reset_documents, &result, &err)) die("%s", err.text);
+    if (!evaluate(&backend, &loader, B, T, o->eval_batches, o->reset_documents, &result, &err))
+        die("%s", err.text);
     double seconds = seconds_now() - start;
     char bpb[32];
     bits_per_byte(&data.tokenizer, result.loss, bpb);
-    printf("tokens %lld | loss %.6f | perplexity %.4f | bits per byte %s | %.0f tok/s\n", (long long)result.targets, result.loss,
-           exp(result.loss), bpb[0] ? bpb : "-", (double)result.targets / seconds);
+    printf("tokens %lld | loss %.6f | perplexity %.4f | bits per byte %s | %.0f tok/s\n",
+           (long long)result.targets, result.loss, exp(result.loss), bpb[0] ? bpb : "-",
+           (double)result.targets / seconds);
     backend.destroy(&backend);
     data_close_all(&data);
     model_free(&m);
@@ -3604,12 +3281,15 @@ int info_main(Settings* s) {
     printf("%-44s %-18s %12s  %s\n", "tensor", "shape", "parameters", "AdamW decay");
     for (int i = 0; i < m.n_tensors; i++) {
         const Tensor* t = &m.tensor[i];
-        printf("%-44s %-18s %12zu  %s\n", t->name, shape_text(shape, sizeof shape, t->ndim, t->shape), t->count, t->spec->flags & DECAY ? "yes" : "-");
+        printf("%-44s %-18s %12zu  %s\n", t->name, shape_text(shape, sizeof shape, t->ndim, t->shape),
+               t->count, t->spec->flags & DECAY ? "yes" : "-");
     }
     size_t state = 0;
     for (int l = 0; l < m.n_layers; l++)
-        for (int i = 0; i < m.layer[l].kind->n_state; i++) state += spec_count(&m.layer[l].kind->state[i], &m.config);
-    printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state, mib((double)state * sizeof(real)));
+        for (int i = 0; i < m.layer[l].kind->n_state; i++)
+            state += spec_count(&m.layer[l].kind->state[i], &m.config);
+    printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state,
+           mib((double)state * sizeof(real)));
     printf("training memory without activations: %.1f MiB\n", mib(4.0 * (double)m.n_elements * sizeof(real)));
     model_free(&m);
     return 0;
@@ -3621,7 +3301,10 @@ int main(int argc, char** argv) {
     if (argc > 1 && argv[1][0] != '-') {
         word = 0;
         for (int i = 0; i < 4; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
-        if (!word) die("unknown word '%.40s'; expected train, generate, eval or info, then options; --help lists them", argv[1]);
+        if (!word)
+            die("unknown word '%.40s'; expected train, generate, eval or info, then options; --help lists "
+                "them",
+                argv[1]);
         skip = 2;
     }
     for (int i = 1; i < argc; i++) {

@@ -759,7 +759,7 @@ bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
     if (!out[0] || strlen(out) > 3800)
         return fail_line(err, "the output directory's name is empty or too long");
     snprintf(path, sizeof path, "%s", out);
-    for (char* p = path + 1; ; p++) {
+    for (char* p = path + 1;; p++) {
         char c = *p;
         if (c != '/' && c) continue;
         *p = 0;
@@ -769,6 +769,9 @@ bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
             if (stat(path, &info) < 0 || !S_ISDIR(info.st_mode))
                 return fail_line(err, "%s: cannot create the directory: %s; choose another with --out", path,
                                  error == EEXIST ? "a file has this name" : strerror(error));
+        } else {   // a new name lasts when the directory above is synced
+            snprintf(moved, sizeof moved, "%s/..", path);
+            if (!sync_dir(moved, err)) return false;
         }
         *p = c;
         if (!c) break;

@@ -1,9 +1,12 @@
 // cpu_speed: how close the CPU trainer comes to what the machine can do, measured in one run, alternately.
 //
-//   cpu_speed train      a training step (forward, backward, clipping, AdamW) against 6 x parameters x tokens at the rate of
+//   cpu_speed train
+//   a training step (forward, backward, clipping, AdamW) against 6 x parameters x tokens at the rate of
 //                        a large sgemm (OpenBLAS on all cores when built with it, otherwise our own matmul)
-//   cpu_speed generate   tokens of a 130M model against reading every weight once per token at the bandwidth of a read loop
-//   options: [--d-model 256] [--n-layer 8] [--batch-size 8] [--seq-len 256] [--rounds 7] [--vocab-size 257] [--threads 0]
+//   cpu_speed generate
+//   tokens of a 130M model against reading every weight once per token at the bandwidth of a read loop
+//   options: [--d-model 256] [--n-layer 8] [--batch-size 8] [--seq-len 256] [--rounds 7] [--vocab-size 257]
+//   [--threads 0]
 //
 // build: make dev        prints `name value` lines; medians of the rounds, spread = (max - min) / median
 #define SSM_NO_MAIN
@@ -103,9 +106,11 @@ static void bench_train(Settings* s, int rounds) {
         fraction[r] = 6.0 * (double)m.n_params * rate[r] / flops;
     }
     double mid = median(rate, rounds), gemm = median(sgemm, rounds), share = median(fraction, rounds);
-    printf("parameters %zu\nactivations_mib %.1f\nthreads %d\n", m.n_params, mib((double)b.work.bytes), thread_count());
+    printf("parameters %zu\nactivations_mib %.1f\nthreads %d\n", m.n_params, mib((double)b.work.bytes),
+           thread_count());
     printf("tokens_per_second %.0f\nspread %.2f\n", mid, spread(rate, rounds, mid));
-    printf("sgemm_gflops %.1f\nbound_tokens_per_second %.0f\nfraction_of_bound %.3f\n", gemm / 1e9, gemm / (6.0 * (double)m.n_params), share);
+    printf("sgemm_gflops %.1f\nbound_tokens_per_second %.0f\nfraction_of_bound %.3f\n", gemm / 1e9,
+           gemm / (6.0 * (double)m.n_params), share);
 }
 
 static void bench_generate(Settings* s, int rounds) {
@@ -127,7 +132,9 @@ static void bench_generate(Settings* s, int rounds) {
         double bytes_per_second = read_bandwidth(m.params, m.n_elements), start = seconds_now();
         for (int i = 0; i < n; i++) {
             b.decode(&b, &session, 0, 1, &token, 1, logits);
-            if (!sample_token(&sampler, logits, seen, (size_t)c.vocab_size, 0, (uint64_t)i, candidates, &token, &err)) die("%s", err.text);
+            if (!sample_token(&sampler, logits, seen, (size_t)c.vocab_size, 0, (uint64_t)i, candidates,
+                              &token, &err))
+                die("%s", err.text);
         }
         double seconds = (seconds_now() - start) / n;
         if (r < 0) continue;
@@ -136,13 +143,16 @@ static void bench_generate(Settings* s, int rounds) {
         fraction[r] = rate[r] * (double)m.n_params * sizeof(real) / bytes_per_second;
     }
     double mid = median(rate, rounds), read = median(bandwidth, rounds), share = median(fraction, rounds);
-    printf("parameters %zu\nthreads %d\ntokens_per_second %.1f\nspread %.2f\nread_gb_per_second %.1f\nbound_tokens_per_second %.1f\n"
-           "fraction_of_bound %.3f\n", m.n_params, thread_count(), mid, spread(rate, rounds, mid), read / 1e9,
+    printf("parameters %zu\nthreads %d\ntokens_per_second %.1f\nspread %.2f\nread_gb_per_second "
+           "%.1f\nbound_tokens_per_second %.1f\n"
+           "fraction_of_bound %.3f\n",
+           m.n_params, thread_count(), mid, spread(rate, rounds, mid), read / 1e9,
            read / ((double)m.n_params * sizeof(real)), share);
 }
 
 int main(int argc, char** argv) {
-    if (argc < 2 || (strcmp(argv[1], "train") && strcmp(argv[1], "generate"))) die("usage: cpu_speed train|generate [options]");
+    if (argc < 2 || (strcmp(argv[1], "train") && strcmp(argv[1], "generate")))
+        die("usage: cpu_speed train|generate [options]");
     bool train = strcmp(argv[1], "train") == 0;
     char* args[64];
     int n = 0, rounds = 7;
@@ -150,7 +160,9 @@ int main(int argc, char** argv) {
     Settings s;
     Error err;
     memset(&s, 0, sizeof s);
-    if (!settings_parse(&s, WORD_TRAIN, 0, NULL, &err) || !options_parse(&s, 4, (char**)defaults, FROM_PRESET, &err)) die("%s", err.text);
+    if (!settings_parse(&s, WORD_TRAIN, 0, NULL, &err) ||
+        !options_parse(&s, 4, (char**)defaults, FROM_PRESET, &err))
+        die("%s", err.text);
     for (int i = 2; i < argc && n < 64; i++) {
         if (strcmp(argv[i], "--rounds") == 0 && i + 1 < argc) rounds = atoi(argv[++i]);
         else args[n++] = argv[i];

@@ -1,6 +1,6 @@
 """Training speed on the CPU: our program beside transformers and mambapy, measured alternately in one run.
 
-    python dev/bench/train_speed.py [--binary build/train_mamba] [--rounds 3] [--budget 60] [--only NAME]
+    python dev/bench/train_speed.py [--rounds 3] [--budget 60] [--threads N] [--only NAME ...]
 
 One training step = forward, cross-entropy, backward, AdamW, in float32, on the same model: Mamba-1, tied
 head, sizes below. Every contender gets all cores (or --threads). Each round runs every contender once, in
@@ -28,11 +28,11 @@ SIZES = dict(D=256, n_layer=8, N=16, K=4, V=256, B=8, T=256)
 
 
 def our_command(args):
-    """The one place that knows our program's flags. It prints `tokens_per_second X` after a warm-up."""
+    """The one place that knows our program's flags: cpu_speed.c, whose output has the line `tokens_per_second X`."""
     s = SIZES
-    return [args.binary, "bench", "--pattern", "1", "--d-model", str(s["D"]), "--n-layer", str(s["n_layer"]),
-            "--d-state", str(s["N"]), "--d-conv", str(s["K"]), "--vocab-size", str(s["V"]),
-            "--batch-size", str(s["B"]), "--seq-len", str(s["T"])]
+    return [args.binary, "train", "--rounds", "1", "--pattern", "1",
+            "--d-model", str(s["D"]), "--n-layer", str(s["n_layer"]), "--d-state", str(s["N"]), "--d-conv", str(s["K"]), "--vocab-size", str(s["V"]),
+            "--batch-size", str(s["B"]), "--seq-len", str(s["T"]), "--threads", str(args.threads)]
 
 
 class Ours:
@@ -42,7 +42,7 @@ class Ours:
         self.command = our_command(args)
         self.env = dict(os.environ, OMP_NUM_THREADS=str(args.threads), OPENBLAS_NUM_THREADS=str(args.threads))
         if not os.access(args.binary, os.X_OK):
-            raise RuntimeError(f"{args.binary} not found; build it or name it with --binary")
+            raise RuntimeError(f"{args.binary} not found; run `make dev` or name it with --binary")
 
     def measure(self, steps):
         run = subprocess.run(self.command, env=self.env, capture_output=True, text=True, timeout=300)
@@ -50,7 +50,12 @@ class Ours:
         if run.returncode != 0 or not found:
             message = run.stderr.strip() or "no line tokens_per_second"
             raise RuntimeError(f"exit code {run.returncode}: {message}")
+        count = re.search(r"^parameters\s+(\d+)", run.stdout, re.MULTILINE)
+        self.n_parameters = int(count.group(1)) if count else None
         return float(found.group(1))
+
+    def parameters(self):
+        return self.n_parameters
 
 
 class TorchContender:
@@ -158,7 +163,7 @@ def cpu_name():
 def main():
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--binary", default="build/train_mamba")
+    parser.add_argument("--binary", default="build/dev/cpu_speed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="timed PyTorch steps per round")
     parser.add_argument("--budget", type=float, default=60, help="seconds per contender, checked per round")
@@ -199,8 +204,8 @@ def main():
             continue
         width = (max(rates[name]) - min(rates[name])) / median[name]
         spread = f"{width:.0%}" if len(rates[name]) > 1 else "-"
-        count = next((f"{c.parameters():,}" for c in running
-                      if c.name == name and hasattr(c, "parameters")), "-")
+        count = next(c.parameters() for c in running if c.name == name)
+        count = f"{count:,}" if count else "-"
         ratio = f"{median[Ours.name] / median[name]:.2f}x" if Ours.name in median else "-"
         print(f"| {name} | {count} | {len(rates[name])} | {median[name]:.0f} | {spread} | {ratio} |")
     print()

@@ -1,7 +1,7 @@
 // save_once.c: the smallest program that run.sh can torture: it loads a checkpoint, saves the next one, and says the truth.
 //
 //   save_once DIR            loads DIR/last if there is one, saves the next step, exit code 0 only if that save counts
-//   save_once --verify DIR   exit code 0 if DIR/last is whole and its files belong to one save; prints the step
+//   save_once --verify DIR   exit code 0 if DIR/last (or the checkpoint DIR) is whole and its files belong to one save
 //
 // It uses data/safetensors.h as the trainer does: weights and moments in two files that carry step and save id. All values
 // follow from the step, so that a mixture is seen even where the metadata would agree.
@@ -30,7 +30,9 @@ static int64_t load(const char* out, Error* err) {
     char dir[4096], path[4096];
     struct stat info;
     if (!join_path(path, sizeof path, out, "last", err)) return -1;
-    if (lstat(path, &info) < 0 && errno == ENOENT) return 0;
+    if (lstat(path, &info) < 0 && errno == ENOENT) {
+        if (!join_path(path, sizeof path, out, "config.json", err) || lstat(path, &info) < 0) return 0;
+    }
     if (!checkpoint_resolve(out, dir, sizeof dir, err)) return -1;
     SafeTensors st[2];
     int opened = 0;

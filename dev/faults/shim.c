@@ -9,9 +9,10 @@
 //                 short    operation N, if a write, writes half
 //                 lost     power loss before operation N: data without fsync is gone, and so are names (created, renamed,
 //                          removed) in directories without fsync since
+//                 reorder  the same, but the last name that changed is kept: name changes need not arrive in order
 //                 dropped  the same, but all names had reached the disk  torn    the same, and half of the last write too
 //                 malloc1  allocation N returns NULL                   mallocs it and all later ones return NULL
-//   FAULT_TRACE   a file that receives one line per operation (with FAULT_AT=0: a count of the points)
+//   FAULT_TRACE   with FAULT_AT=0: a file that receives one line per operation; with a malloc kind, their number
 //   FAULT_BACKUP  an empty directory on the same file system: what `lost` brings back is kept here
 //
 // For `lost` the shim logs every change of a name until the directory is synced, and takes the changes back in reverse.
@@ -63,6 +64,7 @@ __attribute__((constructor)) static void start(void) {
 }
 
 static int is(const char* name) { return strcmp(kind, name) == 0; }
+static int names_are_lost(void) { return is("lost") || is("reorder"); }
 static int under(const char* path) { return prefix && path && strncmp(path, prefix, strlen(prefix)) == 0; }
 
 // in_directory: whether path is an entry of dir
@@ -88,7 +90,7 @@ static const char* backup_path(int i) {
 
 // log_name: called before the operation, so that what it destroys can be kept
 static void log_name(int what, const char* a, const char* b) {
-    if (n_names == MAX_LOG || !is("lost")) return;
+    if (n_names == MAX_LOG || !names_are_lost()) return;
     NameChange* c = names + n_names;
     c->what = what;
     c->durable = c->saved = 0;
@@ -96,6 +98,7 @@ static void log_name(int what, const char* a, const char* b) {
     snprintf(c->b, sizeof c->b, "%s", b);
     const char* victim = what == NAME_REMOVE ? a : what == NAME_RENAME ? b : NULL;
     char target[PATH_LENGTH];
+    real_unlink(backup_path(n_names));
     ssize_t n = victim ? readlink(victim, target, sizeof target - 1) : -1;
     if (n >= 0) { target[n] = 0; c->saved = real_symlink(target, backup_path(n_names)) == 0; }
     else if (victim) c->saved = link(victim, backup_path(n_names)) == 0;
@@ -109,7 +112,7 @@ static void power_loss(void) {
         if (is("torn") && files[i].size > size) size = files[i].size - files[i].last + files[i].last / 2 / 512 * 512;
         if (size < files[i].size && truncate(files[i].path, size) < 0 && errno != ENOENT) abort();
     }
-    for (int i = is("lost") ? n_names - 1 : -1; i >= 0; i--) {
+    for (int i = (is("reorder") ? n_names - 1 : n_names) - 1; i >= 0; i--) {
         NameChange* c = names + i;
         if (c->durable) {   // it stays: what happened before, happened under the new name
             for (int j = 0; c->what == NAME_RENAME && j < i; j++) {
@@ -131,18 +134,24 @@ static void power_loss(void) {
 // point: counts one operation. Returns an errno for the operation to fail with, -1 for a short write, 0 to go on.
 static int point(const char* operation, const char* path) {
     char line[PATH_LENGTH + 32];
+    if (kind[0] == 'm') return 0;
     count++;
     if (trace >= 0) real_write(trace, line, (size_t)snprintf(line, sizeof line, "%s %.400s\n", operation, path));
     if (count < at || at <= 0) return 0;
     if (is("eio")) return EIO;
     if (count > at) return 0;
     if (is("kill")) kill(getpid(), SIGKILL);
-    if (is("lost") || is("dropped") || is("torn")) power_loss();
+    if (names_are_lost() || is("dropped") || is("torn")) power_loss();
     return is("enospc") ? ENOSPC : is("eio1") ? EIO : is("eintr") ? EINTR : is("short") ? -1 : 0;
 }
 
 #define FAIL_AT_POINT(operation, path) \
     do { int error = point(operation, path); if (error > 0) { errno = error; return -1; } } while (0)
+
+// forget: the file that had this name is gone
+static void forget(const char* path) {
+    for (int i = 0; i < n_files; i++) if (strcmp(files[i].path, path) == 0) files[i].path[0] = 0;
+}
 
 static int open_point(const char* path, int flags, mode_t mode) {
     int writes = (flags & O_ACCMODE) != O_RDONLY, watch = under(path) && (writes || (flags & O_DIRECTORY));
@@ -223,8 +232,8 @@ int rename(const char* from, const char* to) {
     FAIL_AT_POINT("rename", to);
     log_name(NAME_RENAME, from, to);
     int result = real_rename(from, to);
-    if (result < 0 && is("lost")) n_names--;
-    if (result == 0) moved(from, to);
+    if (result < 0 && names_are_lost()) n_names--;
+    if (result == 0) forget(to), moved(from, to);
     return result;
 }
 
@@ -233,7 +242,7 @@ int renameat2(int from_dir, const char* from, int to_dir, const char* to, unsign
     FAIL_AT_POINT("exchange", to);
     log_name(flags & RENAME_EXCHANGE ? NAME_EXCHANGE : NAME_RENAME, from, to);
     int result = real_renameat2(from_dir, from, to_dir, to, flags);
-    if (result < 0 && is("lost")) n_names--;
+    if (result < 0 && names_are_lost()) n_names--;
     if (result < 0) return result;
     moved(to, "\1");
     moved(from, to);
@@ -270,6 +279,7 @@ int unlink(const char* path) {
     if (!under(path)) return real_unlink(path);
     FAIL_AT_POINT("unlink", path);
     if (lstat(path, &info) == 0) log_name(NAME_REMOVE, path, "");
+    forget(path);
     return real_unlink(path);
 }
 
@@ -277,11 +287,16 @@ int unlink(const char* path) {
 extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void*, size_t);
 
 static int no_memory(void) {
-    if (at <= 0 || kind[0] != 'm') return 0;
+    if (kind[0] != 'm') return 0;
     count++;
-    return is("mallocs") ? count >= at : is("malloc1") && count == at;
+    return at <= 0 ? 0 : is("mallocs") ? count >= at : is("malloc1") && count == at;
 }
 
 void* malloc(size_t n) { if (!no_memory()) return __libc_malloc(n); errno = ENOMEM; return NULL; }
 void* calloc(size_t n, size_t size) { if (!no_memory()) return __libc_calloc(n, size); errno = ENOMEM; return NULL; }
 void* realloc(void* p, size_t n) { if (!no_memory()) return __libc_realloc(p, n); errno = ENOMEM; return NULL; }
+
+__attribute__((destructor)) static void finish(void) {
+    char line[64];
+    if (kind[0] == 'm' && trace >= 0) real_write(trace, line, (size_t)snprintf(line, sizeof line, "%ld\n", count));
+}

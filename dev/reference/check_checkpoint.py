@@ -5,6 +5,8 @@
 Loads DIR/model.safetensors and config.json with MambaForCausalLM.from_pretrained and DIR/tokenizer.json with
 tokenizers, lets our program evaluate the same checkpoint on a text, and compares
 
+  weights  what transformers holds after loading with what the file holds (its loader re-runs initialization code,
+           which rescales out_proj.weight of every loaded model when rescale_prenorm_residual is true)
   tokens   the ids our program read from the text with those of the tokenizer, end tokens aside; "-" without
   logits   our float32 logits with transformers' in float64: relative L2 of the difference, limit 1e-4
 
@@ -47,6 +49,13 @@ def our_logits(binary, directory, data):
     return tensors["input_ids"].long(), tensors["logits"].double()
 
 
+def changed_by_loading(model, path):
+    """Names of parameters that differ from the tensors of the same name in the file"""
+    stored = load_file(path) if os.path.exists(path) else {}
+    return [name for name, p in model.named_parameters()
+            if name in stored and not torch.equal(p.detach(), stored[name].to(p.dtype))]
+
+
 def compare_tokens(tokenizer, data, ids, ends):
     """True when every row of ids occurs in the tokenizer's encoding of the text, end tokens left out"""
     with open(data, encoding="utf-8", errors="replace", newline="") as file:
@@ -72,6 +81,7 @@ def main():
     if wrong:
         details = ", ".join(f"{k} {info[k]}" for k in wrong)
         raise SystemExit(f"{args.directory}: transformers reports {details}")
+    changed = changed_by_loading(model, os.path.join(args.directory, "model.safetensors"))
     tokenizer_path = os.path.join(args.directory, "tokenizer.json")
     tokenizer = Tokenizer.from_file(tokenizer_path) if os.path.exists(tokenizer_path) else None
     end = model.config.eos_token_id
@@ -94,12 +104,17 @@ def main():
                          f"expected {tuple(theirs.shape)}")
     error = float((ours - theirs).norm() / theirs.norm())
     argmax = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
-    ok = error <= LIMIT and tokens_equal is not False         # NaN fails
+    ok = error <= LIMIT and tokens_equal is not False and not changed      # NaN fails
     tokens = {True: "equal", False: "DIFFER", None: "-"}[tokens_equal]
-    print(f"{'checkpoint':32s} {'B':>4s} {'T':>6s} {'V':>6s} {'tokens':>7s} {'logits':>9s} {'limit':>7s} "
+    print(f"{'checkpoint':32s} {'B':>4s} {'T':>6s} {'V':>6s} {'weights':>8s} {'tokens':>7s} {'logits':>9s} {'limit':>7s} "
           f"{'argmax':>8s}")
-    print(f"{args.directory[-32:]:32s} {ids.shape[0]:4d} {ids.shape[1]:6d} {ours.shape[-1]:6d} {tokens:>7s} "
-          f"{error:9.1e} {LIMIT:7.0e} {argmax:8.2%}  {'ok' if ok else 'FAIL'}")
+    print(f"{args.directory[-32:]:32s} {ids.shape[0]:4d} {ids.shape[1]:6d} {ours.shape[-1]:6d} "
+          f"{'CHANGED' if changed else 'equal':>8s} {tokens:>7s} {error:9.1e} {LIMIT:7.0e} {argmax:8.2%}  {'ok' if ok else 'FAIL'}")
+
+    if changed:
+        print(f"changed by loading: {', '.join(changed)}")
+        if model.config.rescale_prenorm_residual:
+            print("config.json has rescale_prenorm_residual true: write false for transformers")
 
     # greedy generation, with the cache
     prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids if tokenizer else ids[0, :8].tolist()
