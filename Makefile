@@ -40,8 +40,9 @@ endif
 C_FLAGS = -std=gnu11 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) $(OPENBLAS_CFLAGS)
 LIBS = $(JANSSON_LIBS) $(OPENBLAS_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
+TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
-.PHONY: all test test-float test-double faults mutate mutate-all check-cxx dev clean help
+.PHONY: readme all test test-float test-double faults mutate mutate-all check-cxx dev clean help
 
 all: $(BUILD)/train_mamba ## build the trainer (the default)
 
@@ -49,11 +50,11 @@ $(BUILD)/train_mamba: $(SOURCES) Makefile
 	@mkdir -p $(BUILD)
 	$(CC) $(C_FLAGS) train_mamba.c -o $@ $(LIBS)
 
-$(BUILD)/test_mamba: test_mamba.c $(SOURCES) Makefile
+$(BUILD)/test_mamba: $(TESTS) $(SOURCES) $(BUILD)/train_mamba Makefile
 	@mkdir -p $(BUILD)
 	$(CC) $(C_FLAGS) test_mamba.c -o $@ $(LIBS)
 
-$(BUILD)/test_mamba_double: test_mamba.c $(SOURCES) Makefile
+$(BUILD)/test_mamba_double: $(TESTS) $(SOURCES) $(BUILD)/train_mamba Makefile
 	@mkdir -p $(BUILD)
 	$(CC) $(C_FLAGS) -DREAL=double test_mamba.c -o $@ $(LIBS)
 
@@ -73,6 +74,10 @@ check-cxx: ## the C file is also valid C++17 (what the CUDA build includes)
 	$(CXX) -x c++ -std=c++17 -fsyntax-only $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) $(OPENBLAS_CFLAGS) train_mamba.c
 
 dev: $(patsubst dev/cpu/%.c,$(BUILD)/dev/%,$(wildcard dev/cpu/*.c)) $(patsubst dev/bench/%.c,$(BUILD)/dev/%,$(wildcard dev/bench/*.c)) ## kernel ladders and benchmarks
+
+readme: all ## write the table of options into README.md
+	@{ sed '/<!-- options: begin/q' README.md; $(BUILD)/train_mamba --help=markdown; sed -n '/<!-- options: end/,$$p' README.md; } > $(BUILD)/README.md
+	@mv $(BUILD)/README.md README.md
 
 clean: ## remove build/
 	rm -rf build

@@ -10,7 +10,11 @@
 //   4. The layers: shapes, calls, formulas
 //   5. Pieces and documents: a split sequence, packed documents
 //   6. Extreme and degenerate inputs
-//   7. List of cases, main
+//   7. The whole model: counts, initialization, gradients, pieces, documents, threads, fixtures
+//   8. Checkpoints and training runs
+//   9. Optimizer, sampling, generation
+//  10. List of cases, main
+// Files, data and the command line are in dev/test/.
 
 #define SSM_NO_MAIN
 // defines: everything under test
@@ -1198,7 +1202,1463 @@ void test_extremes(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------
-// 7. List of cases, main
+// 7. The whole model: counts, initialization, gradients, pieces, documents, threads, fixtures
+
+#include <ftw.h>
+#include <pthread.h>
+
+void must(bool ok, const Error* err) {
+    if (!ok) die("test: %s", err->text);
+}
+
+// toy_config: a small model; Vp is V rounded up to 8, so most toys have padded ids
+Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, int64_t N, int64_t K, int64_t R,
+                  int64_t V) {
+    Config c;
+    memset(&c, 0, sizeof c);
+    snprintf(c.pattern, sizeof c.pattern, "%s", pattern);
+    c.n_layer = n_layer; c.d_model = D; c.d_inner = E; c.d_state = N; c.d_conv = K; c.dt_rank = R;
+    c.d_intermediate = strchr(pattern, 'm') ? 6 : 0;
+    c.vocab_size = V;
+    c.vocab_padded = (V + 7) / 8 * 8;
+    c.tie_embeddings = c.conv_bias = c.rescale_prenorm_residual = true;
+    c.norm_eps = 1e-5; c.dt_min = 1e-3; c.dt_max = 0.1; c.dt_init_floor = 1e-4; c.dt_scale = 1;
+    c.initializer_range = 0.02;
+    c.eos_token = -1;
+    return c;
+}
+
+// toy_model: parameters far from their initial values, at sizes where every one of them changes the loss
+Model toy_model(const Config* config, bool training, uint64_t seed) {
+    Model m;
+    Error err;
+    must(config_check(config, &err), &err);
+    model_describe(&m, config);
+    model_alloc(&m, training);
+    model_init(&m, seed);
+    for (int i = 0; i < m.n_tensors; i++) {
+        const Tensor* t = &m.tensor[i];
+        int init = t->spec->init;
+        for (size_t j = 0; j < t->count; j++) {
+            real* p = &m.params[t->offset + j];
+            double u = test_uniform(-1, 1, seed * 1000 + (uint64_t)i, j);
+            if (init == INIT_EMBEDDING) *p = (real)u;
+            else if (init == INIT_DT_BIAS) *p = (real)(1.5 * u - 0.5);
+            else if (init == INIT_A_LOG || t->ndim == 1) *p += (real)(0.4 * u);
+            else *p *= (real)1.5;
+        }
+    }
+    return m;
+}
+
+// Toy: a model and one batch. loss = scale * sum of token losses + <dsT, states at the end>
+typedef struct {
+    Model m;
+    Workspace w;
+    State s0, sT, ds0, dsT, none;
+    size_t B, T;
+    int *tokens, *targets, *doc;
+    real scale;
+} Toy;
+
+void toy_make(Toy* toy, const Config* config, size_t B, size_t T, int doc_pattern, bool recompute) {
+    memset(toy, 0, sizeof *toy);
+    Model* m = &toy->m;
+    *m = toy_model(config, true, 3);
+    toy->w = workspace_alloc(m, B, T, true, recompute, false);
+    toy->B = B;
+    toy->T = T;
+    toy->scale = (real)(1.0 / (double)T);
+    State* states[4] = { &toy->s0, &toy->sT, &toy->ds0, &toy->dsT };
+    for (int k = 0; k < 4; k++) *states[k] = state_alloc(m, B);
+    toy->none = state_none(m);
+    for (size_t i = 0; i < toy->s0.n_elements; i++) {
+        toy->s0.data[i] = (real)test_uniform(-1, 1, 77, i);
+        toy->dsT.data[i] = (real)test_uniform(-0.1, 0.1, 78, i);
+    }
+    toy->tokens = (int*)test_alloc(B * T, sizeof(int));
+    toy->targets = (int*)test_alloc(B * T, sizeof(int));
+    for (size_t i = 0; i < B * T; i++) {
+        toy->tokens[i] = (int)(random_bits(5, 1, i) % (uint64_t)config->vocab_size);
+        toy->targets[i] = (int)(random_bits(5, 3, i) % (uint64_t)config->vocab_size);
+        if (random_bits(5, 2, i) % 5 == 0) toy->targets[i] = -1;           // ignored
+    }
+    if (doc_pattern >= 0) toy->doc = make_docs((size_t)doc_pattern, B, T);
+}
+
+void toy_free(Toy* toy) {
+    State* states[5] = { &toy->s0, &toy->sT, &toy->ds0, &toy->dsT, &toy->none };
+    for (int k = 0; k < 5; k++) state_free(states[k]);
+    workspace_free(&toy->w);
+    model_free(&toy->m);
+}
+
+double toy_loss(Toy* toy) {
+    model_forward(&toy->m, &toy->w, toy->tokens, toy->doc, toy->B, toy->T, &toy->s0, &toy->sT);
+    double loss = (double)toy->scale * model_loss(&toy->m, &toy->w, toy->targets, toy->B * toy->T, false, 0);
+    const real *s = toy->sT.data, *weight = toy->dsT.data;
+    for (size_t i = 0; i < toy->sT.n_elements; i++) loss += (double)weight[i] * (double)s[i];
+    return loss;
+}
+
+// toy_gradients: adds to the gradients of the parameters and initial states
+void toy_gradients(Toy* toy) {
+    model_forward(&toy->m, &toy->w, toy->tokens, toy->doc, toy->B, toy->T, &toy->s0, &toy->sT);
+    model_loss(&toy->m, &toy->w, toy->targets, toy->B * toy->T, true, toy->scale);
+    model_backward(&toy->m, &toy->w, toy->tokens, toy->doc, toy->B, toy->T, &toy->s0, &toy->ds0, &toy->dsT);
+}
+
+double real_relative(const real* a, const real* reference, size_t n) {
+    double diff = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = (double)a[i] - (double)reference[i];
+        diff += d * d;
+        norm += (double)reference[i] * (double)reference[i];
+    }
+    return norm == 0 ? sqrt(diff) : sqrt(diff / norm);
+}
+
+// bits_differ: 1 if any bit of n numbers differs
+double bits_differ(const real* a, const real* b, size_t n) { return memcmp(a, b, n * sizeof(real)) != 0; }
+
+double states_differ(const State* a, const State* b) { return bits_differ(a->data, b->data, a->n_elements); }
+
+// compare_tensors: relative L2 of every parameter's part of two arrays laid out like the parameters
+void compare_tensors(Worst* worst, const Model* m, const real* a, const real* reference) {
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        worst_add(worst, real_relative(a + t->offset, reference + t->offset, t->count), "%s", t->name);
+    }
+}
+
+double* to_double(const real* x, size_t n) {
+    double* d = (double*)test_alloc(n, sizeof(double));
+    for (size_t i = 0; i < n; i++) d[i] = (double)x[i];
+    return d;
+}
+
+// Parameter totals of the published sizes, to the unit. Catches: a wrong shape, a tensor counted twice,
+// padding or dt_rank rounded another way.
+void test_counts(void) {
+    const struct { const char* preset; size_t total; } published[] = {
+        { "mamba-130m", 129135360 }, { "mamba-370m", 371516416 }, { "mamba-790m", 793204224 },
+        { "mamba-1.4b", 1372178432 }, { "mamba-2.8b", 2768345600 } };
+    for (int i = 0; i < COUNT_OF(published); i++) {
+        char name[64], option[] = "--preset", value[32];
+        char* argv[] = { option, value };
+        Settings s;
+        Error err;
+        Model m;
+        snprintf(value, sizeof value, "%s", published[i].preset);
+        must(settings_parse(&s, WORD_INFO, 2, argv, &err), &err);
+        Config c = config_from_options(&s, s.o.vocab_size, s.o.eos_token);
+        must(config_check(&c, &err), &err);
+        model_describe(&m, &c);
+        snprintf(name, sizeof name, "%s: parameters", value);
+        report(name, fabs((double)m.n_params - (double)published[i].total), 0);
+        model_free(&m);
+        settings_free(&s);
+    }
+}
+
+typedef struct { double mean, std, lo, hi; size_t n; } Moments;
+
+Moments tensor_moments(const Model* m, const char* suffix) {
+    Moments s = { 0, 0, INFINITY, -INFINITY, 0 };
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        for (size_t j = 0; ends_with(t->name, suffix) && j < t->count; j++) {
+            double x = (double)m->params[t->offset + j];
+            s.mean += x;
+            s.std += x * x;
+            s.lo = fmin(s.lo, x);
+            s.hi = fmax(s.hi, x);
+            s.n++;
+        }
+    }
+    s.mean /= (double)s.n;
+    s.std = sqrt(s.std / (double)s.n - s.mean * s.mean);
+    return s;
+}
+
+// Initial values. Catches: a fan-in of the wrong side, a conv bias of zero, residual scaling missing or
+// doubled, softplus inverted wrongly, random numbers that depend on the threads.
+void test_init(void) {
+    Config c = toy_config("1m", 4, 64, 96, 16, 4, 4, 250);
+    c.d_intermediate = 80;
+    c.tie_embeddings = false;
+    c.bias = true;
+    Model m, other;
+    model_describe(&m, &c);
+    model_alloc(&m, false);
+    model_init(&m, 1337);
+    const struct { const char* suffix; double bound; } uniform[] = {
+        { "in_proj.weight", 1 / sqrt(64) }, { "x_proj.weight", 1 / sqrt(96) },
+        { "dt_proj.weight", 1 / sqrt(4) }, { "conv1d.weight", 1 / sqrt(4) },
+            { "conv1d.bias", 1 / sqrt(4) }, { "mlp.fc1.weight", 1 / sqrt(64) },
+        { "out_proj.weight", 1 / sqrt(96 * 4) }, { "mlp.fc2.weight", 1 / sqrt(80 * 4) },
+        { "lm_head.weight", 1 / sqrt(64) } };
+    Worst spread = { 0, "" }, outside = { 0, "" };
+    for (int i = 0; i < COUNT_OF(uniform); i++) {
+        Moments s = tensor_moments(&m, uniform[i].suffix);
+        double bound = uniform[i].bound, n = (double)s.n;
+        // the standard error of the standard deviation of n uniform numbers is sqrt(0.2 / n) of it
+        worst_add(&spread, fabs(s.std * sqrt(3) / bound - 1) / sqrt(0.2 / n), "%s", uniform[i].suffix);
+        worst_add(&spread, fabs(s.mean) / (bound / sqrt(3 * n)), "mean of %s", uniform[i].suffix);
+        worst_add(&outside, fmax(s.hi, -s.lo) / bound, "%s", uniform[i].suffix);
+    }
+    worst_report("uniform: deviation and mean, in standard errors", &spread, 4);
+    worst_report("uniform: largest value / bound", &outside, 1 + 1e-6);
+    Moments e = tensor_moments(&m, "embeddings.weight"), dt = tensor_moments(&m, "dt_proj.bias");
+    report("embedding: standard deviation 0.02", fabs(e.std / 0.02 - 1), 0.03);       // standard error 0.0055
+    double lo = log1p(exp(dt.lo)), hi = log1p(exp(dt.hi));
+    report("softplus(dt bias) outside [1e-3, 1e-1]", fmax(1e-3 / lo, hi / 1e-1), 1 + 1e-5);
+    report("softplus(dt bias) approaches both ends", fmax(lo / 1e-3, 1e-1 / hi), 1.1);
+    double wrong = 0;
+    for (int i = 0; i < m.n_tensors; i++) {
+        const Tensor* t = &m.tensor[i];
+        bool one = ends_with(t->name, "norm.weight") || ends_with(t->name, "norm2.weight") ||
+                   ends_with(t->name, "norm_f.weight") || ends_with(t->name, ".D");
+        bool zero = ends_with(t->name, "in_proj.bias") || ends_with(t->name, "out_proj.bias");
+        for (size_t j = 0; j < t->count; j++) {
+            real x = m.params[t->offset + j];
+            if (one || zero) wrong += !(x == (real)one);
+            if (ends_with(t->name, "A_log")) wrong += !(x == (real)log((double)(j % 16 + 1)));
+        }
+    }
+    report("norms and D are 1, biases 0, A_log = ln(n+1)", wrong, 0);
+    model_describe(&other, &c);
+    model_alloc(&other, false);
+    use_threads(4);
+    model_init(&other, 1337);
+    use_threads(1);
+    report("same seed, 4 threads: bits differ", bits_differ(m.params, other.params, m.n_elements), 0);
+    model_init(&other, 1338);
+    double same = 0;
+    for (int i = 0; i < m.n_tensors; i++) {
+        const Tensor* t = &m.tensor[i];
+        bool random = t->spec->init != INIT_ONE && t->spec->init != INIT_ZERO && t->spec->init != INIT_A_LOG;
+        same += random && !bits_differ(m.params + t->offset, other.params + t->offset, t->count);
+    }
+    report("another seed: random tensors that did not change", same, 0);
+    model_free(&other);
+    model_free(&m);
+}
+
+typedef struct {
+    const char* pattern;
+    int64_t n_layer, D, E, N, K, R, V;
+    bool tie, bias, conv_bias;
+    size_t B, T;
+    int docs;                // pattern of documents, -1: none
+} ToyShape;
+const ToyShape toy_shapes[] = {
+    { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1 },
+    { "1", 2, 7, 9, 5, 2, 3, 11, false, true, false, 3, 7, 0 },
+    { "1m", 2, 5, 6, 3, 3, 2, 9, true, true, true, 3, 37, 1 },
+    { "11m", 2, 7, 5, 5, 4, 1, 8, false, false, true, 3, 7, 2 },
+    { "1m", 1, 5, 7, 5, 2, 1, 11, false, true, true, 3, 37, 4 },
+    { "1", 2, 3, 5, 5, 3, 2, 7, true, false, false, 3, 37, -1 },
+    { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1 },
+};
+
+void toy_from_shape(Toy* toy, const ToyShape* s, bool recompute) {
+    Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
+    c.tie_embeddings = s->tie;
+    c.bias = s->bias;
+    c.conv_bias = s->conv_bias;
+    toy_make(toy, &c, s->B, s->T, s->docs, recompute);
+}
+
+// numeric_gradient: (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / (12 h), truncation h^4, rounding 2^-53 / h
+void numeric_gradient(Toy* toy, real* x, double* numeric, size_t n) {
+    const double h = 2e-4;
+    for (size_t i = 0; i < n; i++) {
+        real x0 = x[i];
+        double f[5];
+        for (int k = -2; k <= 2; k++) {
+            x[i] = (real)((double)x0 + k * h);
+            if (k) f[k + 2] = toy_loss(toy);
+        }
+        numeric[i] = (8 * (f[3] - f[1]) - (f[4] - f[0])) / (12 * h);
+        x[i] = x0;
+    }
+}
+
+// Gradients of whole models = central differences, for every parameter and every initial state. Catches:
+// layers put together wrongly (an activation overwritten too early, the residual counted twice, a state of
+// a wrong row).
+void test_model_gradient(void) {
+    Worst params = { 0, "" }, states = { 0, "" }, recompute = { 0, "" }, padding = { 0, "" };
+    for (int k = 0; k < COUNT_OF(toy_shapes); k++) {
+        const ToyShape* shape = &toy_shapes[k];
+        Toy toy, again;
+        toy_from_shape(&toy, shape, false);
+        toy_gradients(&toy);
+        toy_from_shape(&again, shape, true);
+        toy_gradients(&again);
+        worst_add(&recompute, bits_differ(toy.m.grads, again.m.grads, toy.m.n_elements) +
+                  states_differ(&toy.ds0, &again.ds0), "shape %d", k);
+        toy_free(&again);
+        for (int i = 0; REAL_IS_DOUBLE && i < toy.m.n_tensors; i++) {
+            const Tensor* t = &toy.m.tensor[i];
+            double* numeric = (double*)test_alloc(t->count, sizeof(double));
+            numeric_gradient(&toy, toy.m.params + t->offset, numeric, t->count);
+            double* g = to_double(toy.m.grads + t->offset, t->count);
+            worst_add(&params, relative_l2(g, numeric, t->count), "shape %d, %s", k, t->name);
+        }
+        for (int l = 0; REAL_IS_DOUBLE && l < toy.m.n_layers; l++) {
+            const Kind* kind = toy.m.layer[l].kind;
+            for (int i = 0; i < kind->n_state; i++) {
+                size_t n = shape->B * spec_count(&kind->state[i], &toy.m.config);
+                double *numeric = (double*)test_alloc(n, sizeof(double)),
+                    *g = to_double(toy.ds0.field[l][i], n);
+                numeric_gradient(&toy, toy.s0.field[l][i], numeric, n);
+                worst_add(&states, relative_l2(g, numeric, n), "shape %d, layer %d %s", k, l,
+                          kind->state[i].name);
+            }
+        }
+        double touched = 0;         // the gaps between tensors stay 0: norms and hashes run over them
+        for (int i = 0; i < toy.m.n_tensors; i++)
+            for (size_t j = toy.m.tensor[i].count; j % 16; j++)
+                touched += toy.m.grads[toy.m.tensor[i].offset + j] != 0;
+        worst_add(&padding, touched, "shape %d", k);
+        toy_free(&toy);
+        free_all();
+    }
+    if (REAL_IS_DOUBLE) worst_report("parameters: gradient = central differences", &params, 1e-6);
+    if (REAL_IS_DOUBLE) worst_report("initial states: gradient = central differences", &states, 1e-6);
+    worst_report("recompute: bits differ", &recompute, 0);
+    worst_report("padding between gradients touched", &padding, 0);
+}
+
+// The gated MLP against its formula in double precision (fixtures have none). Catches: up and gate
+// exchanged, eps
+// missing: both invisible to differentiation.
+void test_mlp(void) {
+    enum { M = 5, D = 7, F = 6 };
+    Config c = toy_config("1m", 1, D, 4, 2, 2, 1, 8);
+    Toy toy;
+    toy_make(&toy, &c, 1, M, -1, false);
+    const Layer* layer = &toy.m.layer[1];
+    const MlpParams* p = (const MlpParams*)layer->params;
+    Run run = { &c, 1, M, NULL };
+    real res[M * D], out[M * D];
+    double want[M * D];
+    for (size_t i = 0; i < M * D; i++) res[i] = (real)test_uniform(-0.01, 0.01, 81, i);     // eps counts
+    for (size_t m = 0; m < M; m++) {
+        double sum = 0, mid[F];
+        for (size_t d = 0; d < D; d++) sum += (double)res[m * D + d] * (double)res[m * D + d] / D;
+        for (size_t f = 0; f < F; f++) {
+            double up = 0, gate = 0;
+            for (size_t d = 0; d < D; d++) {
+                double u = (double)p->norm[d] * (double)res[m * D + d] / sqrt(sum + 1e-5);
+                up += (double)p->fc1[f * D + d] * u;
+                gate += (double)p->fc1[(F + f) * D + d] * u;
+            }
+            mid[f] = up * gate / (1 + exp(-gate));
+        }
+        for (size_t d = 0; d < D; d++) {
+            want[m * D + d] = (double)res[m * D + d];
+            for (size_t f = 0; f < F; f++) want[m * D + d] += (double)p->fc2[d * F + f] * mid[f];
+        }
+    }
+    layer->kind->forward(&run, out, res, layer->params, toy.w.acts[1], toy.w.scratch[layer->kind - kinds],
+                         toy.none.field[1], toy.none.field[1]);
+    report("gated MLP = formula", relative_l2(to_double(out, M * D), want, M * D), limit(3e-6, 1e-14));
+    toy_free(&toy);
+}
+
+// Two micro-batches give the gradient of the batch of both. Catches: = instead of += in any layer, a scale
+// per micro-batch. B*T is above CLASSIFIER_ROWS, so the loss is also made in pieces.
+void test_accumulation(void) {
+    Config c = toy_config("11m", 2, 9, 12, 5, 4, 2, 21);
+    c.tie_embeddings = false;
+    Worst worst = { 0, "" };
+    Toy whole, half;
+    toy_make(&whole, &c, 4, 100, 0, false);
+    toy_gradients(&whole);
+    toy_make(&half, &c, 2, 100, 0, false);
+    int *tokens = half.tokens, *targets = half.targets, *doc = half.doc;
+    State s0 = half.s0, dsT = half.dsT, ds0 = half.ds0;
+    for (size_t part = 0; part < 2; part++) {
+        memcpy(tokens, whole.tokens + part * 200, 200 * sizeof(int));
+        memcpy(targets, whole.targets + part * 200, 200 * sizeof(int));
+        memcpy(doc, whole.doc + part * 200, 200 * sizeof(int));
+        for (size_t r = 0; r < 2; r++) {
+            state_copy_row(&half.m, &s0, r, &whole.s0, 2 * part + r);
+            state_copy_row(&half.m, &dsT, r, &whole.dsT, 2 * part + r);
+            state_copy_row(&half.m, &ds0, r, NULL, 0);
+        }
+        toy_gradients(&half);
+    }
+    compare_tensors(&worst, &whole.m, half.m.grads, whole.m.grads);
+    worst_report("two micro-batches = one batch", &worst, limit(1e-5, 1e-12));
+    toy_free(&half);
+    toy_free(&whole);
+}
+
+// One sequence in two calls, or a prompt and then single tokens, has the bits of one call. Catches: a conv
+// tail off by one, states handed over in another order, a sum whose order depends on the length.
+void test_pieces(void) {
+    enum { T = 40 };
+    Worst split = { 0, "" }, steps = { 0, "" }, rows = { 0, "" };
+    for (int64_t K = 1; K <= 4; K++) {
+        Config c = toy_config(K % 2 ? "11m" : "1", 2, 9, 14, 5, K, 2, 19);
+        Toy toy;
+        toy_make(&toy, &c, 1, T, -1, false);
+        Model* m = &toy.m;
+        const size_t D = 9;
+        Workspace w = workspace_alloc(m, 1, T, false, false, false);
+        State s = state_alloc(m, 1);
+        real *f = (real*)test_alloc(T * D, sizeof(real)), *g = (real*)test_alloc(T * D, sizeof(real));
+        model_forward(m, &w, toy.tokens, NULL, 1, T, &toy.none, &toy.sT);
+        memcpy(f, w.f, T * D * sizeof(real));
+        for (size_t cut = 1; cut < T; cut++) {
+            model_forward(m, &w, toy.tokens, NULL, 1, cut, &toy.none, &s);
+            memcpy(g, w.f, cut * D * sizeof(real));
+            model_forward(m, &w, toy.tokens + cut, NULL, 1, T - cut, &s, &s);
+            memcpy(g + cut * D, w.f, (T - cut) * D * sizeof(real));
+            worst_add(&split, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT), "K %d, cut at %zu",
+                      (int)K, cut);
+        }
+        for (size_t first = 1; first <= (size_t)K + 1; first++) {
+            memset(s.data, 0, s.n_elements * sizeof(real));
+            for (size_t t = 0, n = first; t < T; t += n, n = 1) {
+                model_forward(m, &w, toy.tokens + t, NULL, 1, n, &s, &s);
+                memcpy(g + t * D, w.f, n * D * sizeof(real));
+            }
+            worst_add(&steps, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT),
+                      "K %d, prefill of %zu", (int)K, first);
+        }
+        workspace_free(&w);
+        state_free(&s);
+        toy_free(&toy);
+    }
+    worst_report("two calls = one call: bits differ", &split, 0);
+    worst_report("prefill, then single tokens = one call: bits differ", &steps, 0);
+
+    // Prompts of different lengths, decoded as one batch = each alone. Catches: rows that see each other's
+    // state.
+    Config c = toy_config("1m", 2, 9, 14, 5, 4, 2, 19);
+    Model m = toy_model(&c, false, 4);
+    Backend backend = backend_cpu(&m, 0, 0, false, false);
+    enum { ROWS = 5, STEPS = 12 };
+    const size_t length[ROWS] = { 1, 2, 3, 17, 33 };
+    size_t Vp = (size_t)c.vocab_padded;
+    Session batch = session_create(&m, ROWS, 40), alone = session_create(&m, 1, 40);
+    real* together = (real*)test_alloc(ROWS * Vp, sizeof(real));
+    real* single = (real*)test_alloc(ROWS * Vp, sizeof(real));
+    State kept = state_alloc(&m, ROWS);
+    int prompt[40], next[ROWS];
+    for (int i = 0; i < 40; i++) prompt[i] = (int)(random_bits(6, 1, (uint64_t)i) % 19);
+    for (size_t r = 0; r < ROWS; r++) {
+        backend.decode(&backend, &batch, r, 1, prompt + r, length[r], together + r * Vp);
+        memset(alone.state.data, 0, alone.state.n_elements * sizeof(real));
+        backend.decode(&backend, &alone, 0, 1, prompt + r, length[r], single + r * Vp);
+        state_copy_row(&m, &kept, r, &alone.state, 0);
+    }
+    for (int step = 0; step < STEPS; step++) {
+        worst_add(&rows, bits_differ(together, single, ROWS * Vp), "step %d", step);
+        for (size_t r = 0; r < ROWS; r++) {
+            next[r] = (int)(random_bits(6, 2, (uint64_t)step * ROWS + r) % 19);
+            state_copy_row(&m, &alone.state, 0, &kept, r);
+            backend.decode(&backend, &alone, 0, 1, &next[r], 1, single + r * Vp);
+            state_copy_row(&m, &kept, r, &alone.state, 0);
+        }
+        backend.decode(&backend, &batch, 0, ROWS, next, 1, together);
+    }
+    worst_add(&rows, states_differ(&kept, &batch.state), "states at the end");
+    worst_report("batch of prompts of 5 lengths = each alone: bits differ", &rows, 0);
+    state_free(&kept);
+    session_free(&batch);
+    session_free(&alone);
+    backend.destroy(&backend);
+    model_free(&m);
+}
+
+// Documents packed into one row = each in a row of its own, outputs and gradients of the whole model.
+// Catches: a boundary missed by one of conv, scan and their backwards; lengths around K and around the
+// chunk of the scan.
+void test_model_packed(void) {
+    // K-1 = 3
+    const size_t lengths[] = { 1, 2, 3, SCAN_CHUNK, SCAN_CHUNK - 1, SCAN_CHUNK + 1, 1, 1, 1, 5 };
+    Config c = toy_config("1m", 2, 7, 9, 5, 4, 2, 19);
+    for (int only_ends = 0; only_ends < 2; only_ends++) {
+        Worst forward = { 0, "" }, backward = { 0, "" };
+        size_t T = 0, n_docs = only_ends ? 37 : COUNT_OF(lengths);
+        for (size_t d = 0; d < n_docs; d++) T += only_ends ? 1 : lengths[d];
+        Toy packed, alone;
+        toy_make(&packed, &c, 1, T, 0, false);
+        toy_make(&alone, &c, 1, T, -1, false);
+        int* tokens = alone.tokens;
+        int* targets = alone.targets;
+        for (size_t d = 0, at = 0; d < n_docs; d++)      // ids from 1: the given state belongs to none
+            for (size_t t = 0; t < (only_ends ? 1 : lengths[d]); t++) packed.doc[at++] = (int)d + 1;
+        for (int k = 0; k < 2; k++) {
+            Toy* toy = k ? &alone : &packed;
+            memset(toy->dsT.data, 0, toy->dsT.n_elements * sizeof(real));
+            toy->scale = (real)0.25;
+        }
+        memset(alone.s0.data, 0, alone.s0.n_elements * sizeof(real));
+        toy_gradients(&packed);
+        double loss = 0;
+        for (size_t d = 0, at = 0; d < n_docs; d++, at += alone.T) {
+            alone.T = only_ends ? 1 : lengths[d];
+            alone.tokens = tokens + at;
+            alone.targets = targets + at;
+            toy_gradients(&alone);
+            for (size_t i = 0; i < alone.T; i++)
+                loss += (double)(alone.w.losses[i] - packed.w.losses[at + i]);
+            worst_add(&forward, bits_differ(alone.w.f, packed.w.f + at * 7, alone.T * 7), "document %zu", d);
+        }
+        worst_add(&forward, fabs(loss), "loss");
+        compare_tensors(&backward, &packed.m, packed.m.grads, alone.m.grads);
+        const char* const claims[2][2] = { { "10 documents: outputs, bits differ",
+                                             "10 documents: gradients" },
+                                     { "only end tokens: outputs, bits differ",
+                                       "only end tokens: gradients" } };
+        worst_report(claims[only_ends][0], &forward, 0);
+        worst_report(claims[only_ends][1], &backward, limit(1e-5, 1e-12));    // measured 3.7e-7, 9e-16
+        toy_free(&packed);
+        toy_free(&alone);
+    }
+}
+
+// toy_train: optimizer steps on changing tokens
+void toy_train(Toy* toy, int steps) {
+    AdamW opt = { 0.9, 0.95, 1e-8, 0.1 };
+    for (int step = 1; step <= steps; step++) {
+        for (size_t i = 0; i < toy->B * toy->T; i++)
+            toy->tokens[i] = (int)(random_bits(8, (uint64_t)step, i) % (uint64_t)toy->m.config.vocab_size);
+        zero_real(toy->m.grads, toy->m.n_elements);
+        toy_gradients(toy);
+        adamw_update(&toy->m, &opt, 1e-2, clip_scale(gradient_norm(&toy->m), 1), step);
+    }
+}
+
+// Ten steps end in the same bits for any number of threads. Catches: a reduction shared out over threads
+// anywhere between the embedding and the optimizer.
+void test_threads(void) {
+    Config c = toy_config("1m", 2, 64, 96, 8, 4, 4, 300);
+    c.d_intermediate = 40;
+    const int threads[] = { 1, 1, 2, 3, 4, 7 };
+    Worst worst = { 0, "" };
+    real* first = NULL;
+    for (int k = 0; k < COUNT_OF(threads); k++) {
+        Toy toy;
+        toy_make(&toy, &c, 3, 40, 0, false);
+        use_threads(threads[k]);
+        toy_train(&toy, 10);
+        use_threads(1);
+        size_t n = toy.m.n_elements;
+        const real* part[3] = { toy.m.params, toy.m.m, toy.m.v };
+        if (!first) first = (real*)test_alloc(3 * n, sizeof(real));
+        for (size_t i = 0; i < 3; i++) {
+            if (k == 0) memcpy(first + i * n, part[i], n * sizeof(real));
+            double wrong = bits_differ(first + i * n, part[i], n) + !all_finite(part[i], n);
+            worst_add(&worst, wrong, "%d threads, run %d", threads[k], k);
+        }
+        toy_free(&toy);
+    }
+    worst_report("10 steps: parameters and moments, bits differ", &worst, 0);
+}
+
+// fixture_error: relative L2 of `have` against a tensor of the fixture; NaN when it has no such tensor
+double fixture_error(const SafeTensors* st, const char* prefix, const char* name, const real* have,
+                     size_t n) {
+    char full[128];
+    Error err;
+    snprintf(full, sizeof full, "%s%s", prefix, name);
+    const SafeTensor* t = safetensors_find(st, full);
+    real* want = (real*)test_alloc(n, sizeof(real));
+    if (!t || t->count != n || !safetensors_read_real(st, t, want, &err)) return NAN;
+    return real_relative(have, want, n);
+}
+
+void fixture_tensors(Worst* worst, const SafeTensors* st, const char* prefix, const Model* m,
+                     const real* have) {
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        worst_add(worst, fixture_error(st, prefix, t->name, have + t->offset, t->count), "%s", t->name);
+    }
+}
+
+void test_fixture(const char* name) {
+    char dir[128], path[160], text[160];
+    Error err;
+    Model m;
+    SafeTensors st;
+    snprintf(dir, sizeof dir, "dev/reference/fixtures/%s", name);
+    snprintf(path, sizeof path, "%s/expected.safetensors", dir);
+    if (!model_load(&m, dir, true, &err)) {
+        printf("%s (run from the repository root)\n", err.text);
+        report(name, NAN, 0);
+        return;
+    }
+    if (!safetensors_open(&st, path, &err)) die("%s", err.text);
+    const SafeTensor *ids = safetensors_find(&st, "input_ids"), *want = safetensors_find(&st, "targets");
+    if (!ids || !want || ids->ndim != 2) die("%s: input_ids or targets are missing", path);
+    size_t B = (size_t)ids->shape[0], T = (size_t)ids->shape[1], M = B * T;
+    size_t D = (size_t)m.config.d_model, Vp = (size_t)m.config.vocab_padded;
+    int64_t *wide = (int64_t*)test_alloc(2 * M, sizeof(int64_t)), n_targets = 0;
+    int *tokens = (int*)test_alloc(M, sizeof(int)), *targets = (int*)test_alloc(M, sizeof(int));
+    must(safetensors_read_int(&st, ids, wide, &err) && safetensors_read_int(&st, want, wide + M, &err), &err);
+    for (size_t i = 0; i < M; i++) {
+        tokens[i] = (int)wide[i];
+        targets[i] = (int)wide[M + i];
+        n_targets += targets[i] >= 0;
+    }
+    Worst forward = { 0, "" }, gradient = { 0, "" }, after = { 0, "" }, size = { 0, "" };
+    Workspace w = workspace_alloc(&m, B, T, true, false, false);
+    State none = state_none(&m);
+    real losses[10], norms[10], *logits = (real*)test_alloc(M * Vp, sizeof(real));
+    AdamW opt = { 0.9, 0.95, 1e-8, 0.1 };
+    for (int step = 0; step < 10; step++) {
+        zero_real(m.grads, m.n_elements);
+        model_forward(&m, &w, tokens, NULL, B, T, &none, &none);
+        real scale = 1 / (real)n_targets;
+        losses[step] = (real)model_loss(&m, &w, targets, M, true, scale) * scale;
+        model_backward(&m, &w, tokens, NULL, B, T, &none, &none, &none);
+        norms[step] = (real)gradient_norm(&m);
+        if (step == 0) {
+            matmul_forward(logits, Vp, w.f, D, m.head, NULL, M, D, Vp);
+            worst_add(&forward, fixture_error(&st, "", "logits", logits, M * Vp), "logits");
+            worst_add(&forward, fixture_error(&st, "", "loss", losses, 1), "loss");
+            fixture_tensors(&gradient, &st, "grad.", &m, m.grads);
+        }
+        adamw_update(&m, &opt, 1e-2, clip_scale((double)norms[step], 1), step + 1);
+    }
+    worst_add(&after, fixture_error(&st, "", "losses", losses, 10), "losses");
+    worst_add(&size, fixture_error(&st, "", "grad_norms", norms, 10), "10 steps");
+    fixture_tensors(&after, &st, "adamw.", &m, m.params);
+    const Worst* rows[] = { &forward, &gradient, &after, &size };
+    const char* claims[] = { "logits and loss", "gradients", "losses, 10 AdamW steps", "gradient norms" };
+    // measured 1.1e-6, 3.1e-5, 3.1e-5, 2.5e-4; in double 3e-15, then 2e-10: above 20 torch takes the slope
+    // of softplus as 1, we as sigmoid(20.5) = 1 - 1.2e-9. The norm of nearly cancelling gradients is the
+    // most sensitive number.
+    const double in_float[] = { 1e-4, 1e-4, 1e-4, 1e-3 };
+    for (int i = 0; i < 4; i++) {
+        snprintf(text, sizeof text, "%s: %s", name, claims[i]);
+        worst_report(text, rows[i], limit(in_float[i], 1e-9));
+    }
+    workspace_free(&w);
+    state_free(&none);
+    safetensors_close(&st);
+    model_free(&m);
+}
+
+// Logits, loss, gradients and ten optimizer steps of transformers in float64. Catches: anything that
+// differs from the published model and that no test of ours against ourselves can see.
+void test_fixtures(void) {
+    test_fixture("default");
+    test_fixture("bias_untied");
+    test_fixture("no_conv_bias");
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 8. Checkpoints and training runs
+
+char scratch_dir[64];                    // made by the first test that writes, removed by remove_scratch
+
+const char* scratch(const char* name) {
+    static char path[8][160];
+    static int next = 0;
+    if (!scratch_dir[0]) {
+        snprintf(scratch_dir, sizeof scratch_dir, "/tmp/test_model_XXXXXX");
+        if (!mkdtemp(scratch_dir)) die("test: cannot make a directory in /tmp: %s", strerror(errno));
+    }
+    next = (next + 1) % 8;
+    snprintf(path[next], sizeof path[next], "%s/%s", scratch_dir, name);
+    return path[next];
+}
+
+int remove_entry(const char* path, const struct stat* st, int type, struct FTW* ftw) {
+    (void)st; (void)type; (void)ftw;
+    return remove(path);
+}
+
+void remove_scratch(void) {
+    if (scratch_dir[0]) nftw(scratch_dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    scratch_dir[0] = 0;
+}
+
+char* file_bytes(const char* path, size_t* n) {
+    FILE* f = fopen(path, "rb");
+    *n = 0;
+    if (!f) return NULL;
+    char* bytes = (char*)test_alloc(1 << 20, 1);
+    *n = fread(bytes, 1, 1 << 20, f);
+    fclose(f);
+    return bytes;
+}
+
+void file_put(const char* path, const char* bytes, size_t n) {
+    FILE* f = fopen(path, "wb");
+    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f) != 0) die("test: cannot write %s", path);
+}
+
+double files_differ(const char* a, const char* b) {
+    size_t n, m;
+    char *x = file_bytes(a, &n), *y = file_bytes(b, &m);
+    return !x || !y || n == 0 || n != m || memcmp(x, y, n) != 0;
+}
+
+// try_load: a weights file into m; false with the line
+bool try_load(Model* m, const char* path, Error* err) {
+    SafeTensors st;
+    if (!safetensors_open(&st, path, err)) return false;
+    bool ok = model_load_tensors(m, &st, err);
+    safetensors_close(&st);
+    return ok;
+}
+
+bool try_optimizer(Model* m, const char* weights, const char* moments, State* carry, Error* err) {
+    SafeTensors a, b;
+    must(safetensors_open(&a, weights, err) && safetensors_open(&b, moments, err), err);
+    bool ok = optimizer_load(m, &a, &b, carry, 2, err);
+    safetensors_close(&a);
+    safetensors_close(&b);
+    return ok;
+}
+
+// refused: 0 when the call failed and its line has every word, separated by '|'
+double refused(bool ok, const Error* err, const char* words) {
+    char copy[256], *rest = NULL;
+    snprintf(copy, sizeof copy, "%s", words);
+    if (ok) return 1;
+    for (char* w = strtok_r(copy, "|", &rest); w; w = strtok_r(NULL, "|", &rest))
+        if (!strstr(err->text, w)) {
+            printf("expected '%s' in: %s\n", w, err->text);
+            return 1;
+        }
+    return 0;
+}
+
+// What is saved comes back to the bit, and nothing else is accepted. Catches: a tensor missing from a file
+// or read into another, weights of one save used with the moments of another, damage that goes unnoticed.
+void test_checkpoint(void) {
+    Config c = toy_config("1m", 2, 7, 14, 5, 4, 2, 19);
+    Tokenizer tok = { TOKENIZER_NONE, 19, -1 };
+    Error err;
+    Toy toy;
+    Model back;
+    State carry[2], carry_back[2];
+    const char* settings[] = { "ssm_c_format", "1", NULL };
+    const char* out = scratch("checkpoint");
+    char old[200], last[200], weights[240], moments[240];
+    toy_make(&toy, &c, 2, 9, -1, false);
+    Model* m = &toy.m;
+    for (int k = 0; k < 2; k++) {
+        carry[k] = state_alloc(m, 3);
+        carry_back[k] = state_alloc(m, 3);
+        for (size_t i = 0; i < carry[k].n_elements; i++)
+            carry[k].data[i] = (real)test_uniform(-1, 1, 90 + (uint64_t)k, i);
+    }
+    snprintf(old, sizeof old, "%s/step_00000100", out);
+    snprintf(last, sizeof last, "%s/last", out);
+    snprintf(weights, sizeof weights, "%s/model.safetensors", last);
+    snprintf(moments, sizeof moments, "%s/optimizer.safetensors", last);
+    must(checkpoint_probe(out, 1, &err), &err);
+    for (int step = 100; step <= 200; step += 100) {
+        toy_train(&toy, 3);
+        must(checkpoint_save(m, &tok, out, step, settings, carry, 2, &err), &err);
+    }
+    size_t count = m->n_elements;
+    bool ok = model_load(&back, last, true, &err);
+    if (!ok) die("test: %s", err.text);
+    report("weights: bits differ", bits_differ(back.params, m->params, count), 0);
+    ok = try_optimizer(&back, weights, moments, carry_back, &err);
+    double wrong = !ok + bits_differ(back.m, m->m, count) + bits_differ(back.v, m->v, count);
+    for (int k = 0; k < 2; k++) wrong += states_differ(&carry[k], &carry_back[k]);
+    report("moments and carried states: bits differ", wrong, 0);
+    report("configuration", memcmp(&back.config, &m->config, sizeof(Config)) != 0, 0);
+
+    char other[240];
+    snprintf(other, sizeof other, "%s/optimizer.safetensors", old);
+    ok = try_optimizer(&back, weights, other, carry_back, &err);
+    report("weights of step 200, moments of step 100: not refused", refused(ok, &err, "step 200|step 100"),
+           0);
+    back.params[3] += 1;
+    ok = try_optimizer(&back, weights, moments, carry_back, &err);
+    report("other weights of the same step: not refused", refused(ok, &err, "not those that were saved"), 0);
+
+    // files that do not fit: written from the table of tensors, then edited
+    const char* edited = scratch("edited.safetensors");
+    int n = m->n_tensors;
+    SafeTensorOut* t = model_file_tensors(m, true);
+    real keep = m->params[m->tensor[4].offset + 1];
+    m->params[m->tensor[4].offset + 1] = (real)NAN;
+    must(safetensors_write(edited, t, n, NULL, &err), &err);
+    ok = try_load(&back, edited, &err);
+    report("NaN in a weights file: not named", refused(ok, &err, m->tensor[4].name), 0);
+    m->params[m->tensor[4].offset + 1] = keep;
+    for (int i = 0; i < n; i++) t[i].dtype = ST_F32;
+    SafeTensorOut* bad = (SafeTensorOut*)test_alloc((size_t)n, sizeof *bad);
+    memcpy(bad, t, (size_t)n * sizeof *bad);
+    char words[256];
+    snprintf(words, sizeof words, "%s|%s|surplus.weight|%s|I64", t[2].name, t[1].name, t[6].name);
+    bad[2].name = "surplus.weight";                         // one missing, one extra
+    bad[1].ndim = 2;
+    bad[1].shape[0] = 1;
+    bad[1].shape[1] = (int64_t)m->tensor[1].count;          // another shape
+    bad[6].dtype = ST_F64;                                  // becomes I64
+    must(safetensors_write(edited, bad, n, NULL, &err), &err);
+    size_t size;
+    char* file = file_bytes(edited, &size);
+    char* dtype = (char*)memmem(file, size, "F64", 3);
+    if (!dtype) die("test: no F64 in %s", edited);
+    memcpy(dtype, "I64", 3);
+    file_put(edited, file, size);
+    ok = try_load(&back, edited, &err);
+    report("missing, extra, shape, dtype: not all listed", refused(ok, &err, words), 0);
+
+    // a head beside a tied embedding
+    real* head = (real*)test_alloc(m->tensor[0].count, sizeof(real));
+    memcpy(head, m->embedding, m->tensor[0].count * sizeof(real));
+    for (int i = 0; i < n; i++) t[i].dtype = REAL_IS_DOUBLE ? ST_F64 : ST_F32;
+    t[n] = t[0];
+    t[n].name = "lm_head.weight";
+    t[n].data = head;
+    must(safetensors_write(edited, t, n + 1, NULL, &err), &err);
+    ok = try_load(&back, edited, &err);
+    report("tied, head present and equal: refused", !ok + bits_differ(back.params, m->params, count), 0);
+    head[5] += 1;
+    must(safetensors_write(edited, t, n + 1, NULL, &err), &err);
+    ok = try_load(&back, edited, &err);
+    report("tied, head present and different: not refused", refused(ok, &err, "lm_head.weight differs"), 0);
+    free(t);
+    for (int k = 0; k < 2; k++) { state_free(&carry[k]); state_free(&carry_back[k]); }
+    model_free(&back);
+    toy_free(&toy);
+    remove_scratch();
+}
+
+// TrainRun: a training run in a child process, with hooks in its backend. The stop is exact: the signal is
+// raised inside the update of step stop_at, so the loop finishes this step, saves and leaves.
+enum { PLANT_NONE, PLANT_PARAM, PLANT_GRADIENT, PLANT_HUGE };
+typedef struct {
+    char options[1024];
+    int64_t stop_at;                     // 0: runs to the end
+    int plant, tensor;                   // what goes wrong, in which tensor,
+    int64_t first, last;                 // in which steps, from 1
+    bool print_stream;                   // writes the hash of all batches and the last loss to stderr
+    // batch size 1: compares each loss with one call over all since the start
+    bool check_carry;
+} TrainRun;
+
+TrainRun* train_run;
+int64_t train_steps;                     // begun, since this process started
+uint64_t train_stream;
+double (*train_forward)(Backend*, int, const int*, const int*, const int*, size_t, size_t, double);
+void (*train_backward)(Backend*, int, const int*, const int*, size_t, size_t);
+void (*train_zero)(Backend*);
+void (*train_update)(Backend*, const AdamW*, double, double, int64_t);
+
+// carried_error: the loss of this window, computed by one forward without states over everything that its
+// stream
+// has read since the beginning of the epoch, against the loss from carried state. 6 windows of 16 in an
+// epoch.
+int carry_tokens[2][96], carry_targets[2][96];
+double carry_error;
+
+void carried_error(Backend* b, int micro, const int* tokens, const int* targets, size_t T, double loss) {
+    size_t past = (size_t)((train_steps - 1) % 6) * T, n = past + T;
+    int doc[96], id = 0;
+    memcpy(carry_tokens[micro] + past, tokens, T * sizeof(int));
+    memcpy(carry_targets[micro] + past, targets, T * sizeof(int));
+    for (size_t t = 0; t < n; t++) doc[t] = id += carry_tokens[micro][t] == 256;
+    Workspace w = workspace_alloc(b->model, 1, n, false, false, false);
+    model_forward(b->model, &w, carry_tokens[micro], doc, 1, n, &b->none, &b->none);
+    model_loss(b->model, &w, carry_targets[micro], n, false, 0);
+    for (size_t t = past; t < n; t++) loss -= (double)w.losses[t];
+    carry_error = fmax(carry_error, isnan(loss) ? INFINITY : fabs(loss));
+    workspace_free(&w);
+}
+
+bool planted(int kind) {
+    return train_run->plant == kind && train_steps >= train_run->first && train_steps <= train_run->last;
+}
+
+double hooked_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
+                      size_t B, size_t T, double scale) {
+    for (size_t i = 0; i < B * T; i++)
+        train_stream = mix64(train_stream ^ ((uint64_t)tokens[i] << 32 | (uint32_t)targets[i]));
+    double loss = train_forward(b, micro, tokens, targets, doc, B, T, scale);
+    if (train_run->check_carry) carried_error(b, micro, tokens, targets, T, loss);
+    return loss;
+}
+
+void hooked_backward(Backend* b, int micro, const int* tokens, const int* doc, size_t B, size_t T) {
+    train_backward(b, micro, tokens, doc, B, T);
+    if (planted(PLANT_GRADIENT)) b->model->grads[b->model->tensor[train_run->tensor].offset] = (real)INFINITY;
+}
+
+void hooked_zero(Backend* b) {           // called once at the start of each step
+    const Tensor* t = &b->model->tensor[train_run->tensor];
+    real* p = b->model->params + t->offset;
+    train_steps++;
+    if (planted(PLANT_PARAM)) p[t->count - 1] = (real)NAN;
+    for (size_t i = 0; i < t->count && planted(PLANT_HUGE); i++) p[i] = (real)(REAL_IS_DOUBLE ? 1e308 : 3e38);
+    train_zero(b);
+}
+
+void hooked_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
+    train_update(b, opt, lr, scale, step);
+    if (step == train_run->stop_at) raise(SIGTERM);
+}
+
+int split_words(char* text, char* argv[64]) {
+    int argc = 0;
+    char* rest = NULL;
+    for (char* word = strtok_r(text, " ", &rest); word && argc < 64; word = strtok_r(NULL, " ", &rest))
+        argv[argc++] = word;
+    return argc;
+}
+
+void* train_thread(void* unused) {       // as train_main, without the plot
+    char* argv[64];
+    int argc = split_words(train_run->options, argv);
+    static Settings s;
+    static Trainer t;
+    Error err;
+    if (!settings_parse(&s, WORD_TRAIN, argc, argv, &err)) die("%s", err.text);
+    trainer_create(&t, &s);
+    catch_signals();
+    train_forward = t.backend.forward;
+    train_backward = t.backend.backward;
+    train_zero = t.backend.zero_gradients;
+    train_update = t.backend.update;
+    t.backend.forward = hooked_forward;
+    t.backend.backward = hooked_backward;
+    t.backend.zero_gradients = hooked_zero;
+    t.backend.update = hooked_update;
+    int code = train_loop(&t);
+    if (train_run->print_stream)
+        fprintf(stderr, "%016llx %.17g", (unsigned long long)train_stream, t.progress.train_loss);
+    if (train_run->check_carry) fprintf(stderr, "%.17g", carry_error);
+    fflush(stderr);
+    _exit(code);
+    return unused;
+}
+
+void train_child(void* run) {
+    train_run = (TrainRun*)run;
+    if (!freopen("/dev/null", "w", stdout)) die("test: /dev/null: %s", strerror(errno));
+    // A new thread has a pool of OpenMP threads of its own; that of the forked one died with the fork.
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, train_thread, NULL) != 0) die("test: pthread_create failed");
+    pthread_join(thread, NULL);
+}
+
+__attribute__((format(printf, 4, 5)))
+int train(TrainRun* run, char* text, size_t size, const char* options, ...) {
+    va_list args;
+    va_start(args, options);
+    int n = snprintf(run->options, sizeof run->options,
+                     "--n-layer 2 --d-model 8 --d-state 4 --seq-len 16 --val-fraction 0 --eval-every 0 "
+                     "--max-tokens 0 --log-every 1000 --warmup 2 --data %s %s %s ",
+                     scratch("a.txt"), scratch("b.txt"), scratch("c.txt"));
+    vsnprintf(run->options + n, sizeof run->options - (size_t)n, options, args);
+    va_end(args);
+    return in_child(train_child, run, text, size);
+}
+
+// Three files of 70 bytes are, with their end tokens, 213 tokens: 12 rows of 16 in an epoch, shuffled or
+// sequential.
+void write_data(void) {
+    char text[70];
+    for (int f = 0; f < 3; f++) {
+        for (size_t i = 0; i < sizeof text; i++) text[i] = (char)('a' + random_bits(9, (uint64_t)f, i) % 26);
+        file_put(scratch(f == 0 ? "a.txt" : f == 1 ? "b.txt" : "c.txt"), text, sizeof text);
+    }
+}
+
+// A run that is stopped and resumed ends in the files of one that was not: weights, moments, carried
+// states, step, sample counter, settings, all bytes. Catches: anything that a run depends on and that is
+// not saved.
+void test_resume(void) {
+    Worst worst = { 0, "" }, stops = { 0, "" };
+    char text[2048], straight[64], stopped[64], a[240], b[240];
+    write_data();
+    for (int k = 0; k < 32; k++) {
+        bool accum = k & 1, carry = k & 2, documents = k & 4, recompute = k & 8, at_end = k & 16;
+        int64_t stop = accum ? (at_end ? 2 : 3) : (at_end ? 6 : 4);       // 2 or 6 rows a step, 12 an epoch
+        TrainRun run;
+        memset(&run, 0, sizeof run);
+        char options[200];
+        snprintf(options, sizeof options, "--batch-size 2 --grad-accum %d --steps %d --threads 1 "
+                 "--%scarry-state --%sreset-documents --%srecompute", accum ? 3 : 1, (int)stop + 3,
+                 carry ? "" : "no-", documents ? "" : "no-", recompute ? "" : "no-");
+        snprintf(straight, sizeof straight, "straight%d", k);
+        snprintf(stopped, sizeof stopped, "stopped%d", k);
+        int code = train(&run, text, sizeof text, "%s --out %s", options, scratch(straight));
+        worst_add(&stops, code, "case %d, straight: %.50s", k, text);
+        run.stop_at = stop;
+        code = train(&run, text, sizeof text, "%s --out %s", options, scratch(stopped));
+        worst_add(&stops, fabs(code - 128.0 - SIGTERM), "case %d, stopped: %.50s", k, text);
+        char target[64] = "", expected[64];
+        snprintf(a, sizeof a, "%s/last", scratch(stopped));
+        snprintf(expected, sizeof expected, "step_%08d", (int)stop);
+        bool there = readlink(a, target, sizeof target - 1) > 0 && strcmp(target, expected) == 0;
+        worst_add(&stops, !there, "case %d stopped at %s", k, target);
+        run.stop_at = 0;
+        code = train(&run, text, sizeof text, "--resume --threads 4 --out %s", scratch(stopped));
+        worst_add(&stops, code, "case %d, resumed: %.50s", k, text);
+        for (int f = 0; f < 2; f++) {
+            const char* file = f ? "optimizer.safetensors" : "model.safetensors";
+            snprintf(a, sizeof a, "%s/last/%s", scratch(straight), file);
+            snprintf(b, sizeof b, "%s/last/%s", scratch(stopped), file);
+            worst_add(&worst, files_differ(a, b), "case %d, %s", k, file);
+        }
+        free_all();
+    }
+    worst_report("32 cases: straight, stopped and resumed runs end as they should", &stops, 0);
+    worst_report("32 cases, 1 -> 4 threads: files differ", &worst, 0);
+
+    // Carried state: a row of 16 tokens has the loss that it has inside one long row, from epoch to epoch.
+    // Catches:
+    // the state of another micro-batch, a state not cleared at the start of an epoch. No step changes a
+    // weight.
+    TrainRun carried;
+    memset(&carried, 0, sizeof carried);
+    carried.check_carry = true;
+    int code = train(&carried, text, sizeof text, "--batch-size 1 --grad-accum 2 --carry-state --lr 0 "
+                     "--min-lr 0 --steps 14 --out %s", scratch("carried"));
+    // measured 0 and 3e-14, the rounding of the sum of 16 losses
+    report("carried states = one long row, 14 steps: loss", code == 0 && *text ? atof(text) : NAN, 1e-12);
+
+    // The batch does not depend on how it is divided. Catches: a loss averaged per micro-batch, rows dealt
+    // differently.
+    double loss[3] = { 0, 0, 0 };
+    unsigned long long stream[3] = { 0, 0, 0 };
+    for (int k = 0; k < 3; k++) {
+        TrainRun run;
+        memset(&run, 0, sizeof run);
+        run.print_stream = true;
+        snprintf(straight, sizeof straight, "split%d", k);
+        train(&run, text, sizeof text, "--batch-size %d --grad-accum %d --steps 4 --out %s", 8 >> k, 1 << k,
+              scratch(straight));
+        if (sscanf(text, "%llx %lf", &stream[k], &loss[k]) != 2) printf("%s\n", text);
+    }
+    bool same = stream[0] && stream[0] == stream[1] && stream[0] == stream[2];
+    report("batches 8x1, 4x2, 2x4: tokens differ", !same, 0);
+    // measured 1.4e-9, 2e-16
+    report("batches 8x1, 4x2: loss of step 4", fabs(loss[1] / loss[0] - 1), 1e-6);
+    report("batches 8x1, 2x4: loss of step 4", fabs(loss[2] / loss[0] - 1), 1e-6);
+    remove_scratch();
+}
+
+// NaN, infinity and overflow stop the run before the update, name step, layer and tensor, and leave the
+// last checkpoint. Catches: a non-finite number that reaches the weights; a message that blames the wrong
+// tensor.
+void test_nonfinite(void) {
+    char text[4096], path[240];
+    write_data();
+    Config c = toy_config("1", 2, 8, 16, 4, 4, 1, 257);
+    Model m;
+    model_describe(&m, &c);
+    const struct { int plant; const char *tensor, *words; } cases_[] = {
+        { PLANT_PARAM, "backbone.layers.1.mixer.A_log", "parameter backbone.layers.1.mixer.A_log (layer 1)" },
+        { PLANT_PARAM, "backbone.embeddings.weight", "parameter backbone.embeddings.weight" },
+        { PLANT_GRADIENT, "backbone.layers.0.mixer.x_proj.weight", "layers.0.mixer.x_proj.weight (layer 0)" },
+        { PLANT_GRADIENT, "backbone.norm_f.weight", "the gradient is not finite|gradient of backbone.norm" },
+        { PLANT_HUGE, "backbone.layers.1.mixer.in_proj.weight", "activation xz of layer 1" },
+        { PLANT_HUGE, "backbone.layers.0.mixer.conv1d.weight", "activation x of layer 0" },
+        // the squares overflow
+        { PLANT_HUGE, "backbone.layers.0.mixer.out_proj.weight", "activation rstd of layer 1" },
+    };
+    Worst worst = { 0, "" }, kept = { 0, "" };
+    for (int k = 0; k < COUNT_OF(cases_); k++) {
+        TrainRun run;
+        Error err;
+        char out[32], target[64] = "";
+        memset(&run, 0, sizeof run);
+        for (int i = 0; i < m.n_tensors; i++)
+            if (strcmp(m.tensor[i].name, cases_[k].tensor) == 0) run.tensor = i;
+        run.plant = cases_[k].plant;
+        run.first = 3;
+        run.last = 1000;
+        snprintf(out, sizeof out, "nan%d", k);
+        int code = train(&run, text, sizeof text, "--batch-size 2 --steps 5 --save-every 1 --%srecompute "
+                         "--out %s", k % 2 ? "" : "no-", scratch(out));
+        snprintf(err.text, sizeof err.text, "%s", text);
+        bool named = !refused(false, &err, "step 3") && !refused(false, &err, cases_[k].words);
+        worst_add(&worst, code != 1 || !named, "%s: exit code %d", cases_[k].tensor, code);
+        snprintf(path, sizeof path, "%s/last", scratch(out));
+        bool link = readlink(path, target, sizeof target - 1) > 0 && strcmp(target, "step_00000002") == 0;
+        Model saved;
+        bool loads = model_load(&saved, path, false, &err);
+        worst_add(&kept, !link || !loads, "%s: last is %s", cases_[k].tensor, target);
+        if (loads) model_free(&saved);
+        free_all();
+    }
+    worst_report("7 plants: exit code 1; step, layer and tensor named", &worst, 0);
+    worst_report("7 plants: the checkpoint of step 2 is kept", &kept, 0);
+
+    // --on-nan skip: three bad steps in a row are skipped with a warning each, the fourth stops the run
+    for (int bad = 3; bad <= 4; bad++) {
+        TrainRun run;
+        memset(&run, 0, sizeof run);
+        run.plant = PLANT_GRADIENT;
+        run.first = 2;
+        run.last = bad + 1;
+        int code = train(&run, text, sizeof text, "--batch-size 2 --steps 7 --on-nan skip --out %s",
+                         scratch(bad == 3 ? "skip3" : "skip4"));
+        int warnings = 0;
+        for (const char* p = text; (p = strstr(p, "skipped (")); p++) warnings++;
+        report(bad == 3 ? "skip: 3 in a row, the run ends well" : "skip: 4 in a row, the run stops",
+               code != (bad == 3 ? 0 : 1) || warnings != 3, 0);
+    }
+    // The last step is the bad one: what was trained before it must still be saved.
+    TrainRun run;
+    memset(&run, 0, sizeof run);
+    run.plant = PLANT_GRADIENT;
+    run.first = run.last = 4;
+    train(&run, text, sizeof text, "--batch-size 2 --steps 4 --on-nan skip --out %s", scratch("skip_last"));
+    snprintf(path, sizeof path, "%s/last", scratch("skip_last"));
+    report("skip of the last step: nothing saved", access(path, F_OK) != 0, 0);
+    model_free(&m);
+    remove_scratch();
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 9. Optimizer, sampling, generation
+
+// Learning rates at the corners, against the values one expects by hand. Catches: off by one in warmup or
+// decay.
+void test_schedules(void) {
+    const struct { int schedule; int64_t step, steps, warmup, decay; double rate; } corner[] = {
+        { SCHEDULE_CONSTANT, 0, 100, 10, 0, 0.1 },      { SCHEDULE_CONSTANT, 9, 100, 10, 0, 1 },
+        { SCHEDULE_CONSTANT, 99, 100, 10, 0, 1 },       { SCHEDULE_CONSTANT, 0, 100, 0, 0, 1 },
+        { SCHEDULE_LINEAR, 4, 110, 10, 0, 0.5 },        { SCHEDULE_LINEAR, 10, 110, 10, 0, 1 },
+        { SCHEDULE_LINEAR, 60, 110, 10, 0, 0.55 },      { SCHEDULE_LINEAR, 110, 110, 10, 0, 0.1 },
+        { SCHEDULE_COSINE, 10, 110, 10, 0, 1 },         { SCHEDULE_COSINE, 60, 110, 10, 0, 0.55 },
+        { SCHEDULE_COSINE, 35, 110, 10, 0, 0.55 + 0.45 * sqrt(0.5) },
+        { SCHEDULE_COSINE, 110, 110, 10, 0, 0.1 },
+        { SCHEDULE_COSINE, 500, 110, 10, 0, 0.1 },      { SCHEDULE_COSINE, 0, 1, 0, 0, 1 },
+        { SCHEDULE_WSD, 0, 100, 10, 20, 0.1 },          { SCHEDULE_WSD, 10, 100, 10, 20, 1 },
+        { SCHEDULE_WSD, 80, 100, 10, 20, 1 },           { SCHEDULE_WSD, 90, 100, 10, 20, 0.55 },
+        { SCHEDULE_WSD, 99, 100, 10, 20, 0.145 },       { SCHEDULE_WSD, 100, 100, 10, 20, 0.1 },
+        { SCHEDULE_WSD, 99, 100, 10, 0, 1 },            { SCHEDULE_LINEAR, 3, 5, 8, 0, 0.5 } };
+    Worst worst = { 0, "" };
+    for (int i = 0; i < COUNT_OF(corner); i++) {
+        int64_t step = corner[i].step, steps = corner[i].steps;
+        double lr = lr_at(corner[i].schedule, step, steps, corner[i].warmup, corner[i].decay, 3e-3, 3e-4);
+        worst_add(&worst, fabs(lr / 3e-3 / corner[i].rate - 1), "row %d, step %d", i, (int)step);
+    }
+    worst_report("learning rates at 22 corners", &worst, 1e-12);
+    const double norm[][3] = { { 0, 1, 1 }, { 0.5, 1, 1 }, { 4, 1, 0.25 }, { 4, 0, 1 }, { 1e20, 2, 2e-20 } };
+    double worst_clip = 0;
+    for (int i = 0; i < COUNT_OF(norm); i++)
+        worst_clip = fmax(worst_clip, fabs(clip_scale(norm[i][0], norm[i][1]) / norm[i][2] - 1));
+    report("clip_scale", worst_clip, 1e-6);
+}
+
+// One AdamW step against the formula in double precision, and who is decayed. Catches: bias correction of
+// the wrong step, eps inside the root, decay of a vector or of A_log.
+void test_adamw(void) {
+    Config c = toy_config("1m", 1, 8, 10, 5, 4, 3, 13);
+    c.tie_embeddings = false;
+    c.bias = true;
+    Model m = toy_model(&c, true, 5);
+    AdamW opt = { 0.9, 0.95, 1e-8, 0.1 };
+    const char* decayed[] = { "in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight",
+                              "fc1.weight",
+                              "fc2.weight", "embeddings.weight", "lm_head.weight" };
+    Worst worst = { 0, "" };
+    double wrong_flags = 0, lr = 0.03, scale = 0.7;
+    for (int64_t step = 1; step <= 8; step += 7) {
+        double* want = (double*)test_alloc(3 * m.n_elements, sizeof(double));
+        double *want_m = want + m.n_elements, *want_v = want_m + m.n_elements;
+        for (int i = 0; i < m.n_tensors; i++) {
+            const Tensor* t = &m.tensor[i];
+            bool decays = false;
+            for (int d = 0; d < COUNT_OF(decayed); d++) decays = decays || ends_with(t->name, decayed[d]);
+            wrong_flags += decays != !!(t->spec->flags & DECAY);
+            for (size_t j = t->offset; j < t->offset + t->count; j++) {
+                m.grads[j] = (real)test_uniform(-1, 1, 50, j);
+                m.m[j] = (real)(step == 1 ? 0 : test_uniform(-1, 1, 51, j));
+                m.v[j] = (real)(step == 1 ? 0 : test_uniform(0, 1, 52, j));
+                double g = scale * (double)m.grads[j];
+                want_m[j] = 0.9 * (double)m.m[j] + 0.1 * g;
+                want_v[j] = 0.95 * (double)m.v[j] + 0.05 * g * g;
+                double m_hat = want_m[j] / (1 - pow(0.9, (double)step));
+                double v_hat = want_v[j] / (1 - pow(0.95, (double)step)), p = (double)m.params[j];
+                want[j] = p * (1 - (decays ? lr * 0.1 : 0)) - lr * m_hat / (sqrt(v_hat) + 1e-8);
+            }
+        }
+        adamw_update(&m, &opt, lr, scale, step);
+        for (int i = 0; i < m.n_tensors; i++) {
+            const Tensor* t = &m.tensor[i];
+            const real* have[3] = { m.params, m.m, m.v };
+            for (int k = 0; k < 3; k++) {
+                const double *d = to_double(have[k] + t->offset, t->count), *w = want +
+                    (size_t)k * m.n_elements;
+                worst_add(&worst, relative_l2(d, w + t->offset, t->count), "step %d, %s", (int)step, t->name);
+            }
+        }
+    }
+    worst_report("AdamW steps 1 and 8 = formula", &worst, limit(1e-6, 1e-14));
+    report("tensors decayed that should not be, or the reverse", wrong_flags, 0);
+    double sum = 0;
+    for (size_t i = 0; i < m.n_elements; i++) sum += (double)m.grads[i] * (double)m.grads[i];
+    report("gradient_norm", fabs(gradient_norm(&m) / sqrt(sum) - 1), 1e-12);
+    model_free(&m);
+}
+
+// sampler_formula: the probability of every token by the definitions, with a full sort. Returns how many
+// are possible.
+size_t sampler_formula(const Sampler* s, const real* logits, const unsigned char* seen, size_t V,
+                       double* prob) {
+    Candidate* c = (Candidate*)test_alloc(V, sizeof(Candidate));
+    double *weight = (double*)test_alloc(V, sizeof(double)), total = 0, before = 0, kept = 0;
+    size_t n = V;
+    for (size_t v = 0; v < V; v++) {
+        double z = (double)logits[v];
+        if (seen[v]) z = z < 0 ? z * s->repetition_penalty : z / s->repetition_penalty;
+        c[v].z = (float)z;
+        c[v].token = (int)v;
+        prob[v] = 0;
+    }
+    qsort(c, V, sizeof *c, compare_candidates);
+    if (s->temperature == 0 || s->top_k == 1) n = 1;
+    if (s->top_k > 0 && (size_t)s->top_k < n) n = (size_t)s->top_k;
+    while (s->min_p > 0 && n > 1 && !((double)c[n - 1].z >= (double)c[0].z + log(s->min_p))) n--;
+    for (size_t i = 0; i < n; i++) {
+        weight[i] = i == 0 ? 1 : exp(((double)c[i].z - (double)c[0].z) / s->temperature);
+        total += weight[i];
+    }
+    for (size_t i = 0; i < n; before += weight[i++]) {
+        if (s->top_p > 0 && s->top_p < 1 && before >= s->top_p * total) break;     // reached without this one
+        prob[c[i].token] = weight[i];
+    }
+    n = 0;
+    for (size_t v = 0; v < V; v++) kept += prob[v];
+    for (size_t v = 0; v < V; v++) { prob[v] /= kept; n += prob[v] > 0; }
+    return n;
+}
+
+// Draws: impossible tokens drawn, likely ones never drawn, (chi2 - df) / sqrt(2 df)
+typedef struct { double outside, missing, chi2; } Draws;
+
+Draws draw_many(const Sampler* s, const real* logits, const unsigned char* seen, size_t V, int n) {
+    Draws r = { 0, 0, 0 };
+    Error err;
+    double *prob = (double*)test_alloc(V, sizeof(double)), *count = (double*)test_alloc(V, sizeof(double));
+    double df = -1;
+    Candidate* c = (Candidate*)test_alloc(V, sizeof(Candidate));
+    sampler_formula(s, logits, seen, V, prob);
+    for (int i = 0; i < n; i++) {
+        int token = -1;
+        bool ok = sample_token(s, logits, seen, V, 3, (uint64_t)i, c, &token, &err);
+        if (!ok || token < 0 || (size_t)token >= V) { r.outside++; continue; }
+        count[token]++;
+    }
+    for (size_t v = 0; v < V; v++) {
+        double expected = prob[v] * n;
+        if (prob[v] == 0) r.outside += count[v];
+        else if (expected > 40 && count[v] == 0) r.missing++;       // probability below e^-40
+        if (expected >= 5) { r.chi2 += (count[v] - expected) * (count[v] - expected) / expected; df++; }
+    }
+    r.chi2 = df >= 1 ? (r.chi2 - df) / sqrt(2 * df) : 0;
+    return r;
+}
+
+// Every rule alone and mixtures of them on random logits, against the definitions. Catches: a set one too
+// large or too small, ties resolved by memory order, the rules in another order, a draw that is not
+// proportional.
+void test_sampling(void) {
+    const Sampler samplers[] = {
+        { 1, 0, 1, 0, 1, 1 }, { 0, 0, 1, 0, 1, 1 }, { 1e-30, 0, 1, 0, 1, 1 }, { 1e30, 0, 1, 0, 1, 1 },
+        { 1, 0, 0, 0, 1, 1 }, { 1, 0, 0.5, 0, 1, 1 }, { 1, 0, 1e-9, 0, 1, 1 }, { 0.7, 0, 0.9, 0, 1, 1 },
+        { 1, 1, 1, 0, 1, 1 }, { 1, 3, 1, 0, 1, 1 }, { 1, 11, 1, 0, 1, 1 }, { 1, 12, 1, 0, 1, 1 },
+        { 1, 1 << 20, 1, 0, 1, 1 }, { 1, 0, 1, 0.3, 1, 1 }, { 1, 0, 1, 1, 1, 1 }, { 1.5, 0, 1, 0.3, 1, 1 },
+        { 1, 0, 1, 0, 1.5, 1 }, { 0, 0, 1, 0, 4, 1 },
+        { 1.3, 5, 0.8, 0.1, 1.2, 0 }, { 0.8, 6, 0.6, 0.05, 0.8, UINT64_MAX } };
+    enum { V = 12 };
+    Worst outside = { 0, "" }, missing = { 0, "" }, chi2 = { 0, "" };
+    for (int kind = 0; kind < 4; kind++) {                // random; many ties; all equal; some -inf
+        for (int k = 0; k < COUNT_OF(samplers); k++) {
+            real logits[V];
+            unsigned char seen[V];
+            for (size_t v = 0; v < V; v++) {
+                double u = test_uniform(-2, 2, 60 + (uint64_t)(kind * 100 + k), v);
+                logits[v] = (real)(kind == 1 ? floor(u) : kind == 2 ? 0.25 : u);
+                if (kind == 3 && v % 3 == 0) logits[v] = -(real)INFINITY;
+                seen[v] = v % 2;
+            }
+            Draws r = draw_many(&samplers[k], logits, seen, V, 3000);
+            worst_add(&outside, r.outside, "sampler %d, logits %d", k, kind);
+            worst_add(&missing, r.missing, "sampler %d, logits %d", k, kind);
+            worst_add(&chi2, r.chi2, "sampler %d, logits %d", k, kind);
+        }
+        free_all();
+    }
+    worst_report("tokens outside the set by definition", &outside, 0);
+    worst_report("tokens inside it that never came", &missing, 0);
+    worst_report("chi-square of 80 x 3000 draws, in standard deviations", &chi2, 5);
+    enum { MANY = 500 };
+    real* logits = (real*)test_alloc(MANY, sizeof(real));
+    unsigned char* seen = (unsigned char*)test_alloc(MANY, 1);
+    for (size_t v = 0; v < MANY; v++) logits[v] = (real)test_uniform(-3, 3, 61, v);
+    Sampler plain = { 1, 0, 1, 0, 1, 7 };
+    Draws r = draw_many(&plain, logits, seen, MANY, 20000);
+    report("chi-square of 20,000 draws from 500 tokens, standard deviations", fabs(r.chi2), 4);
+    // top-k of many candidates with ties, against a sort: exactly the lowest tokens among equals stay
+    double wrong = 0;
+    for (size_t k = 1; k <= MANY; k += 7) {
+        Candidate a[MANY], b[MANY];
+        for (size_t v = 0; v < MANY; v++) {
+            a[v].z = b[v].z = (float)floor(test_uniform(-9, 9, 62, v));
+            a[v].token = b[v].token = (int)v;
+        }
+        wrong += keep_top_k(a, MANY, k) != k;
+        qsort(b, MANY, sizeof *b, compare_candidates);
+        qsort(a, k, sizeof *a, compare_candidates);
+        for (size_t i = 0; i < k; i++) wrong += a[i].token != b[i].token;
+    }
+    report("top-k with ties: tokens differ", wrong, 0);
+    const double bad[] = { NAN, INFINITY, -INFINITY };
+    double accepted = 0;
+    for (int i = 0; i < 3; i++) {
+        for (int k = 0; k < COUNT_OF(samplers); k++) {
+            real z[V];
+            Error err;
+            Candidate c[V];
+            int token;
+            for (size_t v = 0; v < V; v++) z[v] = i == 2 || v == 7 ? (real)bad[i] : 0;
+            accepted += sample_token(&samplers[k], z, seen, V, 0, 0, c, &token, &err);
+        }
+    }
+    report("NaN, +inf, all -inf: accepted", accepted, 0);
+}
+
+// written: what `generate` writes for a prompt; NULL when it fails, the line is then in `written_error`
+Error written_error;
+
+char* written(Model* m, const char* prompt, const char* options) {
+    static Settings s;
+    Tokenizer tok;
+    GenerateStats stats;
+    volatile sig_atomic_t no = 0;
+    char copy[512], *argv[64], *text = NULL;
+    size_t size = 0;
+    snprintf(copy, sizeof copy, "%s", options);
+    int argc = split_words(copy, argv);
+    must(settings_parse(&s, WORD_GENERATE, argc, argv, &written_error), &written_error);
+    tokenizer_bytes(&tok);
+    if (m->config.vocab_size != 257) tok.kind = TOKENIZER_NONE;
+    Backend backend = backend_cpu(m, 0, 0, false, false);
+    Prompt source = { &tok, prompt, strlen(prompt), NULL };
+    FILE* f = open_memstream(&text, &size);
+    bool ok = generate(&backend, &tok, &s.o, &source, f, &stats, &no, &written_error);
+    fclose(f);
+    char* copy_of_text = (char*)test_alloc(size + 1, 1);
+    memcpy(copy_of_text, text, size);
+    free(text);
+    backend.destroy(&backend);
+    settings_free(&s);
+    return ok ? copy_of_text : NULL;
+}
+
+double texts_differ(const char* a, const char* b) { return !a || !b || !*a || strcmp(a, b) != 0; }
+
+size_t resident_bytes(void) {
+    size_t size = 0, resident = 0;
+    FILE* f = fopen("/proc/self/statm", "r");
+    if (!f || fscanf(f, "%zu %zu", &size, &resident) != 2) resident = 0;
+    if (f) fclose(f);
+    return resident * (size_t)sysconf(_SC_PAGESIZE);
+}
+
+// Text does not depend on how it is made. Catches: a chunk boundary seen by the model, a saved state
+// without the tokens seen or without its position, memory that grows with the text, ids that have no text.
+void test_generate(void) {
+    Config c = toy_config("1m", 2, 12, 18, 5, 4, 2, 257);
+    Model m = toy_model(&c, false, 6);
+    char prompt[301], first[151], options[400];
+    for (size_t i = 0; i < 300; i++) prompt[i] = (char)('!' + random_bits(10, 0, i) % 90);
+    prompt[300] = 0;
+    snprintf(first, sizeof first, "%.150s", prompt);
+    const char* common = "--max-tokens 40 --temperature 1.5 --repetition-penalty 1.3 --seed 5";
+    Worst chunks = { 0, "" };
+    char* base[2] = { NULL, NULL };          // one sample, three samples
+    const int chunk[] = { 1, 7, 256, 1000 };
+    for (int k = 0; k < 4; k++) {
+        for (int samples = 0; samples < 2; samples++) {
+            snprintf(options, sizeof options, "%s --chunk %d --num-samples %d", common, chunk[k],
+                     samples ? 3 : 1);
+            char* text = written(&m, prompt, options);
+            if (k == 0) base[samples] = text;
+            worst_add(&chunks, texts_differ(base[samples], text), "chunk %d, %d samples", chunk[k],
+                      samples ? 3 : 1);
+        }
+    }
+    worst_report("chunks of 1, 7, 256, 1000: texts differ", &chunks, 0);
+    const char* sample1 = base[1] && base[0] ? strchr(base[1], '\n') : NULL;
+    bool equal = sample1 && strncmp(sample1 + 1, base[0], strlen(base[0])) == 0;
+    report("sample 1 of 3 differs from the only sample", !equal, 0);
+
+    // the prompt in two runs, with the state saved between them
+    snprintf(options, sizeof options, "--max-tokens 0 --save-state %s", scratch("half.state"));
+    written(&m, first, options);
+    snprintf(options, sizeof options, "%s --load-state %s", common, scratch("half.state"));
+    char* text = written(&m, prompt + 150, options);
+    report("save-state inside the prompt: texts differ", texts_differ(base[0], text), 0);
+    snprintf(options, sizeof options, "--max-tokens 0 --save-state %s", scratch("whole.state"));
+    written(&m, prompt, options);
+    snprintf(options, sizeof options, "%s --load-state %s", common, scratch("whole.state"));
+    report("save-state at its end: texts differ", texts_differ(base[0], written(&m, "", options)), 0);
+    m.params[20] += 1;
+    text = written(&m, "", options);
+    report("state of other weights: not refused", refused(text != NULL, &written_error, "other weights"), 0);
+    m.params[20] -= 1;
+    char* empty = written(&m, "", "--max-tokens 5 --raw");
+    report("empty prompt: no text", !empty || !*empty, 0);
+    model_free(&m);
+
+    // padded ids: here their logits are larger than all others
+    c = toy_config("1", 1, 6, 8, 3, 2, 1, 11);
+    m = toy_model(&c, false, 6);
+    for (size_t v = 11; v < 16; v++)
+        for (size_t d = 0; d < 6; d++) m.embedding[v * 6 + d] = (real)test_uniform(-1e3, 1e3, 66, v * 6 + d);
+    char* ids = written(&m, "", "--max-tokens 300 --temperature 1");
+    double padded = !ids, n_ids = 0;
+    for (char* p = ids; p && isdigit((unsigned char)*p); p = strchr(p, ' ') + 1,
+         n_ids++) padded += atoi(p) >= 11;
+    report("padded ids drawn", padded + (n_ids != 300), 0);
+
+    // constant memory
+    Session s = session_create(&m, 1, 16);
+    Backend backend = backend_cpu(&m, 0, 0, false, false);
+    real logits[16];
+    int token = 1;
+    size_t before = 0;
+    for (int i = 0; i < 20000; i++) {
+        if (i == 1000) before = resident_bytes();
+        backend.decode(&backend, &s, 0, 1, &token, 1, logits);
+        token = i % 11;
+    }
+#ifndef __SANITIZE_ADDRESS__            // which keeps freed memory for a while
+    report("20,000 tokens: growth of memory, in bytes", (double)resident_bytes() - (double)before, 1 << 20);
+#endif
+    session_free(&s);
+    backend.destroy(&backend);
+    model_free(&m);
+    remove_scratch();
+}
+
+// What goes in and out: each file adds its cases to the table below.
+// defines: test_safetensors
+#include "dev/test/test_files.h"
+// defines: test_data
+#include "dev/test/test_data.h"
+// defines: test_cli
+#include "dev/test/test_cli.h"
+
+// ---------------------------------------------------------------------------------------------------
+// 10. List of cases, main
 
 // The harness: a wrong result is seen. Catches: a comparison that lets NaN pass, a child whose death goes
 // unnoticed.
@@ -1263,6 +2723,25 @@ const Case cases[] = {
     { "split", test_split },
     { "packed", test_packed },
     { "extremes", test_extremes },
+    { "counts", test_counts },
+    { "initialization", test_init },
+    { "model gradient", test_model_gradient },
+    { "mlp", test_mlp },
+    { "accumulation", test_accumulation },
+    { "pieces", test_pieces },
+    { "model packed", test_model_packed },
+    { "threads", test_threads },
+    { "fixtures", test_fixtures },
+    { "schedules", test_schedules },
+    { "adamw", test_adamw },
+    { "sampling", test_sampling },
+    { "generate", test_generate },
+    { "checkpoint", test_checkpoint },
+    { "nonfinite", test_nonfinite },
+    { "resume", test_resume },
+    { "files", test_safetensors },
+    { "data", test_data },
+    { "cli", test_cli },
 };
 
 int main(int argc, char** argv) {

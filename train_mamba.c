@@ -708,6 +708,7 @@ void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight,
         #pragma omp simd reduction(+:sum)
         for (size_t d = 0; d < D; d++) sum += inp_m[d] * inp_m[d];
         real r = 1 / (real)sqrt((double)(sum / (real)D + eps));
+        if (r == 0) r = (real)NAN;      // the squares overflowed: NaN is noticed, an output of zeros would not be
         for (size_t d = 0; d < D; d++) out_m[d] = weight[d] * inp_m[d] * r;
         rstd[m] = r;
     }
@@ -2967,6 +2968,7 @@ static int train_loop(Trainer* t) {
         printf("continue with: train_mamba --out %s --resume\n", o->out);
         return 128 + (int)stop_signal;
     }
+    if (bad_in_a_row) trainer_save(t, false);      // the last step was skipped, so the loop did not save
     char took[32];
     format_time(seconds_now() - start, took);
     printf("done: %lld steps in %s", (long long)(p->step - first), took);
@@ -3308,8 +3310,9 @@ int main(int argc, char** argv) {
         skip = 2;
     }
     for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
-            help_print(skip == 2 ? word : 0);
+        bool markdown = strcmp(argv[i], "--help=markdown") == 0;
+        if (markdown || strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+            help_print(skip == 2 ? word : 0, markdown);
             return 0;
         }
     }

@@ -189,6 +189,7 @@ bool dataset_open(Dataset* d, char** paths, int n, const Tokenizer* tok, Error* 
 // *d: close *d last. Returns false, and changes nothing, when one of the two would be empty.
 bool dataset_split(Dataset* d, double fraction, Dataset* val) {
     int64_t n = fraction > 0 && fraction < 1 ? (int64_t)((double)d->n_tokens * fraction) : 0;
+    memset(val, 0, sizeof *val);
     if (n < 1 || n >= d->n_tokens) return false;
     *val = *d;
     val->owner = false;

@@ -376,32 +376,39 @@ void settings_print(const Settings* s) {
     }
 }
 
-void help_print(int word) {
-    printf("train_mamba: Mamba language models in plain C.\n\n"
-           "usage: train_mamba [train|generate|eval|info] [options]\n"
-           "  train      train a model (the default word; without options on this program's own source)\n"
-           "  generate   write text with a trained model\n"
-           "  eval       loss of a trained model on files\n"
-           "  info       what a checkpoint or a set of options describes\n");
+static const char* option_argument(const Option* opt) {
+    switch (opt->type) {
+        case 'b': return "";
+        case 'l': return " FILE...";
+        case 'i': case 'f': case 'u': return " N";
+    }
+    return " TEXT";
+}
+
+// help_print: all options, or with `word` those of one word. markdown: the table in README (make readme).
+void help_print(int word, bool markdown) {
+    if (!markdown)
+        printf("train_mamba: Mamba language models in plain C.\n\n"
+               "usage: train_mamba [train|generate|eval|info] [options]\n"
+               "  train      train a model (the default word; without options on this program's own source)\n"
+               "  generate   write text with a trained model\n"
+               "  eval       loss of a trained model on files\n"
+               "  info       what a checkpoint or a set of options describes\n");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option* opt = &options[i];
         if (word && !(opt->words & word)) continue;
         if (!opt->name) {
-            printf("\n%s\n", opt->help);
+            printf(markdown ? "\n**%s**\n\n| option | default | meaning |\n|---|---|---|\n" : "\n%s\n", opt->help);
             continue;
         }
         char left[64];
-        const char* kind = opt->type == 'b'                       ? ""
-                           : opt->type == 'l'                     ? " FILE..."
-                           : opt->type == 's' || opt->type == 'c' ? " TEXT"
-                                                                  : " N";
-        snprintf(left, sizeof left, "--%s%s", opt->name, kind);
-        printf("  %-26s %s", left, opt->help);
-        if (opt->choices) printf(": %s", opt->choices);
-        printf(" [%s]\n", opt->value[0] ? opt->value : "-");
+        const char *value = opt->value[0] ? opt->value : "-", *colon = opt->choices ? ": " : "";
+        const char* choices = opt->choices ? opt->choices : "";
+        snprintf(left, sizeof left, "--%s%s", opt->name, option_argument(opt));
+        if (markdown) printf("| `%s` | %s | %s%s%s |\n", left, value, opt->help, colon, choices);
+        else printf("  %-26s %s%s%s [%s]\n", left, opt->help, colon, choices, value);
     }
-    printf("\nPresets\n");
+    printf(markdown ? "\n**Presets**\n\n| preset | | options |\n|---|---|---|\n" : "\nPresets\n");
     for (int i = 0; i < N_PRESETS; i++)
-        printf("  %-18s %s%s%s\n", presets[i].name, presets[i].help, presets[i].help[0] ? ": " : "",
-               presets[i].text);
+        printf(markdown ? "| `%s` | %s | `%s` |\n" : "  %-18s %-34s %s\n", presets[i].name, presets[i].help, presets[i].text);
 }

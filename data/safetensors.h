@@ -755,7 +755,7 @@ static bool replace_link(const char* out, const char* name, const char* target, 
 // every operation a save needs, and compares the free space with two checkpoints of bytes_needed each (the
 // new one and the one kept).
 bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
-    char path[4096], moved[4096];
+    char path[4096], moved[4100];
     if (!out[0] || strlen(out) > 3800)
         return fail_line(err, "the output directory's name is empty or too long");
     snprintf(path, sizeof path, "%s", out);
@@ -863,7 +863,7 @@ static int newest_first(const void* a, const void* b) {
 }
 
 // checkpoint_prune: keeps the newest `keep` (at least 1) and what best and last point to. A directory loses
-// its name before its first file, so that no half checkpoint is ever visible.
+// its name, for good after the sync, before its first file: no half checkpoint is ever visible.
 void checkpoint_prune(const char* out, int keep) {
     int64_t* steps = NULL;
     size_t n = 0;
@@ -881,7 +881,8 @@ void checkpoint_prune(const char* out, int keep) {
         Error unused;
         if (points_at(out, "last", steps[i]) || points_at(out, "best", steps[i])) continue;
         if (step_path(path, sizeof path, out, steps[i], "", &unused) &&
-            step_path(away, sizeof away, out, steps[i], ".tmp", &unused) && rename(path, away) == 0)
+            step_path(away, sizeof away, out, steps[i], ".tmp", &unused) && rename(path, away) == 0 &&
+            sync_dir(out, &unused))
             remove_dir(away);
     }
     free(steps);
@@ -961,8 +962,7 @@ static const ConfigField config_fields[] = {
      offsetof(Config, tie_embeddings)},
     {"bias", "use_bias", "ssm_cfg.bias", CONFIG_BOOL, offsetof(Config, bias)},
     {"conv_bias", "use_conv_bias", "ssm_cfg.conv_bias", CONFIG_BOOL, offsetof(Config, conv_bias)},
-    {"rescale_prenorm_residual", "rescale_prenorm_residual", NULL, CONFIG_BOOL,
-     offsetof(Config, rescale_prenorm_residual)},
+    {"rescale_prenorm_residual", NULL, NULL, CONFIG_BOOL, offsetof(Config, rescale_prenorm_residual)},
     {"norm_eps", "layer_norm_epsilon", NULL, CONFIG_REAL, offsetof(Config, norm_eps)},
     {"dt_min", "time_step_min", "ssm_cfg.dt_min", CONFIG_REAL, offsetof(Config, dt_min)},
     {"dt_max", "time_step_max", "ssm_cfg.dt_max", CONFIG_REAL, offsetof(Config, dt_max)},
@@ -1222,6 +1222,8 @@ char* config_to_json(const Config* c) {
         if (c->d_inner % c->d_model == 0) text_add(&text, "%lld", (long long)(c->d_inner / c->d_model));
         else add_real(&text, expand);
         text_add(&text, ",\n  \"time_step_init_scheme\": \"%s\",\n  \"hidden_act\": \"silu\"", init);
+        // transformers draws out_proj anew after loading when this is true: it must be false beside trained weights
+        text_add(&text, ",\n  \"rescale_prenorm_residual\": false");
         text_add(&text, ",\n  \"residual_in_fp32\": true,\n  \"use_cache\": true");
     } else {
         text_add(&text, ",\n  \"ssm_cfg\": {\"layer\": \"Mamba1\", \"dt_init\": \"%s\", \"expand\": ", init);

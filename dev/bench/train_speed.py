@@ -28,10 +28,11 @@ SIZES = dict(D=256, n_layer=8, N=16, K=4, V=256, B=8, T=256)
 
 
 def our_command(args):
-    """The one place that knows our program's flags: cpu_speed.c, whose output has the line `tokens_per_second X`."""
+    """The one place that knows our program's flags: cpu_speed.c, which prints `tokens_per_second X`."""
     s = SIZES
     return [args.binary, "train", "--rounds", "1", "--pattern", "1",
-            "--d-model", str(s["D"]), "--n-layer", str(s["n_layer"]), "--d-state", str(s["N"]), "--d-conv", str(s["K"]), "--vocab-size", str(s["V"]),
+            "--d-model", str(s["D"]), "--n-layer", str(s["n_layer"]),
+            "--d-state", str(s["N"]), "--d-conv", str(s["K"]), "--vocab-size", str(s["V"]),
             "--batch-size", str(s["B"]), "--seq-len", str(s["T"]), "--threads", str(args.threads)]
 
 

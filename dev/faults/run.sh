@@ -1,15 +1,19 @@
 #!/bin/bash
-# run.sh: interrupts a save at every one of its file operations, in ten ways, and checks that the old or the new
-# checkpoint is whole afterwards, that no failed save is called a success, and that the next save works.
+# run.sh: interrupts a save at every one of its file operations, in ten ways, and checks that the old or the
+# new checkpoint is whole afterwards, that no failed save is called a success, and that the next save works.
 #
 #   dev/faults/run.sh [SAVE_PROGRAM]       default: dev/faults/save_once.c, built here
 #
-# SAVE_PROGRAM DIR            loads the checkpoint in DIR if there is one, saves the next, exits 0 or 1 honestly
-# SAVE_PROGRAM --verify DIR   exits 0 if and only if DIR/last, or DIR itself if it is a checkpoint, is whole and its files
-#                             belong to one save
+# SAVE_PROGRAM DIR            loads the checkpoint in DIR if any, saves the next, exits 0 or 1 honestly
+# SAVE_PROGRAM --verify DIR   exits 0 if and only if DIR/last, or DIR itself if it is a checkpoint, is whole
+#                             and its files belong to one save
 #
 # Two situations: the next step is new; and it exists already, saved by an earlier run that went further.
-# Kinds: see shim.c. Last line: "N passed, N failed"; exit code 1 if any failed. MALLOC=0 leaves out the allocations.
+# Kinds: see shim.c. A row counts the points after which the OLD or the NEW checkpoint was the last one, and
+# the failures: BROKEN (something visible is not whole), LIED (exit code 0 without a new save, or although an
+# fsync or close failed), STUCK (the next save fails or leaves something behind), CRASHED, SILENT (failed
+# without a word). Last line: "N passed, N failed"; exit code 1 if any failed.
+# Environment: KINDS="kill lost" runs only these; MALLOC=0 leaves out the allocations; WORKERS=2.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 build=$here/../../build
@@ -20,22 +24,26 @@ if [ $# -gt 0 ]; then
     program=$(realpath "$1")
 else
     program=$build/save_once
-    # shellcheck disable=SC2046
-    $cc -std=gnu11 -O1 -o "$program" "$here/save_once.c" ${LIBS:-$(pkg-config --cflags --libs jansson) -lm} || exit 1
+    libs=${LIBS:-$(pkg-config --cflags --libs jansson) -lm}
+    # shellcheck disable=SC2086
+    $cc -std=gnu11 -O1 -o "$program" "$here/save_once.c" $libs || exit 1
 fi
 
 # in memory if possible: the kernel's fsync is not what is tested, and there it costs nothing
 top=$(mktemp -d "$([ -w /dev/shm ] && echo /dev/shm || echo /tmp)/ssm_faults_XXXXXX")
 trap 'rm -rf "$top"' EXIT
 workers=${WORKERS:-2}
-file_kinds="kill enospc eio eio1 eintr short lost reorder dropped torn"
+file_kinds=${KINDS:-kill enospc eio eio1 eintr short lost reorder dropped torn}
 shim=$build/faults_shim.so
 
-# The starting points, made at the path where they will be used: new/ has steps 1 and 2; again/ also step 3, not pointed to.
+# The starting points: new/ has steps 1 and 2; again/ has step 3 too, but `last` points to step 2.
 out=$top/0/out
 mkdir -p "$top/0"
-"$program" "$out" > "$top/log" 2>&1 && "$program" "$out" >> "$top/log" 2>&1 || { cat "$top/log"; echo "the program does not save"; exit 1; }
-"$program" --verify "$out" > /dev/null || { echo "the program does not verify its own save"; exit 1; }
+if ! { "$program" "$out" && "$program" "$out" && "$program" --verify "$out"; } > "$top/log" 2>&1; then
+    cat "$top/log"
+    echo "error: $program does not save, or does not verify what it saved"
+    exit 1
+fi
 cp -a "$out" "$top/new"
 last=$(readlink "$out/last")
 "$program" "$out" >> "$top/log" 2>&1 || exit 1
@@ -48,13 +56,17 @@ one() {
     rm -rf "$4" && mkdir -p "$4/backup" && cp -a "$top/$3" "$out"
     before=$(readlink "$out/last")
     {   # the braces keep the shell's own "Killed" off the screen
-        FAULT_PATH=$out FAULT_AT=$1 FAULT_KIND=$2 FAULT_BACKUP=$4/backup LD_PRELOAD=$shim "$program" "$out" > "$4/log" 2>&1
+        FAULT_PATH=$out FAULT_AT=$1 FAULT_KIND=$2 FAULT_BACKUP=$4/backup LD_PRELOAD=$shim \
+            "$program" "$out" > "$4/log" 2>&1
         code=$?
     } 2> /dev/null
     after=$(readlink "$out/last")
     local result=old
     [ "$before" != "$after" ] && result=new
-    case $code in 0|1) ;; 137) case $2 in kill|lost|reorder|dropped|torn) ;; *) result=crashed ;; esac ;; *) result=crashed ;; esac
+    case "$code $2" in
+        "0 "*|"1 "*|137\ kill|137\ lost|137\ reorder|137\ dropped|137\ torn) ;;
+        *) result=crashed ;;
+    esac
     # a failed fsync or close of a written file is never a success
     if [ "$code" = 0 ]; then
         [ $result = old ] && result=lied
@@ -69,7 +81,10 @@ one() {
         [ -z "$(find "$out" -maxdepth 2 -name '*.tmp' -o -maxdepth 1 -name 'probe*')" ] || result=stuck
     fi
     echo "$2 $result $3"
-    case $result in old|new) ;; *) echo "point $1 ($5), $2, $3: $result (exit code $code): $(cat "$4/log" "$4/why" | head -2 | tr '\n' ' ')" >&2 ;; esac
+    case $result in
+        old|new) ;;
+        *) echo "point $1 ($5), $2, $3: $result, exit code $code:" "$(cat "$4/log" "$4/why" | head -2)" >&2 ;;
+    esac
 }
 
 worker() {   # every workers-th job of the list
@@ -82,17 +97,25 @@ worker() {   # every workers-th job of the list
 
 for situation in new again; do
     rm -rf "$top/t" && mkdir -p "$top/t" && cp -a "$top/$situation" "$top/t/out"
-    FAULT_PATH=$top/t/out FAULT_AT=0 FAULT_TRACE=$top/trace LD_PRELOAD=$shim "$program" "$top/t/out" > "$top/log" 2>&1
+    FAULT_PATH=$top/t/out FAULT_AT=0 FAULT_TRACE=$top/trace LD_PRELOAD=$shim \
+        "$program" "$top/t/out" > "$top/log" 2>&1
     echo "$(wc -l < "$top/trace") file operations in a save, next step $situation"
     for kind in $file_kinds; do
-        awk -v kind="$kind" -v situation=$situation 'kind != "short" || $1 == "write" { print NR, kind, situation, $1 }' "$top/trace"
+        # an fsync that fails after `last` is in place (when old checkpoints are removed) may be passed over
+        awk -v kind="$kind" -v situation=$situation '
+            $1 == "rename" && $2 ~ /\/last$/ { late = 1 }
+            late && ($1 == "fsync" || $1 == "close") && ++late > 3 { $1 = "late-" $1 }
+            kind != "short" || $1 == "write" { print NR, kind, situation, $1 }' "$top/trace"
     done >> "$top/jobs"
 done
 if [ "${MALLOC:-1}" = 1 ]; then   # allocation 1, 2, ... fails, until the save no longer notices
     rm -rf "$top/t" && mkdir -p "$top/t" && cp -a "$top/new" "$top/t/out"
-    FAULT_AT=0 FAULT_KIND=malloc1 FAULT_TRACE=$top/trace LD_PRELOAD=$shim "$program" "$top/t/out" > "$top/log" 2>&1
+    FAULT_AT=0 FAULT_KIND=malloc1 FAULT_TRACE=$top/trace LD_PRELOAD=$shim \
+        "$program" "$top/t/out" > "$top/log" 2>&1
     echo "$(cat "$top/trace") allocations in a save"
-    for n in $(seq 1 $(($(cat "$top/trace") + 1))); do echo "$n malloc1 new malloc"; echo "$n mallocs new malloc"; done >> "$top/jobs"
+    for n in $(seq 1 $(($(cat "$top/trace") + 1))); do
+        printf '%s malloc1 new malloc\n%s mallocs new malloc\n' "$n" "$n"
+    done >> "$top/jobs"
 fi
 for w in $(seq 0 $((workers - 1))); do worker "$w" > "$top/results$w" 2> "$top/failures$w" & done
 wait
@@ -100,10 +123,15 @@ cat "$top"/failures* >&2
 cat "$top"/results* | awk '
     { n[$1]++; r[$1, $2]++; if ($2 == "old" || $2 == "new") passed++; else failed++ }
     END {
-        printf "%-9s%8s%8s%8s%8s%8s%8s%8s%8s\n", "kind", "points", "old", "new", "broken", "lied", "stuck", "crashed", "silent"
-        split("kill enospc eio eio1 eintr short lost reorder dropped torn malloc1 mallocs", kinds, " ")
-        for (i = 1; i in kinds; i++) { k = kinds[i]; if (n[k])
-            printf "%-9s%8d%8d%8d%8d%8d%8d%8d%8d\n", k, n[k], r[k,"old"], r[k,"new"], r[k,"broken"], r[k,"lied"], r[k,"stuck"], r[k,"crashed"], r[k,"silent"] }
-        printf "%d passed, %d failed\n", passed, failed
+        kinds = split("kill enospc eio eio1 eintr short lost reorder dropped torn malloc1 mallocs", kind, " ")
+        results = split("old new broken lied stuck crashed silent", result, " ")
+        printf "%-9s%8s", "kind", "points"
+        for (j = 1; j <= results; j++) printf "%8s", result[j]
+        for (i = 1; i <= kinds; i++) {
+            if (!n[kind[i]]) continue
+            printf "\n%-9s%8d", kind[i], n[kind[i]]
+            for (j = 1; j <= results; j++) printf "%8d", r[kind[i], result[j]]
+        }
+        printf "\n%d passed, %d failed\n", passed, failed
         exit failed > 0
     }'

@@ -1,17 +1,21 @@
-// save_once.c: the smallest program that run.sh can torture: it loads a checkpoint, saves the next one, and says the truth.
+// save_once.c: the smallest program that run.sh can torture: it loads a checkpoint, saves the next one, and
+// says the truth.
 //
-//   save_once DIR            loads DIR/last if there is one, saves the next step, exit code 0 only if that save counts
-//   save_once --verify DIR   exit code 0 if DIR/last (or the checkpoint DIR) is whole and its files belong to one save
+//   save_once DIR            loads DIR/last if there is one, saves the next step, exit code 0 only if that
+//   save counts save_once --verify DIR   exit code 0 if DIR/last (or the checkpoint DIR) is whole and its
+//   files belong to one save
 //
-// It uses data/safetensors.h as the trainer does: weights and moments in two files that carry step and save id. All values
-// follow from the step, so that a mixture is seen even where the metadata would agree.
+// It uses data/safetensors.h as the trainer does: weights and moments in two files that carry step and save
+// id. All values follow from the step, so that a mixture is seen even where the metadata would agree.
 #define SSM_NO_MAIN
 // defines: Config, data/safetensors.h
 #include "../../train_mamba.c"
 
 enum { VALUES = 3000 };
 
-static real expected_value(int64_t step, int file, size_t i) { return (real)(step * 1000 + file * 500 + (int64_t)(i % 499)); }
+static real expected_value(int64_t step, int file, size_t i) {
+    return (real)(step * 1000 + file * 500 + (int64_t)(i % 499));
+}
 
 static Config tiny_config(void) {
     Config c;
@@ -19,7 +23,8 @@ static Config tiny_config(void) {
     strcpy(c.pattern, "1");
     c.n_layer = 2, c.d_model = 12, c.d_inner = 24, c.d_state = 5, c.d_conv = 4, c.dt_rank = 1;
     c.vocab_size = 19, c.vocab_padded = 24, c.eos_token = -1, c.tie_embeddings = c.conv_bias = true;
-    c.norm_eps = 1e-5, c.dt_min = 1e-3, c.dt_max = 0.1, c.dt_init_floor = 1e-4, c.dt_scale = 1, c.initializer_range = 0.02;
+    c.norm_eps = 1e-5, c.dt_min = 1e-3, c.dt_max = 0.1, c.dt_init_floor = 1e-4, c.dt_scale = 1,
+    c.initializer_range = 0.02;
     return c;
 }
 
@@ -38,16 +43,19 @@ static int64_t load(const char* out, Error* err) {
     int opened = 0;
     bool ok = true;
     for (; opened < 2 && ok; opened += ok)
-        ok = join_path(path, sizeof path, dir, file_names[opened], err) && safetensors_open(st + opened, path, err);
+        ok = join_path(path, sizeof path, dir, file_names[opened], err) &&
+             safetensors_open(st + opened, path, err);
     ok = ok && checkpoint_same_save(st, st + 1, err);
     int64_t step = ok ? atoll(safetensors_metadata(st, "step")) : -1;
     for (int file = 0; file < 2 && ok; file++) {
         static real values[VALUES];
         const SafeTensor* t = safetensors_find(st + file, "w");
-        ok = (t && t->count == VALUES) || fail_line(err, "%s: no tensor w of %d values", st[file].path, VALUES);
+        ok = (t && t->count == VALUES) ||
+             fail_line(err, "%s: no tensor w of %d values", st[file].path, VALUES);
         ok = ok && safetensors_read_real(st + file, t, values, err);
         for (size_t i = 0; i < VALUES && ok; i++)
-            if (values[i] != expected_value(step, file, i)) ok = fail_line(err, "%s: element %zu is wrong", st[file].path, i);
+            if (values[i] != expected_value(step, file, i))
+                ok = fail_line(err, "%s: element %zu is wrong", st[file].path, i);
     }
     while (opened > 0) safetensors_close(st + --opened);
     Config c;
@@ -67,12 +75,15 @@ static bool save(const char* out, int64_t step, Error* err) {
     if (!checkpoint_begin(out, step, dir, sizeof dir, err) || !config_write(&c, dir, err) ||
         !checkpoint_write_text(dir, "tokenizer.json", "{\"tokens\": []}\n", err)) return false;
     snprintf(number, sizeof number, "%lld", (long long)step);
-    snprintf(id, sizeof id, "%016llx", (unsigned long long)mix64((uint64_t)getpid() ^ (uint64_t)time(NULL) << 32));
+    snprintf(id, sizeof id, "%016llx",
+             (unsigned long long)mix64((uint64_t)getpid() ^ (uint64_t)time(NULL) << 32));
     const char* meta[] = {"step", number, "save_id", id, NULL};
     for (int file = 0; file < 2; file++) {
         for (size_t i = 0; i < VALUES; i++) values[i] = expected_value(step, file, i);
         SafeTensorOut w = {"w", 2, {VALUES / 100, 100}, ST_F32, values};
-        if (!join_path(path, sizeof path, dir, file_names[file], err) || !safetensors_write(path, &w, 1, meta, err)) return false;
+        if (!join_path(path, sizeof path, dir, file_names[file], err) ||
+            !safetensors_write(path, &w, 1, meta, err))
+            return false;
     }
     if (!checkpoint_commit(out, step, err)) return false;
     if (step % 2 == 0 && !checkpoint_mark_best(out, step, err)) return false;

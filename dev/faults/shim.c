@@ -1,21 +1,27 @@
-// shim.c: makes the N-th file operation of a program fail, or be its last one. For LD_PRELOAD; run.sh builds and uses it.
+// shim.c: makes the N-th file operation of a program fail, or be its last one. For LD_PRELOAD; run.sh builds
+// and uses it.
 //
-//   FAULT_PATH    operations on paths that begin with this are counted (opens for writing and of directories, writes,
-//                 fsync, close, rename, mkdir, rmdir, symlink, unlink)
+//   FAULT_PATH    operations on paths that begin with this are counted: opens for writing and of directories,
+//                 writes, fsync, close, rename, mkdir, rmdir, symlink, unlink
 //   FAULT_AT      N, counted from 1
-//   FAULT_KIND    kill     SIGKILL before operation N
-//                 enospc   operation N fails with ENOSPC, once         eio     it and all later ones fail with EIO
-//                 eio1     operation N fails with EIO, once            eintr   operation N fails with EINTR, once
-//                 short    operation N, if a write, writes half
-//                 lost     power loss before operation N: data without fsync is gone, and so are names (created, renamed,
-//                          removed) in directories without fsync since
-//                 reorder  the same, but the last name that changed is kept: name changes need not arrive in order
-//                 dropped  the same, but all names had reached the disk  torn    the same, and half of the last write too
-//                 malloc1  allocation N returns NULL                   mallocs it and all later ones return NULL
-//   FAULT_TRACE   with FAULT_AT=0: a file that receives one line per operation; with a malloc kind, their number
+//   FAULT_KIND    kill      SIGKILL before operation N
+//                 enospc    operation N fails with ENOSPC, once
+//                 eio1      operation N fails with EIO, once
+//                 eio       operation N and all later ones fail with EIO
+//                 eintr     operation N fails with EINTR, once
+//                 short     operation N, if a write, writes half
+//                 lost      power loss before operation N: data without fsync is gone, and so are changes of
+//                           names (created, renamed, removed) in directories without fsync since
+//                 reorder   the same, but the last change of a name is kept: they need not arrive in order
+//                 dropped   the same, but all names had reached the disk
+//                 torn      the same, and half of the last write, in units of 512 bytes
+//                 malloc1   allocation N returns NULL, once
+//                 mallocs   allocation N and all later ones return NULL
+//   FAULT_TRACE   with FAULT_AT=0, a file for one line per operation; with malloc1, for their number
 //   FAULT_BACKUP  an empty directory on the same file system: what `lost` brings back is kept here
 //
-// For `lost` the shim logs every change of a name until the directory is synced, and takes the changes back in reverse.
+// For a power loss the shim logs every change of a name until the directory is synced, and takes the changes
+// back in reverse order.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -30,8 +36,15 @@
 
 enum { MAX_LOG = 4096, MAX_FD = 1024, PATH_LENGTH = 512 };
 enum { NAME_CREATE, NAME_MKDIR, NAME_REMOVE, NAME_RMDIR, NAME_RENAME, NAME_EXCHANGE };
-typedef struct { int what; char a[PATH_LENGTH], b[PATH_LENGTH]; int durable, saved; } NameChange;   // saved: b existed
-typedef struct { char path[PATH_LENGTH]; off_t size, synced, last; } FileData;   // last: length of the last write
+typedef struct {
+    int what;
+    char a[PATH_LENGTH], b[PATH_LENGTH];
+    int durable, saved;          // the directory was synced since; what the change destroyed is in the backup
+} NameChange;
+typedef struct {
+    char path[PATH_LENGTH];
+    off_t size, synced, last;    // bytes written, of them synced, length of the last write
+} FileData;
 
 static NameChange names[MAX_LOG];
 static FileData files[MAX_LOG];
@@ -48,7 +61,10 @@ static ssize_t real_write(int fd, const void* data, size_t n) { REAL(write); ret
 static int real_close(int fd) { REAL(close); return real(fd); }
 static int real_fsync(int fd) { REAL(fsync); return real(fd); }
 static int real_rename(const char* a, const char* b) { REAL(rename); return real(a, b); }
-static int real_renameat2(int d, const char* a, int e, const char* b, unsigned f) { REAL(renameat2); return real(d, a, e, b, f); }
+static int real_renameat2(int d, const char* a, int e, const char* b, unsigned f) {
+    REAL(renameat2);
+    return real(d, a, e, b, f);
+}
 static int real_mkdir(const char* path, mode_t mode) { REAL(mkdir); return real(path, mode); }
 static int real_rmdir(const char* path) { REAL(rmdir); return real(path); }
 static int real_symlink(const char* a, const char* b) { REAL(symlink); return real(a, b); }
@@ -109,7 +125,8 @@ static void log_name(int what, const char* a, const char* b) {
 static void power_loss(void) {
     for (int i = 0; i < n_files; i++) {
         off_t size = files[i].synced;
-        if (is("torn") && files[i].size > size) size = files[i].size - files[i].last + files[i].last / 2 / 512 * 512;
+        if (is("torn") && files[i].size > size)
+            size = files[i].size - files[i].last + files[i].last / 2 / 512 * 512;
         if (size < files[i].size && truncate(files[i].path, size) < 0 && errno != ENOENT) abort();
     }
     for (int i = (is("reorder") ? n_names - 1 : n_names) - 1; i >= 0; i--) {
@@ -131,12 +148,14 @@ static void power_loss(void) {
     kill(getpid(), SIGKILL);
 }
 
-// point: counts one operation. Returns an errno for the operation to fail with, -1 for a short write, 0 to go on.
+// point: counts one operation. Returns an errno for the operation to fail with, -1 for a short write, 0 to go
+// on.
 static int point(const char* operation, const char* path) {
     char line[PATH_LENGTH + 32];
     if (kind[0] == 'm') return 0;
     count++;
-    if (trace >= 0) real_write(trace, line, (size_t)snprintf(line, sizeof line, "%s %.400s\n", operation, path));
+    if (trace >= 0)
+        real_write(trace, line, (size_t)snprintf(line, sizeof line, "%s %.400s\n", operation, path));
     if (count < at || at <= 0) return 0;
     if (is("eio")) return EIO;
     if (count > at) return 0;
@@ -208,7 +227,8 @@ int fsync(int fd) {
     if (result < 0) return result;
     if (fd_file[fd] >= 0) files[fd_file[fd]].synced = files[fd_file[fd]].size;
     else for (int i = 0; i < n_names; i++)   // a directory: its names are durable now
-        if (in_directory(names[i].what == NAME_RENAME ? names[i].b : names[i].a, fd_path[fd])) names[i].durable = 1;
+            if (in_directory(names[i].what == NAME_RENAME ? names[i].b : names[i].a, fd_path[fd]))
+                names[i].durable = 1;
     return result;
 }
 
@@ -216,7 +236,8 @@ int fdatasync(int fd) { return fsync(fd); }
 
 int close(int fd) {
     if (fd < 0 || fd >= MAX_FD || !fd_watched[fd]) return real_close(fd);
-    int error = point("close", fd_path[fd]), result = real_close(fd);   // Linux closes even when it reports an error
+    int error = point("close", fd_path[fd]),
+        result = real_close(fd);   // Linux closes even when it reports an error
     fd_watched[fd] = 0;
     if (error <= 0) return result;
     errno = error;
@@ -293,10 +314,19 @@ static int no_memory(void) {
 }
 
 void* malloc(size_t n) { if (!no_memory()) return __libc_malloc(n); errno = ENOMEM; return NULL; }
-void* calloc(size_t n, size_t size) { if (!no_memory()) return __libc_calloc(n, size); errno = ENOMEM; return NULL; }
-void* realloc(void* p, size_t n) { if (!no_memory()) return __libc_realloc(p, n); errno = ENOMEM; return NULL; }
+void* calloc(size_t n, size_t size) {
+    if (!no_memory()) return __libc_calloc(n, size);
+    errno = ENOMEM;
+    return NULL;
+}
+void* realloc(void* p, size_t n) {
+    if (!no_memory()) return __libc_realloc(p, n);
+    errno = ENOMEM;
+    return NULL;
+}
 
 __attribute__((destructor)) static void finish(void) {
     char line[64];
-    if (kind[0] == 'm' && trace >= 0) real_write(trace, line, (size_t)snprintf(line, sizeof line, "%ld\n", count));
+    if (kind[0] == 'm' && trace >= 0)
+        real_write(trace, line, (size_t)snprintf(line, sizeof line, "%ld\n", count));
 }

@@ -5,8 +5,8 @@
 Loads DIR/model.safetensors and config.json with MambaForCausalLM.from_pretrained and DIR/tokenizer.json with
 tokenizers, lets our program evaluate the same checkpoint on a text, and compares
 
-  weights  what transformers holds after loading with what the file holds (its loader re-runs initialization code,
-           which rescales out_proj.weight of every loaded model when rescale_prenorm_residual is true)
+  weights  what transformers holds after loading with what the file holds (its loader re-runs initialization,
+           which rescales a loaded out_proj.weight when rescale_prenorm_residual is true)
   tokens   the ids our program read from the text with those of the tokenizer, end tokens aside; "-" without
   logits   our float32 logits with transformers' in float64: relative L2 of the difference, limit 1e-4
 
@@ -106,10 +106,11 @@ def main():
     argmax = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
     ok = error <= LIMIT and tokens_equal is not False and not changed      # NaN fails
     tokens = {True: "equal", False: "DIFFER", None: "-"}[tokens_equal]
-    print(f"{'checkpoint':32s} {'B':>4s} {'T':>6s} {'V':>6s} {'weights':>8s} {'tokens':>7s} {'logits':>9s} {'limit':>7s} "
-          f"{'argmax':>8s}")
+    print(f"{'checkpoint':32s} {'B':>4s} {'T':>6s} {'V':>6s} {'weights':>8s} {'tokens':>7s} "
+          f"{'logits':>9s} {'limit':>7s} {'argmax':>8s}")
+    weights = "CHANGED" if changed else "equal"
     print(f"{args.directory[-32:]:32s} {ids.shape[0]:4d} {ids.shape[1]:6d} {ours.shape[-1]:6d} "
-          f"{'CHANGED' if changed else 'equal':>8s} {tokens:>7s} {error:9.1e} {LIMIT:7.0e} {argmax:8.2%}  {'ok' if ok else 'FAIL'}")
+          f"{weights:>8s} {tokens:>7s} {error:9.1e} {LIMIT:7.0e} {argmax:8.2%}  {'ok' if ok else 'FAIL'}")
 
     if changed:
         print(f"changed by loading: {', '.join(changed)}")
