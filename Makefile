@@ -70,6 +70,9 @@ test: $(BUILD)/test_mamba $(BUILD)/test_mamba_double ## float and double test su
 	$(BUILD)/test_mamba
 	$(BUILD)/test_mamba_double
 
+faults: ## a save under kills, full disks, failing calls and power loss
+	CC='$(CC)' dev/faults/run.sh
+
 check-cxx: ## the C file is also valid C++17 (what the CUDA build includes)
 	$(CXX) -x c++ -std=c++17 -fsyntax-only $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) $(OPENBLAS_CFLAGS) train_mamba.c
 

@@ -2751,14 +2751,7 @@ int main(int argc, char** argv) {
         for (int i = 0; i < COUNT_OF(cases); i++) printf("%s\n", cases[i].name);
         return 0;
     }
-#ifdef _OPENMP
-    // Threads that spin while they wait take most of the time on a busy machine, and only the environment of a
-    // new process can tell them to sleep. Where it cannot be started, the tests just take longer.
-    if (!getenv("OMP_WAIT_POLICY")) {
-        setenv("OMP_WAIT_POLICY", "passive", 1);
-        execv("/proc/self/exe", argv);
-    }
-#endif
+    limit_spinning(argv);
     use_threads(1);
     int n_run = 0;
     double start = seconds_now();

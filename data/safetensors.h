@@ -1222,7 +1222,8 @@ char* config_to_json(const Config* c) {
         if (c->d_inner % c->d_model == 0) text_add(&text, "%lld", (long long)(c->d_inner / c->d_model));
         else add_real(&text, expand);
         text_add(&text, ",\n  \"time_step_init_scheme\": \"%s\",\n  \"hidden_act\": \"silu\"", init);
-        // transformers draws out_proj anew after loading when this is true: it must be false beside trained weights
+        // transformers draws out_proj anew after loading when this is true: it must be false beside trained
+        // weights
         text_add(&text, ",\n  \"rescale_prenorm_residual\": false");
         text_add(&text, ",\n  \"residual_in_fp32\": true,\n  \"use_cache\": true");
     } else {

@@ -151,6 +151,7 @@ static void bench_generate(Settings* s, int rounds) {
 }
 
 int main(int argc, char** argv) {
+    limit_spinning(argv);
     if (argc < 2 || (strcmp(argv[1], "train") && strcmp(argv[1], "generate")))
         die("usage: cpu_speed train|generate [options]");
     bool train = strcmp(argv[1], "train") == 0;

@@ -292,6 +292,7 @@ static int bench(const Product* p, size_t only, double peak) {
 }
 
 int main(int argc, char** argv) {
+    limit_spinning(argv);
     char* end = NULL;
     size_t only = argc > 1 ? (size_t)strtoul(argv[1], &end, 10) : 0;
     if (argc > 2 || (argc > 1 && (*end || only < 1 || only > RUNGS))) {

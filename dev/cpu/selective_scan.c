@@ -452,6 +452,7 @@ static void measure_rates(double* per_exp, double* per_fma, double* per_byte, in
 }
 
 int main(int argc, char** argv) {
+    limit_spinning(argv);
     size_t shape[4] = { 8, 256, 512, 16 };                             // B T E N
     for (int i = 1; i < argc && i < 5; i++) shape[i - 1] = (size_t)strtoull(argv[i], NULL, 10);
     size_t B = shape[0], T = shape[1], E = shape[2], N = shape[3];

@@ -11,8 +11,9 @@
 # Two situations: the next step is new; and it exists already, saved by an earlier run that went further.
 # Kinds: see shim.c. A row counts the points after which the OLD or the NEW checkpoint was the last one, and
 # the failures: BROKEN (something visible is not whole), LIED (exit code 0 without a new save, or although an
-# fsync or close failed), STUCK (the next save fails or leaves something behind), CRASHED, SILENT (failed
-# without a word). Last line: "N passed, N failed"; exit code 1 if any failed.
+# fsync or close failed), STUCK (an interrupted call was not continued; or the next save fails or leaves
+# something behind), CRASHED, SILENT (failed without a word). Last line: "N passed, N failed"; exit code 1 if
+# any failed.
 # Environment: KINDS="kill lost" runs only these; MALLOC=0 leaves out the allocations; WORKERS=2.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -72,6 +73,10 @@ one() {
         [ $result = old ] && result=lied
         case "$2 $5" in eio1\ fsync|eio1\ close|enospc\ fsync|enospc\ close) result=lied ;; esac
     fi
+    # an interrupted call or a short write is continued
+    case "$code $2 $5" in
+        1\ short\ *|1\ eintr\ write|1\ eintr\ open|1\ eintr\ fsync|1\ eintr\ close) result=stuck ;;
+    esac
     [ "$code" = 1 ] && [ ! -s "$4/log" ] && result=silent
     for each in "$out" "$out"/step_*[0-9]; do     # whatever is visible is whole
         "$program" --verify "$each" > /dev/null 2> "$4/why" || { result=broken; break; }
