@@ -2124,7 +2124,7 @@ void* train_thread(void* unused) {       // as train_main, without the plot
     Error err;
     if (!settings_parse(&s, WORD_TRAIN, argc, argv, &err)) die("%s", err.text);
     trainer_create(&t, &s);
-    catch_signals();
+    catch_signals(true);
     train_forward = t.backend.forward;
     train_backward = t.backend.backward;
     train_zero = t.backend.zero_gradients;

@@ -70,14 +70,20 @@ static_assert(sizeof(off_t) == 8, "files beyond 2 GiB need a 64-bit off_t");
 
 // die: the end of every user error: one line on stderr (what was expected, what was found, what to do), exit
 // code 1.
+// print_line: a message as one line; control characters, which may come from arguments and file names, become '?'.
+static void print_line(const char* kind, const char* format, va_list args) {
+    char line[8192];
+    vsnprintf(line, sizeof line, format, args);
+    for (char* p = line; *p; p++) if ((unsigned char)*p < 32 || *p == 127) *p = '?';
+    fflush(stdout);
+    fprintf(stderr, "%s: %s\n", kind, line);
+}
+
 __attribute__((format(printf, 1, 2), noreturn))
 void die(const char* format, ...) {
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fprintf(stderr, "error: ");
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n");
+    print_line("error", format, args);
     va_end(args);
     exit(1);
 }
@@ -86,10 +92,7 @@ __attribute__((format(printf, 1, 2)))
 void warn(const char* format, ...) {
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fprintf(stderr, "warning: ");
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n");
+    print_line("warning", format, args);
     va_end(args);
 }
 
@@ -1748,6 +1751,14 @@ void state_copy_row(const Model* m, State* dst, size_t to, const State* src, siz
         }
 }
 
+// state_count: numbers in the state of one sequence
+static size_t state_count(const Model* m) {
+    size_t n = 0;
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) n += spec_count(&m->layer[l].kind->state[i], &m->config);
+    return n;
+}
+
 // Workspace: the memory of one forward (and backward) over at most B x T tokens. Every call may use smaller B
 // and T. For inference nothing is kept per layer: the residual stream and the activations are reused from
 // layer to layer.
@@ -1814,6 +1825,16 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
     w->losses = plan(p, M);
     w->dres = w->training ? plan(p, M * D) : NULL;
     w->df = w->training ? plan(p, M * D) : NULL;
+}
+
+// workspace_fits: whether the plan can be counted at all. The bound, 64 fields of every width per token and layer, is
+// generous; what exceeds it would wrap around in size_t.
+static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
+    const Config* c = &m->config;
+    int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate + c->vocab_padded;
+    int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
+    size_t bytes;
+    return checked_size(5, dims, sizeof(real), &bytes);
 }
 
 // workspace_alloc: with measure_only the bytes are computed and nothing is kept.
@@ -2386,7 +2407,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
         }
         if (ok) backend->decode(backend, &s, 0, 1, piece, n, logits);
         stats->prompt_tokens += (int64_t)n;
-        if (*interrupted) ok = fail(err, "interrupted while reading the prompt");
+        if (*interrupted) break;
     }
     if (ok && position == 0) {
         int begin = m->config.eos_token >= 0 && m->config.eos_token < m->config.vocab_size
@@ -2422,8 +2443,10 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
             char bytes[TOKENIZER_MAX_TEXT];
             size_t n = tokenizer_decode(tok, &utf8[r], last[r], bytes);
             if (rows == 1) {
-                fwrite(bytes, 1, n, out);
-                fflush(out);
+                if (fwrite(bytes, 1, n, out) != n || fflush(out) != 0) {
+                    ok = fail(err, "could not write the text: %s", strerror(errno));
+                    break;
+                }
             } else {
                 text[r] = (char*)xrealloc(text[r], length[r] + n, 1);
                 memcpy(text[r] + length[r], bytes, n);
@@ -2462,19 +2485,24 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 
 static volatile sig_atomic_t stop_signal = 0;
 
+// A second Ctrl-C leaves at once. Other signals may come in company (SIGTERM and SIGHUP at shutdown, SIGPIPE at every
+// write to a closed pipe), so they do not.
 static void on_signal(int number) {
-    if (stop_signal) _exit(128 + number);      // the second one leaves at once
-    stop_signal = number;
+    if (stop_signal && number == SIGINT) _exit(128 + number);
+    if (!stop_signal) stop_signal = number;
 }
 
-static void catch_signals(void) {
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = on_signal;
-    action.sa_flags = SA_RESTART;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGHUP, &action, NULL);
+// catch_signals: pipe: also when nobody reads stdout any more (`| tee` ended by the same Ctrl-C): save, then leave.
+static void catch_signals(bool pipe) {
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
+    for (int i = 0; i < (pipe ? 4 : 3); i++) {
+        struct sigaction action, old;
+        memset(&action, 0, sizeof action);
+        action.sa_handler = on_signal;
+        action.sa_flags = SA_RESTART;
+        if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler == SIG_IGN) continue;      // nohup
+        sigaction(numbers[i], &action, NULL);
+    }
     signal(SIGXFSZ, SIG_IGN);                  // a file size limit becomes an ordinary write error
 }
 
@@ -2614,7 +2642,7 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
     const Options* o = &s->o;
     Config c;
     memset(&c, 0, sizeof c);
-    snprintf(c.pattern, sizeof c.pattern, "%s", o->pattern);
+    memcpy(c.pattern, o->pattern, min_size(strlen(o->pattern) + 1, sizeof c.pattern));      // too long: no end, refused
     c.n_layer = o->n_layer;
     c.d_model = o->d_model;
     c.d_inner = o->expand * o->d_model;
@@ -2650,7 +2678,7 @@ typedef struct { double loss; int64_t targets; } Evaluation;
 // evaluate: mean loss over the targets of `batches` batches (0: all) in order, each target once, states
 // starting from zero.
 bool evaluate(Backend* b, const Loader* loader, size_t B, size_t T, int64_t batches, bool documents,
-              Evaluation* result, Error* err) {
+              volatile sig_atomic_t* interrupted, Evaluation* result, Error* err) {
     int *inputs = (int*)xcalloc(B * T, sizeof(int)), *targets = (int*)xcalloc(B * T, sizeof(int)),
         *doc = (int*)xcalloc(B * T, sizeof(int));
     double sum = 0;
@@ -2660,7 +2688,7 @@ bool evaluate(Backend* b, const Loader* loader, size_t B, size_t T, int64_t batc
     if (all == 0)
         ok = fail(err, "the data has %lld tokens, an evaluation needs at least 2",
                   (long long)loader->data->n_tokens);
-    for (int64_t i = 0; i < batches && ok && !stop_signal; i++) {
+    for (int64_t i = 0; i < batches && ok && !(interrupted && *interrupted); i++) {
         ok = loader_eval_batch(loader, i * (int64_t)B, (int64_t)B, inputs, targets, doc, err);
         if (!ok) break;
         sum += b->forward(b, -1, inputs, targets, documents ? doc : NULL, B, T, 0);
@@ -2828,7 +2856,7 @@ static bool trainer_evaluate(Trainer* t, double* loss, Error* err) {
     const Options* o = &t->settings->o;
     Evaluation result;
     if (!evaluate(&t->backend, &t->val_loader, (size_t)o->batch_size, (size_t)o->seq_len, o->eval_batches,
-                  o->reset_documents, &result, err))
+                  o->reset_documents, NULL, &result, err))       // one that has begun is finished: a resumed run would not make it up
         return false;
     *loss = result.loss;
     return true;
@@ -2839,6 +2867,7 @@ static bool trainer_sample(Trainer* t, Error* err) {
     Prompt prompt = {&t->data.tokenizer, o->prompt, strlen(o->prompt), NULL};
     GenerateStats stats;
     if (o->max_tokens == 0) return true;
+    if (stop_signal) return true;
     printf("--- sample at step %lld\n", (long long)t->progress.step);
     if (!generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err))
         return false;
@@ -2958,7 +2987,6 @@ static int train_loop(Trainer* t) {
         bool best = false;
         if (evaluate_now) {
             if (!trainer_evaluate(t, &val_loss, &err)) die("%s", err.text);
-            if (stop_signal) break;
             best = !(val_loss >= p->best_loss);
             if (best) { p->best_loss = val_loss; p->best_step = p->step; }
             bits_per_byte(&t->data.tokenizer, val_loss, bpb);
@@ -2971,7 +2999,7 @@ static int train_loop(Trainer* t) {
         fflush(t->log);
         if (best || last || (o->save_every && p->step % o->save_every == 0)) trainer_save(t, best);
         if (!last && o->sample_every && p->step % o->sample_every == 0 && !trainer_sample(t, &err))
-            die("%s", err.text);
+            warn("%s", err.text);       // a full disk under stdout must not end the run
         fflush(stdout);
         other += seconds_now() - pause;
     }
@@ -2988,7 +3016,7 @@ static int train_loop(Trainer* t) {
     if (t->data.has_val)
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
-    if (!trainer_sample(t, &err)) die("%s", err.text);
+    if (!trainer_sample(t, &err)) warn("%s", err.text);
     return t->save_failed ? 1 : 0;
 }
 
@@ -3044,6 +3072,8 @@ static void trainer_create(Trainer* t, Settings* s) {
     Config config;
     if (o->resume) {
         if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
+        if (strcmp(dir, o->out) == 0)
+            die("%s is a checkpoint; --resume needs the directory of the run, the one that holds the link `last`", o->out);
         snprintf(path, sizeof path, "%s/optimizer.safetensors", dir);
         if (!safetensors_open(&st, path, &err) || !resume_settings(s, &st, &err) ||
             !config_read(&config, dir, &err))
@@ -3054,6 +3084,13 @@ static void trainer_create(Trainer* t, Settings* s) {
         if (lstat(path, &info) == 0)
             die("%s already holds a run; --resume continues it, --out DIR starts another one elsewhere",
                 o->out);
+        if (checkpoint_any(o->out))
+            die("%s holds checkpoints (step_*) but no link `last`; `ln -s step_<number> last` there and --resume, or choose "
+                "another --out", o->out);
+    }
+    if (o->min_lr > o->lr && strcmp(o->schedule, "constant") != 0) {
+        if (settings_origin(s, "min-lr") == FROM_USER) die("--min-lr %g is above --lr %g", o->min_lr, o->lr);
+        s->o.min_lr = o->lr;        // the default, for a small --lr
     }
     set_threads(o->threads);
     const char* list = o->data;
@@ -3072,20 +3109,25 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!checked_size(4, dims, 1, &step_size))
         die("--batch-size x --grad-accum x --seq-len does not fit in 63 bits");
 
+    if (!workspace_fits(m, o->batch_size, o->seq_len)) die("--batch-size x --seq-len x model does not fit in 63 bits");
+
     // memory, before anything is allocated
     Workspace measured = workspace_alloc(m, B, T, true, o->recompute, true);
     double parameter_bytes = (double)m->n_elements * sizeof(real), activation_bytes = (double)measured.bytes;
+    double batch_bytes = (double)step_size / 64 * (3 * sizeof(int)), carried_bytes = 0;
+    if (o->carry_state) carried_bytes = 2.0 * (double)(accum * B) * (double)state_count(m) * sizeof(real);
     workspace_free(&measured);
     print_model(m);
     printf(
         "memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f MiB%s\n",
         mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
         o->recompute ? " (recompute)" : "");
-    if (!check_memory(4 * parameter_bytes + activation_bytes,
+    if (!check_memory(4 * parameter_bytes + activation_bytes + batch_bytes + carried_bytes,
                       "try a smaller --batch-size, --seq-len or model, or --recompute", &err))
         die("%s", err.text);
+    if (!checkpoint_make_dir(o->out, &err)) die("%s", err.text);
+    lock_run(o->out);           // first: the probe removes unfinished saves, and must not meet another
     if (!checkpoint_probe(o->out, (uint64_t)(6 * parameter_bytes) + (1 << 20), &err)) die("%s", err.text);
-    lock_run(o->out);
 
     model_alloc(m, true);
     t->backend = backend_cpu(m, B, T, true, o->recompute);
@@ -3121,6 +3163,8 @@ static void trainer_create(Trainer* t, Settings* s) {
     loader.data = &t->data.val;
     loader.sequential = false;
     t->val_loader = loader;
+    if (t->data.has_val && loader_eval_samples(&t->val_loader) == 0)
+        die("%s: the validation data has %lld tokens, an evaluation needs at least 2", o->val_data, (long long)t->data.val.n_tokens);
     t->inputs = (int*)xcalloc(accum * B * T, sizeof(int));
     t->targets = (int*)xcalloc(accum * B * T, sizeof(int));
     t->doc = (int*)xcalloc(accum * B * T, sizeof(int));
@@ -3152,7 +3196,7 @@ int train_main(Settings* s) {
     trainer_create(&t, s);
     printf("settings:\n");
     settings_print(s);
-    catch_signals();
+    catch_signals(true);
     int code = train_loop(&t);
     if (code == 0) {
         plot_loss(s->o.out);
@@ -3169,7 +3213,12 @@ int train_main(Settings* s) {
 static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
     Error err;
     const Options* o = &s->o;
-    if (o->preset[0] && settings_origin(s, "from") == FROM_DEFAULT) {
+    int first = option_find("preset"), last = option_find("tie-embeddings"), given = -1;      // the model options
+    for (int i = first; i <= last; i++) if (s->origin[i] == FROM_USER) given = i;
+    bool from = settings_origin(s, "from") != FROM_DEFAULT;
+    if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
+        die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out", options[given].name, o->from);
+    if (given >= 0) {
         int64_t V = o->vocab_size ? o->vocab_size : 257;
         tokenizer_bytes(tok);
         if (V != tok->vocab_size) { tok->kind = TOKENIZER_NONE; tok->vocab_size = V; }
@@ -3203,16 +3252,31 @@ int generate_main(Settings* s) {
     set_threads(o->threads);
     model_open(&m, &tok, s, dir);
     Backend backend = backend_cpu(&m, 0, 0, false, false);
+    double rows = (double)o->num_samples, Vp = (double)m.config.vocab_padded;
+    int64_t tokens = o->chunk > o->num_samples ? o->chunk : o->num_samples;
+    if (!workspace_fits(&m, 1, tokens)) die("--num-samples or --chunk: the memory does not fit in 63 bits");
+    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, false, true);
+    double bytes = (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
+    workspace_free(&measured);
+    if (!check_memory(bytes, "try a smaller --num-samples or --chunk", &err)) die("%s", err.text);
     Prompt prompt = {&tok, o->prompt, strlen(o->prompt), NULL};
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
     bool from_stdin = strcmp(o->prompt, "-") == 0;
     if (from_stdin) prompt.file = stdin;
     if (o->prompt_file[0] && !(prompt.file = fopen(o->prompt_file, "rb")))
         die("%s: %s", o->prompt_file, strerror(errno));
+    struct stat info;
+    if (o->prompt_file[0] && fstat(fileno(prompt.file), &info) == 0 && S_ISDIR(info.st_mode))
+        die("%s: expected a text file, found a directory", o->prompt_file);
     if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file))
         die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
-    if (!prompt.file && o->prompt[0] && o->num_samples == 1) printf("%s", o->prompt);
-    catch_signals();
+    if (!prompt.file && o->prompt[0] && o->num_samples == 1) {       // echoed like the output: valid UTF-8 unless --raw
+        Utf8Stream echo = {{0}, 0, o->raw};
+        char text[TOKENIZER_MAX_TEXT];
+        for (const char* p = o->prompt; *p; p++) fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
+        fwrite(text, 1, tokenizer_flush(&echo, text), stdout);
+    }
+    if (!prompt.file) catch_signals(false);      // waiting for a prompt, Ctrl-C simply ends it
     GenerateStats stats;
     bool ok = generate(&backend, &tok, o, &prompt, stdout, &stats, &stop_signal, &err);
     if (!ok) die("%s", err.text);
@@ -3265,13 +3329,18 @@ int eval_main(Settings* s) {
     if (!list[0]) list = data.default_list = default_data();
     if (!open_list(&data.train, list, &data.tokenizer, &err)) die("%s", err.text);
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
+    if (!workspace_fits(&m, o->batch_size, o->seq_len)) die("--batch-size x --seq-len x model does not fit in 63 bits");
+    Workspace measured = workspace_alloc(&m, B, T, false, false, true);
+    double bytes = (double)measured.bytes + 3.0 * sizeof(int) * (double)(B * T);
+    workspace_free(&measured);
+    if (!check_memory(bytes, "try a smaller --batch-size or --seq-len", &err)) die("%s", err.text);
     Backend backend = backend_cpu(&m, B, T, false, false);
     Loader loader = {&data.train, o->seq_len, o->seed, false, 0, data.tokenizer.eos, 0, 1};
     Evaluation result;
-    catch_signals();
+    catch_signals(false);
     if (o->dump_logits[0] && !dump_logits(&backend, &loader, B, T, o->dump_logits, &err)) die("%s", err.text);
     double start = seconds_now();
-    if (!evaluate(&backend, &loader, B, T, o->eval_batches, o->reset_documents, &result, &err))
+    if (!evaluate(&backend, &loader, B, T, o->eval_batches, o->reset_documents, &stop_signal, &result, &err))
         die("%s", err.text);
     double seconds = seconds_now() - start;
     char bpb[32];
@@ -3312,6 +3381,9 @@ int info_main(Settings* s) {
 
 #ifndef SSM_NO_MAIN
 int main(int argc, char** argv) {
+    // A closed stdin, stdout or stderr would lend its number to the next file opened, and messages would go in there.
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) return 1;
     limit_spinning(argv);
     int word = WORD_TRAIN, skip = 1;
     if (argc > 1 && argv[1][0] != '-') {

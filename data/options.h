@@ -261,6 +261,8 @@ bool option_set(Settings* s, int i, const char* value, int origin, Error* err) {
             break;
         }
     }
+    if (opt->type == 'l' && origin == FROM_USER && (!*value || *value == '\n'))
+        return fail(err, "--%s expects at least one file, found an empty name", opt->name);
     char* copy = strdup(value);
     free(s->text[i]);
     s->text[i] = copy;

@@ -751,10 +751,8 @@ static bool replace_link(const char* out, const char* name, const char* target, 
     return sync_dir(out, err);
 }
 
-// checkpoint_probe: before the first step: can checkpoints be saved in `out`? Makes the directory, tries
-// every operation a save needs, and compares the free space with two checkpoints of bytes_needed each (the
-// new one and the one kept).
-bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
+// checkpoint_make_dir: the directory of a run, and those above it
+bool checkpoint_make_dir(const char* out, Error* err) {
     char path[4096], moved[4100];
     if (!out[0] || strlen(out) > 3800)
         return fail_line(err, "the output directory's name is empty or too long");
@@ -776,6 +774,24 @@ bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
         *p = c;
         if (!c) break;
     }
+    return true;
+}
+
+// checkpoint_any: whether a directory holds checkpoints of any step
+bool checkpoint_any(const char* out) {
+    DIR* dir = opendir(out);
+    bool found = false;
+    for (struct dirent* d; dir && (d = readdir(dir));) found = found || step_of(d->d_name, "") >= 0;
+    if (dir) closedir(dir);
+    return found;
+}
+
+// checkpoint_probe: before the first step: can checkpoints be saved in `out`? Makes the directory, tries
+// every operation a save needs, and compares the free space with two checkpoints of bytes_needed each (the
+// new one and the one kept).
+bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
+    char path[4096], moved[4100];
+    if (!checkpoint_make_dir(out, err)) return false;
     checkpoint_remove_stale(out, true);
     // a trial run: a directory with a file in it, renamed; a link, replaced by rename; all of it removed
     snprintf(path, sizeof path, "%s/probe.tmp", out);

@@ -147,8 +147,11 @@ def candidates(text, start, stop):
             continue                            # the length of an array
         if re.match(r"\s*\{\s{3,}", line):
             continue                            # a row of a table of tensors: `swap` changes those
+        if re.search(r"memset\([^,]*, $", text[line_start:m.start()]):
+            yield m.start(), m.end(), "255", "constant"        # NaN: bytes of 1 are as good as zero
+            continue
         yield m.start(), m.end(), str(int(m.group()) + 1), "constant"
-        if int(m.group()) > 0:
+        if int(m.group()) > 0 and not re.search(r"[+-] $", text[m.start() - 2:m.start()]):     # see shift
             yield m.start(), m.end(), str(int(m.group()) - 1), "constant"
     for m in find(r"(?<![\w.])(\d+\.\d*|\d+(?=e))(e[+-]?\d+)?f?(?![\w.])"):
         yield m.start(), m.end(), "(2 * %s)" % m.group(), "constant"
