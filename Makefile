@@ -1,7 +1,7 @@
 # ssm.c: `make` builds the trainer, `make test` proves it, `make help` lists the rest.
 #
 # Detection prints what was found and, for what was not, the fix. Variables to override: CC, CFLAGS, SANITIZE=1,
-# NO_OPENMP=1, NO_OPENBLAS=1 (the built-in matmul).
+# NO_OPENMP=1.
 
 CC ?= cc
 CXX ?= c++
@@ -20,25 +20,26 @@ ifeq (,$(filter help clean,$(MAKECMDGOALS)))
   HASH := \#
   try = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
   ifneq ($(shell $(PKG_CONFIG) --exists jansson 2>/dev/null && echo yes),yes)
-    $(error Jansson (JSON) not found. On Debian or Ubuntu: sudo apt-get install gcc make pkg-config libjansson-dev libopenblas-dev)
+    $(error Jansson (JSON) not found. On Debian or Ubuntu: sudo apt-get install gcc make pkg-config libjansson-dev)
   endif
   JANSSON_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson)
   JANSSON_LIBS := $(shell $(PKG_CONFIG) --libs jansson)
   ifndef NO_OPENMP
     OPENMP := $(if $(call try,int main(void){return 0;},-fopenmp),-fopenmp)
   endif
-  ifndef NO_OPENBLAS
+  # only the ladders and benchmarks in dev/ compare themselves with OpenBLAS
+  ifneq (,$(filter dev $(BUILD)/dev/%,$(MAKECMDGOALS)))
     ifeq ($(call try,$(HASH)include <cblas.h>\nint main(void){openblas_set_num_threads(1);return 0;},-lopenblas),yes)
-      OPENBLAS_CFLAGS := -DUSE_OPENBLAS
-      OPENBLAS_LIBS := -lopenblas
+      DEV_FLAGS := -DUSE_OPENBLAS
+      DEV_LIBS := -lopenblas
     endif
+    $(info OpenBLAS: $(if $(DEV_LIBS),found,not found; the comparisons with it are left out. Fix: sudo apt-get install libopenblas-dev))
   endif
   $(info OpenMP:   $(if $(OPENMP),found,not used; one thread. Fix: gcc, or libomp-dev for clang))
-  $(info OpenBLAS: $(if $(OPENBLAS_LIBS),found,not used; the built-in matmul works alone. Fix: sudo apt-get install libopenblas-dev))
 endif
 
-C_FLAGS = -std=gnu11 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) $(OPENBLAS_CFLAGS)
-LIBS = $(JANSSON_LIBS) $(OPENBLAS_LIBS) -lm
+C_FLAGS = -std=gnu11 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS)
+LIBS = $(JANSSON_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
 TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
@@ -60,11 +61,11 @@ $(BUILD)/test_mamba_double: $(TESTS) $(SOURCES) $(BUILD)/train_mamba Makefile
 
 $(BUILD)/dev/%: dev/cpu/%.c $(SOURCES) Makefile
 	@mkdir -p $(BUILD)/dev
-	$(CC) $(C_FLAGS) $< -o $@ $(LIBS)
+	$(CC) $(C_FLAGS) $(DEV_FLAGS) $< -o $@ $(LIBS) $(DEV_LIBS)
 
 $(BUILD)/dev/%: dev/bench/%.c $(SOURCES) Makefile
 	@mkdir -p $(BUILD)/dev
-	$(CC) $(C_FLAGS) $< -o $@ $(LIBS)
+	$(CC) $(C_FLAGS) $(DEV_FLAGS) $< -o $@ $(LIBS) $(DEV_LIBS)
 
 test: $(BUILD)/test_mamba $(BUILD)/test_mamba_double ## float and double test suites (SANITIZE=1: under sanitizers)
 	$(BUILD)/test_mamba
@@ -73,8 +74,14 @@ test: $(BUILD)/test_mamba $(BUILD)/test_mamba_double ## float and double test su
 faults: ## a save under kills, full disks, failing calls and power loss
 	CC='$(CC)' dev/faults/run.sh
 
+mutate: ## plant bugs in the mathematics, a sample for five minutes: the tests must find 98 % of them
+	python3 dev/mutate/mutate.py
+
+mutate-all: ## all of them: hours
+	python3 dev/mutate/mutate.py --all
+
 check-cxx: ## the C file is also valid C++17 (what the CUDA build includes)
-	$(CXX) -x c++ -std=c++17 -fsyntax-only $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) $(OPENBLAS_CFLAGS) train_mamba.c
+	$(CXX) -x c++ -std=c++17 -fsyntax-only $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) train_mamba.c
 
 dev: $(patsubst dev/cpu/%.c,$(BUILD)/dev/%,$(wildcard dev/cpu/*.c)) $(patsubst dev/bench/%.c,$(BUILD)/dev/%,$(wildcard dev/bench/*.c)) ## kernel ladders and benchmarks
 

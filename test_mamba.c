@@ -1,6 +1,6 @@
 // test_mamba.c: what train_mamba.c claims, checked. One list of cases (at the end), compiled twice: `real` =
 // float, and `real` = double, where gradients are proven by finite differences.
-//   test_mamba [substring]   run the cases whose name contains the substring        test_mamba --list
+//   test_mamba [name]   run the case of that name, else those with it in their names       test_mamba --list
 // Every row says: what is claimed (and where it was worst), the measured error, the limit. NaN fails.
 //
 // Contents
@@ -815,8 +815,19 @@ void test_scan(void) {
         "B1 T1 E1 N1 state final", "B1 T1 E33 N5", "B3 T37 E5 N3 state final documents0",
         "B3 T7 E13 N5 state final documents3", "B8 T7 E5 N2 state documents0",
         "B2 T37 E33 N2 final documents6", "B3 T37 E13 N5 state final documents2",
-        "B8 T67 E70 N5 state final big documents0", "B1 T32 E3 N16 state final big", "B2 T33 E65 N17 big" };
+        "B8 T67 E70 N5 state final big documents0", "B1 T32 E3 N16 state final big", "B2 T33 E65 N17 big",
+        "B2 T31 E31 N3 state final big", "B2 T63 E32 N2 final big", "B1 T64 E63 N1 state big" };
     check_layer(&scan_layer, shapes, COUNT_OF(shapes));
+
+    // Sizes by hand. Catches: memory for a tile or a chunk too many, which no result shows.
+    size_t wrong_sizes = 0;
+    for (size_t n = 1; n <= 96; n++) {
+        size_t parts = n <= 32 ? 1 : n <= 64 ? 2 : 3;
+        wrong_sizes += scan_tiles(n) != parts || scan_chunks(n) != parts;
+        wrong_sizes += selective_scan_saved(2, n, 40, 5) != 2 * parts * 2 * 5 * 32;
+        wrong_sizes += selective_scan_scratch(2, 7, n, 5) != parts * 2 * 7 * 2 * 5 + 2 * n * 5 + 2 * n;
+    }
+    report("tiles, chunks, saved, scratch: wrong sizes", (double)wrong_sizes, 0);
 
     // Without saved states (inference): the same bits. Catches: a second code path that drifts.
     Problem p;
@@ -1359,6 +1370,63 @@ void test_counts(void) {
         model_free(&m);
         settings_free(&s);
     }
+    // by hand, with the gated MLP: D 7, E 9, N 5, K 4, R 2, F 6, Vp 24
+    Config c = toy_config("1m", 2, 7, 9, 5, 4, 2, 19);
+    size_t mixer = 7 + 18 * 7 + 9 * 4 + 9 + 12 * 9 + 9 * 2 + 9 + 9 * 5 + 9 + 7 * 9;
+    size_t mlp = 7 + 12 * 7 + 7 * 6, total = 24 * 7 + 2 * (mixer + mlp) + 7, fc1 = 0;
+    Model m;
+    model_describe(&m, &c);
+    report("pattern 1m: parameters", fabs((double)m.n_params - (double)total), 0);
+    for (int i = 0; i < m.n_tensors; i++)
+        if (ends_with(m.tensor[i].name, "mlp.fc1.weight"))
+            fc1 += m.tensor[i].ndim == 2 && m.tensor[i].shape[0] == 12 && m.tensor[i].shape[1] == 7;
+    report("pattern 1m: fc1.weight is not (2F,D)", fc1 != 2, 0);
+    model_free(&m);
+}
+
+// Memory that is cleared or copied, and only that. Catches: a row of another sequence cleared, the last piece
+// of an array left as it was.
+void test_rows(void) {
+    Config c = toy_config("1m", 2, 7, 9, 5, 4, 2, 19);
+    Model m;
+    model_describe(&m, &c);
+    State src = state_alloc(&m, 3), dst = state_alloc(&m, 3);
+    double wrong_clear = 0, wrong_copy = 0, wrong_zero = 0;
+    report("state of 3 sequences: numbers", fabs((double)src.n_elements - 3.0 * 2 * (3 * 9 + 9 * 5)), 0);
+    for (size_t i = 0; i < src.n_elements; i++) {
+        src.data[i] = (real)(i + 1);
+        dst.data[i] = -(real)(i + 1);
+    }
+    state_copy_row(&m, &dst, 1, NULL, 0);
+    state_copy_row(&m, &dst, 0, &src, 2);
+    for (int l = 0; l < m.n_layers; l += 2) {               // the mixers
+        for (int k = 0; k < 2; k++) {
+            size_t n = k == 0 ? 3 * 9 : 9 * 5;
+            const real *d = dst.field[l][k], *s = src.field[l][k];
+            for (size_t i = 0; i < n; i++) {
+                wrong_copy += d[i] != s[2 * n + i];
+                wrong_clear += d[n + i] != 0;
+                wrong_clear += d[2 * n + i] != -s[2 * n + i];
+            }
+        }
+    }
+    report("state row copied: numbers not those of the source", wrong_copy, 0);
+    report("state row cleared: not 0, or a neighbour changed", wrong_clear, 0);
+    const size_t sizes[] = { 0, 1, 4095, 4096, 4097, 3 * 4096 + 5, 70000 };
+    for (int i = 0; i < COUNT_OF(sizes); i++) {
+        size_t n = sizes[i];
+        real* p = (real*)test_alloc(n + 1, sizeof(real));
+        for (size_t j = 0; j <= n; j++) p[j] = 7;
+        zero_real(p, n);
+        for (size_t j = 0; j < n; j++) wrong_zero += p[j] != 0;
+        wrong_zero += p[n] != 7;
+    }
+    report("zero_real: not 0, or written beyond the end", wrong_zero, 0);
+    model_alloc(&m, false);                                 // a fourth of the memory of training
+    report("without training: gradients or moments", !m.params || m.grads || m.m || m.v, 0);
+    state_free(&src);
+    state_free(&dst);
+    model_free(&m);
 }
 
 typedef struct { double mean, std, lo, hi; size_t n; } Moments;
@@ -2322,6 +2390,54 @@ void test_nonfinite(void) {
     remove_scratch();
 }
 
+// find_nonfinite by itself, on part of a workspace whose rest is NaN. Catches: memory searched that this call
+// did not write, or only a part of an activation.
+void test_find_nonfinite(void) {
+    enum { B = 3, T = 40, V = 19 };
+    Config c = toy_config("1m", 2, 7, 9, 5, 4, 2, V);
+    c.bias = true;
+    const double huge = REAL_IS_DOUBLE ? 1e200 : 1e30;
+    const struct { const char *first, *second, *words; } plants[] = {      // multiplied by a huge number
+        { "", "", "" },
+        { "embeddings.weight", "", "activation rstd of layer 0" },
+        { "0.norm.weight", "0.mixer.in_proj.weight", "activation xz of layer 0" },
+        { "0.mixer.in_proj.bias", "0.mixer.conv1d.weight", "activation x of layer 0" },
+        { "0.mixer.conv1d.bias", "0.mixer.x_proj.weight", "activation rbc of layer 0" },
+        { "0.mixer.x_proj.weight", "0.mixer.dt_proj.weight", "activation dt of layer 0" },
+        { "1.norm.weight", "", "activation hs of layer 2" },
+        { "0.mixer.out_proj.bias", "", "activation rstd of layer 1" },
+        { "1.norm2.weight", "", "residual stream after layer 3" },
+    };
+    Worst worst = { 0, "" };
+    for (int k = 0; k < COUNT_OF(plants); k++) {
+        Toy toy;
+        char text[256] = "";
+        toy_make(&toy, &c, B, T, -1, false);
+        Model* m = &toy.m;
+        Workspace w = workspace_alloc(m, B + 1, T + 30, true, k % 2 == 1, false);
+        for (size_t i = 0; i < w.bytes / sizeof(real); i++) w.data[i] = (real)NAN;
+        for (int i = 0; i < B * T; i++) toy.tokens[i] %= V - 1;
+        toy.tokens[B * T - 1] = V - 1;                      // the only token of its kind, at the very end
+        for (int i = 0; k > 0 && i < m->n_tensors; i++) {
+            const Tensor* t = &m->tensor[i];
+            bool second = plants[k].second[0] && ends_with(t->name, plants[k].second);
+            if (!second && !ends_with(t->name, plants[k].first)) continue;
+            size_t from = k == 1 ? (V - 1) * 7 : 0, to = k == 1 ? V * 7 : t->count;
+            for (size_t j = from; j < to; j++) {
+                real* p = &m->params[t->offset + j];
+                *p = (real)(huge * (ends_with(t->name, "bias") ? 1 : (double)*p));
+            }
+        }
+        memset(m->grads, 0, m->n_elements * sizeof(real));
+        bool found = find_nonfinite(m, &w, toy.tokens, NULL, B, T, &toy.s0, text, sizeof text);
+        worst_add(&worst, found != (k > 0) || strncmp(text, plants[k].words, strlen(plants[k].words)) != 0,
+                  "%s: %.40s", plants[k].first, text);
+        workspace_free(&w);
+        toy_free(&toy);
+    }
+    worst_report("called by itself: wrongly named", &worst, 0);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // 9. Optimizer, sampling, generation
 
@@ -2340,14 +2456,16 @@ void test_schedules(void) {
         { SCHEDULE_WSD, 0, 100, 10, 20, 0.1 },          { SCHEDULE_WSD, 10, 100, 10, 20, 1 },
         { SCHEDULE_WSD, 80, 100, 10, 20, 1 },           { SCHEDULE_WSD, 90, 100, 10, 20, 0.55 },
         { SCHEDULE_WSD, 99, 100, 10, 20, 0.145 },       { SCHEDULE_WSD, 100, 100, 10, 20, 0.1 },
-        { SCHEDULE_WSD, 99, 100, 10, 0, 1 },            { SCHEDULE_LINEAR, 3, 5, 8, 0, 0.5 } };
+        { SCHEDULE_WSD, 99, 100, 10, 0, 1 },            { SCHEDULE_LINEAR, 3, 5, 8, 0, 0.5 },
+        { SCHEDULE_LINEAR, 8, 8, 8, 0, 0.1 },           { SCHEDULE_WSD, 101, 100, 10, 0, 1 },
+        { SCHEDULE_WSD, 100, 100, 10, 1, 0.1 },         { SCHEDULE_WSD, 99, 100, 10, 1, 1 } };
     Worst worst = { 0, "" };
     for (int i = 0; i < COUNT_OF(corner); i++) {
         int64_t step = corner[i].step, steps = corner[i].steps;
         double lr = lr_at(corner[i].schedule, step, steps, corner[i].warmup, corner[i].decay, 3e-3, 3e-4);
         worst_add(&worst, fabs(lr / 3e-3 / corner[i].rate - 1), "row %d, step %d", i, (int)step);
     }
-    worst_report("learning rates at 22 corners", &worst, 1e-12);
+    worst_report("learning rates at 26 corners", &worst, 1e-12);
     const double norm[][3] = { { 0, 1, 1 }, { 0.5, 1, 1 }, { 4, 1, 0.25 }, { 4, 0, 1 }, { 1e20, 2, 2e-20 } };
     double worst_clip = 0;
     for (int i = 0; i < COUNT_OF(norm); i++)
@@ -2498,6 +2616,23 @@ void test_sampling(void) {
     worst_report("tokens outside the set by definition", &outside, 0);
     worst_report("tokens inside it that never came", &missing, 0);
     worst_report("chi-square of 80 x 3000 draws, in standard deviations", &chi2, 5);
+    // Equal logits: token = floor(V u) with the number of that row and position. Catches: row and position
+    // exchanged, a number used twice.
+    Sampler equal = { 1, 0, 1, 0, 1, 11 };
+    double other = 0;
+    for (uint64_t row = 0; row < 5; row++) {
+        for (uint64_t position = 0; position < 50; position++) {
+            enum { WORDS = 64 };
+            real z[WORDS] = { 0 };
+            unsigned char none_seen[WORDS] = { 0 };
+            Candidate c[WORDS];
+            Error err;
+            int token = -1;
+            must(sample_token(&equal, z, none_seen, WORDS, row, position, c, &token, &err), &err);
+            other += token != (int)floor(WORDS * random_uniform(11, STREAM_SAMPLE + row, position));
+        }
+    }
+    report("equal logits: tokens that are not floor(V u)", other, 0);
     enum { MANY = 500 };
     real* logits = (real*)test_alloc(MANY, sizeof(real));
     unsigned char* seen = (unsigned char*)test_alloc(MANY, 1);
@@ -2665,6 +2800,8 @@ void test_generate(void) {
 void die_in_child(void* arg) { die("expected %s", (const char*)arg); }
 void abort_in_child(void* arg) { (void)arg; signal(SIGSEGV, SIG_DFL); raise(SIGSEGV); }
 void nothing_in_child(void* arg) { (void)arg; }
+bool case_selected(int i, const char* wanted);
+int cases_selected(const char* wanted);
 void test_harness(void) {
     char text[64];
     char words[] = "seven";
@@ -2681,6 +2818,8 @@ void test_harness(void) {
     const double with_nan[2] = { 1, NAN }, ones[2] = { 1, 1 };
     report("NaN is not equal to anything",
            relative_l2(with_nan, ones, 2) <= 1e30 || differing(with_nan, with_nan, 2) != 1, 0);
+    report("argument: an exact name before a part of one",
+           cases_selected("packed") != 1 || cases_selected("packe") != 2 || cases_selected("no such") != 0, 0);
 }
 
 // Sizes and random numbers. Catches: a product that wraps around, a stream that depends on history.
@@ -2724,6 +2863,7 @@ const Case cases[] = {
     { "packed", test_packed },
     { "extremes", test_extremes },
     { "counts", test_counts },
+    { "rows", test_rows },
     { "initialization", test_init },
     { "model gradient", test_model_gradient },
     { "mlp", test_mlp },
@@ -2737,6 +2877,7 @@ const Case cases[] = {
     { "sampling", test_sampling },
     { "generate", test_generate },
     { "checkpoint", test_checkpoint },
+    { "find nonfinite", test_find_nonfinite },
     { "nonfinite", test_nonfinite },
     { "resume", test_resume },
     { "files", test_safetensors },
@@ -2744,9 +2885,21 @@ const Case cases[] = {
     { "cli", test_cli },
 };
 
+// case_selected: is case i the one called `wanted`; if none is, has its name this part?
+bool case_selected(int i, const char* wanted) {
+    for (int k = 0; k < COUNT_OF(cases); k++) if (strcmp(cases[k].name, wanted) == 0) return i == k;
+    return strstr(cases[i].name, wanted) != NULL;
+}
+
+int cases_selected(const char* wanted) {
+    int n = 0;
+    for (int i = 0; i < COUNT_OF(cases); i++) n += case_selected(i, wanted);
+    return n;
+}
+
 int main(int argc, char** argv) {
     const char* wanted = argc > 1 ? argv[1] : "";
-    if (argc > 2) die("test_mamba takes one argument, a part of a case's name, or --list");
+    if (argc > 2) die("test_mamba takes one argument, a case's name or a part of it, or --list");
     if (strcmp(wanted, "--list") == 0) {
         for (int i = 0; i < COUNT_OF(cases); i++) printf("%s\n", cases[i].name);
         return 0;
@@ -2757,7 +2910,7 @@ int main(int argc, char** argv) {
     double start = seconds_now();
     printf("%-4s %-14s %-72s %9s %9s\n", "", "case", "claim [where it was worst]", "measured", "limit");
     for (int i = 0; i < COUNT_OF(cases); i++) {
-        if (!strstr(cases[i].name, wanted)) continue;
+        if (!case_selected(i, wanted)) continue;
         case_name = cases[i].name;
         random_stream = 1 << 20;
         cases[i].function();

@@ -291,7 +291,6 @@ bool config_check(const Config* c, Error* err) {
 
 // ---------------------------------------------------------------------------------------------------
 // 3. Matmul
-//MATMUL-BEGIN
 // The three products of a linear layer (its output, the gradient of its input, the gradient of its weight)
 // are one function, matmul_add: C(i,j) += sum_l A(i,l) B(l,j), where a transpose is only another pair of
 // strides. It is fast for four reasons, which are the rungs of dev/cpu/matmul.c:
@@ -304,19 +303,6 @@ bool config_check(const Config* c, Error* err) {
 // of a large batch has the bits of that row alone, and a text fed token by token those of the whole text at
 // once.
 // The blocking follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
-//
-// With -DUSE_OPENBLAS the products of the backward go to OpenBLAS, one thread per call, on the same blocks of
-// C. The forward never does: the order of summation in OpenBLAS depends on the number of rows.
-
-#ifdef USE_OPENBLAS
-#include <cblas.h>
-#undef I            // <complex.h>, which cblas.h includes, takes this name; here it is the input width
-#if REAL_IS_DOUBLE
-#define cblas_gemm cblas_dgemm
-#else
-#define cblas_gemm cblas_sgemm
-#endif
-#endif
 
 // A vector register has 64 bytes with AVX-512, 32 with AVX, otherwise 16. The tile follows the number of
 // registers: 24 sums of 32 registers with AVX-512, 12 of 16 elsewhere.
@@ -332,7 +318,7 @@ enum { SUM_BLOCK = 256 };            // l per group; a packed panel of B, SUM_BL
 enum { BLOCK_ROWS = 192 };           // rows of a block of C: how often a packed panel of B is used
 enum { BLOCK_COLS = 256 };           // columns of a block of C: how often the packed rows of A are used
 enum { PACK_LD = SUM_BLOCK + 16 };   // row length of packed A; rows 1024 bytes apart would share cache sets
-enum { ROW_OUTPUTS = 16 };           // outputs that matmul_row makes together
+enum { ROW_OUTPUTS = 8 };            // outputs that matmul_row makes together
 enum { FEW_ROWS = 4 };               // below this many rows, packing costs more than it saves
 // vec: a register full; vec4: four numbers. `aligned` lets them be loaded from any address of a real.
 typedef real vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
@@ -461,19 +447,6 @@ static void matmul_block(real* C, size_t ldc, const real* A, size_t ai, size_t a
     }
 }
 
-// openblas_block: the same block with OpenBLAS. Without it, the name stands for matmul_block.
-#ifdef USE_OPENBLAS
-static void openblas_block(real* C, size_t ldc, const real* A, size_t ai, size_t al,
-                           const real* B, size_t bl, size_t bj, size_t rows, size_t cols, size_t L) {
-    // a row stride must reach over a row, even if there is only one row
-    size_t lda = al == 1 ? (ai < L ? L : ai) : al, ldb = bj == 1 ? (bl < cols ? cols : bl) : bj;
-    cblas_gemm(CblasRowMajor, al == 1 ? CblasNoTrans : CblasTrans, bj == 1 ? CblasNoTrans : CblasTrans,
-               (int)rows, (int)cols, (int)L, 1, A, (int)lda, B, (int)ldb, 1, C, (int)ldc);
-}
-#else
-#define openblas_block matmul_block
-#endif
-
 // block_shape: the size of the blocks of an (M,N) matrix that the threads share out, halved until there are
 // 16 blocks or they are small.
 static void block_shape(size_t* mb, size_t* nb, size_t M, size_t N) {
@@ -491,7 +464,7 @@ static void block_shape(size_t* mb, size_t* nb, size_t M, size_t N) {
 //   C(i,j) at C[i*ldc + j], A(i,l) at A[i*ai + l*al], B(l,j) at B[l*bl + j*bj]
 // Called by all threads of a parallel region, which share the blocks and do not wait for each other at the
 // end.
-static void matmul_add(bool openblas, real* C, size_t ldc, bool fill, const real* bias,
+static void matmul_add(real* C, size_t ldc, bool fill, const real* bias,
                        const real* A, size_t ai, size_t al, const real* B, size_t bl, size_t bj,
                        size_t M, size_t N, size_t L) {
     size_t mb, nb;
@@ -505,9 +478,7 @@ static void matmul_add(bool openblas, real* C, size_t ldc, bool fill, const real
         for (size_t i = 0; fill && i < rows; i++) {
             for (size_t j = 0; j < cols; j++) c[i * ldc + j] = bias ? bias[j0 + j] : (real)0;
         }
-        const real *a = A + i0 * ai, *b = B + j0 * bj;
-        if (openblas) openblas_block(c, ldc, a, ai, al, b, bl, bj, rows, cols, L);
-        else matmul_block(c, ldc, a, ai, al, b, bl, bj, rows, cols, L);
+        matmul_block(c, ldc, A + i0 * ai, ai, al, B + j0 * bj, bl, bj, rows, cols, L);
     }
 }
 
@@ -555,7 +526,7 @@ void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const re
                 matmul_row(out + m * ldo + o, inp + m * ldi, weight + o * I, bias ? bias + o : NULL, I);
             }
         }
-        matmul_add(false, out + by_row, ldo, true, bias ? bias + by_row : NULL, inp, ldi, 1,
+        matmul_add(out + by_row, ldo, true, bias ? bias + by_row : NULL, inp, ldi, 1,
                    weight + by_row * I, 1, I, M, O - by_row, I);
     }
 }
@@ -566,13 +537,10 @@ void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const re
 //   dout (M,O), dinp (M,I), inp (M,I) with row strides lddo, lddi, ldi; dinp, dweight, dbias each may be NULL
 void matmul_backward(real* dinp, size_t lddi, real* dweight, real* dbias, const real* dout, size_t lddo,
                      const real* inp, size_t ldi, const real* weight, size_t M, size_t I, size_t O) {
-#ifdef USE_OPENBLAS
-    openblas_set_num_threads(1);                   // the threads are ours
-#endif
     #pragma omp parallel if (M * I * O > 32768)
     {
-        if (dinp) matmul_add(true, dinp, lddi, false, NULL, dout, lddo, 1, weight, I, 1, M, I, O);
-        if (dweight) matmul_add(true, dweight, I, false, NULL, dout, 1, lddo, inp, ldi, 1, O, I, M);
+        if (dinp) matmul_add(dinp, lddi, false, NULL, dout, lddo, 1, weight, I, 1, M, I, O);
+        if (dweight) matmul_add(dweight, I, false, NULL, dout, 1, lddo, inp, ldi, 1, O, I, M);
         #pragma omp for schedule(dynamic) nowait
         for (size_t o = 0; o < (dbias ? O : 0); o += TILE_COLS) {
             size_t n = min_size(TILE_COLS, O - o);
@@ -586,12 +554,10 @@ void matmul_backward(real* dinp, size_t lddi, real* dweight, real* dbias, const 
         }
     }
 }
-//MATMUL-END
 
 // ---------------------------------------------------------------------------------------------------
 // 4. Layers: forward and backward side by side
 
-//MATHFUN-BEGIN
 // exp, sigmoid, silu, softplus, expm1 as plain arithmetic: no branch, no call, only masks and moves of
 // bits, so that a `#pragma omp simd` loop around them becomes vector code without -ffast-math. NaN comes out
 // as NaN. Largest errors, against the double functions at every fifth float: exp_real 1.01 ulp; relative:
@@ -670,7 +636,6 @@ static inline real silu_real(real x) {
     return float_of_bits(bits_of_float(x * sigmoid_real(x)) & ~mask(x < -100));
 }
 #endif
-//MATHFUN-END
 
 // the derivative of silu: sigma(x) (1 + x (1 - sigma(x)))
 static inline real silu_grad_real(real x) {
@@ -760,7 +725,7 @@ void rmsnorm_backward(real* dinp, real* dweight, const real* dout, const real* i
 // residual_forward: out = a + b, n elements; out may be a. Its backward is the identity to both (see the
 // blocks).
 void residual_forward(real* out, const real* a, const real* b, size_t n) {
-    #pragma omp parallel for simd if (n > 16384)
+    #pragma omp parallel for simd if (parallel : n > 16384)
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
@@ -878,7 +843,7 @@ void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias,
 // saved for backward: out itself
 // makes the step size dt positive: Mamba paper, section 3.2, algorithm 2
 void softplus_forward(real* out, const real* inp, size_t n) {
-    #pragma omp parallel for simd if (n > 4096)
+    #pragma omp parallel for simd if (parallel : n > 4096)
     for (size_t i = 0; i < n; i++) out[i] = softplus_real(inp[i]);
 }
 
@@ -888,7 +853,6 @@ void softplus_backward(real* dinp, const real* dout, const real* out, size_t n) 
     for (size_t i = 0; i < n; i++) dinp[i] -= dout[i] * expm1_neg_real(-out[i]);
 }
 
-//SCAN-BEGIN
 // The selective scan works on tiles: SCAN_TILE neighbouring channels and SCAN_STATES entries of their
 // states. The state of a tile lies in an array h[n][channel], so that one vector instruction serves many
 // channels, Bt[n] and Ct[n] are the same number for all of them, and no sum runs across a vector. Tiles are
@@ -1151,7 +1115,6 @@ void selective_scan_backward(real* dx, real* ddt, real* dA_log, real* dBt, real*
     }
     scan_sum_parts(dA_log, dBt, dCt, lddbc, dDskip, dBC_part, dA_part, dD_part, B, T, E, N);
 }
-//SCAN-END
 
 // gate_forward: out = y * silu(z).   y (M,E) row stride ldy   z (M,E) row stride ldz   out (M,E)
 // The output gate of a Mamba mixer (Mamba paper, section 3.4) and, with y = up and z = gate, the gated MLP.
@@ -2023,7 +1986,7 @@ void adamw_update(Model* model, const AdamW* opt, double lr, double scale, int64
         real *p = model->params + t->offset, *m = model->m + t->offset, *v = model->v + t->offset;
         const real* grad = model->grads + t->offset;
         real keep = t->spec->flags & DECAY ? (real)(1 - lr * opt->weight_decay) : 1;
-        #pragma omp parallel for simd if (t->count > 16384)
+        #pragma omp parallel for simd if (parallel : t->count > 16384)
         for (size_t j = 0; j < t->count; j++) {
             real g = s * grad[j];
             m[j] = beta1 * m[j] + (1 - beta1) * g;

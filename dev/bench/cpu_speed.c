@@ -12,6 +12,9 @@
 #define SSM_NO_MAIN
 // defines: the trainer
 #include "../../train_mamba.c"
+#ifdef USE_OPENBLAS
+#include <cblas.h>
+#endif
 
 static int order_doubles(const void* a, const void* b) {
     double x = *(const double*)a, y = *(const double*)b;

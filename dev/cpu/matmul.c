@@ -1,8 +1,7 @@
 // The matmul ladder: how the linear layer of train_mamba.c becomes fast, one idea per rung.
 //
-//   gcc -O3 -march=native -fopenmp -std=gnu11 -o build/matmul dev/cpu/matmul.c -lm  (+ those of train_mamba)
-//   with OpenBLAS as the last rung: add -DUSE_OPENBLAS and -lopenblas; in double: add -DREAL=double
-//   build/matmul             all rungs           build/matmul 3           rung 3 only
+//   make dev                 (OpenBLAS is the last rung where it is installed)
+//   build/dev/matmul         all rungs           build/dev/matmul 3           rung 3 only
 //
 // All rungs compute C(i,j) += sum_l A(i,l) B(l,j); the three products of a layer differ only in the strides:
 //   forward   out (M,O)     = inp (M,I) weight^T     A(i,l) = inp[i,l]     B(l,j) = weight[j,l]
@@ -120,29 +119,26 @@ static void matmul_add4(const Product* p) {
         matmul_forward(p->C, p->N, p->A, p->ai, p->B, NULL, p->M, p->L, p->N);
     } else {
         #pragma omp parallel
-        matmul_add(false, p->C, p->N, false, NULL, p->A, p->ai, p->al, p->B, p->bl, p->bj, p->M, p->N, p->L);
+        matmul_add(p->C, p->N, false, NULL, p->A, p->ai, p->al, p->B, p->bl, p->bj, p->M, p->N, p->L);
     }
 }
 
-// 5. OpenBLAS, one thread per call, on the blocks of rung 4.
+// 5. OpenBLAS with its own threads.
 #ifdef USE_OPENBLAS
-static void matmul_add5(const Product* p) {
-    openblas_set_num_threads(1);
-    if (p->M == 1 && p->bl == 1) {
-        #pragma omp parallel for
-        for (size_t j = 0; j < p->N; j += 64) {
+#include <cblas.h>
+#undef I            // <complex.h>, which cblas.h includes, takes this name; here it is the input width
 #if REAL_IS_DOUBLE
-            cblas_dgemv
+#define cblas_gemm cblas_dgemm
 #else
-            cblas_sgemv
+#define cblas_gemm cblas_sgemm
 #endif
-            (CblasRowMajor, CblasNoTrans, (int)min_size(64, p->N - j), (int)p->L, 1,
-             p->B + j * p->bj, (int)p->bj, p->A, 1, 1, p->C + j, 1);
-        }
-        return;
-    }
-    #pragma omp parallel
-    matmul_add(true, p->C, p->N, false, NULL, p->A, p->ai, p->al, p->B, p->bl, p->bj, p->M, p->N, p->L);
+static void matmul_add5(const Product* p) {
+    // a row stride must reach over a row, even if there is only one row
+    bool a_rows = p->al == 1, b_rows = p->bj == 1;
+    size_t lda = a_rows ? (p->ai < p->L ? p->L : p->ai) : p->al, ldb = b_rows ? (p->bl < p->N ? p->N : p->bl) : p->bj;
+    openblas_set_num_threads(thread_count());
+    cblas_gemm(CblasRowMajor, a_rows ? CblasNoTrans : CblasTrans, b_rows ? CblasNoTrans : CblasTrans, (int)p->M,
+               (int)p->N, (int)p->L, 1, p->A, (int)lda, p->B, (int)ldb, 1, p->C, (int)p->N);
 }
 #endif
 
@@ -153,7 +149,7 @@ static const Rung rungs[] = {
     {"tile of sums in registers", matmul_add3},
     {"built-in: packed blocks", matmul_add4},
 #ifdef USE_OPENBLAS
-    {"OpenBLAS on the blocks", matmul_add5},
+    {"OpenBLAS", matmul_add5},
 #endif
 };
 enum { RUNGS = sizeof rungs / sizeof rungs[0] };

@@ -31,7 +31,6 @@ EXCLUDED = [
 ]
 EXCLUDED_FUNCTIONS = {
     "block_shape": "how the threads share out the work: no result depends on it",
-    "openblas_block": "not compiled here, the tests of a build with OpenBLAS cover it",
     "model_free": "memory", "workspace_free": "memory", "state_free": "memory",
 }
 PARTNER = {}                           # a size or index -> one it is easily confused with
@@ -135,7 +134,11 @@ def candidates(text, start, stop):
     for m in find(r"(?:(?<=[(=?:*] )|(?<=[(\[])|(?<=return ))-(?=[\w(])"):
         yield m.start(), m.end(), "", "sign"
     other = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
+    limited = r"(?P<a>[\w.\[\]]+) [<>]=? (?P<b>[\w.\[\]]+)(?: \? (?P=a) : (?P=b)\b|\) (?P=a) = (?P=b);)"
+    same = {m.start() + len(m.group("a")) + 1 for m in find(limited)}      # min or max: equal where a == b
     for m in find(r"(?<= )(<=?|>=?|==|!=)(?= )"):
+        if m.start() in same:
+            continue
         yield m.start(), m.end(), other[m.group()], "bound"
     for m in find(r"(?<= )([*/])(?==? )"):
         yield m.start(), m.end(), "/" if m.group() == "*" else "*", "factor"
