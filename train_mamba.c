@@ -181,7 +181,10 @@ void limit_spinning(char** argv) {
 #ifdef _OPENMP
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "100000", 1);
-    execv("/proc/self/exe", argv);      // where it cannot be started, everything just takes longer
+    char self[4096];
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    self[n > 0 ? n : 0] = 0;
+    execv(self, argv);      // where it cannot be started, everything just takes longer
 #endif
     (void)argv;
 }
@@ -2061,8 +2064,15 @@ static size_t keep_top_k(Candidate* c, size_t n, size_t k) {
         uint32_t mid = lo + (hi - lo) / 2 + 1;
         size_t count = 0;
         for (size_t i = 0; i < n; i++) count += float_order(c[i].z) >= mid;
-        if (count >= k) lo = mid;
-        else hi = mid - 1;
+        if (count < k) {
+            hi = mid - 1;
+            continue;
+        }
+        lo = mid;
+        size_t kept = 0;     // what is below can no longer be among the k best
+        for (size_t i = 0; i < n; i++)
+            if (float_order(c[i].z) >= mid) c[kept++] = c[i];
+        n = kept;
     }
     size_t above = 0, kept = 0;
     for (size_t i = 0; i < n; i++) above += float_order(c[i].z) > lo;
@@ -2541,11 +2551,14 @@ static char* default_data(void) {
 }
 
 static bool open_list(Dataset* d, const char* list, const Tokenizer* tok, Error* err) {
-    char *copy = strdup(list), *paths[4096], *rest = NULL;
+    char *copy = strdup(list), **paths = NULL, *rest = NULL;
     int n = 0;
-    for (char* p = strtok_r(copy, "\n", &rest); p && n < 4096; p = strtok_r(NULL, "\n", &rest))
+    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
+        paths = (char**)xrealloc(paths, (size_t)n + 1, sizeof(char*));
         paths[n++] = p;
+    }
     bool ok = dataset_open(d, paths, n, tok, err);
+    free(paths);
     free(copy);
     return ok;
 }
@@ -2926,8 +2939,8 @@ static int train_loop(Trainer* t) {
             }
             fflush(stdout);
             fprintf(stderr,
-                    "error: %s; nothing was updated, the last checkpoint is kept; try a lower --lr (now %g) "
-                    "or --clip\n",
+                    "error: %s; this step was not taken, earlier checkpoints are untouched; try a lower --lr "
+                    "(now %g) or --clip\n",
                     err.text, lr);
             return 1;
         }
@@ -2969,7 +2982,7 @@ static int train_loop(Trainer* t) {
     if (stop_signal) {
         printf("stopped by signal %d at step %lld\n", (int)stop_signal, (long long)p->step);
         if (p->step > first) trainer_save(t, false);
-        printf("continue with: train_mamba --out %s --resume\n", o->out);
+        if (p->step > 0) printf("continue with: train_mamba --out %s --resume\n", o->out);
         return 128 + (int)stop_signal;
     }
     if (bad_in_a_row) trainer_save(t, false);      // the last step was skipped, so the loop did not save
@@ -2986,6 +2999,7 @@ static int train_loop(Trainer* t) {
 // plot_loss: a picture of the log, when gnuplot is there. It never delays or fails a run by more than 20
 // seconds.
 static void plot_loss(const char* out) {
+    if (strchr(out, '\'')) return;      // gnuplot's quote
     if (system("command -v gnuplot >/dev/null 2>&1") != 0) return;
     FILE* g = popen("timeout 20 gnuplot 2>/dev/null", "w");
     if (!g) return;

@@ -54,7 +54,7 @@ static const Option options[] = {
     {"pattern", 's', OPT(pattern), WORD_ALL, "1", 0, 0, NULL,
      "one letter per sub-layer, repeated over the blocks: 1 Mamba-1, m gated MLP after a mixer"},
     {"n-layer", 'i', OPT(n_layer), WORD_ALL, "4", 1, 10000, NULL, "blocks"},
-    {"d-model", 'i', OPT(d_model), WORD_ALL, "128", 1, 1e6, NULL, "width of the residual stream, D"},
+    {"d-model", 'i', OPT(d_model), WORD_ALL, "192", 1, 1e6, NULL, "width of the residual stream, D"},
     {"expand", 'i', OPT(expand), WORD_ALL, "2", 1, 64, NULL, "inner width E = expand * D"},
     {"d-state", 'i', OPT(d_state), WORD_ALL, "16", 1, 256, NULL, "state size per channel, N"},
     {"d-conv", 'i', OPT(d_conv), WORD_ALL, "4", 1, CONV_MAX_TAPS, NULL, "taps of the causal convolution, K"},
@@ -86,7 +86,7 @@ static const Option options[] = {
     {"force-data", 'b', OPT(force_data), WORD_TRAIN, "off", 0, 0, NULL,
      "resume although the data files changed"},
     {NULL, 0, 0, WORD_TRAIN, NULL, 0, 0, NULL, "Optimizer"},
-    {"steps", 'i', OPT(steps), WORD_TRAIN, "500", 1, BIG, NULL, "optimizer steps"},
+    {"steps", 'i', OPT(steps), WORD_TRAIN, "700", 1, BIG, NULL, "optimizer steps"},
     {"lr", 'f', OPT(lr), WORD_TRAIN, "3e-3", 0, 1e9, NULL, "peak learning rate"},
     {"min-lr", 'f', OPT(min_lr), WORD_TRAIN, "1e-4", 0, 1e9, NULL,
      "learning rate at the end of the schedule"},
@@ -125,7 +125,7 @@ static const Option options[] = {
      "non-finite loss or gradient: stop, or skip at most 3 steps in a row"},
     {NULL, 0, 0, WORD_TRAIN | WORD_GENERATE, NULL, 0, 0, NULL, "Generation"},
     {"prompt", 's', OPT(prompt), WORD_TRAIN | WORD_GENERATE, "", 0, 0, NULL,
-     "text to continue; - reads standard input; none: the start of a document"},
+     "text to continue; none: the start of a document; - reads standard input (generate only)"},
     {"prompt-file", 's', OPT(prompt_file), WORD_GENERATE, "", 0, 0, NULL, "read the prompt from a file"},
     {"num-samples", 'i', OPT(num_samples), WORD_GENERATE, "1", 1, 65536, NULL, "independent continuations"},
     {"max-tokens", 'i', OPT(max_tokens), WORD_TRAIN | WORD_GENERATE, "400", 0, BIG, NULL,
@@ -157,15 +157,15 @@ enum { N_OPTIONS = sizeof(options) / sizeof(options[0]) };
 // A preset is a list of options, read by the same parser.
 typedef struct { const char *name, *help, *text; } Preset;
 static const Preset presets[] = {
-    {"tiny", "0.4M parameters: the default", "--n-layer 4 --d-model 128"},
-    {"shakespeare-cpu", "nanoGPT's CPU setting on data/tinyshakespeare.txt",
-     "--data data/tinyshakespeare.txt --n-layer 4 --d-model 128 --batch-size 12 --seq-len 64 --steps 2000 "
-     "--lr 5e-3"},
-    {"mamba-130m", "published sizes", "--n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
-    {"mamba-370m", "", "--n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
-    {"mamba-790m", "", "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
-    {"mamba-1.4b", "", "--n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
-    {"mamba-2.8b", "", "--n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
+    {"tiny", "1.0M parameters, the default", "--n-layer 4 --d-model 192"},
+    {"shakespeare-cpu", "nanoGPT's CPU setting: 0.7M parameters, batch 12, context 64, 2000 steps",
+     "--data data/tinyshakespeare.txt --n-layer 6 --d-model 128 --batch-size 12 --seq-len 64 --steps 2000 "
+     "--lr 2e-3 --warmup 100 --eval-every 250"},
+    {"mamba-130m", "published size", "--n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
+    {"mamba-370m", "published size", "--n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
+    {"mamba-790m", "published size", "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
+    {"mamba-1.4b", "published size", "--n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
+    {"mamba-2.8b", "published size", "--n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
 };
 enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
 
@@ -380,7 +380,7 @@ void settings_print(const Settings* s) {
 
 static const char* option_argument(const Option* opt) {
     switch (opt->type) {
-        case 'b': return "";
+        case 'b': return " [on|off]";
         case 'l': return " FILE...";
         case 'i': case 'f': case 'u': return " N";
     }
@@ -408,9 +408,9 @@ void help_print(int word, bool markdown) {
         const char* choices = opt->choices ? opt->choices : "";
         snprintf(left, sizeof left, "--%s%s", opt->name, option_argument(opt));
         if (markdown) printf("| `%s` | %s | %s%s%s |\n", left, value, opt->help, colon, choices);
-        else printf("  %-26s %s%s%s [%s]\n", left, opt->help, colon, choices, value);
+        else printf("  %-28s %s%s%s [%s]\n", left, opt->help, colon, choices, value);
     }
     printf(markdown ? "\n**Presets**\n\n| preset | | options |\n|---|---|---|\n" : "\nPresets\n");
     for (int i = 0; i < N_PRESETS; i++)
-        printf(markdown ? "| `%s` | %s | `%s` |\n" : "  %-18s %-34s %s\n", presets[i].name, presets[i].help, presets[i].text);
+        printf(markdown ? "| `%s` | %s | `%s` |\n" : "  %-18s %s: %s\n", presets[i].name, presets[i].help, presets[i].text);
 }
