@@ -43,7 +43,7 @@ LIBS = $(JANSSON_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
 TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
-.PHONY: readme all test test-float test-double faults mutate mutate-all check-cxx dev clean help
+.PHONY: readme cuda all test test-float test-double faults mutate mutate-all check-cxx dev clean help
 
 all: $(BUILD)/train_mamba ## build the trainer (the default)
 
@@ -66,6 +66,24 @@ $(BUILD)/dev/%: dev/cpu/%.c $(SOURCES) Makefile
 $(BUILD)/dev/%: dev/bench/%.c $(SOURCES) Makefile
 	@mkdir -p $(BUILD)/dev
 	$(CC) $(C_FLAGS) $(DEV_FLAGS) $< -o $@ $(LIBS) $(DEV_LIBS)
+
+# --- GPU: nvcc compiles for sm_80 and sm_90, and PTX for newer ones
+NVCC ?= nvcc
+ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
+HOST_FLAGS = $(CFLAGS) $(WARNINGS) $(OPENMP)
+empty :=
+space := $(empty) $(empty)
+comma := ,
+CUDA_FLAGS = -O3 -std=c++17 $(ARCH) -Xcompiler $(subst $(space),$(comma),$(strip $(HOST_FLAGS))) $(JANSSON_CFLAGS)
+CUDA_LIBS = -cudart static -lcublasLt $(CUDA_JANSSON) -lm
+# CUDA_JANSSON=-l:libjansson.a links it in, for a GPU machine without it
+CUDA_JANSSON ?= $(JANSSON_LIBS)
+
+cuda: $(BUILD)/train_mambacu ## build the trainer for NVIDIA GPUs
+$(BUILD)/train_mambacu: train_mamba.cu $(SOURCES) Makefile
+	@mkdir -p $(BUILD)
+	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
+	$(NVCC) $(CUDA_FLAGS) train_mamba.cu -o $@ $(CUDA_LIBS)
 
 test: $(BUILD)/test_mamba $(BUILD)/test_mamba_double ## float and double test suites (SANITIZE=1: under sanitizers)
 	$(BUILD)/test_mamba

@@ -4,7 +4,7 @@
 // Every row says: what is claimed (and where it was worst), the measured error, the limit. NaN fails.
 //
 // Contents
-//   1. Harness: report, child processes, memory
+//   1. Harness: report, child processes, memory, files
 //   2. A layer as a problem: named inputs and outputs, forward, backward, its formula in double precision
 //   3. What every layer must do
 //   4. The layers: shapes, calls, formulas
@@ -19,10 +19,11 @@
 #define SSM_NO_MAIN
 // defines: everything under test
 #include "train_mamba.c"
+#include <ftw.h>
 #include <sys/wait.h>
 
 // ---------------------------------------------------------------------------------------------------
-// 1. Harness: report, child processes, memory
+// 1. Harness: report, child processes, memory, files
 
 int rows_passed = 0, rows_failed = 0;
 char** failed_names = NULL;
@@ -76,6 +77,26 @@ void use_threads(int n) {
 #endif
 }
 
+// SANITIZED: AddressSanitizer reserves terabytes of addresses, keeps freed memory, and slows everything down
+#ifdef __has_feature
+#define HAS_FEATURE(feature) __has_feature(feature)
+#else
+#define HAS_FEATURE(feature) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || HAS_FEATURE(address_sanitizer)
+enum { SANITIZED = 1 };
+#else
+enum { SANITIZED = 0 };
+#endif
+
+// leave_child: ends a child before the leak checker of a sanitizer runs, which waits for the parent's threads
+void leave_child(int status, void* unused) {
+    (void)unused;
+    fflush(stdout);
+    fflush(stderr);
+    _exit(status);
+}
+
 // in_child: runs f(arg) in a child process, so that die() and crashes can be tested. Captures the beginning
 // of what it writes to stderr. Returns its exit code, 0 when f returns, 128 + signal when it is killed.
 int in_child(void (*f)(void*), void* arg, char* err_text, size_t size) {
@@ -90,10 +111,9 @@ int in_child(void (*f)(void*), void* arg, char* err_text, size_t size) {
         close(fd[0]);
         close(fd[1]);
         use_threads(1);                             // the threads of a pool do not survive a fork
+        on_exit(leave_child, NULL);
         f(arg);
-        fflush(stdout);
-        fflush(stderr);
-        _exit(0);
+        exit(0);
     }
     close(fd[1]);
     size_t length = 0;
@@ -126,6 +146,55 @@ void free_all(void) {
     free(allocations);
     allocations = NULL;
     n_allocations = 0;
+}
+
+char scratch_dir[160];                   // made by the first call of scratch, removed when the case ends
+
+// scratch: the path of a file in a directory of the case's own. In memory where that is possible, because
+// most of the time of a save goes into waiting for the disk.
+const char* scratch(const char* name) {
+    if (!scratch_dir[0]) {
+        const char* base = getenv("TMPDIR");
+        if (!base || strlen(base) > 100) base = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
+        snprintf(scratch_dir, sizeof scratch_dir, "%s/test_mamba_XXXXXX", base);
+        if (!mkdtemp(scratch_dir)) die("test: cannot make a directory in %s: %s", base, strerror(errno));
+    }
+    size_t size = strlen(scratch_dir) + strlen(name) + 2;
+    char* path = (char*)test_alloc(size, 1);
+    snprintf(path, size, "%s/%s", scratch_dir, name);
+    return path;
+}
+
+int remove_entry(const char* path, const struct stat* st, int type, struct FTW* ftw) {
+    (void)st; (void)type; (void)ftw;
+    return remove(path);
+}
+
+void remove_scratch(void) {
+    if (scratch_dir[0]) nftw(scratch_dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    scratch_dir[0] = 0;
+}
+
+// file_bytes: at most 1 MiB of a file, NULL when there is none
+char* file_bytes(const char* path, size_t* n) {
+    FILE* f = fopen(path, "rb");
+    *n = 0;
+    if (!f) return NULL;
+    char* bytes = (char*)test_alloc((1 << 20) + 1, 1);
+    *n = fread(bytes, 1, 1 << 20, f);
+    fclose(f);
+    return bytes;
+}
+
+void file_put(const char* path, const void* bytes, size_t n) {
+    FILE* f = fopen(path, "wb");
+    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f) != 0) die("test: cannot write %s", path);
+}
+
+double files_differ(const char* a, const char* b) {
+    size_t n, m;
+    char *x = file_bytes(a, &n), *y = file_bytes(b, &m);
+    return !x || !y || n == 0 || n != m || memcmp(x, y, n) != 0;
 }
 
 // a fresh stream per fill: reset at the start of a case, so cases do not affect each other
@@ -1215,7 +1284,6 @@ void test_extremes(void) {
 // ---------------------------------------------------------------------------------------------------
 // 7. The whole model: counts, initialization, gradients, pieces, documents, threads, fixtures
 
-#include <ftw.h>
 #include <pthread.h>
 
 void must(bool ok, const Error* err) {
@@ -1392,7 +1460,12 @@ void test_rows(void) {
     model_describe(&m, &c);
     State src = state_alloc(&m, 3), dst = state_alloc(&m, 3);
     double wrong_clear = 0, wrong_copy = 0, wrong_zero = 0;
-    report("state of 3 sequences: numbers", fabs((double)src.n_elements - 3.0 * 2 * (3 * 9 + 9 * 5)), 0);
+    const double one_state = 2 * (3 * 9 + 9 * 5);
+    report("state of 3 sequences: numbers", fabs((double)src.n_elements - 3 * one_state), 0);
+    report("state of one: numbers", fabs((double)state_count(&m) - one_state), 0);
+    State none = state_none(&m);
+    report("no state: rows, numbers, memory", none.rows != 0 || none.n_elements != 0 || none.data, 0);
+    state_free(&none);
     for (size_t i = 0; i < src.n_elements; i++) {
         src.data[i] = (real)(i + 1);
         dst.data[i] = -(real)(i + 1);
@@ -1478,6 +1551,19 @@ void test_init(void) {
     worst_report("uniform: deviation and mean, in standard errors", &spread, 4);
     worst_report("uniform: largest value / bound", &outside, 1 + 1e-6);
     Moments e = tensor_moments(&m, "embeddings.weight"), dt = tensor_moments(&m, "dt_proj.bias");
+    double unlike = 0;          // which random number: that of the tensor's stream and the element
+    for (int i = 0; i < m.n_tensors; i++) {
+        const Tensor* t = &m.tensor[i];
+        for (size_t j = 0; j < t->count; j++) {
+            uint64_t stream = STREAM_INIT + (uint64_t)i;
+            real x = m.params[t->offset + j];
+            if (ends_with(t->name, "embeddings.weight"))
+                unlike += x != (real)(0.02 * random_normal(1337, stream, j));
+            if (ends_with(t->name, "lm_head.weight"))
+                unlike += x != (real)(0.125 * (2 * random_uniform(1337, stream, j) - 1));
+        }
+    }
+    report("embedding and head: not the random number of that element", unlike, 0);
     report("embedding: standard deviation 0.02", fabs(e.std / 0.02 - 1), 0.03);       // standard error 0.0055
     double lo = log1p(exp(dt.lo)), hi = log1p(exp(dt.hi));
     report("softplus(dt bias) outside [1e-3, 1e-1]", fmax(1e-3 / lo, hi / 1e-1), 1 + 1e-5);
@@ -1600,6 +1686,60 @@ void test_model_gradient(void) {
     worst_report("padding between gradients touched", &padding, 0);
 }
 
+// guarded: memory of its own for one field, NaN at first, as much again behind it that nobody may write
+real* guarded(real** fields, size_t* counts, size_t* n, size_t count) {
+    real* p = (real*)test_alloc(2 * count + 64, sizeof(real));
+    for (size_t i = 0; i < 2 * count + 64; i++) p[i] = i < count ? (real)NAN : SENTINEL;
+    fields[*n] = p;
+    counts[(*n)++] = count;
+    return p;
+}
+
+// Every activation and scratch field in memory of its own. Catches: a layer that writes beyond its field into
+// the next one of the workspace, or reads what it has not written.
+void test_guards(void) {
+    enum { MAX = 200 };
+    Worst written = { 0, "" }, gradients = { 0, "" };
+    for (int k = 0; k < COUNT_OF(toy_shapes); k++) {
+        Toy plain, toy;
+        toy_from_shape(&plain, &toy_shapes[k], false);
+        toy_gradients(&plain);
+        toy_from_shape(&toy, &toy_shapes[k], false);
+        const Config* c = &toy.m.config;
+        real* fields[MAX];
+        size_t counts[MAX], n = 0, M = toy.B * toy.T, D = (size_t)c->d_model;
+        for (int l = 0; l < toy.m.n_layers; l++) {
+            const Kind* kind = toy.m.layer[l].kind;
+            for (int i = 0; i < kind->n_acts; i++)
+                toy.w.acts[l][i] = guarded(fields, counts, &n,
+                                           activation_count(&kind->acts[i], c, toy.B, toy.T));
+        }
+        for (int kind = 0; kind < N_KINDS; kind++)
+            for (int i = 0; i < kinds[kind].n_scratch; i++)
+                toy.w.scratch[kind][i] = guarded(fields, counts, &n,
+                                                 activation_count(&kinds[kind].scratch[i], c, toy.B, toy.T));
+        for (int l = 0; l <= toy.m.n_layers; l++) toy.w.res[l] = guarded(fields, counts, &n, M * D);
+        toy.w.f = guarded(fields, counts, &n, M * D);
+        toy.w.f_rstd = guarded(fields, counts, &n, M);
+        toy.w.losses = guarded(fields, counts, &n, M);
+        toy.w.dres = guarded(fields, counts, &n, M * D);
+        toy.w.df = guarded(fields, counts, &n, M * D);
+        assert(n <= MAX);
+        toy_gradients(&toy);
+        double wrong = 0;
+        for (size_t f = 0; f < n; f++)
+            for (size_t i = counts[f]; i < 2 * counts[f] + 64; i++) wrong += !(fields[f][i] == SENTINEL);
+        worst_add(&written, wrong, "shape %d", k);
+        worst_add(&gradients, bits_differ(plain.m.grads, toy.m.grads, toy.m.n_elements) +
+                  states_differ(&plain.ds0, &toy.ds0), "shape %d", k);
+        toy_free(&toy);
+        toy_free(&plain);
+        free_all();
+    }
+    worst_report("numbers written behind a field", &written, 0);
+    worst_report("fields apart = in one workspace: bits differ", &gradients, 0);
+}
+
 // The gated MLP against its formula in double precision (fixtures have none). Catches: up and gate
 // exchanged, eps
 // missing: both invisible to differentiation.
@@ -1714,7 +1854,7 @@ void test_pieces(void) {
     enum { ROWS = 5, STEPS = 12 };
     const size_t length[ROWS] = { 1, 2, 3, 17, 33 };
     size_t Vp = (size_t)c.vocab_padded;
-    Session batch = session_create(&m, ROWS, 40), alone = session_create(&m, 1, 40);
+    Session batch = session_create(&backend, ROWS, 40), alone = session_create(&backend, 1, 40);
     real* together = (real*)test_alloc(ROWS * Vp, sizeof(real));
     real* single = (real*)test_alloc(ROWS * Vp, sizeof(real));
     State kept = state_alloc(&m, ROWS);
@@ -1739,8 +1879,8 @@ void test_pieces(void) {
     worst_add(&rows, states_differ(&kept, &batch.state), "states at the end");
     worst_report("batch of prompts of 5 lengths = each alone: bits differ", &rows, 0);
     state_free(&kept);
-    session_free(&batch);
-    session_free(&alone);
+    session_free(&backend, &batch);
+    session_free(&backend, &alone);
     backend.destroy(&backend);
     model_free(&m);
 }
@@ -1927,51 +2067,6 @@ void test_fixtures(void) {
 // ---------------------------------------------------------------------------------------------------
 // 8. Checkpoints and training runs
 
-char scratch_dir[64];                    // made by the first test that writes, removed by remove_scratch
-
-const char* scratch(const char* name) {
-    static char path[8][160];
-    static int next = 0;
-    if (!scratch_dir[0]) {
-        snprintf(scratch_dir, sizeof scratch_dir, "/tmp/test_model_XXXXXX");
-        if (!mkdtemp(scratch_dir)) die("test: cannot make a directory in /tmp: %s", strerror(errno));
-    }
-    next = (next + 1) % 8;
-    snprintf(path[next], sizeof path[next], "%s/%s", scratch_dir, name);
-    return path[next];
-}
-
-int remove_entry(const char* path, const struct stat* st, int type, struct FTW* ftw) {
-    (void)st; (void)type; (void)ftw;
-    return remove(path);
-}
-
-void remove_scratch(void) {
-    if (scratch_dir[0]) nftw(scratch_dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
-    scratch_dir[0] = 0;
-}
-
-char* file_bytes(const char* path, size_t* n) {
-    FILE* f = fopen(path, "rb");
-    *n = 0;
-    if (!f) return NULL;
-    char* bytes = (char*)test_alloc(1 << 20, 1);
-    *n = fread(bytes, 1, 1 << 20, f);
-    fclose(f);
-    return bytes;
-}
-
-void file_put(const char* path, const char* bytes, size_t n) {
-    FILE* f = fopen(path, "wb");
-    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f) != 0) die("test: cannot write %s", path);
-}
-
-double files_differ(const char* a, const char* b) {
-    size_t n, m;
-    char *x = file_bytes(a, &n), *y = file_bytes(b, &m);
-    return !x || !y || n == 0 || n != m || memcmp(x, y, n) != 0;
-}
-
 // try_load: a weights file into m; false with the line
 bool try_load(Model* m, const char* path, Error* err) {
     SafeTensors st;
@@ -2099,7 +2194,6 @@ void test_checkpoint(void) {
     for (int k = 0; k < 2; k++) { state_free(&carry[k]); state_free(&carry_back[k]); }
     model_free(&back);
     toy_free(&toy);
-    remove_scratch();
 }
 
 // TrainRun: a training run in a child process, with hooks in its backend. The stop is exact: the signal is
@@ -2314,7 +2408,6 @@ void test_resume(void) {
     // measured 1.4e-9, 2e-16
     report("batches 8x1, 4x2: loss of step 4", fabs(loss[1] / loss[0] - 1), 1e-6);
     report("batches 8x1, 2x4: loss of step 4", fabs(loss[2] / loss[0] - 1), 1e-6);
-    remove_scratch();
 }
 
 // NaN, infinity and overflow stop the run before the update, name step, layer and tensor, and leave the
@@ -2387,7 +2480,6 @@ void test_nonfinite(void) {
     snprintf(path, sizeof path, "%s/last", scratch("skip_last"));
     report("skip of the last step: nothing saved", access(path, F_OK) != 0, 0);
     model_free(&m);
-    remove_scratch();
 }
 
 // find_nonfinite by itself, on part of a workspace whose rest is NaN. Catches: memory searched that this call
@@ -2765,8 +2857,8 @@ void test_generate(void) {
     report("padded ids drawn", padded + (n_ids != 300), 0);
 
     // constant memory
-    Session s = session_create(&m, 1, 16);
     Backend backend = backend_cpu(&m, 0, 0, false, false);
+    Session s = session_create(&backend, 1, 16);
     real logits[16];
     int token = 1;
     size_t before = 0;
@@ -2775,17 +2867,16 @@ void test_generate(void) {
         backend.decode(&backend, &s, 0, 1, &token, 1, logits);
         token = i % 11;
     }
-#ifndef __SANITIZE_ADDRESS__            // which keeps freed memory for a while
-    report("20,000 tokens: growth of memory, in bytes", (double)resident_bytes() - (double)before, 1 << 20);
-#endif
-    session_free(&s);
+    if (!SANITIZED)
+        report("20,000 tokens: growth of memory, in bytes", (double)resident_bytes() - (double)before,
+               1 << 20);
+    session_free(&backend, &s);
     backend.destroy(&backend);
     model_free(&m);
-    remove_scratch();
 }
 
-// What goes in and out: each file adds its cases to the table below.
-// defines: test_safetensors
+// What goes in and out: each file adds one case to the table below.
+// defines: test_files
 #include "dev/test/test_files.h"
 // defines: test_data
 #include "dev/test/test_data.h"
@@ -2819,7 +2910,8 @@ void test_harness(void) {
     report("NaN is not equal to anything",
            relative_l2(with_nan, ones, 2) <= 1e30 || differing(with_nan, with_nan, 2) != 1, 0);
     report("argument: an exact name before a part of one",
-           cases_selected("packed") != 1 || cases_selected("packe") != 2 || cases_selected("no such") != 0, 0);
+           cases_selected("packed") != 1 || cases_selected("packe") != 2 || cases_selected("nothing") != 0,
+           0);
 }
 
 // Sizes and random numbers. Catches: a product that wraps around, a stream that depends on history.
@@ -2866,6 +2958,7 @@ const Case cases[] = {
     { "rows", test_rows },
     { "initialization", test_init },
     { "model gradient", test_model_gradient },
+    { "guards", test_guards },
     { "mlp", test_mlp },
     { "accumulation", test_accumulation },
     { "pieces", test_pieces },
@@ -2880,7 +2973,7 @@ const Case cases[] = {
     { "find nonfinite", test_find_nonfinite },
     { "nonfinite", test_nonfinite },
     { "resume", test_resume },
-    { "files", test_safetensors },
+    { "files", test_files },
     { "data", test_data },
     { "cli", test_cli },
 };
@@ -2914,6 +3007,7 @@ int main(int argc, char** argv) {
         case_name = cases[i].name;
         random_stream = 1 << 20;
         cases[i].function();
+        remove_scratch();
         free_all();
         n_run++;
     }

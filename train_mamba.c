@@ -2153,7 +2153,8 @@ typedef struct {
     size_t rows, chunk;      // sequences; most tokens per call
     State state;
     State view;              // state from some row on: pointers only
-    Workspace work;
+    Workspace work;          // of the CPU backend
+    void* device;            // of another one
 } Session;
 
 typedef struct Backend Backend;
@@ -2163,6 +2164,9 @@ struct Backend {
     Workspace work;
     State none;
     State *carry_in, *carry_out;       // with carried states: one per micro-batch
+    size_t activation_bytes;
+    void* device;                      // what another backend keeps for itself
+    double norm;                       // of the last gradient_norm
     // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
     // sum.
     //   micro: the micro-batch whose carried state is used, -1 for none
@@ -2175,7 +2179,10 @@ struct Backend {
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
-    void (*download)(Backend*);        // device -> host: parameters, moments, carried states
+    void (*session_open)(Backend*, Session*);        // memory for decode
+    void (*session_close)(Backend*, Session*);
+    void (*session_sync)(Backend*, Session*, bool to_host);      // Session.state: host -> device, or back
+    void (*download)(Backend*);        // device -> host: parameters, gradients, moments
     void (*upload)(Backend*);
     void (*destroy)(Backend*);
 };
@@ -2213,7 +2220,15 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
     if (logits) matmul_forward(logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
 }
 
-static void cpu_transfer(Backend* b) { (void)b; }     // the host arrays are the backend's own
+// `rows` x 1 or 1 x `chunk` tokens
+static void cpu_session_open(Backend* b, Session* s) {
+    s->work = workspace_alloc(b->model, s->rows, (s->chunk + s->rows - 1) / s->rows, false, false, false);
+}
+static void cpu_session_close(Backend* b, Session* s) { (void)b; workspace_free(&s->work); }
+
+// the host arrays are the backend's own
+static void cpu_session_sync(Backend* b, Session* s, bool to_host) { (void)b; (void)s; (void)to_host; }
+static void cpu_transfer(Backend* b) { (void)b; }
 
 static void cpu_destroy(Backend* b) {
     workspace_free(&b->work);
@@ -2234,31 +2249,43 @@ Backend backend_cpu(Model* m, size_t B, size_t T, bool training, bool recompute)
     b.gradient_norm = cpu_gradient_norm;
     b.update = cpu_update;
     b.decode = cpu_decode;
+    b.activation_bytes = b.work.bytes;
+    b.session_open = cpu_session_open;
+    b.session_close = cpu_session_close;
+    b.session_sync = cpu_session_sync;
     b.download = cpu_transfer;
     b.upload = cpu_transfer;
     b.destroy = cpu_destroy;
     return b;
 }
 
+// other_backend: makes the backend of --device cuda; set by the main of train_mamba.cu
+Backend (*other_backend)(const Options*, Model*, size_t B, size_t T, bool training, bool recompute) = NULL;
+
+static bool on_cpu(const Options* o) { return !other_backend || strcmp(o->device, "cpu") == 0; }
+
+Backend backend_create(const Options* o, Model* m, size_t B, size_t T, bool training, bool recompute) {
+    return on_cpu(o) ? backend_cpu(m, B, T, training, recompute) : other_backend(o, m, B, T, training, recompute);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // 10. Generation
 
-Session session_create(const Model* m, size_t rows, size_t chunk) {
+Session session_create(Backend* b, size_t rows, size_t chunk) {
     Session s;
     memset(&s, 0, sizeof s);
     s.rows = rows;
     s.chunk = chunk;
-    s.state = state_alloc(m, rows);
-    s.view = state_none(m);
-    s.work = workspace_alloc(m, rows, (chunk + rows - 1) / rows, false, false,
-                             false);    // `rows` x 1 or 1 x `chunk` tokens
+    s.state = state_alloc(b->model, rows);
+    s.view = state_none(b->model);
+    b->session_open(b, &s);
     return s;
 }
 
-void session_free(Session* s) {
+void session_free(Backend* b, Session* s) {
+    b->session_close(b, s);
     state_free(&s->state);
     state_free(&s->view);
-    workspace_free(&s->work);
 }
 
 // Prompt: a source of tokens of any length; text comes from memory or, piece by piece, from an open file.
@@ -2354,7 +2381,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     size_t rows = (size_t)o->num_samples, V = (size_t)m->config.vocab_size,
            Vp = (size_t)m->config.vocab_padded;
     Sampler sampler = {o->temperature, o->top_k, o->top_p, o->min_p, o->repetition_penalty, o->seed};
-    Session s = session_create(m, rows, (size_t)o->chunk);
+    Session s = session_create(backend, rows, (size_t)o->chunk);
     real* logits = (real*)xcalloc(rows * Vp, sizeof(real));
     real* seen_real = (real*)xcalloc(Vp, sizeof(real));
     unsigned char* seen = (unsigned char*)xcalloc(rows * Vp, 1);
@@ -2371,6 +2398,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     double start = seconds_now();
     int64_t position = 0;
     if (o->load_state[0]) ok = state_load(m, &s.state, logits, seen_real, &position, o->load_state, err);
+    if (o->load_state[0]) backend->session_sync(backend, &s, false);
     for (size_t n; ok && (n = prompt_read(prompt, piece, (size_t)o->chunk)) > 0; position += (int64_t)n) {
         for (size_t i = 0; i < n && ok; i++) {
             if ((size_t)piece[i] >= Vp)
@@ -2390,6 +2418,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
         position = 1;
     }
     stats->prefill_seconds = seconds_now() - start;
+    if (rows > 1 || o->save_state[0]) backend->session_sync(backend, &s, true);
     if (ok && o->save_state[0]) ok = state_save(m, &s.state, logits, seen_real, position, o->save_state, err);
     for (size_t r = 0; ok && r < rows; r++) {
         if (r) state_copy_row(m, &s.state, r, &s.state, 0);
@@ -2397,6 +2426,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
         for (size_t v = 0; v < Vp; v++) seen[r * Vp + v] = seen_real[v] != 0;
         utf8[r].raw = o->raw;
     }
+    if (rows > 1) backend->session_sync(backend, &s, false);
 
     start = seconds_now();
     size_t active = rows;
@@ -2439,7 +2469,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     }
     if (ok && (fflush(out) != 0 || ferror(out)))
         ok = fail(err, "could not write the text: %s", strerror(errno));
-    session_free(&s);
+    session_free(backend, &s);
     free(logits);
     free(seen_real);
     free(seen);
@@ -2883,6 +2913,7 @@ static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error*
         size_t at = (size_t)micro * B * T;
         const State* s0 = b->carry_in ? &b->carry_in[micro] : &b->none;
         b->download(b);
+        if (!b->work.data) b->work = workspace_alloc(&t->model, B, T, false, false, false);   // the CPU looks for it
         find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
                        what, sizeof what);
         bool starts;
@@ -3090,7 +3121,8 @@ static void trainer_create(Trainer* t, Settings* s) {
 
     // memory, before anything is allocated
     Workspace measured = workspace_alloc(m, B, T, true, o->recompute, true);
-    double parameter_bytes = (double)m->n_elements * sizeof(real), activation_bytes = (double)measured.bytes;
+    double parameter_bytes = (double)m->n_elements * sizeof(real);
+    double activation_bytes = on_cpu(o) ? (double)measured.bytes : 0;
     double batch_bytes = (double)step_size / 64 * (3 * sizeof(int)), carried_bytes = 0;
     if (o->carry_state) carried_bytes = 2.0 * (double)(accum * B) * (double)state_count(m) * sizeof(real);
     workspace_free(&measured);
@@ -3107,9 +3139,9 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!checkpoint_probe(o->out, (uint64_t)(6 * parameter_bytes) + (1 << 20), &err)) die("%s", err.text);
 
     model_alloc(m, true);
-    t->backend = backend_cpu(m, B, T, true, o->recompute);
-    if (t->backend.work.bytes != (size_t)activation_bytes)
-        die("the memory plan was %g bytes, %zu were used", activation_bytes, t->backend.work.bytes);
+    t->backend = backend_create(o, m, B, T, true, o->recompute);
+    if (on_cpu(o)) assert(t->backend.activation_bytes == (size_t)activation_bytes);
+    else printf("memory on the device: activations %.1f MiB\n", mib((double)t->backend.activation_bytes));
     if (o->carry_state) {
         t->backend.carry_in = (State*)xcalloc(accum, sizeof(State));
         t->backend.carry_out = (State*)xcalloc(accum, sizeof(State));
@@ -3228,7 +3260,8 @@ int generate_main(Settings* s) {
     const Options* o = &s->o;
     set_threads(o->threads);
     model_open(&m, &tok, s, dir);
-    Backend backend = backend_cpu(&m, 0, 0, false, false);
+    Backend backend = backend_create(o, &m, 0, 0, false, false);
+    backend.upload(&backend);
     double rows = (double)o->num_samples, Vp = (double)m.config.vocab_padded;
     int64_t tokens = o->chunk > o->num_samples ? o->chunk : o->num_samples;
     if (!workspace_fits(&m, 1, tokens)) die("--num-samples or --chunk: the memory does not fit in 63 bits");
@@ -3311,7 +3344,8 @@ int eval_main(Settings* s) {
     double bytes = (double)measured.bytes + 3.0 * sizeof(int) * (double)(B * T);
     workspace_free(&measured);
     if (!check_memory(bytes, "try a smaller --batch-size or --seq-len", &err)) die("%s", err.text);
-    Backend backend = backend_cpu(&m, B, T, false, false);
+    Backend backend = backend_create(o, &m, B, T, false, false);
+    backend.upload(&backend);
     Loader loader = {&data.train, o->seq_len, o->seed, false, 0, data.tokenizer.eos, 0, 1};
     Evaluation result;
     catch_signals(false);
@@ -3356,8 +3390,7 @@ int info_main(Settings* s) {
     return 0;
 }
 
-#ifndef SSM_NO_MAIN
-int main(int argc, char** argv) {
+int ssm_main(int argc, char** argv) {
     // A closed stdin, stdout or stderr would lend its number to the next file opened, and messages would go in there.
     for (int fd = 0; fd < 3; fd++)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) return 1;
@@ -3392,4 +3425,7 @@ int main(int argc, char** argv) {
     settings_free(&settings);
     return code;
 }
+
+#ifndef SSM_NO_MAIN
+int main(int argc, char** argv) { return ssm_main(argc, argv); }
 #endif

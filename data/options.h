@@ -20,6 +20,7 @@ typedef struct {
     // run
     uint64_t seed;
     const char *out, *from, *on_nan;
+    const char *device, *precision;
     int64_t threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
     bool recompute, resume;
     // generation
@@ -107,6 +108,11 @@ static const Option options[] = {
     {"from", 's', OPT(from), WORD_GENERATE | WORD_EVAL | WORD_INFO, "out", 0, 0, NULL,
      "checkpoint directory, or a run's directory for its last checkpoint"},
     {"seed", 'u', OPT(seed), WORD_ALL, "1337", 0, 0, NULL, "of initialization, data order and sampling"},
+#ifdef __CUDACC__
+    {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},
+    {"precision", 'c', OPT(precision), WORD_ALL, "bf16", 0, 0, "bf16 fp32",
+     "of activations and matmuls on the GPU; parameters, residual stream, state and sums are fp32"},
+#endif
     {"threads", 'i', OPT(threads), WORD_ALL, "0", 0, 4096, NULL,
      "CPU threads; 0: all. The results do not depend on it"},
     {"recompute", 'b', OPT(recompute), WORD_TRAIN, "off", 0, 0, NULL,

@@ -282,7 +282,7 @@ static bool parse_metadata(SafeTensors* st, const char** p, const char* end, Err
     if (st->meta) return fail_line(err, "%s: __metadata__ appears twice", st->path);
     if (!(st->meta = (char**)calloc(2 * ST_MAX_METADATA, sizeof(char*))))
         return fail_line(err, "%s: out of memory", st->path);
-    for (char* key; (key = next_key(p, end, st->n_meta == 0, st->header, &done, &e)); st->n_meta++) {
+    for (char* key; (key = next_key(p, end, st->n_meta == 0, st->header, &done, &e)) != NULL; st->n_meta++) {
         if (st->n_meta == ST_MAX_METADATA)
             return fail_line(err, "%s: __metadata__ has more than %d entries", st->path, ST_MAX_METADATA);
         char* value = json_string_in_place(p, end, ST_MAX_VALUE, st->header, &e);
@@ -311,7 +311,7 @@ static bool parse_header(SafeTensors* st, size_t length, Error* err) {
     if (!(st->tensor = (SafeTensor*)calloc(length / smallest + 1, sizeof(SafeTensor))))
         return fail_line(err, "%s: out of memory", st->path);
     bool first = true;
-    for (char* name; (name = next_key(&p, end, first, st->header, &done, &e)); first = false) {
+    for (char* name; (name = next_key(&p, end, first, st->header, &done, &e)) != NULL; first = false) {
         if (strcmp(name, "__metadata__") == 0) {
             if (!parse_metadata(st, &p, end, err)) return false;
             continue;

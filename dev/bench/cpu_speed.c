@@ -123,7 +123,7 @@ static void bench_generate(Settings* s, int rounds) {
     model_alloc(&m, false);
     model_init(&m, 1);
     Backend b = backend_cpu(&m, 0, 0, false, false);
-    Session session = session_create(&m, 1, 1);
+    Session session = session_create(&b, 1, 1);
     real* logits = (real*)xcalloc((size_t)c.vocab_padded, sizeof(real));
     Candidate* candidates = (Candidate*)xcalloc((size_t)c.vocab_size, sizeof(Candidate));
     unsigned char* seen = (unsigned char*)xcalloc((size_t)c.vocab_padded, 1);

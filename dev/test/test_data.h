@@ -1,21 +1,8 @@
 // ---------------------------------------------------------------------------------------------------
-// Data: tokenizer.h and dataloader.h. Token shards whose token i has the value i show where every row was
-// cut.
-
-char data_dir[64];                       // scratch directory of these tests
-
-const char* data_path(const char* name) {
-    static char path[8][160];
-    static int next = 0;
-    next = (next + 1) % 8;
-    snprintf(path[next], sizeof path[next], "%s/%s", data_dir, name);
-    return path[next];
-}
-
-void data_put(const char* name, const void* bytes, size_t n) {
-    FILE* f = fopen(data_path(name), "wb");
-    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f) != 0) die("test: cannot write %s", data_path(name));
-}
+// test_data.h: data/dataloader.h and data/tokenizer.h. Which tokens a batch holds (each sample once per
+// epoch, the same for any split into micro-batches and processes, streams that go on where they stopped),
+// data files of many sources and damaged ones, files beyond 4 GiB, bytes to text and back, tokenizer.json.
+// Token shards whose token i has the value i show where every row was cut.
 
 // data_shard: header and n tokens, token i has the id i mod `modulus`; width 2 or 4
 void data_shard(const char* name, int width, uint32_t n, uint32_t modulus) {
@@ -26,9 +13,10 @@ void data_shard(const char* name, int width, uint32_t n, uint32_t modulus) {
     for (uint32_t i = 0; i < n; i++) {
         uint32_t id = i % modulus;
         uint16_t id16 = (uint16_t)id;
-        memcpy(file + 1024 + (size_t)i * (size_t)width, width == 2 ? (void*)&id16 : (void*)&id, (size_t)width);
+        memcpy(file + 1024 + (size_t)i * (size_t)width, width == 2 ? (void*)&id16 : (void*)&id,
+               (size_t)width);
     }
-    data_put(name, file, size);
+    file_put(scratch(name), file, size);
     free(file);
 }
 
@@ -39,7 +27,7 @@ Tokenizer data_ids(int64_t vocab_size) {
 
 void data_open_or_die(Dataset* d, const char* name, const Tokenizer* t) {
     Error err;
-    char* path = (char*)data_path(name);
+    char* path = (char*)scratch(name);
     if (!dataset_open(d, &path, 1, t, &err)) die("%s", err.text);
 }
 
@@ -73,7 +61,7 @@ void test_permute(void) {
     }
     report("permute: a bijection for 14 sizes x 3 keys", wrong, 0);
     report("permute: elements left in place (1 expected per key)", 3.0 * 100003 - moved, 15);
-    double worst = 0;                    // chi-square of the place of element 0 over 7000 keys, 6 degrees of freedom
+    double worst = 0;    // chi-square of the place of element 0 over 7000 keys, 6 degrees of freedom
     for (uint64_t i = 0; i < 7; i++) {
         double count[7] = { 0 }, chi2 = 0;
         for (uint64_t key = 0; key < 7000; key++) count[permute(i, 7, random_bits(5, STREAM_SHUFFLE, key))]++;
@@ -108,7 +96,8 @@ void test_shuffled(void) {
                 memset(seen, 0, (size_t)n);
                 for (int64_t i = 0; i < samples; i++) {
                     fresh = false;
-                    if (!loader_batch(&l, epoch * samples + i, 1, row, row + T, NULL, &fresh, &err)) die("%s", err.text);
+                    if (!loader_batch(&l, epoch * samples + i, 1, row, row + T, NULL, &fresh, &err))
+                        die("%s", err.text);
                     if (offset < 0) offset = row[0] % T;
                     if (!fresh || row[0] % T != offset || seen[row[0]]++) wrong++;
                     for (int64_t k = 0; k < T; k++) {
@@ -147,7 +136,8 @@ void test_batch_split(void) {
     int* expected = (int*)xcalloc(STEPS * GLOBAL * ROW, sizeof(int));
     int* found = (int*)xcalloc(STEPS * GLOBAL * ROW, sizeof(int));
     for (int mode = 0; mode < 2; mode++) {
-        const int split[][2] = { { 8, 1 }, { 4, 1 }, { 2, 1 }, { 1, 1 }, { 4, 2 }, { 2, 2 }, { 1, 4 }, { 2, 4 }, { 1, 8 } };
+        const int split[][2] = { { 8, 1 }, { 4, 1 }, { 2, 1 }, { 1, 1 }, { 4, 2 },
+                                 { 2, 2 }, { 1, 4 }, { 2, 4 }, { 1, 8 } };
         for (int s = 0; s < 9; s++) {
             int rows = split[s][0], world = split[s][1];
             memset(found, -1, (size_t)(STEPS * GLOBAL * ROW) * sizeof(int));
@@ -229,13 +219,14 @@ void test_documents(void) {
     Error err;
     int ids[14], in[28], target[28], doc[28];
     tokenizer_bytes(&t);
-    for (int i = 3; i >= 0; i--) data_put(names[i], texts[i], sizes[i]);
-    char* pattern = (char*)data_path("[a-d].txt");
+    for (int i = 3; i >= 0; i--) file_put(scratch(names[i]), texts[i], sizes[i]);
+    char* pattern = (char*)scratch("[a-d].txt");
     if (!dataset_open(&d, &pattern, 1, &t, &err)) die("%s", err.text);
     wrong += d.n_tokens != 14;
     for (int pos = 0; pos <= 14; pos++) {
         for (int n = 0; n <= 14 - pos; n++) {
-            if (!dataset_read(&d, pos, n, ids, &err) || memcmp(ids, expected + pos, (size_t)n * sizeof(int))) wrong++;
+            if (!dataset_read(&d, pos, n, ids, &err) || memcmp(ids, expected + pos, (size_t)n * sizeof(int)))
+                wrong++;
         }
     }
     report("text: pattern sorted, end token in front, all ranges", wrong, 0);
@@ -266,13 +257,13 @@ void test_documents(void) {
     report("split: last tokens, shared files", split_wrong, 0);
     dataset_close(&d);
 
-    double name_wrong = 0;                               // a name with pattern letters that exists is that file
-    data_put("[x].txt", "yy", 2);
-    data_put("x.txt", "zzz", 3);
+    double name_wrong = 0;    // a name with pattern letters that exists is that file
+    file_put(scratch("[x].txt"), "yy", 2);
+    file_put(scratch("x.txt"), "zzz", 3);
     data_open_or_die(&d, "[x].txt", &t);
     name_wrong += d.n_tokens != 3;
     dataset_close(&d);
-    char* single = (char*)data_path("[a]*.txt");
+    char* single = (char*)scratch("[a]*.txt");
     if (!dataset_open(&d, &single, 1, &t, &err)) die("%s", err.text);
     name_wrong += d.n_tokens != 3;
     dataset_close(&d);
@@ -294,7 +285,7 @@ void test_many_sources(void) {
         char name[32];
         uint32_t count = (uint32_t)(1 + (i * 5) % 7);
         snprintf(name, sizeof name, "part%d.bin", i);
-        snprintf(names[i], sizeof names[i], "%s", data_path(name));
+        snprintf(names[i], sizeof names[i], "%s", scratch(name));
         paths[i] = names[i];
         data_shard(name, i % 2 ? 4 : 2, count, 1000);
         for (uint32_t k = 0; k < count; k++) expected[n++] = (int)k;
@@ -304,7 +295,8 @@ void test_many_sources(void) {
     wrong += d.n_tokens != n;
     for (int pos = 0; pos <= n; pos++) {
         for (int count = 0; count <= n - pos; count++) {
-            wrong += !dataset_read(&d, pos, count, ids, &err) || memcmp(ids, expected + pos, (size_t)count * sizeof(int));
+            wrong += !dataset_read(&d, pos, count, ids, &err) ||
+                     memcmp(ids, expected + pos, (size_t)count * sizeof(int));
         }
     }
     Loader l = data_loader(&d, n - 1);
@@ -374,7 +366,7 @@ void open_hostile(void* arg) {
     Error err;
     Tokenizer t;
     int in[128], target[128];
-    char* path = (char*)data_path(h->name);
+    char* path = (char*)scratch(h->name);
     tokenizer_bytes(&t);
     if (h->kind == TOKENIZER_NONE) t = data_ids(1000);
     if (!dataset_open(&d, &path, strcmp(h->name, "nothing") != 0, &t, &err)) die("%s", err.text);
@@ -389,31 +381,34 @@ void data_header(const char* name, uint32_t magic, uint32_t version, uint32_t n,
     unsigned char file[2048] = { 0 };
     uint32_t header[3] = { magic, version, n };
     memcpy(file, header, sizeof header);
-    data_put(name, file, size);
+    file_put(scratch(name), file, size);
 }
 
 void test_hostile_data(void) {
     const HostileData rows[] = {
-        { "magic.bin", 0, 0, "found 1234" },           { "version.bin", 0, 0, "expected version 1" },
-        { "version4.bin", 0, 0, "expected version 7" }, { "short.bin", 0, 0, "header of 1024 bytes, found 1023" },
-        { "empty.bin", 0, 0, "found 0 bytes" },        { "zero.bin", 0, 0, "empty (0 tokens)" },
-        { "cut.bin", 0, 0, "expected 1044 bytes, found 1042" }, { "odd.bin", 0, 0, "found 1043" },
-        { "long.bin", 0, 0, "found 1046" },            { "huge.bin", 0, 0, "expected 17179870204 bytes, found 1064" },
-        { "width.bin", 0, 0, "tokens of 4 bytes" },    { "big16.bin", 0, 0, "token 1000 is 1000, expected an id below" },
-        { "big32.bin", 0, 0, "token 0 is 4294967295" }, { "late.bin", 0, 64, "is 65535, expected an id below" },
-        { "text.bin", 1, 0, "header of 1024 bytes, found 200" }, { "prose.bin", 1, 0, "expected a token shard with magic" }, { "shard.txt", 1, 0, "must end in .bin" },
-        { "utf16le.txt", 1, 0, "UTF-16" },             { "utf16be.txt", 1, 0, "UTF-16" },
-        { "none.txt", 0, 0, "no tokenizer.json that can encode" },     { "empty.txt", 1, 64, "data has 1 tokens, --seq-len 64 needs at least 65" },
-        { "empty.txt", 1, 0, NULL },                   { "one.txt", 1, 64, "data has 2 tokens" },
-        { "one.txt", 1, 1, NULL },                     { "lines.txt", 1, 64, NULL },
-        { "nul.txt", 1, 64, NULL },                    { "crlf.txt", 1, 64, NULL },
+        { "magic.bin", 0, 0, "found 1234" }, { "version.bin", 0, 0, "expected version 1" },
+        { "version4.bin", 0, 0, "expected version 7" },
+        { "short.bin", 0, 0, "header of 1024 bytes, found 1023" }, { "empty.bin", 0, 0, "found 0 bytes" },
+        { "zero.bin", 0, 0, "empty (0 tokens)" }, { "cut.bin", 0, 0, "expected 1044 bytes, found 1042" },
+        { "odd.bin", 0, 0, "found 1043" }, { "long.bin", 0, 0, "found 1046" },
+        { "huge.bin", 0, 0, "expected 17179870204 bytes, found 1064" },
+        { "width.bin", 0, 0, "tokens of 4 bytes" },
+        { "big16.bin", 0, 0, "token 1000 is 1000, expected an id below" },
+        { "big32.bin", 0, 0, "token 0 is 4294967295" },
+        { "late.bin", 0, 64, "is 65535, expected an id below" },
+        { "text.bin", 1, 0, "header of 1024 bytes, found 200" },
+        { "prose.bin", 1, 0, "expected a token shard with magic" }, { "shard.txt", 1, 0, "must end in .bin" },
+        { "utf16le.txt", 1, 0, "UTF-16" }, { "utf16be.txt", 1, 0, "UTF-16" },
+        { "none.txt", 0, 0, "no tokenizer.json that can encode" },
+        { "empty.txt", 1, 64, "data has 1 tokens, --seq-len 64 needs at least 65" },
+        { "empty.txt", 1, 0, NULL }, { "one.txt", 1, 64, "data has 2 tokens" }, { "one.txt", 1, 1, NULL },
+        { "lines.txt", 1, 64, NULL }, { "nul.txt", 1, 64, NULL }, { "crlf.txt", 1, 64, NULL },
         { "37.txt", 1, 64, "data has 37 tokens, --seq-len 64 needs at least 65" },
         { "12.txt", 1, 3, "4 streams (--carry-state) of --seq-len 3 need at least 13" },
-        { "directory", 1, 0, "found a directory" },    { "fifo.txt", 1, 0, "found a" },
-        { "device.txt", 1, 0, "found a" },        { "missing.txt", 1, 0, "No such file" },
-        { "dangling.txt", 1, 0, "No such file" },      { "loop.txt", 1, 0, "cannot open" },
-        { "link.txt", 1, 64, NULL },                   { "no*match", 1, 0, "no file matches" },
-        { "nothing", 1, 0, "no data" },
+        { "directory", 1, 0, "found a directory" }, { "fifo.txt", 1, 0, "found a" },
+        { "device.txt", 1, 0, "found a" }, { "missing.txt", 1, 0, "No such file" },
+        { "dangling.txt", 1, 0, "No such file" }, { "loop.txt", 1, 0, "cannot open" },
+        { "link.txt", 1, 64, NULL }, { "no*match", 1, 0, "no file matches" }, { "nothing", 1, 0, "no data" },
     };
     char text[200];
     memset(text, 'x', sizeof text);
@@ -434,31 +429,33 @@ void test_hostile_data(void) {
     const uint32_t header32[3] = { 20240801, 7, 1 };
     memcpy(far_id, header32, sizeof header32);
     memset(far_id + 1024, 0xFF, 4);
-    data_put("big32.bin", far_id, sizeof far_id);
-    data_shard("late.bin", 2, 5000, 900);                   // the wrong ids come after what is checked at opening
+    file_put(scratch("big32.bin"), far_id, sizeof far_id);
+    data_shard("late.bin", 2, 5000, 900);    // the wrong ids come after what is checked at opening
     unsigned char wrong_ids[6000];
     memset(wrong_ids, 0xFF, sizeof wrong_ids);
-    int late = open(data_path("late.bin"), O_WRONLY);
-    if (late < 0 || pwrite(late, wrong_ids, 6000, 1024 + 4000) != 6000 || close(late) != 0) die("test: late.bin");
+    int late = open(scratch("late.bin"), O_WRONLY);
+    if (late < 0 || pwrite(late, wrong_ids, 6000, 1024 + 4000) != 6000 || close(late) != 0)
+        die("test: late.bin");
     memcpy(text, "Once upon a time", 16);
-    data_put("text.bin", text, 200);
+    file_put(scratch("text.bin"), text, 200);
     data_header("prose.bin", 0x65636E4F, 0x6F707520, 0x2061206E, 2048);
-    data_put("utf16le.txt", "\xFF\xFEh\0i\0", 6);
-    data_put("utf16be.txt", "\xFE\xFF\0h\0i", 6);
-    data_put("none.txt", text, 200);
-    data_put("empty.txt", text, 0);
-    data_put("one.txt", text, 1);
-    data_put("37.txt", text, 36);
-    data_put("12.txt", text, 11);
+    file_put(scratch("utf16le.txt"), "\xFF\xFEh\0i\0", 6);
+    file_put(scratch("utf16be.txt"), "\xFE\xFF\0h\0i", 6);
+    file_put(scratch("none.txt"), text, 200);
+    file_put(scratch("empty.txt"), text, 0);
+    file_put(scratch("one.txt"), text, 1);
+    file_put(scratch("37.txt"), text, 36);
+    file_put(scratch("12.txt"), text, 11);
     memset(text, '\n', sizeof text);
-    data_put("lines.txt", text, 200);
+    file_put(scratch("lines.txt"), text, 200);
     memset(text, 0, sizeof text);
-    data_put("nul.txt", text, 200);
+    file_put(scratch("nul.txt"), text, 200);
     for (int i = 0; i < 200; i++) text[i] = "ab\r\n"[i % 4];
-    data_put("crlf.txt", text, 200);
-    if (mkdir(data_path("directory"), 0700) || mkfifo(data_path("fifo.txt"), 0600) ||
-        symlink("/dev/zero", data_path("device.txt")) || symlink("nowhere", data_path("dangling.txt")) ||
-        symlink("loop.txt", data_path("loop.txt")) || symlink("crlf.txt", data_path("link.txt"))) die("test: scratch");
+    file_put(scratch("crlf.txt"), text, 200);
+    if (mkdir(scratch("directory"), 0700) || mkfifo(scratch("fifo.txt"), 0600) ||
+        symlink("/dev/zero", scratch("device.txt")) || symlink("nowhere", scratch("dangling.txt")) ||
+        symlink("loop.txt", scratch("loop.txt")) || symlink("crlf.txt", scratch("link.txt")))
+        die("test: scratch");
     double wrong = 0;
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         HostileData h = rows[i];
@@ -468,7 +465,8 @@ void test_hostile_data(void) {
         alarm(0);
         char* end = strchr(line, '\n');
         bool one_line = end && end[1] == '\0' && strncmp(line, "error: ", 7) == 0;
-        bool named = strstr(line, h.name) || strncmp(line, "error: data has", 15) == 0 || !strcmp(h.name, "nothing");
+        bool named =
+            strstr(line, h.name) || strncmp(line, "error: data has", 15) == 0 || !strcmp(h.name, "nothing");
         bool ok = h.words ? code == 1 && one_line && named && strstr(line, h.words) : code == 0 && !*line;
         if (!ok) fprintf(stderr, "  %s: exit code %d, found: %s\n", h.name, code, line);
         wrong += !ok;
@@ -488,11 +486,12 @@ void test_large_data(void) {
         Error err;
         int in[9] = { 0 }, target[8];
         data_header("far.bin", width == 2 ? 20240520 : 20240801, width == 2 ? 1 : 7, n, 1024);
-        int fd = open(data_path("far.bin"), O_WRONLY);
+        int fd = open(scratch("far.bin"), O_WRONLY);
         unsigned char tail[40] = { 0 };
         for (int i = 0; i < 9; i++) tail[i * width] = (unsigned char)(i + 1);
-        if (fd < 0 || ftruncate(fd, (off_t)size) != 0) die("test: no sparse files in %s", data_dir);
-        if (pwrite(fd, tail, (size_t)(9 * width), (off_t)(size - 9 * width)) != 9 * width) die("test: pwrite");
+        if (fd < 0 || ftruncate(fd, (off_t)size) != 0) die("test: no sparse files in %s", scratch_dir);
+        if (pwrite(fd, tail, (size_t)(9 * width), (off_t)(size - 9 * width)) != 9 * width)
+            die("test: pwrite");
         close(fd);
         data_open_or_die(&d, "far.bin", &t);
         wrong += d.n_tokens != (int64_t)n || !dataset_read(&d, (int64_t)n - 9, 9, in, &err);
@@ -502,15 +501,16 @@ void test_large_data(void) {
         wrong += !loader_eval_batch(&l, last, 1, in, target, NULL, &err);
         for (int64_t i = 0; i < 8; i++) {
             int64_t pos = last * 8 + i + 1, found = target[i];
-            wrong += found != (pos >= (int64_t)n ? -1 : pos >= (int64_t)n - 9 ? pos - ((int64_t)n - 9) + 1 : 0);
+            int64_t tail_at = (int64_t)n - 9;
+            wrong += found != (pos >= (int64_t)n ? -1 : pos >= tail_at ? pos - tail_at + 1 : 0);
         }
-        for (int64_t k = 0; k < 200; k++) {                           // some windows must begin beyond 2^31 tokens
+        for (int64_t k = 0; k < 200; k++) {    // some windows must begin beyond 2^31 tokens
             bool fresh;
             int64_t pos = loader_position(&l, k, &fresh);
             wrong += pos < 0 || pos + 9 > (int64_t)n || !loader_batch(&l, k, 1, in, target, NULL, NULL, &err);
         }
         dataset_close(&d);
-        unlink(data_path("far.bin"));
+        unlink(scratch("far.bin"));
     }
     report("shards of 4.8 GB (u16) and 5.6 GB (u32), far end", wrong, 0);
 
@@ -523,35 +523,36 @@ void test_large_data(void) {
     double large_wrong = 0;
     for (int i = 0; i < SIZE; i++) text[i] = (char)(random_bits(3, 0, (uint64_t)i) >> 5);
     tokenizer_bytes(&t);
-    data_put("large.txt", text, SIZE);
+    file_put(scratch("large.txt"), text, SIZE);
     data_open_or_die(&d, "large.txt", &t);
     large_wrong += !dataset_read(&d, 0, SIZE + 1, ids, &err) || ids[0] != 256;
     for (int i = 0; i < SIZE; i++) large_wrong += ids[i + 1] != (unsigned char)text[i];
     for (int64_t pos = 0; pos < 40000; pos += 997) {
         int64_t n = 1 + pos / 2;
         int* part = (int*)xcalloc((size_t)n, sizeof(int));
-        large_wrong += !dataset_read(&d, pos, n, part, &err) || memcmp(part, ids + pos, (size_t)n * sizeof(int)) != 0;
+        large_wrong +=
+            !dataset_read(&d, pos, n, part, &err) || memcmp(part, ids + pos, (size_t)n * sizeof(int)) != 0;
         free(part);
     }
-    if (truncate(data_path("large.txt"), SIZE - 1000) != 0) die("test: truncate");
+    if (truncate(scratch("large.txt"), SIZE - 1000) != 0) die("test: truncate");
     large_wrong += dataset_read(&d, SIZE - 1100, 500, ids, &err) || !strstr(err.text, "changed while reading")
                    || !strstr(err.text, "expected 4293703 bytes or more");
     dataset_close(&d);
     int fd = dup(0), fd_after;                           // a failure in the second file closes the first
     close(fd);
-    char* two[2] = { (char*)data_path("large.txt"), (char*)data_path("missing.txt") };
+    char* two[2] = { (char*)scratch("large.txt"), (char*)scratch("missing.txt") };
     large_wrong += dataset_open(&d, two, 2, &t, &err) || d.source || d.n_tokens;
     fd_after = dup(0);
     close(fd_after);
     large_wrong += fd != fd_after;
     report("file read in pieces; cut while open; closed on failure", large_wrong, 0);
 
-    double same = 0;                     // edits that the fingerprint did not notice, or that it should have ignored
+    double same = 0;    // edits that the fingerprint did not notice, or that it should have ignored
     for (int large = 0; large < 2; large++) {
         size_t n = large ? SIZE : 50000;
         const size_t edits[] = { 0, 70, 40000, n - 40000, n - 1 };
-        data_put("print.txt", text, n);
-        data_put("other.txt", text, n);
+        file_put(scratch("print.txt"), text, n);
+        file_put(scratch("other.txt"), text, n);
         data_open_or_die(&d, "print.txt", &t);
         uint64_t base = dataset_fingerprint(&d), again;
         same += base != dataset_fingerprint(&d);
@@ -559,28 +560,28 @@ void test_large_data(void) {
         data_open_or_die(&d, "other.txt", &t);
         same += base != dataset_fingerprint(&d);
         Dataset val;
-        same += !dataset_split(&d, 0.1, &val) || base == dataset_fingerprint(&d) || base == dataset_fingerprint(&val)
-              || dataset_fingerprint(&d) == dataset_fingerprint(&val);
+        same += !dataset_split(&d, 0.1, &val) || base == dataset_fingerprint(&d) ||
+                base == dataset_fingerprint(&val) || dataset_fingerprint(&d) == dataset_fingerprint(&val);
         dataset_close(&d);
         for (int i = 0; i < 7; i++) {
             if (i < 5) text[edits[i]] ^= 1;
-            data_put("print.txt", text, i == 5 ? n - 1 : i == 6 ? n - 4096 : n);
+            file_put(scratch("print.txt"), text, i == 5 ? n - 1 : i == 6 ? n - 4096 : n);
             if (i < 5) text[edits[i]] ^= 1;
             data_open_or_die(&d, "print.txt", &t);
             again = dataset_fingerprint(&d);
             same += base == again;
             dataset_close(&d);
         }
-        for (size_t at = 65536; large && at + 2 * 65536 < n; at += 65536) {   // between head and tail: 80 KiB always
+        for (size_t at = 65536; large && at + 2 * 65536 < n; at += 65536) {   // head to tail: 80 KiB always
             memset(text + at, text[at] ^ 1, 5 << 14);                         // contain a whole sampled piece
-            data_put("print.txt", text, n);
+            file_put(scratch("print.txt"), text, n);
             data_open_or_die(&d, "print.txt", &t);
             again = dataset_fingerprint(&d);
             same += base == again;
             base = again;
             dataset_close(&d);
         }
-        char* both[2] = { (char*)data_path("12.txt"), (char*)data_path("37.txt") };
+        char* both[2] = { (char*)scratch("12.txt"), (char*)scratch("37.txt") };
         char* turned[2] = { both[1], both[0] };
         if (!dataset_open(&d, both, 2, &t, &err)) die("%s", err.text);
         again = dataset_fingerprint(&d);
@@ -640,7 +641,8 @@ size_t utf8_replace(const unsigned char* text, size_t n, unsigned char* out) {
 }
 
 // decode_all: every piece must be whole characters by itself: nothing may be split between two calls
-size_t decode_all(const Tokenizer* t, const int* ids, size_t n, bool raw, unsigned char* out, double* broken) {
+size_t decode_all(const Tokenizer* t, const int* ids, size_t n, bool raw, unsigned char* out,
+                  double* broken) {
     Utf8Stream s;
     size_t m = 0;
     memset(&s, 0, sizeof s);
@@ -650,7 +652,8 @@ size_t decode_all(const Tokenizer* t, const int* ids, size_t n, bool raw, unsign
         unsigned char check[3 * TOKENIZER_MAX_TEXT];
         size_t k = i < n ? tokenizer_decode(t, &s, ids[i], piece) : tokenizer_flush(&s, piece);
         if (k > TOKENIZER_MAX_TEXT) die("test: decode wrote %zu bytes", k);
-        if (!raw && (utf8_replace((unsigned char*)piece, k, check) != k || memcmp(piece, check, k) != 0)) ++*broken;
+        if (!raw && (utf8_replace((unsigned char*)piece, k, check) != k || memcmp(piece, check, k) != 0))
+            ++*broken;
         memcpy(out + m, piece, k);
         m += k;
     }
@@ -658,20 +661,26 @@ size_t decode_all(const Tokenizer* t, const int* ids, size_t n, bool raw, unsign
 }
 
 void test_utf8(void) {
-    const char* const strings[] = {          // text that tokenizers, terminals and parsers have stumbled over
-        "", " ", "\n", "\r\n\r\n", "\t\v\f\x1b[31m", "undefined null NaN -1e999 0x0", "'; DROP TABLE t; --", "<|endoftext|>",
-        "na\xC3\xAFve \xC3\xA9", "\xE6\x97\xA5\xE6\x9C\xAC\xE8\xAA\x9E", "\xD8\xA7\xD9\x84\xD8\xB9\xD8\xB1\xD8\xA8\xD9\x8A\xD8\xA9",
-        "\xF0\x9F\x98\x80\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA7", "e\xCC\x81\xCC\xA7\xCC\x88",
-        "\xEF\xBB\xBF" "bom", "\xE2\x80\xAE" "rtl", "\xE2\x80\x8B\xC2\xAD\xC2\xA0", "\xF0\x90\x80\x80\xF4\x8F\xBF\xBF\xEF\xBF\xBF",
-        "\xED\x9F\xBF\xEE\x80\x80", "\xEF\xBF\xBD", "\xF0\x9D\x95\xB3\xF0\x9D\x96\x8E", "\xEF\xB7\xBA\xE1\xBA\x9E\xC4\xB0\xC4\xB1",
-        "\xE0\xB8\xAA\xE0\xB8\xA7\xE0\xB8\xB1\xE0\xB8\xAA\xE0\xB8\x94\xE0\xB8\xB5", "%s%n%x \\u0000 &lt;", "\x7F\x01\x02",
+    // text that tokenizers, terminals and parsers have stumbled over
+    const char* const strings[] = {
+        "", " ", "\n", "\r\n\r\n", "\t\v\f\x1b[31m", "undefined null NaN -1e999 0x0", "'; DROP TABLE t; --",
+        "<|endoftext|>", "na\xC3\xAFve \xC3\xA9", "\xE6\x97\xA5\xE6\x9C\xAC\xE8\xAA\x9E",
+        "\xD8\xA7\xD9\x84\xD8\xB9\xD8\xB1\xD8\xA8\xD9\x8A\xD8\xA9",
+        "\xF0\x9F\x98\x80\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA7",
+        "e\xCC\x81\xCC\xA7\xCC\x88", "\xEF\xBB\xBF" "bom", "\xE2\x80\xAE" "rtl",
+        "\xE2\x80\x8B\xC2\xAD\xC2\xA0", "\xF0\x90\x80\x80\xF4\x8F\xBF\xBF\xEF\xBF\xBF",
+        "\xED\x9F\xBF\xEE\x80\x80", "\xEF\xBF\xBD", "\xF0\x9D\x95\xB3\xF0\x9D\x96\x8E",
+        "\xEF\xB7\xBA\xE1\xBA\x9E\xC4\xB0\xC4\xB1",
+        "\xE0\xB8\xAA\xE0\xB8\xA7\xE0\xB8\xB1\xE0\xB8\xAA\xE0\xB8\x94\xE0\xB8\xB5", "%s%n%x \\u0000 &lt;",
+        "\x7F\x01\x02",
     };
     // bad bytes and the number of U+FFFD that Python's errors="replace" gives for them
     const struct { const char* bytes; int replacements; } bad[] = {
-        { "\x80", 1 }, { "\xC0\x80", 2 }, { "\xC1\xBF", 2 }, { "\xC3", 1 }, { "\xE2\x82", 1 }, { "\xE0\x80\x80", 3 },
-        { "\xE0\x9F\xBF", 3 }, { "\xED\xA0\x80", 3 }, { "\xED\xBF\xBF", 3 }, { "\xF0\x80\x80\x80", 4 }, { "\xF0\x8F\xBF\xBF", 4 },
-        { "\xF0\x9F\x98", 1 }, { "\xF0\x9F\xC3", 2 }, { "\xF4\x90\x80\x80", 4 }, { "\xF5\x80\x80\x80", 4 }, { "\xFF\xFE", 2 },
-        { "\xE2\x82\xE2\x82", 2 }, { "\xF1\x80\x80\xF1\x80", 2 }, { "\xC3\xC3\xC3", 3 }, { "\xF8\x88\x80\x80\x80", 5 },
+        { "\x80", 1 }, { "\xC0\x80", 2 }, { "\xC1\xBF", 2 }, { "\xC3", 1 }, { "\xE2\x82", 1 },
+        { "\xE0\x80\x80", 3 }, { "\xE0\x9F\xBF", 3 }, { "\xED\xA0\x80", 3 }, { "\xED\xBF\xBF", 3 },
+        { "\xF0\x80\x80\x80", 4 }, { "\xF0\x8F\xBF\xBF", 4 }, { "\xF0\x9F\x98", 1 }, { "\xF0\x9F\xC3", 2 },
+        { "\xF4\x90\x80\x80", 4 }, { "\xF5\x80\x80\x80", 4 }, { "\xFF\xFE", 2 }, { "\xE2\x82\xE2\x82", 2 },
+        { "\xF1\x80\x80\xF1\x80", 2 }, { "\xC3\xC3\xC3", 3 }, { "\xF8\x88\x80\x80\x80", 5 },
     };
     enum { LENGTH = 24, TRIALS = 3000 };
     double wrong = 0, broken = 0;
@@ -698,7 +707,8 @@ void test_utf8(void) {
             size_t m = decode_all(&t, ids, count, false, out, &broken);
             bool z = text[n - 1] == 'z';
             int found = 0;
-            for (size_t k = 1; k + 2 < m + 1 && out[k] != 'z'; k += 3) found += memcmp(out + k, "\xEF\xBF\xBD", 3) == 0;
+            for (size_t k = 1; k + 2 < m + 1 && out[k] != 'z'; k += 3)
+                found += memcmp(out + k, "\xEF\xBF\xBD", 3) == 0;
             bad_wrong += found != bad[i].replacements || m != 1 + 3 * (size_t)found + z || out[0] != 'a';
             free(ids);
         }
@@ -706,8 +716,8 @@ void test_utf8(void) {
     report("UTF-8: invalid bytes, as many U+FFFD as Python", bad_wrong, 0);
     double random_wrong = 0;
     for (uint64_t trial = 0; trial < TRIALS; trial++) {
-        const unsigned char pick[] = { 'a', 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xED, 0xEE,
-                                       0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF, 0x00, 0x7F };
+        const unsigned char pick[] = {'a',  0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0,
+                                      0xE1, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF, 0x00, 0x7F};
         char text[LENGTH];
         size_t count;
         for (uint64_t i = 0; i < LENGTH; i++) {
@@ -716,7 +726,8 @@ void test_utf8(void) {
         }
         int* ids = tokenizer_encode(&t, text, LENGTH, &count);
         size_t m = decode_all(&t, ids, count, false, out, &broken);
-        random_wrong += m != utf8_replace((unsigned char*)text, LENGTH, expected) || memcmp(out, expected, m) != 0;
+        random_wrong +=
+            m != utf8_replace((unsigned char*)text, LENGTH, expected) || memcmp(out, expected, m) != 0;
         m = decode_all(&t, ids, count, true, out, &broken);
         random_wrong += m != LENGTH || memcmp(out, text, LENGTH) != 0;
         free(ids);
@@ -724,7 +735,7 @@ void test_utf8(void) {
     report("UTF-8: random bytes against the definition", random_wrong, 0);
     report("UTF-8: pieces that split a character", broken, 0);
 
-    double other = 0;                        // the end token, ids without a text, the largest output, no tokenizer
+    double other = 0;    // the end token, ids without a text, the largest output, no tokenizer
     const int ids[] = { 'a', 0xF0, 0x9F, 0x98, 256, 257, -1, 0xE2, 1 << 30, 'b' };
     size_t m = decode_all(&t, ids, 10, false, out, &broken);
     const char* text = "a\xEF\xBF\xBD<|endoftext|>\xEF\xBF\xBD" "b";
@@ -744,43 +755,52 @@ void test_tokenizer_file(void) {
     Tokenizer t, back = data_ids(77);
     Error err;
     back.eos = 3;
-    wrong += !tokenizer_read(&back, data_dir, &err) || back.kind != TOKENIZER_NONE || back.vocab_size != 77 || back.eos != 3;
-    wrong += !tokenizer_write(&back, data_dir, &err) || access(data_path("tokenizer.json"), F_OK) == 0;
+    wrong += !tokenizer_read(&back, scratch_dir, &err) || back.kind != TOKENIZER_NONE ||
+             back.vocab_size != 77 || back.eos != 3;
+    wrong += !tokenizer_write(&back, scratch_dir, &err) || access(scratch("tokenizer.json"), F_OK) == 0;
     tokenizer_bytes(&t);
-    wrong += !tokenizer_write(&t, data_dir, &err);
-    wrong += !tokenizer_read(&back, data_dir, &err) || back.kind != t.kind || back.vocab_size != 257 || back.eos != 256;
+    wrong += !tokenizer_write(&t, scratch_dir, &err);
+    wrong += !tokenizer_read(&back, scratch_dir, &err) || back.kind != t.kind || back.vocab_size != 257 ||
+             back.eos != 256;
     report("tokenizer.json: written and read, missing file", wrong, 0);
 
     // GPT-2's symbols: U+0100 for 0, U+010A 10, U+0120 32, '!' 33, '~' 126, U+0121 127, U+0142 160, U+00A1
     // 161, U+00AC 172, U+0143 173, U+00AE 174, U+00FF 255
-    const char* const golden[] = { "\"\xC4\x80\": 0,", "\"\xC4\x8A\": 10,", "\"\xC4\xA0\": 32,", "\"!\": 33,", "\"~\": 126,",
-        "\"\xC4\xA1\": 127,", "\"\xC5\x82\": 160,", "\"\xC2\xA1\": 161,", "\"\xC2\xAC\": 172,", "\"\xC5\x83\": 173,",
-        "\"\xC2\xAE\": 174,", "\"\xC3\xBF\": 255" };
-    FILE* f = fopen(data_path("tokenizer.json"), "rb");
+    const char* const golden[] = {
+        "\"\xC4\x80\": 0,", "\"\xC4\x8A\": 10,", "\"\xC4\xA0\": 32,", "\"!\": 33,", "\"~\": 126,",
+        "\"\xC4\xA1\": 127,", "\"\xC5\x82\": 160,", "\"\xC2\xA1\": 161,", "\"\xC2\xAC\": 172,",
+        "\"\xC5\x83\": 173,", "\"\xC2\xAE\": 174,", "\"\xC3\xBF\": 255"
+    };
+    FILE* f = fopen(scratch("tokenizer.json"), "rb");
     static char base[1 << 16], text[1 << 16];
     size_t size = f ? fread(base, 1, sizeof base - 1, f) : 0;
     if (!f || fclose(f) != 0 || size == 0) die("test: no tokenizer.json that can encode");
-    const struct { const char* from; const char* to; const char* words; } edit[] = {
-        { "\"merges\": []", "\"merges\": [\"a b\"]", "no \"merges\", found 1" },
-        { "\"merges\": []", "\"merges\": 7", "merges" },
-        { "\"type\": \"BPE\"", "\"type\": \"Unigram\"", "BPE" },
-        { "\"type\": \"BPE\"", "\"type\": \"BPE\", \"type\": \"BPE\"", "expected JSON" },
-        { "\"a\": 97", "\"a\": 98", "expected id 97 for byte 97, found another" },
-        { "\"a\": 97", "\"a\": 97.0", "expected id 97" },
-        { "\"a\": 97", "\"a\": 97, \"ab\": 256", "expected 256 entries in \"vocab\", found 257" },
-        { "\"a\": 97", "\"\xE2\x82\xAC\": 97", "found none" },
-        { "\"id\": 256", "\"id\": 300", "with id 256" },
-        { "\"id\": 256", "\"id\": 18446744073709551615", "expected JSON" },
-        { "<|endoftext|>", "</s>", "with id 256" },
-        { "\"added_tokens\": [", "\"added_tokens\": [{}, ", "found 2" },
-        { "\"added_tokens\": [", "\"added_tokens\": 1, \"x\": [", "list" },
-        { "\"add_prefix_space\": false", "\"add_prefix_space\": true", "prefix space" },
-        { "\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", "normalizer" },
-        { "\"post_processor\": null", "\"post_processor\": {\"type\": \"TemplateProcessing\"}", "post_processor" },
-        { "\"continuing_subword_prefix\": null", "\"continuing_subword_prefix\": \"##\"", "continuing_subword_prefix" },
-        { "\"version\": \"1.0\"", "\"version\": \"\n\"", "expected JSON" },
-        { "\"version\": \"1.0\"", "\"version\": \"\xFF\"", "expected JSON" },
-        { "{", "[", "expected JSON" }, { "{", "", "expected JSON" }, { "\"model\"", "\"modell\"", "\"model\"" },
+    const struct { const char* from; const char* to; const char* words;
+    } edit[] = {
+        {"\"merges\": []", "\"merges\": [\"a b\"]", "no \"merges\", found 1"},
+        {"\"merges\": []", "\"merges\": 7", "merges"},
+        {"\"type\": \"BPE\"", "\"type\": \"Unigram\"", "BPE"},
+        {"\"type\": \"BPE\"", "\"type\": \"BPE\", \"type\": \"BPE\"", "expected JSON"},
+        {"\"a\": 97", "\"a\": 98", "expected id 97 for byte 97, found another"},
+        {"\"a\": 97", "\"a\": 97.0", "expected id 97"},
+        {"\"a\": 97", "\"a\": 97, \"ab\": 256", "expected 256 entries in \"vocab\", found 257"},
+        {"\"a\": 97", "\"\xE2\x82\xAC\": 97", "found none"},
+        {"\"id\": 256", "\"id\": 300", "with id 256"},
+        {"\"id\": 256", "\"id\": 18446744073709551615", "expected JSON"},
+        {"<|endoftext|>", "</s>", "with id 256"},
+        {"\"added_tokens\": [", "\"added_tokens\": [{}, ", "found 2"},
+        {"\"added_tokens\": [", "\"added_tokens\": 1, \"x\": [", "list"},
+        {"\"add_prefix_space\": false", "\"add_prefix_space\": true", "prefix space"},
+        {"\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", "normalizer"},
+        {"\"post_processor\": null", "\"post_processor\": {\"type\": \"TemplateProcessing\"}",
+         "post_processor"},
+        {"\"continuing_subword_prefix\": null", "\"continuing_subword_prefix\": \"##\"",
+         "continuing_subword_prefix"},
+        {"\"version\": \"1.0\"", "\"version\": \"\n\"", "expected JSON"},
+        {"\"version\": \"1.0\"", "\"version\": \"\xFF\"", "expected JSON"},
+        {"{", "[", "expected JSON"},
+        {"{", "", "expected JSON"},
+        {"\"model\"", "\"modell\"", "\"model\""},
     };
     double refused = 0, missing = 0;
     for (int i = 0; i < 12; i++) missing += !strstr(base, golden[i]);
@@ -790,11 +810,12 @@ void test_tokenizer_file(void) {
         if (!place) die("test: tokenizer.json has no %s", edit[i].from);
         size_t head = (size_t)(place - base);
         snprintf(text, sizeof text, "%.*s%s%s", (int)head, base, edit[i].to, place + strlen(edit[i].from));
-        data_put("tokenizer.json", text, strlen(text));
+        file_put(scratch("tokenizer.json"), text, strlen(text));
         err.text[0] = '\0';
         errno = ENOENT;
-        bool ok = !tokenizer_read(&back, data_dir, &err) && back.kind == TOKENIZER_NONE && strstr(err.text, edit[i].words)
-                  && strstr(err.text, "tokenizer.json") && !strchr(err.text, '\n');
+        bool ok = !tokenizer_read(&back, scratch_dir, &err) && back.kind == TOKENIZER_NONE &&
+                  strstr(err.text, edit[i].words) && strstr(err.text, "tokenizer.json") &&
+                  !strchr(err.text, '\n');
         if (!ok) fprintf(stderr, "  %s: found: %s\n", edit[i].to, err.text);
         refused += !ok;
     }
@@ -802,31 +823,29 @@ void test_tokenizer_file(void) {
     char* list_end = end_token ? strstr(end_token, "],") : NULL;
     if (!list_end) die("test: tokenizer.json has no list of added tokens");
     snprintf(text, sizeof text, "%.*s\"added_tokens\": [%s", (int)(end_token - base), base, list_end);
-    data_put("tokenizer.json", text, strlen(text));
-    refused += !tokenizer_read(&back, data_dir, &err) || back.vocab_size != 256 || back.eos != -1;
+    file_put(scratch("tokenizer.json"), text, strlen(text));
+    refused += !tokenizer_read(&back, scratch_dir, &err) || back.vocab_size != 256 || back.eos != -1;
     size_t cut_ok = 0;
-    for (size_t n = 0; n < size - 1; n += n < 300 ? 1 : 37) {            // the last byte is the closing brace or a newline
-        data_put("tokenizer.json", base, n);
-        cut_ok += tokenizer_read(&back, data_dir, &err);
+    for (size_t n = 0; n < size - 1; n += n < 300 ? 1 : 37) {      // the last byte: closing brace or newline
+        file_put(scratch("tokenizer.json"), base, n);
+        cut_ok += tokenizer_read(&back, scratch_dir, &err);
     }
     refused += (double)cut_ok;
     char* nested = (char*)xcalloc(3 << 20, 1);
     memset(nested, '[', 3 << 20);
-    data_put("tokenizer.json", nested, 100000);
-    refused += tokenizer_read(&back, data_dir, &err);
-    data_put("tokenizer.json", nested, 3 << 20);
-    refused += tokenizer_read(&back, data_dir, &err) || !strstr(err.text, "at most 1048576 bytes, found 3145728");
+    file_put(scratch("tokenizer.json"), nested, 100000);
+    refused += tokenizer_read(&back, scratch_dir, &err);
+    file_put(scratch("tokenizer.json"), nested, 3 << 20);
+    refused +=
+        tokenizer_read(&back, scratch_dir, &err) || !strstr(err.text, "at most 1048576 bytes, found 3145728");
     free(nested);
-    unlink(data_path("tokenizer.json"));
-    if (mkdir(data_path("tokenizer.json"), 0700) != 0) die("test: scratch");
-    refused += tokenizer_read(&back, data_dir, &err) || !strstr(err.text, "directory");
+    unlink(scratch("tokenizer.json"));
+    if (mkdir(scratch("tokenizer.json"), 0700) != 0) die("test: scratch");
+    refused += tokenizer_read(&back, scratch_dir, &err) || !strstr(err.text, "directory");
     report("tokenizer.json: 22 edits, cuts, nesting, size, directory", refused, 0);
 }
 
 void test_data(void) {
-    const char* base = getenv("TMPDIR");
-    snprintf(data_dir, sizeof data_dir, "%s/ssm_test_data_XXXXXX", base && strlen(base) < 30 ? base : "/tmp");
-    if (!mkdtemp(data_dir)) die("test: cannot make %s", data_dir);
     test_permute();
     test_shuffled();
     test_batch_split();
@@ -838,7 +857,4 @@ void test_data(void) {
     test_large_data();
     test_utf8();
     test_tokenizer_file();
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", data_dir);
-    if (system(command) != 0) warn("test: cannot remove %s", data_dir);
 }
