@@ -1463,6 +1463,14 @@ void test_rows(void) {
     const double one_state = 2 * (3 * 9 + 9 * 5);
     report("state of 3 sequences: numbers", fabs((double)src.n_elements - 3 * one_state), 0);
     report("state of one: numbers", fabs((double)state_count(&m) - one_state), 0);
+    const struct { const TensorSpec* spec; size_t count; } field[] = {       // B 2, T 7: 14 tokens
+        { &mamba1_acts[0], 14 }, { &mamba1_acts[1], 14 * 7 }, { &mamba1_acts[2], 14 * 18 },
+        { &mamba1_acts[3], 14 * 9 }, { &mamba1_acts[4], 14 * 12 }, { &mamba1_acts[6], 2 * 5 * 32 },
+        { &mamba1_scratch[8], 14 * 2 * 5 + 2 * 9 * 5 + 2 * 9 }, { &mlp_acts[2], 14 * 12 } };
+    double wrong_count = 0;
+    for (int i = 0; i < COUNT_OF(field); i++)
+        wrong_count += activation_count(field[i].spec, &c, 2, 7) != field[i].count;
+    report("activations of 2 x 7 tokens: wrong sizes", wrong_count, 0);
     State none = state_none(&m);
     report("no state: rows, numbers, memory", none.rows != 0 || none.n_elements != 0 || none.data, 0);
     state_free(&none);
@@ -2499,6 +2507,8 @@ void test_find_nonfinite(void) {
         { "1.norm.weight", "", "activation hs of layer 2" },
         { "0.mixer.out_proj.bias", "", "activation rstd of layer 1" },
         { "1.norm2.weight", "", "residual stream after layer 3" },
+        { "(state)", "0", "activation x of layer 0" },
+        { "(state)", "1", "activation hs of layer 0" },
     };
     Worst worst = { 0, "" };
     for (int k = 0; k < COUNT_OF(plants); k++) {
@@ -2521,6 +2531,10 @@ void test_find_nonfinite(void) {
             }
         }
         memset(m->grads, 0, m->n_elements * sizeof(real));
+        if (plants[k].first[0] == '(') {                    // in the last number of the conv's or the scan's
+            bool ssm = plants[k].second[0] == '1';
+            toy.s0.field[0][ssm][B * (ssm ? 9 * 5 : 3 * 9) - 1] = (real)NAN;
+        }
         bool found = find_nonfinite(m, &w, toy.tokens, NULL, B, T, &toy.s0, text, sizeof text);
         worst_add(&worst, found != (k > 0) || strncmp(text, plants[k].words, strlen(plants[k].words)) != 0,
                   "%s: %.40s", plants[k].first, text);
@@ -2614,6 +2628,16 @@ void test_adamw(void) {
     double sum = 0;
     for (size_t i = 0; i < m.n_elements; i++) sum += (double)m.grads[i] * (double)m.grads[i];
     report("gradient_norm", fabs(gradient_norm(&m) / sqrt(sum) - 1), 1e-12);
+    Model large;                                            // in several blocks, the last one not full
+    memset(&large, 0, sizeof large);
+    large.n_elements = 3 * 65536 + 7;
+    large.grads = (real*)test_alloc(large.n_elements, sizeof(real));
+    sum = 0;
+    for (size_t j = 0; j < large.n_elements; j++) {
+        large.grads[j] = (real)test_uniform(-1, 1, 53, j);
+        sum += (double)large.grads[j] * (double)large.grads[j];
+    }
+    report("gradient_norm of 196,615 numbers", fabs(gradient_norm(&large) / sqrt(sum) - 1), 1e-12);
     model_free(&m);
 }
 

@@ -174,13 +174,14 @@ double seconds_now(void) {
 }
 
 // limit_spinning: threads that wait for each other first spin, then sleep. GNU OpenMP spins for milliseconds,
-// which on a machine with other work makes training 20 times slower; a short spin costs an idle machine
-// nothing (4 cores, 8 x 256 tokens, D 128: 72 against 1.7 thousand tokens/s with two other processes). Only
-// the environment of a new process can tell, so main starts the program once more with it.
+// which on a machine with other work makes training up to 20 times slower; a short spin costs an idle machine
+// nothing. (4 cores, default model: 46 thousand tokens/s with any of both; beside 4 busy processes 7 thousand
+// with the short spin, 1 thousand with the long one.) Only the environment of a new process can tell, so main
+// starts the program once more with it.
 void limit_spinning(char** argv) {
 #ifdef _OPENMP
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-    setenv("GOMP_SPINCOUNT", "100000", 1);
+    setenv("GOMP_SPINCOUNT", "4000", 1);
     char self[4096];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     self[n > 0 ? n : 0] = 0;
