@@ -522,7 +522,7 @@ static void matmul_row(real* out, const real* inp, const real* weight, const rea
 void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const real* weight, const real* bias,
                     size_t M, size_t I, size_t O) {
     size_t by_row = M < FEW_ROWS ? O / ROW_OUTPUTS * ROW_OUTPUTS : 0;        // outputs made by matmul_row
-    #pragma omp parallel if (M * I * O > 32768)    // below, waking the threads takes longer than the work
+    #pragma omp parallel if (M * I * O > 65536)    // below, waking the threads takes longer than the work
     {
         #pragma omp for schedule(static) nowait      // static: a thread's next rows are those it asked for
         for (size_t o = 0; o < by_row; o += ROW_OUTPUTS) {
@@ -541,7 +541,7 @@ void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const re
 //   dout (M,O), dinp (M,I), inp (M,I) with row strides lddo, lddi, ldi; dinp, dweight, dbias each may be NULL
 void matmul_backward(real* dinp, size_t lddi, real* dweight, real* dbias, const real* dout, size_t lddo,
                      const real* inp, size_t ldi, const real* weight, size_t M, size_t I, size_t O) {
-    #pragma omp parallel if (M * I * O > 32768)
+    #pragma omp parallel if (M * I * O > 65536)
     {
         if (dinp) matmul_add(dinp, lddi, false, NULL, dout, lddo, 1, weight, I, 1, M, I, O);
         if (dweight) matmul_add(dweight, I, false, NULL, dout, 1, lddo, inp, ldi, 1, O, I, M);
@@ -685,7 +685,7 @@ void embedding_backward(real* dweight, const real* dout, const int* tokens, size
 //   inp, out (M,D)   weight (D)   saved for backward: rstd (M)        Zhang and Sennrich (arXiv 1910.07467)
 void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight, size_t M, size_t D,
                      real eps) {
-#pragma omp parallel for if (M > 1)
+#pragma omp parallel for if (M > 16)
     for (size_t m = 0; m < M; m++) {
         const real* inp_m = inp + m * D;
         real* out_m = out + m * D;
@@ -756,7 +756,7 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
                            const real* weight, const real* bias, const int* doc, size_t B, size_t T, size_t E,
                            size_t K) {
     size_t tiles = (E + CHANNEL_TILE - 1) / CHANNEL_TILE;
-    #pragma omp parallel for collapse(2)
+    #pragma omp parallel for collapse(2) if (B * T * E * K > 8192)
     for (size_t b = 0; b < B; b++) {
         for (size_t tile = 0; tile < tiles; tile++) {
             size_t e0 = tile * CHANNEL_TILE, n = min_size(CHANNEL_TILE, E - e0);
@@ -929,7 +929,7 @@ void selective_scan_forward(real* y, real* hs, real* hT, const real* x, const re
                             const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, const real* h0,
                             const int* doc, size_t B, size_t T, size_t E, size_t N) {
     size_t tiles = scan_tiles(E), chunks = scan_chunks(T);
-    #pragma omp parallel for collapse(2) schedule(static) if (B * tiles > 1)
+    #pragma omp parallel for collapse(2) schedule(static) if (B * T * E * N > 8192)
     for (size_t b = 0; b < B; b++) {
         for (size_t tile = 0; tile < tiles; tile++) {
             size_t e0 = tile * SCAN_TILE, lanes = min_size(E - e0, SCAN_TILE);
@@ -1123,7 +1123,7 @@ void selective_scan_backward(real* dx, real* ddt, real* dA_log, real* dBt, real*
 // gate_forward: out = y * silu(z).   y (M,E) row stride ldy   z (M,E) row stride ldz   out (M,E)
 // The output gate of a Mamba mixer (Mamba paper, section 3.4) and, with y = up and z = gate, the gated MLP.
 void gate_forward(real* out, const real* y, size_t ldy, const real* z, size_t ldz, size_t M, size_t E) {
-    #pragma omp parallel for if (M > 1)
+    #pragma omp parallel for if (M > 16)
     for (size_t m = 0; m < M; m++) {
         const real *y_m = y + m * ldy, *z_m = z + m * ldz;
         #pragma omp simd

@@ -87,7 +87,7 @@ static const Option options[] = {
     {"force-data", 'b', OPT(force_data), WORD_TRAIN, "off", 0, 0, NULL,
      "resume although the data files changed"},
     {NULL, 0, 0, WORD_TRAIN, NULL, 0, 0, NULL, "Optimizer"},
-    {"steps", 'i', OPT(steps), WORD_TRAIN, "700", 1, BIG, NULL, "optimizer steps"},
+    {"steps", 'i', OPT(steps), WORD_TRAIN, "1000", 1, BIG, NULL, "optimizer steps"},
     {"lr", 'f', OPT(lr), WORD_TRAIN, "3e-3", 0, 1e9, NULL, "peak learning rate"},
     {"min-lr", 'f', OPT(min_lr), WORD_TRAIN, "1e-4", 0, 1e9, NULL,
      "learning rate at the end of the schedule"},

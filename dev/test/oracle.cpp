@@ -11,7 +11,9 @@
 #include <fcntl.h>
 #include <float.h>
 #include <glob.h>
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 #include <jansson.h>
 #include <limits.h>
 #include <math.h>
