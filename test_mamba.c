@@ -18,7 +18,12 @@
 
 #define SSM_NO_MAIN
 // defines: everything under test
+#ifdef __CUDACC__
+#define SSM_NO_CUDA_MAIN
+#include "train_mamba.cu"
+#else
 #include "train_mamba.c"
+#endif
 #include <ftw.h>
 #include <sys/wait.h>
 
@@ -2800,7 +2805,8 @@ char* written(Model* m, const char* prompt, const char* options) {
     must(settings_parse(&s, WORD_GENERATE, argc, argv, &written_error), &written_error);
     tokenizer_bytes(&tok);
     if (m->config.vocab_size != 257) tok.kind = TOKENIZER_NONE;
-    Backend backend = backend_cpu(m, 0, 0, false, false);
+    Backend backend = backend_create(&s.o, m, 0, 0, false, false);
+    backend.upload(&backend);
     Prompt source = { &tok, prompt, strlen(prompt), NULL };
     FILE* f = open_memstream(&text, &size);
     bool ok = generate(&backend, &tok, &s.o, &source, f, &stats, &no, &written_error);
@@ -2906,6 +2912,10 @@ void test_generate(void) {
 #include "dev/test/test_data.h"
 // defines: test_cli
 #include "dev/test/test_cli.h"
+#ifdef __CUDACC__
+// defines: test_cuda_resume, test_cuda_layers, test_cuda_scan, test_cuda_matmul, test_cuda_model, ...
+#include "dev/test/test_cuda.h"
+#endif
 
 // ---------------------------------------------------------------------------------------------------
 // 10. List of cases, main
@@ -3000,6 +3010,15 @@ const Case cases[] = {
     { "files", test_files },
     { "data", test_data },
     { "cli", test_cli },
+#ifdef __CUDACC__                        // resume first, its children use the GPU before this process does
+    { "cuda resume", test_cuda_resume },
+    { "cuda layers", test_cuda_layers },
+    { "cuda scan", test_cuda_scan },
+    { "cuda matmul", test_cuda_matmul },
+    { "cuda model", test_cuda_model },
+    { "cuda generate", test_cuda_generate },
+    { "cuda kernels", test_cuda_kernels },
+#endif
 };
 
 // case_selected: is case i the one called `wanted`; if none is, has its name this part?
