@@ -68,9 +68,8 @@ typedef REAL real;
 
 static_assert(sizeof(off_t) == 8, "files beyond 2 GiB need a 64-bit off_t");
 
-// die: the end of every user error: one line on stderr (what was expected, what was found, what to do), exit
-// code 1.
-// print_line: a message as one line; control characters, which may come from arguments and file names, become '?'.
+// print_line: a message as one line; control characters, which may come from arguments and file names,
+// become '?'.
 static void print_line(const char* kind, const char* format, va_list args) {
     char line[8192];
     vsnprintf(line, sizeof line, format, args);
@@ -79,6 +78,8 @@ static void print_line(const char* kind, const char* format, va_list args) {
     fprintf(stderr, "%s: %s\n", kind, line);
 }
 
+// die: the end of every user error: one line on stderr (what was expected, what was found, what to do), exit
+// code 1.
 __attribute__((format(printf, 1, 2), noreturn))
 void die(const char* format, ...) {
     va_list args;
@@ -295,6 +296,7 @@ bool config_check(const Config* c, Error* err) {
 
 // ---------------------------------------------------------------------------------------------------
 // 3. Matmul
+//
 // The three products of a linear layer (its output, the gradient of its input, the gradient of its weight)
 // are one function, matmul_add: C(i,j) += sum_l A(i,l) B(l,j), where a transpose is only another pair of
 // strides. It is fast for four reasons, which are the rungs of dev/cpu/matmul.c:
@@ -693,7 +695,8 @@ void rmsnorm_forward(real* out, real* rstd, const real* inp, const real* weight,
         #pragma omp simd reduction(+:sum)
         for (size_t d = 0; d < D; d++) sum += inp_m[d] * inp_m[d];
         real r = 1 / (real)sqrt((double)(sum / (real)D + eps));
-        if (r == 0) r = (real)NAN;      // the squares overflowed: NaN is noticed, an output of zeros would not be
+        if (r == 0)
+            r = (real)NAN;    // the squares overflowed: NaN is noticed, an output of zeros would not be
         for (size_t d = 0; d < D; d++) out_m[d] = weight[d] * inp_m[d] * r;
         rstd[m] = r;
     }
@@ -1722,7 +1725,8 @@ void state_copy_row(const Model* m, State* dst, size_t to, const State* src, siz
 static size_t state_count(const Model* m) {
     size_t n = 0;
     for (int l = 0; l < m->n_layers; l++)
-        for (int i = 0; i < m->layer[l].kind->n_state; i++) n += spec_count(&m->layer[l].kind->state[i], &m->config);
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            n += spec_count(&m->layer[l].kind->state[i], &m->config);
     return n;
 }
 
@@ -1794,11 +1798,12 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
     w->df = w->training ? plan(p, M * D) : NULL;
 }
 
-// workspace_fits: whether the plan can be counted at all. The bound, 64 fields of every width per token and layer, is
-// generous; what exceeds it would wrap around in size_t.
+// workspace_fits: whether the plan can be counted at all. The bound, 64 fields of every width per token and
+// layer, is generous; what exceeds it would wrap around in size_t.
 static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
     const Config* c = &m->config;
-    int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate + c->vocab_padded;
+    int64_t width =
+        c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate + c->vocab_padded;
     int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
     size_t bytes;
     return checked_size(5, dims, sizeof(real), &bytes);
@@ -2266,7 +2271,8 @@ Backend (*other_backend)(const Options*, Model*, size_t B, size_t T, bool traini
 static bool on_cpu(const Options* o) { return !other_backend || strcmp(o->device, "cpu") == 0; }
 
 Backend backend_create(const Options* o, Model* m, size_t B, size_t T, bool training, bool recompute) {
-    return on_cpu(o) ? backend_cpu(m, B, T, training, recompute) : other_backend(o, m, B, T, training, recompute);
+    return on_cpu(o) ? backend_cpu(m, B, T, training, recompute)
+                     : other_backend(o, m, B, T, training, recompute);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -2489,14 +2495,15 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 
 static volatile sig_atomic_t stop_signal = 0;
 
-// A second Ctrl-C leaves at once. Other signals may come in company (SIGTERM and SIGHUP at shutdown, SIGPIPE at every
-// write to a closed pipe), so they do not.
+// A second Ctrl-C leaves at once. Other signals may come in company (SIGTERM and SIGHUP at shutdown, SIGPIPE
+// at every write to a closed pipe), so they do not.
 static void on_signal(int number) {
     if (stop_signal && number == SIGINT) _exit(128 + number);
     if (!stop_signal) stop_signal = number;
 }
 
-// catch_signals: pipe: also when nobody reads stdout any more (`| tee` ended by the same Ctrl-C): save, then leave.
+// catch_signals: pipe: also when nobody reads stdout any more (`| tee` ended by the same Ctrl-C): save, then
+// leave.
 static void catch_signals(bool pipe) {
     static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     for (int i = 0; i < (pipe ? 4 : 3); i++) {
@@ -2558,8 +2565,9 @@ typedef struct {
 // The default data: the source files of this project, from the current directory or from beside the
 // executable.
 static char* default_data(void) {
-    static const char* const names[] = {"train_mamba.c",      "train_mamba.cu",   "test_mamba.c",
-                                        "data/safetensors.h", "data/tokenizer.h", "data/dataloader.h"};
+    static const char* const names[] = {"train_mamba.c", "train_mamba.cu", "test_mamba.c",
+                                        "data/safetensors.h", "data/checkpoint.h", "data/tokenizer.h",
+                                        "data/dataloader.h", "data/options.h"};
     char root[4096] = ".", *list = (char*)xcalloc(1, 1);
     if (access("train_mamba.c", R_OK) != 0) {
         ssize_t n = readlink("/proc/self/exe", root, sizeof root - 1);
@@ -2649,7 +2657,8 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
     const Options* o = &s->o;
     Config c;
     memset(&c, 0, sizeof c);
-    memcpy(c.pattern, o->pattern, min_size(strlen(o->pattern) + 1, sizeof c.pattern));      // too long: no end, refused
+    memcpy(c.pattern, o->pattern,
+           min_size(strlen(o->pattern) + 1, sizeof c.pattern));    // too long: no end, refused
     c.n_layer = o->n_layer;
     c.d_model = o->d_model;
     c.d_inner = o->expand * o->d_model;
@@ -2863,7 +2872,8 @@ static bool trainer_evaluate(Trainer* t, double* loss, Error* err) {
     const Options* o = &t->settings->o;
     Evaluation result;
     if (!evaluate(&t->backend, &t->val_loader, (size_t)o->batch_size, (size_t)o->seq_len, o->eval_batches,
-                  o->reset_documents, NULL, &result, err))       // one that has begun is finished: a resumed run would not make it up
+                  o->reset_documents, NULL, &result,
+                  err))    // one that has begun is finished: a resumed run would not make it up
         return false;
     *loss = result.loss;
     return true;
@@ -2914,7 +2924,8 @@ static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error*
         size_t at = (size_t)micro * B * T;
         const State* s0 = b->carry_in ? &b->carry_in[micro] : &b->none;
         b->download(b);
-        if (!b->work.data) b->work = workspace_alloc(&t->model, B, T, false, false, false);   // the CPU looks for it
+        if (!b->work.data)
+            b->work = workspace_alloc(&t->model, B, T, false, false, false);    // the CPU looks for it
         find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
                        what, sizeof what);
         bool starts;
@@ -3082,7 +3093,9 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (o->resume) {
         if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
         if (strcmp(dir, o->out) == 0)
-            die("%s is a checkpoint; --resume needs the directory of the run, the one that holds the link `last`", o->out);
+            die("%s is a checkpoint; --resume needs the directory of the run, the one that holds the link "
+                "`last`",
+                o->out);
         snprintf(path, sizeof path, "%s/optimizer.safetensors", dir);
         if (!safetensors_open(&st, path, &err) || !resume_settings(s, &st, &err) ||
             !config_read(&config, dir, &err))
@@ -3094,8 +3107,10 @@ static void trainer_create(Trainer* t, Settings* s) {
             die("%s already holds a run; --resume continues it, --out DIR starts another one elsewhere",
                 o->out);
         if (checkpoint_any(o->out))
-            die("%s holds checkpoints (step_*) but no link `last`; `ln -s step_<number> last` there and --resume, or choose "
-                "another --out", o->out);
+            die("%s holds checkpoints (step_*) but no link `last`; `ln -s step_<number> last` there and "
+                "--resume, or choose "
+                "another --out",
+                o->out);
     }
     if (o->min_lr > o->lr && strcmp(o->schedule, "constant") != 0) {
         if (settings_origin(s, "min-lr") == FROM_USER) die("--min-lr %g is above --lr %g", o->min_lr, o->lr);
@@ -3118,7 +3133,8 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!checked_size(4, dims, 1, &step_size))
         die("--batch-size x --grad-accum x --seq-len does not fit in 63 bits");
 
-    if (!workspace_fits(m, o->batch_size, o->seq_len)) die("--batch-size x --seq-len x model does not fit in 63 bits");
+    if (!workspace_fits(m, o->batch_size, o->seq_len))
+        die("--batch-size x --seq-len x model does not fit in 63 bits");
 
     // memory, before anything is allocated
     Workspace measured = workspace_alloc(m, B, T, true, o->recompute, true);
@@ -3174,7 +3190,8 @@ static void trainer_create(Trainer* t, Settings* s) {
     loader.sequential = false;
     t->val_loader = loader;
     if (t->data.has_val && loader_eval_samples(&t->val_loader) == 0)
-        die("%s: the validation data has %lld tokens, an evaluation needs at least 2", o->val_data, (long long)t->data.val.n_tokens);
+        die("%s: the validation data has %lld tokens, an evaluation needs at least 2", o->val_data,
+            (long long)t->data.val.n_tokens);
     t->inputs = (int*)xcalloc(accum * B * T, sizeof(int));
     t->targets = (int*)xcalloc(accum * B * T, sizeof(int));
     t->doc = (int*)xcalloc(accum * B * T, sizeof(int));
@@ -3223,11 +3240,13 @@ int train_main(Settings* s) {
 static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
     Error err;
     const Options* o = &s->o;
-    int first = option_find("preset"), last = option_find("tie-embeddings"), given = -1;      // the model options
+    int first = option_find("preset"), last = option_find("tie-embeddings"),
+        given = -1;    // the model options
     for (int i = first; i <= last; i++) if (s->origin[i] == FROM_USER) given = i;
     bool from = settings_origin(s, "from") != FROM_DEFAULT;
     if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
-        die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out", options[given].name, o->from);
+        die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
+            options[given].name, o->from);
     if (given >= 0) {
         int64_t V = o->vocab_size ? o->vocab_size : 257;
         tokenizer_bytes(tok);
@@ -3267,7 +3286,8 @@ int generate_main(Settings* s) {
     int64_t tokens = o->chunk > o->num_samples ? o->chunk : o->num_samples;
     if (!workspace_fits(&m, 1, tokens)) die("--num-samples or --chunk: the memory does not fit in 63 bits");
     Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, false, true);
-    double bytes = (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
+    double bytes =
+        (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
     workspace_free(&measured);
     if (!check_memory(bytes, "try a smaller --num-samples or --chunk", &err)) die("%s", err.text);
     Prompt prompt = {&tok, o->prompt, strlen(o->prompt), NULL};
@@ -3281,10 +3301,12 @@ int generate_main(Settings* s) {
         die("%s: expected a text file, found a directory", o->prompt_file);
     if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file))
         die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
-    if (!prompt.file && o->prompt[0] && o->num_samples == 1) {       // echoed like the output: valid UTF-8 unless --raw
+    if (!prompt.file && o->prompt[0] &&
+        o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
         Utf8Stream echo = {{0}, 0, o->raw};
         char text[TOKENIZER_MAX_TEXT];
-        for (const char* p = o->prompt; *p; p++) fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
+        for (const char* p = o->prompt; *p; p++)
+            fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
         fwrite(text, 1, tokenizer_flush(&echo, text), stdout);
     }
     if (!prompt.file) catch_signals(false);      // waiting for a prompt, Ctrl-C simply ends it
@@ -3340,7 +3362,8 @@ int eval_main(Settings* s) {
     if (!list[0]) list = data.default_list = default_data();
     if (!open_list(&data.train, list, &data.tokenizer, &err)) die("%s", err.text);
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
-    if (!workspace_fits(&m, o->batch_size, o->seq_len)) die("--batch-size x --seq-len x model does not fit in 63 bits");
+    if (!workspace_fits(&m, o->batch_size, o->seq_len))
+        die("--batch-size x --seq-len x model does not fit in 63 bits");
     Workspace measured = workspace_alloc(&m, B, T, false, false, true);
     double bytes = (double)measured.bytes + 3.0 * sizeof(int) * (double)(B * T);
     workspace_free(&measured);
@@ -3392,7 +3415,8 @@ int info_main(Settings* s) {
 }
 
 int ssm_main(int argc, char** argv) {
-    // A closed stdin, stdout or stderr would lend its number to the next file opened, and messages would go in there.
+    // A closed stdin, stdout or stderr would lend its number to the next file opened, and messages would go
+    // in there.
     for (int fd = 0; fd < 3; fd++)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) return 1;
     limit_spinning(argv);

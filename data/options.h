@@ -406,7 +406,8 @@ void help_print(int word, bool markdown) {
         const Option* opt = &options[i];
         if (word && !(opt->words & word)) continue;
         if (!opt->name) {
-            printf(markdown ? "\n**%s**\n\n| option | default | meaning |\n|---|---|---|\n" : "\n%s\n", opt->help);
+            printf(markdown ? "\n**%s**\n\n| option | default | meaning |\n|---|---|---|\n" : "\n%s\n",
+                   opt->help);
             continue;
         }
         char left[64];
@@ -418,5 +419,6 @@ void help_print(int word, bool markdown) {
     }
     printf(markdown ? "\n**Presets**\n\n| preset | | options |\n|---|---|---|\n" : "\nPresets\n");
     for (int i = 0; i < N_PRESETS; i++)
-        printf(markdown ? "| `%s` | %s | `%s` |\n" : "  %-18s %s: %s\n", presets[i].name, presets[i].help, presets[i].text);
+        printf(markdown ? "| `%s` | %s | `%s` |\n" : "  %-18s %s: %s\n", presets[i].name, presets[i].help,
+               presets[i].text);
 }

@@ -135,10 +135,11 @@ static void matmul_add4(const Product* p) {
 static void matmul_add5(const Product* p) {
     // a row stride must reach over a row, even if there is only one row
     bool a_rows = p->al == 1, b_rows = p->bj == 1;
-    size_t lda = a_rows ? (p->ai < p->L ? p->L : p->ai) : p->al, ldb = b_rows ? (p->bl < p->N ? p->N : p->bl) : p->bj;
+    size_t lda = a_rows ? (p->ai < p->L ? p->L : p->ai) : p->al,
+           ldb = b_rows ? (p->bl < p->N ? p->N : p->bl) : p->bj;
     openblas_set_num_threads(thread_count());
-    cblas_gemm(CblasRowMajor, a_rows ? CblasNoTrans : CblasTrans, b_rows ? CblasNoTrans : CblasTrans, (int)p->M,
-               (int)p->N, (int)p->L, 1, p->A, (int)lda, p->B, (int)ldb, 1, p->C, (int)p->N);
+    cblas_gemm(CblasRowMajor, a_rows ? CblasNoTrans : CblasTrans, b_rows ? CblasNoTrans : CblasTrans,
+               (int)p->M, (int)p->N, (int)p->L, 1, p->A, (int)lda, p->B, (int)ldb, 1, p->C, (int)p->N);
 }
 #endif
 
