@@ -43,7 +43,7 @@ LIBS = $(JANSSON_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
 TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
-.PHONY: readme cuda all test test-float test-double faults mutate mutate-all check-cxx dev clean help
+.PHONY: readme cuda all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
 
 all: $(BUILD)/train_mamba ## build the trainer (the default)
 
@@ -84,6 +84,19 @@ $(BUILD)/train_mambacu: train_mamba.cu $(SOURCES) Makefile
 	@mkdir -p $(BUILD)
 	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
 	$(NVCC) $(CUDA_FLAGS) train_mamba.cu -o $@ $(CUDA_LIBS)
+
+# the double oracle of the GPU tests; --wrap: dev/test/test_cuda.h counts which kernels were launched
+$(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
+	@mkdir -p $(BUILD)
+	$(CXX) -std=c++17 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) -c $< -o $@
+
+$(BUILD)/test_mambacu: $(TESTS) train_mamba.cu $(SOURCES) $(BUILD)/oracle.o Makefile
+	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
+	$(NVCC) -x cu $(CUDA_FLAGS) -c test_mamba.c -o $@.o
+	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker --wrap=cudaLaunchKernel,--wrap=__cudaGetKernel,--wrap=__cudaRegisterFunction -o $@ $(CUDA_LIBS)
+
+test-cuda: $(BUILD)/train_mamba $(BUILD)/test_mambacu ## the suite compiled by nvcc, with the cases of the GPU (without one: the others)
+	$(BUILD)/test_mambacu
 
 test: $(BUILD)/test_mamba $(BUILD)/test_mamba_double ## float and double test suites (SANITIZE=1: under sanitizers)
 	$(BUILD)/test_mamba

@@ -2584,6 +2584,21 @@ void test_schedules(void) {
     report("clip_scale", worst_clip, 1e-6);
 }
 
+// Spike: no alarm in 5,000 noisy, slowly falling values; one at the first value far above them; none before
+// the window is full
+void test_spike(void) {
+    Spike spike, early;
+    memset(&spike, 0, sizeof spike);
+    memset(&early, 0, sizeof early);
+    double alarms = 0;
+    for (int i = 0; i < 5000; i++)
+        alarms += spike_score(&spike, 3.0 - 0.0002 * i + 0.05 * random_normal(3, 1, (uint64_t)i)) > 6;
+    report("spike: alarms in 5,000 healthy steps", alarms, 0);
+    report("spike: a loss 20 deviations up is missed", !(spike_score(&spike, 3.2) > 6), 0);
+    for (int i = 0; i < 100; i++) spike_score(&early, 1 + 0.01 * (i % 2));
+    report("spike: alarms before the window is full", spike_score(&early, 100) > 6, 0);
+}
+
 // One AdamW step against the formula in double precision, and who is decayed. Catches: bias correction of
 // the wrong step, eps inside the root, decay of a vector or of A_log.
 void test_adamw(void) {
@@ -3001,6 +3016,7 @@ const Case cases[] = {
     { "fixtures", test_fixtures },
     { "schedules", test_schedules },
     { "adamw", test_adamw },
+    { "spike", test_spike },
     { "sampling", test_sampling },
     { "generate", test_generate },
     { "checkpoint", test_checkpoint },

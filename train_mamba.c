@@ -2950,6 +2950,22 @@ static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error*
     return true;
 }
 
+// Spike: watches a number that should change slowly (loss, gradient norm). A value more than 6 standard
+// deviations above the mean of the last 128 is reported; nothing else is done about it.
+enum { SPIKE_WINDOW = 128 };
+typedef struct { double value[SPIKE_WINDOW]; int64_t n; } Spike;
+
+// spike_score: how many standard deviations `value` lies above the window, 0 until the window is full; then
+// adds it
+double spike_score(Spike* s, double value) {
+    double mean = 0, square = 0, score = 0;
+    for (int i = 0; i < SPIKE_WINDOW; i++) mean += s->value[i] / SPIKE_WINDOW;
+    for (int i = 0; i < SPIKE_WINDOW; i++) square += (s->value[i] - mean) * (s->value[i] - mean) / SPIKE_WINDOW;
+    if (s->n >= SPIKE_WINDOW && square > 0) score = (value - mean) / sqrt(square);
+    s->value[s->n++ % SPIKE_WINDOW] = value;
+    return score;
+}
+
 static void format_time(double seconds, char text[32]) {
     long long s = (long long)(seconds + 0.5);
     if (s >= 3600) snprintf(text, 32, "%lld:%02lld:%02lld", s / 3600, s / 60 % 60, s % 60);
@@ -2966,6 +2982,9 @@ static int train_loop(Trainer* t) {
            other = 0;    // other: evaluation, saving, sampling since the last line
     int64_t first = p->step, shown = p->step;
     int bad_in_a_row = 0;
+    Spike losses, norms;
+    memset(&losses, 0, sizeof losses);
+    memset(&norms, 0, sizeof norms);
     int64_t decay = o->decay_steps ? o->decay_steps : o->steps / 5;
     int schedule = SCHEDULE_CONSTANT;
     if (strcmp(o->schedule, "linear") == 0) schedule = SCHEDULE_LINEAR;
@@ -2988,6 +3007,9 @@ static int train_loop(Trainer* t) {
             return 1;
         }
         bad_in_a_row = 0;
+        if (spike_score(&losses, loss) > 6) warn("step %lld: the loss jumped to %.4f", (long long)p->step, loss);
+        if (spike_score(&norms, norm) > 6)
+            warn("step %lld: the norm of the gradient jumped to %.3f", (long long)p->step, norm);
         bool last = p->step == o->steps;
         bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
         double now = seconds_now(),

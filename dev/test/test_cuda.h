@@ -61,8 +61,8 @@ void matmul_backward(double* dinp, size_t lddi, double* dweight, double* dbias, 
 // ---------------------------------------------------------------------------------------------------
 // 1. Memory with guards, claims, kernels counted
 
-// The linker sends the calls of these functions here (--wrap in the Makefile). __cudaRegisterFunction runs for
-// every kernel when the program starts. What nvcc makes of kernel<<<>>>() calls, up to version 12,
+// The linker sends the calls of these functions here (--wrap in the Makefile). __cudaRegisterFunction runs
+// for every kernel when the program starts. What nvcc makes of kernel<<<>>>() calls, up to version 12,
 // cudaLaunchKernel; from 13 on, the first time, __cudaGetKernel. Together they tell which kernels of the
 // program, every instance of a template counted, were never launched.
 enum { MAX_KERNELS = 1024 };
@@ -210,19 +210,23 @@ void claim_value(const std::string& name, double err, double at_most) {
     }
     worst_add(&claims[i].worst, err, "%s", shape);
 }
-// In bf16 a number is rounded by up to 2^-9 = 2.0e-3 of itself, on average a third of that; limits are for
-// averages. A tensor of few elements has none: a sum of a few rounded terms may cancel, and its inputs
-// (states, dt, partial sums) were rounded before. Such tensors have a claim and a limit of their own.
+// In bf16 a number is rounded by up to 2^-8 = 3.9e-3 of itself, 1.7e-3 in the root mean square of many; the
+// limits are for many. A tensor of few elements has no mean: one rounding may take all of 3.9e-3, and a sum
+// of a few terms with rounded inputs (states, dt, partial sums) a little more. Such tensors have a claim of
+// their own with twice the limit. Numbers that float cannot hold (decay underflows) are compared with 0.
 enum { FEW = 64 };
 template <typename X>
 void claim(const char* what, const Vec& got, const Vec& want, double fp32, double bf16_) {
     std::string name = std::string(type_name<X>()) + " " + what;
-    double at_most = sizeof(X) == 4 ? fp32 : bf16_;
-    if (sizeof(X) == 2 && want.size() < FEW && bf16_ > 0) {
+    double at_most = sizeof(X) == 4 ? fp32 : bf16_, norm = 0;
+    if (sizeof(X) == 2 && want.size() < FEW && bf16_ >= 1e-3) {
         name += ", few elements";
-        at_most = fmax(4 * bf16_, 0.02);
+        at_most *= 2;
     }
-    claim_value(name, relative_l2(got.data(), want.data(), want.size()), at_most);
+    for (size_t i = 0; i < want.size(); i++) norm += want[i] * want[i];
+    Vec zero(norm < 1e-60 ? want.size() : 0);
+    const double* reference = norm < 1e-60 ? zero.data() : want.data();
+    claim_value(name, relative_l2(got.data(), reference, want.size()), at_most);
 }
 template <typename X> void claim_zero(const char* what, double value) {
     claim_value(std::string(type_name<X>()) + " " + what, value, 0);
@@ -231,7 +235,7 @@ void claims_report(void) {
     for (size_t i = 0; i < claims.size(); i++)
         worst_report(claims[i].name.c_str(), &claims[i].worst, claims[i].limit);
     claims.clear();
-    if (guard_size()) worst_report("guards: damaged bytes", &guard_damage, 0);
+    if (guard_size() && guard_damage.where[0]) worst_report("guards: damaged bytes", &guard_damage, 0);
     memset(&guard_damage, 0, sizeof guard_damage);
 }
 
@@ -332,8 +336,8 @@ template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
         if (twice) claim_zero<X>("rmsnorm backward, again: bits", differing(got.data(), first.data(), D));
         first = got;
         if (twice) continue;
-        claim<X>("rmsnorm backward dres", from_gpu(g_dres, M * D), want_dres, 1e-5, 1e-5);
-        if (dres_x) claim<X>("rmsnorm backward dres_x", from_gpu(dres_x, M * D), want_dres, 1e-5, 4e-3);
+        claim<X>("rmsnorm backward dres", from_gpu(g_dres, M * D), want_dres, 5e-5, 5e-5);
+        if (dres_x) claim<X>("rmsnorm backward dres_x", from_gpu(dres_x, M * D), want_dres, 5e-5, 4e-3);
         claim<X>("rmsnorm backward dweight", got, want_dweight, 1e-5, 1e-5);
     }
     gpu_release();
@@ -383,10 +387,10 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
         if (twice) continue;
         Vec all = from_gpu(g_dinp, (M - 1) * ld + E);
         all.resize(M * ld, NAN);
-        claim<X>("conv backward dinp", gathered(all, E, ld), gathered(dinp, E, ld), 1e-6, 4e-3);
+        claim<X>("conv backward dinp", gathered(all, E, ld), gathered(dinp, E, ld), 1e-5, 4e-3);
         claim_zero<X>("conv backward: gaps written", written_gaps(all, ld, E, ld));
         claim<X>("conv backward dweight", got, want_dweight, 1e-5, 1e-5);
-        if (has_bias) claim<X>("conv backward dbias", from_gpu(g_dbias, E), want_dbias, 1e-5, 1e-5);
+        if (has_bias) claim<X>("conv backward dbias", from_gpu(g_dbias, E), want_dbias, 5e-5, 5e-5);
         if (has_dtail && tail) claim<X>("conv backward dtail0", from_gpu(g_dtail0, tail), dtail0, 1e-5, 1e-5);
     }
     gpu_release();
@@ -487,7 +491,7 @@ template <typename X> void check_layers(void) {
     for (int i = 0; i < (small ? 5 : 8); i++)
         for (int skew = 0; skew < 3; skew++)
             check_embedding<X>(embedding[i][0], embedding[i][1], embedding[i][2], skew);
-    const size_t D[] = {1, 37, 64, 256, 516, 768, 1000, 1024, 1536, 2048, 2560, 4096, 5000};
+    const size_t D[] = {1, 37, 64, 256, 500, 516, 768, 1000, 1024, 1536, 2048, 2560, 4096, 5000};
     for (size_t d = 0; d < sizeof D / sizeof D[0]; d++)
         for (int variant = 0; variant < 4; variant++) {
             check_rmsnorm<X>(1, D[d], variant);
@@ -562,6 +566,10 @@ static const ScanShape scan_shapes[] = {
     {1, 8192, 32, 16, 8, 0, true, 1, -3, 0, ""},
 };
 
+static std::string scan_claim(const char* what, bool slow) {
+    return std::string(slow ? "scan, slow decay " : "scan ") + what;
+}
+
 template <typename X> void check_scan(const ScanShape* s) {
     size_t B = s->B, T = s->T, E = s->E, N = s->N, R = s->R, M = B * T, ld = R + 2 * N, ldz = 2 * E;
     size_t states = B * E * N;
@@ -609,16 +617,19 @@ template <typename X> void check_scan(const ScanShape* s) {
     selective_scan_forward_cuda<X>(y, s_, g_hs, g_hT, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N, ld, g_D, g_z,
                                    ldz, g_h0, g_doc, B, T, E, N, 0);
     Vec got_y = from_gpu(y, M * E);
-    claim<X>("scan y", got_y, Y, 1e-5, 4e-3);
-    claim<X>("scan s", from_gpu(s_, M * E), S, 1e-5, 4e-3);
-    claim<X>("scan hT", from_gpu(g_hT, states), hT, 1e-5, 1e-4);
+    // a_t, just below 1, is rounded to float at every token, and the state remembers all 2000: measured 1.2e-5
+    const bool slow = s->decay < -5;
+    const double out = slow ? 1e-4 : 1e-5;
+    claim<X>(scan_claim("y", slow).c_str(), got_y, Y, out, 4e-3);
+    claim<X>(scan_claim("s", slow).c_str(), from_gpu(s_, M * E), S, out, 4e-3);
+    claim<X>(scan_claim("hT", slow).c_str(), from_gpu(g_hT, states), hT, out, 1e-4);
     // inference: nothing saved, the state in place; without any state
     X* y2 = gpu_nan<X>(M * E);
     float* inplace = s->state ? gpu<float>(h0) : gpu<float>(Vec(states));
     selective_scan_forward_cuda<X>(y2, (X*)NULL, (X*)NULL, inplace, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N,
                                    ld, g_D, g_z, ldz, inplace, g_doc, B, T, E, N, 0);
     claim_zero<X>("scan in inference: bits", differing(from_gpu(y2, M * E).data(), got_y.data(), M * E));
-    claim<X>("scan hT = h0", from_gpu(inplace, states), hT, 1e-5, 1e-4);
+    claim<X>(scan_claim("hT = h0", slow).c_str(), from_gpu(inplace, states), hT, out, 1e-4);
     if (!s->state) {
         y2 = gpu_nan<X>(M * E);
         selective_scan_forward_cuda<X>(y2, (X*)NULL, (X*)NULL, (float*)NULL, g_x, g_dt, g_bias, g_A, g_Bt,
@@ -626,7 +637,9 @@ template <typename X> void check_scan(const ScanShape* s) {
         claim_zero<X>("scan without states: bits",
                       differing(from_gpu(y2, M * E).data(), got_y.data(), M * E));
     }
-    Vec start_A = normal_vec<float>(E * N, 0.5), start_D = normal_vec<float>(E, 0.5), first;
+    // 0 where the decay underflows: dA is then far below what can be seen beside other numbers
+    Vec start_A = normal_vec<float>(E * N, s->decay > 5 ? 0 : 0.5), first;
+    Vec start_D = normal_vec<float>(E, 0.5);
     float* scratch = gpu_nan<float>(selective_scan_scratch_cuda(B, T, E, N));
     for (int twice = 0; twice < 2; twice++) {
         X *g_dx = gpu_nan<X>(M * E), *g_ddt = gpu_nan<X>(M * E), *g_dxz = gpu_nan<X>(M * ldz);
@@ -645,17 +658,18 @@ template <typename X> void check_scan(const ScanShape* s) {
             claim_zero<X>("scan backward, again: bits", differing(all.data(), first.data(), all.size()));
         first = all;
         if (twice) continue;
-        claim<X>("scan y again", from_gpu(again, M * E), Y, 1e-5, 4e-3);
-        claim<X>("scan dx", got_dx, dx, 1e-5, 4e-3);
-        claim<X>("scan ddt", from_gpu(g_ddt, M * E), dp, 1e-4, 4e-3);
+        claim<X>(scan_claim("y again", slow).c_str(), from_gpu(again, M * E), Y, out, 4e-3);
+        claim<X>(scan_claim("dx", slow).c_str(), got_dx, dx, out, 4e-3);
+        claim<X>(scan_claim("ddt", slow).c_str(), from_gpu(g_ddt, M * E), dp, 1e-4, 4e-3);
         Vec dxz = from_gpu(g_dxz, M * ldz);
-        claim<X>("scan dz", gathered(dxz, E, ldz, E), dz, 1e-5, 4e-3);
-        claim<X>("scan dA", minus(got_dA, start_A), dA, 1e-4, 3e-3);
-        claim<X>("scan dD", minus(from_gpu(g_dD, E), start_D), dD, 1e-4, 3e-3);
-        claim<X>("scan ddt_bias", minus(from_gpu(g_dbias, E), start_D), dbias, 1e-4, 3e-3);
-        claim<X>("scan dB", gathered(drbc, N, ld, R), dB, 1e-4, 5e-3);
-        claim<X>("scan dC", gathered(drbc, N, ld, R + N), dC, 1e-4, 5e-3);
-        if (s->state) claim<X>("scan dh0", from_gpu(g_dh0, states), dh0, 1e-5, 4e-3);
+        claim<X>(scan_claim("dz", slow).c_str(), gathered(dxz, E, ldz, E), dz, out, 4e-3);
+        claim<X>(scan_claim("dA", slow).c_str(), minus(got_dA, start_A), dA, 1e-4, 3e-3);
+        claim<X>(scan_claim("dD", slow).c_str(), minus(from_gpu(g_dD, E), start_D), dD, 1e-4, 3e-3);
+        claim<X>(scan_claim("ddt_bias", slow).c_str(), minus(from_gpu(g_dbias, E), start_D), dbias, 1e-4,
+                 3e-3);
+        claim<X>(scan_claim("dB", slow).c_str(), gathered(drbc, N, ld, R), dB, 1e-4, 5e-3);
+        claim<X>(scan_claim("dC", slow).c_str(), gathered(drbc, N, ld, R + N), dC, 1e-4, 5e-3);
+        if (s->state) claim<X>(scan_claim("dh0", slow).c_str(), from_gpu(g_dh0, states), dh0, out, 4e-3);
         claim_zero<X>("scan backward: gaps written",
                       written_gaps(drbc, ld, 0, R) + written_gaps(dxz, ldz, 0, E));
     }
@@ -896,7 +910,7 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry, bool 
     }
     std::string name = type_name<X>();
     claim_value(name + " loss of two micro-batches", fabs(loss_cuda / loss - 1),
-                sizeof(X) == 4 ? 1e-5 : 5e-3);
+                sizeof(X) == 4 ? 1e-5 : 5e-3);                // measured 2e-8, 1.1e-3
     char row[72];
     snprintf(row, sizeof row, "%s", shape);
     for (int i = 0; i < m.n_tensors; i++) {                  // a row per kind of tensor
@@ -908,13 +922,13 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry, bool 
                  strncmp(t->name, "backbone.layers.", 16) ? t->name : dot, row);
         claim_value(name + (few ? " gradients, few elements" : " gradients"),
                     real_relative(got[0] + t->offset, want + t->offset, t->count),
-                    sizeof(X) == 4 ? 1e-4 : few ? 0.1 : 0.05);
+                    sizeof(X) == 4 ? 1e-4 : few ? 0.06 : 0.04);      // measured 2e-6, 2.2e-2, 1.5e-2
     }
     snprintf(shape, sizeof shape, "%s", row);
     if (carry)
         for (int k = 0; k < 2; k++)
             claim_value(name + " final states", real_relative(sG[k].data, sT[k].data, sT[k].n_elements),
-                        sizeof(X) == 4 ? 1e-5 : 2e-2);
+                        sizeof(X) == 4 ? 1e-5 : 1e-2);               // measured 3e-7, 4e-3
     claim_value(name + " again: bits", bits_differ(got[0], got[1], m.n_elements), 0);
     if (recompute) claim_value(name + " with recompute: bits", bits_differ(got[0], got[2], m.n_elements), 0);
     for (int k = 0; k < 2; k++) { state_free(&s0[k]); state_free(&sT[k]); state_free(&sG[k]); }
@@ -943,9 +957,10 @@ template <typename X> void check_lengths(const CudaShape* s, size_t longest) {
         double loss = gradients_of(&cpu, want, tokens, targets, NULL, 1, T, 1);
         double loss_cuda = gradients_of(&b, got, tokens, targets, NULL, 1, T, 1);
         claim_value(name + " T 1..8192: loss", loss > 0 ? fabs(loss_cuda / loss - 1) : fabs(loss_cuda),
-                    sizeof(X) == 4 ? 1e-5 : 1e-2);
+                    sizeof(X) == 4 ? 1e-5 : 5e-3);                   // measured 1e-7, 1.4e-3
         claim_value(name + (T < 64 ? " T 1..63: all gradients" : " T 64..8192: all gradients"),
-                    real_relative(got, want, m.n_elements), sizeof(X) == 4 ? 1e-4 : T < 64 ? 0.05 : 0.03);
+                    real_relative(got, want, m.n_elements),
+                    sizeof(X) == 4 ? 1e-5 : 2e-2);                   // measured 1e-6; 7e-3 and 6e-3
     }
     b.destroy(&b);
     cpu.destroy(&cpu);
@@ -986,9 +1001,9 @@ template <typename X> void check_training(const CudaShape* s, bool recompute) {
     }
     for (int i = 0; i < STEPS; i++) {
         claim_value(name + " ten steps: losses", fabs(losses[1][i] / losses[0][i] - 1),
-                    sizeof(X) == 4 ? 1e-4 : 2e-2);
+                    sizeof(X) == 4 ? 1e-5 : 1e-2);                   // measured 8e-8, 2e-3
         claim_value(name + " ten steps: norms", fabs(norms[1][i] / norms[0][i] - 1),
-                    sizeof(X) == 4 ? 1e-3 : 5e-2);
+                    sizeof(X) == 4 ? 1e-5 : 1e-2);                   // measured 5e-7, 3e-3
     }
     claim_value(name + " ten steps: the loss does not fall", !(losses[1][STEPS - 1] < losses[1][0]), 0);
     claim_value(name + " ten steps, again: bits", bits_differ(params[1], params[2], n) +
@@ -1107,9 +1122,9 @@ void test_cuda_generate(void) {
     worst_report("fp32: tokens of the GPU differ from those of the CPU", &tokens, 0);
     worst_report("fp32: tokens after prefill in chunks of 1, 7, 1000 differ", &chunks, 0);
     worst_report("fp32: a state saved on one device, tokens on the other differ", &saved, 0);
-    worst_report("fp32: logits = the CPU's", &logits_cpu, 1e-5);
-    worst_report("fp32: logits after chunks of 1, 37, 64 = after one piece", &logits_chunk[0], 1e-5);
-    worst_report("bf16: logits after chunks of 1, 37, 64 = after one piece", &logits_chunk[1], 3e-2);
+    worst_report("fp32: logits = the CPU's", &logits_cpu, 1e-5);                         // measured 2e-7
+    worst_report("fp32: logits after chunks of 1, 37, 64 = after one piece", &logits_chunk[0], 1e-5);  // 2e-7
+    worst_report("bf16: logits after chunks of 1, 37, 64 = after one piece", &logits_chunk[1], 1e-2);    // 0
 }
 
 // A run on the GPU that is stopped and resumed ends in the files of one that was not. First of the cuda
