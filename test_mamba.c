@@ -2480,7 +2480,7 @@ void test_nonfinite(void) {
         int code = train(&run, text, sizeof text, "--batch-size 2 --steps 7 --on-nan skip --out %s",
                          scratch(bad == 3 ? "skip3" : "skip4"));
         int warnings = 0;
-        for (const char* p = text; (p = strstr(p, "skipped (")); p++) warnings++;
+        for (const char* p = text; (p = strstr(p, "skipped (")) != NULL; p++) warnings++;
         report(bad == 3 ? "skip: 3 in a row, the run ends well" : "skip: 4 in a row, the run stops",
                code != (bad == 3 ? 0 : 1) || warnings != 3, 0);
     }

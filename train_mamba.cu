@@ -2502,6 +2502,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
                     r[j] = keep + __shfl_xor_sync(0xffffffffu, send, half >> 1);
                 }
             }
+            __syncwarp();                                      // every lane has read g16 and dtx16
             float2 dt2 = *(const float2*)&pdt[2 * q], g2 = *(const float2*)&chunk.g[chunk.at(ch) + 2 * q];
             #pragma unroll
             for (int j = 0; j < 2; j++) {
