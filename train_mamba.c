@@ -3008,7 +3008,7 @@ static int train_loop(Trainer* t) {
         }
         bad_in_a_row = 0;
         if (spike_score(&losses, loss) > 6) warn("step %lld: the loss jumped to %.4f", (long long)p->step, loss);
-        if (spike_score(&norms, norm) > 6)
+        if (spike_score(&norms, log(norm + 1e-12)) > 6)      // norms are spread over factors, not over sums
             warn("step %lld: the norm of the gradient jumped to %.3f", (long long)p->step, norm);
         bool last = p->step == o->steps;
         bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
