@@ -6,8 +6,8 @@
 //   B batch   T tokens   D d_model   E d_inner   N d_state   K conv taps   R dt_rank   F MLP width
 //   V, Vp vocabulary (padded)
 // Arrays are row-major and token-major: (B,T,channel). dX is the gradient of X; every backward function ADDS
-// to its outputs. Mathematics: Mamba (arXiv 2312.00752) and the code of state-spaces/mamba; layers in the
-// manner of llm.c.
+// to its outputs (crossentropy, which has no other, writes). Mathematics: Mamba (arXiv 2312.00752) and the
+// code of state-spaces/mamba; layers in the manner of llm.c.
 //
 //  1. Basics: the number type, errors, memory, random numbers
 //  2. Configuration: what describes a model
@@ -176,7 +176,7 @@ double seconds_now(void) {
 
 // limit_spinning: threads that wait for each other first spin, then sleep. GNU OpenMP spins for milliseconds,
 // which on a machine with other work makes training up to 20 times slower; a short spin costs an idle machine
-// nothing. (4 cores, default model: 46 thousand tokens/s with any of both; beside 4 busy processes 7 thousand
+// nothing. (4 cores, default model: 46 thousand tokens/s with either; beside 4 busy processes 7 thousand
 // with the short spin, 1 thousand with the long one.) Only the environment of a new process can tell, so main
 // starts the program once more with it.
 void limit_spinning(char** argv) {
@@ -1004,10 +1004,10 @@ static void scan_chunk_states(real (*a)[SCAN_STATES][SCAN_TILE], real (*m)[SCAN_
 
 // scan_token_backward: one token of one tile. lambda_t is dLoss/dh_t: the state receives it from y_t and from
 // h_{t+1}, whose share a_{t+1} lambda_{t+1} is in `carry`, and hands it on to what h_t was made of.
-//   forward (F7) y_t = sum_n C_n h_t + ..   (B4) lambda = dy C_n + carry     (B5) dC_n = sum_l dy h_t
-//   forward (F6) h_t = m_t + dt x B_n       (B6) dB_n = sum_l lambda dt x    (B7) dx += dt sum_n lambda B_n
-//                                           (B8) ddt += x sum_n lambda B_n
-//   forward (F5) m_t = exp(dt A) h_{t-1}    (B8) ddt += sum_n lambda A m_t   (B9) dA += lambda dt m_t
+//   forward (F7) y_t = sum_n C_n h_t + ..   lambda = dy C_n + carry     dC_n = sum_l dy h_t
+//   forward (F6) h_t = m_t + dt x B_n       dB_n = sum_l lambda dt x    dx += dt sum_n lambda B_n
+//                                           ddt += x sum_n lambda B_n
+//   forward (F5) m_t = exp(dt A) h_{t-1}    ddt += sum_n lambda A m_t   dA += lambda dt m_t
 // The sums over the channels of the tile go to dBC (2,N), the two sums over n to lambda_B and lambda_Am.
 static void scan_token_backward(real* dBC, real (*dA)[SCAN_TILE], real (*carry)[SCAN_TILE], real* lambda_B,
                                 real* lambda_Am, const real* dy_t, real (*a)[SCAN_TILE], real (*m)[SCAN_TILE],
@@ -1055,9 +1055,9 @@ static void scan_sum_parts(real* dA_log, real* dBt, real* dCt, size_t lddbc, rea
 
 // selective_scan_backward: from the last chunk to the first; in a chunk the states are recomputed forward,
 // then lambda runs from its last token to its first (scan_token_backward). Outside of that is only:
-//   forward (F7) y_t = .. + Dskip x_t       (B3) dx += Dskip dy,  dDskip += sum_{b,t} dy x
-//   forward (F5) A = -exp(A_log)            (B9) dA_log += dA A
-//   forward (F6) h_0 = a_0 h0 + ..          (B14) dh0 += a_0 lambda_0: the last `carry`; the first is dhT
+//   forward (F7) y_t = .. + Dskip x_t       dx += Dskip dy,  dDskip += sum_{b,t} dy x
+//   forward (F5) A = -exp(A_log)            dA_log += dA A
+//   forward (F6) h_0 = a_0 h0 + ..          dh0 += a_0 lambda_0: the last `carry`; the first is dhT
 //   dx, ddt, dy (B,T,E)   dA_log (E,N)   dBt, dCt (B,T,N), row stride lddbc   dDskip (E)
 //   dh0, dhT (B,E,N), each may be NULL   hs: as forward left it   scratch: selective_scan_scratch() elements
 // Every gradient is added to what is there.
@@ -1221,13 +1221,14 @@ enum {
     INIT_RESIDUAL,     // INIT_LINEAR / sqrt(n_layer): the sum of all layers keeps the size of one
     INIT_CONV,         // uniform +-1/sqrt(K), weight and bias: the fan_in of a depthwise convolution is K
     INIT_DT_WEIGHT,    // uniform +-dt_scale/sqrt(R), or that constant
-    INIT_DT_BIAS,    // softplus(bias) is log-uniform in [dt_min, dt_max]: half-lives 1..700 tokens
+    INIT_DT_BIAS,    // softplus(bias) is log-uniform in [dt_min, dt_max]: half-lives 0.4..700 tokens
     INIT_A_LOG,      // A[e,n] = -(n+1) in every channel (S4D-real)
 };
 
 enum {
     DECAY = 1,          // AdamW weight decay: matrices only
     IF_BIAS = 2,        // exists only with config.bias
+    BACKWARD_ONLY = 8,    // scratch that inference does not need
     IF_CONV_BIAS = 4,   // exists only with config.conv_bias
 };
 
@@ -1293,13 +1294,13 @@ typedef struct { real *y, *out, *du, *dxz, *dx, *drbc, *ddt, *ds, *scan; } Mamba
 static const TensorSpec mamba1_scratch[] = {
     {"y",    {DIM_E}, 0, 0},           // after the gate
     {"out",  {DIM_D}, 0, 0},           // what the block adds to the residual stream
-    {"du",   {DIM_D}, 0, 0},
-    {"dxz",  {DIM_2E}, 0, 0},
-    {"dx",   {DIM_E}, 0, 0},
-    {"drbc", {DIM_R2N}, 0, 0},
-    {"ddt",  {DIM_E}, 0, 0},
-    {"ds",   {DIM_E}, 0, 0},
-    {"scan", {DIM_SCAN_SCRATCH}, 0, 0},
+    {"du",   {DIM_D}, 0, BACKWARD_ONLY},
+    {"dxz",  {DIM_2E}, 0, BACKWARD_ONLY},
+    {"dx",   {DIM_E}, 0, BACKWARD_ONLY},
+    {"drbc", {DIM_R2N}, 0, BACKWARD_ONLY},
+    {"ddt",  {DIM_E}, 0, BACKWARD_ONLY},
+    {"ds",   {DIM_E}, 0, BACKWARD_ONLY},
+    {"scan", {DIM_SCAN_SCRATCH}, 0, BACKWARD_ONLY},
 };
 
 typedef struct { real *conv, *ssm; } Mamba1State;
@@ -1310,9 +1311,11 @@ static const TensorSpec mamba1_state[] = {
 };
 
 // mamba1_block_forward: res_out = res_in + Mamba(RMSNorm(res_in)).   res (B,T,D), res_out may be res_in
-//   u = norm(res)     [x; z] = W_in u     x = silu(conv(x))     [r; B; C] = W_x x
-//   dt = softplus(W_dt r + b_dt)
-//   s = scan(x, dt, A, B, C) + D x        y = s * silu(z)       out = W_out y
+//   (F1) [x; z] = W_in u,  u = RMSNorm(res_in)          (F2) x = silu(conv(x))
+//   (F3) [r; B; C] = W_x x                              (F4) dt = softplus(W_dt r + b_dt)
+//   (F5) a_t = exp(dt_t A)   (F6) h_t = a_t h_{t-1} + dt_t B_t x_t   (F7) s_t = <C_t, h_t> + D x_t
+//   (F8) y = s silu(z),  out = W_out y
+//   saved for backward: Mamba1Acts; y is made again from s and z
 //   s0, sT: state before and after, fields may be NULL, may be the same
 //   Mamba paper, section 3.4, figure 3
 void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
@@ -1329,12 +1332,14 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
     const real *z = a->xz + E, *Bt = a->rbc + R, *Ct = a->rbc + R + N;
 
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+    // (F1) to (F4)
     matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
     causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
                           E, K);
     matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
     matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
+    // (F5) to (F8), then the residual
     selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc,
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
@@ -1361,6 +1366,7 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     real *dxz = w->dxz, *dz = w->dxz + E, *dx = w->dx, *drbc = w->drbc, *dBt = w->drbc + R,
          *dCt = w->drbc + R + N;
     real* dy = w->ddt;         // the gradient of y is consumed before ddt is needed
+    // every backward function adds to its outputs, so they start from zero
     zero_real(dy, M * E);
     zero_real(w->ds, M * E);
     zero_real(dxz, M * 2 * E);
@@ -1368,20 +1374,21 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     zero_real(drbc, M * RBC);
     zero_real(w->du, M * D);
 
-    // out = W_out y, y = s * silu(z); the residual passes dres on unchanged
+    // (F8) out = W_out y, y = s silu(z); the residual passes dres on unchanged
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
     matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dres, D, w->y, E, p->out_proj, M, E, D);
     gate_backward(w->ds, E, dz, 2 * E, dy, a->s, E, z, 2 * E, M, E);
-    // s = scan(x, dt, A, B, C) + D x: the first contribution to dx
+    // (F5) to (F7): the first contribution to dx
     zero_real(w->ddt, M * E);
     selective_scan_backward(dx, w->ddt, dp->A_log, dBt, dCt, RBC, dp->D, ds0->ssm, w->ds, dsT->ssm, a->hs,
                             a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, run->doc, w->scan, B, T, E, N);
-    // dt = softplus(W_dt r + b_dt): the gradient of the sum goes where ds was
+    // (F4) dt = softplus(W_dt r + b_dt): the gradient of the sum goes where ds was
     zero_real(w->ds, M * E);
     softplus_backward(w->ds, w->ddt, a->dt, M * E);
     matmul_backward(drbc, RBC, dp->dt_proj, dp->dt_proj_bias, w->ds, E, a->rbc, RBC, p->dt_proj, M, R, E);
-    // [r; B; C] = W_x x: the second contribution to dx
+    // (F3) [r; B; C] = W_x x: the second contribution to dx
     matmul_backward(dx, E, dp->x_proj, NULL, drbc, RBC, a->x, E, p->x_proj, M, E, RBC);
+    // (F2) x = silu(conv(x)), (F1) [x; z] = W_in u, u = RMSNorm(res_in)
     causal_conv1d_backward(dxz, 2 * E, dp->conv1d, dp->conv1d_bias, ds0->conv, dx, dsT->conv, a->xz, 2 * E,
                            s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
     matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, dxz, 2 * E, a->u, D, p->in_proj, M, D, 2 * E);
@@ -1415,9 +1422,9 @@ typedef struct { real *m, *out, *du, *dh, *dm; } MlpScratch;
 static const TensorSpec mlp_scratch[] = {
     {"m",   {DIM_F}, 0, 0},
     {"out", {DIM_D}, 0, 0},
-    {"du",  {DIM_D}, 0, 0},
-    {"dh",  {DIM_2F}, 0, 0},
-    {"dm",  {DIM_F}, 0, 0},
+    {"du",  {DIM_D}, 0, BACKWARD_ONLY},
+    {"dh",  {DIM_2F}, 0, BACKWARD_ONLY},
+    {"dm",  {DIM_F}, 0, BACKWARD_ONLY},
 };
 
 // mlp_block_forward: res_out = res_in + W_2 (up * silu(gate)),  [up; gate] = W_1 RMSNorm(res_in).
@@ -1448,8 +1455,10 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
     zero_real(w->dh, M * 2 * F);
     zero_real(w->du, M * D);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    // out = W_2 m, m = up silu(gate)
     matmul_backward(w->dm, F, dp->fc2, NULL, dres, D, w->m, F, p->fc2, M, F, D);
     gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    // [up; gate] = W_1 u, u = RMSNorm(res_in)
     matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
     rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
 }
@@ -1630,8 +1639,9 @@ void model_free(Model* m) {
 
 // model_init: draws every parameter by its rule. A value depends on (seed, tensor, element) alone.
 //   dt_proj.bias: dt = exp(u (ln dt_max - ln dt_min) + ln dt_min), at least dt_init_floor; bias = dt + ln(1 -
-//   exp(-dt)), the inverse of softplus. out_proj and fc2 are divided by sqrt(n_layer), as the published code
-//   does in effect.
+//   exp(-dt)), the inverse of softplus. out_proj and fc2 are divided by sqrt(n_layer) also with an MLP:
+//   the published backbone divides by sqrt(2 n_layer) then, but its LM class draws them again with
+//   sqrt(n_layer).
 void model_init(Model* m, uint64_t seed) {
     const Config* c = &m->config;
     for (int i = 0; i < m->n_tensors; i++) {
@@ -1730,9 +1740,9 @@ static size_t state_count(const Model* m) {
     return n;
 }
 
-// Workspace: the memory of one forward (and backward) over at most B x T tokens. Every call may use smaller B
-// and T. For inference nothing is kept per layer: the residual stream and the activations are reused from
-// layer to layer.
+// Workspace: the memory of one forward (and backward) over at most B x T tokens. A call may use
+// any smaller number of rows and tokens in all. For inference nothing is kept per layer: the residual stream
+// and the activations are reused from layer to layer.
 typedef struct {
     size_t B, T;
     bool training, recompute;
@@ -1904,21 +1914,26 @@ void model_backward(const Model* m, Workspace* w, const int* tokens, const int* 
     state_free(&none);
 }
 
-// find_nonfinite: the name of the first tensor with a NaN or infinity, in the order in which a step computes
-// them: parameters, then the activations of a forward run again layer by layer, then gradients from the last
-// layer to the first.
+static void name_tensor(char* text, size_t size, const char* what, const Tensor* t) {
+    int n = snprintf(text, size, "%s %s", what, t->name);
+    if (t->layer >= 0 && (size_t)n < size) snprintf(text + n, size - (size_t)n, " (layer %d)", t->layer);
+}
+
 static bool all_finite(const real* p, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (!isfinite((double)p[i])) return false;
     return true;
 }
 
+// find_nonfinite: the name of the first tensor with a NaN or infinity, in the order in which a step computes
+// them: parameters, then the activations of a forward run again layer by layer, then gradients from the last
+// layer to the first.
 bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, char* text, size_t size) {
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor* t = &m->tensor[i];
         if (all_finite(m->params + t->offset, t->count)) continue;
-        snprintf(text, size, "parameter %s (layer %d)", t->name, t->layer);
+        name_tensor(text, size, "parameter", t);
         return true;
     }
     Run run = {&m->config, B, T, doc};
@@ -1945,7 +1960,7 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
     for (int i = m->n_tensors - 1; i >= 0 && !found && m->grads; i--) {
         const Tensor* t = &m->tensor[i];
         if (all_finite(m->grads + t->offset, t->count)) continue;
-        snprintf(text, size, "gradient of %s (layer %d)", t->name, t->layer);
+        name_tensor(text, size, "gradient of", t);
         found = true;
     }
     return found;
@@ -2764,16 +2779,15 @@ static void trainer_save(Trainer* t, bool best) {
     Progress* p = &t->progress;
     const char* meta[MAX_META];
     static char names[N_OPTIONS][64];
-    char text[6][64];
+    char text[4][64];
     int n = 0;
     t->backend.download(&t->backend);
     snprintf(text[0], 64, "%lld", (long long)p->samples);
     snprintf(text[1], 64, "%.17g", p->best_loss);
     snprintf(text[2], 64, "%lld", (long long)p->best_step);
     snprintf(text[3], 64, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
-    snprintf(text[4], 64, "%.17g", p->train_loss);
     const char* fixed[] = {"ssm_c_format", "1",     "samples", text[0], "best_loss",  text[1],
-                           "best_step",    text[2], "data",    text[3], "train_loss", text[4]};
+                           "best_step", text[2], "data", text[3]};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) meta[n++] = fixed[i];
     for (int i = 0; i < N_OPTIONS; i++) {
         if (!option_is_saved(&options[i])) continue;
@@ -2823,16 +2837,15 @@ static bool resume_settings(Settings* s, const SafeTensors* st, Error* err) {
 
 static bool resume_progress(Trainer* t, const SafeTensors* st, Error* err) {
     const Options* o = &t->settings->o;
-    static const char* const keys[] = {"step", "samples", "best_loss", "best_step", "data", "train_loss"};
-    const char* value[6];
-    for (int i = 0; i < 6; i++)
+    static const char* const keys[] = {"step", "samples", "best_loss", "best_step", "data"};
+    const char* value[5];
+    for (int i = 0; i < 5; i++)
         if (!(value[i] = safetensors_metadata(st, keys[i])))
             return fail(err, "%s: metadata '%s' is missing", st->path, keys[i]);
     t->progress.step = atoll(value[0]);
     t->progress.samples = atoll(value[1]);
     t->progress.best_loss = atof(value[2]);
     t->progress.best_step = atoll(value[3]);
-    t->progress.train_loss = atof(value[5]);
     char print[32];
     snprintf(print, sizeof print, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
     if (strcmp(print, value[4]) != 0 && !o->force_data)
@@ -2960,7 +2973,8 @@ typedef struct { double value[SPIKE_WINDOW]; int64_t n; } Spike;
 double spike_score(Spike* s, double value) {
     double mean = 0, square = 0, score = 0;
     for (int i = 0; i < SPIKE_WINDOW; i++) mean += s->value[i] / SPIKE_WINDOW;
-    for (int i = 0; i < SPIKE_WINDOW; i++) square += (s->value[i] - mean) * (s->value[i] - mean) / SPIKE_WINDOW;
+    for (int i = 0; i < SPIKE_WINDOW; i++)
+        square += (s->value[i] - mean) * (s->value[i] - mean) / SPIKE_WINDOW;
     if (s->n >= SPIKE_WINDOW && square > 0) score = (value - mean) / sqrt(square);
     s->value[s->n++ % SPIKE_WINDOW] = value;
     return score;
@@ -3007,7 +3021,8 @@ static int train_loop(Trainer* t) {
             return 1;
         }
         bad_in_a_row = 0;
-        if (spike_score(&losses, loss) > 6) warn("step %lld: the loss jumped to %.4f", (long long)p->step, loss);
+        if (spike_score(&losses, loss) > 6)
+            warn("step %lld: the loss jumped to %.4f", (long long)p->step, loss);
         if (spike_score(&norms, log(norm + 1e-12)) > 6)      // norms are spread over factors, not over sums
             warn("step %lld: the norm of the gradient jumped to %.3f", (long long)p->step, norm);
         bool last = p->step == o->steps;
@@ -3053,7 +3068,7 @@ static int train_loop(Trainer* t) {
     if (bad_in_a_row) trainer_save(t, false);      // the last step was skipped, so the loop did not save
     char took[32];
     format_time(seconds_now() - start, took);
-    printf("done: %lld steps in %s", (long long)(p->step - first), took);
+    printf("done: %lld steps in %s, training loss %.4f", (long long)(p->step - first), took, p->train_loss);
     if (t->data.has_val)
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
@@ -3425,10 +3440,7 @@ int info_main(Settings* s) {
         printf("%-44s %-18s %12zu  %s\n", t->name, shape_text(shape, sizeof shape, t->ndim, t->shape),
                t->count, t->spec->flags & DECAY ? "yes" : "-");
     }
-    size_t state = 0;
-    for (int l = 0; l < m.n_layers; l++)
-        for (int i = 0; i < m.layer[l].kind->n_state; i++)
-            state += spec_count(&m.layer[l].kind->state[i], &m.config);
+    size_t state = state_count(&m);
     printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state,
            mib((double)state * sizeof(real)));
     printf("training memory without activations: %.1f MiB\n", mib(4.0 * (double)m.n_elements * sizeof(real)));

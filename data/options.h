@@ -96,7 +96,8 @@ static const Option options[] = {
     {"warmup", 'i', OPT(warmup), WORD_TRAIN, "20", 0, BIG, NULL, "steps of linear warmup"},
     {"decay-steps", 'i', OPT(decay_steps), WORD_TRAIN, "0", 0, BIG, NULL,
      "wsd only: steps of decay at the end; 0: a fifth of all"},
-    {"weight-decay", 'f', OPT(weight_decay), WORD_TRAIN, "0.1", 0, 1e3, NULL, "AdamW, on matrices only"},
+    {"weight-decay", 'f', OPT(weight_decay), WORD_TRAIN, "0.1", 0, 1e3, NULL,
+     "AdamW, on embedding and projection weights only"},
     {"beta1", 'f', OPT(beta1), WORD_TRAIN, "0.9", 0, 0.999999, NULL, "AdamW"},
     {"beta2", 'f', OPT(beta2), WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
     {"eps", 'f', OPT(eps), WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
@@ -131,7 +132,8 @@ static const Option options[] = {
      "non-finite loss or gradient: stop, or skip at most 3 steps in a row"},
     {NULL, 0, 0, WORD_TRAIN | WORD_GENERATE, NULL, 0, 0, NULL, "Generation"},
     {"prompt", 's', OPT(prompt), WORD_TRAIN | WORD_GENERATE, "", 0, 0, NULL,
-     "text to continue; none: the start of a document; - reads standard input (generate only)"},
+     "text to continue, repeated in front of a single sample; none: the start of a document; - reads "
+     "standard input (generate only)"},
     {"prompt-file", 's', OPT(prompt_file), WORD_GENERATE, "", 0, 0, NULL, "read the prompt from a file"},
     {"num-samples", 'i', OPT(num_samples), WORD_GENERATE, "1", 1, 65536, NULL, "independent continuations"},
     {"max-tokens", 'i', OPT(max_tokens), WORD_TRAIN | WORD_GENERATE, "400", 0, BIG, NULL,
@@ -206,12 +208,16 @@ static int option_find(const char* name) {
     return -1;
 }
 
+// nearest_option: NULL when more than a third of the name would have to change
 static const char* nearest_option(const char* name, int word) {
     const char* best = NULL;
-    int best_distance = 1 << 30;
-    for (int i = 0; i < N_OPTIONS; i++) {
+    int best_distance = (int)strlen(name) / 3 + 2;
+    for (int i = 0; i < N_OPTIONS && strlen(name) < 40; i++) {
         if (!options[i].name || !(options[i].words & word)) continue;
-        int distance = strlen(name) < 40 ? edit_distance(name, options[i].name) : 99;
+        char plain[40];                         // --learning_rate and the like
+        snprintf(plain, sizeof plain, "%s", name);
+        for (char* p = plain; *p; p++) if (*p == '_') *p = '-';
+        int distance = edit_distance(plain, options[i].name);
         if (distance < best_distance) { best_distance = distance; best = options[i].name; }
     }
     return best;
@@ -295,14 +301,19 @@ bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
             if (i >= 0 && options[i].type == 'b') value = "off";
             else i = -1;
         }
-        if (i < 0)
-            return fail(err, "unknown option --%.60s; did you mean --%s? --help lists all", name,
-                        nearest_option(name, s->word));
+        if (i < 0) {
+            const char* near = nearest_option(name, s->word);
+            if (near)
+                return fail(err, "unknown option --%.60s; did you mean --%s? --help lists all", name, near);
+            return fail(err, "unknown option --%.60s; --help lists all", name);
+        }
         const Option* opt = &options[i];
         if (!(opt->words & s->word) && origin == FROM_USER) {
-            const char* of = "";
-            for (int w = 0; w < 4; w++) if (opt->words & (1 << w)) of = words[w];
-            return fail(err, "--%s is an option of '%s', not of '%s'", opt->name, of,
+            char of[64] = "";
+            for (int w = 0; w < 4; w++)
+                if (opt->words & (1 << w))
+                    snprintf(of + strlen(of), sizeof of - strlen(of), "%s'%s'", of[0] ? ", " : "", words[w]);
+            return fail(err, "--%s is an option of %s, not of '%s'", opt->name, of,
                         words[__builtin_ctz((unsigned)s->word)]);
         }
         if (given[i]) return fail(err, "--%s is given twice", opt->name);
@@ -386,7 +397,7 @@ void settings_print(const Settings* s) {
 
 static const char* option_argument(const Option* opt) {
     switch (opt->type) {
-        case 'b': return " [on|off]";
+        case 'b': return " [on/off]";
         case 'l': return " FILE...";
         case 'i': case 'f': case 'u': return " N";
     }
