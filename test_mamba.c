@@ -799,7 +799,8 @@ void test_conv(void) {
         "B3 T7 E5 K1", "B3 T7 E5 K4 state final documents0", "B3 T37 E5 K4 bias state final documents3",
         "B3 T7 E13 K3 bias final documents6", "B8 T2 E3 K4 state final documents0",
         "B8 T9 E5 K2 state final documents0", "B8 T7 E5 K1 bias state final documents0",
-        "B8 T67 E70 K4 bias state final big documents0" };
+        "B8 T67 E70 K4 bias state final big documents0",
+        "B2 T5 E31 K4 bias state final" };       // one channel short of a tile
     check_layer(&conv_layer, shapes, COUNT_OF(shapes));
 }
 
@@ -1542,13 +1543,14 @@ void test_init(void) {
     c.d_intermediate = 80;
     c.tie_embeddings = false;
     c.bias = true;
+    c.dt_scale = 0.5;
     Model m, other;
     model_describe(&m, &c);
     model_alloc(&m, false);
     model_init(&m, 1337);
     const struct { const char* suffix; double bound; } uniform[] = {
         { "in_proj.weight", 1 / sqrt(64) }, { "x_proj.weight", 1 / sqrt(96) },
-        { "dt_proj.weight", 1 / sqrt(4) }, { "conv1d.weight", 1 / sqrt(4) },
+        { "dt_proj.weight", 0.5 / sqrt(4) }, { "conv1d.weight", 1 / sqrt(4) },
             { "conv1d.bias", 1 / sqrt(4) }, { "mlp.fc1.weight", 1 / sqrt(64) },
         { "out_proj.weight", 1 / sqrt(96 * 4) }, { "mlp.fc2.weight", 1 / sqrt(80 * 4) },
         { "lm_head.weight", 1 / sqrt(64) } };
