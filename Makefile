@@ -18,12 +18,17 @@ endif
 # --- detection
 ifeq (,$(filter help clean,$(MAKECMDGOALS)))
   HASH := \#
+  COMMA := ,
   try = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
   ifneq ($(shell $(PKG_CONFIG) --exists jansson 2>/dev/null && echo yes),yes)
     $(error Jansson (JSON) not found. On Debian or Ubuntu: sudo apt-get install gcc make pkg-config libjansson-dev)
   endif
   JANSSON_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson)
   JANSSON_LIBS := $(shell $(PKG_CONFIG) --libs jansson)
+  ifneq ($(call try,typedef float v __attribute__((vector_size(16)));int main(void){v a={0};a=__builtin_shufflevector(a$(COMMA)a$(COMMA)0$(COMMA)1$(COMMA)2$(COMMA)3);return (int)a[0];},),yes)
+    $(error $(CC) does not compile __builtin_shufflevector: gcc 12 or newer, or clang, is needed; try make CC=clang)
+  endif
+  WARNINGS += $(if $(findstring clang,$(shell $(CC) --version)),-Wno-pass-failed)
   ifndef NO_OPENMP
     OPENMP := $(if $(call try,int main(void){return 0;},-fopenmp),-fopenmp)
   endif
