@@ -4,28 +4,7 @@
 set -u
 url=${DATA_URL:-http://mattmahoney.net/dc}
 dir=$(dirname "$0")
-
-die() { echo "error: $*" >&2; exit 1; }
-
-command -v sha256sum >/dev/null || command -v shasum >/dev/null ||
-    die "neither sha256sum nor shasum found; install coreutils"
-
-sha256() {
-    if command -v sha256sum >/dev/null; then sha256sum "$1"; else shasum -a 256 "$1"; fi | cut -d' ' -f1
-}
-
-size() { if [ -f "$1" ]; then wc -c <"$1" | tr -d ' '; else echo 0; fi; }
-
-# download URL FILE: continues FILE where an earlier attempt stopped
-download() {
-    if command -v curl >/dev/null; then
-        if [ -t 2 ]; then show=--progress-bar; else show=--silent; fi
-        curl --fail --location $show --retry 3 --connect-timeout 20 --continue-at - --output "$2" "$1"
-    elif command -v wget >/dev/null; then
-        wget --quiet --tries=3 --timeout=20 --continue --output-document="$2" "$1"
-    else die "neither curl nor wget found; install one of them"; fi ||
-        die "cannot download $1 (offline?); run again to resume, or save it as $3 yourself"
-}
+. "$dir/fetch.sh"
 
 file=$dir/enwik8
 bytes=100000000
