@@ -891,7 +891,8 @@ void test_scan(void) {
         "B3 T7 E13 N5 state final documents3", "B8 T7 E5 N2 state documents0",
         "B2 T37 E33 N2 final documents6", "B3 T37 E13 N5 state final documents2",
         "B8 T67 E70 N5 state final big documents0", "B1 T32 E3 N16 state final big", "B2 T33 E65 N17 big",
-        "B2 T31 E31 N3 state final big", "B2 T63 E32 N2 final big", "B1 T64 E63 N1 state big" };
+        "B2 T31 E31 N3 state final big", "B2 T63 E32 N2 final big", "B1 T64 E63 N1 state big",
+        "B2 T9 E5 N33 state final" };       // states in three groups
     check_layer(&scan_layer, shapes, COUNT_OF(shapes));
 
     // Sizes by hand. Catches: memory for a tile or a chunk too many, which no result shows.
