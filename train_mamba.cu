@@ -78,7 +78,7 @@ void device_require(void) {
 enum { MATMUL_WORKSPACE = 64 << 20 };
 
 typedef struct {
-    int op_a, op_b, type_ab, type_c, epilogue;
+    int op_a, op_b, type_ab, type_c;
     size_t M, N, K, lda, ldb, ldc;
     int64_t align;           // of the pointers: 16 when all are multiples of 16 bytes, otherwise 2 or 4
 } MatmulKey;
@@ -1591,12 +1591,8 @@ size_t selective_scan_scratch_cuda(size_t B, size_t T, size_t E, size_t N) {
 
 // --- small pieces -------------------------------------------------------------------------------------
 
-// 2^x, log2 x and tanh x: one instruction each on the special function unit (16 results per clock and SM)
-__device__ __forceinline__ float scan_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+// log2 x and tanh x, like exp2_unit: one instruction each of the special function unit (16 results per clock
+// and SM)
 __device__ __forceinline__ float scan_log2(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -1608,10 +1604,7 @@ __device__ __forceinline__ float scan_tanh(float x) {
     return y;
 }
 
-__device__ __forceinline__ float scan_float(float x) { return x; }
-__device__ __forceinline__ float scan_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void scan_store(float* p, float x) { *p = x; }
-__device__ __forceinline__ void scan_store(__nv_bfloat16* p, float x) { *p = __float2bfloat16(x); }
+template <typename X> __device__ __forceinline__ void scan_store(X* p, float x) { *p = from_float<X>(x); }
 
 // A2 = A log2(e), so that exp(dt A) = exp2(dt A2). Kept between -FLT_MAX (dt = 0 must give 0, not NaN) and
 // -1e-30 (a reset must give 0; for any real dt the decay is 1 all the same).
@@ -1668,8 +1661,8 @@ __device__ __forceinline__ float scan_load_element(ScanTile& tile, const X* x, c
     float dt = 0.0f, x_t = 0.0f;
     bool inside = t < T && e < E;
     if (inside) {
-        x_t = scan_float(x[(b * T + t) * E + e]);
-        dt = scan_softplus(scan_float(dt_raw[(b * T + t) * E + e]) + bias);
+        x_t = to_float(x[(b * T + t) * E + e]);
+        dt = scan_softplus(to_float(dt_raw[(b * T + t) * E + e]) + bias);
     }
     tile.dt[step][lane] = dt;
     tile.decay_dt[step][lane] = inside && scan_resets_cuda(doc, b, t, T) ? SCAN_RESET : dt;
@@ -1685,8 +1678,8 @@ __device__ __forceinline__ void scan_load_bc(float* bc, const X* Bt, const X* Ct
         int step = i / padded, n = i % padded;
         bool inside = t0 + step < T && n < (int)N;
         size_t at = (b * T + t0 + step) * ldbc + n;
-        bc[step * 2 * padded + n] = inside ? scan_float(Bt[at]) : 0.0f;
-        bc[step * 2 * padded + padded + n] = inside ? scan_float(Ct[at]) : 0.0f;
+        bc[step * 2 * padded + n] = inside ? to_float(Bt[at]) : 0.0f;
+        bc[step * 2 * padded + padded + n] = inside ? to_float(Ct[at]) : 0.0f;
     }
 }
 
@@ -1738,7 +1731,7 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
                 float dt = tile.decay_dt[j][lane], dtx = tile.dtx[j][lane];
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    state[k] = fmaf(scan_exp2(dt * decay[k]), state[k], dtx * B_t[k]);
+                    state[k] = fmaf(exp2_unit(dt * decay[k]), state[k], dtx * B_t[k]);
                     sum[j] = fmaf(C_t[k], state[k], sum[j]);
                 }
             }
@@ -1755,7 +1748,7 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
             if (!channel || t0 + j >= T) continue;
             float s_t = D * x_t[k];
             for (int i = 0; i < 4; i++) s_t += tile.part[i][0][j][lane];
-            float z_t = scan_float(z[row * ldz + e]);
+            float z_t = to_float(z[row * ldz + e]);
             if (s) scan_store(s + row * E + e, s_t);
             scan_store(y + row * E + e, s_t * z_t / (1.0f + expf(-z_t)));
         }
@@ -1813,9 +1806,9 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
             float g = 0.0f;
             x_t[k] = scan_load_element(tile, x, dt_raw, bias, doc, j, lane, b, t0 + j, e, T, E);
             if (channel && t0 + j < T) {
-                float z_t = scan_float(z[row * ldz + e]), sigma = 1.0f / (1.0f + expf(-z_t)),
+                float z_t = to_float(z[row * ldz + e]), sigma = 1.0f / (1.0f + expf(-z_t)),
                       silu = z_t * sigma;
-                float dy_t = scan_float(dy[row * E + e]), s_t = scan_float(s[row * E + e]);
+                float dy_t = to_float(dy[row * E + e]), s_t = to_float(s[row * E + e]);
                 g = dy_t * silu;
                 scan_store(dz + row * lddz + e, dy_t * s_t * (sigma + silu * (1.0f - sigma)));
                 scan_store(y + row * E + e, s_t * silu);
@@ -1830,7 +1823,7 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
             #pragma unroll
             for (int k = 0; k < 4; k++) {
                 bool inside = channel && n0 + k < (int)N;
-                h[k] = inside ? scan_float(hs[((b * chunks + chunk) * E + e) * N + n0 + k]) : 0.0f;
+                h[k] = inside ? to_float(hs[((b * chunks + chunk) * E + e) * N + n0 + k]) : 0.0f;
                 lambda[k] = carry[n0 + k][lane];
                 decay[k] = A2[n0 + k][lane];
                 dA_n[k] = dA[n0 + k][lane];
@@ -1841,7 +1834,7 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                 float dt = tile.decay_dt[j][lane], dtx = tile.dtx[j][lane], g = tile.g[j][lane];
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    a[j][k] = scan_exp2(dt * decay[k]);
+                    a[j][k] = exp2_unit(dt * decay[k]);
                     m[j][k] = a[j][k] * h[k];
                     h[k] = fmaf(dtx, B_t[k], m[j][k]);
                     v[4 * j + k] = g * h[k];
@@ -1937,7 +1930,6 @@ selective_scan_reduce_kernel(float* dA_log, float* dDskip, float* ddt_bias, X* d
 // are read as zeros, with dt = 0: they leave the state and its gradient alone, and nothing of them is stored.
 
 enum { SCAN_TILE_STEPS = 32, SCAN_VECTORS = SCAN_TILE_STEPS * SCAN_CHANNELS / 8 };
-typedef __nv_bfloat16 scan_bf16;
 
 // A pair of bf16 lives in one 32-bit register. bf16 is the upper half of a float: unpacking moves bits.
 __device__ __forceinline__ uint32_t scan_pack(float low, float high) {
@@ -1976,10 +1968,6 @@ __device__ __forceinline__ void scan_copy4(void* to, const void* from, bool insi
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                  :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(inside ? 4 : 0) : "memory");
 }
-__device__ __forceinline__ void scan_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void scan_copy_wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
-}
 
 // select without a branch: the compiler turns some of these conditions into jumps
 __device__ __forceinline__ float scan_select(bool c, float yes, float no) {
@@ -2005,7 +1993,7 @@ struct ScanSpecial {
 // softplus from x2 = x log2(e). Three special function instructions would be enough for log(1 + e^x) alone;
 // where e^x is small, 1 + e^x loses its digits and e - e^2/2 is better (relative error below 6e-6).
 __device__ __forceinline__ float scan_softplus_fast(float x2) {
-    float e = scan_exp2(x2), l = scan_log2(1.0f + e);
+    float e = exp2_unit(x2), l = scan_log2(1.0f + e);
     float small = fmaf(-0.5f * SCAN_LOG2E, e, SCAN_LOG2E) * e;
     l = e < 0.004f ? small : l;
     return (x2 > 24.0f ? x2 : l) * SCAN_LN2;
@@ -2014,7 +2002,7 @@ __device__ __forceinline__ float scan_softplus_fast(float x2) {
 // --- fast path: forward ---------------------------------------------------------------------------------
 
 struct ScanForwardRaw {                                        // one tile as it lies in memory
-    scan_bf16 x[32][32], dt[32][32], z[32][32], bc[32][32];    // bc: Bt_t, then Ct_t
+    bf16 x[32][32], dt[32][32], z[32][32], bc[32][32];    // bc: Bt_t, then Ct_t
     int doc[32][2];                                            // document of token t and of token t-1
 };
 struct ScanForwardShared {
@@ -2033,10 +2021,10 @@ struct ScanForwardShared {
 // Time loop: a thread owns states 4g..4g+3 of one channel, a group of four lanes one channel; their partial
 // sums over the states are exchanged once for 8 tokens: lane g finishes tokens 2g, 2g+1.
 __global__ void __launch_bounds__(SCAN_THREADS + SCAN_VECTORS, 3)
-selective_scan_forward_fast_kernel(scan_bf16* y, scan_bf16* s, scan_bf16* hs, float* hT, const scan_bf16* x,
-                                   const scan_bf16* dt_raw, const float* dt_bias, const float* A_log,
-                                   const scan_bf16* Bt, const scan_bf16* Ct, size_t ldbc, const float* Dskip,
-                                   const scan_bf16* z, size_t ldz, const float* h0, const int* doc,
+selective_scan_forward_fast_kernel(bf16* y, bf16* s, bf16* hs, float* hT, const bf16* x,
+                                   const bf16* dt_raw, const float* dt_bias, const float* A_log,
+                                   const bf16* Bt, const bf16* Ct, size_t ldbc, const float* Dskip,
+                                   const bf16* z, size_t ldz, const float* h0, const int* doc,
                                    size_t T, size_t E) {
     extern __shared__ __align__(128) char shared[];
     ScanForwardShared& sh = *(ScanForwardShared*)shared;
@@ -2057,7 +2045,7 @@ selective_scan_forward_fast_kernel(scan_bf16* y, scan_bf16* s, scan_bf16* hs, fl
             decay[n] = scan_decay(A_log[(size_t)(e0 + ch) * 16 + 4 * g + n]);
             h[n] = h0 ? h0[state + n] : 0.0f;
         }
-        scan_bf16* saved = hs + (b * chunks * E + e0 + ch) * 16 + 4 * g;                 // next state to save
+        bf16* saved = hs + (b * chunks * E + e0 + ch) * 16 + 4 * g;                 // next state to save
         int left = hs ? (int)chunks : 0;                       // how many there are
         const size_t next = E * 16;
         #pragma unroll 1
@@ -2085,7 +2073,7 @@ selective_scan_forward_fast_kernel(scan_bf16* y, scan_bf16* s, scan_bf16* hs, fl
                     *(float4*)C_t = *(const float4*)(row + 16);
                     #pragma unroll
                     for (int n = 0; n < 4; n++) {
-                        h[n] = fmaf(scan_exp2(d.x * decay[n]), h[n], d.y * B_t[n]);
+                        h[n] = fmaf(exp2_unit(d.x * decay[n]), h[n], d.y * B_t[n]);
                         sum[j] = n == 0 ? h[0] * C_t[0] : fmaf(h[n], C_t[n], sum[j]);
                     }
                 }
@@ -2116,10 +2104,10 @@ selective_scan_forward_fast_kernel(scan_bf16* y, scan_bf16* s, scan_bf16* hs, fl
     for (int k = 0; k < 8; k++) { bias2[k] = dt_bias[e0 + c + k] * SCAN_LOG2E; D[k] = Dskip[e0 + c + k]; }
     // what the next load reads and the next store writes; both go forward one tile at a time
     size_t load_t = r, store_t = r, row = b * T + r, at = row * E + e0 + c;
-    const scan_bf16 *next_x = x + at, *next_dt = dt_raw + at, *next_z = z + row * ldz + e0 + c;
-    const scan_bf16* next_bc = (c < 16 ? Bt + c : Ct + (c - 16)) + row * ldbc;
+    const bf16 *next_x = x + at, *next_dt = dt_raw + at, *next_z = z + row * ldz + e0 + c;
+    const bf16* next_bc = (c < 16 ? Bt + c : Ct + (c - 16)) + row * ldbc;
     const int* next_doc = doc ? doc + row : NULL;
-    scan_bf16 *next_y = y + at, *next_s = s ? s + at : NULL;
+    bf16 *next_y = y + at, *next_s = s ? s + at : NULL;
 
     auto load = [&](int slot) {
         ScanForwardRaw& raw = sh.raw[slot];
@@ -2183,21 +2171,21 @@ selective_scan_forward_fast_kernel(scan_bf16* y, scan_bf16* s, scan_bf16* hs, fl
         next_y += SCAN_TILE_STEPS * E;
     };
     load(0);
-    scan_copy_commit();
+    copy_async_commit();
     if (tiles > 1) load(1);
-    scan_copy_commit();
-    scan_copy_wait<1>();
+    copy_async_commit();
+    copy_async_wait(1);
     __syncwarp();
     prepare(0, 0);
     int slot = 0;                                              // where raw tile i is
     #pragma unroll 1
     for (int i = 0; i <= tiles; i++) {
         int before = slot == 0 ? 2 : slot - 1, after = slot == 2 ? 0 : slot + 1;
-        scan_copy_wait<0>();
+        copy_async_wait(0);
         __syncthreads();                                       // sums of tile i-1 are ready
         if (i > 0) store(before, i - 1);
         if (i + 2 < tiles) load(before);                       // tile i+2 takes the place of tile i-1
-        scan_copy_commit();
+        copy_async_commit();
         if (i + 1 < tiles) prepare(after, i + 1);
         slot = after;
     }
@@ -2238,7 +2226,7 @@ __device__ __forceinline__ float scan_truncate_tf32(float x) {
 
 struct ScanBackwardChunk {                                     // 8 tokens, prepared
     float dt[416], dtx[416], g[416];                           // [channel][token], see at(); g = dLoss/ds
-    scan_bf16 g16[8][32], dtx16[8][32];                        // the same; later the results ddt_raw and dx
+    bf16 g16[8][32], dtx16[8][32];                        // the same; later the results ddt_raw and dx
     float4 fragB[2][32], fragC[2][32];                         // one-hot operands of dtx x Bt and g x Ct
     uint2 fragQ[32];                                           // Bt as operand of q = <lambda, Bt>
     float4 dbc[4][64];  // dBt, dCt of every warp, as the tensor core left them
@@ -2250,8 +2238,8 @@ __device__ __forceinline__ int scan_column(int t, int c) { return c ^ (((t >> 1)
 struct ScanBackwardShared {
     ScanBackwardChunk chunk[4];
     // tile as loaded; read by the threads that loaded it
-    scan_bf16 z[32][32], s[32][32], dy[32][32], bc[32][32];
-    scan_bf16 x[2][32][32], dt[2][32][32];
+    bf16 z[32][32], s[32][32], dy[32][32], bc[32][32];
+    bf16 x[2][32][32], dt[2][32][32];
     uint2 hs[2][4][SCAN_THREADS];  // saved states, read by the thread that loads them
     int doc[32][2];
     float bias2[32];
@@ -2259,7 +2247,7 @@ struct ScanBackwardShared {
 
 // partial sums over the channels of one block, four at a time
 __device__ __forceinline__ void scan_store4(float* p, size_t i, float4 v) { ((float4*)p)[i] = v; }
-__device__ __forceinline__ void scan_store4(scan_bf16* p, size_t i, float4 v) {
+__device__ __forceinline__ void scan_store4(bf16* p, size_t i, float4 v) {
     ((uint2*)p)[i] = make_uint2(scan_pack(v.x, v.y), scan_pack(v.z, v.w));
 }
 
@@ -2277,13 +2265,13 @@ __device__ __forceinline__ void scan_store4(scan_bf16* p, size_t i, float4 v) {
 // P: type of the partial sums in dBC_part (blocks, B, T/32 tiles, 4 chunks, {dBt, dCt}, 32 lanes, 4).
 template <typename P>
 __global__ void __launch_bounds__(SCAN_THREADS, 3)
-    selective_scan_backward_fast_kernel(scan_bf16* dx, scan_bf16* ddt_raw, scan_bf16* dz, uint32_t lddz,
-                                        scan_bf16* y, float* dh0, P* dBC_part, float* de_part,
-                                        const scan_bf16* dy, const float* dhT, const scan_bf16* hs,
-                                        const scan_bf16* s, const scan_bf16* x, const scan_bf16* dt_raw,
-                                        const float* dt_bias, const float* A_log, const scan_bf16* Bt,
-                                        const scan_bf16* Ct, uint32_t ldbc, const float* Dskip,
-                                        const scan_bf16* z, uint32_t ldz, const int* doc, uint32_t T,
+    selective_scan_backward_fast_kernel(bf16* dx, bf16* ddt_raw, bf16* dz, uint32_t lddz,
+                                        bf16* y, float* dh0, P* dBC_part, float* de_part,
+                                        const bf16* dy, const float* dhT, const bf16* hs,
+                                        const bf16* s, const bf16* x, const bf16* dt_raw,
+                                        const float* dt_bias, const float* A_log, const bf16* Bt,
+                                        const bf16* Ct, uint32_t ldbc, const float* Dskip,
+                                        const bf16* z, uint32_t ldz, const int* doc, uint32_t T,
                                         uint32_t E) {
     extern __shared__ __align__(128) char shared[];
     ScanBackwardShared& sh = *(ScanBackwardShared*)shared;
@@ -2327,7 +2315,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             uint32_t chunk = saved ? b * chunks + i * 4 + k : 0;
             scan_copy8(&sh.hs[i & 1][k][tid], hs + ((size_t)chunk * E + e0 + ch) * 16 + 4 * q, saved);
         }
-        scan_copy_commit();
+        copy_async_commit();
     };
     auto prepare = [&](int i) {
         float x_t[8], dt[8], z_t[8], s_t[8], g_t[8], dz_t[8], bias2[8];
@@ -2370,7 +2358,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
         const int n = 4 * (g >> 1) + 2 * (q & 1) + (g & 1);
         #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const scan_bf16 (*row)[32] = &sh.bc[w * 8 + k * 4 + 2 * (q >> 1)];
+            const bf16 (*row)[32] = &sh.bc[w * 8 + k * 4 + 2 * (q >> 1)];
             float B0 = __bfloat162float(row[0][n]), B1 = __bfloat162float(row[1][n]);
             float C0 = __bfloat162float(row[0][16 + n]), C1 = __bfloat162float(row[1][16 + n]);
             own.fragB[k][lane] = q < 2 ? make_float4(B0, B1, 0, 0) : make_float4(0, 0, B0, B1);
@@ -2403,7 +2391,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
     load(tiles - 1);
     #pragma unroll 1
     for (int i = tiles - 1; i >= 0; i--) {
-        scan_copy_wait<0>();
+        copy_async_wait(0);
         __syncthreads();                                       // tile i+1 is done, raw tile i has arrived
         if (i < tiles - 1) finish(i + 1);
         prepare(i);
@@ -2438,7 +2426,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
                     const int j = 4 * f + jj, p = j >> 1;
                     #pragma unroll
                     for (int n = 0; n < 4; n++) {
-                        a[j][n] = scan_exp2(dt[j] * decay[n]);
+                        a[j][n] = exp2_unit(dt[j] * decay[n]);
                         m[j][n] = a[j][n] * h[n];
                     }
                     float v = jj & 1 ? dtx.y : dtx.x;
@@ -2514,7 +2502,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
                     dt_t = scan_softplus_fast(fmaf(raw, SCAN_LOG2E, sh.bias2[ch]));
                 }
                 float dx_t = fmaf(dt_t, q_t, D * g_t);
-                float dp = fmaf(x_t, q_t, r[j] * SCAN_LN2) * (1.0f - scan_exp2(-SCAN_LOG2E * dt_t));
+                float dp = fmaf(x_t, q_t, r[j] * SCAN_LN2) * (1.0f - exp2_unit(-SCAN_LOG2E * dt_t));
                 dD = fmaf(g_t, x_t, dD);
                 dbias += dp;
                 chunk.dtx16[2 * q + j][column] = __float2bfloat16(dx_t);
@@ -2548,7 +2536,7 @@ __device__ __forceinline__ void scan_add8(float* sum, const float* p, size_t i) 
     sum[0] += u.x; sum[1] += u.y; sum[2] += u.z; sum[3] += u.w;
     sum[4] += v.x; sum[5] += v.y; sum[6] += v.z; sum[7] += v.w;
 }
-__device__ __forceinline__ void scan_add8(float* sum, const scan_bf16* p, size_t i) {
+__device__ __forceinline__ void scan_add8(float* sum, const bf16* p, size_t i) {
     float v[8];
     scan_unpack8(v, p + 8 * i);
     #pragma unroll
@@ -2559,8 +2547,8 @@ __device__ __forceinline__ void scan_add8(float* sum, const scan_bf16* p, size_t
 // make 64 groups of 8 values: four threads share the blocks of one group (every fourth each).
 template <typename P>
 __global__ void __launch_bounds__(256)
-    selective_scan_reduce_fast_kernel(float* dA_log, float* dDskip, float* ddt_bias, scan_bf16* dBt,
-                                      scan_bf16* dCt, size_t lddbc, const P* dBC_part, const float* de_part,
+    selective_scan_reduce_fast_kernel(float* dA_log, float* dDskip, float* ddt_bias, bf16* dBt,
+                                      bf16* dCt, size_t lddbc, const P* dBC_part, const float* de_part,
                                       int blocks, uint32_t B, uint32_t T, uint32_t E) {
     __shared__ float part[3][8][64];
     const size_t tiles = (T + 31) / 32, count = B * tiles * 128, groups = count / 64;
@@ -2593,7 +2581,7 @@ __global__ void __launch_bounds__(256)
         const size_t j = 2 * i + half;
         const int lane = j & 31, g = lane >> 2, n = 4 * (g >> 1) + (g & 1);
         const size_t chunk = j >> 6, b = chunk / (4 * tiles), t = chunk % (4 * tiles) * 8 + 2 * (lane & 3);
-        scan_bf16* row = ((j >> 5) & 1 ? dCt : dBt) + (b * T + t) * lddbc + n;
+        bf16* row = ((j >> 5) & 1 ? dCt : dBt) + (b * T + t) * lddbc + n;
         const float* d = sum + 4 * half;
         if (t < T) { scan_store(row, d[0]); scan_store(row + 2, d[2]); }
         if (t + 1 < T) { scan_store(row + lddbc, d[1]); scan_store(row + lddbc + 2, d[3]); }
@@ -2605,7 +2593,7 @@ __global__ void __launch_bounds__(256)
 // ScanPartial: type of the fast backward's partial sums (float works too). bf16 halves the traffic, 100 MB at
 // B=8 T=2048 E=1536: 0.430 instead of 0.45 ms (H200); dBt and dCt, errors up to 4e-3, get about 0.5e-3 worse.
 // Measured there: forward 0.175 ms, 0.169 without s and hs; copy bandwidth 4.17 TB/s in the same run.
-typedef scan_bf16 ScanPartial;
+typedef bf16 ScanPartial;
 
 static inline bool scan_aligned(const void* p, size_t stride) {
     return (uintptr_t)p % 16 == 0 && stride % 8 == 0;
@@ -2613,7 +2601,7 @@ static inline bool scan_aligned(const void* p, size_t stride) {
 template <typename X>
 static inline bool scan_is_fast(const X* x, const X* Bt, const X* Ct, size_t ldbc, const X* z, size_t ldz,
                                 size_t B, size_t T, size_t E, size_t N) {
-    if (sizeof(X) != sizeof(scan_bf16)) return false;  // float results must be exact to float rounding
+    if (sizeof(X) != sizeof(bf16)) return false;  // float results must be exact to float rounding
     return N == 16 && E % SCAN_CHANNELS == 0 && B * T < (size_t)1 << 31 && E < (size_t)1 << 31 &&
            ldbc < (size_t)1 << 31 && ldz < (size_t)1 << 31 && scan_aligned(x, E) && scan_aligned(z, ldz) &&
            scan_aligned(Bt, ldbc) && scan_aligned(Ct, ldbc);
@@ -2634,10 +2622,10 @@ static inline size_t scan_shared_bytes(size_t N, size_t state_arrays) {
     return sizeof(ScanTile) + (2 * SCAN_STEPS + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
 }
 
-static inline void scan_launch_forward_fast(scan_bf16* y, scan_bf16* s, scan_bf16* hs, float* hT,
-                                            const scan_bf16* x, const scan_bf16* dt_raw, const float* dt_bias,
-                                            const float* A_log, const scan_bf16* Bt, const scan_bf16* Ct,
-                                            size_t ldbc, const float* Dskip, const scan_bf16* z, size_t ldz,
+static inline void scan_launch_forward_fast(bf16* y, bf16* s, bf16* hs, float* hT,
+                                            const bf16* x, const bf16* dt_raw, const float* dt_bias,
+                                            const float* A_log, const bf16* Bt, const bf16* Ct,
+                                            size_t ldbc, const float* Dskip, const bf16* z, size_t ldz,
                                             const float* h0, const int* doc, size_t B, size_t T, size_t E,
                                             cudaStream_t stream) {
     auto kernel = selective_scan_forward_fast_kernel;
@@ -2647,14 +2635,14 @@ static inline void scan_launch_forward_fast(scan_bf16* y, scan_bf16* s, scan_bf1
                                                   Dskip, z, ldz, h0, doc, T, E);
     cudaCheck(cudaGetLastError());
 }
-static inline void scan_launch_backward_fast(scan_bf16* dx, scan_bf16* ddt_raw, scan_bf16* dz, size_t lddz,
-                                             scan_bf16* y, float* dA_log, float* dDskip, float* ddt_bias,
-                                             scan_bf16* dBt, scan_bf16* dCt, size_t lddbc, float* dh0,
-                                             const scan_bf16* dy, const float* dhT, const scan_bf16* hs,
-                                             const scan_bf16* s, const scan_bf16* x, const scan_bf16* dt_raw,
-                                             const float* dt_bias, const float* A_log, const scan_bf16* Bt,
-                                             const scan_bf16* Ct, size_t ldbc, const float* Dskip,
-                                             const scan_bf16* z, size_t ldz, const int* doc, float* scratch,
+static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, size_t lddz,
+                                             bf16* y, float* dA_log, float* dDskip, float* ddt_bias,
+                                             bf16* dBt, bf16* dCt, size_t lddbc, float* dh0,
+                                             const bf16* dy, const float* dhT, const bf16* hs,
+                                             const bf16* s, const bf16* x, const bf16* dt_raw,
+                                             const float* dt_bias, const float* A_log, const bf16* Bt,
+                                             const bf16* Ct, size_t ldbc, const float* Dskip,
+                                             const bf16* z, size_t ldz, const int* doc, float* scratch,
                                              size_t B, size_t T, size_t E, cudaStream_t stream) {
     const size_t blocks = scan_blocks_cuda(E), tiles = scan_padded_cuda(T) / 32;
     float* de_part = scratch + blocks * B * scan_padded_cuda(T) * 32;
