@@ -48,7 +48,7 @@ LIBS = $(JANSSON_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
 TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
-.PHONY: readme cuda all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
+.PHONY: readme cuda ladders all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
 
 all: $(BUILD)/train_mamba ## build the trainer (the default)
 
@@ -64,7 +64,7 @@ $(BUILD)/test_mamba_double: $(TESTS) $(SOURCES) $(BUILD)/train_mamba Makefile
 	@mkdir -p $(BUILD)
 	$(CC) $(C_FLAGS) -DREAL=double test_mamba.c -o $@ $(LIBS)
 
-$(BUILD)/dev/%: dev/cpu/%.c $(SOURCES) Makefile
+$(BUILD)/dev/cpu_%: dev/cpu/%.c $(SOURCES) Makefile
 	@mkdir -p $(BUILD)/dev
 	$(CC) $(C_FLAGS) $(DEV_FLAGS) $< -o $@ $(LIBS) $(DEV_LIBS)
 
@@ -100,6 +100,10 @@ $(BUILD)/test_mambacu: $(TESTS) train_mamba.cu $(SOURCES) $(BUILD)/oracle.o Make
 	$(NVCC) -x cu $(CUDA_FLAGS) -c test_mamba.c -o $@.o
 	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker --wrap=cudaLaunchKernel,--wrap=__cudaGetKernel,--wrap=__cudaRegisterFunction -o $@ $(CUDA_LIBS)
 
+$(BUILD)/dev/%: dev/cuda/%.cu dev/cuda/ladder.h train_mamba.cu $(SOURCES) Makefile
+	@mkdir -p $(BUILD)/dev
+	$(NVCC) $(CUDA_FLAGS) $< -o $@ $(CUDA_LIBS)
+
 test-cuda: $(BUILD)/train_mamba $(BUILD)/test_mambacu ## the suite compiled by nvcc, with the cases of the GPU (without one: the others)
 	$(BUILD)/test_mambacu
 
@@ -119,7 +123,12 @@ mutate-all: ## all of them: hours
 check-cxx: ## the C file is also valid C++17 (what the CUDA build includes)
 	$(CXX) -x c++ -std=c++17 -fsyntax-only $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) train_mamba.c
 
-dev: $(patsubst dev/cpu/%.c,$(BUILD)/dev/%,$(wildcard dev/cpu/*.c)) $(patsubst dev/bench/%.c,$(BUILD)/dev/%,$(wildcard dev/bench/*.c)) ## kernel ladders and benchmarks
+# the ladders of GPU kernels need nvcc; without it the others are built
+CUDA_LADDERS = $(patsubst dev/cuda/%.cu,$(BUILD)/dev/%,$(wildcard dev/cuda/*.cu))
+dev: $(patsubst dev/cpu/%.c,$(BUILD)/dev/cpu_%,$(wildcard dev/cpu/*.c)) $(patsubst dev/bench/%.c,$(BUILD)/dev/%,$(wildcard dev/bench/*.c)) $(if $(shell command -v $(NVCC)),$(CUDA_LADDERS)) ## kernel ladders and benchmarks
+
+ladders: $(CUDA_LADDERS) ## the table of all GPU kernels, on the GPU of this machine
+	@for ladder in $^; do ./$$ladder || exit 1; done
 
 readme: all ## write the table of options into README.md
 	@{ sed '/<!-- options: begin/q' README.md; $(BUILD)/train_mamba --help=markdown; sed -n '/<!-- options: end/,$$p' README.md; } > $(BUILD)/README.md

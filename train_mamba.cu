@@ -2872,6 +2872,8 @@ void adamw_cuda(float* params, X* params_x, const float* grads, float* m, float*
     cudaCheck(cudaGetLastError());
 }
 
+#ifndef SSM_KERNELS_ONLY    // the ladders in dev/cuda need no model
+
 // ---------------------------------------------------------------------------------------------------
 // 5. Blocks
 //
@@ -3536,3 +3538,5 @@ int main(int argc, char** argv) {
     return ssm_main(argc, argv);
 }
 #endif
+
+#endif    // SSM_KERNELS_ONLY

@@ -1,7 +1,7 @@
 // The matmul ladder: how the linear layer of train_mamba.c becomes fast, one idea per rung.
 //
 //   make dev                 (OpenBLAS is the last rung where it is installed)
-//   build/dev/matmul         all rungs           build/dev/matmul 3           rung 3 only
+//   build/dev/cpu_matmul         all rungs           build/dev/cpu_matmul 3           rung 3 only
 //
 // All rungs compute C(i,j) += sum_l A(i,l) B(l,j); the three products of a layer differ only in the strides:
 //   forward   out (M,O)     = inp (M,I) weight^T     A(i,l) = inp[i,l]     B(l,j) = weight[j,l]

@@ -1,0 +1,262 @@
+// What the ladders in dev/cuda share: random inputs, comparison with the CPU, timing with a cold cache, the
+// table. A ladder is one kernel in several versions ("rungs"), from the obvious one to the one that ships.
+//
+//   static const Rung rungs[] = {{"one thread per row", launch1, 0}, {"shipped", launch2, 0}};
+//   static void setup(int which) {...}    which 0: a small ragged problem, 1: the one that is timed. Makes the
+//                                         inputs (random_array), the outputs (nan_array) and, with the CPU
+//                                         functions of train_mamba.c, what is expected (expect).
+//   int main(int argc, char** argv) {
+//       const Ladder ladder = {"rmsnorm_forward", "B8 T2048 D768, bf16", rungs, COUNT(rungs), setup, bytes, 0, 0};
+//       return ladder_main(argc, argv, &ladder, 1);
+//   }
+//
+// The list of rungs that is printed is the array that is launched. `./build/dev/<kernel>` runs all rungs,
+// `./build/dev/<kernel> 3` the third of every ladder of the file.
+//
+// Time: events around one launch, after 512 MB of other data have passed through the cache; median and
+// minimum of 50. Floor: the time that the bytes need at the bandwidth of a copy measured in the same run, or
+// the one that the file gives (special functions, matmul). Error: the largest relative L2 difference of any
+// output from the CPU in both problems; outputs are NaN before each launch, so what is not written fails.
+#ifndef LADDER_H
+#define LADDER_H
+
+#define SSM_KERNELS_ONLY
+// defines: the kernels and launchers, and all of train_mamba.c
+#include "../../train_mamba.cu"
+
+#include <algorithm>
+#include <vector>
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+
+typedef struct {
+    const char* idea;
+    void (*launch)(void);              // on stream 0, on the problem of the last setup
+    double limit;                      // largest error; 0: that of the output (expect)
+} Rung;
+
+typedef struct {
+    const char *name, *shape;
+    const Rung* rung;
+    int n_rungs;
+    void (*setup)(int which);
+    double bytes, flop;                // of the timed problem; flop 0: GB/s is printed, otherwise TFLOP/s
+    double floor_ms;                   // 0: bytes / measured copy bandwidth
+} Ladder;
+
+// ------------------------------------------------------------------------------------------------
+// Arrays: the same numbers on both sides
+
+// Output: an array on the device, what it must be, and what it is before each launch (NULL: NaN)
+typedef struct {
+    const char* name;
+    void* device;
+    size_t count, width;               // elements, bytes of one
+    std::vector<float> expected, before;
+    double limit;
+} Output;
+
+static std::vector<Output> ladder_outputs;
+static std::vector<void*> ladder_memory;
+
+// the conversions of the kernels, on the host
+static inline float host_float(float x) { return x; }
+static inline float host_float(bf16 x) { return __bfloat162float(x); }
+static inline void host_store(float* p, float x) { *p = x; }
+static inline void host_store(bf16* p, float x) { *p = __float2bfloat16_rn(x); }
+
+static float array_float(const void* p, size_t width, size_t i) {
+    return width == 4 ? ((const float*)p)[i] : host_float(((const bf16*)p)[i]);
+}
+
+template <typename X> X* device_array(size_t n) {
+    X* p;
+    cudaCheck(cudaMalloc((void**)&p, n * sizeof(X) + 256));
+    cudaCheck(cudaMemset(p, 0xff, n * sizeof(X)));               // NaN in both types
+    ladder_memory.push_back(p);
+    return p;
+}
+
+template <typename X> X* device_copy(const std::vector<X>& v) {
+    X* p = device_array<X>(v.size());
+    cudaCheck(cudaMemcpy(p, v.data(), v.size() * sizeof(X), cudaMemcpyHostToDevice));
+    return p;
+}
+
+// random_array: n normal numbers that are exact in X; *host receives them as floats
+template <typename X>
+X* random_array(size_t n, double scale, double mean, std::vector<float>* host) {
+    static uint64_t stream = 1000;
+    stream++;
+    std::vector<X> x(n);
+    host->resize(n);
+    #pragma omp parallel for
+    for (size_t i = 0; i < n; i++) {
+        host_store(&x[i], (float)(scale * random_normal(7, stream, i) + mean));
+        (*host)[i] = host_float(x[i]);
+    }
+    return device_copy(x);
+}
+
+// nan_array: an output of n elements
+template <typename X> X* nan_array(size_t n) { return device_array<X>(n); }
+
+// expect: what the array must hold after a launch, compared by relative L2 error. `before`: what it holds
+// before, for outputs that are added to; empty: NaN
+template <typename X>
+void expect(const char* name, X* device, const std::vector<float>& expected, double limit,
+            const std::vector<float>& before = std::vector<float>()) {
+    Output o = {name, device, expected.size(), sizeof(X), expected, before, limit};
+    ladder_outputs.push_back(o);
+}
+
+static void outputs_reset(void) {
+    for (Output& o : ladder_outputs) {
+        cudaCheck(cudaMemset(o.device, 0xff, o.count * o.width));
+        if (o.before.empty()) continue;
+        std::vector<bf16> narrow(o.width == 2 ? o.count : 0);
+        for (size_t i = 0; i < narrow.size(); i++) host_store(&narrow[i], o.before[i]);
+        const void* from = o.width == 2 ? (const void*)narrow.data() : (const void*)o.before.data();
+        cudaCheck(cudaMemcpy(o.device, from, o.count * o.width, cudaMemcpyHostToDevice));
+    }
+}
+
+// outputs_check: the worst error, in units of its limit (above 1: failed), and the error itself
+static double outputs_check(double limit, double* error, const char** worst_name) {
+    double worst = 0;
+    *error = 0;
+    *worst_name = "";
+    std::vector<char> host;
+    for (Output& o : ladder_outputs) {
+        host.resize(o.count * o.width);
+        cudaCheck(cudaMemcpy(host.data(), o.device, host.size(), cudaMemcpyDeviceToHost));
+        double diff = 0, norm = 0;
+        for (size_t i = 0; i < o.count; i++) {
+            double d = (double)array_float(host.data(), o.width, i) - (double)o.expected[i];
+            diff += d * d;
+            norm += (double)o.expected[i] * (double)o.expected[i];
+        }
+        double e = norm > 0 ? sqrt(diff / norm) : sqrt(diff), ratio = e / (limit > 0 ? limit : o.limit);
+        if (!(ratio <= worst)) { worst = ratio; *error = e; *worst_name = o.name; }
+    }
+    return worst;
+}
+
+static void ladder_release(void) {
+    cudaCheck(cudaDeviceSynchronize());
+    for (void* p : ladder_memory) cudaCheck(cudaFree(p));
+    ladder_memory.clear();
+    ladder_outputs.clear();
+}
+
+// ------------------------------------------------------------------------------------------------
+// Time
+
+enum { LADDER_REPEATS = 50 };
+static const size_t LADDER_FLUSH = (size_t)512 << 20;
+
+// time_cold: milliseconds of one launch with a cold cache, median; *least: the minimum
+static double time_cold(void (*launch)(void), double* least) {
+    static char* flush = NULL;
+    static cudaEvent_t begin, end;
+    if (!flush) {
+        cudaCheck(cudaMalloc((void**)&flush, LADDER_FLUSH));
+        cudaCheck(cudaEventCreate(&begin));
+        cudaCheck(cudaEventCreate(&end));
+    }
+    std::vector<float> ms(LADDER_REPEATS);
+    for (int i = -2; i < LADDER_REPEATS; i++) {                    // two to warm up
+        cudaCheck(cudaMemsetAsync(flush, i & 0xff, LADDER_FLUSH, 0));
+        cudaCheck(cudaEventRecord(begin, 0));
+        launch();
+        cudaCheck(cudaEventRecord(end, 0));
+        cudaCheck(cudaEventSynchronize(end));
+        float t;
+        cudaCheck(cudaEventElapsedTime(&t, begin, end));
+        if (i >= 0) ms[(size_t)i] = t;
+    }
+    std::sort(ms.begin(), ms.end());
+    *least = ms[0];
+    return ms[LADDER_REPEATS / 2];
+}
+
+static char *copy_to, *copy_from;
+static void copy_launch(void) {
+    cudaCheck(cudaMemcpyAsync(copy_to, copy_from, LADDER_FLUSH, cudaMemcpyDeviceToDevice, 0));
+}
+
+// copy_bandwidth: bytes read and written per second by a large copy, the roof of everything that computes
+// little
+static double copy_bandwidth(void) {
+    static double rate = 0;
+    if (rate > 0) return rate;
+    cudaCheck(cudaMalloc((void**)&copy_to, LADDER_FLUSH));
+    cudaCheck(cudaMalloc((void**)&copy_from, LADDER_FLUSH));
+    cudaCheck(cudaMemset(copy_from, 1, LADDER_FLUSH));
+    double least, ms = time_cold(copy_launch, &least);
+    cudaCheck(cudaFree(copy_to));
+    cudaCheck(cudaFree(copy_from));
+    rate = 2.0 * (double)LADDER_FLUSH / (ms * 1e-3);
+    return rate;
+}
+
+// ------------------------------------------------------------------------------------------------
+// The table
+
+// ladder_run: checks and times all rungs (only > 0: that one). Returns the number of failures.
+static int ladder_run(const Ladder* l, int only) {
+    int failed = 0;
+    std::vector<double> error((size_t)l->n_rungs, 0), ratio((size_t)l->n_rungs, 0);
+    std::vector<const char*> where((size_t)l->n_rungs, "");
+    double floor_ms = l->floor_ms > 0 ? l->floor_ms : l->bytes / copy_bandwidth() * 1e3;
+    printf("%s, %s: floor %.4f ms (%.0f MB, copy %.2f TB/s)\n", l->name, l->shape, floor_ms, l->bytes / 1e6,
+           copy_bandwidth() / 1e12);
+    printf("  %-4s %-64s %9s %9s %9s %7s %9s\n", "rung", "idea", "ms", "least", l->flop ? "TFLOP/s" : "GB/s",
+           "floor", "error");
+    for (int which = 0; which < 2; which++) {
+        l->setup(which);
+        for (int r = 0; r < l->n_rungs; r++) {
+            if (only > 0 && r + 1 != only) continue;
+            double e, x, least, ms;
+            const char* name;
+            outputs_reset();
+            l->rung[r].launch();
+            cudaCheck(cudaDeviceSynchronize());
+            x = outputs_check(l->rung[r].limit, &e, &name);
+            if (!(x <= ratio[(size_t)r]) || which == 0) {
+                ratio[(size_t)r] = x;
+                error[(size_t)r] = e;
+                where[(size_t)r] = name;
+            }
+            if (which == 0) continue;
+            ms = time_cold(l->rung[r].launch, &least);
+            bool ok = ratio[(size_t)r] <= 1;
+            failed += !ok;
+            printf("  v%-3d %-64s %9.4f %9.4f %9.1f %6.1f%% %9.1e%s%s\n", r + 1, l->rung[r].idea, ms, least,
+                   l->flop ? l->flop / ms * 1e-9 : l->bytes / ms * 1e-6, 100 * floor_ms / ms,
+                   error[(size_t)r], ok ? "" : "  FAILED: ", ok ? "" : where[(size_t)r]);
+            fflush(stdout);
+        }
+        ladder_release();
+    }
+    printf("\n");
+    return failed;
+}
+
+// ladder_main: the ladders of one file; argument: the number of one rung
+static int ladder_main(int argc, char** argv, const Ladder* ladder, int n) {
+    int only = argc > 1 ? atoi(argv[1]) : 0, failed = 0, most = 0;
+    for (int i = 0; i < n; i++) most = ladder[i].n_rungs > most ? ladder[i].n_rungs : most;
+    if (argc > 2 || (argc > 1 && (only < 1 || only > most)))
+        die("expected the number of one rung, 1 to %d, or nothing for all; found '%s'", most,
+            argv[argc > 2 ? 2 : 1]);
+    device_require();
+    cudaDeviceProp prop;
+    cudaCheck(cudaGetDeviceProperties(&prop, 0));
+    printf("%s\n", prop.name);
+    for (int i = 0; i < n; i++) failed += ladder_run(&ladder[i], only);
+    if (failed) printf("%d rungs failed\n", failed);
+    return failed > 0;
+}
+
+#endif
