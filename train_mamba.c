@@ -2229,6 +2229,7 @@ struct Backend {
     // when the next begins: a GPU computes one step while the host prepares the next. After a step that was
     // not taken the host's arrays hold its parameters and gradients.
     int queue;
+    double peak_flops;                 // of the device, in matmuls of this precision; 0: not known
     void (*step_begin)(Backend*, const Step*);
     StepResult (*step_end)(Backend*);
     // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
@@ -2786,6 +2787,27 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
 
 static double mib(double bytes) { return bytes / 1048576.0; }
 
+// Flop: floating-point operations per token of a training step (forward and twice as much backward)
+//   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
+//            head (of a tied embedding the head alone; looking up a row computes nothing)
+//   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and add
+//            C h), 18 backward (the forward's again, and 11 for the gradients)
+// The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
+// figure 6 N per token that others quote counts every parameter N, the embedding too.
+typedef struct { double matmul, scan; } Flop;
+
+Flop flop_per_token(const Model* m) {
+    Flop f = {0, 0};
+    const Config* c = &m->config;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        bool lookup = t->spec->init == INIT_EMBEDDING && !c->tie_embeddings;
+        if (t->ndim == 2 && (t->spec->flags & DECAY) && !lookup) f.matmul += 6.0 * (double)t->count;
+        if (t->spec->init == INIT_A_LOG) f.scan += 25.0 * (double)t->count;
+    }
+    return f;
+}
+
 // ------------------------------------------------------------------------------------------------
 // 11.2 Evaluation
 
@@ -3063,6 +3085,58 @@ static bool step_finish(Trainer* t, Record* r, Error* err) {
                 (long long)loader_position(&t->loader, r->samples, &starts));
 }
 
+// trainer_check: the CPU as oracle of the device. The first CHECK_TOKENS tokens of the batch of step r go
+// forward and backward on the device and on the CPU, with the device's weights after that step. Prints the
+// relative L2 error of every tensor's gradient, of equal tensors of all layers the worst.
+enum { CHECK_TOKENS = 64 };
+
+static void trainer_check(Trainer* t, const Record* r) {
+    const Options* o = &t->settings->o;
+    Backend* b = &t->backend;
+    Model* m = &t->model;
+    size_t T = min_size(CHECK_TOKENS, (size_t)o->seq_len), n = 0;
+    step_batch(t, r->samples);
+    const int* doc = o->reset_documents ? t->doc : NULL;
+    for (size_t i = 0; i < T; i++) n += t->targets[i] >= 0;
+    double scale = n ? 1.0 / (double)n : 1;
+    b->zero_gradients(b);
+    double loss = b->forward(b, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
+    b->backward(b, -1, t->inputs, doc, 1, T);
+    b->download(b);
+    real* device = (real*)xcalloc(m->n_elements, sizeof(real));
+    memcpy(device, m->grads, m->n_elements * sizeof(real));
+    Backend cpu = backend_cpu(m, 1, T, true, RECOMPUTE_NONE);
+    cpu.zero_gradients(&cpu);
+    double expected = cpu.forward(&cpu, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
+    cpu.backward(&cpu, -1, t->inputs, doc, 1, T);
+    printf("check of step %lld, %zu tokens: loss %.6f, on the CPU %.6f; relative errors of the gradients:\n",
+           (long long)r->step, T, loss, expected);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* first = &m->tensor[i];
+        double worst = -1;
+        int layer = 0;
+        bool shown = false;          // with an earlier tensor of the same kind
+        for (int j = 0; j < m->n_tensors; j++) {
+            const Tensor* u = &m->tensor[j];
+            if (u->spec != first->spec) continue;
+            if (j < i) { shown = true; break; }
+            double diff = 0, norm = 0;
+            for (size_t k = u->offset; k < u->offset + u->count; k++) {
+                double want = (double)m->grads[k], d = (double)device[k] - want;
+                diff += d * d;
+                norm += want * want;
+            }
+            double error = norm > 0 ? sqrt(diff / norm) : sqrt(diff);
+            if (!(error <= worst)) { worst = error; layer = u->layer; }
+        }
+        if (shown) continue;
+        if (first->layer < 0) printf("  %-32s %.1e\n", first->spec->name, worst);
+        else printf("  %-32s %.1e, in layer %d\n", first->spec->name, worst, layer);
+    }
+    cpu.destroy(&cpu);
+    free(device);
+}
+
 // Spike: watches a number that should change slowly (loss, gradient norm). A value more than 6 standard
 // deviations above the mean of the last 128 is reported; nothing else is done about it.
 enum { SPIKE_WINDOW = 128 };
@@ -3094,6 +3168,8 @@ static int train_loop(Trainer* t) {
     double tokens_per_step = (double)(o->batch_size * o->grad_accum * o->seq_len);
     double start = seconds_now(), since = start,
            other = 0;    // other: evaluation, saving, sampling since the last line
+    double timed_seconds = 0;          // of `timed` steps, without the first and without what is in `other`
+    int64_t timed = 0;
     int64_t first = p->step, shown = p->step;
     int bad_in_a_row = 0;
     Spike losses, norms;
@@ -3105,6 +3181,7 @@ static int train_loop(Trainer* t) {
     if (strcmp(o->schedule, "cosine") == 0) schedule = SCHEDULE_COSINE;
     if (strcmp(o->schedule, "wsd") == 0) schedule = SCHEDULE_WSD;
     int queue = strcmp(o->on_nan, "skip") == 0 ? 0 : t->backend.queue;   // skipping needs to know at once
+    double last_finish = 0;
     bool drain = false;      // before the model is evaluated, saved or sampled, every step begun is finished
     while ((p->step < o->steps && !stop_signal) || t->queued > 0) {
         bool going_on = p->step < o->steps && !stop_signal;
@@ -3115,7 +3192,7 @@ static int train_loop(Trainer* t) {
         bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
         bool save_now = last || (o->save_every && p->step % o->save_every == 0);
         bool sample_now = !last && o->sample_every && p->step % o->sample_every == 0;
-        drain = evaluate_now || save_now || sample_now;
+        drain = evaluate_now || save_now || sample_now || (o->check && p->step % o->check == 0);
         if (going_on && !drain && t->queued <= queue) continue;
         Record r;
         if (!step_finish(t, &r, &err)) {
@@ -3138,6 +3215,7 @@ static int train_loop(Trainer* t) {
         bool newest = t->queued == 0;
         evaluate_now = evaluate_now && newest;
         double now = seconds_now();
+        if (last_finish > 0) { timed_seconds += now - last_finish; timed++; }
         r.rate = tokens_per_step * (double)(r.step - shown) / (now - since - other);
         if (r.step == o->steps || evaluate_now || r.step % o->log_every == 0 || r.step == first + 1) {
             char left[32];
@@ -3166,8 +3244,10 @@ static int train_loop(Trainer* t) {
         if (best || (save_now && newest)) trainer_save(t, best);
         if (sample_now && newest && !trainer_sample(t, &err))
             warn("%s", err.text);       // a full disk under stdout must not end the run
+        if (o->check && r.step % o->check == 0) trainer_check(t, &r);
         fflush(stdout);
-        other += seconds_now() - pause;
+        last_finish = seconds_now();
+        other += last_finish - pause;
     }
     if (stop_signal) {
         printf("stopped by signal %d at step %lld\n", (int)stop_signal, (long long)p->step);
@@ -3182,6 +3262,16 @@ static int train_loop(Trainer* t) {
     if (t->data.has_val)
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
+    if (timed > 0) {
+        Flop flop = flop_per_token(&t->model);
+        double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
+        printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)", rate,
+               rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
+               6e-6 * (double)t->model.n_params);
+        if (peak > 0)
+            printf(", MFU %.1f %% of %.0f TFLOP/s", 100 * rate * flop.matmul / peak, peak * 1e-12);
+        printf("\n");
+    }
     if (!trainer_sample(t, &err)) warn("%s", err.text);
     return t->save_failed ? 1 : 0;
 }
@@ -3263,6 +3353,7 @@ static void trainer_create(Trainer* t, Settings* s) {
         if (settings_origin(s, "min-lr") == FROM_USER) die("--min-lr %g is above --lr %g", o->min_lr, o->lr);
         s->o.min_lr = o->lr;        // the default, for a small --lr
     }
+    if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
     set_threads(o->threads);
     const char* list = o->data;
     if (!tokenizer_choose(&t->data.tokenizer, s, list, &err) || !data_open_all(&t->data, s, &err))

@@ -3875,6 +3875,23 @@ template <typename X> static void paths_print(const Backend* b) {
            strcmp(scan, "fast") && sizeof(X) == 2 ? " (the fast scan needs --d-state 16, E % 32 = 0, R % 8 = 0)" : "");
 }
 
+// device_peak: dense matmuls per second in bf16, from the data sheets; fp32 matmuls are exact, on the ordinary
+// units: two operations per lane and clock
+static double device_peak(bool bf16_) {
+    static const struct { const char* name; double peak; } known[] = {
+        {"H200", 989.4e12}, {"H100 PCIe", 756e12}, {"H100", 989.4e12}, {"H800", 989.4e12}, {"A100", 312e12},
+        {"A800", 312e12},   {"L40S", 362e12},      {"4090", 165.2e12}, {"3090", 71e12},
+    };
+    cudaDeviceProp prop;
+    int clock;
+    cudaCheck(cudaGetDeviceProperties(&prop, 0));
+    cudaCheck(cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, 0));
+    if (!bf16_) return 2.0 * (prop.major == 8 && prop.minor == 0 ? 64 : 128) * prop.multiProcessorCount * clock * 1e3;
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
+        if (strstr(prop.name, known[i].name)) return known[i].peak;
+    return 0;
+}
+
 template <typename X>
 static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, int recompute, size_t micros = 1,
                                bool carry = false) {
@@ -3905,6 +3922,7 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, int 
     b.gradient_norm = cuda_gradient_norm<X>;
     b.update = cuda_update<X>;
     b.queue = 1;
+    b.peak_flops = device_peak(sizeof(X) == 2);
     b.step_begin = cuda_step_begin<X>;
     b.step_end = cuda_step_end<X>;
     b.decode = cuda_decode<X>;

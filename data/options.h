@@ -21,7 +21,7 @@ typedef struct {
     uint64_t seed;
     const char *out, *from, *on_nan;
     const char *device, *precision;
-    int64_t threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
+    int64_t check, threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
     int recompute;           // RECOMPUTE_NONE, _CHEAP, _ALL
     bool resume;
     // generation
@@ -115,6 +115,8 @@ static const Option options[] = {
     {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},
     {"precision", 'c', OPT(precision), WORD_ALL, "bf16", 0, 0, "bf16 fp32",
      "of activations and matmuls on the GPU; parameters, residual stream, state and sums are fp32"},
+    {"check", 'i', OPT(check), WORD_TRAIN, "0", 0, BIG, NULL,
+     "steps between comparisons of the GPU with the CPU, on a few tokens of the batch; 0: none"},
 #endif
     {"threads", 'i', OPT(threads), WORD_ALL, "0", 0, 4096, NULL,
      "CPU threads; 0: all. The results do not depend on it"},
