@@ -1567,7 +1567,7 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 //             (F8) y_t = s_t silu(z_t)                    a_t := 0 where a document begins
 //   shapes:   x, dt_raw, s, y (B,T,E)   Bt, Ct (B,T,N), row stride ldbc   z (B,T,E), row stride ldz
 //             A_log (E,N)   Dskip, dt_bias (E)   h0, hT (B,E,N)   doc (B,T)
-//   saved:    s, and hs (B, T/8, E, N): the state before tokens 0, 8, 16, ...; the rest is recomputed
+//   saved:    s, and hs (B, T/16, E, N): the state before tokens 0, 16, 32, ...; the rest is recomputed
 // Mamba paper (arXiv 2312.00752), section 3.2 and algorithm 2. Oracle: selective_scan_forward/_backward of
 // train_mamba.c.
 //
@@ -1578,8 +1578,9 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 // SCAN_CHANNELS channels of one sequence and walks through time, so that the state never leaves the chip; the
 // grid is (E / 32, B). No sum depends on the order in which threads happen to run: results repeat bitwise.
 
-// SCAN_STEPS: tokens between two saved states. SCAN_GROUP: states that a block's four warps hold at once.
-enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_GROUP = 16, SCAN_THREADS = 128 };
+// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SAVED: tokens between two saved states.
+// SCAN_GROUP: states that a block's four warps hold at once.
+enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SAVED = 16, SCAN_GROUP = 16, SCAN_THREADS = 128 };
 
 #define SCAN_LOG2E 1.44269504f
 #define SCAN_LN2 0.69314718f
@@ -1587,12 +1588,12 @@ enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_GROUP = 16, SCAN_THREADS = 128 }
 #define SCAN_RESET 3e38f
 
 static inline size_t scan_blocks_cuda(size_t E) { return (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS; }
-static inline size_t scan_chunks_cuda(size_t T) { return (T + SCAN_STEPS - 1) / SCAN_STEPS; }
+static inline size_t scan_states_cuda(size_t T) { return (T + SCAN_SAVED - 1) / SCAN_SAVED; }
 static inline size_t scan_padded_cuda(size_t T) { return (T + 31) / 32 * 32; }
 
 // elements of X that forward saves in hs
 size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N) {
-    return B * scan_chunks_cuda(T) * E * N;
+    return B * scan_states_cuda(T) * E * N;
 }
 
 // floats of backward's scratch: dBt and dCt of every block, then dA_log, dDskip, ddt_bias of every sequence
@@ -1710,6 +1711,7 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
     float (*A2)[SCAN_CHANNELS] = h + padded;
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
     const size_t b = blockIdx.y, e = (size_t)blockIdx.x * SCAN_CHANNELS + lane, chunks = (T + 7) / SCAN_STEPS;
+    const size_t states = (chunks + 1) / 2;                    // saved ones, every second chunk
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
     for (int n = w; n < padded; n += 4) {
@@ -1733,8 +1735,8 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
             for (int k = 0; k < 4; k++) {
                 state[k] = h[n0 + k][lane];
                 decay[k] = A2[n0 + k][lane];
-                if (hs && channel && n0 + k < (int)N)
-                    scan_store(hs + ((b * chunks + chunk) * E + e) * N + n0 + k, state[k]);
+                if (hs && chunk % 2 == 0 && channel && n0 + k < (int)N)
+                    scan_store(hs + ((b * states + chunk / 2) * E + e) * N + n0 + k, state[k]);
             }
             #pragma unroll
             for (int j = 0; j < SCAN_STEPS; j++) {
@@ -1770,6 +1772,7 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
 
 // selective_scan_backward_kernel: from the last 8 tokens to the first. The states of 8 tokens are recomputed
 // from the saved one, then lambda = dLoss/dh_t runs backward; `carry` is what a token hands to the previous.
+// A state is saved every 16 tokens: the way to the second 8 leads through the first 8.
 //   forward (F8) y = s silu(z)          (B2)  g = dy silu(z)          dz = dy s silu'(z)
 //   forward (F7) s = <Ct, h> + D x      (B4)  lambda = g Ct + carry   (B5) dCt = sum_e g h
 //                                       (B3)  dx = D g + ..           dDskip = sum g x
@@ -1788,14 +1791,15 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                                const X* Bt, const X* Ct, size_t ldbc, const float* Dskip, const X* z,
                                size_t ldz, const int* doc, size_t T, size_t E, size_t N) {
     extern __shared__ __align__(128) char shared[];
-    ScanTile& tile = *(ScanTile*)shared;
+    ScanTile &tile = *(ScanTile*)shared, &before = *(&tile + 1);
     const int padded = (int)(N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
-    float* bc = (float*)(&tile + 1);
-    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc + SCAN_STEPS * 2 * padded);
+    float *bc = (float*)(&before + 1), *bc_before = bc + SCAN_STEPS * 2 * padded;
+    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc_before + SCAN_STEPS * 2 * padded);
     float (*A2)[SCAN_CHANNELS] = carry + padded;
     float (*dA)[SCAN_CHANNELS] = A2 + padded;
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
     const size_t b = blockIdx.y, e = (size_t)blockIdx.x * SCAN_CHANNELS + lane, chunks = (T + 7) / SCAN_STEPS;
+    const size_t states = (chunks + 1) / 2;
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
     float dD = 0.0f, dbias = 0.0f;
@@ -1808,7 +1812,8 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
         dA[n][lane] = 0.0f;
     }
     for (size_t chunk = chunks; chunk-- > 0;) {
-        size_t t0 = chunk * SCAN_STEPS;
+        const size_t t0 = chunk * SCAN_STEPS;
+        const bool second = chunk % 2;                         // no state was saved at t0
         float x_t[2];
         #pragma unroll
         for (int k = 0; k < 2; k++) {  // undo the gate; y once more, for the next matmul's weight
@@ -1825,8 +1830,11 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                 scan_store(y + row * E + e, s_t * silu);
             }
             tile.g[j][lane] = g;
+            if (second)
+                scan_load_element(before, x, dt_raw, bias, doc, j, lane, b, t0 - SCAN_STEPS + j, e, T, E);
         }
         scan_load_bc(bc, Bt, Ct, ldbc, b, t0, T, N, padded);
+        if (second) scan_load_bc(bc_before, Bt, Ct, ldbc, b, t0 - SCAN_STEPS, T, N, padded);
         __syncthreads();
         float q[SCAN_STEPS] = {0}, r[SCAN_STEPS] = {0};                  // <lambda, Bt>, <lambda, A2 m>
         for (int n0 = 4 * w; n0 < padded; n0 += SCAN_GROUP) {
@@ -1834,10 +1842,17 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
             #pragma unroll
             for (int k = 0; k < 4; k++) {
                 bool inside = channel && n0 + k < (int)N;
-                h[k] = inside ? to_float(hs[((b * chunks + chunk) * E + e) * N + n0 + k]) : 0.0f;
+                h[k] = inside ? to_float(hs[((b * states + chunk / 2) * E + e) * N + n0 + k]) : 0.0f;
                 lambda[k] = carry[n0 + k][lane];
                 decay[k] = A2[n0 + k][lane];
                 dA_n[k] = dA[n0 + k][lane];
+            }
+            #pragma unroll
+            for (int j = 0; second && j < SCAN_STEPS; j++) {
+                const float* B_t = bc_before + j * 2 * padded + n0;
+                float dt = before.decay_dt[j][lane], dtx = before.dtx[j][lane];
+                #pragma unroll
+                for (int k = 0; k < 4; k++) h[k] = fmaf(exp2_unit(dt * decay[k]), h[k], dtx * B_t[k]);
             }
             #pragma unroll
             for (int j = 0; j < SCAN_STEPS; j++) {
@@ -2049,15 +2064,15 @@ selective_scan_forward_fast_kernel(bf16* y, bf16* s, bf16* hs, float* hT, const 
         // state groups only, and a shared load with few distinct addresses takes half the time.
         const int g = (lane & 1) | ((lane >> 2) & 2), c = ((lane >> 1) & 3) | ((lane >> 2) & 4);
         const int ch = (threadIdx.x >> 5) * 8 + c;
-        const size_t state = (b * E + e0 + ch) * 16 + 4 * g, chunks = (T + 7) / SCAN_STEPS;
+        const size_t state = (b * E + e0 + ch) * 16 + 4 * g, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
         float decay[4], h[4];
         #pragma unroll
         for (int n = 0; n < 4; n++) {
             decay[n] = scan_decay(A_log[(size_t)(e0 + ch) * 16 + 4 * g + n]);
             h[n] = h0 ? h0[state + n] : 0.0f;
         }
-        bf16* saved = hs + (b * chunks * E + e0 + ch) * 16 + 4 * g;                 // next state to save
-        int left = hs ? (int)chunks : 0;                       // how many there are
+        bf16* saved = hs + (b * states * E + e0 + ch) * 16 + 4 * g;                 // next state to save
+        int left = hs ? (int)states : 0;                       // how many there are
         const size_t next = E * 16;
         #pragma unroll 1
         for (int i = 0; i <= tiles; i++) {
@@ -2071,8 +2086,8 @@ selective_scan_forward_fast_kernel(bf16* y, bf16* s, bf16* hs, float* hT, const 
             float* out1 = &sh.s[q][2 * g + 1][ch ^ (8 * g + 4)];
             #pragma unroll
             for (int t0 = 0; t0 < SCAN_TILE_STEPS; t0 += SCAN_STEPS) {
-                if (left > t0 / SCAN_STEPS)
-                    *(uint2*)(saved + t0 / SCAN_STEPS * next) =
+                if (t0 % SCAN_SAVED == 0 && left > t0 / SCAN_SAVED)
+                    *(uint2*)(saved + t0 / SCAN_SAVED * next) =
                         make_uint2(scan_pack(h[0], h[1]), scan_pack(h[2], h[3]));
                 float sum[8];
                 #pragma unroll
@@ -2101,8 +2116,8 @@ selective_scan_forward_fast_kernel(bf16* y, bf16* s, bf16* hs, float* hT, const 
                 out0[t0 * SCAN_CHANNELS] = sum[0];
                 out1[t0 * SCAN_CHANNELS] = sum[1];
             }
-            saved += SCAN_TILE_STEPS / SCAN_STEPS * next;
-            left -= SCAN_TILE_STEPS / SCAN_STEPS;
+            saved += SCAN_TILE_STEPS / SCAN_SAVED * next;
+            left -= SCAN_TILE_STEPS / SCAN_SAVED;
         }
         if (hT) *(float4*)(hT + state) = make_float4(h[0], h[1], h[2], h[3]);
         return;
@@ -2251,7 +2266,7 @@ struct ScanBackwardShared {
     // tile as loaded; read by the threads that loaded it
     bf16 z[32][32], s[32][32], dy[32][32], bc[32][32];
     bf16 x[2][32][32], dt[2][32][32];
-    uint2 hs[2][4][SCAN_THREADS];  // saved states, read by the thread that loads them
+    uint2 hs[2][2][SCAN_THREADS];  // saved states, read by the thread that loads them
     int doc[32][2];
     float bias2[32];
 };
@@ -2265,8 +2280,8 @@ __device__ __forceinline__ void scan_store4(bf16* p, size_t i, float4 v) {
 // selective_scan_backward_fast_kernel: the general kernel's formulas. A block of four warps walks tiles of 32
 // tokens, four chunks each, from right to left. A warp owns 8 channels x 16 states as one tensor core matrix:
 // lane (g, q) holds states 4q..4q+3 of channel g, v[0], v[1] = row g, columns 2q, 2q+1, v[2], v[3] = row g+8.
-// In a chunk, 8 steps forward keep a_t and m_t in registers (one exponential per update in all of backward);
-// 8 steps in reverse use them.
+// In a chunk, 8 steps forward keep a_t and m_t in registers; 8 steps in reverse use them. States are saved
+// every second chunk; before the other chunks come 8 steps that only lead there.
 //   dtx x Bt, g x Ct   (every channel times every state)  tf32: the A operand holds two steps of dtx, the
 //                      one-hot B operand picks one; g and dtx are rounded to 10 bits, Bt and Ct are exact
 //   q = <lambda, Bt>   lambda as bf16 is an A operand as it lies: rows g are the even, rows g+8 the odd step
@@ -2319,12 +2334,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             bool known = inside && (c0 == 0 || t > 0);
             scan_copy4(&sh.doc[r0][c0 >> 3], doc + (known ? row - (c0 >> 3) : 0), known);
         }
-        uint32_t chunks = (T + 7) / 8;
+        uint32_t states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
         #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            bool saved = i * 4 + k < (int)chunks;
-            uint32_t chunk = saved ? b * chunks + i * 4 + k : 0;
-            scan_copy8(&sh.hs[i & 1][k][tid], hs + ((size_t)chunk * E + e0 + ch) * 16 + 4 * q, saved);
+        for (int k = 0; k < 2; k++) {
+            bool saved = i * 2 + k < (int)states;
+            uint32_t state = saved ? b * states + i * 2 + k : 0;
+            scan_copy8(&sh.hs[i & 1][k][tid], hs + ((size_t)state * E + e0 + ch) * 16 + 4 * q, saved);
         }
         copy_async_commit();
     };
@@ -2415,11 +2430,28 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             const float* pdtx = &chunk.dtx[chunk.at(ch) + 2 * (q >> 1)];
             const float* pg = &chunk.g[chunk.at(ch) + 2 * (q >> 1)];
             float h[4], a[8][4], m[8][4], dt[8], dB[4] = {0, 0, 0, 0}, dC[4] = {0, 0, 0, 0};
-            uint2 start = sh.hs[i & 1][k][tid];
+            uint2 start = sh.hs[i & 1][k >> 1][tid];
             h[0] = scan_low(start.x);
             h[1] = scan_high(start.x);
             h[2] = scan_low(start.y);
             h[3] = scan_high(start.y);
+            if (k & 1) {                                       // the state was saved 8 tokens earlier: get here
+                const ScanBackwardChunk& left = sh.chunk[k - 1];
+                #pragma unroll
+                for (int f = 0; f < 2; f++) {
+                    float4 dt4 = *(const float4*)&left.dt[left.at(ch) + 4 * f];
+                    float2 dtx = *(const float2*)&left.dtx[left.at(ch) + 2 * (q >> 1) + 4 * f];
+                    float4 B4 = left.fragB[f][lane];
+                    const float Bv[4] = {B4.x, B4.y, B4.z, B4.w}, dtv[4] = {dt4.x, dt4.y, dt4.z, dt4.w};
+                    #pragma unroll
+                    for (int jj = 0; jj < 4; jj++) {
+                        float v = jj & 1 ? dtx.y : dtx.x, ah[4];
+                        #pragma unroll
+                        for (int n = 0; n < 4; n++) ah[n] = exp2_unit(dtv[jj] * decay[n]) * h[n];
+                        scan_mma_tf32(h, ah, odd ? 0.0f : v, odd ? v : 0.0f, Bv[jj]);
+                    }
+                }
+            }
             // B operands of dCt, dBt: step g, channels 2q, 2q+1; even steps in k 0..7, odd steps in k 8..15
             uint32_t gv = *(uint32_t*)&chunk.g16[g][scan_column(g, w * 8 + 2 * q)];
             uint32_t dv = *(uint32_t*)&chunk.dtx16[g][scan_column(g, w * 8 + 2 * q)];
@@ -2628,9 +2660,9 @@ const char* selective_scan_path_cuda(const X* x, const X* Bt, const X* Ct, size_
 template <typename Kernel> static inline void scan_allow_shared(Kernel kernel, size_t bytes) {
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
-static inline size_t scan_shared_bytes(size_t N, size_t state_arrays) {
-    size_t padded = (N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
-    return sizeof(ScanTile) + (2 * SCAN_STEPS + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
+static inline size_t scan_shared_bytes(size_t N, size_t tiles, size_t state_arrays) {
+    size_t padded = (N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP, rows = tiles * 2 * SCAN_STEPS;
+    return tiles * sizeof(ScanTile) + (rows + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
 }
 
 static inline void scan_launch_forward_fast(bf16* y, bf16* s, bf16* hs, float* hT,
@@ -2696,7 +2728,7 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
                                  doc, B, T, E, stream);
         return;
     }
-    size_t bytes = scan_shared_bytes(N, 2);
+    size_t bytes = scan_shared_bytes(N, 1, 2);
     scan_allow_shared(selective_scan_forward_kernel<X>, bytes);
     dim3 grid((unsigned)scan_blocks_cuda(E), (unsigned)B);
     selective_scan_forward_kernel<X><<<grid, SCAN_THREADS, bytes, stream>>>(
@@ -2725,7 +2757,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
                                   scratch, B, T, E, stream);
         return;
     }
-    size_t bytes = scan_shared_bytes(N, 3), blocks = scan_blocks_cuda(E);
+    size_t bytes = scan_shared_bytes(N, 2, 3), blocks = scan_blocks_cuda(E);
     float* de_part = scratch + blocks * B * T * 2 * N;
     scan_allow_shared(selective_scan_backward_kernel<X>, bytes);
     selective_scan_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)B), SCAN_THREADS, bytes, stream>>>(
