@@ -46,10 +46,21 @@ void cublas_check(cublasStatus_t status, const char* file, int line) {
         die("%s:%d: cuBLASLt: %s", file, line, cublasLtGetStatusString(status));
 }
 
+// device_calloc: zeroed memory on the device; `device_bytes` counts what has been asked for
+static size_t device_bytes;
+
 void* device_calloc(size_t count, size_t size) {
     void* p;
     cudaCheck(cudaMalloc(&p, count > 0 && size > 0 ? count * size : 1));
     cudaCheck(cudaMemset(p, 0, count * size));
+    device_bytes += count * size;
+    return p;
+}
+
+// host_pinned: host memory that the GPU copies from and to by itself, while both sides go on
+void* host_pinned(size_t bytes) {
+    void* p;
+    cudaCheck(cudaMallocHost(&p, bytes > 0 ? bytes : 1));
     return p;
 }
 
@@ -2831,7 +2842,8 @@ size_t adamw_pieces(AdamWPiece* piece, size_t n, size_t offset, size_t count, bo
 //   g = scale * grad,  scale = min(1, clip / (norm + 1e-6))
 //   m = beta1 m + (1-beta1) g     v = beta2 v + (1-beta2) g^2
 //   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)
-//   params, grads, m, v float   params_x: the parameters in X for the matmuls, or NULL   norm: gradient_norm
+//   params, grads, m, v float   params_x: the parameters in X for the matmuls, or NULL   norm: gradient_norm;
+//   when it is not finite nothing changes
 //   Loshchilov, Hutter (1711.05101)       bytes: 28 + sizeof(X) per parameter
 __device__ __forceinline__ void adamw_element(float* p, float* m, float* v, float grad, float scale,
                                               float keep, const AdamWStep& s) {
@@ -2846,6 +2858,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
 adamw_kernel(float* params, X* params_x, const float* grads, float* m, float* v, const AdamWPiece* piece,
              const AdamWStep* step, const double* norm) {
     AdamWStep s = *step;
+    if (!isfinite(*norm)) return;
     double ratio = s.clip / (*norm + 1e-6);
     float scale = s.clip > 0 && ratio < 1 ? (float)ratio : 1.0f;
     size_t offset = piece[blockIdx.x].offset;
@@ -2927,6 +2940,7 @@ template <typename X> struct CudaRun {
     size_t B, T;
     const int* doc;
     cudaStream_t stream;
+    int recompute;                  // RECOMPUTE_CHEAP: u, x and dt_raw have been overwritten since forward
 };
 
 enum {
@@ -2984,6 +2998,13 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
     cudaStream_t stream = run->stream;
     Matmul* mm = run->matmul;
+    if (run->recompute == RECOMPUTE_CHEAP) {
+        residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, a->res, (const X*)NULL, L->p[P_NORM], M, D,
+                                      (float)c->norm_eps, stream);
+        causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV],
+                                   L->p[P_CONV_BIAS], run->doc, B, T, E, K, stream);
+        matmul_forward_cuda(mm, a->dt_raw, E, a->rbc, RBC, L->px[P_DT], (const float*)NULL, M, R, E, stream);
+    }
     // out = W_out y: the gradient of y first, the scan's backward makes y again for the weight gradient
     matmul_backward_cuda(mm, w->dy, E, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
                          L->px[P_OUT], w->sums, M, E, D, stream);
@@ -3025,6 +3046,9 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
                              const ScratchCuda<X>* w) {
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     Matmul* mm = run->matmul;
+    if (run->recompute == RECOMPUTE_CHEAP)
+        residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, a->res, (const X*)NULL, L->p[P_MLP_NORM], M, D,
+                                      (float)run->config->norm_eps, run->stream);
     matmul_backward_cuda(mm, w->dm, F, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
                          L->px[P_FC2], w->sums, M, F, D, run->stream);
     gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
@@ -3040,7 +3064,7 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
 // ---------------------------------------------------------------------------------------------------
 // 6. Model
 
-enum { CLASSIFIER_ROWS_CUDA = 16384 };      // logits exist for this many tokens at a time
+enum { CLASSIFIER_ROWS_CUDA = 8192 };       // logits exist for this many tokens at a time
 
 // ArenaCuda: hands out pieces of one device allocation; with base NULL it only counts.
 typedef struct { char* base; size_t used; } ArenaCuda;
@@ -3050,18 +3074,48 @@ template <typename Y> static void arena_take(ArenaCuda* arena, Y** p, size_t cou
     arena->used += (count * sizeof(Y) + 255) / 256 * 256;
 }
 
+// StepCuda: the numbers of one step, in device memory, where a recorded CUDA graph finds those of every step
+typedef struct {
+    AdamWStep adamw;
+    float scale;             // 1 / number of targets
+} StepCuda;
+
+// BatchCuda: what the host sends for one step, in one piece: the numbers, then the tokens of all micro-batches
+typedef struct {
+    char* base;
+    StepCuda* step;
+    int *tokens, *targets, *doc;    // (micros,B,T)
+    bool* fresh;                    // (micros,B): rows whose carried state starts from zero
+    size_t bytes;
+} BatchCuda;
+
+static void batch_plan(BatchCuda* batch, size_t micros, size_t B, size_t T, char* base) {
+    ArenaCuda arena = {base, 0};
+    batch->base = base;
+    arena_take(&arena, &batch->step, 1);
+    arena_take(&arena, &batch->tokens, micros * B * T);
+    arena_take(&arena, &batch->targets, micros * B * T);
+    arena_take(&arena, &batch->doc, micros * B * T);
+    arena_take(&arena, &batch->fresh, micros * B);
+    batch->bytes = arena.used;
+}
+
 // WorkCuda: the device memory of one forward (and backward) over at most B x T tokens.
 template <typename X> struct WorkCuda {
-    size_t B, T, bytes;
-    bool training, recompute;
+    size_t B, T, micros;
+    size_t bytes, saved_bytes;      // all; what waits from forward to backward
+    bool training;
+    int recompute;
     char* memory;
+    BatchCuda batch;
     ActsCuda<X>* acts;              // [n_layers]
     ScratchCuda<X> scratch;
-    float *res0, *res_last, *f_rstd, *losses, *scale;
+    float *res_last, *f_rstd, *losses;
     X *f, *df, *logits;
-    int *tokens, *targets, *doc;
 };
 
+// The plan has three parts: the batch; what is saved; what is used for a short time. The logits and the
+// scratch of the layers are never needed together, so they share their memory.
 template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, ArenaCuda* arena) {
     const Config* c = &m->config;
     size_t B = w->B, T = w->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
@@ -3069,92 +3123,130 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     size_t RBC = (size_t)c->dt_rank + 2 * N, F = (size_t)c->d_intermediate, Vp = (size_t)c->vocab_padded;
     size_t rows = min_size(M, CLASSIFIER_ROWS_CUDA);
     bool train = w->training;
-    arena_take(arena, &w->tokens, M);
-    arena_take(arena, &w->targets, M);
-    arena_take(arena, &w->doc, M);
-    arena_take(arena, &w->scale, 1);
+    char* batch;
+    batch_plan(&w->batch, w->micros, B, T, NULL);
+    arena_take(arena, &batch, w->batch.bytes);
+    batch_plan(&w->batch, w->micros, B, T, batch);
+
+    size_t before = arena->used;
     arena_take(arena, &w->losses, M);
-    arena_take(arena, &w->res0, M * D);
-    arena_take(arena, &w->res_last, M * D);
-    arena_take(arena, &w->f, M * D);
-    arena_take(arena, &w->f_rstd, M);
-    arena_take(arena, &w->logits, rows * Vp);
-    int shared[2] = {-1, -1};       // with one set of activations: the layer of each kind that owns it
+    int first[2] = {-1, -1};        // the first layer of each kind: owns what the layers of the kind share
     for (int l = 0; l < m->n_layers; l++) {
         ActsCuda<X>* a = &w->acts[l];
         bool mlp = m->layer[l].kind->letter == 'm';
-        bool keep_res = train || l < 2;     // inference: two residual buffers, in turn
-        if (keep_res) arena_take(arena, &a->res, M * D);
-        else a->res = w->acts[l % 2].res;
-        if ((!train || w->recompute) && shared[mlp] >= 0) {
-            float* res = a->res;
-            *a = w->acts[shared[mlp]];
-            a->res = res;
-            continue;
-        }
-        shared[mlp] = l;
-        arena_take(arena, &a->rstd, M);
-        arena_take(arena, &a->u, M * D);
+        const ActsCuda<X>* shared = first[mlp] >= 0 ? &w->acts[first[mlp]] : NULL;
+        if (!shared) first[mlp] = l;
+        bool keep = !shared || (train && w->recompute != RECOMPUTE_ALL);
+        bool keep_cheap = !shared || (train && w->recompute == RECOMPUTE_NONE);
+        // takes memory of the layer's own, or the shared one
+        #define TAKE(own, field, count)                         \
+            do {                                                \
+                if (own) arena_take(arena, &a->field, (count)); \
+                else a->field = shared->field;                  \
+            } while (0)
+        if (train || l < 2) arena_take(arena, &a->res, M * D);
+        else a->res = w->acts[l % 2].res;      // inference: two residual buffers, in turn
+        TAKE(keep, rstd, M);
+        TAKE(keep_cheap, u, M * D);
         if (mlp) {
-            arena_take(arena, &a->h, M * 2 * F);
+            TAKE(keep, h, M * 2 * F);
             continue;
         }
-        arena_take(arena, &a->xz, M * 2 * E);
-        arena_take(arena, &a->x, M * E);
-        arena_take(arena, &a->rbc, M * RBC);
-        arena_take(arena, &a->dt_raw, M * E);
-        if (train) arena_take(arena, &a->s, M * E);
-        if (train) arena_take(arena, &a->hs, selective_scan_saved_cuda(B, T, E, N));
+        TAKE(keep, xz, M * 2 * E);
+        TAKE(keep_cheap, x, M * E);
+        TAKE(keep, rbc, M * RBC);
+        TAKE(keep_cheap, dt_raw, M * E);
+        if (!train) continue;
+        TAKE(keep, s, M * E);
+        TAKE(keep, hs, selective_scan_saved_cuda(B, T, E, N));
+        #undef TAKE
     }
+    arena_take(arena, &w->res_last, M * D);
+    arena_take(arena, &w->f, M * D);
+    arena_take(arena, &w->f_rstd, M);
+    if (train) arena_take(arena, &w->df, M * D);
+    w->saved_bytes = arena->used - before;
+
     ScratchCuda<X>* s = &w->scratch;
+    size_t start = arena->used, end;
+    arena_take(arena, &w->logits, rows * Vp);
+    end = arena->used;
+    arena->used = train ? start : end;         // decoding keeps its last outputs beside the logits
     arena_take(arena, &s->delta, M * D);
     arena_take(arena, &s->y, M * E);
     if (F) arena_take(arena, &s->m, M * F);
-    if (!train) return;
-    arena_take(arena, &w->df, M * D);
-    arena_take(arena, &s->dres, M * D);
-    arena_take(arena, &s->dres_x, M * D);
-    arena_take(arena, &s->du, M * D);
-    arena_take(arena, &s->dy, M * E);
-    arena_take(arena, &s->dxz, M * 2 * E);
-    arena_take(arena, &s->dx, M * E);
-    arena_take(arena, &s->ddt, M * E);
-    arena_take(arena, &s->drbc, M * RBC);
-    if (F) arena_take(arena, &s->dm, M * F);
-    if (F) arena_take(arena, &s->dh, M * 2 * F);
-    size_t sums = selective_scan_scratch_cuda(B, T, E, N),
-           other[] = {causal_conv1d_scratch_cuda(B, T, E, K), rmsnorm_backward_scratch_cuda(M, D),
-                      bias_backward_scratch_cuda(M, 2 * E), bias_backward_scratch_cuda(M, D)};
-    for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) sums = other[i] > sums ? other[i] : sums;
-    // a smaller call may cut time differently; its partial sums are never more than twice those of the full
-    // one
-    arena_take(arena, &s->sums, 2 * sums);
-    arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
+    if (train) {
+        arena_take(arena, &s->dres, M * D);
+        arena_take(arena, &s->dres_x, M * D);
+        arena_take(arena, &s->du, M * D);
+        arena_take(arena, &s->dy, M * E);
+        arena_take(arena, &s->dxz, M * 2 * E);
+        arena_take(arena, &s->dx, M * E);
+        arena_take(arena, &s->ddt, M * E);
+        arena_take(arena, &s->drbc, M * RBC);
+        if (F) arena_take(arena, &s->dm, M * F);
+        if (F) arena_take(arena, &s->dh, M * 2 * F);
+        size_t sums = selective_scan_scratch_cuda(B, T, E, N),
+               other[] = {causal_conv1d_scratch_cuda(B, T, E, K), rmsnorm_backward_scratch_cuda(M, D),
+                          bias_backward_scratch_cuda(M, 2 * E), bias_backward_scratch_cuda(M, D)};
+        for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) sums = other[i] > sums ? other[i] : sums;
+        // a smaller call may cut time differently; its partial sums are never more than twice those of the
+        // full one
+        arena_take(arena, &s->sums, 2 * sums);
+        arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
+    }
+    arena->used = arena->used > end ? arena->used : end;
 }
 
+// work_measure: the bytes of a plan, without memory
 template <typename X>
-WorkCuda<X> work_create(const Model* m, size_t B, size_t T, bool training, bool recompute) {
+WorkCuda<X> work_measure(const Model* m, size_t B, size_t T, size_t micros, bool training, int recompute) {
     WorkCuda<X> w;
     memset(&w, 0, sizeof w);
-    w.B = B; w.T = T; w.training = training; w.recompute = recompute;
+    w.B = B; w.T = T; w.micros = micros; w.training = training; w.recompute = recompute;
     w.acts = (ActsCuda<X>*)xcalloc((size_t)m->n_layers, sizeof(ActsCuda<X>));
     ArenaCuda arena = {NULL, 0};
     work_plan(&w, m, &arena);
     w.bytes = arena.used;
+    return w;
+}
+
+// work_largest: the largest B whose work fits into `bytes`, 0: none
+template <typename X>
+size_t work_largest(const Model* m, size_t T, size_t micros, int recompute, size_t bytes) {
+    auto fits = [&](size_t B) {
+        WorkCuda<X> w = work_measure<X>(m, B, T, micros, true, recompute);
+        free(w.acts);
+        return w.bytes <= bytes;
+    };
+    size_t low = 0, high = 1;
+    while (high < (size_t)1 << 32 && fits(high)) { low = high; high *= 2; }
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (fits(middle)) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+template <typename X>
+WorkCuda<X> work_create(const Model* m, size_t B, size_t T, size_t micros, bool training, int recompute) {
+    WorkCuda<X> w = work_measure<X>(m, B, T, micros, training, recompute);
     size_t available = 0, total = 0;
     cudaCheck(cudaMemGetInfo(&available, &total));
     if (w.bytes > available)
-        die("the activations need %.1f GiB, the GPU has %.1f GiB left; lower --batch-size or --seq-len, or "
-            "use --recompute",
-            (double)w.bytes / 1073741824.0, (double)available / 1073741824.0);
-    w.memory = arena.base = (char*)device_calloc(w.bytes, 1);
-    arena.used = 0;
+        die("activations and batch need %.1f GiB, the GPU has %.1f of %.1f GiB left; lower --batch-size or "
+            "--seq-len, or use --recompute",
+            (double)w.bytes / 1073741824.0, (double)available / 1073741824.0, (double)total / 1073741824.0);
+    w.memory = (char*)device_calloc(w.bytes, 1);
+    ArenaCuda arena = {w.memory, 0};
     work_plan(&w, m, &arena);
     return w;
 }
 
 template <typename X> void work_free(WorkCuda<X>* w) {
     cudaCheck(cudaFree(w->memory));
+    device_bytes -= w->bytes;
     free(w->acts);
     memset(w, 0, sizeof *w);
 }
@@ -3168,7 +3260,6 @@ template <typename X> struct ModelCuda {
     X *embedding_x, *head_x;
     AdamWPiece* piece;
     size_t n_pieces;
-    AdamWStep* step;
     double *norm, *norm_parts;
 };
 
@@ -3219,7 +3310,6 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
         cudaCheck(cudaMemcpy(d.piece, piece, n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
         free(piece);
     }
-    d.step = (AdamWStep*)device_calloc(1, sizeof(AdamWStep));
     d.norm = (double*)device_calloc(1, sizeof(double));
     d.norm_parts = (double*)device_calloc(NORM_PARTS, sizeof(double));
     return d;
@@ -3227,7 +3317,7 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
 
 template <typename X> void model_cuda_free(ModelCuda<X>* d) {
     if ((void*)d->params_x != (void*)d->params) cudaCheck(cudaFree(d->params_x));
-    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->step, d->norm, d->norm_parts};
+    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->norm, d->norm_parts};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) cudaCheck(cudaFree(memory[i]));
     free(d->layer);
 }
@@ -3241,15 +3331,14 @@ static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device
                    row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
 }
 
-// model_forward_cuda: w->tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or
-// NULL
+// model_forward_cuda: tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or NULL
 template <typename X>
 void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                        float* state0, float* stateT, const State* host, size_t row0) {
+                        const int* tokens, float* state0, float* stateT, const State* host, size_t row0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
-    embedding_forward_cuda(w->res0, w->tokens, d->embedding_x, M, D, run->stream);
-    const float* res = w->res0;
+    const float* res = w->acts[0].res;
     const X* delta = NULL;
+    embedding_forward_cuda(w->acts[0].res, tokens, d->embedding_x, M, D, run->stream);
     for (int l = 0; l < m->n_layers; l++) {
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
         state_fields(s0, m, state0, host, l, row0);
@@ -3264,29 +3353,29 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, c
                                   (float)m->config.norm_eps, run->stream);
 }
 
-// model_loss_cuda: losses of w->targets into w->losses; with backward also w->df and the head's gradient,
-// scaled by *w->scale
+// model_loss_cuda: losses of `targets` into w->losses; with backward also w->df and the head's gradient,
+// scaled by *scale
 template <typename X>
 void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                     bool backward) {
+                     const int* targets, const float* scale, bool backward) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     for (size_t m0 = 0; m0 < M; m0 += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, M - m0);
         matmul_forward_cuda(run->matmul, w->logits, Vp, w->f + m0 * D, D, d->head_x, (const float*)NULL, n, D,
                             Vp, run->stream);
-        crossentropy_cuda(w->losses + m0, backward ? w->logits : (X*)NULL, w->logits, w->targets + m0,
-                          w->scale, n, Vp, run->stream);
+        crossentropy_cuda(w->losses + m0, backward ? w->logits : (X*)NULL, w->logits, targets + m0, scale, n,
+                          Vp, run->stream);
         if (backward)
             matmul_backward_cuda(run->matmul, w->df + m0 * D, D, false, d->dhead, (float*)NULL, w->logits, Vp,
-                                 w->f + m0 * D, D, d->head_x, w->scratch.sums, n, D, Vp, run->stream);
+                                 w->f + m0 * D, D, d->head_x, (float*)NULL, n, D, Vp, run->stream);
     }
 }
 
-// model_backward_cuda: from w->df to every gradient (+=). With recompute each layer runs forward again just
-// before.
+// model_backward_cuda: from w->df to every gradient (+=). With --recompute on each layer runs forward again
+// just before.
 template <typename X>
 void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                         float* state0, const State* host) {
+                         const int* tokens, float* state0, const State* host) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
     cudaCheck(cudaMemsetAsync(s->dres, 0, M * D * sizeof(float), run->stream));
@@ -3296,7 +3385,7 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
         state_fields(s0, m, state0, host, l, 0);
         bool mlp = m->layer[l].kind->letter == 'm';
-        if (w->recompute) {      // res of this layer is saved: no addition this time
+        if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
             if (mlp)
                 mlp_block_forward_cuda(run, &d->layer[l], &w->acts[l], s, w->acts[l].res, (const X*)NULL);
             else
@@ -3306,210 +3395,505 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
         if (mlp) mlp_block_backward_cuda(run, &d->layer[l], &w->acts[l], s);
         else mamba1_block_backward_cuda(run, &d->layer[l], &w->acts[l], s, s0);
     }
-    embedding_backward_cuda(d->dembedding, s->dres, w->tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
+    embedding_backward_cuda(d->dembedding, s->dres, tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
                             run->stream);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 6.1 The small kernels of a step
+
+// loss_sum: *sum += the sum of the losses, in double; `first`: *sum = it.   One block, a fixed order
+__global__ void __launch_bounds__(1024) loss_sum_kernel(double* sum, const float* losses, size_t M, bool first) {
+    double acc = 0;
+    for (size_t i = threadIdx.x; i < M; i += 1024) acc += (double)losses[i];
+    acc = block_sum_double(acc);
+    if (threadIdx.x == 0) *sum = first ? acc : *sum + acc;
+}
+
+// StepOutput: what the device tells of a step
+typedef struct {
+    double loss, norm;       // sum of the losses; norm of the gradient, before clipping
+    int taken;               // the update took place
+    int halted;              // some step was not taken; until the host clears this no other is
+} StepOutput;
+
+// step_judge: a step is taken when its loss and the norm of its gradient are finite and none before it failed.
+// Otherwise *norm becomes NaN, with which adamw and state_commit do nothing.
+__global__ void step_judge_kernel(StepOutput* out, double* norm) {
+    out->norm = *norm;
+    out->taken = !out->halted && isfinite(out->loss) && isfinite(*norm);
+    if (out->taken) return;
+    out->halted = 1;
+    *norm = NAN;
+}
+
+// Carried states of one micro-batch, laid out as State: for every layer and field (rows, count).
+typedef struct { size_t offset, count; } StateField;
+
+// state_fresh: clears the rows that start anew.   grid (fields, rows)
+__global__ void state_fresh_kernel(float* state, const StateField* field, const bool* fresh) {
+    if (!fresh[blockIdx.y]) return;
+    StateField f = field[blockIdx.x];
+    float* row = state + f.offset + blockIdx.y * f.count;
+    for (size_t i = threadIdx.x; i < f.count; i += blockDim.x) row[i] = 0;
+}
+
+// state_commit: the states after the step become those before the next one
+__global__ void state_commit_kernel(float* in, const float* out, size_t n, const double* norm) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n && isfinite(*norm)) in[i] = out[i];
 }
 
 // ---------------------------------------------------------------------------------------------------
 // 9. Backend
+
+// One step of training is always the same list of about 500 launches; only numbers in memory change. So the
+// list is recorded once as a CUDA graph, and every step is one call that starts it. The host sends the batch
+// and its numbers in one copy, and asks for the loss of a step only after it has sent the next.
+
+// SlotCuda: the host's side of one step under way, in pinned memory
+typedef struct {
+    BatchCuda batch;
+    StepOutput* out;
+    size_t accum, B, T, n_targets;
+    bool has_doc;
+    cudaEvent_t done;
+} SlotCuda;
 
 template <typename X> struct CudaBackend {
     ModelCuda<X> model;
     WorkCuda<X> work;
     Matmul matmul;
     cudaStream_t stream;
-    float *state_in, *state_out;       // carried states of one micro-batch
-    size_t carried;                    // their bytes
+    // carried states of `micros` micro-batches, each as State; n_state floats each
+    float *carry_in, *carry_out;
+    size_t micros, n_state;
+    StateField* field;
+    int n_fields;
+    // the step
+    StepOutput* out;
+    SlotCuda slot[MAX_QUEUE];
+    cudaGraphExec_t graph;
+    int64_t begun, ended;
 };
 
 template <typename X> struct CudaSession {
     WorkCuda<X> work;
     float *state, *logits;
+    int* host_tokens;                  // pinned
+    float* host_logits;
+    int64_t decoded;                   // calls with one token for all rows
+    cudaGraphExec_t graph;             // of such a call
 };
 
-template <typename X> static CudaRun<X> run_of(Backend* b, const int* doc, size_t B, size_t T) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
-    CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream};
+template <typename X> static CudaBackend<X>* cuda_of(Backend* b) { return (CudaBackend<X>*)b->device; }
+
+template <typename X>
+static CudaRun<X> run_of(Backend* b, const int* doc, size_t B, size_t T, int recompute) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute};
     return run;
 }
 
 template <typename Y> static void to_device(Y* device, const Y* host, size_t n, cudaStream_t stream) {
     cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(Y), cudaMemcpyHostToDevice, stream));
 }
-
-// carried states live on the host between steps and travel with the micro-batch
-template <typename X> static bool carried_states(Backend* b, int micro) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
-    if (!b->carry_in || micro < 0) return false;
-    size_t bytes = b->carry_in[micro].n_elements * sizeof(float);
-    if (c->carried < bytes) {
-        c->state_in = (float*)device_calloc(bytes, 1);
-        c->state_out = (float*)device_calloc(bytes, 1);
-        c->carried = bytes;
-    }
-    to_device(c->state_in, b->carry_in[micro].data, b->carry_in[micro].n_elements, c->stream);
-    return true;
+template <typename Y> static void to_host(Y* host, const Y* device, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(host, device, n * sizeof(Y), cudaMemcpyDeviceToHost, stream));
 }
+
+// graph_record: what `launch` puts into the stream becomes a graph instead of running
+template <typename Launch> static cudaGraphExec_t graph_record(cudaStream_t stream, Launch launch) {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaCheck(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    launch();
+    cudaCheck(cudaStreamEndCapture(stream, &graph));
+    cudaCheck(cudaGraphInstantiate(&exec, graph, 0));
+    cudaCheck(cudaGraphDestroy(graph));
+    return exec;
+}
+
+// carry_reserve: memory for the carried states of `micros` micro-batches of B rows
+template <typename X> static void carry_reserve(Backend* b, size_t micros, size_t B) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    const Model* m = b->model;
+    size_t n_state = B * state_count(m);
+    if (c->micros >= micros && c->n_state == n_state) return;
+    cudaCheck(cudaFree(c->carry_in));
+    cudaCheck(cudaFree(c->carry_out));
+    cudaCheck(cudaFree(c->field));
+    c->micros = micros;
+    c->n_state = n_state;
+    c->carry_in = (float*)device_calloc(micros * n_state, sizeof(float));
+    c->carry_out = (float*)device_calloc(micros * n_state, sizeof(float));
+    StateField* field = (StateField*)xcalloc((size_t)m->n_layers * MAX_FIELDS, sizeof(StateField));
+    size_t offset = 0;
+    c->n_fields = 0;
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+            StateField f = {offset, spec_count(&m->layer[l].kind->state[i], &m->config)};
+            field[c->n_fields++] = f;
+            offset += B * f.count;
+        }
+    c->field = (StateField*)device_calloc((size_t)c->n_fields, sizeof(StateField));
+    cudaCheck(cudaMemcpy(c->field, field, (size_t)c->n_fields * sizeof(StateField), cudaMemcpyHostToDevice));
+    free(field);
+}
+
+// --- one call at a time: evaluation, checks, and the parts of a step that failed
 
 template <typename X>
 static double cuda_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
                            size_t B, size_t T, double scale) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     WorkCuda<X>* w = &c->work;
+    const BatchCuda* batch = &w->batch;
     size_t M = B * T;
     float scale_float = (float)scale;
-    bool carried = carried_states<X>(b, micro);
-    to_device(w->tokens, tokens, M, c->stream);
-    to_device(w->targets, targets, M, c->stream);
-    to_device(w->scale, &scale_float, 1, c->stream);
-    if (doc) to_device(w->doc, doc, M, c->stream);
-    CudaRun<X> run = run_of<X>(b, doc ? w->doc : NULL, B, T);
-    model_forward_cuda(b->model, &c->model, w, &run, carried ? c->state_in : NULL,
-                       carried ? c->state_out : NULL, carried ? &b->carry_in[micro] : NULL, 0);
-    model_loss_cuda(b->model, &c->model, w, &run, scale > 0);
-    float* losses = (float*)xcalloc(M, sizeof(float));
-    cudaCheck(cudaMemcpyAsync(losses, w->losses, M * sizeof(float), cudaMemcpyDeviceToHost, c->stream));
-    if (carried)
-        cudaCheck(cudaMemcpyAsync(b->carry_out[micro].data, c->state_out,
-                                  b->carry_out[micro].n_elements * sizeof(float), cudaMemcpyDeviceToHost,
-                                  c->stream));
+    float *s0 = NULL, *sT = NULL;
+    const State* host = NULL;
+    if (b->carry_in && micro >= 0) {
+        carry_reserve<X>(b, (size_t)micro + 1, B);
+        host = &b->carry_in[micro];
+        s0 = c->carry_in + (size_t)micro * c->n_state;
+        sT = c->carry_out + (size_t)micro * c->n_state;
+        to_device(s0, host->data, host->n_elements, c->stream);
+    }
+    to_device(batch->tokens, tokens, M, c->stream);
+    to_device(batch->targets, targets, M, c->stream);
+    to_device(&batch->step->scale, &scale_float, 1, c->stream);
+    if (doc) to_device(batch->doc, doc, M, c->stream);
+    CudaRun<X> run = run_of<X>(b, doc ? batch->doc : NULL, B, T, w->recompute);
+    model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, host, 0);
+    model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0);
+    loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, true);
+    cudaCheck(cudaGetLastError());
+    double sum;
+    to_host(&sum, &c->out->loss, 1, c->stream);
+    if (sT) to_host(b->carry_out[micro].data, sT, b->carry_out[micro].n_elements, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
-    double sum = 0;
-    for (size_t i = 0; i < M; i++) sum += (double)losses[i];
-    free(losses);
     return sum;
 }
 
 template <typename X>
 static void cuda_backward(Backend* b, int micro, const int* tokens, const int* doc, size_t B, size_t T) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
+    WorkCuda<X>* w = &c->work;
     (void)tokens;       // still on the device from forward, like the document ids and the carried states
     bool carried = b->carry_in && micro >= 0;
-    CudaRun<X> run = run_of<X>(b, doc ? c->work.doc : NULL, B, T);
-    model_backward_cuda(b->model, &c->model, &c->work, &run, carried ? c->state_in : NULL,
+    CudaRun<X> run = run_of<X>(b, doc ? w->batch.doc : NULL, B, T, w->recompute);
+    model_backward_cuda(b->model, &c->model, w, &run, w->batch.tokens,
+                        carried ? c->carry_in + (size_t)micro * c->n_state : NULL,
                         carried ? &b->carry_in[micro] : NULL);
 }
 
 template <typename X> static void cuda_zero_gradients(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     cudaCheck(cudaMemsetAsync(c->model.grads, 0, b->model->n_elements * sizeof(float), c->stream));
 }
 
 template <typename X> static double cuda_gradient_norm(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     double norm;
     gradient_norm_cuda(c->model.norm, c->model.grads, b->model->n_elements, c->model.norm_parts, c->stream);
-    cudaCheck(cudaMemcpyAsync(&norm, c->model.norm, sizeof norm, cudaMemcpyDeviceToHost, c->stream));
+    to_host(&norm, c->model.norm, 1, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
     b->norm = norm;
     return norm;
 }
 
-template <typename X>
-static void cuda_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+template <typename X> static void adamw_launch(CudaBackend<X>* c) {
     ModelCuda<X>* d = &c->model;
-    AdamWStep s = adamw_step_cuda(opt, lr, scale < 1 ? scale * (b->norm + 1e-6) : 0, step);
-    to_device(d->step, &s, 1, c->stream);
     X* copy = (void*)d->params_x == (void*)d->params ? NULL : d->params_x;
-    adamw_cuda(d->params, copy, d->grads, d->m, d->v, d->piece, d->step, d->norm, d->n_pieces, c->stream);
+    adamw_cuda(d->params, copy, d->grads, d->m, d->v, d->piece, &c->work.batch.step->adamw, d->norm,
+               d->n_pieces, c->stream);
 }
 
-// upload, download: parameters and, when training, moments (and on the way back gradients, for diagnosis)
+template <typename X>
+static void cuda_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    AdamWStep s = adamw_step_cuda(opt, lr, scale < 1 ? scale * (b->norm + 1e-6) : 0, step);
+    to_device(&c->work.batch.step->adamw, &s, 1, c->stream);
+    adamw_launch(c);
+}
+
+// --- whole steps
+
+// step_launch: everything that the device does in one step, from the batch on
+template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    WorkCuda<X>* w = &c->work;
+    ModelCuda<X>* d = &c->model;
+    const BatchCuda* batch = &w->batch;
+    size_t M = s->B * s->T;
+    cuda_zero_gradients<X>(b);
+    for (size_t micro = 0; micro < s->accum; micro++) {
+        float *s0 = NULL, *sT = NULL;
+        const State* host = NULL;
+        if (b->carry_in) {
+            host = &b->carry_in[micro];
+            s0 = c->carry_in + micro * c->n_state;
+            sT = c->carry_out + micro * c->n_state;
+            state_fresh_kernel<<<dim3((unsigned)c->n_fields, (unsigned)s->B), 256, 0, c->stream>>>(
+                s0, c->field, batch->fresh + micro * s->B);
+            cudaCheck(cudaGetLastError());
+        }
+        const int* tokens = batch->tokens + micro * M;
+        CudaRun<X> run = run_of<X>(b, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
+        model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, host, 0);
+        model_loss_cuda(b->model, d, w, &run, batch->targets + micro * M, &batch->step->scale, true);
+        loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, micro == 0);
+        cudaCheck(cudaGetLastError());
+        model_backward_cuda(b->model, d, w, &run, tokens, s0, host);
+    }
+    gradient_norm_cuda(d->norm, d->grads, b->model->n_elements, d->norm_parts, c->stream);
+    step_judge_kernel<<<1, 1, 0, c->stream>>>(c->out, d->norm);
+    cudaCheck(cudaGetLastError());
+    adamw_launch(c);
+    if (!b->carry_in) return;
+    size_t n = s->accum * c->n_state;
+    state_commit_kernel<<<(unsigned)((n + 255) / 256), 256, 0, c->stream>>>(c->carry_in, c->carry_out, n,
+                                                                            d->norm);
+    cudaCheck(cudaGetLastError());
+}
+
+// The first step is launched piece by piece, so that everything that is set up at first use is; the second is
+// recorded.
+template <typename X> static void cuda_step_begin(Backend* b, const Step* s) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    SlotCuda* slot = &c->slot[c->begun % MAX_QUEUE];
+    size_t n = s->accum * s->B * s->T;
+    assert(c->begun - c->ended < MAX_QUEUE && s->accum == c->work.micros && s->B * s->T <= c->work.B * c->work.T);
+    slot->accum = s->accum;
+    slot->B = s->B;
+    slot->T = s->T;
+    slot->n_targets = s->n_targets;
+    slot->has_doc = s->doc != NULL;
+    slot->batch.step->adamw = adamw_step_cuda(&s->opt, s->lr, s->clip, s->number);
+    slot->batch.step->scale = s->n_targets ? (float)(1.0 / (double)s->n_targets) : 0.0f;
+    memcpy(slot->batch.tokens, s->inputs, n * sizeof(int));
+    memcpy(slot->batch.targets, s->targets, n * sizeof(int));
+    if (s->doc) memcpy(slot->batch.doc, s->doc, n * sizeof(int));
+    if (b->carry_in) memcpy(slot->batch.fresh, s->fresh, s->accum * s->B * sizeof(bool));
+    to_device(c->work.batch.base, slot->batch.base, slot->batch.bytes, c->stream);
+    if (c->begun == 0) {
+        step_launch<X>(b, slot);
+    } else {
+        if (!c->graph) c->graph = graph_record(c->stream, [&] { step_launch<X>(b, slot); });
+        cudaCheck(cudaGraphLaunch(c->graph, c->stream));
+    }
+    to_host(slot->out, c->out, 1, c->stream);
+    cudaCheck(cudaEventRecord(slot->done, c->stream));
+    c->begun++;
+}
+
+template <typename X> static StepResult cuda_step_end(Backend* b) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    SlotCuda* s = &c->slot[c->ended++ % MAX_QUEUE];
+    cudaCheck(cudaEventSynchronize(s->done));
+    StepResult r = {s->out->loss, s->out->norm, s->out->taken != 0, 0};
+    if (r.taken) return r;
+    // the step once more, without the update: its gradients, and the micro-batch where it goes wrong
+    int halted = 0;
+    double sum = 0;
+    to_device(&c->out->halted, &halted, 1, c->stream);
+    b->download(b);                                                 // the carried states
+    cuda_zero_gradients<X>(b);
+    for (size_t micro = 0; micro < s->accum; micro++) {
+        size_t at = micro * s->B * s->T;
+        const int* doc = s->has_doc ? s->batch.doc + at : NULL;
+        sum += cuda_forward<X>(b, (int)micro, s->batch.tokens + at, s->batch.targets + at, doc, s->B, s->T,
+                               1.0 / (double)s->n_targets);
+        if (!isfinite(sum)) {
+            r.micro = (int)micro;
+            break;
+        }
+        cuda_backward<X>(b, (int)micro, s->batch.tokens + at, doc, s->B, s->T);
+    }
+    b->download(b);
+    return r;
+}
+
+// --- transfers
+
+// upload, download: parameters, when training moments and carried states (and on the way back gradients, for
+// diagnosis)
 template <typename X> static void cuda_upload(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     const Model* m = b->model;
     to_device(c->model.params, m->params, m->n_elements, c->stream);
     if (c->model.m) to_device(c->model.m, m->m, m->n_elements, c->stream);
     if (c->model.v) to_device(c->model.v, m->v, m->n_elements, c->stream);
     if ((void*)c->model.params_x != (void*)c->model.params)
         cast_cuda(c->model.params_x, c->model.params, m->n_elements, c->stream);
+    for (size_t i = 0; b->carry_in && i < c->micros; i++)
+        to_device(c->carry_in + i * c->n_state, b->carry_in[i].data, c->n_state, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
 template <typename X> static void cuda_download(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     Model* m = b->model;
     float *host[] = {m->params, m->grads, m->m, m->v},
           *device[] = {c->model.params, c->model.grads, c->model.m, c->model.v};
     for (int i = 0; i < 4; i++)
-        if (host[i] && device[i])
-            cudaCheck(cudaMemcpyAsync(host[i], device[i], m->n_elements * sizeof(float),
-                                      cudaMemcpyDeviceToHost, c->stream));
+        if (host[i] && device[i]) to_host(host[i], device[i], m->n_elements, c->stream);
+    for (size_t i = 0; b->carry_in && c->begun > 0 && i < c->micros; i++)
+        to_host(b->carry_in[i].data, c->carry_in + i * c->n_state, c->n_state, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
+// --- generation
+
 template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)xcalloc(1, sizeof(CudaSession<X>));
-    size_t tokens = s->chunk > s->rows ? s->chunk : s->rows;
-    d->work = work_create<X>(b->model, 1, tokens, false, false);
+    size_t tokens = s->chunk > s->rows ? s->chunk : s->rows, Vp = (size_t)b->model->config.vocab_padded;
+    d->work = work_create<X>(b->model, 1, tokens, 1, false, RECOMPUTE_NONE);
     d->state = (float*)device_calloc(s->state.n_elements, sizeof(float));
-    d->logits = (float*)device_calloc(s->rows * (size_t)b->model->config.vocab_padded, sizeof(float));
+    d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
+    d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
+    d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));
     s->device = d;
 }
 
 template <typename X> static void cuda_session_close(Backend* b, Session* s) {
-    (void)b;
     CudaSession<X>* d = (CudaSession<X>*)s->device;
+    cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     work_free(&d->work);
+    device_bytes -= (s->state.n_elements + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
     cudaCheck(cudaFree(d->state));
     cudaCheck(cudaFree(d->logits));
+    cudaCheck(cudaFreeHost(d->host_tokens));
+    cudaCheck(cudaFreeHost(d->host_logits));
+    if (d->graph) cudaCheck(cudaGraphExecDestroy(d->graph));
     free(d);
 }
 
-template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool to_host) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool to_the_host) {
+    CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    if (!to_host) to_device(d->state, s->state.data, s->state.n_elements, c->stream);
-    else
-        cudaCheck(cudaMemcpyAsync(s->state.data, d->state, s->state.n_elements * sizeof(float),
-                                  cudaMemcpyDeviceToHost, c->stream));
+    if (to_the_host) to_host(s->state.data, d->state, s->state.n_elements, c->stream);
+    else to_device(d->state, s->state.data, s->state.n_elements, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
+// decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token
+template <typename X>
+static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size_t T, bool logits) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    CudaSession<X>* d = (CudaSession<X>*)s->device;
+    WorkCuda<X>* w = &d->work;
+    size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
+    to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
+    CudaRun<X> run = run_of<X>(b, NULL, rows, T, RECOMPUTE_NONE);
+    model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, &s->state, row0);
+    for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
+        size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
+        const X* last = w->f + r * D;
+        if (T > 1) {          // the last token of each row, side by side
+            cudaCheck(cudaMemcpy2DAsync(w->scratch.delta, D * sizeof(X), w->f + (r * T + T - 1) * D,
+                                        T * D * sizeof(X), D * sizeof(X), n, cudaMemcpyDeviceToDevice,
+                                        c->stream));
+            last = w->scratch.delta;
+        }
+        matmul_forward_cuda(&c->matmul, w->logits, Vp, last, D, c->model.head_x, (const float*)NULL, n, D, Vp,
+                            c->stream);
+        cast_cuda(d->logits + r * Vp, w->logits, n * Vp, c->stream);
+    }
+    if (logits) to_host(d->host_logits, d->logits, rows * Vp, c->stream);
+}
+
+// A token for every sequence, the usual case, is recorded as a graph the second time it comes.
 template <typename X>
 static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                         real* logits) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    const Model* m = b->model;
-    size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
-    to_device(d->work.tokens, tokens, rows * T, c->stream);
-    CudaRun<X> run = run_of<X>(b, NULL, rows, T);
-    model_forward_cuda(m, &c->model, &d->work, &run, d->state, d->state, &s->state, row0);
-    if (!logits) return;
-    for (size_t r = 0; r < rows; r += CLASSIFIER_ROWS_CUDA) {
-        size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
-        // the last token of each row, side by side
-        cudaCheck(cudaMemcpy2DAsync(d->work.scratch.delta, D * sizeof(X), d->work.f + (r * T + T - 1) * D,
-                                    T * D * sizeof(X), D * sizeof(X), n, cudaMemcpyDeviceToDevice,
-                                    c->stream));
-        matmul_forward_cuda(&c->matmul, d->work.logits, Vp, d->work.scratch.delta, D, c->model.head_x,
-                            (const float*)NULL, n, D, Vp, c->stream);
-        cast_cuda(d->logits, d->work.logits, n * Vp, c->stream);
-        cudaCheck(cudaMemcpyAsync(logits + r * Vp, d->logits, n * Vp * sizeof(float), cudaMemcpyDeviceToHost,
-                                  c->stream));
+    memcpy(d->host_tokens, tokens, rows * T * sizeof(int));
+    bool usual = T == 1 && rows == s->rows && logits;
+    if (!usual || d->decoded++ == 0) {
+        decode_launch<X>(b, s, row0, rows, T, logits != NULL);
+    } else {
+        if (!d->graph) d->graph = graph_record(c->stream, [&] { decode_launch<X>(b, s, 0, rows, 1, true); });
+        cudaCheck(cudaGraphLaunch(d->graph, c->stream));
     }
     cudaCheck(cudaStreamSynchronize(c->stream));
+    if (logits) memcpy(logits, d->host_logits, rows * (size_t)b->model->config.vocab_padded * sizeof(float));
 }
 
+// --- beginning and end
+
 template <typename X> static void cuda_destroy(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
+    cudaCheck(cudaStreamSynchronize(c->stream));
+    for (int i = 0; i < MAX_QUEUE; i++) {
+        if (!c->slot[i].out) continue;
+        cudaCheck(cudaFreeHost(c->slot[i].batch.base));
+        cudaCheck(cudaFreeHost(c->slot[i].out));
+        cudaCheck(cudaEventDestroy(c->slot[i].done));
+    }
+    if (c->graph) cudaCheck(cudaGraphExecDestroy(c->graph));
     if (c->work.memory) work_free(&c->work);
     model_cuda_free(&c->model);
-    cudaCheck(cudaFree(c->matmul.workspace));
-    cudaCheck(cudaFree(c->state_in));
-    cudaCheck(cudaFree(c->state_out));
+    void* memory[] = {c->matmul.workspace, c->carry_in, c->carry_out, c->field, c->out};
+    for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) cudaCheck(cudaFree(memory[i]));
     cublasCheck(cublasLtDestroy(c->matmul.handle));
     free(c->matmul.plan);
     cudaCheck(cudaStreamDestroy(c->stream));
     free(c);
+    device_bytes = 0;
     workspace_free(&b->work);
     state_free(&b->none);
 }
 
+// memory_print: what the device's memory is used for; the rows add up to what was allocated
+template <typename X> static void memory_print(Backend* b) {
+    const CudaBackend<X>* c = cuda_of<X>(b);
+    const Model* m = b->model;
+    const WorkCuda<X>* w = &c->work;
+    size_t n = m->n_elements * sizeof(float), available, total, carried = 2 * c->micros * c->n_state * sizeof(float);
+    struct { const char* what; size_t bytes; } row[] = {
+        {"parameters, fp32", n},
+        {"parameters, bf16 copy", sizeof(X) == 2 ? m->n_elements * sizeof(X) : 0},
+        {"gradients, fp32", n},
+        {"AdamW moments, fp32", 2 * n},
+        {"activations kept for backward", w->saved_bytes},
+        {"logits and scratch", w->bytes - w->saved_bytes - w->batch.bytes},
+        {"batches", w->batch.bytes},
+        {"carried states", carried},
+        {"matmul workspace", MATMUL_WORKSPACE},
+    };
+    size_t sum = 0, rows = sizeof row / sizeof row[0];
+    for (size_t i = 0; i < rows; i++) sum += row[i].bytes;
+    cudaCheck(cudaMemGetInfo(&available, &total));
+    printf("memory on the GPU:\n");
+    for (size_t i = 0; i < rows; i++)
+        if (row[i].bytes) printf("  %-32s %10.1f MiB\n", row[i].what, mib((double)row[i].bytes));
+    if (device_bytes > sum)
+        printf("  %-32s %10.1f MiB\n", "small tables", mib((double)(device_bytes - sum)));
+    printf("  %-32s %10.1f MiB, %.1f MiB of %.1f MiB are left\n", "sum", mib((double)device_bytes),
+           mib((double)available), mib((double)total));
+    printf("  largest --batch-size that would fit: %zu\n",
+           work_largest<X>(m, w->T, w->micros, w->recompute, w->bytes + available));
+}
+
+// paths_print: which kernels serve this model, the fast ones or those for any shape
+template <typename X> static void paths_print(const Backend* b) {
+    const Config* c = &b->model->config;
+    size_t E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank, ldbc = R + 2 * N;
+    const X* base = NULL;
+    const char* scan = selective_scan_path_cuda(base, base + R, base + R + N, ldbc, base + E, 2 * E, 1, 1, E, N);
+    bool conv = c->d_conv == 4 && E * sizeof(X) % 8 == 0, norm = c->d_model % 4 == 0 && c->d_model <= 4096,
+         logits = (size_t)c->vocab_padded * sizeof(X) % 16 == 0;
+    printf("kernels: scan %s, convolution %s, norm %s, classifier %s%s\n", scan, conv ? "fast" : "general",
+           norm ? "fast" : "general", logits ? "fast" : "general",
+           strcmp(scan, "fast") && sizeof(X) == 2 ? " (the fast scan needs --d-state 16, E % 32 = 0, R % 8 = 0)" : "");
+}
+
 template <typename X>
-static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, bool recompute) {
+static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, int recompute, size_t micros = 1,
+                               bool carry = false) {
     Backend b;
     memset(&b, 0, sizeof b);
     b.name = sizeof(X) == 2 ? "cuda, bf16" : "cuda, fp32";
@@ -3517,17 +3901,28 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, bool
     b.none = state_none(m);
     CudaBackend<X>* c = (CudaBackend<X>*)xcalloc(1, sizeof(CudaBackend<X>));
     b.device = c;
-    cudaCheck(cudaStreamCreate(&c->stream));
+    cudaCheck(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     cublasCheck(cublasLtCreate(&c->matmul.handle));
     c->matmul.workspace = device_calloc(MATMUL_WORKSPACE, 1);
+    c->out = (StepOutput*)device_calloc(1, sizeof(StepOutput));
     c->model = model_cuda_create<X>(m, training);
-    if (B) c->work = work_create<X>(m, B, T, training, recompute);
+    if (carry) carry_reserve<X>(&b, micros, B);
+    if (B) c->work = work_create<X>(m, B, T, micros, training, recompute);
+    for (int i = 0; training && i < MAX_QUEUE; i++) {
+        char* base = (char*)host_pinned(c->work.batch.bytes);
+        batch_plan(&c->slot[i].batch, micros, B, T, base);
+        c->slot[i].out = (StepOutput*)host_pinned(sizeof(StepOutput));
+        cudaCheck(cudaEventCreateWithFlags(&c->slot[i].done, cudaEventDisableTiming));
+    }
     b.activation_bytes = c->work.bytes;
     b.forward = cuda_forward<X>;
     b.backward = cuda_backward<X>;
     b.zero_gradients = cuda_zero_gradients<X>;
     b.gradient_norm = cuda_gradient_norm<X>;
     b.update = cuda_update<X>;
+    b.queue = 1;
+    b.step_begin = cuda_step_begin<X>;
+    b.step_end = cuda_step_end<X>;
     b.decode = cuda_decode<X>;
     b.download = cuda_download<X>;
     b.upload = cuda_upload<X>;
@@ -3539,10 +3934,19 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, bool
 }
 
 // backend_cuda: --device cuda, in the precision asked for
-Backend backend_cuda(const Options* o, Model* m, size_t B, size_t T, bool training, bool recompute) {
+template <typename X>
+static Backend backend_cuda_from(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
+    size_t micros = training ? (size_t)o->grad_accum : 1;
+    Backend b = backend_cuda_of<X>(m, B, T, training, recompute, micros, training && o->carry_state);
+    if (training) memory_print<X>(&b);
+    if (training) paths_print<X>(&b);
+    return b;
+}
+
+Backend backend_cuda(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
     device_require();
-    if (strcmp(o->precision, "fp32") == 0) return backend_cuda_of<float>(m, B, T, training, recompute);
-    return backend_cuda_of<__nv_bfloat16>(m, B, T, training, recompute);
+    return strcmp(o->precision, "fp32") == 0 ? backend_cuda_from<float>(o, m, B, T, training, recompute)
+                                             : backend_cuda_from<bf16>(o, m, B, T, training, recompute);
 }
 
 // ---------------------------------------------------------------------------------------------------
