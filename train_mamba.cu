@@ -417,76 +417,107 @@ void embedding_forward_cuda(float* res, const int* tokens, const X* weight, size
 }
 
 // The backward adds all dres[m,:] of equal tokens to one row of dweight. To do that in a fixed order without
-// searching, the positions m are first sorted by token: a stable radix sort, least significant digit of 8
-// bits first. Each pass over a digit is three kernels: count the digits of every tile of SORT_TILE positions;
-// turn the counts into the first place of each (digit, tile); move every position to its place.
-enum { SORT_TILE = 512, SORT_DIGITS = 256, SORT_BITS = 8, EMBED_PIECE = 8 };
+// searching, the positions m are first sorted by token: a stable radix sort, least significant digit of
+// SORT_BITS bits first (one pass for bytes, two for vocabularies up to 262144). The positions are cut into at
+// most SORT_TILES tiles, one block each, and a pass over a digit is two kernels: count the digits of every
+// tile; move every position to its place.
+enum { SORT_BITS = 9, SORT_DIGITS = 512, SORT_TILES = 128, EMBED_PIECE = 8 };
 
-// count (SORT_DIGITS,tiles)
-__global__ void sort_count_kernel(int* count, const int* keys, int shift, size_t M) {
-    __shared__ int sum[SORT_DIGITS];
-    sum[threadIdx.x] = 0;                                    // blockDim.x == SORT_DIGITS
-    __syncthreads();
-    size_t m0 = (size_t)blockIdx.x * SORT_TILE;
-    for (size_t m = m0 + threadIdx.x; m < m0 + SORT_TILE && m < M; m += SORT_DIGITS)
-        atomicAdd(&sum[(keys[m] >> shift) & (SORT_DIGITS - 1)], 1);      // integers: any order, same sum
-    __syncthreads();
-    count[(size_t)threadIdx.x * gridDim.x + blockIdx.x] = sum[threadIdx.x];
+static inline size_t sort_tile(size_t M) {                   // positions in a tile
+    return (M + SORT_TILES * SORT_DIGITS - 1) / (SORT_TILES * SORT_DIGITS) * SORT_DIGITS;
 }
 
-// count[i] = sum of count[j], j < i. One block; each of its 1024 threads has n / 1024 neighbouring entries.
-__global__ void sort_scan_kernel(int* count, size_t n) {
-    __shared__ int warp_total[WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    size_t each = (n + blockDim.x - 1) / blockDim.x, first = threadIdx.x * each;
-    size_t last = first + each < n ? first + each : n;
-    int own = 0;
-    for (size_t i = first; i < last; i++) own += count[i];
-    int sum = own;                                           // sum over this thread and the lanes before it
+// count (tiles,SORT_DIGITS); one thread per digit
+__global__ void __launch_bounds__(SORT_DIGITS)
+sort_count_kernel(int* count, const int* keys, int shift, size_t tile, size_t M) {
+    __shared__ int sum[SORT_DIGITS];
+    sum[threadIdx.x] = 0;
+    __syncthreads();
+    size_t m0 = blockIdx.x * tile;
+    for (size_t m = m0 + threadIdx.x; m < m0 + tile && m < M; m += SORT_DIGITS)
+        atomicAdd(&sum[keys[m] >> shift & (SORT_DIGITS - 1)], 1);            // integers: any order, same sum
+    __syncthreads();
+    count[(size_t)blockIdx.x * SORT_DIGITS + threadIdx.x] = sum[threadIdx.x];
+}
+
+// A position's place is the number of positions before it in sorted order: those with a smaller digit; with
+// the same one in earlier tiles; in earlier warps of this tile; in earlier lanes. A warp moves a stretch of
+// its tile, 32 positions at a time. Lanes with the same digit find each other by __match_any_sync; their
+// order in the warp is their order in the output, which makes the sort stable.
+//   keys, order (M): tokens and where they stood, NULL: in order
+__global__ void __launch_bounds__(SORT_DIGITS)
+sort_move_kernel(int* keys_out, int* order_out, const int* keys, const int* order, const int* count,
+                 int shift, size_t tile, size_t M) {
+    enum { WARPS = SORT_DIGITS / WARP };
+    __shared__ int place[WARPS][SORT_DIGITS], warp_total[WARPS];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, *own = place[warp];
+    size_t first = blockIdx.x * tile + tile / WARPS * warp, last = first + tile / WARPS;
+    if (last > M) last = M;
+    for (int d = lane; d < SORT_DIGITS; d += WARP) own[d] = 0;
+    __syncwarp();
+    for (size_t m = first + lane; m < last; m += WARP)
+        atomicAdd(&own[keys[m] >> shift & (SORT_DIGITS - 1)], 1);
+    // one thread per digit from here ...
+    int total = 0, start = 0;
+    #pragma unroll 16
+    for (unsigned t = 0; t < gridDim.x; t++) {
+        int c = count[t * SORT_DIGITS + threadIdx.x];
+        total += c;
+        start += t < blockIdx.x ? c : 0;
+    }
+    int sum = total;                                         // of this digit and the lanes before it
+    #pragma unroll
     for (int step = 1; step < WARP; step *= 2) {
         int below = __shfl_up_sync(0xffffffffu, sum, step);
         if (lane >= step) sum += below;
     }
     if (lane == WARP - 1) warp_total[warp] = sum;
     __syncthreads();
-    int start = sum - own;
+    start += sum - total;
     for (int w = 0; w < warp; w++) start += warp_total[w];
-    for (size_t i = first; i < last; i++) {
-        int c = count[i];
-        count[i] = start;
+    #pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        int c = place[w][threadIdx.x];
+        place[w][threadIdx.x] = start;
         start += c;
+    }
+    __syncthreads();                                         // ... to here
+    for (size_t m0 = first; m0 < last; m0 += WARP) {
+        size_t m = m0 + lane;
+        int key = m < last ? keys[m] : 0, digit = m < last ? key >> shift & (SORT_DIGITS - 1) : -1;
+        unsigned same = __match_any_sync(0xffffffffu, digit);
+        int before = __popc(same & ((1u << lane) - 1)), to = m < last ? own[digit] + before : 0;
+        __syncwarp();
+        if (m < last && before == 0) own[digit] += __popc(same);
+        __syncwarp();
+        if (m < last) {
+            keys_out[to] = key;
+            order_out[to] = order ? order[m] : (int)m;
+        }
     }
 }
 
-// One warp moves one tile, 32 positions at a time. Lanes with the same digit find each other by
-// __match_any_sync; their order in the warp is their order in the output, which makes the sort stable.
-__global__ void sort_move_kernel(int* keys_out, int* order_out, const int* keys, const int* order,
-                                 const int* count, int shift, size_t M) {
-    __shared__ int place[SORT_DIGITS];
-    for (int i = threadIdx.x; i < SORT_DIGITS; i += WARP)
-        place[i] = count[(size_t)i * gridDim.x + blockIdx.x];
-    __syncwarp();
-    size_t m0 = (size_t)blockIdx.x * SORT_TILE;
-    int key[SORT_TILE / WARP];
-    #pragma unroll
-    for (int i = 0; i < SORT_TILE / WARP; i++) {
-        size_t m = m0 + i * WARP + threadIdx.x;
-        key[i] = m < M ? keys[m] : 0;
-    }
-    #pragma unroll
-    for (int i = 0; i < SORT_TILE / WARP; i++) {
-        size_t m = m0 + i * WARP + threadIdx.x;
-        int digit = m < M ? (key[i] >> shift) & (SORT_DIGITS - 1) : -1;
-        unsigned same = __match_any_sync(0xffffffffu, digit);
-        int before = __popc(same & ((1u << threadIdx.x) - 1));
-        int to = digit >= 0 ? place[digit] + before : 0;
-        __syncwarp();
-        if (digit >= 0 && before == 0) place[digit] += __popc(same);
-        __syncwarp();
-        if (digit >= 0) {
-            keys_out[to] = key[i];
-            order_out[to] = order ? order[m] : (int)m;
-        }
+// embedding_sort: *keys, *order (M): the tokens in ascending order and where each stood, in scratch
+size_t embedding_sort_scratch_cuda(size_t M) {
+    size_t tile = sort_tile(M);
+    return 4 * M + (M + tile - 1) / tile * SORT_DIGITS;
+}
+
+void embedding_sort_cuda(const int** keys, const int** order, const int* tokens, int* scratch, size_t M,
+                         size_t Vp, cudaStream_t stream) {
+    size_t tile = sort_tile(M);
+    unsigned tiles = (unsigned)((M + tile - 1) / tile);
+    int *to[2] = {scratch, scratch + 2 * M}, *count = scratch + 4 * M;
+    *keys = tokens;
+    *order = NULL;
+    for (int shift = 0, k = 0; shift == 0 || (shift < 31 && (Vp - 1) >> shift); shift += SORT_BITS, k ^= 1) {
+        sort_count_kernel<<<tiles, SORT_DIGITS, 0, stream>>>(count, *keys, shift, tile, M);
+        cudaCheck(cudaGetLastError());
+        sort_move_kernel<<<tiles, SORT_DIGITS, 0, stream>>>(to[k], to[k] + M, *keys, *order, count, shift,
+                                                            tile, M);
+        cudaCheck(cudaGetLastError());
+        *keys = to[k];
+        *order = to[k] + M;
     }
 }
 
@@ -567,30 +598,15 @@ __global__ void embedding_backward_parts_kernel(float* dweight, const float* par
 
 // the scratch of embedding_backward_cuda, in ints
 size_t embedding_backward_scratch_cuda(size_t M, size_t D) {
-    size_t tiles = (M + SORT_TILE - 1) / SORT_TILE, pieces = (M + EMBED_PIECE - 1) / EMBED_PIECE;
-    return pieces * 2 * D + 4 * M + SORT_DIGITS * tiles;
+    return (M + EMBED_PIECE - 1) / EMBED_PIECE * 2 * D + embedding_sort_scratch_cuda(M);
 }
 
 void embedding_backward_cuda(float* dweight, const float* dres, const int* tokens, int* scratch,
                                     size_t M, size_t D, size_t Vp, cudaStream_t stream) {
-    unsigned tiles = (unsigned)((M + SORT_TILE - 1) / SORT_TILE);
     unsigned pieces = (unsigned)((M + EMBED_PIECE - 1) / EMBED_PIECE);
     float* parts = (float*)scratch;                          // (pieces,2,D)
-    int* keys_order[2] = {scratch + (size_t)pieces * 2 * D, scratch + (size_t)pieces * 2 * D + 2 * M};
-    int* count = scratch + (size_t)pieces * 2 * D + 4 * M;   // (SORT_DIGITS,tiles)
-    const int *keys = tokens, *order = NULL;
-    for (int shift = 0, to = 0; shift == 0 || (shift < 32 && (Vp - 1) >> shift);
-         shift += SORT_BITS, to ^= 1) {
-        sort_count_kernel<<<tiles, SORT_DIGITS, 0, stream>>>(count, keys, shift, M);
-        cudaCheck(cudaGetLastError());
-        sort_scan_kernel<<<1, 1024, 0, stream>>>(count, (size_t)SORT_DIGITS * tiles);
-        cudaCheck(cudaGetLastError());
-        sort_move_kernel<<<tiles, WARP, 0, stream>>>(keys_order[to], keys_order[to] + M, keys, order, count,
-                                                     shift, M);
-        cudaCheck(cudaGetLastError());
-        keys = keys_order[to];
-        order = keys + M;
-    }
+    const int *keys, *order;
+    embedding_sort_cuda(&keys, &order, tokens, scratch + (size_t)pieces * 2 * D, M, Vp, stream);
     if (is_aligned(dweight, 16, D * 4) && is_aligned(dres, 16, D * 4) && is_aligned(scratch, 16, 16)) {
         unsigned quarter = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
         embedding_backward_kernel<4><<<pieces, quarter, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
