@@ -143,9 +143,16 @@ void* xrealloc(void* old, size_t count, size_t size) {
 // value can be recomputed, and nothing depends on the number of threads. Streams keep the uses apart.
 //   mix(x): the finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection on 64 bits
 //   bits   = mix( mix( mix(seed) + stream ) + counter )
-enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_SAMPLE = 1 << 20, STREAM_INIT = 1 << 21 };
+enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_DROPOUT = 3, STREAM_SAMPLE = 1 << 20,
+       STREAM_INIT = 1 << 21 };
 
-uint64_t mix64(uint64_t x) {
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__    // also callable in the kernels of train_mamba.cu
+#else
+#define HOST_DEVICE
+#endif
+
+HOST_DEVICE static inline uint64_t mix64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -680,6 +687,44 @@ void embedding_backward(real* dweight, const real* dout, const int* tokens, size
             for (size_t d = 0; d < n; d++) dw[d] += dout_m[d];
         }
     }
+}
+
+// Dropout: which elements a training step zeroes. A mask is nowhere stored: whether an element is kept is a
+// function of (seed, step, place, element), so the backward, --recompute and a resumed run make it again.
+//   place: 0 the embedding, l + 1 what sub-layer l adds    element: (first + m) * D + d
+typedef struct {
+    double rate;         // the part that is zeroed; 0: no dropout
+    uint64_t key;        // random_bits(seed, STREAM_DROPOUT, step)
+    size_t first;        // tokens of this step in the micro-batches before this one
+    int place;
+} Dropout;
+
+// Four neighbouring elements share the 64 bits of mix(mix(key + place) + element / 4); each is zeroed when
+// its 16 bits are below the threshold.
+static inline uint32_t dropout_threshold(double rate) { return (uint32_t)(rate * 65536 + 0.5); }
+static inline double dropout_scale(uint32_t threshold) { return 65536.0 / (65536.0 - threshold); }
+HOST_DEVICE static inline bool dropout_keeps(uint64_t bits, size_t element, uint32_t threshold) {
+    return (bits >> element % 4 * 16 & 0xffff) >= threshold;
+}
+
+// dropout: out = keep ? inp / (1 - rate) : 0, so that the mean stays.   inp, out (M,D), may be the same
+// Returns out, or inp when there is nothing to do. It is linear, each element for itself, so the backward is
+// the same function of the gradient.    Srivastava et al. (2014), Journal of Machine Learning Research 15
+const real* dropout(real* out, const real* inp, const Dropout* drop, size_t M, size_t D) {
+    uint32_t threshold = dropout_threshold(drop->rate);
+    uint64_t key = mix64(drop->key + (uint64_t)drop->place);
+    real scale = (real)dropout_scale(threshold);
+    if (threshold == 0) return inp;
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++) {
+        uint64_t bits = 0;
+        for (size_t d = 0; d < D; d++) {
+            size_t element = (drop->first + m) * D + d;
+            if (d == 0 || element % 4 == 0) bits = mix64(key + element / 4);
+            out[m * D + d] = dropout_keeps(bits, element, threshold) ? inp[m * D + d] * scale : 0;
+        }
+    }
+    return out;
 }
 
 // rmsnorm_forward: divides each token's vector by its root mean square.
@@ -1246,6 +1291,7 @@ typedef struct {
     const Config* config;
     size_t B, T;
     const int* doc;      // (B,T) document ids, or NULL: one document per row
+    Dropout dropout;     // of what this sub-layer adds
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -1344,7 +1390,7 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
     matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 // mamba1_block_backward: the lines of the forward in reverse order. dres (B,T,D) holds the gradient of
@@ -1375,8 +1421,9 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     zero_real(w->du, M * D);
 
     // (F8) out = W_out y, y = s silu(z); the residual passes dres on unchanged
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dres, D, w->y, E, p->out_proj, M, E, D);
+    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dout, D, w->y, E, p->out_proj, M, E, D);
     gate_backward(w->ds, E, dz, 2 * E, dy, a->s, E, z, 2 * E, M, E);
     // (F5) to (F7): the first contribution to dx
     zero_real(w->ddt, M * E);
@@ -1440,7 +1487,7 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
@@ -1454,9 +1501,10 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
     zero_real(w->dm, M * F);
     zero_real(w->dh, M * 2 * F);
     zero_real(w->du, M * D);
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // out = W_2 m, m = up silu(gate)
-    matmul_backward(w->dm, F, dp->fc2, NULL, dres, D, w->m, F, p->fc2, M, F, D);
+    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
     gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // [up; gate] = W_1 u, u = RMSNorm(res_in)
     matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
@@ -1746,6 +1794,7 @@ static size_t state_count(const Model* m) {
 typedef struct {
     size_t B, T;
     bool training, recompute;
+    Dropout dropout;                  // of the call at hand; rate 0 unless a training step sets it
     size_t bytes;                     // of everything below
     real* data;
     real** res;                       // [n_layers + 1] residual stream before each sub-layer, (B,T,D)
@@ -1855,20 +1904,24 @@ void workspace_free(Workspace* w) {
 static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, const State* s0,
                           const State* sT) {
     const Layer* layer = &m->layer[l];
-    layer->kind->forward(run, w->res[l + 1], w->res[l], layer->params, w->acts[l],
+    Run here = *run;
+    here.dropout.place = l + 1;
+    layer->kind->forward(&here, w->res[l + 1], w->res[l], layer->params, w->acts[l],
                          w->scratch[layer->kind - kinds], s0->field[l], sT->field[l]);
 }
 
 // model_forward: tokens (B,T) to the final normalized residual stream w->f (B,T,D).
 //   res_0 = embedding[tokens]     res_{l+1} = res_l + layer_l(RMSNorm(res_l))     f = RMSNorm(res_last)
+//   with dropout (w->dropout) on the embedding and on what each layer adds
 //   doc (B,T) or NULL; s0 and sT: states before and after, see state_none; in inference they may be the same
 //   state
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc};
+    Run run = {&m->config, B, T, doc, w->dropout};
     size_t D = (size_t)m->config.d_model;
     embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
 }
@@ -1899,7 +1952,7 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc};
+    Run run = {&m->config, B, T, doc, w->dropout};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
@@ -1907,10 +1960,12 @@ void model_backward(const Model* m, Workspace* w, const int* tokens, const int* 
     for (int l = m->n_layers - 1; l >= 0; l--) {
         const Layer* layer = &m->layer[l];
         if (w->recompute) layer_forward(m, w, &run, l, s0, &none);
+        run.dropout.place = l + 1;
         layer->kind->backward(&run, w->dres, w->res[l], layer->grads, layer->params, w->acts[l],
                               w->scratch[layer->kind - kinds], s0->field[l], ds0->field[l], dsT->field[l]);
     }
-    embedding_backward(m->dembedding, w->dres, tokens, M, D);
+    run.dropout.place = 0;
+    embedding_backward(m->dembedding, dropout(w->dres, w->dres, &run.dropout, M, D), tokens, M, D);
     state_free(&none);
 }
 
@@ -1936,13 +1991,14 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc};
+    Run run = {&m->config, B, T, doc, w->dropout};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
     for (int l = 0; l < m->n_layers && !found; l++) {
         const Layer* layer = &m->layer[l];
         if (l == 0) embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+        if (l == 0) dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
         layer_forward(m, w, &run, l, s0, &none);
         for (int i = 0; i < layer->kind->n_acts && !found; i++) {
             if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T)))
@@ -2188,6 +2244,7 @@ struct Backend {
     size_t activation_bytes;
     void* device;                      // what another backend keeps for itself
     double norm;                       // of the last gradient_norm
+    Dropout dropout;                   // of the training step; see dropout_of
     // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
     // sum.
     //   micro: the micro-batch whose carried state is used, -1 for none
@@ -2208,10 +2265,19 @@ struct Backend {
     void (*destroy)(Backend*);
 };
 
+// dropout_of: that of one micro-batch of a training step; evaluation and generation (micro -1) have none
+static Dropout dropout_of(const Backend* b, int micro, size_t B, size_t T) {
+    Dropout drop = b->dropout;
+    if (micro < 0) drop.rate = 0;
+    else drop.first = (size_t)micro * B * T;
+    return drop;
+}
+
 static double cpu_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
                           size_t B, size_t T, double scale) {
     const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
     const State* sT = b->carry_in && micro >= 0 ? &b->carry_out[micro] : &b->none;
+    b->work.dropout = dropout_of(b, micro, B, T);
     model_forward(b->model, &b->work, tokens, doc, B, T, s0, sT);
     return model_loss(b->model, &b->work, targets, B * T, scale > 0, (real)scale);
 }
@@ -2920,6 +2986,8 @@ static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error*
     char what[256] = "the loss itself";
     int micro = 0;
     bool finite = true;
+    b->dropout.rate = o->dropout;
+    b->dropout.key = random_bits(o->seed, STREAM_DROPOUT, (uint64_t)t->progress.step);
     b->zero_gradients(b);
     for (; micro < (int)accum && finite; micro++) {
         size_t at = (size_t)micro * B * T;
@@ -2939,6 +3007,7 @@ static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error*
         b->download(b);
         if (!b->work.data)
             b->work = workspace_alloc(&t->model, B, T, false, false, false);    // the CPU looks for it
+        b->work.dropout = dropout_of(b, micro, B, T);
         find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
                        what, sizeof what);
         bool starts;
