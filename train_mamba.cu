@@ -381,7 +381,7 @@ template <typename Y, typename X> void cast_cuda(Y* out, const X* inp, size_t n,
 // changes from step to step and is read from device memory, so that a recorded graph of launches stays valid.
 struct DropoutCuda {
     const uint64_t* key = NULL;
-    uint64_t place = 0;
+    uint64_t place = 0;          // 0 the embedding, l the delta that sub-layer l reads
     size_t first = 0;            // number of the call's first element
     uint32_t threshold = 0;      // 0: no dropout
     float scale = 1;
@@ -518,7 +518,7 @@ __global__ void sort_move_kernel(int* keys_out, int* order_out, const int* keys,
     }
 }
 
-// embedding_backward: dweight[v,:] += sum of dropout(dres[m,:]) over the positions m with tokens[m] = v
+// embedding_backward: dweight[v,:] += sum of dres[m,:] over the positions m with tokens[m] = v
 //   keys, order (M): the tokens in sorted order and where they stood; dres (M,D) float
 // Frequent tokens have long runs, so the sorted positions are cut into pieces of EMBED_PIECE, one block each;
 // a thread sums W neighbouring columns. A run inside one piece goes to dweight. The part of a run that began
@@ -527,8 +527,7 @@ __global__ void sort_move_kernel(int* keys_out, int* order_out, const int* keys,
 // bytes: 4 per element of dres, 8 D per distinct token
 template <int W>
 __global__ void embedding_backward_kernel(float* dweight, float* parts, const float* dres, const int* keys,
-                                          const int* order, size_t M, size_t D, DropoutCuda drop) {
-    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
+                                          const int* order, size_t M, size_t D) {
     size_t p0 = (size_t)blockIdx.x * EMBED_PIECE;
     int token[EMBED_PIECE + 2];                              // with the position before and the one behind
     #pragma unroll
@@ -540,11 +539,6 @@ __global__ void embedding_backward_kernel(float* dweight, float* parts, const fl
             if (p0 + i >= M) break;
             rows[i] = load_pack<W>(dres + (size_t)order[p0 + i] * D + d);
             if (token[i + 1] != token[i + 2]) old[i] = load_pack<W>(dweight + (size_t)token[i + 1] * D + d);
-        }
-        #pragma unroll
-        for (int i = 0; i < EMBED_PIECE; i++) {
-            if (!drop.threshold || p0 + i >= M) break;
-            dropout_pack<W>(rows[i].v, (size_t)order[p0 + i] * D + d, key, drop);
         }
         float acc[W] = {0};
         bool earlier = token[0] == token[1];                 // the run at hand began in an earlier piece
@@ -606,8 +600,7 @@ size_t embedding_backward_scratch_cuda(size_t M, size_t D) {
 }
 
 void embedding_backward_cuda(float* dweight, const float* dres, const int* tokens, int* scratch,
-                                    size_t M, size_t D, size_t Vp, cudaStream_t stream,
-                                    DropoutCuda drop = DropoutCuda()) {
+                                    size_t M, size_t D, size_t Vp, cudaStream_t stream) {
     unsigned tiles = (unsigned)((M + SORT_TILE - 1) / SORT_TILE);
     unsigned pieces = (unsigned)((M + EMBED_PIECE - 1) / EMBED_PIECE);
     float* parts = (float*)scratch;                          // (pieces,2,D)
@@ -628,11 +621,9 @@ void embedding_backward_cuda(float* dweight, const float* dres, const int* token
     }
     if (is_aligned(dweight, 16, D * 4) && is_aligned(dres, 16, D * 4) && is_aligned(scratch, 16, 16)) {
         unsigned quarter = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
-        embedding_backward_kernel<4><<<pieces, quarter, 0, stream>>>(dweight, parts, dres, keys, order, M, D,
-                                                                     drop);
+        embedding_backward_kernel<4><<<pieces, quarter, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
     } else {
-        embedding_backward_kernel<1><<<pieces, 256, 0, stream>>>(dweight, parts, dres, keys, order, M, D,
-                                                                 drop);
+        embedding_backward_kernel<1><<<pieces, 256, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
     }
     cudaCheck(cudaGetLastError());
     unsigned threads = D < 1024 ? (unsigned)((D + WARP - 1) / WARP * WARP) : 1024;
@@ -767,7 +758,8 @@ const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, con
 //   forward y = weight * xhat       =>  dweight += sum_m dy * xhat
 //   forward xhat = res * rstd(res)  =>  dres    += rstd * (q - xhat * mean_d(q * xhat))
 //   dres (M,D) float: on entry the gradient of res_out, which the residual passes on; on exit that of res_in
-//   dres_x (M,D): the gradient of delta in X, for the matmuls, which is dropout(dres); may be NULL
+//   dres_x (M,D): the gradient of delta in X, for the matmuls, which is dropout(dres); NULL: there is no
+//   delta, res_in is the embedding, and its dropout is applied to dres itself
 //   u (M,D): the y of forward once more, the same bits; NULL: not wanted
 //   dy (M,D)   res (M,D): res_out of forward
 // The rows are dealt out to NORM_BLOCKS blocks. A thread always meets the same columns and so sums dweight in
@@ -818,9 +810,10 @@ rmsnorm_backward_kernel(float* dres, X* dres_x, X* u, float* parts, const X* dy,
             #pragma unroll
             for (int j = 0; j < 4; j++)
                 dx[i].v[j] += r * (w.v[j] * to_float(dy_m[i].v[j]) - x[i].v[j] * r * mean);
-            store_pack<4>(dres + m * D + d, dx[i].v);
+            if (dres_x) store_pack<4>(dres + m * D + d, dx[i].v);
             if (DROP) dropout_pack<4>(dx[i].v, m * D + d, key, drop);
             if (dres_x) store_pack<4>(dres_x + m * D + d, dx[i].v);
+            else store_pack<4>(dres + m * D + d, dx[i].v);
             if (!u) continue;
             #pragma unroll
             for (int j = 0; j < 4; j++) w.v[j] *= x[i].v[j] * r;
@@ -865,9 +858,10 @@ __global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, X* u, fl
         for (size_t d = threadIdx.x; d < D; d += blockDim.x) {
             float q = weight[d] * to_float(dy[m * D + d]);
             float dx = dres[m * D + d] + r * (q - res[m * D + d] * r * mean);
-            dres[m * D + d] = dx;
+            if (dres_x) dres[m * D + d] = dx;
             if (drop.threshold) dropout_pack<1>(&dx, m * D + d, key, drop);
             if (dres_x) dres_x[m * D + d] = from_float<X>(dx);
+            else dres[m * D + d] = dx;
             if (u) u[m * D + d] = from_float<X>(weight[d] * res[m * D + d] * r);
         }
     }
@@ -890,7 +884,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
     size_t blocks = M < NORM_BLOCKS ? M : (size_t)NORM_BLOCKS;
     size_t warp_blocks = (M + 3) / 4 < NORM_BLOCKS ? (M + 3) / 4 : (size_t)NORM_BLOCKS;
     if (packs && D <= 768) blocks = warp_blocks;
-    bool mask = drop.threshold && dres_x;
+    bool mask = drop.threshold > 0;
     #define NORM_BACKWARD(warps, iters)                                                                    \
         (mask ? rmsnorm_backward_kernel<X, warps, iters, true>                                             \
               : rmsnorm_backward_kernel<X, warps, iters, false>)                                           \
@@ -2985,7 +2979,7 @@ template <typename X> struct CudaRun {
     size_t B, T;
     const int* doc;
     cudaStream_t stream;
-    DropoutCuda dropout;        // of the residual stream before this sub-layer: embedding, or delta_in
+    DropoutCuda dropout;        // of delta_in; for the first sub-layer (place 0) of the embedding
 };
 
 enum {
@@ -3062,7 +3056,8 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                 run->doc, w->sums, B, T, E, K, stream);
     matmul_backward_cuda(mm, w->du, D, false, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D,
                          L->px[P_IN], w->sums, M, D, 2 * E, stream);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, (X*)NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd,
+    X* dres_x = run->dropout.place ? w->dres_x : NULL;       // the first sub-layer has no other before it
+    rmsnorm_backward_cuda(w->dres, dres_x, (X*)NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd,
                           w->sums, M, D, stream, run->dropout);
 }
 
@@ -3372,7 +3367,7 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
         else mamba1_block_backward_cuda(run, &d->layer[l], &w->acts[l], s, s0);
     }
     embedding_backward_cuda(d->dembedding, s->dres, w->tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
-                            run->stream, run->dropout);
+                            run->stream);
 }
 
 // ---------------------------------------------------------------------------------------------------

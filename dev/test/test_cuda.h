@@ -310,24 +310,23 @@ template <typename X> void check_embedding(size_t M, size_t D, size_t V, int ske
     Vec first;
     for (int twice = 0; twice < 2 && sizeof(X) == 4; twice++) {      // backward is float alone
         float* g = gpu<float>(dweight);
-        embedding_backward_cuda(g, g_dres, g_tokens, scratch, M, D, V, 0, drop.cuda);
+        embedding_backward_cuda(g, g_dres, g_tokens, scratch, M, D, V, 0);
         Vec got = from_gpu(g, V * D);
         if (twice)
             claim_zero<X>("embedding backward, again: bits", differing(got.data(), first.data(), V * D));
         first = got;
     }
     if (sizeof(X) == 4) {
-        oracle::dropout(dres.data(), dres.data(), &drop.cpu, M, D);
         oracle::embedding_backward(dweight.data(), dres.data(), tokens.data(), M, D);
         claim<X>("embedding backward", first, dweight, 1e-6, 1e-6);
     }
     gpu_release();
 }
 
-// variant 1: no delta; 2: in place; 3: no copy of dres in X; 4: dropout. The normalized input once more: 0, 4
+// variant 1: no delta; 2: in place; 3: no dres_x; 4: dropout; 5: both. The normalized input once more: 0, 4
 template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
     snprintf(shape, sizeof shape, "M%zu D%zu variant%d", M, D, variant);
-    bool has_delta = variant != 1, drops = variant == 4;
+    bool has_delta = variant != 1, drops = variant >= 4;
     RandomDropout drop = random_dropout(drops ? 0.4 : 0, D);
     Vec res = normal_vec<float>(M * D, 2), delta = normal_vec<X>(M * D), add = delta;
     Vec weight = normal_vec<float>(D, 0.3, 1), sum = res, y(M * D), rstd(M);
@@ -351,8 +350,8 @@ template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
     oracle::rmsnorm_backward(want_dres.data(), want_dweight.data(), dy.data(), sum.data(), weight.data(),
                              rstd.data(), M, D);
     float *g_sum = gpu<float>(sum), *scratch = gpu_nan<float>(rmsnorm_backward_scratch_cuda(M, D));
-    X *g_dy = gpu<X>(dy), *dres_x = variant == 3 ? NULL : gpu_nan<X>(M * D);
-    X* u = variant == 0 || drops ? gpu_nan<X>(M * D) : NULL;
+    X *g_dy = gpu<X>(dy), *dres_x = variant == 3 || variant == 5 ? NULL : gpu_nan<X>(M * D);
+    X* u = variant % 4 == 0 ? gpu_nan<X>(M * D) : NULL;
     for (int twice = 0; twice < 2; twice++) {
         float *g_dres = gpu<float>(dres), *g_dweight = gpu<float>(dweight);
         rmsnorm_backward_cuda<X>(g_dres, dres_x, u, g_dweight, g_dy, g_sum, g_weight, g_rstd, scratch, M, D,
@@ -361,9 +360,10 @@ template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
         if (twice) claim_zero<X>("rmsnorm backward, again: bits", differing(got.data(), first.data(), D));
         first = got;
         if (twice) continue;
-        claim<X>("rmsnorm backward dres", from_gpu(g_dres, M * D), want_dres, 5e-5, 5e-5);
-        oracle::dropout(want_dres.data(), want_dres.data(), &drop.cpu, M, D);
-        if (dres_x) claim<X>("rmsnorm backward dres_x", from_gpu(dres_x, M * D), want_dres, 5e-5, 4e-3);
+        Vec masked = want_dres;
+        oracle::dropout(masked.data(), masked.data(), &drop.cpu, M, D);
+        claim<X>("rmsnorm backward dres", from_gpu(g_dres, M * D), dres_x ? want_dres : masked, 5e-5, 5e-5);
+        if (dres_x) claim<X>("rmsnorm backward dres_x", from_gpu(dres_x, M * D), masked, 5e-5, 4e-3);
         if (u) {
             Vec y_again = from_gpu(u, M * D), y_first = from_gpu(g_y, M * D);
             claim_zero<X>("rmsnorm backward u = y of forward: bits",
@@ -524,7 +524,7 @@ template <typename X> void check_layers(void) {
             check_embedding<X>(embedding[i][0], embedding[i][1], embedding[i][2], skew);
     const size_t D[] = {1, 37, 64, 256, 500, 516, 768, 1000, 1024, 1536, 2048, 2560, 4096, 5000};
     for (size_t d = 0; d < sizeof D / sizeof D[0]; d++)
-        for (int variant = 0; variant < 5; variant++) {
+        for (int variant = 0; variant < 6; variant++) {
             check_rmsnorm<X>(1, D[d], variant);
             check_rmsnorm<X>(21, D[d], variant);
             if (!small && D[d] <= 1536) check_rmsnorm<X>(D[d] == 768 ? 2300 : 600, D[d], variant);
