@@ -143,9 +143,16 @@ void* xrealloc(void* old, size_t count, size_t size) {
 // value can be recomputed, and nothing depends on the number of threads. Streams keep the uses apart.
 //   mix(x): the finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection on 64 bits
 //   bits   = mix( mix( mix(seed) + stream ) + counter )
-enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_SAMPLE = 1 << 20, STREAM_INIT = 1 << 21 };
+enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_DROPOUT = 3, STREAM_SAMPLE = 1 << 20,
+       STREAM_INIT = 1 << 21 };
 
-uint64_t mix64(uint64_t x) {
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__    // also callable in the kernels of train_mamba.cu
+#else
+#define HOST_DEVICE
+#endif
+
+HOST_DEVICE static inline uint64_t mix64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -680,6 +687,44 @@ void embedding_backward(real* dweight, const real* dout, const int* tokens, size
             for (size_t d = 0; d < n; d++) dw[d] += dout_m[d];
         }
     }
+}
+
+// Dropout: which elements a training step zeroes. A mask is nowhere stored: whether an element is kept is a
+// function of (seed, step, place, element), so the backward, --recompute and a resumed run make it again.
+//   place: 0 the embedding, l + 1 what sub-layer l adds    element: (first + m) * D + d
+typedef struct {
+    double rate;         // the part that is zeroed; 0: no dropout
+    uint64_t key;        // random_bits(seed, STREAM_DROPOUT, step)
+    size_t first;        // tokens of this step in the micro-batches before this one
+    int place;
+} Dropout;
+
+// Four neighbouring elements share the 64 bits of mix(mix(key + place) + element / 4); each is zeroed when
+// its 16 bits are below the threshold.
+static inline uint32_t dropout_threshold(double rate) { return (uint32_t)(rate * 65536 + 0.5); }
+static inline double dropout_scale(uint32_t threshold) { return 65536.0 / (65536.0 - threshold); }
+HOST_DEVICE static inline bool dropout_keeps(uint64_t bits, size_t element, uint32_t threshold) {
+    return (bits >> element % 4 * 16 & 0xffff) >= threshold;
+}
+
+// dropout: out = keep ? inp / (1 - rate) : 0, so that the mean stays.   inp, out (M,D), may be the same
+// Returns out, or inp when there is nothing to do. It is linear, each element for itself, so the backward is
+// the same function of the gradient.    Srivastava et al. (2014), Journal of Machine Learning Research 15
+const real* dropout(real* out, const real* inp, const Dropout* drop, size_t M, size_t D) {
+    uint32_t threshold = dropout_threshold(drop->rate);
+    uint64_t key = mix64(drop->key + (uint64_t)drop->place);
+    real scale = (real)dropout_scale(threshold);
+    if (threshold == 0) return inp;
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++) {
+        uint64_t bits = 0;
+        for (size_t d = 0; d < D; d++) {
+            size_t element = (drop->first + m) * D + d;
+            if (d == 0 || element % 4 == 0) bits = mix64(key + element / 4);
+            out[m * D + d] = dropout_keeps(bits, element, threshold) ? inp[m * D + d] * scale : 0;
+        }
+    }
+    return out;
 }
 
 // rmsnorm_forward: divides each token's vector by its root mean square.
@@ -1252,6 +1297,7 @@ typedef struct {
     size_t B, T;
     const int* doc;      // (B,T) document ids, or NULL: one document per row
     int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
+    Dropout dropout;     // of what this sub-layer adds
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -1350,7 +1396,7 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
     matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 // mamba1_block_backward: the lines of the forward in reverse order. dres (B,T,D) holds the gradient of
@@ -1388,8 +1434,9 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     zero_real(w->du, M * D);
 
     // (F8) out = W_out y, y = s silu(z); the residual passes dres on unchanged
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dres, D, w->y, E, p->out_proj, M, E, D);
+    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dout, D, w->y, E, p->out_proj, M, E, D);
     gate_backward(w->ds, E, dz, 2 * E, dy, a->s, E, z, 2 * E, M, E);
     // (F5) to (F7): the first contribution to dx
     zero_real(w->ddt, M * E);
@@ -1453,7 +1500,7 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
@@ -1469,9 +1516,10 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
     zero_real(w->dm, M * F);
     zero_real(w->dh, M * 2 * F);
     zero_real(w->du, M * D);
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // out = W_2 m, m = up silu(gate)
-    matmul_backward(w->dm, F, dp->fc2, NULL, dres, D, w->m, F, p->fc2, M, F, D);
+    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
     gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // [up; gate] = W_1 u, u = RMSNorm(res_in)
     matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
@@ -1762,6 +1810,7 @@ typedef struct {
     size_t B, T;
     bool training;
     int recompute;
+    Dropout dropout;                  // of the call at hand; rate 0 unless a training step sets it
     size_t bytes;                     // of everything below
     real* data;
     real** res;                       // [n_layers + 1] residual stream before each sub-layer, (B,T,D)
@@ -1873,20 +1922,24 @@ void workspace_free(Workspace* w) {
 static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, const State* s0,
                           const State* sT) {
     const Layer* layer = &m->layer[l];
-    layer->kind->forward(run, w->res[l + 1], w->res[l], layer->params, w->acts[l],
+    Run here = *run;
+    here.dropout.place = l + 1;
+    layer->kind->forward(&here, w->res[l + 1], w->res[l], layer->params, w->acts[l],
                          w->scratch[layer->kind - kinds], s0->field[l], sT->field[l]);
 }
 
 // model_forward: tokens (B,T) to the final normalized residual stream w->f (B,T,D).
 //   res_0 = embedding[tokens]     res_{l+1} = res_l + layer_l(RMSNorm(res_l))     f = RMSNorm(res_last)
+//   with dropout (w->dropout) on the embedding and on what each layer adds
 //   doc (B,T) or NULL; s0 and sT: states before and after, see state_none; in inference they may be the same
 //   state
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc, w->recompute};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model;
     embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
 }
@@ -1917,7 +1970,7 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc, w->recompute};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
@@ -1925,10 +1978,12 @@ void model_backward(const Model* m, Workspace* w, const int* tokens, const int* 
     for (int l = m->n_layers - 1; l >= 0; l--) {
         const Layer* layer = &m->layer[l];
         if (w->recompute == RECOMPUTE_ALL) layer_forward(m, w, &run, l, s0, &none);
+        run.dropout.place = l + 1;
         layer->kind->backward(&run, w->dres, w->res[l], layer->grads, layer->params, w->acts[l],
                               w->scratch[layer->kind - kinds], s0->field[l], ds0->field[l], dsT->field[l]);
     }
-    embedding_backward(m->dembedding, w->dres, tokens, M, D);
+    run.dropout.place = 0;
+    embedding_backward(m->dembedding, dropout(w->dres, w->dres, &run.dropout, M, D), tokens, M, D);
     state_free(&none);
 }
 
@@ -1954,13 +2009,14 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc, w->recompute};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
     for (int l = 0; l < m->n_layers && !found; l++) {
         const Layer* layer = &m->layer[l];
         if (l == 0) embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+        if (l == 0) dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
         layer_forward(m, w, &run, l, s0, &none);
         for (int i = 0; i < layer->kind->n_acts && !found; i++) {
             if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T)))
@@ -2205,6 +2261,7 @@ typedef struct {
     AdamW opt;
     double lr, clip;
     int64_t number;                    // from 1
+    Dropout dropout;
 } Step;
 
 typedef struct {
@@ -2228,6 +2285,7 @@ struct Backend {
     // step_begin starts a step, step_end waits for the oldest one begun. At most `queue` may be under way
     // when the next begins: a GPU computes one step while the host prepares the next. After a step that was
     // not taken the host's arrays hold its parameters and gradients.
+    Dropout dropout;                   // of the step at hand; see dropout_of
     int queue;
     double peak_flops;                 // of the device, in matmuls of this precision; 0: not known
     void (*step_begin)(Backend*, const Step*);
@@ -2252,10 +2310,19 @@ struct Backend {
     void (*destroy)(Backend*);
 };
 
+// dropout_of: that of one micro-batch of a training step; evaluation and generation (micro -1) have none
+static Dropout dropout_of(const Backend* b, int micro, size_t B, size_t T) {
+    Dropout drop = b->dropout;
+    if (micro < 0) drop.rate = 0;
+    else drop.first = (size_t)micro * B * T;
+    return drop;
+}
+
 static double cpu_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
                           size_t B, size_t T, double scale) {
     const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
     const State* sT = b->carry_in && micro >= 0 ? &b->carry_out[micro] : &b->none;
+    b->work.dropout = dropout_of(b, micro, B, T);
     model_forward(b->model, &b->work, tokens, doc, B, T, s0, sT);
     return model_loss(b->model, &b->work, targets, B * T, scale > 0, (real)scale);
 }
@@ -2275,6 +2342,7 @@ static void cpu_update(Backend* b, const AdamW* opt, double lr, double scale, in
 void plain_step_begin(Backend* b, const Step* s) {
     StepResult r = {0, NAN, false, 0};
     double scale = s->n_targets ? 1.0 / (double)s->n_targets : 0;
+    b->dropout = s->dropout;
     b->zero_gradients(b);
     for (int micro = 0; micro < (int)s->accum; micro++) {
         size_t at = (size_t)micro * s->B * s->T;
@@ -3030,6 +3098,11 @@ static void step_batch(Trainer* t, int64_t samples) {
         die("%s", err.text);
 }
 
+static Dropout step_dropout(const Options* o, int64_t number) {
+    Dropout drop = {o->dropout, random_bits(o->seed, STREAM_DROPOUT, (uint64_t)(number - 1)), 0, 0};
+    return drop;
+}
+
 // step_start: begins one optimizer step; its loss comes from step_finish.
 static void step_start(Trainer* t, double lr) {
     const Options* o = &t->settings->o;
@@ -3046,7 +3119,8 @@ static void step_start(Trainer* t, double lr) {
               {o->beta1, o->beta2, o->eps, o->weight_decay},
               lr,
               o->clip,
-              p->step + 1};
+              p->step + 1,
+              step_dropout(o, p->step + 1)};
     for (size_t i = 0; i < s.accum * s.B * s.T; i++) s.n_targets += t->targets[i] >= 0;
     t->backend.step_begin(&t->backend, &s);
     Record r = {p->step + 1, p->samples, lr, (double)s.n_targets, 0, 0};     // loss: divided by it later
@@ -3074,6 +3148,8 @@ static bool step_finish(Trainer* t, Record* r, Error* err) {
     step_batch(t, r->samples);
     if (!b->work.data)
         b->work = workspace_alloc(&t->model, B, T, false, RECOMPUTE_NONE, false);    // the CPU looks for it
+    b->work.dropout = step_dropout(o, r->step);
+    b->work.dropout.first = at;
     find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
                    what, sizeof what);
     bool starts;

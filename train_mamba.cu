@@ -388,30 +388,69 @@ template <typename Y, typename X> void cast_cuda(Y* out, const X* inp, size_t n,
     cudaCheck(cudaGetLastError());
 }
 
+// DropoutCuda: the Dropout of train_mamba.c for kernels, which mask what they read or write anyway. The key
+// changes from step to step and is read from device memory, so that a recorded graph of launches stays valid.
+struct DropoutCuda {
+    const uint64_t* key = NULL;
+    uint64_t place = 0;          // 0 the embedding, l the delta that sub-layer l reads
+    size_t first = 0;            // number of the call's first element
+    uint32_t threshold = 0;      // 0: no dropout
+    float scale = 1;
+};
+
+static inline DropoutCuda dropout_cuda(const Dropout* drop, const uint64_t* key, size_t D) {
+    DropoutCuda d;
+    d.key = key;
+    d.place = (uint64_t)drop->place;
+    d.first = drop->first * D;
+    d.threshold = dropout_threshold(drop->rate);
+    d.scale = (float)dropout_scale(d.threshold);
+    return d;
+}
+
+__device__ __forceinline__ uint64_t dropout_key(const DropoutCuda& drop) {
+    return mix64(*drop.key + drop.place);
+}
+
+// dropout_pack: W (1 or 4) neighbouring values, from element i of the array on; four are aligned and so
+// share one hash
+template <int W>
+__device__ __forceinline__ void dropout_pack(float* v, size_t i, uint64_t key, const DropoutCuda& drop) {
+    size_t element = drop.first + i;
+    uint64_t bits = mix64(key + element / 4);
+    #pragma unroll
+    for (int j = 0; j < W; j++)
+        v[j] = dropout_keeps(bits, W == 4 ? j : element, drop.threshold) ? v[j] * drop.scale : 0.0f;
+}
+
 // --------------------------------------------------------------------------------------------------
 // 4.2 Embedding
 
-// embedding_forward: res[m,:] = weight[tokens[m],:].   res (M,D) float   weight (Vp,D)   tokens (M)
+// embedding_forward: res[m,:] = dropout(weight[tokens[m],:]).
+//   res (M,D) float   weight (Vp,D)   tokens (M)
 // One block per token.   bytes: 4 + sizeof(X) per element
 template <typename X, int W>
-__global__ void embedding_forward_kernel(float* res, const int* tokens, const X* weight, size_t D) {
+__global__ void embedding_forward_kernel(float* res, const int* tokens, const X* weight, size_t D,
+                                         DropoutCuda drop) {
     const X* row = weight + (size_t)tokens[blockIdx.x] * D;
     float* out = res + (size_t)blockIdx.x * D;
+    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
     for (size_t d = threadIdx.x * W; d < D; d += blockDim.x * W) {
         float v[W];
         unpack<W>(v, load_pack<W>(row + d));
+        if (drop.threshold) dropout_pack<W>(v, blockIdx.x * D + d, key, drop);
         store_pack<W>(out + d, v);
     }
 }
 
 template <typename X>
 void embedding_forward_cuda(float* res, const int* tokens, const X* weight, size_t M, size_t D,
-                            cudaStream_t stream) {
+                            cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
     if (is_aligned(weight, 4 * sizeof(X), D * sizeof(X)) && is_aligned(res, 16, D * 4)) {
         unsigned threads = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
-        embedding_forward_kernel<X, 4><<<(unsigned)M, threads, 0, stream>>>(res, tokens, weight, D);
+        embedding_forward_kernel<X, 4><<<(unsigned)M, threads, 0, stream>>>(res, tokens, weight, D, drop);
     } else {
-        embedding_forward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(res, tokens, weight, D);
+        embedding_forward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(res, tokens, weight, D, drop);
     }
     cudaCheck(cudaGetLastError());
 }
@@ -623,15 +662,17 @@ void embedding_backward_cuda(float* dweight, const float* dres, const int* token
 // 4.3 RMSNorm, with the residual addition
 
 // residual_rmsnorm_forward: what the block before adds to the residual stream, and the norm of the sum.
-//   res_out = res_in + delta      rstd = (mean_d res_out^2 + eps)^(-1/2)      y = weight * res_out * rstd
+//   res_out = res_in + dropout(delta)     rstd = (mean_d res_out^2 + eps)^(-1/2)
+//   y = weight * res_out * rstd
 //   res_in, res_out (M,D) float, may be the same   delta (M,D) or NULL: nothing is added, and res_out is only
 //   written when it is neither NULL nor res_in   y (M,D)   weight (D)   saved for backward: res_out, rstd (M)
-// WARPS warps hold one row in registers, ITERS packs of 4 values per thread; a block is 4 warps.
+// WARPS warps hold one row in registers, ITERS packs of 4 values per thread; a block is 4 warps. DROP: with
+// dropout, an instance of its own because the other one must not pay for it.
 // bytes: 8 + 2 sizeof(X) per element
-template <typename X, int WARPS, int ITERS>
+template <typename X, int WARPS, int ITERS, bool DROP>
 __global__ void __launch_bounds__(128)
 residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* res_in, const X* delta,
-                                const float* weight, size_t M, size_t D, float eps) {
+                                const float* weight, size_t M, size_t D, float eps, DropoutCuda drop) {
     __shared__ float shared[2 * WARPS];
     const int group = WARPS * WARP;                          // threads per row
     size_t m = (size_t)blockIdx.x * (128 / group) + threadIdx.x / group;
@@ -651,10 +692,15 @@ residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* 
         #pragma unroll
         for (int i = 0; i < ITERS; i++)
             if (d0 + i * group * 4 < D_) add[i] = load_pack<4>(delta + m * D + d0 + i * group * 4);
+        uint64_t key = DROP ? dropout_key(drop) : 0;
         #pragma unroll
         for (int i = 0; i < ITERS; i++) {
+            if (d0 + i * group * 4 >= D_) continue;
+            float v[4];
+            unpack<4>(v, add[i]);
+            if (DROP) dropout_pack<4>(v, m * D + d0 + i * group * 4, key, drop);
             #pragma unroll
-            for (int j = 0; j < 4; j++) x[i][j] += d0 + i * group * 4 < D_ ? to_float(add[i].v[j]) : 0.0f;
+            for (int j = 0; j < 4; j++) x[i][j] += v[j];
         }
     }
     bool write = delta || (res_out && res_out != res_in);
@@ -684,12 +730,16 @@ residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* 
 template <typename X>
 __global__ void residual_rmsnorm_forward_general_kernel(float* res_out, X* y, float* rstd,
                                                         const float* res_in, const X* delta,
-                                                        const float* weight, size_t D, float eps) {
+                                                        const float* weight, size_t D, float eps,
+                                                        DropoutCuda drop) {
     __shared__ float shared[2 * 8];
     size_t row = (size_t)blockIdx.x * D;
+    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
     float sum = 0;
     for (size_t d = threadIdx.x; d < D; d += blockDim.x) {
-        float x = res_in[row + d] + (delta ? to_float(delta[row + d]) : 0.0f);
+        float add = delta ? to_float(delta[row + d]) : 0.0f;
+        if (drop.threshold) dropout_pack<1>(&add, row + d, key, drop);
+        float x = res_in[row + d] + add;
         if (delta || (res_out && res_out != res_in)) res_out[row + d] = x;
         sum += x * x;
     }
@@ -703,17 +753,18 @@ __global__ void residual_rmsnorm_forward_general_kernel(float* res_out, X* y, fl
 template <typename X>
 const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, const float* res_in,
                                           const X* delta, const float* weight, size_t M, size_t D, float eps,
-                                          cudaStream_t stream) {
+                                          cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
     bool packs = is_aligned(res_out, 16, D * 4) && is_aligned(res_in, 16, D * 4) &&
                  is_aligned(weight, 16, 16) &&
                  is_aligned(y, 4 * sizeof(X), D * sizeof(X)) &&
                  is_aligned(delta, 4 * sizeof(X), D * sizeof(X));
     const char* name = "residual_rmsnorm_forward_kernel";
     unsigned warp_rows = (unsigned)((M + 3) / 4), rows = (unsigned)M;
-    #define NORM_FORWARD(warps, iters, blocks)                                                              \
-        residual_rmsnorm_forward_kernel<X, warps, iters><<<blocks, 128, 0, stream>>>(res_out, y, rstd,      \
-                                                                                     res_in, delta, weight, \
-                                                                                     M, D, eps)
+    bool mask = drop.threshold && delta;
+    #define NORM_FORWARD(warps, iters, blocks)                            \
+        (mask ? residual_rmsnorm_forward_kernel<X, warps, iters, true>    \
+              : residual_rmsnorm_forward_kernel<X, warps, iters, false>)  \
+            <<<blocks, 128, 0, stream>>>(res_out, y, rstd, res_in, delta, weight, M, D, eps, drop)
     if (packs && D <= 256) NORM_FORWARD(1, 2, warp_rows);
     else if (packs && D <= 512) NORM_FORWARD(1, 4, warp_rows);
     else if (packs && D <= 768) NORM_FORWARD(1, 6, warp_rows);
@@ -722,7 +773,7 @@ const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, con
     else if (packs && D <= 4096) NORM_FORWARD(4, 8, rows);
     else {
         residual_rmsnorm_forward_general_kernel<<<rows, 256, 0, stream>>>(res_out, y, rstd, res_in, delta,
-                                                                          weight, D, eps);
+                                                                          weight, D, eps, drop);
         name = "residual_rmsnorm_forward_general_kernel";
     }
     #undef NORM_FORWARD
@@ -734,15 +785,19 @@ const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, con
 //   forward y = weight * xhat       =>  dweight += sum_m dy * xhat
 //   forward xhat = res * rstd(res)  =>  dres    += rstd * (q - xhat * mean_d(q * xhat))
 //   dres (M,D) float: on entry the gradient of res_out, which the residual passes on; on exit that of res_in
-//   and of delta; dres_x: a copy in X for the matmuls, may be NULL   dy (M,D)   res (M,D): res_out of forward
+//   dres_x (M,D): the gradient of delta in X, for the matmuls, which is dropout(dres); NULL: there is no
+//   delta, res_in is the embedding, and its dropout is applied to dres itself
+//   u (M,D): the y of forward once more, the same bits; NULL: not wanted
+//   dy (M,D)   res (M,D): res_out of forward
 // The rows are dealt out to NORM_BLOCKS blocks. A thread always meets the same columns and so sums dweight in
 // registers; parts (NORM_BLOCKS,D) takes the sums of the blocks.   bytes: 12 + 2 sizeof(X) per element
 enum { NORM_BLOCKS = 528 };
 
-template <typename X, int WARPS, int ITERS>
+template <typename X, int WARPS, int ITERS, bool DROP>
 __global__ void __launch_bounds__(128, ITERS <= 6 ? 4 : 2)
-rmsnorm_backward_kernel(float* dres, X* dres_x, float* parts, const X* dy, const float* res,
-                        const float* weight, const float* rstd, size_t M, size_t D) {
+rmsnorm_backward_kernel(float* dres, X* dres_x, X* u, float* parts, const X* dy, const float* res,
+                        const float* weight, const float* rstd, size_t M, size_t D, DropoutCuda drop) {
+    uint64_t key = DROP ? dropout_key(drop) : 0;
     const int group = WARPS * WARP, groups = 128 / group;
     __shared__ float shared[2 * WARPS];
     __shared__ float dw_shared[WARPS == 1 ? groups : 1][WARPS == 1 ? ITERS * group * 4 : 1];
@@ -782,8 +837,14 @@ rmsnorm_backward_kernel(float* dres, X* dres_x, float* parts, const X* dy, const
             #pragma unroll
             for (int j = 0; j < 4; j++)
                 dx[i].v[j] += r * (w.v[j] * to_float(dy_m[i].v[j]) - x[i].v[j] * r * mean);
-            store_pack<4>(dres + m * D + d, dx[i].v);
+            if (dres_x) store_pack<4>(dres + m * D + d, dx[i].v);
+            if (DROP) dropout_pack<4>(dx[i].v, m * D + d, key, drop);
             if (dres_x) store_pack<4>(dres_x + m * D + d, dx[i].v);
+            else store_pack<4>(dres + m * D + d, dx[i].v);
+            if (!u) continue;
+            #pragma unroll
+            for (int j = 0; j < 4; j++) w.v[j] *= x[i].v[j] * r;
+            store_pack<4>(u + m * D + d, w.v);
         }
     }
     float* part = parts + (size_t)blockIdx.x * D;
@@ -804,10 +865,11 @@ rmsnorm_backward_kernel(float* dres, X* dres_x, float* parts, const X* dy, const
 
 // any D, any alignment: a block per row, dweight summed in `parts` itself, each column by the same thread
 template <typename X>
-__global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, float* parts, const X* dy,
+__global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, X* u, float* parts, const X* dy,
                                                 const float* res, const float* weight, const float* rstd,
-                                                size_t M, size_t D) {
+                                                size_t M, size_t D, DropoutCuda drop) {
     __shared__ float shared[2 * 8];
+    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
     float* part = parts + (size_t)blockIdx.x * D;
     int phase = 0;
     for (size_t d = threadIdx.x; d < D; d += blockDim.x) part[d] = 0;
@@ -823,8 +885,11 @@ __global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, float* p
         for (size_t d = threadIdx.x; d < D; d += blockDim.x) {
             float q = weight[d] * to_float(dy[m * D + d]);
             float dx = dres[m * D + d] + r * (q - res[m * D + d] * r * mean);
-            dres[m * D + d] = dx;
+            if (dres_x) dres[m * D + d] = dx;
+            if (drop.threshold) dropout_pack<1>(&dx, m * D + d, key, drop);
             if (dres_x) dres_x[m * D + d] = from_float<X>(dx);
+            else dres[m * D + d] = dx;
+            if (u) u[m * D + d] = from_float<X>(weight[d] * res[m * D + d] * r);
         }
     }
 }
@@ -835,20 +900,23 @@ size_t rmsnorm_backward_scratch_cuda(size_t M, size_t D) {
 }
 
 template <typename X>
-const char* rmsnorm_backward_cuda(float* dres, X* dres_x, float* dweight, const X* dy, const float* res,
-                                  const float* weight, const float* rstd, float* scratch, size_t M, size_t D,
-                                  cudaStream_t stream) {
+const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, const X* dy,
+                                  const float* res, const float* weight, const float* rstd, float* scratch,
+                                  size_t M, size_t D, cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
     bool packs = is_aligned(dres, 16, D * 4) && is_aligned(res, 16, D * 4) && is_aligned(weight, 16, 16) &&
                  is_aligned(scratch, 16, 16) && is_aligned(dy, 4 * sizeof(X), D * sizeof(X)) &&
-                 is_aligned(dres_x, 4 * sizeof(X), D * sizeof(X));
+                 is_aligned(dres_x, 4 * sizeof(X), D * sizeof(X)) &&
+                 is_aligned(u, 4 * sizeof(X), D * sizeof(X));
     const char* name = "rmsnorm_backward_kernel";
     size_t blocks = M < NORM_BLOCKS ? M : (size_t)NORM_BLOCKS;
     size_t warp_blocks = (M + 3) / 4 < NORM_BLOCKS ? (M + 3) / 4 : (size_t)NORM_BLOCKS;
     if (packs && D <= 768) blocks = warp_blocks;
+    bool mask = drop.threshold > 0;
     #define NORM_BACKWARD(warps, iters)                                                                    \
-        rmsnorm_backward_kernel<X, warps, iters><<<(unsigned)blocks, 128, 0, stream>>>(dres, dres_x,       \
-                                                                                       scratch, dy, res,   \
-                                                                                       weight, rstd, M, D)
+        (mask ? rmsnorm_backward_kernel<X, warps, iters, true>                                             \
+              : rmsnorm_backward_kernel<X, warps, iters, false>)                                           \
+            <<<(unsigned)blocks, 128, 0, stream>>>(dres, dres_x, u, scratch, dy, res, weight, rstd, M, D,  \
+                                                   drop)
     if (packs && D <= 256) NORM_BACKWARD(1, 2);
     else if (packs && D <= 512) NORM_BACKWARD(1, 4);
     else if (packs && D <= 768) NORM_BACKWARD(1, 6);
@@ -858,8 +926,8 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, float* dweight, const 
     else if (packs && D <= 2560) NORM_BACKWARD(4, 5);
     else if (packs && D <= 4096) NORM_BACKWARD(4, 8);
     else {
-        rmsnorm_backward_general_kernel<<<(unsigned)blocks, 256, 0, stream>>>(dres, dres_x, scratch, dy, res,
-                                                                              weight, rstd, M, D);
+        rmsnorm_backward_general_kernel<<<(unsigned)blocks, 256, 0, stream>>>(
+            dres, dres_x, u, scratch, dy, res, weight, rstd, M, D, drop);
         name = "rmsnorm_backward_general_kernel";
     }
     #undef NORM_BACKWARD
@@ -2973,6 +3041,7 @@ template <typename X> struct CudaRun {
     const int* doc;
     cudaStream_t stream;
     int recompute;                  // RECOMPUTE_CHEAP: u, x and dt_raw have been overwritten since forward
+    DropoutCuda dropout;            // of delta_in; for the first sub-layer (place 0) of the embedding
 };
 
 enum {
@@ -3005,7 +3074,7 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
     size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
     cudaStream_t stream = run->stream;
     residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_NORM], M, D,
-                                  (float)c->norm_eps, stream);
+                                  (float)c->norm_eps, stream, run->dropout);
     matmul_forward_cuda(run->matmul, a->xz, 2 * E, a->u, D, L->px[P_IN], L->p[P_IN_BIAS], M, D, 2 * E,
                         stream);
     causal_conv1d_forward_cuda(a->x, stateT[0], a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
@@ -3056,8 +3125,9 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                 run->doc, w->sums, B, T, E, K, stream);
     matmul_backward_cuda(mm, w->du, D, false, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D,
                          L->px[P_IN], w->sums, M, D, 2 * E, stream);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd, w->sums,
-                          M, D, stream);
+    X* dres_x = run->dropout.place ? w->dres_x : NULL;       // the first sub-layer has no other before it
+    rmsnorm_backward_cuda(w->dres, dres_x, (X*)NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd,
+                          w->sums, M, D, stream, run->dropout);
 }
 
 template <typename X>
@@ -3065,7 +3135,7 @@ void mlp_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const 
                             const ScratchCuda<X>* w, const float* res_in, const X* delta_in) {
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_MLP_NORM], M, D,
-                                  (float)run->config->norm_eps, run->stream);
+                                  (float)run->config->norm_eps, run->stream, run->dropout);
     matmul_forward_cuda(run->matmul, a->h, 2 * F, a->u, D, L->px[P_FC1], (const float*)NULL, M, D, 2 * F,
                         run->stream);
     gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
@@ -3089,8 +3159,8 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
                          L->px[P_FC2], w->sums, M, F, D, run->stream);
     matmul_backward_cuda(mm, w->du, D, false, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D,
                          L->px[P_FC1], w->sums, M, D, 2 * F, run->stream);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, L->grad[P_MLP_NORM], w->du, a->res, L->p[P_MLP_NORM], a->rstd,
-                          w->sums, M, D, run->stream);
+    rmsnorm_backward_cuda(w->dres, w->dres_x, (X*)NULL, L->grad[P_MLP_NORM], w->du, a->res, L->p[P_MLP_NORM],
+                          a->rstd, w->sums, M, D, run->stream, run->dropout);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -3110,6 +3180,7 @@ template <typename Y> static void arena_take(ArenaCuda* arena, Y** p, size_t cou
 typedef struct {
     AdamWStep adamw;
     float scale;             // 1 / number of targets
+    uint64_t dropout_key;    // Dropout.key
 } StepCuda;
 
 // BatchCuda: what the host sends for one step, in one piece: the numbers, then the tokens of all micro-batches
@@ -3365,12 +3436,13 @@ static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device
 
 // model_forward_cuda: tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or NULL
 template <typename X>
-void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
+void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
                         const int* tokens, float* state0, float* stateT, const State* host, size_t row0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     const float* res = w->acts[0].res;
+    run->dropout.place = 0;
     const X* delta = NULL;
-    embedding_forward_cuda(w->acts[0].res, tokens, d->embedding_x, M, D, run->stream);
+    embedding_forward_cuda(w->acts[0].res, tokens, d->embedding_x, M, D, run->stream, run->dropout);
     for (int l = 0; l < m->n_layers; l++) {
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
         state_fields(s0, m, state0, host, l, row0);
@@ -3380,9 +3452,10 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, c
         else mamba1_block_forward_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
         res = w->acts[l].res;
         delta = w->scratch.delta;
+        run->dropout.place++;
     }
     residual_rmsnorm_forward_cuda(w->res_last, w->f, w->f_rstd, res, delta, d->norm_f, M, D,
-                                  (float)m->config.norm_eps, run->stream);
+                                  (float)m->config.norm_eps, run->stream, run->dropout);
 }
 
 // model_loss_cuda: losses of `targets` into w->losses; with backward also w->df and the head's gradient,
@@ -3406,16 +3479,18 @@ void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, cons
 // model_backward_cuda: from w->df to every gradient (+=). With --recompute on each layer runs forward again
 // just before.
 template <typename X>
-void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
+void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
                          const int* tokens, float* state0, const State* host) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
     cudaCheck(cudaMemsetAsync(s->dres, 0, M * D * sizeof(float), run->stream));
-    rmsnorm_backward_cuda(s->dres, s->dres_x, d->dnorm_f, w->df, w->res_last, d->norm_f, w->f_rstd, s->sums,
-                          M, D, run->stream);
+    run->dropout.place = (uint64_t)m->n_layers;
+    rmsnorm_backward_cuda(s->dres, s->dres_x, (X*)NULL, d->dnorm_f, w->df, w->res_last, d->norm_f, w->f_rstd,
+                          s->sums, M, D, run->stream, run->dropout);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
         state_fields(s0, m, state0, host, l, 0);
+        run->dropout.place = (uint64_t)l;
         bool mlp = m->layer[l].kind->letter == 'm';
         if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
             if (mlp)
@@ -3489,6 +3564,7 @@ typedef struct {
     StepOutput* out;
     size_t accum, B, T, n_targets;
     bool has_doc;
+    Dropout dropout;
     cudaEvent_t done;
 } SlotCuda;
 
@@ -3521,9 +3597,12 @@ template <typename X> struct CudaSession {
 template <typename X> static CudaBackend<X>* cuda_of(Backend* b) { return (CudaBackend<X>*)b->device; }
 
 template <typename X>
-static CudaRun<X> run_of(Backend* b, const int* doc, size_t B, size_t T, int recompute) {
+static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t T, int recompute) {
     CudaBackend<X>* c = cuda_of<X>(b);
-    CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute};
+    Dropout drop = dropout_of(b, micro, B, T);
+    const StepCuda* step = c->work.batch.step;
+    CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute,
+                      dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model)};
     return run;
 }
 
@@ -3595,8 +3674,9 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     to_device(batch->tokens, tokens, M, c->stream);
     to_device(batch->targets, targets, M, c->stream);
     to_device(&batch->step->scale, &scale_float, 1, c->stream);
+    to_device(&batch->step->dropout_key, &b->dropout.key, 1, c->stream);
     if (doc) to_device(batch->doc, doc, M, c->stream);
-    CudaRun<X> run = run_of<X>(b, doc ? batch->doc : NULL, B, T, w->recompute);
+    CudaRun<X> run = run_of<X>(b, micro, doc ? batch->doc : NULL, B, T, w->recompute);
     model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, host, 0);
     model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0);
     loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, true);
@@ -3614,7 +3694,7 @@ static void cuda_backward(Backend* b, int micro, const int* tokens, const int* d
     WorkCuda<X>* w = &c->work;
     (void)tokens;       // still on the device from forward, like the document ids and the carried states
     bool carried = b->carry_in && micro >= 0;
-    CudaRun<X> run = run_of<X>(b, doc ? w->batch.doc : NULL, B, T, w->recompute);
+    CudaRun<X> run = run_of<X>(b, micro, doc ? w->batch.doc : NULL, B, T, w->recompute);
     model_backward_cuda(b->model, &c->model, w, &run, w->batch.tokens,
                         carried ? c->carry_in + (size_t)micro * c->n_state : NULL,
                         carried ? &b->carry_in[micro] : NULL);
@@ -3672,7 +3752,7 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
             cudaCheck(cudaGetLastError());
         }
         const int* tokens = batch->tokens + micro * M;
-        CudaRun<X> run = run_of<X>(b, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
+        CudaRun<X> run = run_of<X>(b, (int)micro, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
         model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, host, 0);
         model_loss_cuda(b->model, d, w, &run, batch->targets + micro * M, &batch->step->scale, true);
         loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, micro == 0);
@@ -3703,6 +3783,9 @@ template <typename X> static void cuda_step_begin(Backend* b, const Step* s) {
     slot->n_targets = s->n_targets;
     slot->has_doc = s->doc != NULL;
     slot->batch.step->adamw = adamw_step_cuda(&s->opt, s->lr, s->clip, s->number);
+    slot->dropout = s->dropout;
+    b->dropout = s->dropout;
+    slot->batch.step->dropout_key = s->dropout.key;
     slot->batch.step->scale = s->n_targets ? (float)(1.0 / (double)s->n_targets) : 0.0f;
     memcpy(slot->batch.tokens, s->inputs, n * sizeof(int));
     memcpy(slot->batch.targets, s->targets, n * sizeof(int));
@@ -3730,6 +3813,8 @@ template <typename X> static StepResult cuda_step_end(Backend* b) {
     int halted = 0;
     double sum = 0;
     to_device(&c->out->halted, &halted, 1, c->stream);
+    Dropout next = b->dropout;
+    b->dropout = s->dropout;
     b->download(b);                                                 // the carried states
     cuda_zero_gradients<X>(b);
     for (size_t micro = 0; micro < s->accum; micro++) {
@@ -3744,6 +3829,7 @@ template <typename X> static StepResult cuda_step_end(Backend* b) {
         cuda_backward<X>(b, (int)micro, s->batch.tokens + at, doc, s->B, s->T);
     }
     b->download(b);
+    b->dropout = next;
     return r;
 }
 
@@ -3818,7 +3904,7 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     WorkCuda<X>* w = &d->work;
     size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
     to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
-    CudaRun<X> run = run_of<X>(b, NULL, rows, T, RECOMPUTE_NONE);
+    CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
     model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, &s->state, row0);
     for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);

@@ -16,7 +16,7 @@ typedef struct {
     // optimizer
     int64_t steps, warmup, decay_steps;
     const char* schedule;
-    double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
+    double lr, min_lr, weight_decay, dropout, beta1, beta2, eps, clip;
     // run
     uint64_t seed;
     const char *out, *from, *on_nan;
@@ -100,6 +100,8 @@ static const Option options[] = {
      "wsd only: steps of decay at the end; 0: a fifth of all"},
     {"weight-decay", 'f', OPT(weight_decay), WORD_TRAIN, "0.1", 0, 1e3, NULL,
      "AdamW, on embedding and projection weights only"},
+    {"dropout", 'f', OPT(dropout), WORD_TRAIN, "0", 0, 0.9, NULL,
+     "part of the embedding and of what each layer adds that a training step zeroes, against overfitting"},
     {"beta1", 'f', OPT(beta1), WORD_TRAIN, "0.9", 0, 0.999999, NULL, "AdamW"},
     {"beta2", 'f', OPT(beta2), WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
     {"eps", 'f', OPT(eps), WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
