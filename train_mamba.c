@@ -2302,6 +2302,9 @@ struct Backend {
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
+    // decode_greedy: one more token of every sequence, and the most likely next ones, -1 after a logit that is
+    // not finite; NULL: use decode
+    void (*decode_greedy)(Backend*, Session*, const int* tokens, int* next);
     void (*session_open)(Backend*, Session*);        // memory for decode
     void (*session_close)(Backend*, Session*);
     void (*session_sync)(Backend*, Session*, bool to_host);      // Session.state: host -> device, or back
@@ -2606,11 +2609,18 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 
     start = seconds_now();
     size_t active = rows;
+    bool greedy = backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
     for (int64_t i = 0; ok && i < o->max_tokens && active > 0 && !*interrupted; i++) {
         for (size_t r = 0; r < rows && ok; r++) {
-            if (done[r]) continue;
-            ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
-                              candidates, &last[r], err);
+            if (done[r]) {
+                if (last[r] < 0) last[r] = 0;
+                continue;
+            }
+            if (!greedy || i == 0)
+                ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
+                                  candidates, &last[r], err);
+            else if (last[r] < 0)
+                ok = fail(err, "a logit is not finite: the model has diverged or its file is damaged");
             if (!ok) break;
             stats->new_tokens++;
             if (last[r] == m->config.eos_token) {
@@ -2632,7 +2642,10 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
                 length[r] += n;
             }
         }
-        if (ok && active > 0 && i + 1 < o->max_tokens) backend->decode(backend, &s, 0, rows, last, 1, logits);
+        if (ok && active > 0 && i + 1 < o->max_tokens) {
+            if (greedy) backend->decode_greedy(backend, &s, last, last);
+            else backend->decode(backend, &s, 0, rows, last, 1, logits);
+        }
     }
     stats->decode_seconds = seconds_now() - start;
     for (size_t r = 0; r < rows; r++) {

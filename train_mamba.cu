@@ -2854,6 +2854,255 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
     cudaCheck(cudaGetLastError());
 }
 
+// --------------------------------------------------------------------------------------------------
+// 4.10 Decoding: one token of each of a few sequences
+//
+// With one token per sequence every weight is read to be used a few times: the time of a token is the time of
+// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what lies between the kernels. So a
+// Mamba-1 layer is four kernels,
+//   norm + W_in + conv | W_x | W_dt + state + gate | W_out
+// and each begins before the one before it has ended: it loads its weights, which depend on nothing, into
+// registers, and then waits (programmatic dependent launch, from sm_90 on; without it they run in turn).
+
+enum { DECODE_WARPS = 8, DECODE_AHEAD = 6, DECODE_ROWS = 64 };   // DECODE_ROWS: the most sequences
+
+// wait_for_previous: until all kernels before this one have ended and their results can be seen. allow_next:
+// the next kernel may start its preparations.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// launch_early: launches a kernel that calls wait_for_previous before it reads what others have written
+template <typename... P, typename... A>
+static void launch_early(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, cudaStream_t stream,
+                         A... args) {
+    static int major = 0;
+    if (!major) cudaCheck(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute early = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = major >= 9 ? 1 : 0;
+    cudaCheck(cudaLaunchKernelEx(&config, kernel, P(args)...));
+}
+
+// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias
+//   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in: other
+//   blocks still read it). With conv_weight the first E outputs go through the causal convolution and SiLU;
+//   conv_state (rows,taps-1,E) holds its last inputs.
+typedef struct {
+    const bf16* weight;                // (O,K)
+    const float* bias;                 // (O) or NULL
+    size_t O, K;
+    int rows;
+    const bf16* act;
+    size_t ld_act;
+    const float* res_in;               // (rows,K)
+    const bf16* delta;                 // (rows,K) or NULL
+    float* res_out;
+    const float* norm;                 // (K)
+    float eps;
+    bf16* out;                         // (rows,O), row stride ldo; NULL: out_float
+    float* out_float;
+    size_t ldo;
+    const float *conv_weight, *conv_bias;
+    float* conv_state;
+    int taps;
+    size_t E;
+} DecodeLinear;
+
+// decode_linear: a block makes 16 outputs of all sequences, its eight warps share the sum over k: warp w takes
+// the chunks w, w + 8, ... of 32. The tensor core multiplies weights (16 outputs x 16 k) with inputs (16 k x 8
+// sequences). The order of k within a chunk does not matter as long as both sides have the same, so lane
+// (g, q) simply takes k = 8q..8q+7 of its row, 16 bytes, for two multiplications.
+// TILES: groups of 8 sequences.   bytes: 2 per weight
+template <int TILES, bool NORM>
+__global__ void __launch_bounds__(DECODE_WARPS * WARP)
+decode_linear_kernel(const DecodeLinear a) {
+    extern __shared__ __align__(128) char shared[];
+    bf16* normalized = (bf16*)shared;                        // NORM: (8, K + 32)
+    __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8];
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
+    const size_t o0 = (size_t)blockIdx.x * 16, K = a.K, ld_norm = K + 32;
+    const int chunks = (int)(K / 32);
+    size_t o_low = o0 + g < a.O ? o0 + g : a.O - 1, o_high = o0 + g + 8 < a.O ? o0 + g + 8 : a.O - 1;
+    const bf16 *low = a.weight + o_low * K + 8 * q, *high = a.weight + o_high * K + 8 * q;
+    uint4 w_low[DECODE_AHEAD], w_high[DECODE_AHEAD];
+    #pragma unroll
+    for (int i = 0; i < DECODE_AHEAD; i++) {
+        int c = w + i * DECODE_WARPS;
+        if (c >= chunks) break;
+        w_low[i] = __ldg((const uint4*)(low + 32 * c));
+        w_high[i] = __ldg((const uint4*)(high + 32 * c));
+    }
+    allow_next();
+    wait_for_previous();
+    if (NORM) {
+        // every block does it again, for at most 8 rows; 1/rms is a factor of the whole row and comes last
+        for (int n = 0; n < a.rows; n++) {
+            float sum = 0;
+            for (size_t k = 2 * threadIdx.x; k < K; k += 2 * DECODE_WARPS * WARP) {
+                float2 x = *(const float2*)(a.res_in + n * K + k), scale = *(const float2*)(a.norm + k);
+                if (a.delta) {
+                    Pack<bf16, 2> add = load_pack<2>(a.delta + n * K + k);
+                    x.x += to_float(add.v[0]);
+                    x.y += to_float(add.v[1]);
+                }
+                if (blockIdx.x == 0) *(float2*)(a.res_out + n * K + k) = x;
+                sum += x.x * x.x + x.y * x.y;
+                *(uint32_t*)(normalized + n * ld_norm + k) = scan_pack(x.x * scale.x, x.y * scale.y);
+            }
+            sum = warp_sum(sum);
+            if (lane == 0) squares[w][n] = sum;
+        }
+        __syncthreads();
+    }
+    float acc[TILES][4] = {};
+    for (int c0 = w; c0 < chunks; c0 += DECODE_AHEAD * DECODE_WARPS) {
+        #pragma unroll
+        for (int i = 0; i < DECODE_AHEAD; i++) {
+            int c = c0 + i * DECODE_WARPS, next = c + DECODE_AHEAD * DECODE_WARPS;
+            if (c >= chunks) break;
+            const uint32_t first[4] = {w_low[i].x, w_high[i].x, w_low[i].y, w_high[i].y},
+                           second[4] = {w_low[i].z, w_high[i].z, w_low[i].w, w_high[i].w};
+            #pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                int n = 8 * t + g;
+                uint4 v = make_uint4(0, 0, 0, 0);
+                if (n >= a.rows) {}
+                else if (NORM) v = *(const uint4*)(normalized + n * ld_norm + 32 * c + 8 * q);
+                else v = *(const uint4*)(a.act + n * a.ld_act + 32 * c + 8 * q);
+                scan_mma_bf16(acc[t], first, v.x, v.y);
+                scan_mma_bf16(acc[t], second, v.z, v.w);
+            }
+            if (next < chunks) {
+                w_low[i] = __ldg((const uint4*)(low + 32 * next));
+                w_high[i] = __ldg((const uint4*)(high + 32 * next));
+            }
+        }
+    }
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) *(float4*)&part[w][t][4 * lane] = *(const float4*)acc[t];
+    __syncthreads();
+    for (int v = threadIdx.x; v < TILES * 128; v += DECODE_WARPS * WARP) {
+        // value j of lane (g, q) is output g + 8 (j / 2), sequence 2q + j % 2
+        int t = v / 128, source = v % 128 / 4, j = v % 4;
+        size_t o = o0 + (source >> 2) + 8 * (j >> 1);
+        int n = 8 * t + 2 * (source & 3) + (j & 1);
+        if (o >= a.O || n >= a.rows) continue;
+        float sum = 0;
+        #pragma unroll
+        for (int i = 0; i < DECODE_WARPS; i++) sum += part[i][t][v % 128];
+        if (NORM) {
+            float square = 0;
+            #pragma unroll
+            for (int i = 0; i < DECODE_WARPS; i++) square += squares[i][n];
+            sum *= 1.0f / sqrtf(square / (float)K + a.eps);
+        }
+        if (a.bias) sum += a.bias[o];
+        if (!a.out) {
+            a.out_float[n * a.ldo + o] = sum;
+            continue;
+        }
+        if (a.conv_weight && o < a.E) {                      // as causal_conv1d_forward, with T = 1
+            float x = to_float(from_float<bf16>(sum)), c = a.conv_bias ? a.conv_bias[o] : 0.0f;
+            float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + o;
+            for (int k = 0; k + 1 < a.taps; k++) {
+                c += a.conv_weight[o * a.taps + k] * tail[k * a.E];
+                tail[k * a.E] = k + 2 < a.taps ? tail[(k + 1) * a.E] : x;
+            }
+            sum = silu_cuda(c + a.conv_weight[o * a.taps + a.taps - 1] * x);
+        }
+        a.out[n * a.ldo + o] = from_float<bf16>(sum);
+    }
+}
+
+static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
+    unsigned blocks = (unsigned)((a.O + 15) / 16), threads = DECODE_WARPS * WARP;
+    if (!a.act) {
+        size_t shared = 8 * (a.K + 32) * sizeof(bf16);
+        scan_allow_shared(decode_linear_kernel<1, true>, shared);
+        launch_early(decode_linear_kernel<1, true>, blocks, threads, shared, stream, a);
+    } else if (a.rows <= 8) launch_early(decode_linear_kernel<1, false>, blocks, threads, 0, stream, a);
+    else if (a.rows <= 16) launch_early(decode_linear_kernel<2, false>, blocks, threads, 0, stream, a);
+    else if (a.rows <= 32) launch_early(decode_linear_kernel<4, false>, blocks, threads, 0, stream, a);
+    else launch_early(decode_linear_kernel<8, false>, blocks, threads, 0, stream, a);
+}
+
+// decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to (F8)
+// of 4.9).   y (rows,E)   x, z (rows,E), row stride ldz   rbc (rows,R+2N)   h (rows,E,N)
+// Four lanes share a channel, a block has 32 channels of one sequence. bytes: 2 per weight, 8 per state
+__global__ void __launch_bounds__(4 * WARP)
+decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
+                   const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
+                   size_t E, int N, int R) {
+    extern __shared__ __align__(128) char shared[];
+    bf16* weight = (bf16*)shared;                            // (32,R)
+    float* rbc_n = (float*)(weight + WARP * R);              // (R+2N)
+    const int l = threadIdx.x % 4, c = threadIdx.x / 4;
+    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c, n = blockIdx.y;
+    const bool inside = e < E;
+    // the rows of W_dt of this block are one piece; E is a multiple of 32, so the piece is one of 64 bytes
+    for (int i = threadIdx.x; i < WARP * R / 8; i += 4 * WARP)
+        ((uint4*)weight)[i] = __ldg((const uint4*)(dt_weight + e0 * R) + i);
+    float bias = inside ? dt_bias[e] : 0.0f, D = inside ? Dskip[e] : 0.0f, state[4], decay[4];
+    float *h_e = h + (n * E + e) * N;                        // written one token ago
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        bool there = inside && 4 * l + i < N;
+        state[i] = there ? h_e[4 * l + i] : 0.0f;
+        decay[i] = there ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
+    }
+    allow_next();
+    wait_for_previous();
+    for (int i = threadIdx.x; i < R + 2 * N; i += 4 * WARP) rbc_n[i] = to_float(rbc[n * (R + 2 * N) + i]);
+    __syncthreads();
+    float dt = 0, sum = 0;
+    for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
+    dt += __shfl_xor_sync(0xffffffffu, dt, 1);
+    dt += __shfl_xor_sync(0xffffffffu, dt, 2);
+    dt = scan_softplus(dt + bias);
+    float x_e = inside ? to_float(x[n * ldz + e]) : 0.0f;
+    const float *B_n = rbc_n + R, *C_n = B_n + N;
+    for (int first = 4 * l; first < N; first += 16) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int s = first + i;
+            if (s >= N || !inside) continue;
+            float before = first < 16 ? state[i] : h_e[s];
+            float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
+            float after = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
+            h_e[s] = after;
+            sum = fmaf(C_n[s], after, sum);
+        }
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (l > 0 || !inside) return;
+    y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
+}
+
+static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
+                             const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z,
+                             size_t ldz, size_t rows, size_t E, size_t N, size_t R, cudaStream_t stream) {
+    size_t shared = (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
+    scan_allow_shared(decode_scan_kernel, shared);
+    launch_early(decode_scan_kernel, dim3((unsigned)((E + WARP - 1) / WARP), (unsigned)rows), 4 * WARP, shared,
+                 stream, y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z, ldz, E, (int)N, (int)R);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW
 
@@ -3163,6 +3412,68 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
                           a->rstd, w->sums, M, D, run->stream, run->dropout);
 }
 
+// Blocks with one token of each sequence (section 4.10). res_in and delta_in as above; the residual stream
+// after the addition goes to res_out, what the block adds to w->delta.
+static bool decode_is_fast(const Config* c, size_t rows) {
+    return rows <= DECODE_ROWS && c->d_model % 32 == 0 && c->d_inner % 32 == 0 && c->d_intermediate % 32 == 0;
+}
+
+// norm, then the first matmul of a block: up to 8 sequences in one kernel
+static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const ActsCuda<bf16>* acts,
+                                float* res_out, const float* res_in, const bf16* delta_in, const float* norm) {
+    size_t D = (size_t)run->config->d_model;
+    a.K = D;
+    a.rows = (int)run->B;
+    if (run->B <= 8) {
+        a.res_in = res_in; a.delta = delta_in; a.res_out = res_out; a.norm = norm;
+        a.eps = (float)run->config->norm_eps;
+    } else {
+        residual_rmsnorm_forward_cuda(res_out, acts->u, acts->rstd, res_in, delta_in, norm, run->B, D,
+                                      (float)run->config->norm_eps, run->stream);
+        a.act = acts->u; a.ld_act = D;
+    }
+    decode_linear_cuda(a, run->stream);
+}
+
+static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16* act, const bf16* weight,
+                                const float* bias, size_t K, size_t O) {
+    DecodeLinear a = {};
+    a.weight = weight; a.bias = bias; a.O = O; a.K = K; a.rows = (int)run->B;
+    a.act = act; a.ld_act = K; a.out = out; a.ldo = O;
+    decode_linear_cuda(a, run->stream);
+}
+
+static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
+                                     const ActsCuda<bf16>* a, const ScratchCuda<bf16>* w, float* res_out,
+                                     const float* res_in, const bf16* delta_in, float* const* state) {
+    const Config* c = run->config;
+    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank;
+    DecodeLinear in = {};
+    in.weight = L->px[P_IN]; in.bias = L->p[P_IN_BIAS]; in.O = 2 * E;
+    in.out = a->xz; in.ldo = 2 * E;
+    in.conv_weight = L->p[P_CONV]; in.conv_bias = L->p[P_CONV_BIAS]; in.conv_state = state[0];
+    in.taps = (int)c->d_conv; in.E = E;
+    decode_first_linear(run, in, a, res_out, res_in, delta_in, L->p[P_NORM]);
+    DecodeLinear x_proj = {};
+    x_proj.weight = L->px[P_X]; x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
+    x_proj.act = a->xz; x_proj.ld_act = 2 * E; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
+    decode_linear_cuda(x_proj, run->stream);
+    decode_scan_cuda(w->y, state[1], a->xz, a->rbc, L->px[P_DT], L->p[P_DT_BIAS], L->p[P_A_LOG], L->p[P_D],
+                     a->xz + E, 2 * E, run->B, E, N, R, run->stream);
+    decode_plain_linear(run, w->delta, w->y, L->px[P_OUT], L->p[P_OUT_BIAS], E, D);
+}
+
+static void mlp_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L, const ActsCuda<bf16>* a,
+                                  const ScratchCuda<bf16>* w, float* res_out, const float* res_in,
+                                  const bf16* delta_in) {
+    size_t D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    DecodeLinear up = {};
+    up.weight = L->px[P_FC1]; up.O = 2 * F; up.out = a->h; up.ldo = 2 * F;
+    decode_first_linear(run, up, a, res_out, res_in, delta_in, L->p[P_MLP_NORM]);
+    gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, run->B, F, run->stream);
+    decode_plain_linear(run, w->delta, w->m, L->px[P_FC2], NULL, F, D);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // 6. Model
 
@@ -3458,6 +3769,72 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
                                   (float)m->config.norm_eps, run->stream, run->dropout);
 }
 
+// model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states updated in place.
+// Returns false when the shapes do not fit section 4.10; then nothing was done.
+static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
+                              CudaRun<bf16>* run, const int* tokens, float* state, const State* host,
+                              float* logits) {
+    size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
+    if (!decode_is_fast(&m->config, run->B)) return false;
+    float* res[2] = {w->acts[0].res, w->res_last};           // in turn
+    const bf16* delta = NULL;
+    embedding_forward_cuda(res[0], tokens, d->embedding_x, run->B, D, run->stream, run->dropout);
+    for (int l = 0; l < m->n_layers; l++) {
+        float* fields[MAX_FIELDS];
+        state_fields(fields, m, state, host, l, 0);
+        if (m->layer[l].kind->letter == 'm')
+            mlp_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2], delta);
+        else
+            mamba1_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
+                                     delta, fields);
+        delta = w->scratch.delta;
+    }
+    float* last = res[m->n_layers % 2];
+    residual_rmsnorm_forward_cuda(last, w->f, w->f_rstd, last, delta, d->norm_f, run->B, D,
+                                  (float)m->config.norm_eps, run->stream);
+    DecodeLinear head = {};
+    head.weight = d->head_x; head.O = Vp; head.K = D; head.rows = (int)run->B;
+    head.act = w->f; head.ld_act = D; head.out_float = logits; head.ldo = Vp;
+    decode_linear_cuda(head, run->stream);
+    return true;
+}
+static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
+                              const int*, float*, const State*, float*) {
+    return false;
+}
+
+// argmax: *token = the index of the largest of n logits of each row, the first of equals, -1 when one is not
+// finite (an exploded model). One block per row. The next step reads the tokens where they are.
+__global__ void __launch_bounds__(1024) argmax_kernel(int* token, const float* logits, size_t ld, int n) {
+    __shared__ float best_of[WARP];
+    __shared__ int index_of[WARP];
+    wait_for_previous();
+    const float* row = logits + blockIdx.x * ld;
+    float best = -INFINITY;
+    int index = INT_MAX;
+    bool bad = false;
+    for (int i = threadIdx.x; i < n; i += 1024) {
+        float z = row[i];
+        bad = bad || !(z <= 3.4e38f);
+        if (z > best) { best = z; index = i; }
+    }
+    bad = __syncthreads_or(bad);
+    for (int pass = 0; pass < 2; pass++) {                   // the lanes of a warp, then the warps
+        #pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2) {
+            float other = __shfl_xor_sync(0xffffffffu, best, step);
+            int other_index = __shfl_xor_sync(0xffffffffu, index, step);
+            if (other > best || (other == best && other_index < index)) { best = other; index = other_index; }
+        }
+        if (pass == 1) break;
+        if (threadIdx.x % WARP == 0) { best_of[threadIdx.x / WARP] = best; index_of[threadIdx.x / WARP] = index; }
+        __syncthreads();
+        best = best_of[threadIdx.x % WARP];
+        index = index_of[threadIdx.x % WARP];
+    }
+    if (threadIdx.x == 0) token[blockIdx.x] = bad || index == INT_MAX ? -1 : index;
+}
+
 // model_loss_cuda: losses of `targets` into w->losses; with backward also w->df and the head's gradient,
 // scaled by *scale
 template <typename X>
@@ -3590,8 +3967,8 @@ template <typename X> struct CudaSession {
     float *state, *logits;
     int* host_tokens;                  // pinned
     float* host_logits;
-    int64_t decoded;                   // calls with one token for all rows
-    cudaGraphExec_t graph;             // of such a call
+    int64_t decoded[2];                // calls with one token for all rows: for logits; for the next tokens
+    cudaGraphExec_t graph[2];          // of such calls
 };
 
 template <typename X> static CudaBackend<X>* cuda_of(Backend* b) { return (CudaBackend<X>*)b->device; }
@@ -3884,7 +4261,8 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     cudaCheck(cudaFree(d->logits));
     cudaCheck(cudaFreeHost(d->host_tokens));
     cudaCheck(cudaFreeHost(d->host_logits));
-    if (d->graph) cudaCheck(cudaGraphExecDestroy(d->graph));
+    for (int i = 0; i < 2; i++)
+        if (d->graph[i]) cudaCheck(cudaGraphExecDestroy(d->graph[i]));
     free(d);
 }
 
@@ -3896,7 +4274,8 @@ template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
-// decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token
+// decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token; they
+// stay in d->logits
 template <typename X>
 static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size_t T, bool logits) {
     CudaBackend<X>* c = cuda_of<X>(b);
@@ -3905,6 +4284,9 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
     to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
+    if (T == 1 && row0 == 0 && logits &&
+        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, &s->state, d->logits))
+        return;
     model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, &s->state, row0);
     for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
@@ -3919,25 +4301,46 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
                             c->stream);
         cast_cuda(d->logits + r * Vp, w->logits, n * Vp, c->stream);
     }
-    if (logits) to_host(d->host_logits, d->logits, rows * Vp, c->stream);
 }
 
 // A token for every sequence, the usual case, is recorded as a graph the second time it comes.
+template <typename X, typename Launch>
+static void decode_run(Backend* b, Session* s, const int* tokens, size_t n, int kind, bool usual, Launch launch) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    CudaSession<X>* d = (CudaSession<X>*)s->device;
+    memcpy(d->host_tokens, tokens, n * sizeof(int));
+    if (!usual || d->decoded[kind]++ == 0) {
+        launch();
+    } else {
+        if (!d->graph[kind]) d->graph[kind] = graph_record(c->stream, launch);
+        cudaCheck(cudaGraphLaunch(d->graph[kind], c->stream));
+    }
+    cudaCheck(cudaStreamSynchronize(c->stream));
+}
+
 template <typename X>
 static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                         real* logits) {
-    CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    memcpy(d->host_tokens, tokens, rows * T * sizeof(int));
-    bool usual = T == 1 && rows == s->rows && logits;
-    if (!usual || d->decoded++ == 0) {
+    size_t n = rows * (size_t)b->model->config.vocab_padded;
+    decode_run<X>(b, s, tokens, rows * T, 0, T == 1 && rows == s->rows && logits, [&] {
         decode_launch<X>(b, s, row0, rows, T, logits != NULL);
-    } else {
-        if (!d->graph) d->graph = graph_record(c->stream, [&] { decode_launch<X>(b, s, 0, rows, 1, true); });
-        cudaCheck(cudaGraphLaunch(d->graph, c->stream));
-    }
-    cudaCheck(cudaStreamSynchronize(c->stream));
-    if (logits) memcpy(logits, d->host_logits, rows * (size_t)b->model->config.vocab_padded * sizeof(float));
+        if (logits) to_host(d->host_logits, d->logits, n, cuda_of<X>(b)->stream);
+    });
+    if (logits) memcpy(logits, d->host_logits, n * sizeof(float));
+}
+
+template <typename X>
+static void cuda_decode_greedy(Backend* b, Session* s, const int* tokens, int* next) {
+    CudaSession<X>* d = (CudaSession<X>*)s->device;
+    decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
+        cudaStream_t stream = cuda_of<X>(b)->stream;
+        decode_launch<X>(b, s, 0, s->rows, 1, true);
+        launch_early(argmax_kernel, (unsigned)s->rows, 1024, 0, stream, d->work.batch.targets, d->logits,
+                     (size_t)b->model->config.vocab_padded, (int)b->model->config.vocab_size);
+        to_host(d->host_tokens, d->work.batch.targets, s->rows, stream);
+    });
+    memcpy(next, d->host_tokens, s->rows * sizeof(int));
 }
 
 // --- beginning and end
@@ -4060,6 +4463,7 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, int 
     b.step_begin = cuda_step_begin<X>;
     b.step_end = cuda_step_end<X>;
     b.decode = cuda_decode<X>;
+    b.decode_greedy = cuda_decode_greedy<X>;
     b.download = cuda_download<X>;
     b.upload = cuda_upload<X>;
     b.session_open = cuda_session_open<X>;

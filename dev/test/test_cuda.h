@@ -96,6 +96,11 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
 }
+cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
+cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+    mark_launched(function);
+    return __real_cudaLaunchKernelExC(config, function, args);
+}
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
     mark_launched(function);
@@ -1182,6 +1187,48 @@ void cuda_logits(Backend* b, real* logits, const int* tokens, size_t n, size_t c
     session_free(b, &s);
 }
 
+// Token by token with 1 to 70 sequences (section 4.10, and beyond it the kernels for any length), against the
+// CPU, which reads each sequence in one piece
+void check_decoding(Worst* worst, Worst* twice) {
+    enum { STEPS = 21, MOST = 70 };
+    const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257), toy_config("1", 3, 96, 192, 5, 2, 7, 100),
+                              toy_config("11m", 1, 64, 1600, 40, 4, 4, 100)};
+    const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
+    for (int k = 0; k < 3; k++) {
+        Config c = configs[k];
+        c.bias = k == 1;
+        Model m = toy_model(&c, false, 6 + (uint64_t)k);
+        size_t V = (size_t)c.vocab_size, Vp = (size_t)c.vocab_padded;
+        Backend cpu = backend_cpu(&m, 0, 0, false, RECOMPUTE_NONE);
+        Backend b = backend_cuda_of<bf16>(&m, 0, 0, false, RECOMPUTE_NONE);
+        b.upload(&b);
+        real* want = (real*)test_alloc(MOST * Vp, sizeof(real));
+        real* got[2] = {(real*)test_alloc(MOST * Vp, sizeof(real)), (real*)test_alloc(MOST * Vp, sizeof(real))};
+        int ids[MOST][STEPS], step_ids[MOST];
+        for (size_t r = 0; r < MOST; r++) {
+            for (size_t t = 0; t < STEPS; t++) ids[r][t] = (int)(random_bits(40, r, t) % V);
+            cuda_logits(&cpu, want + r * Vp, ids[r], STEPS, STEPS);
+        }
+        for (size_t n : counts) {
+            for (int again = 0; again < 2; again++) {
+                Session s = session_create(&b, n, 1);
+                for (size_t t = 0; t < STEPS; t++) {
+                    for (size_t r = 0; r < n; r++) step_ids[r] = ids[r][t];
+                    b.decode(&b, &s, 0, n, step_ids, 1, got[again]);
+                }
+                session_free(&b, &s);
+            }
+            for (size_t r = 0; r < n; r++)
+                worst_add(worst, real_relative(got[0] + r * Vp, want + r * Vp, V), "D%d E%d, row %zu of %zu",
+                          (int)c.d_model, (int)c.d_inner, r, n);
+            worst_add(twice, bits_differ(got[0], got[1], n * Vp), "D%d, %zu rows", (int)c.d_model, n);
+        }
+        b.destroy(&b);
+        cpu.destroy(&cpu);
+        model_free(&m);
+    }
+}
+
 // Catches: a state lost between prefill and decoding, rows exchanged, a vocabulary column off by one.
 void test_cuda_generate(void) {
     if (!gpu_present()) return;
@@ -1254,6 +1301,10 @@ void test_cuda_generate(void) {
         model_free(&m);
     }
     other_backend = NULL;
+    Worst decoding = {0, ""}, twice = {0, ""};
+    check_decoding(&decoding, &twice);
+    worst_report("bf16: logits token by token, 1 to 70 sequences = the CPU's", &decoding, 3e-2);
+    worst_report("bf16: logits token by token, again: bits", &twice, 0);
     worst_report("fp32: tokens of the GPU differ from those of the CPU", &tokens, 0);
     worst_report("fp32: tokens after prefill in chunks of 1, 7, 1000 differ", &chunks, 0);
     worst_report("fp32: a state saved on one device, tokens on the other differ", &saved, 0);
