@@ -90,7 +90,8 @@ $(BUILD)/train_mambacu: train_mamba.cu $(SOURCES) Makefile
 	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
 	$(NVCC) $(CUDA_FLAGS) train_mamba.cu -o $@ $(CUDA_LIBS)
 
-# the double oracle of the GPU tests; --wrap: dev/test/test_cuda.h counts which kernels were launched
+# the double oracle of the GPU tests; --wrap: calls that dev/test/test_cuda.h counts, or lets fail
+CUDA_WRAPPED = cudaLaunchKernel __cudaGetKernel __cudaRegisterFunction cudaMalloc cudaDeviceGetAttribute
 $(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
 	@mkdir -p $(BUILD)
 	$(CXX) -std=c++17 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) -c $< -o $@
@@ -98,7 +99,7 @@ $(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
 $(BUILD)/test_mambacu: $(TESTS) train_mamba.cu $(SOURCES) $(BUILD)/oracle.o Makefile
 	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
 	$(NVCC) -x cu $(CUDA_FLAGS) -c test_mamba.c -o $@.o
-	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker --wrap=cudaLaunchKernel,--wrap=__cudaGetKernel,--wrap=__cudaRegisterFunction -o $@ $(CUDA_LIBS)
+	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker $(subst $(space),$(comma),$(addprefix --wrap=,$(CUDA_WRAPPED))) -o $@ $(CUDA_LIBS)
 
 $(BUILD)/dev/%: dev/cuda/%.cu dev/cuda/ladder.h train_mamba.cu $(SOURCES) Makefile
 	@mkdir -p $(BUILD)/dev

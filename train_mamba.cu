@@ -37,6 +37,9 @@ void cuda_check(cudaError_t status, const char* file, int line) {
     if (status == cudaErrorMemoryAllocation)
         die("the GPU's memory is exhausted; lower --batch-size, --seq-len or the model size, or use "
             "--recompute");
+    if (status == cudaErrorNoKernelImageForDevice)
+        die("this program was not compiled for this GPU; build it again with make cuda ARCH=-arch=native, or "
+            "use --device cpu");
     die("%s:%d: CUDA: %s", file, line, cudaGetErrorString(status));
 }
 
