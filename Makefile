@@ -48,7 +48,7 @@ LIBS = $(JANSSON_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
 TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
-.PHONY: readme cuda ladders all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
+.PHONY: readme ladders-readme cuda ladders all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
 
 all: $(BUILD)/train_mamba ## build the trainer (the default)
 
@@ -129,7 +129,12 @@ CUDA_LADDERS = $(patsubst dev/cuda/%.cu,$(BUILD)/dev/%,$(wildcard dev/cuda/*.cu)
 dev: $(patsubst dev/cpu/%.c,$(BUILD)/dev/cpu_%,$(wildcard dev/cpu/*.c)) $(patsubst dev/bench/%.c,$(BUILD)/dev/%,$(wildcard dev/bench/*.c)) $(if $(shell command -v $(NVCC)),$(CUDA_LADDERS)) ## kernel ladders and benchmarks
 
 ladders: $(CUDA_LADDERS) ## the table of all GPU kernels, on the GPU of this machine
-	@for ladder in $^; do ./$$ladder || exit 1; done
+	@date +%F; for ladder in $^; do ./$$ladder || exit 1; done
+
+ladders-readme: ## write build/ladders.txt, what `make ladders` printed, into dev/README.md
+	@test -s $(BUILD)/ladders.txt || { echo "run make ladders > $(BUILD)/ladders.txt first, on a GPU"; exit 1; }
+	@{ sed '/<!-- ladders: begin/q' dev/README.md; echo '```'; sed '/^OpenMP/d;/^OpenBLAS/d' $(BUILD)/ladders.txt; echo '```'; sed -n '/<!-- ladders: end/,$$p' dev/README.md; } > $(BUILD)/README.md
+	@mv $(BUILD)/README.md dev/README.md
 
 readme: all ## write the table of options into README.md
 	@{ sed '/<!-- options: begin/q' README.md; $(BUILD)/train_mamba --help=markdown; sed -n '/<!-- options: end/,$$p' README.md; } > $(BUILD)/README.md
