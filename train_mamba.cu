@@ -37,6 +37,9 @@ void cuda_check(cudaError_t status, const char* file, int line) {
     if (status == cudaErrorMemoryAllocation)
         die("the GPU's memory is exhausted; lower --batch-size, --seq-len or the model size, or use "
             "--recompute");
+    if (status == cudaErrorNoKernelImageForDevice)
+        die("this program was not compiled for this GPU; build it again with make cuda ARCH=-arch=native, or "
+            "use --device cpu");
     die("%s:%d: CUDA: %s", file, line, cudaGetErrorString(status));
 }
 
@@ -460,7 +463,7 @@ void embedding_forward_cuda(float* res, const int* tokens, const X* weight, size
 // SORT_BITS bits first (one pass for bytes, two for vocabularies up to 262144). The positions are cut into at
 // most SORT_TILES tiles, one block each, and a pass over a digit is two kernels: count the digits of every
 // tile; move every position to its place.
-enum { SORT_BITS = 9, SORT_DIGITS = 512, SORT_TILES = 128, EMBED_PIECE = 8 };
+enum { SORT_BITS = 9, SORT_DIGITS = 512, SORT_TILES = 128, EMBED_PIECE = 16 };
 
 static inline size_t sort_tile(size_t M) {                   // positions in a tile
     return (M + SORT_TILES * SORT_DIGITS - 1) / (SORT_TILES * SORT_DIGITS) * SORT_DIGITS;
@@ -606,6 +609,7 @@ __global__ void embedding_backward_kernel(float* dweight, float* parts, const fl
 
 // One block per piece; it acts when a run begins in the piece and goes on behind it. The parts are loaded
 // AHEAD at a time, before it is known where the run ends.
+template <int W>
 __global__ void embedding_backward_parts_kernel(float* dweight, const float* parts, const int* keys, size_t M,
                                                 size_t D) {
     enum { AHEAD = 16 };
@@ -613,25 +617,29 @@ __global__ void embedding_backward_parts_kernel(float* dweight, const float* par
     if (p1 >= M || keys[p1] != keys[p1 - 1]) return;                         // no run goes on
     int token = keys[p1];
     if (p0 > 0 && keys[p0] == token && keys[p0 - 1] == token) return;        // it began earlier
-    for (size_t d = threadIdx.x; d < D; d += blockDim.x) {
-        float acc = parts[(2 * piece + 1) * D + d];
+    for (size_t d = threadIdx.x * W; d < D; d += blockDim.x * W) {
+        Pack<float, W> acc = load_pack<W>(parts + (2 * piece + 1) * D + d);
+        Pack<float, W> old = load_pack<W>(dweight + (size_t)token * D + d);
         bool more = true;
         for (size_t p = p1; more && p < M; p += AHEAD * EMBED_PIECE) {
-            float part[AHEAD];
+            Pack<float, W> part[AHEAD];
             int key[AHEAD];
             #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
                 size_t q = p + i * EMBED_PIECE;
                 key[i] = q < M ? keys[q] : -1;
-                part[i] = q < M ? parts[2 * (q / EMBED_PIECE) * D + d] : 0.0f;
+                if (q < M) part[i] = load_pack<W>(parts + 2 * (q / EMBED_PIECE) * D + d);
             }
             #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
                 more = more && key[i] == token;
-                acc += more ? part[i] : 0.0f;
+                #pragma unroll
+                for (int j = 0; j < W; j++) acc.v[j] += more ? part[i].v[j] : 0.0f;
             }
         }
-        dweight[(size_t)token * D + d] += acc;
+        #pragma unroll
+        for (int j = 0; j < W; j++) acc.v[j] += old.v[j];
+        store_pack<W>(dweight + (size_t)token * D + d, acc.v);
     }
 }
 
@@ -647,14 +655,15 @@ void embedding_backward_cuda(float* dweight, const float* dres, const int* token
     const int *keys, *order;
     embedding_sort_cuda(&keys, &order, tokens, scratch + (size_t)pieces * 2 * D, M, Vp, stream);
     if (is_aligned(dweight, 16, D * 4) && is_aligned(dres, 16, D * 4) && is_aligned(scratch, 16, 16)) {
-        unsigned quarter = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
-        embedding_backward_kernel<4><<<pieces, quarter, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
+        unsigned threads = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
+        embedding_backward_kernel<4><<<pieces, threads, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
+        cudaCheck(cudaGetLastError());
+        embedding_backward_parts_kernel<4><<<pieces, threads, 0, stream>>>(dweight, parts, keys, M, D);
     } else {
         embedding_backward_kernel<1><<<pieces, 256, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
+        cudaCheck(cudaGetLastError());
+        embedding_backward_parts_kernel<1><<<pieces, 256, 0, stream>>>(dweight, parts, keys, M, D);
     }
-    cudaCheck(cudaGetLastError());
-    unsigned threads = D < 1024 ? (unsigned)((D + WARP - 1) / WARP * WARP) : 1024;
-    embedding_backward_parts_kernel<<<pieces, threads, 0, stream>>>(dweight, parts, keys, M, D);
     cudaCheck(cudaGetLastError());
 }
 
