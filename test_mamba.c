@@ -1347,7 +1347,7 @@ typedef struct {
     real scale;
 } Toy;
 
-void toy_make(Toy* toy, const Config* config, size_t B, size_t T, int doc_pattern, bool recompute) {
+void toy_make(Toy* toy, const Config* config, size_t B, size_t T, int doc_pattern, int recompute) {
     memset(toy, 0, sizeof *toy);
     Model* m = &toy->m;
     *m = toy_model(config, true, 3);
@@ -1634,7 +1634,7 @@ const ToyShape toy_shapes[] = {
     { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0 },
 };
 
-void toy_from_shape(Toy* toy, const ToyShape* s, bool recompute) {
+void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     c.tie_embeddings = s->tie;
     c.bias = s->bias;
@@ -1663,17 +1663,23 @@ void numeric_gradient(Toy* toy, real* x, double* numeric, size_t n) {
 // layers put together wrongly (an activation overwritten too early, the residual counted twice, a state of
 // a wrong row).
 void test_model_gradient(void) {
-    Worst params = { 0, "" }, states = { 0, "" }, recompute = { 0, "" }, padding = { 0, "" };
+    Worst params = { 0, "" }, states = { 0, "" }, recompute = { 0, "" }, padding = { 0, "" },
+        memory = { 0, "" };
     for (int k = 0; k < COUNT_OF(toy_shapes); k++) {
         const ToyShape* shape = &toy_shapes[k];
         Toy toy, again;
-        toy_from_shape(&toy, shape, false);
+        toy_from_shape(&toy, shape, RECOMPUTE_NONE);
         toy_gradients(&toy);
-        toy_from_shape(&again, shape, true);
-        toy_gradients(&again);
-        worst_add(&recompute, bits_differ(toy.m.grads, again.m.grads, toy.m.n_elements) +
-                  states_differ(&toy.ds0, &again.ds0), "shape %d", k);
-        toy_free(&again);
+        size_t bytes = toy.w.bytes;
+        for (int level = RECOMPUTE_CHEAP; level <= RECOMPUTE_ALL; level++) {
+            toy_from_shape(&again, shape, level);
+            toy_gradients(&again);
+            worst_add(&recompute, bits_differ(toy.m.grads, again.m.grads, toy.m.n_elements) +
+                      states_differ(&toy.ds0, &again.ds0), "shape %d, level %d", k, level);
+            worst_add(&memory, toy.m.n_layers > 2 && again.w.bytes >= bytes, "shape %d, level %d", k, level);
+            bytes = again.w.bytes;
+            toy_free(&again);
+        }
         for (int i = 0; REAL_IS_DOUBLE && i < toy.m.n_tensors; i++) {
             const Tensor* t = &toy.m.tensor[i];
             double* numeric = (double*)test_alloc(t->count, sizeof(double));
@@ -1703,6 +1709,7 @@ void test_model_gradient(void) {
     if (REAL_IS_DOUBLE) worst_report("parameters: gradient = central differences", &params, 1e-6);
     if (REAL_IS_DOUBLE) worst_report("initial states: gradient = central differences", &states, 1e-6);
     worst_report("recompute: bits differ", &recompute, 0);
+    worst_report("recompute: a higher level needs no less memory", &memory, 0);
     worst_report("padding between gradients touched", &padding, 0);
 }
 
@@ -1795,9 +1802,9 @@ void test_guards(void) {
     Worst written = { 0, "" }, gradients = { 0, "" };
     for (int k = 0; k < COUNT_OF(toy_shapes); k++) {
         Toy plain, toy;
-        toy_from_shape(&plain, &toy_shapes[k], false);
+        toy_from_shape(&plain, &toy_shapes[k], RECOMPUTE_NONE);
         toy_gradients(&plain);
-        toy_from_shape(&toy, &toy_shapes[k], false);
+        toy_from_shape(&toy, &toy_shapes[k], RECOMPUTE_NONE);
         const Config* c = &toy.m.config;
         real* fields[MAX];
         size_t counts[MAX], n = 0, M = toy.B * toy.T, D = (size_t)c->d_model;
@@ -1843,7 +1850,7 @@ void test_mlp(void) {
     toy_make(&toy, &c, 1, M, -1, false);
     const Layer* layer = &toy.m.layer[1];
     const MlpParams* p = (const MlpParams*)layer->params;
-    Run run = { &c, 1, M, NULL, { 0, 0, 0, 0 } };
+    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 } };
     real res[M * D], out[M * D];
     double want[M * D];
     for (size_t i = 0; i < M * D; i++) res[i] = (real)test_uniform(-0.01, 0.01, 81, i);     // eps counts
@@ -2290,7 +2297,7 @@ void test_checkpoint(void) {
 }
 
 // TrainRun: a training run in a child process, with hooks in its backend. The stop is exact: the signal is
-// raised inside the update of step stop_at, so the loop finishes this step, saves and leaves.
+// raised when step stop_at has begun, so the loop finishes this step, saves and leaves.
 enum { PLANT_NONE, PLANT_PARAM, PLANT_GRADIENT, PLANT_HUGE };
 typedef struct {
     char options[1024];
@@ -2308,7 +2315,7 @@ uint64_t train_stream;
 double (*train_forward)(Backend*, int, const int*, const int*, const int*, size_t, size_t, double);
 void (*train_backward)(Backend*, int, const int*, const int*, size_t, size_t);
 void (*train_zero)(Backend*);
-void (*train_update)(Backend*, const AdamW*, double, double, int64_t);
+void (*train_step_begin)(Backend*, const Step*);
 
 // carried_error: the loss of this window, computed by one forward without states over everything that its
 // stream
@@ -2358,9 +2365,9 @@ void hooked_zero(Backend* b) {           // called once at the start of each ste
     train_zero(b);
 }
 
-void hooked_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
-    train_update(b, opt, lr, scale, step);
-    if (step == train_run->stop_at) raise(SIGTERM);
+void hooked_step_begin(Backend* b, const Step* s) {
+    train_step_begin(b, s);
+    if (s->number == train_run->stop_at) raise(SIGTERM);
 }
 
 int split_words(char* text, char* argv[64]) {
@@ -2383,11 +2390,11 @@ void* train_thread(void* unused) {       // as train_main, without the plot
     train_forward = t.backend.forward;
     train_backward = t.backend.backward;
     train_zero = t.backend.zero_gradients;
-    train_update = t.backend.update;
+    train_step_begin = t.backend.step_begin;
     t.backend.forward = hooked_forward;
     t.backend.backward = hooked_backward;
     t.backend.zero_gradients = hooked_zero;
-    t.backend.update = hooked_update;
+    t.backend.step_begin = hooked_step_begin;
     int code = train_loop(&t);
     if (train_run->print_stream)
         fprintf(stderr, "%016llx %.17g", (unsigned long long)train_stream, t.progress.train_loss);
@@ -2437,15 +2444,15 @@ void test_resume(void) {
     char text[2048], straight[64], stopped[64], a[240], b[240];
     write_data();
     for (int k = 0; k < 32; k++) {
-        bool accum = k & 1, carry = k & 2, documents = k & 4, recompute = k & 8, at_end = k & 16;
+        bool accum = k & 1, carry = k & 2, documents = k & 4, at_end = k & 16;
+        const char* recompute = k & 8 ? (k & 4 ? "cheap" : "on") : "off";
         int64_t stop = accum ? (at_end ? 2 : 3) : (at_end ? 6 : 4);       // 2 or 6 rows a step, 12 an epoch
         TrainRun run;
         memset(&run, 0, sizeof run);
         char options[200];
         snprintf(options, sizeof options, "--batch-size 2 --grad-accum %d --steps %d --threads 1 "
-                 "--%scarry-state --%sreset-documents --%srecompute --dropout %g", accum ? 3 : 1,
-                 (int)stop + 3, carry ? "" : "no-", documents ? "" : "no-", recompute ? "" : "no-",
-                 k % 3 ? 0.3 : 0);
+                 "--%scarry-state --%sreset-documents --recompute %s --dropout %g", accum ? 3 : 1,
+                 (int)stop + 3, carry ? "" : "no-", documents ? "" : "no-", recompute, k % 3 ? 0.3 : 0);
         snprintf(straight, sizeof straight, "straight%d", k);
         snprintf(stopped, sizeof stopped, "stopped%d", k);
         int code = train(&run, text, sizeof text, "%s --out %s", options, scratch(straight));
@@ -2603,7 +2610,7 @@ void test_find_nonfinite(void) {
         char text[256] = "";
         toy_make(&toy, &c, B, T, -1, false);
         Model* m = &toy.m;
-        Workspace w = workspace_alloc(m, B + 1, T + 30, true, k % 2 == 1, false);
+        Workspace w = workspace_alloc(m, B + 1, T + 30, true, k % 3, false);
         for (size_t i = 0; i < w.bytes / sizeof(real); i++) w.data[i] = (real)NAN;
         for (int i = 0; i < B * T; i++) toy.tokens[i] %= V - 1;
         toy.tokens[B * T - 1] = V - 1;                      // the only token of its kind, at the very end

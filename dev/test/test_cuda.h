@@ -912,7 +912,7 @@ double gradients_of(Backend* b, real* grads, const int* tokens, const int* targe
     return loss;
 }
 
-template <typename X> void check_gradients(const CudaShape* s, bool carry, bool recompute) {
+template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     snprintf(shape, sizeof shape, "%s D%d E%d N%d K%d B%zu T%zu%s%s%s", s->pattern, (int)s->D, (int)s->E,
              (int)s->N, (int)s->K, s->B, s->T, s->docs < 0 ? "" : " doc", carry ? " carried" : "",
              s->dropout ? " dropout" : "");
@@ -929,15 +929,16 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry, bool 
         for (size_t i = 0; i < s0[k].n_elements; i++) s0[k].data[i] = (real)test_uniform(-1, 1, 77 + k, i);
     }
     real* want = (real*)test_alloc(m.n_elements, sizeof(real));
-    real* got[3];
-    for (int k = 0; k < 3; k++) got[k] = (real*)test_alloc(m.n_elements, sizeof(real));
+    enum { RUNS = 4 };                                       // once, again, and with both levels of recompute
+    real* got[RUNS];
+    for (int k = 0; k < RUNS; k++) got[k] = (real*)test_alloc(m.n_elements, sizeof(real));
     Backend cpu = backend_cpu(&m, B, T, true, false);
     if (carry) { cpu.carry_in = s0; cpu.carry_out = sT; }
     cpu.dropout.rate = s->dropout;
     cpu.dropout.key = random_bits(1337, STREAM_DROPOUT, 3);
     double loss = gradients_of(&cpu, want, tokens, targets, doc, B, T, 2), loss_cuda = 0;
-    for (int k = 0; k < 3; k++) {                            // once, again, with recompute
-        Backend b = backend_cuda_of<X>(&m, B, T, true, k == 2 && recompute);
+    for (int k = 0; k < RUNS; k++) {
+        Backend b = backend_cuda_of<X>(&m, B, T, true, k < 2 ? RECOMPUTE_NONE : k == 2 ? RECOMPUTE_CHEAP : RECOMPUTE_ALL);
         b.upload(&b);
         if (carry) { b.carry_in = s0; b.carry_out = sG; }
         b.dropout = cpu.dropout;
@@ -966,7 +967,8 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry, bool 
             claim_value(name + " final states", real_relative(sG[k].data, sT[k].data, sT[k].n_elements),
                         sizeof(X) == 4 ? 1e-5 : 1e-2);               // measured 3e-7, 4e-3
     claim_value(name + " again: bits", bits_differ(got[0], got[1], m.n_elements), 0);
-    if (recompute) claim_value(name + " with recompute: bits", bits_differ(got[0], got[2], m.n_elements), 0);
+    for (int k = 2; k < RUNS; k++)
+        claim_value(name + " with recompute: bits", bits_differ(got[0], got[k], m.n_elements), 0);
     for (int k = 0; k < 2; k++) { state_free(&s0[k]); state_free(&sT[k]); state_free(&sG[k]); }
     cpu.destroy(&cpu);
     model_free(&m);
@@ -1004,7 +1006,7 @@ template <typename X> void check_lengths(const CudaShape* s, size_t longest) {
 }
 
 // ten optimizer steps with clipping: losses against the CPU's, and the parameters of two runs
-template <typename X> void check_training(const CudaShape* s, bool recompute) {
+template <typename X> void check_training(const CudaShape* s, int recompute) {
     enum { STEPS = 10 };
     snprintf(shape, sizeof shape, "%s D%d E%d N%d", s->pattern, (int)s->D, (int)s->E, (int)s->N);
     size_t B = s->B, T = s->T, M = B * T;
@@ -1019,7 +1021,7 @@ template <typename X> void check_training(const CudaShape* s, bool recompute) {
         Model m = cuda_toy<X>(s);
         n = m.n_elements;
         Backend b = k == 0 ? backend_cpu(&m, B, T, true, false)
-                           : backend_cuda_of<X>(&m, B, T, true, k == 2 && recompute);
+                           : backend_cuda_of<X>(&m, B, T, true, k == 2 ? recompute : 0);
         b.upload(&b);
         for (int step = 0; step < STEPS; step++) {
             cuda_batch(tokens, targets, M, 100 + (uint64_t)step % 2, s->V);
@@ -1048,20 +1050,115 @@ template <typename X> void check_training(const CudaShape* s, bool recompute) {
                 (memcmp(losses[1], losses[2], sizeof losses[1]) != 0), 0);
 }
 
+// whole steps: recorded as a graph, with the next one begun before the last is known, against the same calls
+// one by one; then steps that are not taken
+template <typename X> void check_steps(const CudaShape* s, bool carry, double clip) {
+    enum { STEPS = 5, MICROS = 3 };
+    snprintf(shape, sizeof shape, "%s D%d E%d N%d B%zu T%zu clip %g%s", s->pattern, (int)s->D, (int)s->E,
+             (int)s->N, s->B, s->T, clip, carry ? " carried" : "");
+    size_t B = s->B, T = s->T, M = MICROS * B * T;
+    int *tokens = (int*)test_alloc(M, sizeof(int)), *targets = (int*)test_alloc(M, sizeof(int));
+    int* doc = s->docs < 0 ? NULL : make_docs((size_t)s->docs, MICROS * B, T);
+    bool* fresh = (bool*)test_alloc(MICROS * B, sizeof(bool));
+    std::string name = type_name<X>();
+    StepResult result[2][STEPS];
+    real *params[2], *states[2];
+    size_t n = 0, n_state = 0;
+    for (int k = 0; k < 2; k++) {                            // 0: one by one, 1: as the training loop does it
+        Model m = cuda_toy<X>(s);
+        Backend b = backend_cuda_of<X>(&m, B, T, true, RECOMPUTE_NONE, MICROS, carry);
+        State in[MICROS], out[MICROS];
+        for (int i = 0; i < MICROS; i++) {
+            in[i] = state_alloc(&m, B);
+            out[i] = state_alloc(&m, B);
+            for (size_t j = 0; j < in[i].n_elements; j++) in[i].data[j] = (real)test_uniform(-1, 1, 7 + i, j);
+        }
+        if (carry) { b.carry_in = in; b.carry_out = out; }
+        if (k == 0) {
+            b.step_begin = plain_step_begin;
+            b.step_end = plain_step_end;
+        }
+        b.upload(&b);
+        int ended = 0;
+        for (int step = 0; step < STEPS; step++) {
+            cuda_batch(tokens, targets, M, 200 + (uint64_t)step, s->V);
+            for (size_t i = 0; i < MICROS * B; i++) fresh[i] = (i + (size_t)step) % 4 == 0;
+            size_t n_targets = 0;
+            for (size_t i = 0; i < M; i++) n_targets += targets[i] >= 0;
+            Step st = {tokens, targets, doc, fresh, MICROS, B, T, n_targets, {0.9, 0.95, 1e-8, 0.1},
+                       2e-3, clip, step + 1, {s->dropout, 77 + (uint64_t)step, 0, 0}};
+            b.step_begin(&b, &st);
+            if (k == 0 || step > 0) { result[k][ended] = b.step_end(&b); ended++; }
+        }
+        if (k == 1) result[k][ended] = b.step_end(&b);
+        b.download(&b);
+        n = m.n_elements;
+        n_state = in[0].n_elements;
+        params[k] = (real*)test_alloc(n, sizeof(real));
+        states[k] = (real*)test_alloc(MICROS * n_state, sizeof(real));
+        memcpy(params[k], m.params, n * sizeof(real));
+        for (int i = 0; i < MICROS; i++)
+            memcpy(states[k] + (size_t)i * n_state, (carry ? b.carry_in : in)[i].data, n_state * sizeof(real));
+        if (k == 1) {
+            // two steps under way with a broken parameter: neither is taken, nothing changes, the bad tensor and
+            // the gradients are in the host's arrays; whole again, training goes on
+            size_t bad = m.tensor[1].offset;
+            float value = m.params[bad], nan = NAN;
+            float* device = cuda_of<X>(&b)->model.params + bad;
+            Step st = {tokens, targets, doc, fresh, MICROS, B, T, M, {0.9, 0.95, 1e-8, 0.1}, 2e-3, clip, STEPS + 1,
+                       {s->dropout, 99, 0, 0}};
+            cudaCheck(cudaMemcpy(device, &nan, sizeof nan, cudaMemcpyHostToDevice));
+            b.step_begin(&b, &st);
+            b.step_begin(&b, &st);
+            StepResult r = b.step_end(&b);
+            claim_value(name + " broken step: taken", r.taken, 0);
+            claim_value(name + " broken step: the parameter is not seen", !isnan(m.params[bad]), 0);
+            r = b.step_end(&b);
+            claim_value(name + " broken step: the next one taken", r.taken, 0);
+            cudaCheck(cudaMemcpy(device, &value, sizeof value, cudaMemcpyHostToDevice));
+            b.download(&b);
+            claim_value(name + " broken step: changed parameters", bits_differ(m.params, params[1], n), 0);
+            b.step_begin(&b, &st);
+            r = b.step_end(&b);
+            b.download(&b);
+            claim_value(name + " after a broken step: not taken", !r.taken, 0);
+            claim_value(name + " after a broken step: nothing changes", !bits_differ(m.params, params[1], n), 0);
+        }
+        for (int i = 0; i < MICROS; i++) { state_free(&in[i]); state_free(&out[i]); }
+        b.carry_in = b.carry_out = NULL;
+        b.destroy(&b);
+        model_free(&m);
+    }
+    for (int i = 0; i < STEPS; i++) {
+        claim_value(name + " graph = one by one: losses", fabs(result[1][i].loss / result[0][i].loss - 1), 1e-6);
+        claim_value(name + " graph = one by one: norms", fabs(result[1][i].norm / result[0][i].norm - 1), 1e-6);
+        claim_value(name + " graph = one by one: step not taken", !result[1][i].taken, 0);
+    }
+    // the factor of clipping is rounded differently
+    if (clip > 0) claim_value(name + " graph = one by one, clipped: parameters", real_relative(params[1], params[0], n), 1e-4);
+    else claim_value(name + " graph = one by one: bits of parameters", bits_differ(params[1], params[0], n), 0);
+    if (carry && clip == 0)
+        claim_value(name + " graph = one by one: bits of carried states", bits_differ(states[1], states[0], MICROS * n_state), 0);
+}
+
 template <typename X> void check_model(void) {
     int n = (int)(sizeof cuda_shapes / sizeof cuda_shapes[0]);
     for (int i = 0; i < n; i++) {
-        check_gradients<X>(&cuda_shapes[i], false, true);
-        check_gradients<X>(&cuda_shapes[i], true, true);
+        check_gradients<X>(&cuda_shapes[i], false);
+        check_gradients<X>(&cuda_shapes[i], true);
     }
     size_t longest = only_small() ? 129 : 8192;
     static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0};
     static const CudaShape even = {"1m", 1, 32, 32, 16, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0};
     check_lengths<X>(&odd, longest);
     check_lengths<X>(&even, longest);
-    check_training<X>(&cuda_shapes[3], false);
-    check_training<X>(&cuda_shapes[5], true);
-    check_training<X>(&cuda_shapes[6], true);
+    check_steps<X>(&cuda_shapes[3], true, 0);
+    check_steps<X>(&cuda_shapes[5], true, 0);
+    check_steps<X>(&cuda_shapes[6], false, 0);
+    check_steps<X>(&cuda_shapes[7], true, 0.5);
+    check_training<X>(&cuda_shapes[3], RECOMPUTE_NONE);
+    check_training<X>(&cuda_shapes[5], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[6], RECOMPUTE_ALL);
 }
 
 // Catches: a gradient written where it must be added, a buffer used by two layers at once, arguments of a
@@ -1184,7 +1281,7 @@ void test_cuda_resume(void) {
     write_data();
     const char* cases_[] = {"--precision fp32 --carry-state --reset-documents --grad-accum 1",
                             "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
-                            "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute "
+                            "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
                             "--dropout 0.3"};
     for (int k = 0; k < 3; k++) {
         TrainRun run;
