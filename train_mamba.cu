@@ -80,7 +80,8 @@ enum { MATMUL_WORKSPACE = 64 << 20 };
 typedef struct {
     int op_a, op_b, type_ab, type_c;
     size_t M, N, K, lda, ldb, ldc;
-    int64_t align;           // of the pointers: 16 when all are multiples of 16 bytes, otherwise 2 or 4
+    uint32_t align_a, align_b, align_c;      // of the pointers: 16, 8, 4 or 2 bytes
+    uint32_t padding;
 } MatmulKey;
 
 typedef struct {
@@ -106,15 +107,26 @@ static uint32_t pointer_alignment(const void* p) {
     return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
-// matmul_plan: the description and algorithm for one shape, made at its first use.
-static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key, const void* a, const void* b,
-                               const void* c) {
-    for (int i = 0; i < mm->n_plans; i++)
-        if (memcmp(&mm->plan[i].key, key, sizeof *key) == 0) return &mm->plan[i];
-    mm->plan = (MatmulPlan*)xrealloc(mm->plan, (size_t)mm->n_plans + 1, sizeof(MatmulPlan));
-    MatmulPlan* p = &mm->plan[mm->n_plans++];
-    memset(p, 0, sizeof *p);
-    p->key = *key;
+template <typename X, typename C>
+static MatmulKey matmul_key(const C* c, size_t ldc, const X* a, size_t lda, bool transpose_a, const X* b,
+                            size_t ldb, bool transpose_b, size_t M, size_t N, size_t K) {
+    MatmulKey key;
+    memset(&key, 0, sizeof key);
+    key.op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    key.op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    key.type_ab = CudaType<X>::value;
+    key.type_c = CudaType<C>::value;
+    key.M = M; key.N = N; key.K = K; key.lda = lda; key.ldb = ldb; key.ldc = ldc;
+    key.align_a = pointer_alignment(a);
+    key.align_b = pointer_alignment(b);
+    key.align_c = pointer_alignment(c);
+    return key;
+}
+
+// matmul_candidates: fills in the description of p->key and asks the heuristic of cuBLASLt for at most n
+// algorithms, best first. Returns how many there are.
+static int matmul_candidates(Matmul* mm, MatmulPlan* p, cublasLtMatmulHeuristicResult_t* result, int n) {
+    const MatmulKey* key = &p->key;
     cublasOperation_t op_a = (cublasOperation_t)key->op_a, op_b = (cublasOperation_t)key->op_b;
     cudaDataType_t type_ab = (cudaDataType_t)key->type_ab, type_c = (cudaDataType_t)key->type_c;
     cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
@@ -129,30 +141,47 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key, const void* a, 
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     size_t workspace = MATMUL_WORKSPACE;
-    uint32_t schemes =
-        CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;    // split sums are added from the workspace, in order
-    uint32_t align_a = pointer_alignment(a), align_b = pointer_alignment(b), align_c = pointer_alignment(c);
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                     &workspace, sizeof workspace));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                                                     &schemes, sizeof schemes));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-                                                     &align_a, sizeof align_a));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                                                     &align_b, sizeof align_b));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                                                     &align_c, sizeof align_c));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-                                                     &align_c, sizeof align_c));
-    cublasLtMatmulHeuristicResult_t result;
+    // split sums are added from the workspace, in order
+    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    const struct { cublasLtMatmulPreferenceAttributes_t name; const void* value; size_t size; } attribute[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &key->align_a, sizeof key->align_a},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &key->align_b, sizeof key->align_b},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &key->align_c, sizeof key->align_c},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &key->align_c, sizeof key->align_c},
+    };
+    for (size_t i = 0; i < sizeof attribute / sizeof attribute[0]; i++)
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, attribute[i].name, attribute[i].value,
+                                                         attribute[i].size));
     int found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(mm->handle, p->desc, p->a, p->b, p->c, p->c,
-                                                           preference, 1, &result, &found);
-    cublasLtMatmulPreferenceDestroy(preference);
+                                                           preference, n, result, &found);
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     if (status != CUBLAS_STATUS_SUCCESS || found == 0)
         die("cuBLASLt has no algorithm for a matmul of %zu x %zu x %zu", key->M, key->N, key->K);
+    return found;
+}
+
+// matmul_plan: the description and algorithm for one shape, made at its first use.
+static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
+    for (int i = 0; i < mm->n_plans; i++)
+        if (memcmp(&mm->plan[i].key, key, sizeof *key) == 0) return &mm->plan[i];
+    mm->plan = (MatmulPlan*)xrealloc(mm->plan, (size_t)mm->n_plans + 1, sizeof(MatmulPlan));
+    MatmulPlan* p = &mm->plan[mm->n_plans++];
+    memset(p, 0, sizeof *p);
+    p->key = *key;
+    cublasLtMatmulHeuristicResult_t result;
+    matmul_candidates(mm, p, &result, 1);
     p->algo = result.algo;
     return p;
+}
+
+static void matmul_run(const Matmul* mm, const MatmulPlan* p, const cublasLtMatmulAlgo_t* algo, void* c,
+                       const void* a, const void* b, float beta, cudaStream_t stream) {
+    float one = 1;
+    cublasCheck(cublasLtMatmul(mm->handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->c, c, p->c, algo,
+                               mm->workspace, MATMUL_WORKSPACE, stream));
 }
 
 // gemm: column-major C (M,N) = op(A) op(B) + beta C
@@ -160,18 +189,9 @@ template <typename X, typename C>
 static void gemm(Matmul* mm, C* c, size_t ldc, const X* a, size_t lda, bool transpose_a, const X* b,
                  size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, float beta,
                  cudaStream_t stream) {
-    MatmulKey key;
-    memset(&key, 0, sizeof key);
-    key.op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-    key.op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    key.type_ab = CudaType<X>::value;
-    key.type_c = CudaType<C>::value;
-    key.M = M; key.N = N; key.K = K; key.lda = lda; key.ldb = ldb; key.ldc = ldc;
-    key.align = pointer_alignment(a) * 10000 + pointer_alignment(b) * 100 + pointer_alignment(c);
-    MatmulPlan* p = matmul_plan(mm, &key, a, b, c);
-    float one = 1;
-    cublasCheck(cublasLtMatmul(mm->handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->c, c, p->c, &p->algo,
-                               mm->workspace, MATMUL_WORKSPACE, stream));
+    MatmulKey key = matmul_key(c, ldc, a, lda, transpose_a, b, ldb, transpose_b, M, N, K);
+    const MatmulPlan* p = matmul_plan(mm, &key);
+    matmul_run(mm, p, &p->algo, c, a, b, beta, stream);
 }
 
 // bias_forward_cuda: out[m,o] += bias[o].   out (M,O), row stride ldo
@@ -201,14 +221,16 @@ void matmul_forward_cuda(Matmul* mm, X* out, size_t ldo, const X* inp, size_t ld
 }
 
 // matmul_backward_cuda: as on the CPU. dinp is written, or added to with add_dinp; dweight and dbias are
-// added to.
+// added to; without add_dweight dweight is written (the first part of a batch needs no zeros before it).
 template <typename X>
 void matmul_backward_cuda(Matmul* mm, X* dinp, size_t lddi, bool add_dinp, float* dweight, float* dbias,
                           const X* dout, size_t lddo, const X* inp, size_t ldi, const X* weight,
-                          float* scratch, size_t M, size_t I, size_t O, cudaStream_t stream) {
+                          float* scratch, size_t M, size_t I, size_t O, cudaStream_t stream,
+                          bool add_dweight = true) {
     if (dinp)
         gemm(mm, dinp, lddi, weight, I, false, dout, lddo, false, I, M, O, add_dinp ? 1.0f : 0.0f, stream);
-    if (dweight) gemm(mm, dweight, I, inp, ldi, false, dout, lddo, true, I, O, M, 1.0f, stream);
+    if (dweight)
+        gemm(mm, dweight, I, inp, ldi, false, dout, lddo, true, I, O, M, add_dweight ? 1.0f : 0.0f, stream);
     if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, scratch, stream);
 }
 
