@@ -143,9 +143,16 @@ void* xrealloc(void* old, size_t count, size_t size) {
 // value can be recomputed, and nothing depends on the number of threads. Streams keep the uses apart.
 //   mix(x): the finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection on 64 bits
 //   bits   = mix( mix( mix(seed) + stream ) + counter )
-enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_SAMPLE = 1 << 20, STREAM_INIT = 1 << 21 };
+enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_DROPOUT = 3, STREAM_SAMPLE = 1 << 20,
+       STREAM_INIT = 1 << 21 };
 
-uint64_t mix64(uint64_t x) {
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__    // also callable in the kernels of train_mamba.cu
+#else
+#define HOST_DEVICE
+#endif
+
+HOST_DEVICE static inline uint64_t mix64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -680,6 +687,44 @@ void embedding_backward(real* dweight, const real* dout, const int* tokens, size
             for (size_t d = 0; d < n; d++) dw[d] += dout_m[d];
         }
     }
+}
+
+// Dropout: which elements a training step zeroes. A mask is nowhere stored: whether an element is kept is a
+// function of (seed, step, place, element), so the backward, --recompute and a resumed run make it again.
+//   place: 0 the embedding, l + 1 what sub-layer l adds    element: (first + m) * D + d
+typedef struct {
+    double rate;         // the part that is zeroed; 0: no dropout
+    uint64_t key;        // random_bits(seed, STREAM_DROPOUT, step)
+    size_t first;        // tokens of this step in the micro-batches before this one
+    int place;
+} Dropout;
+
+// Four neighbouring elements share the 64 bits of mix(mix(key + place) + element / 4); each is zeroed when
+// its 16 bits are below the threshold.
+static inline uint32_t dropout_threshold(double rate) { return (uint32_t)(rate * 65536 + 0.5); }
+static inline double dropout_scale(uint32_t threshold) { return 65536.0 / (65536.0 - threshold); }
+HOST_DEVICE static inline bool dropout_keeps(uint64_t bits, size_t element, uint32_t threshold) {
+    return (bits >> element % 4 * 16 & 0xffff) >= threshold;
+}
+
+// dropout: out = keep ? inp / (1 - rate) : 0, so that the mean stays.   inp, out (M,D), may be the same
+// Returns out, or inp when there is nothing to do. It is linear, each element for itself, so the backward is
+// the same function of the gradient.    Srivastava et al. (2014), Journal of Machine Learning Research 15
+const real* dropout(real* out, const real* inp, const Dropout* drop, size_t M, size_t D) {
+    uint32_t threshold = dropout_threshold(drop->rate);
+    uint64_t key = mix64(drop->key + (uint64_t)drop->place);
+    real scale = (real)dropout_scale(threshold);
+    if (threshold == 0) return inp;
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++) {
+        uint64_t bits = 0;
+        for (size_t d = 0; d < D; d++) {
+            size_t element = (drop->first + m) * D + d;
+            if (d == 0 || element % 4 == 0) bits = mix64(key + element / 4);
+            out[m * D + d] = dropout_keeps(bits, element, threshold) ? inp[m * D + d] * scale : 0;
+        }
+    }
+    return out;
 }
 
 // rmsnorm_forward: divides each token's vector by its root mean square.
@@ -1230,7 +1275,12 @@ enum {
     IF_BIAS = 2,        // exists only with config.bias
     BACKWARD_ONLY = 8,    // scratch that inference does not need
     IF_CONV_BIAS = 4,   // exists only with config.conv_bias
+    CHEAP = 16,         // activation that backward can make again at little cost from the others
 };
+
+// What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
+// of each layer, by running its forward again
+enum { RECOMPUTE_NONE, RECOMPUTE_CHEAP, RECOMPUTE_ALL };      // the positions of --recompute
 
 // TensorSpec: one row of a kind's table. Parameters have a full shape; activations and scratch are per token,
 // (B*T) times the shape; state is per sequence, (B) times the shape. The rows stand in the order of the
@@ -1246,6 +1296,8 @@ typedef struct {
     const Config* config;
     size_t B, T;
     const int* doc;      // (B,T) document ids, or NULL: one document per row
+    int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
+    Dropout dropout;     // of what this sub-layer adds
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -1280,11 +1332,11 @@ typedef struct { real *rstd, *u, *xz, *x, *rbc, *dt, *hs, *s; } Mamba1Acts;
 
 static const TensorSpec mamba1_acts[] = {
     {"rstd", {DIM_1}, 0, 0},           // of the norm
-    {"u",    {DIM_D}, 0, 0},           // normalized input
+    {"u",    {DIM_D}, 0, CHEAP},       // normalized input
     {"xz",   {DIM_2E}, 0, 0},          // x before the conv, gate z
-    {"x",    {DIM_E}, 0, 0},           // after conv and SiLU
+    {"x",    {DIM_E}, 0, CHEAP},       // after conv and SiLU
     {"rbc",  {DIM_R2N}, 0, 0},         // r, B, C
-    {"dt",   {DIM_E}, 0, 0},           // step size, after softplus
+    {"dt",   {DIM_E}, 0, CHEAP},       // step size, after softplus
     {"hs",   {DIM_SCAN_SAVED}, 0, 0},  // state at the start of each chunk
     {"s",    {DIM_E}, 0, 0},           // scan output, before the gate
 };
@@ -1344,7 +1396,7 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
     matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 // mamba1_block_backward: the lines of the forward in reverse order. dres (B,T,D) holds the gradient of
@@ -1366,6 +1418,13 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     real *dxz = w->dxz, *dz = w->dxz + E, *dx = w->dx, *drbc = w->drbc, *dBt = w->drbc + R,
          *dCt = w->drbc + R + N;
     real* dy = w->ddt;         // the gradient of y is consumed before ddt is needed
+    if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
+                              E, K);
+        matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
+        softplus_forward(a->dt, a->dt, M * E);
+    }
     // every backward function adds to its outputs, so they start from zero
     zero_real(dy, M * E);
     zero_real(w->ds, M * E);
@@ -1375,8 +1434,9 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     zero_real(w->du, M * D);
 
     // (F8) out = W_out y, y = s silu(z); the residual passes dres on unchanged
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dres, D, w->y, E, p->out_proj, M, E, D);
+    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dout, D, w->y, E, p->out_proj, M, E, D);
     gate_backward(w->ds, E, dz, 2 * E, dy, a->s, E, z, 2 * E, M, E);
     // (F5) to (F7): the first contribution to dx
     zero_real(w->ddt, M * E);
@@ -1413,7 +1473,7 @@ typedef struct { real *rstd, *u, *h; } MlpActs;
 
 static const TensorSpec mlp_acts[] = {
     {"rstd", {DIM_1}, 0, 0},
-    {"u",    {DIM_D}, 0, 0},
+    {"u",    {DIM_D}, 0, CHEAP},
     {"h",    {DIM_2F}, 0, 0},          // up, gate
 };
 
@@ -1440,7 +1500,7 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
@@ -1451,12 +1511,15 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
     const MlpScratch* w = (const MlpScratch*)scratch;
     (void)state0; (void)dstate0; (void)dstateT;
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    if (run->recompute == RECOMPUTE_CHEAP)
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
     zero_real(w->dm, M * F);
     zero_real(w->dh, M * 2 * F);
     zero_real(w->du, M * D);
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // out = W_2 m, m = up silu(gate)
-    matmul_backward(w->dm, F, dp->fc2, NULL, dres, D, w->m, F, p->fc2, M, F, D);
+    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
     gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // [up; gate] = W_1 u, u = RMSNorm(res_in)
     matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
@@ -1745,7 +1808,9 @@ static size_t state_count(const Model* m) {
 // and the activations are reused from layer to layer.
 typedef struct {
     size_t B, T;
-    bool training, recompute;
+    bool training;
+    int recompute;
+    Dropout dropout;                  // of the call at hand; rate 0 unless a training step sets it
     size_t bytes;                     // of everything below
     real* data;
     real** res;                       // [n_layers + 1] residual stream before each sub-layer, (B,T,D)
@@ -1787,7 +1852,9 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             for (int i = 0; i < kinds[k].n_acts; i++) {
                 if (!w->training && kinds[k].acts[i].dim[0] == DIM_SCAN_SAVED)
                     continue;    // stays NULL: nothing is saved
-                bool own = first < 0 || (w->training && !w->recompute);
+                bool made_again = w->recompute == RECOMPUTE_ALL ||
+                                  (w->recompute == RECOMPUTE_CHEAP && (kinds[k].acts[i].flags & CHEAP));
+                bool own = first < 0 || (w->training && !made_again);
                 w->acts[l][i] =
                     own ? plan(p, activation_count(&kinds[k].acts[i], c, w->B, w->T)) : w->acts[first][i];
             }
@@ -1820,7 +1887,7 @@ static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
 }
 
 // workspace_alloc: with measure_only the bytes are computed and nothing is kept.
-Workspace workspace_alloc(const Model* m, size_t B, size_t T, bool training, bool recompute,
+Workspace workspace_alloc(const Model* m, size_t B, size_t T, bool training, int recompute,
                           bool measure_only) {
     Workspace w;
     memset(&w, 0, sizeof w);
@@ -1855,20 +1922,24 @@ void workspace_free(Workspace* w) {
 static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, const State* s0,
                           const State* sT) {
     const Layer* layer = &m->layer[l];
-    layer->kind->forward(run, w->res[l + 1], w->res[l], layer->params, w->acts[l],
+    Run here = *run;
+    here.dropout.place = l + 1;
+    layer->kind->forward(&here, w->res[l + 1], w->res[l], layer->params, w->acts[l],
                          w->scratch[layer->kind - kinds], s0->field[l], sT->field[l]);
 }
 
 // model_forward: tokens (B,T) to the final normalized residual stream w->f (B,T,D).
 //   res_0 = embedding[tokens]     res_{l+1} = res_l + layer_l(RMSNorm(res_l))     f = RMSNorm(res_last)
+//   with dropout (w->dropout) on the embedding and on what each layer adds
 //   doc (B,T) or NULL; s0 and sT: states before and after, see state_none; in inference they may be the same
 //   state
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model;
     embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
 }
@@ -1899,18 +1970,20 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
     rmsnorm_backward(w->dres, m->dnorm_f, w->df, w->res[m->n_layers], m->norm_f, w->f_rstd, M, D);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         const Layer* layer = &m->layer[l];
-        if (w->recompute) layer_forward(m, w, &run, l, s0, &none);
+        if (w->recompute == RECOMPUTE_ALL) layer_forward(m, w, &run, l, s0, &none);
+        run.dropout.place = l + 1;
         layer->kind->backward(&run, w->dres, w->res[l], layer->grads, layer->params, w->acts[l],
                               w->scratch[layer->kind - kinds], s0->field[l], ds0->field[l], dsT->field[l]);
     }
-    embedding_backward(m->dembedding, w->dres, tokens, M, D);
+    run.dropout.place = 0;
+    embedding_backward(m->dembedding, dropout(w->dres, w->dres, &run.dropout, M, D), tokens, M, D);
     state_free(&none);
 }
 
@@ -1936,13 +2009,14 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
     for (int l = 0; l < m->n_layers && !found; l++) {
         const Layer* layer = &m->layer[l];
         if (l == 0) embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+        if (l == 0) dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
         layer_forward(m, w, &run, l, s0, &none);
         for (int i = 0; i < layer->kind->n_acts && !found; i++) {
             if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T)))
@@ -2178,6 +2252,25 @@ typedef struct {
     void* device;            // of another one
 } Session;
 
+// Step: one optimizer step, and what comes out of it
+typedef struct {
+    const int *inputs, *targets;       // (accum,B,T): `accum` micro-batches
+    const int* doc;                    // the same, or NULL: one document per row
+    const bool* fresh;                 // (accum,B): rows whose carried state starts from zero
+    size_t accum, B, T, n_targets;
+    AdamW opt;
+    double lr, clip;
+    int64_t number;                    // from 1
+    Dropout dropout;
+} Step;
+
+typedef struct {
+    double loss;                       // sum over the targets
+    double norm;                       // of the gradient, before clipping
+    bool taken;                        // false: loss or norm is not finite, and nothing was updated
+    int micro;                         // then: the first micro-batch with such a loss, or 0
+} StepResult;
+
 typedef struct Backend Backend;
 struct Backend {
     const char* name;
@@ -2188,6 +2281,15 @@ struct Backend {
     size_t activation_bytes;
     void* device;                      // what another backend keeps for itself
     double norm;                       // of the last gradient_norm
+    StepResult result;                 // of the last step
+    // step_begin starts a step, step_end waits for the oldest one begun. At most `queue` may be under way
+    // when the next begins: a GPU computes one step while the host prepares the next. After a step that was
+    // not taken the host's arrays hold its parameters and gradients.
+    Dropout dropout;                   // of the step at hand; see dropout_of
+    int queue;
+    double peak_flops;                 // of the device, in matmuls of this precision; 0: not known
+    void (*step_begin)(Backend*, const Step*);
+    StepResult (*step_end)(Backend*);
     // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
     // sum.
     //   micro: the micro-batch whose carried state is used, -1 for none
@@ -2208,10 +2310,19 @@ struct Backend {
     void (*destroy)(Backend*);
 };
 
+// dropout_of: that of one micro-batch of a training step; evaluation and generation (micro -1) have none
+static Dropout dropout_of(const Backend* b, int micro, size_t B, size_t T) {
+    Dropout drop = b->dropout;
+    if (micro < 0) drop.rate = 0;
+    else drop.first = (size_t)micro * B * T;
+    return drop;
+}
+
 static double cpu_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
                           size_t B, size_t T, double scale) {
     const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
     const State* sT = b->carry_in && micro >= 0 ? &b->carry_out[micro] : &b->none;
+    b->work.dropout = dropout_of(b, micro, B, T);
     model_forward(b->model, &b->work, tokens, doc, B, T, s0, sT);
     return model_loss(b->model, &b->work, targets, B * T, scale > 0, (real)scale);
 }
@@ -2226,6 +2337,38 @@ static double cpu_gradient_norm(Backend* b) { return gradient_norm(b->model); }
 static void cpu_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
     adamw_update(b->model, opt, lr, scale, step);
 }
+
+// step_begin, step_end of backends that do everything at once
+void plain_step_begin(Backend* b, const Step* s) {
+    StepResult r = {0, NAN, false, 0};
+    double scale = s->n_targets ? 1.0 / (double)s->n_targets : 0;
+    b->dropout = s->dropout;
+    b->zero_gradients(b);
+    for (int micro = 0; micro < (int)s->accum; micro++) {
+        size_t at = (size_t)micro * s->B * s->T;
+        const int* doc = s->doc ? s->doc + at : NULL;
+        for (size_t row = 0; b->carry_in && row < s->B; row++)
+            if (s->fresh[(size_t)micro * s->B + row])
+                state_copy_row(b->model, &b->carry_in[micro], row, NULL, 0);
+        r.loss += b->forward(b, micro, s->inputs + at, s->targets + at, doc, s->B, s->T, scale);
+        if (!isfinite(r.loss)) {
+            r.micro = micro;
+            break;
+        }
+        if (scale > 0) b->backward(b, micro, s->inputs + at, doc, s->B, s->T);
+    }
+    if (isfinite(r.loss)) r.norm = b->gradient_norm(b);
+    r.taken = isfinite(r.norm);
+    if (r.taken) b->update(b, &s->opt, s->lr, clip_scale(r.norm, s->clip), s->number);
+    for (size_t i = 0; r.taken && b->carry_in && i < s->accum; i++) {
+        State swap = b->carry_in[i];
+        b->carry_in[i] = b->carry_out[i];
+        b->carry_out[i] = swap;
+    }
+    b->result = r;
+}
+
+StepResult plain_step_end(Backend* b) { return b->result; }
 
 static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                        real* logits) {
@@ -2243,7 +2386,7 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
 
 // `rows` x 1 or 1 x `chunk` tokens
 static void cpu_session_open(Backend* b, Session* s) {
-    s->work = workspace_alloc(b->model, s->rows, (s->chunk + s->rows - 1) / s->rows, false, false, false);
+    s->work = workspace_alloc(b->model, s->rows, (s->chunk + s->rows - 1) / s->rows, false, RECOMPUTE_NONE, false);
 }
 static void cpu_session_close(Backend* b, Session* s) { (void)b; workspace_free(&s->work); }
 
@@ -2257,7 +2400,7 @@ static void cpu_destroy(Backend* b) {
 }
 
 // backend_cpu: B, T: the largest call of forward (0: decoding only)
-Backend backend_cpu(Model* m, size_t B, size_t T, bool training, bool recompute) {
+Backend backend_cpu(Model* m, size_t B, size_t T, bool training, int recompute) {
     Backend b;
     memset(&b, 0, sizeof b);
     b.name = "cpu";
@@ -2269,6 +2412,8 @@ Backend backend_cpu(Model* m, size_t B, size_t T, bool training, bool recompute)
     b.zero_gradients = cpu_zero_gradients;
     b.gradient_norm = cpu_gradient_norm;
     b.update = cpu_update;
+    b.step_begin = plain_step_begin;
+    b.step_end = plain_step_end;
     b.decode = cpu_decode;
     b.activation_bytes = b.work.bytes;
     b.session_open = cpu_session_open;
@@ -2281,13 +2426,22 @@ Backend backend_cpu(Model* m, size_t B, size_t T, bool training, bool recompute)
 }
 
 // other_backend: makes the backend of --device cuda; set by the main of train_mamba.cu
-Backend (*other_backend)(const Options*, Model*, size_t B, size_t T, bool training, bool recompute) = NULL;
+Backend (*other_backend)(const Options*, Model*, size_t B, size_t T, bool training, int recompute) = NULL;
 
 static bool on_cpu(const Options* o) { return !other_backend || strcmp(o->device, "cpu") == 0; }
 
-Backend backend_create(const Options* o, Model* m, size_t B, size_t T, bool training, bool recompute) {
-    return on_cpu(o) ? backend_cpu(m, B, T, training, recompute)
-                     : other_backend(o, m, B, T, training, recompute);
+Backend backend_create(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
+    Backend b = on_cpu(o) ? backend_cpu(m, B, T, training, recompute)
+                          : other_backend(o, m, B, T, training, recompute);
+    if (!training || !o->carry_state) return b;
+    size_t accum = (size_t)o->grad_accum;
+    b.carry_in = (State*)xcalloc(accum, sizeof(State));
+    b.carry_out = (State*)xcalloc(accum, sizeof(State));
+    for (size_t i = 0; i < accum; i++) {
+        b.carry_in[i] = state_alloc(m, B);
+        b.carry_out[i] = state_alloc(m, B);
+    }
+    return b;
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -2701,6 +2855,27 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
 
 static double mib(double bytes) { return bytes / 1048576.0; }
 
+// Flop: floating-point operations per token of a training step (forward and twice as much backward)
+//   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
+//            head (of a tied embedding the head alone; looking up a row computes nothing)
+//   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and add
+//            C h), 18 backward (the forward's again, and 11 for the gradients)
+// The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
+// figure 6 N per token that others quote counts every parameter N, the embedding too.
+typedef struct { double matmul, scan; } Flop;
+
+Flop flop_per_token(const Model* m) {
+    Flop f = {0, 0};
+    const Config* c = &m->config;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        bool lookup = t->spec->init == INIT_EMBEDDING && !c->tie_embeddings;
+        if (t->ndim == 2 && (t->spec->flags & DECAY) && !lookup) f.matmul += 6.0 * (double)t->count;
+        if (t->spec->init == INIT_A_LOG) f.scan += 25.0 * (double)t->count;
+    }
+    return f;
+}
+
 // ------------------------------------------------------------------------------------------------
 // 11.2 Evaluation
 
@@ -2741,6 +2916,14 @@ typedef struct {
     double train_loss;           // of the last step
 } Progress;
 
+// Record: what the log says of one step
+typedef struct {
+    int64_t step, samples;            // its number; the sample counter before it
+    double lr, loss, norm, rate;      // rate: tokens per second
+} Record;
+
+enum { MAX_QUEUE = 2 };
+
 typedef struct {
     Settings* settings;
     Model model;
@@ -2750,6 +2933,8 @@ typedef struct {
     Progress progress;
     int *inputs, *targets, *doc;      // one optimizer step: (grad_accum * B, T)
     bool* fresh;
+    Record queue[MAX_QUEUE];          // steps begun whose loss is not known yet, oldest first
+    int queued;
     bool save_failed;
     FILE* log;
 } Trainer;
@@ -2905,62 +3090,127 @@ static bool trainer_sample(Trainer* t, Error* err) {
     return true;
 }
 
-// train_step: one optimizer step. Returns false with a description when a loss or the gradient is not finite;
-// then nothing was updated.
-static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error* err) {
+static void step_batch(Trainer* t, int64_t samples) {
+    const Options* o = &t->settings->o;
+    Error err;
+    if (!loader_batch(&t->loader, samples, o->batch_size * o->grad_accum, t->inputs, t->targets, t->doc,
+                      t->fresh, &err))
+        die("%s", err.text);
+}
+
+static Dropout step_dropout(const Options* o, int64_t number) {
+    Dropout drop = {o->dropout, random_bits(o->seed, STREAM_DROPOUT, (uint64_t)(number - 1)), 0, 0};
+    return drop;
+}
+
+// step_start: begins one optimizer step; its loss comes from step_finish.
+static void step_start(Trainer* t, double lr) {
+    const Options* o = &t->settings->o;
+    Progress* p = &t->progress;
+    step_batch(t, p->samples);
+    Step s = {t->inputs,
+              t->targets,
+              o->reset_documents ? t->doc : NULL,
+              t->fresh,
+              (size_t)o->grad_accum,
+              (size_t)o->batch_size,
+              (size_t)o->seq_len,
+              0,
+              {o->beta1, o->beta2, o->eps, o->weight_decay},
+              lr,
+              o->clip,
+              p->step + 1,
+              step_dropout(o, p->step + 1)};
+    for (size_t i = 0; i < s.accum * s.B * s.T; i++) s.n_targets += t->targets[i] >= 0;
+    t->backend.step_begin(&t->backend, &s);
+    Record r = {p->step + 1, p->samples, lr, (double)s.n_targets, 0, 0};     // loss: divided by it later
+    t->queue[t->queued++] = r;
+    p->step++;
+    p->samples += (int64_t)(s.accum * s.B);
+}
+
+// step_finish: waits for the oldest step that was begun. Returns false with a description when its loss or
+// gradient is not finite; then it was not taken.
+static bool step_finish(Trainer* t, Record* r, Error* err) {
     const Options* o = &t->settings->o;
     Backend* b = &t->backend;
-    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum;
-    if (!loader_batch(&t->loader, t->progress.samples, (int64_t)(B * accum), t->inputs, t->targets, t->doc,
-                      t->fresh, err))
-        die("%s", err->text);
-    int64_t targets = 0;
-    for (size_t i = 0; i < accum * B * T; i++) targets += t->targets[i] >= 0;
-    double scale = targets ? 1.0 / (double)targets : 0, sum = 0;
+    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
+    StepResult result = b->step_end(b);
+    *r = t->queue[0];
+    memmove(t->queue, t->queue + 1, (size_t)--t->queued * sizeof(Record));
+    r->loss = r->loss > 0 ? result.loss / r->loss : 0;
+    r->norm = result.norm;
+    t->progress.train_loss = r->loss;
+    if (result.taken) return true;
     char what[256] = "the loss itself";
-    int micro = 0;
-    bool finite = true;
+    size_t at = (size_t)result.micro * B * T;
+    const State* s0 = b->carry_in ? &b->carry_in[result.micro] : &b->none;
+    step_batch(t, r->samples);
+    if (!b->work.data)
+        b->work = workspace_alloc(&t->model, B, T, false, RECOMPUTE_NONE, false);    // the CPU looks for it
+    b->work.dropout = step_dropout(o, r->step);
+    b->work.dropout.first = at;
+    find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
+                   what, sizeof what);
+    bool starts;
+    return fail(err,
+                "step %lld: %s is not finite; first bad value in: %s; batch: samples %lld to %lld, from "
+                "token %lld of the data",
+                (long long)r->step, isfinite(result.loss) ? "the gradient" : "the loss", what,
+                (long long)r->samples, (long long)(r->samples + o->batch_size * o->grad_accum - 1),
+                (long long)loader_position(&t->loader, r->samples, &starts));
+}
+
+// trainer_check: the CPU as oracle of the device. The first CHECK_TOKENS tokens of the batch of step r go
+// forward and backward on the device and on the CPU, with the device's weights after that step. Prints the
+// relative L2 error of every tensor's gradient, of equal tensors of all layers the worst.
+enum { CHECK_TOKENS = 64 };
+
+static void trainer_check(Trainer* t, const Record* r) {
+    const Options* o = &t->settings->o;
+    Backend* b = &t->backend;
+    Model* m = &t->model;
+    size_t T = min_size(CHECK_TOKENS, (size_t)o->seq_len), n = 0;
+    step_batch(t, r->samples);
+    const int* doc = o->reset_documents ? t->doc : NULL;
+    for (size_t i = 0; i < T; i++) n += t->targets[i] >= 0;
+    double scale = n ? 1.0 / (double)n : 1;
     b->zero_gradients(b);
-    for (; micro < (int)accum && finite; micro++) {
-        size_t at = (size_t)micro * B * T;
-        const int* doc = o->reset_documents ? t->doc + at : NULL;
-        for (size_t r = 0; b->carry_in && r < B; r++)
-            if (t->fresh[(size_t)micro * B + r]) state_copy_row(&t->model, &b->carry_in[micro], r, NULL, 0);
-        sum += b->forward(b, micro, t->inputs + at, t->targets + at, doc, B, T, scale);
-        finite = isfinite(sum);
-        if (finite && scale > 0) b->backward(b, micro, t->inputs + at, doc, B, T);
+    double loss = b->forward(b, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
+    b->backward(b, -1, t->inputs, doc, 1, T);
+    b->download(b);
+    real* device = (real*)xcalloc(m->n_elements, sizeof(real));
+    memcpy(device, m->grads, m->n_elements * sizeof(real));
+    Backend cpu = backend_cpu(m, 1, T, true, RECOMPUTE_NONE);
+    cpu.zero_gradients(&cpu);
+    double expected = cpu.forward(&cpu, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
+    cpu.backward(&cpu, -1, t->inputs, doc, 1, T);
+    printf("check of step %lld, %zu tokens: loss %.6f, on the CPU %.6f; relative errors of the gradients:\n",
+           (long long)r->step, T, loss, expected);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* first = &m->tensor[i];
+        double worst = -1;
+        int layer = 0;
+        bool shown = false;          // with an earlier tensor of the same kind
+        for (int j = 0; j < m->n_tensors; j++) {
+            const Tensor* u = &m->tensor[j];
+            if (u->spec != first->spec) continue;
+            if (j < i) { shown = true; break; }
+            double diff = 0, norm = 0;
+            for (size_t k = u->offset; k < u->offset + u->count; k++) {
+                double want = (double)m->grads[k], d = (double)device[k] - want;
+                diff += d * d;
+                norm += want * want;
+            }
+            double error = norm > 0 ? sqrt(diff / norm) : sqrt(diff);
+            if (!(error <= worst)) { worst = error; layer = u->layer; }
+        }
+        if (shown) continue;
+        if (first->layer < 0) printf("  %-32s %.1e\n", first->spec->name, worst);
+        else printf("  %-32s %.1e, in layer %d\n", first->spec->name, worst, layer);
     }
-    *loss = targets ? sum / (double)targets : 0;
-    *norm = finite ? b->gradient_norm(b) : NAN;
-    if (!isfinite(*norm)) {
-        micro = finite ? 0 : micro - 1;
-        size_t at = (size_t)micro * B * T;
-        const State* s0 = b->carry_in ? &b->carry_in[micro] : &b->none;
-        b->download(b);
-        if (!b->work.data)
-            b->work = workspace_alloc(&t->model, B, T, false, false, false);    // the CPU looks for it
-        find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
-                       what, sizeof what);
-        bool starts;
-        return fail(err,
-                    "step %lld: %s is not finite; first bad value in: %s; batch: samples %lld to %lld, from "
-                    "token %lld of the data",
-                    (long long)t->progress.step + 1, finite ? "the gradient" : "the loss", what,
-                    (long long)t->progress.samples,
-                    (long long)(t->progress.samples + (int64_t)(B * accum) - 1),
-                    (long long)loader_position(&t->loader, t->progress.samples, &starts));
-    }
-    AdamW opt = {o->beta1, o->beta2, o->eps, o->weight_decay};
-    b->update(b, &opt, lr, clip_scale(*norm, o->clip), t->progress.step + 1);
-    for (size_t i = 0; b->carry_in && i < accum; i++) {
-        State swap = b->carry_in[i];
-        b->carry_in[i] = b->carry_out[i];
-        b->carry_out[i] = swap;
-    }
-    t->progress.train_loss = *loss;
-    t->progress.step++;
-    t->progress.samples += (int64_t)(B * accum);
-    return true;
+    cpu.destroy(&cpu);
+    free(device);
 }
 
 // Spike: watches a number that should change slowly (loss, gradient norm). A value more than 6 standard
@@ -2994,6 +3244,8 @@ static int train_loop(Trainer* t) {
     double tokens_per_step = (double)(o->batch_size * o->grad_accum * o->seq_len);
     double start = seconds_now(), since = start,
            other = 0;    // other: evaluation, saving, sampling since the last line
+    double timed_seconds = 0;          // of `timed` steps, without the first and without what is in `other`
+    int64_t timed = 0;
     int64_t first = p->step, shown = p->step;
     int bad_in_a_row = 0;
     Spike losses, norms;
@@ -3004,37 +3256,49 @@ static int train_loop(Trainer* t) {
     if (strcmp(o->schedule, "linear") == 0) schedule = SCHEDULE_LINEAR;
     if (strcmp(o->schedule, "cosine") == 0) schedule = SCHEDULE_COSINE;
     if (strcmp(o->schedule, "wsd") == 0) schedule = SCHEDULE_WSD;
-    while (p->step < o->steps && !stop_signal) {
-        double loss, norm, lr = lr_at(schedule, p->step, o->steps, o->warmup, decay, o->lr, o->min_lr);
-        if (!train_step(t, lr, &loss, &norm, &err)) {
+    int queue = strcmp(o->on_nan, "skip") == 0 ? 0 : t->backend.queue;   // skipping needs to know at once
+    double last_finish = 0;
+    bool drain = false;      // before the model is evaluated, saved or sampled, every step begun is finished
+    while ((p->step < o->steps && !stop_signal) || t->queued > 0) {
+        bool going_on = p->step < o->steps && !stop_signal;
+        if (t->queued == 0) drain = false;
+        if (going_on && !drain)
+            step_start(t, lr_at(schedule, p->step, o->steps, o->warmup, decay, o->lr, o->min_lr));
+        bool last = p->step == o->steps;
+        bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
+        bool save_now = last || (o->save_every && p->step % o->save_every == 0);
+        bool sample_now = !last && o->sample_every && p->step % o->sample_every == 0;
+        drain = evaluate_now || save_now || sample_now || (o->check && p->step % o->check == 0);
+        if (going_on && !drain && t->queued <= queue) continue;
+        Record r;
+        if (!step_finish(t, &r, &err)) {
             if (strcmp(o->on_nan, "skip") == 0 && ++bad_in_a_row <= 3) {
                 warn("%s; skipped (%d in a row)", err.text, bad_in_a_row);
-                p->samples += o->batch_size * o->grad_accum;
-                p->step++;
                 continue;
             }
             fflush(stdout);
             fprintf(stderr,
                     "error: %s; this step was not taken, earlier checkpoints are untouched; try a lower --lr "
                     "(now %g) or --clip\n",
-                    err.text, lr);
+                    err.text, r.lr);
             return 1;
         }
         bad_in_a_row = 0;
-        if (spike_score(&losses, loss) > 6)
-            warn("step %lld: the loss jumped to %.4f", (long long)p->step, loss);
-        if (spike_score(&norms, log(norm + 1e-12)) > 6)      // norms are spread over factors, not over sums
-            warn("step %lld: the norm of the gradient jumped to %.3f", (long long)p->step, norm);
-        bool last = p->step == o->steps;
-        bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
-        double now = seconds_now(),
-               rate = tokens_per_step * (double)(p->step - shown) / (now - since - other);
-        if (last || evaluate_now || p->step % o->log_every == 0 || p->step == first + 1) {
+        if (spike_score(&losses, r.loss) > 6)
+            warn("step %lld: the loss jumped to %.4f", (long long)r.step, r.loss);
+        if (spike_score(&norms, log(r.norm + 1e-12)) > 6)    // norms are spread over factors, not over sums
+            warn("step %lld: the norm of the gradient jumped to %.3f", (long long)r.step, r.norm);
+        bool newest = t->queued == 0;
+        evaluate_now = evaluate_now && newest;
+        double now = seconds_now();
+        if (last_finish > 0) { timed_seconds += now - last_finish; timed++; }
+        r.rate = tokens_per_step * (double)(r.step - shown) / (now - since - other);
+        if (r.step == o->steps || evaluate_now || r.step % o->log_every == 0 || r.step == first + 1) {
             char left[32];
-            format_time((now - start) / (double)(p->step - first) * (double)(o->steps - p->step), left);
+            format_time((now - start) / (double)(r.step - first) * (double)(o->steps - r.step), left);
             printf("step %6lld/%lld | loss %7.4f | lr %.2e | norm %7.3f | %8.0f tok/s | left %s\n",
-                   (long long)p->step, (long long)o->steps, loss, lr, norm, rate, left);
-            shown = p->step;
+                   (long long)r.step, (long long)o->steps, r.loss, r.lr, r.norm, r.rate, left);
+            shown = r.step;
             since = seconds_now();
             other = 0;
         }
@@ -3050,14 +3314,16 @@ static int train_loop(Trainer* t) {
             printf("step %6lld/%lld | validation loss %.4f%s%s%s\n", (long long)p->step, (long long)o->steps,
                    val_loss, bpb[0] ? " | bits per byte " : "", bpb, best ? " | best so far" : "");
         }
-        fprintf(t->log, "%lld,%.6f,%.6e,%.6f,%.1f,%s,%s\n", (long long)p->step, loss, lr, norm, rate,
+        fprintf(t->log, "%lld,%.6f,%.6e,%.6f,%.1f,%s,%s\n", (long long)r.step, r.loss, r.lr, r.norm, r.rate,
                 val_text, bpb);
         fflush(t->log);
-        if (best || last || (o->save_every && p->step % o->save_every == 0)) trainer_save(t, best);
-        if (!last && o->sample_every && p->step % o->sample_every == 0 && !trainer_sample(t, &err))
+        if (best || (save_now && newest)) trainer_save(t, best);
+        if (sample_now && newest && !trainer_sample(t, &err))
             warn("%s", err.text);       // a full disk under stdout must not end the run
+        if (o->check && r.step % o->check == 0) trainer_check(t, &r);
         fflush(stdout);
-        other += seconds_now() - pause;
+        last_finish = seconds_now();
+        other += last_finish - pause;
     }
     if (stop_signal) {
         printf("stopped by signal %d at step %lld\n", (int)stop_signal, (long long)p->step);
@@ -3072,6 +3338,16 @@ static int train_loop(Trainer* t) {
     if (t->data.has_val)
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
+    if (timed > 0) {
+        Flop flop = flop_per_token(&t->model);
+        double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
+        printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)", rate,
+               rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
+               6e-6 * (double)t->model.n_params);
+        if (peak > 0)
+            printf(", MFU %.1f %% of %.0f TFLOP/s", 100 * rate * flop.matmul / peak, peak * 1e-12);
+        printf("\n");
+    }
     if (!trainer_sample(t, &err)) warn("%s", err.text);
     return t->save_failed ? 1 : 0;
 }
@@ -3153,6 +3429,7 @@ static void trainer_create(Trainer* t, Settings* s) {
         if (settings_origin(s, "min-lr") == FROM_USER) die("--min-lr %g is above --lr %g", o->min_lr, o->lr);
         s->o.min_lr = o->lr;        // the default, for a small --lr
     }
+    if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
     set_threads(o->threads);
     const char* list = o->data;
     if (!tokenizer_choose(&t->data.tokenizer, s, list, &err) || !data_open_all(&t->data, s, &err))
@@ -3181,10 +3458,10 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (o->carry_state) carried_bytes = 2.0 * (double)(accum * B) * (double)state_count(m) * sizeof(real);
     workspace_free(&measured);
     print_model(m);
-    printf(
-        "memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f MiB%s\n",
-        mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
-        o->recompute ? " (recompute)" : "");
+    if (on_cpu(o))
+        printf("memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f MiB%s\n",
+               mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
+               o->recompute ? " (--recompute)" : "");
     if (!check_memory(4 * parameter_bytes + activation_bytes + batch_bytes + carried_bytes,
                       "try a smaller --batch-size, --seq-len or model, or --recompute", &err))
         die("%s", err.text);
@@ -3195,15 +3472,6 @@ static void trainer_create(Trainer* t, Settings* s) {
     model_alloc(m, true);
     t->backend = backend_create(o, m, B, T, true, o->recompute);
     if (on_cpu(o)) assert(t->backend.activation_bytes == (size_t)activation_bytes);
-    else printf("memory on the device: activations %.1f MiB\n", mib((double)t->backend.activation_bytes));
-    if (o->carry_state) {
-        t->backend.carry_in = (State*)xcalloc(accum, sizeof(State));
-        t->backend.carry_out = (State*)xcalloc(accum, sizeof(State));
-        for (size_t i = 0; i < accum; i++) {
-            t->backend.carry_in[i] = state_alloc(m, B);
-            t->backend.carry_out[i] = state_alloc(m, B);
-        }
-    }
     if (o->resume) {
         SafeTensors weights;
         snprintf(path, sizeof path, "%s/model.safetensors", dir);
@@ -3322,7 +3590,7 @@ int generate_main(Settings* s) {
     double rows = (double)o->num_samples, Vp = (double)m.config.vocab_padded;
     int64_t tokens = o->chunk > o->num_samples ? o->chunk : o->num_samples;
     if (!workspace_fits(&m, 1, tokens)) die("--num-samples or --chunk: the memory does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, false, true);
+    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
     double bytes =
         (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
     workspace_free(&measured);
@@ -3401,7 +3669,7 @@ int eval_main(Settings* s) {
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
     if (!workspace_fits(&m, o->batch_size, o->seq_len))
         die("--batch-size x --seq-len x model does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, B, T, false, false, true);
+    Workspace measured = workspace_alloc(&m, B, T, false, RECOMPUTE_NONE, true);
     double bytes = (double)measured.bytes + 3.0 * sizeof(int) * (double)(B * T);
     workspace_free(&measured);
     if (!check_memory(bytes, "try a smaller --batch-size or --seq-len", &err)) die("%s", err.text);

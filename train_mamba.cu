@@ -46,10 +46,21 @@ void cublas_check(cublasStatus_t status, const char* file, int line) {
         die("%s:%d: cuBLASLt: %s", file, line, cublasLtGetStatusString(status));
 }
 
+// device_calloc: zeroed memory on the device; `device_bytes` counts what has been asked for
+static size_t device_bytes;
+
 void* device_calloc(size_t count, size_t size) {
     void* p;
     cudaCheck(cudaMalloc(&p, count > 0 && size > 0 ? count * size : 1));
     cudaCheck(cudaMemset(p, 0, count * size));
+    device_bytes += count * size;
+    return p;
+}
+
+// host_pinned: host memory that the GPU copies from and to by itself, while both sides go on
+void* host_pinned(size_t bytes) {
+    void* p;
+    cudaCheck(cudaMallocHost(&p, bytes > 0 ? bytes : 1));
     return p;
 }
 
@@ -399,105 +410,175 @@ template <typename Y, typename X> void cast_cuda(Y* out, const X* inp, size_t n,
     cudaCheck(cudaGetLastError());
 }
 
+// DropoutCuda: the Dropout of train_mamba.c for kernels, which mask what they read or write anyway. The key
+// changes from step to step and is read from device memory, so that a recorded graph of launches stays valid.
+struct DropoutCuda {
+    const uint64_t* key = NULL;
+    uint64_t place = 0;          // 0 the embedding, l the delta that sub-layer l reads
+    size_t first = 0;            // number of the call's first element
+    uint32_t threshold = 0;      // 0: no dropout
+    float scale = 1;
+};
+
+static inline DropoutCuda dropout_cuda(const Dropout* drop, const uint64_t* key, size_t D) {
+    DropoutCuda d;
+    d.key = key;
+    d.place = (uint64_t)drop->place;
+    d.first = drop->first * D;
+    d.threshold = dropout_threshold(drop->rate);
+    d.scale = (float)dropout_scale(d.threshold);
+    return d;
+}
+
+__device__ __forceinline__ uint64_t dropout_key(const DropoutCuda& drop) {
+    return mix64(*drop.key + drop.place);
+}
+
+// dropout_pack: W (1 or 4) neighbouring values, from element i of the array on; four are aligned and so
+// share one hash
+template <int W>
+__device__ __forceinline__ void dropout_pack(float* v, size_t i, uint64_t key, const DropoutCuda& drop) {
+    size_t element = drop.first + i;
+    uint64_t bits = mix64(key + element / 4);
+    #pragma unroll
+    for (int j = 0; j < W; j++)
+        v[j] = dropout_keeps(bits, W == 4 ? j : element, drop.threshold) ? v[j] * drop.scale : 0.0f;
+}
+
 // --------------------------------------------------------------------------------------------------
 // 4.2 Embedding
 
-// embedding_forward: res[m,:] = weight[tokens[m],:].   res (M,D) float   weight (Vp,D)   tokens (M)
+// embedding_forward: res[m,:] = dropout(weight[tokens[m],:]).
+//   res (M,D) float   weight (Vp,D)   tokens (M)
 // One block per token.   bytes: 4 + sizeof(X) per element
 template <typename X, int W>
-__global__ void embedding_forward_kernel(float* res, const int* tokens, const X* weight, size_t D) {
+__global__ void embedding_forward_kernel(float* res, const int* tokens, const X* weight, size_t D,
+                                         DropoutCuda drop) {
     const X* row = weight + (size_t)tokens[blockIdx.x] * D;
     float* out = res + (size_t)blockIdx.x * D;
+    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
     for (size_t d = threadIdx.x * W; d < D; d += blockDim.x * W) {
         float v[W];
         unpack<W>(v, load_pack<W>(row + d));
+        if (drop.threshold) dropout_pack<W>(v, blockIdx.x * D + d, key, drop);
         store_pack<W>(out + d, v);
     }
 }
 
 template <typename X>
 void embedding_forward_cuda(float* res, const int* tokens, const X* weight, size_t M, size_t D,
-                            cudaStream_t stream) {
+                            cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
     if (is_aligned(weight, 4 * sizeof(X), D * sizeof(X)) && is_aligned(res, 16, D * 4)) {
         unsigned threads = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
-        embedding_forward_kernel<X, 4><<<(unsigned)M, threads, 0, stream>>>(res, tokens, weight, D);
+        embedding_forward_kernel<X, 4><<<(unsigned)M, threads, 0, stream>>>(res, tokens, weight, D, drop);
     } else {
-        embedding_forward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(res, tokens, weight, D);
+        embedding_forward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(res, tokens, weight, D, drop);
     }
     cudaCheck(cudaGetLastError());
 }
 
 // The backward adds all dres[m,:] of equal tokens to one row of dweight. To do that in a fixed order without
-// searching, the positions m are first sorted by token: a stable radix sort, least significant digit of 8
-// bits first. Each pass over a digit is three kernels: count the digits of every tile of SORT_TILE positions;
-// turn the counts into the first place of each (digit, tile); move every position to its place.
-enum { SORT_TILE = 512, SORT_DIGITS = 256, SORT_BITS = 8, EMBED_PIECE = 8 };
+// searching, the positions m are first sorted by token: a stable radix sort, least significant digit of
+// SORT_BITS bits first (one pass for bytes, two for vocabularies up to 262144). The positions are cut into at
+// most SORT_TILES tiles, one block each, and a pass over a digit is two kernels: count the digits of every
+// tile; move every position to its place.
+enum { SORT_BITS = 9, SORT_DIGITS = 512, SORT_TILES = 128, EMBED_PIECE = 8 };
 
-// count (SORT_DIGITS,tiles)
-__global__ void sort_count_kernel(int* count, const int* keys, int shift, size_t M) {
-    __shared__ int sum[SORT_DIGITS];
-    sum[threadIdx.x] = 0;                                    // blockDim.x == SORT_DIGITS
-    __syncthreads();
-    size_t m0 = (size_t)blockIdx.x * SORT_TILE;
-    for (size_t m = m0 + threadIdx.x; m < m0 + SORT_TILE && m < M; m += SORT_DIGITS)
-        atomicAdd(&sum[(keys[m] >> shift) & (SORT_DIGITS - 1)], 1);      // integers: any order, same sum
-    __syncthreads();
-    count[(size_t)threadIdx.x * gridDim.x + blockIdx.x] = sum[threadIdx.x];
+static inline size_t sort_tile(size_t M) {                   // positions in a tile
+    return (M + SORT_TILES * SORT_DIGITS - 1) / (SORT_TILES * SORT_DIGITS) * SORT_DIGITS;
 }
 
-// count[i] = sum of count[j], j < i. One block; each of its 1024 threads has n / 1024 neighbouring entries.
-__global__ void sort_scan_kernel(int* count, size_t n) {
-    __shared__ int warp_total[WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    size_t each = (n + blockDim.x - 1) / blockDim.x, first = threadIdx.x * each;
-    size_t last = first + each < n ? first + each : n;
-    int own = 0;
-    for (size_t i = first; i < last; i++) own += count[i];
-    int sum = own;                                           // sum over this thread and the lanes before it
+// count (tiles,SORT_DIGITS); one thread per digit
+__global__ void __launch_bounds__(SORT_DIGITS)
+sort_count_kernel(int* count, const int* keys, int shift, size_t tile, size_t M) {
+    __shared__ int sum[SORT_DIGITS];
+    sum[threadIdx.x] = 0;
+    __syncthreads();
+    size_t m0 = blockIdx.x * tile;
+    for (size_t m = m0 + threadIdx.x; m < m0 + tile && m < M; m += SORT_DIGITS)
+        atomicAdd(&sum[keys[m] >> shift & (SORT_DIGITS - 1)], 1);            // integers: any order, same sum
+    __syncthreads();
+    count[(size_t)blockIdx.x * SORT_DIGITS + threadIdx.x] = sum[threadIdx.x];
+}
+
+// A position's place is the number of positions before it in sorted order: those with a smaller digit; with
+// the same one in earlier tiles; in earlier warps of this tile; in earlier lanes. A warp moves a stretch of
+// its tile, 32 positions at a time. Lanes with the same digit find each other by __match_any_sync; their
+// order in the warp is their order in the output, which makes the sort stable.
+//   keys, order (M): tokens and where they stood, NULL: in order
+__global__ void __launch_bounds__(SORT_DIGITS)
+sort_move_kernel(int* keys_out, int* order_out, const int* keys, const int* order, const int* count,
+                 int shift, size_t tile, size_t M) {
+    enum { WARPS = SORT_DIGITS / WARP };
+    __shared__ int place[WARPS][SORT_DIGITS], warp_total[WARPS];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, *own = place[warp];
+    size_t first = blockIdx.x * tile + tile / WARPS * warp, last = first + tile / WARPS;
+    if (last > M) last = M;
+    for (int d = lane; d < SORT_DIGITS; d += WARP) own[d] = 0;
+    __syncwarp();
+    for (size_t m = first + lane; m < last; m += WARP)
+        atomicAdd(&own[keys[m] >> shift & (SORT_DIGITS - 1)], 1);
+    // one thread per digit from here ...
+    int total = 0, start = 0;
+    #pragma unroll 16
+    for (unsigned t = 0; t < gridDim.x; t++) {
+        int c = count[t * SORT_DIGITS + threadIdx.x];
+        total += c;
+        start += t < blockIdx.x ? c : 0;
+    }
+    int sum = total;                                         // of this digit and the lanes before it
+    #pragma unroll
     for (int step = 1; step < WARP; step *= 2) {
         int below = __shfl_up_sync(0xffffffffu, sum, step);
         if (lane >= step) sum += below;
     }
     if (lane == WARP - 1) warp_total[warp] = sum;
     __syncthreads();
-    int start = sum - own;
+    start += sum - total;
     for (int w = 0; w < warp; w++) start += warp_total[w];
-    for (size_t i = first; i < last; i++) {
-        int c = count[i];
-        count[i] = start;
+    #pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        int c = place[w][threadIdx.x];
+        place[w][threadIdx.x] = start;
         start += c;
+    }
+    __syncthreads();                                         // ... to here
+    for (size_t m0 = first; m0 < last; m0 += WARP) {
+        size_t m = m0 + lane;
+        int key = m < last ? keys[m] : 0, digit = m < last ? key >> shift & (SORT_DIGITS - 1) : -1;
+        unsigned same = __match_any_sync(0xffffffffu, digit);
+        int before = __popc(same & ((1u << lane) - 1)), to = m < last ? own[digit] + before : 0;
+        __syncwarp();
+        if (m < last && before == 0) own[digit] += __popc(same);
+        __syncwarp();
+        if (m < last) {
+            keys_out[to] = key;
+            order_out[to] = order ? order[m] : (int)m;
+        }
     }
 }
 
-// One warp moves one tile, 32 positions at a time. Lanes with the same digit find each other by
-// __match_any_sync; their order in the warp is their order in the output, which makes the sort stable.
-__global__ void sort_move_kernel(int* keys_out, int* order_out, const int* keys, const int* order,
-                                 const int* count, int shift, size_t M) {
-    __shared__ int place[SORT_DIGITS];
-    for (int i = threadIdx.x; i < SORT_DIGITS; i += WARP)
-        place[i] = count[(size_t)i * gridDim.x + blockIdx.x];
-    __syncwarp();
-    size_t m0 = (size_t)blockIdx.x * SORT_TILE;
-    int key[SORT_TILE / WARP];
-    #pragma unroll
-    for (int i = 0; i < SORT_TILE / WARP; i++) {
-        size_t m = m0 + i * WARP + threadIdx.x;
-        key[i] = m < M ? keys[m] : 0;
-    }
-    #pragma unroll
-    for (int i = 0; i < SORT_TILE / WARP; i++) {
-        size_t m = m0 + i * WARP + threadIdx.x;
-        int digit = m < M ? (key[i] >> shift) & (SORT_DIGITS - 1) : -1;
-        unsigned same = __match_any_sync(0xffffffffu, digit);
-        int before = __popc(same & ((1u << threadIdx.x) - 1));
-        int to = digit >= 0 ? place[digit] + before : 0;
-        __syncwarp();
-        if (digit >= 0 && before == 0) place[digit] += __popc(same);
-        __syncwarp();
-        if (digit >= 0) {
-            keys_out[to] = key[i];
-            order_out[to] = order ? order[m] : (int)m;
-        }
+// embedding_sort: *keys, *order (M): the tokens in ascending order and where each stood, in scratch
+size_t embedding_sort_scratch_cuda(size_t M) {
+    size_t tile = sort_tile(M);
+    return 4 * M + (M + tile - 1) / tile * SORT_DIGITS;
+}
+
+void embedding_sort_cuda(const int** keys, const int** order, const int* tokens, int* scratch, size_t M,
+                         size_t Vp, cudaStream_t stream) {
+    size_t tile = sort_tile(M);
+    unsigned tiles = (unsigned)((M + tile - 1) / tile);
+    int *to[2] = {scratch, scratch + 2 * M}, *count = scratch + 4 * M;
+    *keys = tokens;
+    *order = NULL;
+    for (int shift = 0, k = 0; shift == 0 || (shift < 31 && (Vp - 1) >> shift); shift += SORT_BITS, k ^= 1) {
+        sort_count_kernel<<<tiles, SORT_DIGITS, 0, stream>>>(count, *keys, shift, tile, M);
+        cudaCheck(cudaGetLastError());
+        sort_move_kernel<<<tiles, SORT_DIGITS, 0, stream>>>(to[k], to[k] + M, *keys, *order, count, shift,
+                                                            tile, M);
+        cudaCheck(cudaGetLastError());
+        *keys = to[k];
+        *order = to[k] + M;
     }
 }
 
@@ -578,30 +659,15 @@ __global__ void embedding_backward_parts_kernel(float* dweight, const float* par
 
 // the scratch of embedding_backward_cuda, in ints
 size_t embedding_backward_scratch_cuda(size_t M, size_t D) {
-    size_t tiles = (M + SORT_TILE - 1) / SORT_TILE, pieces = (M + EMBED_PIECE - 1) / EMBED_PIECE;
-    return pieces * 2 * D + 4 * M + SORT_DIGITS * tiles;
+    return (M + EMBED_PIECE - 1) / EMBED_PIECE * 2 * D + embedding_sort_scratch_cuda(M);
 }
 
 void embedding_backward_cuda(float* dweight, const float* dres, const int* tokens, int* scratch,
                                     size_t M, size_t D, size_t Vp, cudaStream_t stream) {
-    unsigned tiles = (unsigned)((M + SORT_TILE - 1) / SORT_TILE);
     unsigned pieces = (unsigned)((M + EMBED_PIECE - 1) / EMBED_PIECE);
     float* parts = (float*)scratch;                          // (pieces,2,D)
-    int* keys_order[2] = {scratch + (size_t)pieces * 2 * D, scratch + (size_t)pieces * 2 * D + 2 * M};
-    int* count = scratch + (size_t)pieces * 2 * D + 4 * M;   // (SORT_DIGITS,tiles)
-    const int *keys = tokens, *order = NULL;
-    for (int shift = 0, to = 0; shift == 0 || (shift < 32 && (Vp - 1) >> shift);
-         shift += SORT_BITS, to ^= 1) {
-        sort_count_kernel<<<tiles, SORT_DIGITS, 0, stream>>>(count, keys, shift, M);
-        cudaCheck(cudaGetLastError());
-        sort_scan_kernel<<<1, 1024, 0, stream>>>(count, (size_t)SORT_DIGITS * tiles);
-        cudaCheck(cudaGetLastError());
-        sort_move_kernel<<<tiles, WARP, 0, stream>>>(keys_order[to], keys_order[to] + M, keys, order, count,
-                                                     shift, M);
-        cudaCheck(cudaGetLastError());
-        keys = keys_order[to];
-        order = keys + M;
-    }
+    const int *keys, *order;
+    embedding_sort_cuda(&keys, &order, tokens, scratch + (size_t)pieces * 2 * D, M, Vp, stream);
     if (is_aligned(dweight, 16, D * 4) && is_aligned(dres, 16, D * 4) && is_aligned(scratch, 16, 16)) {
         unsigned quarter = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
         embedding_backward_kernel<4><<<pieces, quarter, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
@@ -618,15 +684,17 @@ void embedding_backward_cuda(float* dweight, const float* dres, const int* token
 // 4.3 RMSNorm, with the residual addition
 
 // residual_rmsnorm_forward: what the block before adds to the residual stream, and the norm of the sum.
-//   res_out = res_in + delta      rstd = (mean_d res_out^2 + eps)^(-1/2)      y = weight * res_out * rstd
+//   res_out = res_in + dropout(delta)     rstd = (mean_d res_out^2 + eps)^(-1/2)
+//   y = weight * res_out * rstd
 //   res_in, res_out (M,D) float, may be the same   delta (M,D) or NULL: nothing is added, and res_out is only
 //   written when it is neither NULL nor res_in   y (M,D)   weight (D)   saved for backward: res_out, rstd (M)
-// WARPS warps hold one row in registers, ITERS packs of 4 values per thread; a block is 4 warps.
+// WARPS warps hold one row in registers, ITERS packs of 4 values per thread; a block is 4 warps. DROP: with
+// dropout, an instance of its own because the other one must not pay for it.
 // bytes: 8 + 2 sizeof(X) per element
-template <typename X, int WARPS, int ITERS>
+template <typename X, int WARPS, int ITERS, bool DROP>
 __global__ void __launch_bounds__(128)
 residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* res_in, const X* delta,
-                                const float* weight, size_t M, size_t D, float eps) {
+                                const float* weight, size_t M, size_t D, float eps, DropoutCuda drop) {
     __shared__ float shared[2 * WARPS];
     const int group = WARPS * WARP;                          // threads per row
     size_t m = (size_t)blockIdx.x * (128 / group) + threadIdx.x / group;
@@ -646,10 +714,15 @@ residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* 
         #pragma unroll
         for (int i = 0; i < ITERS; i++)
             if (d0 + i * group * 4 < D_) add[i] = load_pack<4>(delta + m * D + d0 + i * group * 4);
+        uint64_t key = DROP ? dropout_key(drop) : 0;
         #pragma unroll
         for (int i = 0; i < ITERS; i++) {
+            if (d0 + i * group * 4 >= D_) continue;
+            float v[4];
+            unpack<4>(v, add[i]);
+            if (DROP) dropout_pack<4>(v, m * D + d0 + i * group * 4, key, drop);
             #pragma unroll
-            for (int j = 0; j < 4; j++) x[i][j] += d0 + i * group * 4 < D_ ? to_float(add[i].v[j]) : 0.0f;
+            for (int j = 0; j < 4; j++) x[i][j] += v[j];
         }
     }
     bool write = delta || (res_out && res_out != res_in);
@@ -679,12 +752,16 @@ residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* 
 template <typename X>
 __global__ void residual_rmsnorm_forward_general_kernel(float* res_out, X* y, float* rstd,
                                                         const float* res_in, const X* delta,
-                                                        const float* weight, size_t D, float eps) {
+                                                        const float* weight, size_t D, float eps,
+                                                        DropoutCuda drop) {
     __shared__ float shared[2 * 8];
     size_t row = (size_t)blockIdx.x * D;
+    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
     float sum = 0;
     for (size_t d = threadIdx.x; d < D; d += blockDim.x) {
-        float x = res_in[row + d] + (delta ? to_float(delta[row + d]) : 0.0f);
+        float add = delta ? to_float(delta[row + d]) : 0.0f;
+        if (drop.threshold) dropout_pack<1>(&add, row + d, key, drop);
+        float x = res_in[row + d] + add;
         if (delta || (res_out && res_out != res_in)) res_out[row + d] = x;
         sum += x * x;
     }
@@ -698,17 +775,18 @@ __global__ void residual_rmsnorm_forward_general_kernel(float* res_out, X* y, fl
 template <typename X>
 const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, const float* res_in,
                                           const X* delta, const float* weight, size_t M, size_t D, float eps,
-                                          cudaStream_t stream) {
+                                          cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
     bool packs = is_aligned(res_out, 16, D * 4) && is_aligned(res_in, 16, D * 4) &&
                  is_aligned(weight, 16, 16) &&
                  is_aligned(y, 4 * sizeof(X), D * sizeof(X)) &&
                  is_aligned(delta, 4 * sizeof(X), D * sizeof(X));
     const char* name = "residual_rmsnorm_forward_kernel";
     unsigned warp_rows = (unsigned)((M + 3) / 4), rows = (unsigned)M;
-    #define NORM_FORWARD(warps, iters, blocks)                                                              \
-        residual_rmsnorm_forward_kernel<X, warps, iters><<<blocks, 128, 0, stream>>>(res_out, y, rstd,      \
-                                                                                     res_in, delta, weight, \
-                                                                                     M, D, eps)
+    bool mask = drop.threshold && delta;
+    #define NORM_FORWARD(warps, iters, blocks)                            \
+        (mask ? residual_rmsnorm_forward_kernel<X, warps, iters, true>    \
+              : residual_rmsnorm_forward_kernel<X, warps, iters, false>)  \
+            <<<blocks, 128, 0, stream>>>(res_out, y, rstd, res_in, delta, weight, M, D, eps, drop)
     if (packs && D <= 256) NORM_FORWARD(1, 2, warp_rows);
     else if (packs && D <= 512) NORM_FORWARD(1, 4, warp_rows);
     else if (packs && D <= 768) NORM_FORWARD(1, 6, warp_rows);
@@ -717,7 +795,7 @@ const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, con
     else if (packs && D <= 4096) NORM_FORWARD(4, 8, rows);
     else {
         residual_rmsnorm_forward_general_kernel<<<rows, 256, 0, stream>>>(res_out, y, rstd, res_in, delta,
-                                                                          weight, D, eps);
+                                                                          weight, D, eps, drop);
         name = "residual_rmsnorm_forward_general_kernel";
     }
     #undef NORM_FORWARD
@@ -729,15 +807,19 @@ const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, con
 //   forward y = weight * xhat       =>  dweight += sum_m dy * xhat
 //   forward xhat = res * rstd(res)  =>  dres    += rstd * (q - xhat * mean_d(q * xhat))
 //   dres (M,D) float: on entry the gradient of res_out, which the residual passes on; on exit that of res_in
-//   and of delta; dres_x: a copy in X for the matmuls, may be NULL   dy (M,D)   res (M,D): res_out of forward
+//   dres_x (M,D): the gradient of delta in X, for the matmuls, which is dropout(dres); NULL: there is no
+//   delta, res_in is the embedding, and its dropout is applied to dres itself
+//   u (M,D): the y of forward once more, the same bits; NULL: not wanted
+//   dy (M,D)   res (M,D): res_out of forward
 // The rows are dealt out to NORM_BLOCKS blocks. A thread always meets the same columns and so sums dweight in
 // registers; parts (NORM_BLOCKS,D) takes the sums of the blocks.   bytes: 12 + 2 sizeof(X) per element
 enum { NORM_BLOCKS = 528 };
 
-template <typename X, int WARPS, int ITERS>
+template <typename X, int WARPS, int ITERS, bool DROP>
 __global__ void __launch_bounds__(128, ITERS <= 6 ? 4 : 2)
-rmsnorm_backward_kernel(float* dres, X* dres_x, float* parts, const X* dy, const float* res,
-                        const float* weight, const float* rstd, size_t M, size_t D) {
+rmsnorm_backward_kernel(float* dres, X* dres_x, X* u, float* parts, const X* dy, const float* res,
+                        const float* weight, const float* rstd, size_t M, size_t D, DropoutCuda drop) {
+    uint64_t key = DROP ? dropout_key(drop) : 0;
     const int group = WARPS * WARP, groups = 128 / group;
     __shared__ float shared[2 * WARPS];
     __shared__ float dw_shared[WARPS == 1 ? groups : 1][WARPS == 1 ? ITERS * group * 4 : 1];
@@ -777,8 +859,14 @@ rmsnorm_backward_kernel(float* dres, X* dres_x, float* parts, const X* dy, const
             #pragma unroll
             for (int j = 0; j < 4; j++)
                 dx[i].v[j] += r * (w.v[j] * to_float(dy_m[i].v[j]) - x[i].v[j] * r * mean);
-            store_pack<4>(dres + m * D + d, dx[i].v);
+            if (dres_x) store_pack<4>(dres + m * D + d, dx[i].v);
+            if (DROP) dropout_pack<4>(dx[i].v, m * D + d, key, drop);
             if (dres_x) store_pack<4>(dres_x + m * D + d, dx[i].v);
+            else store_pack<4>(dres + m * D + d, dx[i].v);
+            if (!u) continue;
+            #pragma unroll
+            for (int j = 0; j < 4; j++) w.v[j] *= x[i].v[j] * r;
+            store_pack<4>(u + m * D + d, w.v);
         }
     }
     float* part = parts + (size_t)blockIdx.x * D;
@@ -799,10 +887,11 @@ rmsnorm_backward_kernel(float* dres, X* dres_x, float* parts, const X* dy, const
 
 // any D, any alignment: a block per row, dweight summed in `parts` itself, each column by the same thread
 template <typename X>
-__global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, float* parts, const X* dy,
+__global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, X* u, float* parts, const X* dy,
                                                 const float* res, const float* weight, const float* rstd,
-                                                size_t M, size_t D) {
+                                                size_t M, size_t D, DropoutCuda drop) {
     __shared__ float shared[2 * 8];
+    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
     float* part = parts + (size_t)blockIdx.x * D;
     int phase = 0;
     for (size_t d = threadIdx.x; d < D; d += blockDim.x) part[d] = 0;
@@ -818,8 +907,11 @@ __global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, float* p
         for (size_t d = threadIdx.x; d < D; d += blockDim.x) {
             float q = weight[d] * to_float(dy[m * D + d]);
             float dx = dres[m * D + d] + r * (q - res[m * D + d] * r * mean);
-            dres[m * D + d] = dx;
+            if (dres_x) dres[m * D + d] = dx;
+            if (drop.threshold) dropout_pack<1>(&dx, m * D + d, key, drop);
             if (dres_x) dres_x[m * D + d] = from_float<X>(dx);
+            else dres[m * D + d] = dx;
+            if (u) u[m * D + d] = from_float<X>(weight[d] * res[m * D + d] * r);
         }
     }
 }
@@ -830,20 +922,23 @@ size_t rmsnorm_backward_scratch_cuda(size_t M, size_t D) {
 }
 
 template <typename X>
-const char* rmsnorm_backward_cuda(float* dres, X* dres_x, float* dweight, const X* dy, const float* res,
-                                  const float* weight, const float* rstd, float* scratch, size_t M, size_t D,
-                                  cudaStream_t stream) {
+const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, const X* dy,
+                                  const float* res, const float* weight, const float* rstd, float* scratch,
+                                  size_t M, size_t D, cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
     bool packs = is_aligned(dres, 16, D * 4) && is_aligned(res, 16, D * 4) && is_aligned(weight, 16, 16) &&
                  is_aligned(scratch, 16, 16) && is_aligned(dy, 4 * sizeof(X), D * sizeof(X)) &&
-                 is_aligned(dres_x, 4 * sizeof(X), D * sizeof(X));
+                 is_aligned(dres_x, 4 * sizeof(X), D * sizeof(X)) &&
+                 is_aligned(u, 4 * sizeof(X), D * sizeof(X));
     const char* name = "rmsnorm_backward_kernel";
     size_t blocks = M < NORM_BLOCKS ? M : (size_t)NORM_BLOCKS;
     size_t warp_blocks = (M + 3) / 4 < NORM_BLOCKS ? (M + 3) / 4 : (size_t)NORM_BLOCKS;
     if (packs && D <= 768) blocks = warp_blocks;
+    bool mask = drop.threshold > 0;
     #define NORM_BACKWARD(warps, iters)                                                                    \
-        rmsnorm_backward_kernel<X, warps, iters><<<(unsigned)blocks, 128, 0, stream>>>(dres, dres_x,       \
-                                                                                       scratch, dy, res,   \
-                                                                                       weight, rstd, M, D)
+        (mask ? rmsnorm_backward_kernel<X, warps, iters, true>                                             \
+              : rmsnorm_backward_kernel<X, warps, iters, false>)                                           \
+            <<<(unsigned)blocks, 128, 0, stream>>>(dres, dres_x, u, scratch, dy, res, weight, rstd, M, D,  \
+                                                   drop)
     if (packs && D <= 256) NORM_BACKWARD(1, 2);
     else if (packs && D <= 512) NORM_BACKWARD(1, 4);
     else if (packs && D <= 768) NORM_BACKWARD(1, 6);
@@ -853,8 +948,8 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, float* dweight, const 
     else if (packs && D <= 2560) NORM_BACKWARD(4, 5);
     else if (packs && D <= 4096) NORM_BACKWARD(4, 8);
     else {
-        rmsnorm_backward_general_kernel<<<(unsigned)blocks, 256, 0, stream>>>(dres, dres_x, scratch, dy, res,
-                                                                              weight, rstd, M, D);
+        rmsnorm_backward_general_kernel<<<(unsigned)blocks, 256, 0, stream>>>(
+            dres, dres_x, u, scratch, dy, res, weight, rstd, M, D, drop);
         name = "rmsnorm_backward_general_kernel";
     }
     #undef NORM_BACKWARD
@@ -1578,7 +1673,7 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 //             (F8) y_t = s_t silu(z_t)                    a_t := 0 where a document begins
 //   shapes:   x, dt_raw, s, y (B,T,E)   Bt, Ct (B,T,N), row stride ldbc   z (B,T,E), row stride ldz
 //             A_log (E,N)   Dskip, dt_bias (E)   h0, hT (B,E,N)   doc (B,T)
-//   saved:    s, and hs (B, T/8, E, N): the state before tokens 0, 8, 16, ...; the rest is recomputed
+//   saved:    s, and hs (B, T/16, E, N): the state before tokens 0, 16, 32, ...; the rest is recomputed
 // Mamba paper (arXiv 2312.00752), section 3.2 and algorithm 2. Oracle: selective_scan_forward/_backward of
 // train_mamba.c.
 //
@@ -1589,8 +1684,9 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 // SCAN_CHANNELS channels of one sequence and walks through time, so that the state never leaves the chip; the
 // grid is (E / 32, B). No sum depends on the order in which threads happen to run: results repeat bitwise.
 
-// SCAN_STEPS: tokens between two saved states. SCAN_GROUP: states that a block's four warps hold at once.
-enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_GROUP = 16, SCAN_THREADS = 128 };
+// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SAVED: tokens between two saved states.
+// SCAN_GROUP: states that a block's four warps hold at once.
+enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SAVED = 16, SCAN_GROUP = 16, SCAN_THREADS = 128 };
 
 #define SCAN_LOG2E 1.44269504f
 #define SCAN_LN2 0.69314718f
@@ -1598,12 +1694,12 @@ enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_GROUP = 16, SCAN_THREADS = 128 }
 #define SCAN_RESET 3e38f
 
 static inline size_t scan_blocks_cuda(size_t E) { return (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS; }
-static inline size_t scan_chunks_cuda(size_t T) { return (T + SCAN_STEPS - 1) / SCAN_STEPS; }
+static inline size_t scan_states_cuda(size_t T) { return (T + SCAN_SAVED - 1) / SCAN_SAVED; }
 static inline size_t scan_padded_cuda(size_t T) { return (T + 31) / 32 * 32; }
 
 // elements of X that forward saves in hs
 size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N) {
-    return B * scan_chunks_cuda(T) * E * N;
+    return B * scan_states_cuda(T) * E * N;
 }
 
 // floats of backward's scratch: dBt and dCt of every block, then dA_log, dDskip, ddt_bias of every sequence
@@ -1721,6 +1817,7 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
     float (*A2)[SCAN_CHANNELS] = h + padded;
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
     const size_t b = blockIdx.y, e = (size_t)blockIdx.x * SCAN_CHANNELS + lane, chunks = (T + 7) / SCAN_STEPS;
+    const size_t states = (chunks + 1) / 2;                    // saved ones, every second chunk
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
     for (int n = w; n < padded; n += 4) {
@@ -1744,8 +1841,8 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
             for (int k = 0; k < 4; k++) {
                 state[k] = h[n0 + k][lane];
                 decay[k] = A2[n0 + k][lane];
-                if (hs && channel && n0 + k < (int)N)
-                    scan_store(hs + ((b * chunks + chunk) * E + e) * N + n0 + k, state[k]);
+                if (hs && chunk % 2 == 0 && channel && n0 + k < (int)N)
+                    scan_store(hs + ((b * states + chunk / 2) * E + e) * N + n0 + k, state[k]);
             }
             #pragma unroll
             for (int j = 0; j < SCAN_STEPS; j++) {
@@ -1781,6 +1878,7 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
 
 // selective_scan_backward_kernel: from the last 8 tokens to the first. The states of 8 tokens are recomputed
 // from the saved one, then lambda = dLoss/dh_t runs backward; `carry` is what a token hands to the previous.
+// A state is saved every 16 tokens: the way to the second 8 leads through the first 8.
 //   forward (F8) y = s silu(z)          (B2)  g = dy silu(z)          dz = dy s silu'(z)
 //   forward (F7) s = <Ct, h> + D x      (B4)  lambda = g Ct + carry   (B5) dCt = sum_e g h
 //                                       (B3)  dx = D g + ..           dDskip = sum g x
@@ -1799,14 +1897,15 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                                const X* Bt, const X* Ct, size_t ldbc, const float* Dskip, const X* z,
                                size_t ldz, const int* doc, size_t T, size_t E, size_t N) {
     extern __shared__ __align__(128) char shared[];
-    ScanTile& tile = *(ScanTile*)shared;
+    ScanTile &tile = *(ScanTile*)shared, &before = *(&tile + 1);
     const int padded = (int)(N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
-    float* bc = (float*)(&tile + 1);
-    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc + SCAN_STEPS * 2 * padded);
+    float *bc = (float*)(&before + 1), *bc_before = bc + SCAN_STEPS * 2 * padded;
+    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc_before + SCAN_STEPS * 2 * padded);
     float (*A2)[SCAN_CHANNELS] = carry + padded;
     float (*dA)[SCAN_CHANNELS] = A2 + padded;
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
     const size_t b = blockIdx.y, e = (size_t)blockIdx.x * SCAN_CHANNELS + lane, chunks = (T + 7) / SCAN_STEPS;
+    const size_t states = (chunks + 1) / 2;
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
     float dD = 0.0f, dbias = 0.0f;
@@ -1819,7 +1918,8 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
         dA[n][lane] = 0.0f;
     }
     for (size_t chunk = chunks; chunk-- > 0;) {
-        size_t t0 = chunk * SCAN_STEPS;
+        const size_t t0 = chunk * SCAN_STEPS;
+        const bool second = chunk % 2;                         // no state was saved at t0
         float x_t[2];
         #pragma unroll
         for (int k = 0; k < 2; k++) {  // undo the gate; y once more, for the next matmul's weight
@@ -1836,8 +1936,11 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                 scan_store(y + row * E + e, s_t * silu);
             }
             tile.g[j][lane] = g;
+            if (second)
+                scan_load_element(before, x, dt_raw, bias, doc, j, lane, b, t0 - SCAN_STEPS + j, e, T, E);
         }
         scan_load_bc(bc, Bt, Ct, ldbc, b, t0, T, N, padded);
+        if (second) scan_load_bc(bc_before, Bt, Ct, ldbc, b, t0 - SCAN_STEPS, T, N, padded);
         __syncthreads();
         float q[SCAN_STEPS] = {0}, r[SCAN_STEPS] = {0};                  // <lambda, Bt>, <lambda, A2 m>
         for (int n0 = 4 * w; n0 < padded; n0 += SCAN_GROUP) {
@@ -1845,10 +1948,17 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
             #pragma unroll
             for (int k = 0; k < 4; k++) {
                 bool inside = channel && n0 + k < (int)N;
-                h[k] = inside ? to_float(hs[((b * chunks + chunk) * E + e) * N + n0 + k]) : 0.0f;
+                h[k] = inside ? to_float(hs[((b * states + chunk / 2) * E + e) * N + n0 + k]) : 0.0f;
                 lambda[k] = carry[n0 + k][lane];
                 decay[k] = A2[n0 + k][lane];
                 dA_n[k] = dA[n0 + k][lane];
+            }
+            #pragma unroll
+            for (int j = 0; second && j < SCAN_STEPS; j++) {
+                const float* B_t = bc_before + j * 2 * padded + n0;
+                float dt = before.decay_dt[j][lane], dtx = before.dtx[j][lane];
+                #pragma unroll
+                for (int k = 0; k < 4; k++) h[k] = fmaf(exp2_unit(dt * decay[k]), h[k], dtx * B_t[k]);
             }
             #pragma unroll
             for (int j = 0; j < SCAN_STEPS; j++) {
@@ -2060,15 +2170,15 @@ selective_scan_forward_fast_kernel(bf16* y, bf16* s, bf16* hs, float* hT, const 
         // state groups only, and a shared load with few distinct addresses takes half the time.
         const int g = (lane & 1) | ((lane >> 2) & 2), c = ((lane >> 1) & 3) | ((lane >> 2) & 4);
         const int ch = (threadIdx.x >> 5) * 8 + c;
-        const size_t state = (b * E + e0 + ch) * 16 + 4 * g, chunks = (T + 7) / SCAN_STEPS;
+        const size_t state = (b * E + e0 + ch) * 16 + 4 * g, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
         float decay[4], h[4];
         #pragma unroll
         for (int n = 0; n < 4; n++) {
             decay[n] = scan_decay(A_log[(size_t)(e0 + ch) * 16 + 4 * g + n]);
             h[n] = h0 ? h0[state + n] : 0.0f;
         }
-        bf16* saved = hs + (b * chunks * E + e0 + ch) * 16 + 4 * g;                 // next state to save
-        int left = hs ? (int)chunks : 0;                       // how many there are
+        bf16* saved = hs + (b * states * E + e0 + ch) * 16 + 4 * g;                 // next state to save
+        int left = hs ? (int)states : 0;                       // how many there are
         const size_t next = E * 16;
         #pragma unroll 1
         for (int i = 0; i <= tiles; i++) {
@@ -2082,8 +2192,8 @@ selective_scan_forward_fast_kernel(bf16* y, bf16* s, bf16* hs, float* hT, const 
             float* out1 = &sh.s[q][2 * g + 1][ch ^ (8 * g + 4)];
             #pragma unroll
             for (int t0 = 0; t0 < SCAN_TILE_STEPS; t0 += SCAN_STEPS) {
-                if (left > t0 / SCAN_STEPS)
-                    *(uint2*)(saved + t0 / SCAN_STEPS * next) =
+                if (t0 % SCAN_SAVED == 0 && left > t0 / SCAN_SAVED)
+                    *(uint2*)(saved + t0 / SCAN_SAVED * next) =
                         make_uint2(scan_pack(h[0], h[1]), scan_pack(h[2], h[3]));
                 float sum[8];
                 #pragma unroll
@@ -2112,8 +2222,8 @@ selective_scan_forward_fast_kernel(bf16* y, bf16* s, bf16* hs, float* hT, const 
                 out0[t0 * SCAN_CHANNELS] = sum[0];
                 out1[t0 * SCAN_CHANNELS] = sum[1];
             }
-            saved += SCAN_TILE_STEPS / SCAN_STEPS * next;
-            left -= SCAN_TILE_STEPS / SCAN_STEPS;
+            saved += SCAN_TILE_STEPS / SCAN_SAVED * next;
+            left -= SCAN_TILE_STEPS / SCAN_SAVED;
         }
         if (hT) *(float4*)(hT + state) = make_float4(h[0], h[1], h[2], h[3]);
         return;
@@ -2262,7 +2372,7 @@ struct ScanBackwardShared {
     // tile as loaded; read by the threads that loaded it
     bf16 z[32][32], s[32][32], dy[32][32], bc[32][32];
     bf16 x[2][32][32], dt[2][32][32];
-    uint2 hs[2][4][SCAN_THREADS];  // saved states, read by the thread that loads them
+    uint2 hs[2][2][SCAN_THREADS];  // saved states, read by the thread that loads them
     int doc[32][2];
     float bias2[32];
 };
@@ -2276,8 +2386,8 @@ __device__ __forceinline__ void scan_store4(bf16* p, size_t i, float4 v) {
 // selective_scan_backward_fast_kernel: the general kernel's formulas. A block of four warps walks tiles of 32
 // tokens, four chunks each, from right to left. A warp owns 8 channels x 16 states as one tensor core matrix:
 // lane (g, q) holds states 4q..4q+3 of channel g, v[0], v[1] = row g, columns 2q, 2q+1, v[2], v[3] = row g+8.
-// In a chunk, 8 steps forward keep a_t and m_t in registers (one exponential per update in all of backward);
-// 8 steps in reverse use them.
+// In a chunk, 8 steps forward keep a_t and m_t in registers; 8 steps in reverse use them. States are saved
+// every second chunk; before the other chunks come 8 steps that only lead there.
 //   dtx x Bt, g x Ct   (every channel times every state)  tf32: the A operand holds two steps of dtx, the
 //                      one-hot B operand picks one; g and dtx are rounded to 10 bits, Bt and Ct are exact
 //   q = <lambda, Bt>   lambda as bf16 is an A operand as it lies: rows g are the even, rows g+8 the odd step
@@ -2330,12 +2440,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             bool known = inside && (c0 == 0 || t > 0);
             scan_copy4(&sh.doc[r0][c0 >> 3], doc + (known ? row - (c0 >> 3) : 0), known);
         }
-        uint32_t chunks = (T + 7) / 8;
+        uint32_t states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
         #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            bool saved = i * 4 + k < (int)chunks;
-            uint32_t chunk = saved ? b * chunks + i * 4 + k : 0;
-            scan_copy8(&sh.hs[i & 1][k][tid], hs + ((size_t)chunk * E + e0 + ch) * 16 + 4 * q, saved);
+        for (int k = 0; k < 2; k++) {
+            bool saved = i * 2 + k < (int)states;
+            uint32_t state = saved ? b * states + i * 2 + k : 0;
+            scan_copy8(&sh.hs[i & 1][k][tid], hs + ((size_t)state * E + e0 + ch) * 16 + 4 * q, saved);
         }
         copy_async_commit();
     };
@@ -2426,11 +2536,28 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             const float* pdtx = &chunk.dtx[chunk.at(ch) + 2 * (q >> 1)];
             const float* pg = &chunk.g[chunk.at(ch) + 2 * (q >> 1)];
             float h[4], a[8][4], m[8][4], dt[8], dB[4] = {0, 0, 0, 0}, dC[4] = {0, 0, 0, 0};
-            uint2 start = sh.hs[i & 1][k][tid];
+            uint2 start = sh.hs[i & 1][k >> 1][tid];
             h[0] = scan_low(start.x);
             h[1] = scan_high(start.x);
             h[2] = scan_low(start.y);
             h[3] = scan_high(start.y);
+            if (k & 1) {                                       // the state was saved 8 tokens earlier: get here
+                const ScanBackwardChunk& left = sh.chunk[k - 1];
+                #pragma unroll
+                for (int f = 0; f < 2; f++) {
+                    float4 dt4 = *(const float4*)&left.dt[left.at(ch) + 4 * f];
+                    float2 dtx = *(const float2*)&left.dtx[left.at(ch) + 2 * (q >> 1) + 4 * f];
+                    float4 B4 = left.fragB[f][lane];
+                    const float Bv[4] = {B4.x, B4.y, B4.z, B4.w}, dtv[4] = {dt4.x, dt4.y, dt4.z, dt4.w};
+                    #pragma unroll
+                    for (int jj = 0; jj < 4; jj++) {
+                        float v = jj & 1 ? dtx.y : dtx.x, ah[4];
+                        #pragma unroll
+                        for (int n = 0; n < 4; n++) ah[n] = exp2_unit(dtv[jj] * decay[n]) * h[n];
+                        scan_mma_tf32(h, ah, odd ? 0.0f : v, odd ? v : 0.0f, Bv[jj]);
+                    }
+                }
+            }
             // B operands of dCt, dBt: step g, channels 2q, 2q+1; even steps in k 0..7, odd steps in k 8..15
             uint32_t gv = *(uint32_t*)&chunk.g16[g][scan_column(g, w * 8 + 2 * q)];
             uint32_t dv = *(uint32_t*)&chunk.dtx16[g][scan_column(g, w * 8 + 2 * q)];
@@ -2639,9 +2766,9 @@ const char* selective_scan_path_cuda(const X* x, const X* Bt, const X* Ct, size_
 template <typename Kernel> static inline void scan_allow_shared(Kernel kernel, size_t bytes) {
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
-static inline size_t scan_shared_bytes(size_t N, size_t state_arrays) {
-    size_t padded = (N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
-    return sizeof(ScanTile) + (2 * SCAN_STEPS + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
+static inline size_t scan_shared_bytes(size_t N, size_t tiles, size_t state_arrays) {
+    size_t padded = (N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP, rows = tiles * 2 * SCAN_STEPS;
+    return tiles * sizeof(ScanTile) + (rows + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
 }
 
 static inline void scan_launch_forward_fast(bf16* y, bf16* s, bf16* hs, float* hT,
@@ -2707,7 +2834,7 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
                                  doc, B, T, E, stream);
         return;
     }
-    size_t bytes = scan_shared_bytes(N, 2);
+    size_t bytes = scan_shared_bytes(N, 1, 2);
     scan_allow_shared(selective_scan_forward_kernel<X>, bytes);
     dim3 grid((unsigned)scan_blocks_cuda(E), (unsigned)B);
     selective_scan_forward_kernel<X><<<grid, SCAN_THREADS, bytes, stream>>>(
@@ -2736,7 +2863,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
                                   scratch, B, T, E, stream);
         return;
     }
-    size_t bytes = scan_shared_bytes(N, 3), blocks = scan_blocks_cuda(E);
+    size_t bytes = scan_shared_bytes(N, 2, 3), blocks = scan_blocks_cuda(E);
     float* de_part = scratch + blocks * B * T * 2 * N;
     scan_allow_shared(selective_scan_backward_kernel<X>, bytes);
     selective_scan_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)B), SCAN_THREADS, bytes, stream>>>(
@@ -2837,7 +2964,8 @@ size_t adamw_pieces(AdamWPiece* piece, size_t n, size_t offset, size_t count, bo
 //   g = scale * grad,  scale = min(1, clip / (norm + 1e-6))
 //   m = beta1 m + (1-beta1) g     v = beta2 v + (1-beta2) g^2
 //   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)
-//   params, grads, m, v float   params_x: the parameters in X for the matmuls, or NULL   norm: gradient_norm
+//   params, grads, m, v float   params_x: the parameters in X for the matmuls, or NULL   norm: gradient_norm;
+//   when it is not finite nothing changes
 //   Loshchilov, Hutter (1711.05101)       bytes: 28 + sizeof(X) per parameter
 __device__ __forceinline__ void adamw_element(float* p, float* m, float* v, float grad, float scale,
                                               float keep, const AdamWStep& s) {
@@ -2852,6 +2980,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
 adamw_kernel(float* params, X* params_x, const float* grads, float* m, float* v, const AdamWPiece* piece,
              const AdamWStep* step, const double* norm) {
     AdamWStep s = *step;
+    if (!isfinite(*norm)) return;
     double ratio = s.clip / (*norm + 1e-6);
     float scale = s.clip > 0 && ratio < 1 ? (float)ratio : 1.0f;
     size_t offset = piece[blockIdx.x].offset;
@@ -2933,6 +3062,8 @@ template <typename X> struct CudaRun {
     size_t B, T;
     const int* doc;
     cudaStream_t stream;
+    int recompute;                  // RECOMPUTE_CHEAP: u, x and dt_raw have been overwritten since forward
+    DropoutCuda dropout;            // of delta_in; for the first sub-layer (place 0) of the embedding
 };
 
 enum {
@@ -2965,7 +3096,7 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
     size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
     cudaStream_t stream = run->stream;
     residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_NORM], M, D,
-                                  (float)c->norm_eps, stream);
+                                  (float)c->norm_eps, stream, run->dropout);
     matmul_forward_cuda(run->matmul, a->xz, 2 * E, a->u, D, L->px[P_IN], L->p[P_IN_BIAS], M, D, 2 * E,
                         stream);
     causal_conv1d_forward_cuda(a->x, stateT[0], a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
@@ -2990,6 +3121,13 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
     cudaStream_t stream = run->stream;
     Matmul* mm = run->matmul;
+    if (run->recompute == RECOMPUTE_CHEAP) {
+        residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, a->res, (const X*)NULL, L->p[P_NORM], M, D,
+                                      (float)c->norm_eps, stream);
+        causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV],
+                                   L->p[P_CONV_BIAS], run->doc, B, T, E, K, stream);
+        matmul_forward_cuda(mm, a->dt_raw, E, a->rbc, RBC, L->px[P_DT], (const float*)NULL, M, R, E, stream);
+    }
     // out = W_out y: the gradient of y first, the scan's backward makes y again for the weight gradient
     matmul_backward_cuda(mm, w->dy, E, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
                          L->px[P_OUT], w->sums, M, E, D, stream);
@@ -3009,8 +3147,9 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                 run->doc, w->sums, B, T, E, K, stream);
     matmul_backward_cuda(mm, w->du, D, false, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D,
                          L->px[P_IN], w->sums, M, D, 2 * E, stream);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd, w->sums,
-                          M, D, stream);
+    X* dres_x = run->dropout.place ? w->dres_x : NULL;       // the first sub-layer has no other before it
+    rmsnorm_backward_cuda(w->dres, dres_x, (X*)NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd,
+                          w->sums, M, D, stream, run->dropout);
 }
 
 template <typename X>
@@ -3018,7 +3157,7 @@ void mlp_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const 
                             const ScratchCuda<X>* w, const float* res_in, const X* delta_in) {
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_MLP_NORM], M, D,
-                                  (float)run->config->norm_eps, run->stream);
+                                  (float)run->config->norm_eps, run->stream, run->dropout);
     matmul_forward_cuda(run->matmul, a->h, 2 * F, a->u, D, L->px[P_FC1], (const float*)NULL, M, D, 2 * F,
                         run->stream);
     gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
@@ -3031,6 +3170,9 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
                              const ScratchCuda<X>* w) {
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     Matmul* mm = run->matmul;
+    if (run->recompute == RECOMPUTE_CHEAP)
+        residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, a->res, (const X*)NULL, L->p[P_MLP_NORM], M, D,
+                                      (float)run->config->norm_eps, run->stream);
     matmul_backward_cuda(mm, w->dm, F, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
                          L->px[P_FC2], w->sums, M, F, D, run->stream);
     gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
@@ -3039,14 +3181,14 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
                          L->px[P_FC2], w->sums, M, F, D, run->stream);
     matmul_backward_cuda(mm, w->du, D, false, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D,
                          L->px[P_FC1], w->sums, M, D, 2 * F, run->stream);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, L->grad[P_MLP_NORM], w->du, a->res, L->p[P_MLP_NORM], a->rstd,
-                          w->sums, M, D, run->stream);
+    rmsnorm_backward_cuda(w->dres, w->dres_x, (X*)NULL, L->grad[P_MLP_NORM], w->du, a->res, L->p[P_MLP_NORM],
+                          a->rstd, w->sums, M, D, run->stream, run->dropout);
 }
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Model
 
-enum { CLASSIFIER_ROWS_CUDA = 16384 };      // logits exist for this many tokens at a time
+enum { CLASSIFIER_ROWS_CUDA = 8192 };       // logits exist for this many tokens at a time
 
 // ArenaCuda: hands out pieces of one device allocation; with base NULL it only counts.
 typedef struct { char* base; size_t used; } ArenaCuda;
@@ -3056,18 +3198,49 @@ template <typename Y> static void arena_take(ArenaCuda* arena, Y** p, size_t cou
     arena->used += (count * sizeof(Y) + 255) / 256 * 256;
 }
 
+// StepCuda: the numbers of one step, in device memory, where a recorded CUDA graph finds those of every step
+typedef struct {
+    AdamWStep adamw;
+    float scale;             // 1 / number of targets
+    uint64_t dropout_key;    // Dropout.key
+} StepCuda;
+
+// BatchCuda: what the host sends for one step, in one piece: the numbers, then the tokens of all micro-batches
+typedef struct {
+    char* base;
+    StepCuda* step;
+    int *tokens, *targets, *doc;    // (micros,B,T)
+    bool* fresh;                    // (micros,B): rows whose carried state starts from zero
+    size_t bytes;
+} BatchCuda;
+
+static void batch_plan(BatchCuda* batch, size_t micros, size_t B, size_t T, char* base) {
+    ArenaCuda arena = {base, 0};
+    batch->base = base;
+    arena_take(&arena, &batch->step, 1);
+    arena_take(&arena, &batch->tokens, micros * B * T);
+    arena_take(&arena, &batch->targets, micros * B * T);
+    arena_take(&arena, &batch->doc, micros * B * T);
+    arena_take(&arena, &batch->fresh, micros * B);
+    batch->bytes = arena.used;
+}
+
 // WorkCuda: the device memory of one forward (and backward) over at most B x T tokens.
 template <typename X> struct WorkCuda {
-    size_t B, T, bytes;
-    bool training, recompute;
+    size_t B, T, micros;
+    size_t bytes, saved_bytes;      // all; what waits from forward to backward
+    bool training;
+    int recompute;
     char* memory;
+    BatchCuda batch;
     ActsCuda<X>* acts;              // [n_layers]
     ScratchCuda<X> scratch;
-    float *res0, *res_last, *f_rstd, *losses, *scale;
+    float *res_last, *f_rstd, *losses;
     X *f, *df, *logits;
-    int *tokens, *targets, *doc;
 };
 
+// The plan has three parts: the batch; what is saved; what is used for a short time. The logits and the
+// scratch of the layers are never needed together, so they share their memory.
 template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, ArenaCuda* arena) {
     const Config* c = &m->config;
     size_t B = w->B, T = w->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
@@ -3075,92 +3248,130 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     size_t RBC = (size_t)c->dt_rank + 2 * N, F = (size_t)c->d_intermediate, Vp = (size_t)c->vocab_padded;
     size_t rows = min_size(M, CLASSIFIER_ROWS_CUDA);
     bool train = w->training;
-    arena_take(arena, &w->tokens, M);
-    arena_take(arena, &w->targets, M);
-    arena_take(arena, &w->doc, M);
-    arena_take(arena, &w->scale, 1);
+    char* batch;
+    batch_plan(&w->batch, w->micros, B, T, NULL);
+    arena_take(arena, &batch, w->batch.bytes);
+    batch_plan(&w->batch, w->micros, B, T, batch);
+
+    size_t before = arena->used;
     arena_take(arena, &w->losses, M);
-    arena_take(arena, &w->res0, M * D);
-    arena_take(arena, &w->res_last, M * D);
-    arena_take(arena, &w->f, M * D);
-    arena_take(arena, &w->f_rstd, M);
-    arena_take(arena, &w->logits, rows * Vp);
-    int shared[2] = {-1, -1};       // with one set of activations: the layer of each kind that owns it
+    int first[2] = {-1, -1};        // the first layer of each kind: owns what the layers of the kind share
     for (int l = 0; l < m->n_layers; l++) {
         ActsCuda<X>* a = &w->acts[l];
         bool mlp = m->layer[l].kind->letter == 'm';
-        bool keep_res = train || l < 2;     // inference: two residual buffers, in turn
-        if (keep_res) arena_take(arena, &a->res, M * D);
-        else a->res = w->acts[l % 2].res;
-        if ((!train || w->recompute) && shared[mlp] >= 0) {
-            float* res = a->res;
-            *a = w->acts[shared[mlp]];
-            a->res = res;
-            continue;
-        }
-        shared[mlp] = l;
-        arena_take(arena, &a->rstd, M);
-        arena_take(arena, &a->u, M * D);
+        const ActsCuda<X>* shared = first[mlp] >= 0 ? &w->acts[first[mlp]] : NULL;
+        if (!shared) first[mlp] = l;
+        bool keep = !shared || (train && w->recompute != RECOMPUTE_ALL);
+        bool keep_cheap = !shared || (train && w->recompute == RECOMPUTE_NONE);
+        // takes memory of the layer's own, or the shared one
+        #define TAKE(own, field, count)                         \
+            do {                                                \
+                if (own) arena_take(arena, &a->field, (count)); \
+                else a->field = shared->field;                  \
+            } while (0)
+        if (train || l < 2) arena_take(arena, &a->res, M * D);
+        else a->res = w->acts[l % 2].res;      // inference: two residual buffers, in turn
+        TAKE(keep, rstd, M);
+        TAKE(keep_cheap, u, M * D);
         if (mlp) {
-            arena_take(arena, &a->h, M * 2 * F);
+            TAKE(keep, h, M * 2 * F);
             continue;
         }
-        arena_take(arena, &a->xz, M * 2 * E);
-        arena_take(arena, &a->x, M * E);
-        arena_take(arena, &a->rbc, M * RBC);
-        arena_take(arena, &a->dt_raw, M * E);
-        if (train) arena_take(arena, &a->s, M * E);
-        if (train) arena_take(arena, &a->hs, selective_scan_saved_cuda(B, T, E, N));
+        TAKE(keep, xz, M * 2 * E);
+        TAKE(keep_cheap, x, M * E);
+        TAKE(keep, rbc, M * RBC);
+        TAKE(keep_cheap, dt_raw, M * E);
+        if (!train) continue;
+        TAKE(keep, s, M * E);
+        TAKE(keep, hs, selective_scan_saved_cuda(B, T, E, N));
+        #undef TAKE
     }
+    arena_take(arena, &w->res_last, M * D);
+    arena_take(arena, &w->f, M * D);
+    arena_take(arena, &w->f_rstd, M);
+    if (train) arena_take(arena, &w->df, M * D);
+    w->saved_bytes = arena->used - before;
+
     ScratchCuda<X>* s = &w->scratch;
+    size_t start = arena->used, end;
+    arena_take(arena, &w->logits, rows * Vp);
+    end = arena->used;
+    arena->used = train ? start : end;         // decoding keeps its last outputs beside the logits
     arena_take(arena, &s->delta, M * D);
     arena_take(arena, &s->y, M * E);
     if (F) arena_take(arena, &s->m, M * F);
-    if (!train) return;
-    arena_take(arena, &w->df, M * D);
-    arena_take(arena, &s->dres, M * D);
-    arena_take(arena, &s->dres_x, M * D);
-    arena_take(arena, &s->du, M * D);
-    arena_take(arena, &s->dy, M * E);
-    arena_take(arena, &s->dxz, M * 2 * E);
-    arena_take(arena, &s->dx, M * E);
-    arena_take(arena, &s->ddt, M * E);
-    arena_take(arena, &s->drbc, M * RBC);
-    if (F) arena_take(arena, &s->dm, M * F);
-    if (F) arena_take(arena, &s->dh, M * 2 * F);
-    size_t sums = selective_scan_scratch_cuda(B, T, E, N),
-           other[] = {causal_conv1d_scratch_cuda(B, T, E, K), rmsnorm_backward_scratch_cuda(M, D),
-                      bias_backward_scratch_cuda(M, 2 * E), bias_backward_scratch_cuda(M, D)};
-    for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) sums = other[i] > sums ? other[i] : sums;
-    // a smaller call may cut time differently; its partial sums are never more than twice those of the full
-    // one
-    arena_take(arena, &s->sums, 2 * sums);
-    arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
+    if (train) {
+        arena_take(arena, &s->dres, M * D);
+        arena_take(arena, &s->dres_x, M * D);
+        arena_take(arena, &s->du, M * D);
+        arena_take(arena, &s->dy, M * E);
+        arena_take(arena, &s->dxz, M * 2 * E);
+        arena_take(arena, &s->dx, M * E);
+        arena_take(arena, &s->ddt, M * E);
+        arena_take(arena, &s->drbc, M * RBC);
+        if (F) arena_take(arena, &s->dm, M * F);
+        if (F) arena_take(arena, &s->dh, M * 2 * F);
+        size_t sums = selective_scan_scratch_cuda(B, T, E, N),
+               other[] = {causal_conv1d_scratch_cuda(B, T, E, K), rmsnorm_backward_scratch_cuda(M, D),
+                          bias_backward_scratch_cuda(M, 2 * E), bias_backward_scratch_cuda(M, D)};
+        for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) sums = other[i] > sums ? other[i] : sums;
+        // a smaller call may cut time differently; its partial sums are never more than twice those of the
+        // full one
+        arena_take(arena, &s->sums, 2 * sums);
+        arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
+    }
+    arena->used = arena->used > end ? arena->used : end;
 }
 
+// work_measure: the bytes of a plan, without memory
 template <typename X>
-WorkCuda<X> work_create(const Model* m, size_t B, size_t T, bool training, bool recompute) {
+WorkCuda<X> work_measure(const Model* m, size_t B, size_t T, size_t micros, bool training, int recompute) {
     WorkCuda<X> w;
     memset(&w, 0, sizeof w);
-    w.B = B; w.T = T; w.training = training; w.recompute = recompute;
+    w.B = B; w.T = T; w.micros = micros; w.training = training; w.recompute = recompute;
     w.acts = (ActsCuda<X>*)xcalloc((size_t)m->n_layers, sizeof(ActsCuda<X>));
     ArenaCuda arena = {NULL, 0};
     work_plan(&w, m, &arena);
     w.bytes = arena.used;
+    return w;
+}
+
+// work_largest: the largest B whose work fits into `bytes`, 0: none
+template <typename X>
+size_t work_largest(const Model* m, size_t T, size_t micros, int recompute, size_t bytes) {
+    auto fits = [&](size_t B) {
+        WorkCuda<X> w = work_measure<X>(m, B, T, micros, true, recompute);
+        free(w.acts);
+        return w.bytes <= bytes;
+    };
+    size_t low = 0, high = 1;
+    while (high < (size_t)1 << 32 && fits(high)) { low = high; high *= 2; }
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (fits(middle)) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+template <typename X>
+WorkCuda<X> work_create(const Model* m, size_t B, size_t T, size_t micros, bool training, int recompute) {
+    WorkCuda<X> w = work_measure<X>(m, B, T, micros, training, recompute);
     size_t available = 0, total = 0;
     cudaCheck(cudaMemGetInfo(&available, &total));
     if (w.bytes > available)
-        die("the activations need %.1f GiB, the GPU has %.1f GiB left; lower --batch-size or --seq-len, or "
-            "use --recompute",
-            (double)w.bytes / 1073741824.0, (double)available / 1073741824.0);
-    w.memory = arena.base = (char*)device_calloc(w.bytes, 1);
-    arena.used = 0;
+        die("activations and batch need %.1f GiB, the GPU has %.1f of %.1f GiB left; lower --batch-size or "
+            "--seq-len, or use --recompute",
+            (double)w.bytes / 1073741824.0, (double)available / 1073741824.0, (double)total / 1073741824.0);
+    w.memory = (char*)device_calloc(w.bytes, 1);
+    ArenaCuda arena = {w.memory, 0};
     work_plan(&w, m, &arena);
     return w;
 }
 
 template <typename X> void work_free(WorkCuda<X>* w) {
     cudaCheck(cudaFree(w->memory));
+    device_bytes -= w->bytes;
     free(w->acts);
     memset(w, 0, sizeof *w);
 }
@@ -3174,7 +3385,6 @@ template <typename X> struct ModelCuda {
     X *embedding_x, *head_x;
     AdamWPiece* piece;
     size_t n_pieces;
-    AdamWStep* step;
     double *norm, *norm_parts;
 };
 
@@ -3225,7 +3435,6 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
         cudaCheck(cudaMemcpy(d.piece, piece, n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
         free(piece);
     }
-    d.step = (AdamWStep*)device_calloc(1, sizeof(AdamWStep));
     d.norm = (double*)device_calloc(1, sizeof(double));
     d.norm_parts = (double*)device_calloc(NORM_PARTS, sizeof(double));
     return d;
@@ -3233,7 +3442,7 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
 
 template <typename X> void model_cuda_free(ModelCuda<X>* d) {
     if ((void*)d->params_x != (void*)d->params) cudaCheck(cudaFree(d->params_x));
-    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->step, d->norm, d->norm_parts};
+    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->norm, d->norm_parts};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) cudaCheck(cudaFree(memory[i]));
     free(d->layer);
 }
@@ -3247,15 +3456,15 @@ static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device
                    row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
 }
 
-// model_forward_cuda: w->tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or
-// NULL
+// model_forward_cuda: tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or NULL
 template <typename X>
-void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                        float* state0, float* stateT, const State* host, size_t row0) {
+void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
+                        const int* tokens, float* state0, float* stateT, const State* host, size_t row0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
-    embedding_forward_cuda(w->res0, w->tokens, d->embedding_x, M, D, run->stream);
-    const float* res = w->res0;
+    const float* res = w->acts[0].res;
+    run->dropout.place = 0;
     const X* delta = NULL;
+    embedding_forward_cuda(w->acts[0].res, tokens, d->embedding_x, M, D, run->stream, run->dropout);
     for (int l = 0; l < m->n_layers; l++) {
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
         state_fields(s0, m, state0, host, l, row0);
@@ -3265,44 +3474,47 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, c
         else mamba1_block_forward_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
         res = w->acts[l].res;
         delta = w->scratch.delta;
+        run->dropout.place++;
     }
     residual_rmsnorm_forward_cuda(w->res_last, w->f, w->f_rstd, res, delta, d->norm_f, M, D,
-                                  (float)m->config.norm_eps, run->stream);
+                                  (float)m->config.norm_eps, run->stream, run->dropout);
 }
 
-// model_loss_cuda: losses of w->targets into w->losses; with backward also w->df and the head's gradient,
-// scaled by *w->scale
+// model_loss_cuda: losses of `targets` into w->losses; with backward also w->df and the head's gradient,
+// scaled by *scale
 template <typename X>
 void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                     bool backward) {
+                     const int* targets, const float* scale, bool backward) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     for (size_t m0 = 0; m0 < M; m0 += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, M - m0);
         matmul_forward_cuda(run->matmul, w->logits, Vp, w->f + m0 * D, D, d->head_x, (const float*)NULL, n, D,
                             Vp, run->stream);
-        crossentropy_cuda(w->losses + m0, backward ? w->logits : (X*)NULL, w->logits, w->targets + m0,
-                          w->scale, n, Vp, run->stream);
+        crossentropy_cuda(w->losses + m0, backward ? w->logits : (X*)NULL, w->logits, targets + m0, scale, n,
+                          Vp, run->stream);
         if (backward)
             matmul_backward_cuda(run->matmul, w->df + m0 * D, D, false, d->dhead, (float*)NULL, w->logits, Vp,
-                                 w->f + m0 * D, D, d->head_x, w->scratch.sums, n, D, Vp, run->stream);
+                                 w->f + m0 * D, D, d->head_x, (float*)NULL, n, D, Vp, run->stream);
     }
 }
 
-// model_backward_cuda: from w->df to every gradient (+=). With recompute each layer runs forward again just
-// before.
+// model_backward_cuda: from w->df to every gradient (+=). With --recompute on each layer runs forward again
+// just before.
 template <typename X>
-void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                         float* state0, const State* host) {
+void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
+                         const int* tokens, float* state0, const State* host) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
     cudaCheck(cudaMemsetAsync(s->dres, 0, M * D * sizeof(float), run->stream));
-    rmsnorm_backward_cuda(s->dres, s->dres_x, d->dnorm_f, w->df, w->res_last, d->norm_f, w->f_rstd, s->sums,
-                          M, D, run->stream);
+    run->dropout.place = (uint64_t)m->n_layers;
+    rmsnorm_backward_cuda(s->dres, s->dres_x, (X*)NULL, d->dnorm_f, w->df, w->res_last, d->norm_f, w->f_rstd,
+                          s->sums, M, D, run->stream, run->dropout);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
         state_fields(s0, m, state0, host, l, 0);
+        run->dropout.place = (uint64_t)l;
         bool mlp = m->layer[l].kind->letter == 'm';
-        if (w->recompute) {      // res of this layer is saved: no addition this time
+        if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
             if (mlp)
                 mlp_block_forward_cuda(run, &d->layer[l], &w->acts[l], s, w->acts[l].res, (const X*)NULL);
             else
@@ -3312,210 +3524,533 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
         if (mlp) mlp_block_backward_cuda(run, &d->layer[l], &w->acts[l], s);
         else mamba1_block_backward_cuda(run, &d->layer[l], &w->acts[l], s, s0);
     }
-    embedding_backward_cuda(d->dembedding, s->dres, w->tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
+    embedding_backward_cuda(d->dembedding, s->dres, tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
                             run->stream);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 6.1 The small kernels of a step
+
+// loss_sum: *sum += the sum of the losses, in double; `first`: *sum = it.   One block, a fixed order
+__global__ void __launch_bounds__(1024) loss_sum_kernel(double* sum, const float* losses, size_t M, bool first) {
+    double acc = 0;
+    for (size_t i = threadIdx.x; i < M; i += 1024) acc += (double)losses[i];
+    acc = block_sum_double(acc);
+    if (threadIdx.x == 0) *sum = first ? acc : *sum + acc;
+}
+
+// StepOutput: what the device tells of a step
+typedef struct {
+    double loss, norm;       // sum of the losses; norm of the gradient, before clipping
+    int taken;               // the update took place
+    int halted;              // some step was not taken; until the host clears this no other is
+} StepOutput;
+
+// step_judge: a step is taken when its loss and the norm of its gradient are finite and none before it failed.
+// Otherwise *norm becomes NaN, with which adamw and state_commit do nothing.
+__global__ void step_judge_kernel(StepOutput* out, double* norm) {
+    out->norm = *norm;
+    out->taken = !out->halted && isfinite(out->loss) && isfinite(*norm);
+    if (out->taken) return;
+    out->halted = 1;
+    *norm = NAN;
+}
+
+// Carried states of one micro-batch, laid out as State: for every layer and field (rows, count).
+typedef struct { size_t offset, count; } StateField;
+
+// state_fresh: clears the rows that start anew.   grid (fields, rows)
+__global__ void state_fresh_kernel(float* state, const StateField* field, const bool* fresh) {
+    if (!fresh[blockIdx.y]) return;
+    StateField f = field[blockIdx.x];
+    float* row = state + f.offset + blockIdx.y * f.count;
+    for (size_t i = threadIdx.x; i < f.count; i += blockDim.x) row[i] = 0;
+}
+
+// state_commit: the states after the step become those before the next one
+__global__ void state_commit_kernel(float* in, const float* out, size_t n, const double* norm) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n && isfinite(*norm)) in[i] = out[i];
 }
 
 // ---------------------------------------------------------------------------------------------------
 // 9. Backend
+
+// One step of training is always the same list of about 500 launches; only numbers in memory change. So the
+// list is recorded once as a CUDA graph, and every step is one call that starts it. The host sends the batch
+// and its numbers in one copy, and asks for the loss of a step only after it has sent the next.
+
+// SlotCuda: the host's side of one step under way, in pinned memory
+typedef struct {
+    BatchCuda batch;
+    StepOutput* out;
+    size_t accum, B, T, n_targets;
+    bool has_doc;
+    Dropout dropout;
+    cudaEvent_t done;
+} SlotCuda;
 
 template <typename X> struct CudaBackend {
     ModelCuda<X> model;
     WorkCuda<X> work;
     Matmul matmul;
     cudaStream_t stream;
-    float *state_in, *state_out;       // carried states of one micro-batch
-    size_t carried;                    // their bytes
+    // carried states of `micros` micro-batches, each as State; n_state floats each
+    float *carry_in, *carry_out;
+    size_t micros, n_state;
+    StateField* field;
+    int n_fields;
+    // the step
+    StepOutput* out;
+    SlotCuda slot[MAX_QUEUE];
+    cudaGraphExec_t graph;
+    int64_t begun, ended;
 };
 
 template <typename X> struct CudaSession {
     WorkCuda<X> work;
     float *state, *logits;
+    int* host_tokens;                  // pinned
+    float* host_logits;
+    int64_t decoded;                   // calls with one token for all rows
+    cudaGraphExec_t graph;             // of such a call
 };
 
-template <typename X> static CudaRun<X> run_of(Backend* b, const int* doc, size_t B, size_t T) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
-    CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream};
+template <typename X> static CudaBackend<X>* cuda_of(Backend* b) { return (CudaBackend<X>*)b->device; }
+
+template <typename X>
+static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t T, int recompute) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    Dropout drop = dropout_of(b, micro, B, T);
+    const StepCuda* step = c->work.batch.step;
+    CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute,
+                      dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model)};
     return run;
 }
 
 template <typename Y> static void to_device(Y* device, const Y* host, size_t n, cudaStream_t stream) {
     cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(Y), cudaMemcpyHostToDevice, stream));
 }
-
-// carried states live on the host between steps and travel with the micro-batch
-template <typename X> static bool carried_states(Backend* b, int micro) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
-    if (!b->carry_in || micro < 0) return false;
-    size_t bytes = b->carry_in[micro].n_elements * sizeof(float);
-    if (c->carried < bytes) {
-        c->state_in = (float*)device_calloc(bytes, 1);
-        c->state_out = (float*)device_calloc(bytes, 1);
-        c->carried = bytes;
-    }
-    to_device(c->state_in, b->carry_in[micro].data, b->carry_in[micro].n_elements, c->stream);
-    return true;
+template <typename Y> static void to_host(Y* host, const Y* device, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(host, device, n * sizeof(Y), cudaMemcpyDeviceToHost, stream));
 }
+
+// graph_record: what `launch` puts into the stream becomes a graph instead of running
+template <typename Launch> static cudaGraphExec_t graph_record(cudaStream_t stream, Launch launch) {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaCheck(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    launch();
+    cudaCheck(cudaStreamEndCapture(stream, &graph));
+    cudaCheck(cudaGraphInstantiate(&exec, graph, 0));
+    cudaCheck(cudaGraphDestroy(graph));
+    return exec;
+}
+
+// carry_reserve: memory for the carried states of `micros` micro-batches of B rows
+template <typename X> static void carry_reserve(Backend* b, size_t micros, size_t B) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    const Model* m = b->model;
+    size_t n_state = B * state_count(m);
+    if (c->micros >= micros && c->n_state == n_state) return;
+    cudaCheck(cudaFree(c->carry_in));
+    cudaCheck(cudaFree(c->carry_out));
+    cudaCheck(cudaFree(c->field));
+    c->micros = micros;
+    c->n_state = n_state;
+    c->carry_in = (float*)device_calloc(micros * n_state, sizeof(float));
+    c->carry_out = (float*)device_calloc(micros * n_state, sizeof(float));
+    StateField* field = (StateField*)xcalloc((size_t)m->n_layers * MAX_FIELDS, sizeof(StateField));
+    size_t offset = 0;
+    c->n_fields = 0;
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+            StateField f = {offset, spec_count(&m->layer[l].kind->state[i], &m->config)};
+            field[c->n_fields++] = f;
+            offset += B * f.count;
+        }
+    c->field = (StateField*)device_calloc((size_t)c->n_fields, sizeof(StateField));
+    cudaCheck(cudaMemcpy(c->field, field, (size_t)c->n_fields * sizeof(StateField), cudaMemcpyHostToDevice));
+    free(field);
+}
+
+// --- one call at a time: evaluation, checks, and the parts of a step that failed
 
 template <typename X>
 static double cuda_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
                            size_t B, size_t T, double scale) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     WorkCuda<X>* w = &c->work;
+    const BatchCuda* batch = &w->batch;
     size_t M = B * T;
     float scale_float = (float)scale;
-    bool carried = carried_states<X>(b, micro);
-    to_device(w->tokens, tokens, M, c->stream);
-    to_device(w->targets, targets, M, c->stream);
-    to_device(w->scale, &scale_float, 1, c->stream);
-    if (doc) to_device(w->doc, doc, M, c->stream);
-    CudaRun<X> run = run_of<X>(b, doc ? w->doc : NULL, B, T);
-    model_forward_cuda(b->model, &c->model, w, &run, carried ? c->state_in : NULL,
-                       carried ? c->state_out : NULL, carried ? &b->carry_in[micro] : NULL, 0);
-    model_loss_cuda(b->model, &c->model, w, &run, scale > 0);
-    float* losses = (float*)xcalloc(M, sizeof(float));
-    cudaCheck(cudaMemcpyAsync(losses, w->losses, M * sizeof(float), cudaMemcpyDeviceToHost, c->stream));
-    if (carried)
-        cudaCheck(cudaMemcpyAsync(b->carry_out[micro].data, c->state_out,
-                                  b->carry_out[micro].n_elements * sizeof(float), cudaMemcpyDeviceToHost,
-                                  c->stream));
+    float *s0 = NULL, *sT = NULL;
+    const State* host = NULL;
+    if (b->carry_in && micro >= 0) {
+        carry_reserve<X>(b, (size_t)micro + 1, B);
+        host = &b->carry_in[micro];
+        s0 = c->carry_in + (size_t)micro * c->n_state;
+        sT = c->carry_out + (size_t)micro * c->n_state;
+        to_device(s0, host->data, host->n_elements, c->stream);
+    }
+    to_device(batch->tokens, tokens, M, c->stream);
+    to_device(batch->targets, targets, M, c->stream);
+    to_device(&batch->step->scale, &scale_float, 1, c->stream);
+    to_device(&batch->step->dropout_key, &b->dropout.key, 1, c->stream);
+    if (doc) to_device(batch->doc, doc, M, c->stream);
+    CudaRun<X> run = run_of<X>(b, micro, doc ? batch->doc : NULL, B, T, w->recompute);
+    model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, host, 0);
+    model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0);
+    loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, true);
+    cudaCheck(cudaGetLastError());
+    double sum;
+    to_host(&sum, &c->out->loss, 1, c->stream);
+    if (sT) to_host(b->carry_out[micro].data, sT, b->carry_out[micro].n_elements, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
-    double sum = 0;
-    for (size_t i = 0; i < M; i++) sum += (double)losses[i];
-    free(losses);
     return sum;
 }
 
 template <typename X>
 static void cuda_backward(Backend* b, int micro, const int* tokens, const int* doc, size_t B, size_t T) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
+    WorkCuda<X>* w = &c->work;
     (void)tokens;       // still on the device from forward, like the document ids and the carried states
     bool carried = b->carry_in && micro >= 0;
-    CudaRun<X> run = run_of<X>(b, doc ? c->work.doc : NULL, B, T);
-    model_backward_cuda(b->model, &c->model, &c->work, &run, carried ? c->state_in : NULL,
+    CudaRun<X> run = run_of<X>(b, micro, doc ? w->batch.doc : NULL, B, T, w->recompute);
+    model_backward_cuda(b->model, &c->model, w, &run, w->batch.tokens,
+                        carried ? c->carry_in + (size_t)micro * c->n_state : NULL,
                         carried ? &b->carry_in[micro] : NULL);
 }
 
 template <typename X> static void cuda_zero_gradients(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     cudaCheck(cudaMemsetAsync(c->model.grads, 0, b->model->n_elements * sizeof(float), c->stream));
 }
 
 template <typename X> static double cuda_gradient_norm(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     double norm;
     gradient_norm_cuda(c->model.norm, c->model.grads, b->model->n_elements, c->model.norm_parts, c->stream);
-    cudaCheck(cudaMemcpyAsync(&norm, c->model.norm, sizeof norm, cudaMemcpyDeviceToHost, c->stream));
+    to_host(&norm, c->model.norm, 1, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
     b->norm = norm;
     return norm;
 }
 
-template <typename X>
-static void cuda_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+template <typename X> static void adamw_launch(CudaBackend<X>* c) {
     ModelCuda<X>* d = &c->model;
-    AdamWStep s = adamw_step_cuda(opt, lr, scale < 1 ? scale * (b->norm + 1e-6) : 0, step);
-    to_device(d->step, &s, 1, c->stream);
     X* copy = (void*)d->params_x == (void*)d->params ? NULL : d->params_x;
-    adamw_cuda(d->params, copy, d->grads, d->m, d->v, d->piece, d->step, d->norm, d->n_pieces, c->stream);
+    adamw_cuda(d->params, copy, d->grads, d->m, d->v, d->piece, &c->work.batch.step->adamw, d->norm,
+               d->n_pieces, c->stream);
 }
 
-// upload, download: parameters and, when training, moments (and on the way back gradients, for diagnosis)
+template <typename X>
+static void cuda_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    AdamWStep s = adamw_step_cuda(opt, lr, scale < 1 ? scale * (b->norm + 1e-6) : 0, step);
+    to_device(&c->work.batch.step->adamw, &s, 1, c->stream);
+    adamw_launch(c);
+}
+
+// --- whole steps
+
+// step_launch: everything that the device does in one step, from the batch on
+template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    WorkCuda<X>* w = &c->work;
+    ModelCuda<X>* d = &c->model;
+    const BatchCuda* batch = &w->batch;
+    size_t M = s->B * s->T;
+    cuda_zero_gradients<X>(b);
+    for (size_t micro = 0; micro < s->accum; micro++) {
+        float *s0 = NULL, *sT = NULL;
+        const State* host = NULL;
+        if (b->carry_in) {
+            host = &b->carry_in[micro];
+            s0 = c->carry_in + micro * c->n_state;
+            sT = c->carry_out + micro * c->n_state;
+            state_fresh_kernel<<<dim3((unsigned)c->n_fields, (unsigned)s->B), 256, 0, c->stream>>>(
+                s0, c->field, batch->fresh + micro * s->B);
+            cudaCheck(cudaGetLastError());
+        }
+        const int* tokens = batch->tokens + micro * M;
+        CudaRun<X> run = run_of<X>(b, (int)micro, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
+        model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, host, 0);
+        model_loss_cuda(b->model, d, w, &run, batch->targets + micro * M, &batch->step->scale, true);
+        loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, micro == 0);
+        cudaCheck(cudaGetLastError());
+        model_backward_cuda(b->model, d, w, &run, tokens, s0, host);
+    }
+    gradient_norm_cuda(d->norm, d->grads, b->model->n_elements, d->norm_parts, c->stream);
+    step_judge_kernel<<<1, 1, 0, c->stream>>>(c->out, d->norm);
+    cudaCheck(cudaGetLastError());
+    adamw_launch(c);
+    if (!b->carry_in) return;
+    size_t n = s->accum * c->n_state;
+    state_commit_kernel<<<(unsigned)((n + 255) / 256), 256, 0, c->stream>>>(c->carry_in, c->carry_out, n,
+                                                                            d->norm);
+    cudaCheck(cudaGetLastError());
+}
+
+// The first step is launched piece by piece, so that everything that is set up at first use is; the second is
+// recorded.
+template <typename X> static void cuda_step_begin(Backend* b, const Step* s) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    SlotCuda* slot = &c->slot[c->begun % MAX_QUEUE];
+    size_t n = s->accum * s->B * s->T;
+    assert(c->begun - c->ended < MAX_QUEUE && s->accum == c->work.micros && s->B * s->T <= c->work.B * c->work.T);
+    slot->accum = s->accum;
+    slot->B = s->B;
+    slot->T = s->T;
+    slot->n_targets = s->n_targets;
+    slot->has_doc = s->doc != NULL;
+    slot->batch.step->adamw = adamw_step_cuda(&s->opt, s->lr, s->clip, s->number);
+    slot->dropout = s->dropout;
+    b->dropout = s->dropout;
+    slot->batch.step->dropout_key = s->dropout.key;
+    slot->batch.step->scale = s->n_targets ? (float)(1.0 / (double)s->n_targets) : 0.0f;
+    memcpy(slot->batch.tokens, s->inputs, n * sizeof(int));
+    memcpy(slot->batch.targets, s->targets, n * sizeof(int));
+    if (s->doc) memcpy(slot->batch.doc, s->doc, n * sizeof(int));
+    if (b->carry_in) memcpy(slot->batch.fresh, s->fresh, s->accum * s->B * sizeof(bool));
+    to_device(c->work.batch.base, slot->batch.base, slot->batch.bytes, c->stream);
+    if (c->begun == 0) {
+        step_launch<X>(b, slot);
+    } else {
+        if (!c->graph) c->graph = graph_record(c->stream, [&] { step_launch<X>(b, slot); });
+        cudaCheck(cudaGraphLaunch(c->graph, c->stream));
+    }
+    to_host(slot->out, c->out, 1, c->stream);
+    cudaCheck(cudaEventRecord(slot->done, c->stream));
+    c->begun++;
+}
+
+template <typename X> static StepResult cuda_step_end(Backend* b) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    SlotCuda* s = &c->slot[c->ended++ % MAX_QUEUE];
+    cudaCheck(cudaEventSynchronize(s->done));
+    StepResult r = {s->out->loss, s->out->norm, s->out->taken != 0, 0};
+    if (r.taken) return r;
+    // the step once more, without the update: its gradients, and the micro-batch where it goes wrong
+    int halted = 0;
+    double sum = 0;
+    to_device(&c->out->halted, &halted, 1, c->stream);
+    Dropout next = b->dropout;
+    b->dropout = s->dropout;
+    b->download(b);                                                 // the carried states
+    cuda_zero_gradients<X>(b);
+    for (size_t micro = 0; micro < s->accum; micro++) {
+        size_t at = micro * s->B * s->T;
+        const int* doc = s->has_doc ? s->batch.doc + at : NULL;
+        sum += cuda_forward<X>(b, (int)micro, s->batch.tokens + at, s->batch.targets + at, doc, s->B, s->T,
+                               1.0 / (double)s->n_targets);
+        if (!isfinite(sum)) {
+            r.micro = (int)micro;
+            break;
+        }
+        cuda_backward<X>(b, (int)micro, s->batch.tokens + at, doc, s->B, s->T);
+    }
+    b->download(b);
+    b->dropout = next;
+    return r;
+}
+
+// --- transfers
+
+// upload, download: parameters, when training moments and carried states (and on the way back gradients, for
+// diagnosis)
 template <typename X> static void cuda_upload(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     const Model* m = b->model;
     to_device(c->model.params, m->params, m->n_elements, c->stream);
     if (c->model.m) to_device(c->model.m, m->m, m->n_elements, c->stream);
     if (c->model.v) to_device(c->model.v, m->v, m->n_elements, c->stream);
     if ((void*)c->model.params_x != (void*)c->model.params)
         cast_cuda(c->model.params_x, c->model.params, m->n_elements, c->stream);
+    for (size_t i = 0; b->carry_in && i < c->micros; i++)
+        to_device(c->carry_in + i * c->n_state, b->carry_in[i].data, c->n_state, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
 template <typename X> static void cuda_download(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     Model* m = b->model;
     float *host[] = {m->params, m->grads, m->m, m->v},
           *device[] = {c->model.params, c->model.grads, c->model.m, c->model.v};
     for (int i = 0; i < 4; i++)
-        if (host[i] && device[i])
-            cudaCheck(cudaMemcpyAsync(host[i], device[i], m->n_elements * sizeof(float),
-                                      cudaMemcpyDeviceToHost, c->stream));
+        if (host[i] && device[i]) to_host(host[i], device[i], m->n_elements, c->stream);
+    for (size_t i = 0; b->carry_in && c->begun > 0 && i < c->micros; i++)
+        to_host(b->carry_in[i].data, c->carry_in + i * c->n_state, c->n_state, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
+// --- generation
+
 template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)xcalloc(1, sizeof(CudaSession<X>));
-    size_t tokens = s->chunk > s->rows ? s->chunk : s->rows;
-    d->work = work_create<X>(b->model, 1, tokens, false, false);
+    size_t tokens = s->chunk > s->rows ? s->chunk : s->rows, Vp = (size_t)b->model->config.vocab_padded;
+    d->work = work_create<X>(b->model, 1, tokens, 1, false, RECOMPUTE_NONE);
     d->state = (float*)device_calloc(s->state.n_elements, sizeof(float));
-    d->logits = (float*)device_calloc(s->rows * (size_t)b->model->config.vocab_padded, sizeof(float));
+    d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
+    d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
+    d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));
     s->device = d;
 }
 
 template <typename X> static void cuda_session_close(Backend* b, Session* s) {
-    (void)b;
     CudaSession<X>* d = (CudaSession<X>*)s->device;
+    cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     work_free(&d->work);
+    device_bytes -= (s->state.n_elements + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
     cudaCheck(cudaFree(d->state));
     cudaCheck(cudaFree(d->logits));
+    cudaCheck(cudaFreeHost(d->host_tokens));
+    cudaCheck(cudaFreeHost(d->host_logits));
+    if (d->graph) cudaCheck(cudaGraphExecDestroy(d->graph));
     free(d);
 }
 
-template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool to_host) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool to_the_host) {
+    CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    if (!to_host) to_device(d->state, s->state.data, s->state.n_elements, c->stream);
-    else
-        cudaCheck(cudaMemcpyAsync(s->state.data, d->state, s->state.n_elements * sizeof(float),
-                                  cudaMemcpyDeviceToHost, c->stream));
+    if (to_the_host) to_host(s->state.data, d->state, s->state.n_elements, c->stream);
+    else to_device(d->state, s->state.data, s->state.n_elements, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
+// decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token
+template <typename X>
+static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size_t T, bool logits) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    CudaSession<X>* d = (CudaSession<X>*)s->device;
+    WorkCuda<X>* w = &d->work;
+    size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
+    to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
+    CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
+    model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, &s->state, row0);
+    for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
+        size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
+        const X* last = w->f + r * D;
+        if (T > 1) {          // the last token of each row, side by side
+            cudaCheck(cudaMemcpy2DAsync(w->scratch.delta, D * sizeof(X), w->f + (r * T + T - 1) * D,
+                                        T * D * sizeof(X), D * sizeof(X), n, cudaMemcpyDeviceToDevice,
+                                        c->stream));
+            last = w->scratch.delta;
+        }
+        matmul_forward_cuda(&c->matmul, w->logits, Vp, last, D, c->model.head_x, (const float*)NULL, n, D, Vp,
+                            c->stream);
+        cast_cuda(d->logits + r * Vp, w->logits, n * Vp, c->stream);
+    }
+    if (logits) to_host(d->host_logits, d->logits, rows * Vp, c->stream);
+}
+
+// A token for every sequence, the usual case, is recorded as a graph the second time it comes.
 template <typename X>
 static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                         real* logits) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    const Model* m = b->model;
-    size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
-    to_device(d->work.tokens, tokens, rows * T, c->stream);
-    CudaRun<X> run = run_of<X>(b, NULL, rows, T);
-    model_forward_cuda(m, &c->model, &d->work, &run, d->state, d->state, &s->state, row0);
-    if (!logits) return;
-    for (size_t r = 0; r < rows; r += CLASSIFIER_ROWS_CUDA) {
-        size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
-        // the last token of each row, side by side
-        cudaCheck(cudaMemcpy2DAsync(d->work.scratch.delta, D * sizeof(X), d->work.f + (r * T + T - 1) * D,
-                                    T * D * sizeof(X), D * sizeof(X), n, cudaMemcpyDeviceToDevice,
-                                    c->stream));
-        matmul_forward_cuda(&c->matmul, d->work.logits, Vp, d->work.scratch.delta, D, c->model.head_x,
-                            (const float*)NULL, n, D, Vp, c->stream);
-        cast_cuda(d->logits, d->work.logits, n * Vp, c->stream);
-        cudaCheck(cudaMemcpyAsync(logits + r * Vp, d->logits, n * Vp * sizeof(float), cudaMemcpyDeviceToHost,
-                                  c->stream));
+    memcpy(d->host_tokens, tokens, rows * T * sizeof(int));
+    bool usual = T == 1 && rows == s->rows && logits;
+    if (!usual || d->decoded++ == 0) {
+        decode_launch<X>(b, s, row0, rows, T, logits != NULL);
+    } else {
+        if (!d->graph) d->graph = graph_record(c->stream, [&] { decode_launch<X>(b, s, 0, rows, 1, true); });
+        cudaCheck(cudaGraphLaunch(d->graph, c->stream));
     }
     cudaCheck(cudaStreamSynchronize(c->stream));
+    if (logits) memcpy(logits, d->host_logits, rows * (size_t)b->model->config.vocab_padded * sizeof(float));
 }
 
+// --- beginning and end
+
 template <typename X> static void cuda_destroy(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
+    cudaCheck(cudaStreamSynchronize(c->stream));
+    for (int i = 0; i < MAX_QUEUE; i++) {
+        if (!c->slot[i].out) continue;
+        cudaCheck(cudaFreeHost(c->slot[i].batch.base));
+        cudaCheck(cudaFreeHost(c->slot[i].out));
+        cudaCheck(cudaEventDestroy(c->slot[i].done));
+    }
+    if (c->graph) cudaCheck(cudaGraphExecDestroy(c->graph));
     if (c->work.memory) work_free(&c->work);
     model_cuda_free(&c->model);
-    cudaCheck(cudaFree(c->matmul.workspace));
-    cudaCheck(cudaFree(c->state_in));
-    cudaCheck(cudaFree(c->state_out));
+    void* memory[] = {c->matmul.workspace, c->carry_in, c->carry_out, c->field, c->out};
+    for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) cudaCheck(cudaFree(memory[i]));
     cublasCheck(cublasLtDestroy(c->matmul.handle));
     free(c->matmul.plan);
     cudaCheck(cudaStreamDestroy(c->stream));
     free(c);
+    device_bytes = 0;
     workspace_free(&b->work);
     state_free(&b->none);
 }
 
+// memory_print: what the device's memory is used for; the rows add up to what was allocated
+template <typename X> static void memory_print(Backend* b) {
+    const CudaBackend<X>* c = cuda_of<X>(b);
+    const Model* m = b->model;
+    const WorkCuda<X>* w = &c->work;
+    size_t n = m->n_elements * sizeof(float), available, total, carried = 2 * c->micros * c->n_state * sizeof(float);
+    struct { const char* what; size_t bytes; } row[] = {
+        {"parameters, fp32", n},
+        {"parameters, bf16 copy", sizeof(X) == 2 ? m->n_elements * sizeof(X) : 0},
+        {"gradients, fp32", n},
+        {"AdamW moments, fp32", 2 * n},
+        {"activations kept for backward", w->saved_bytes},
+        {"logits and scratch", w->bytes - w->saved_bytes - w->batch.bytes},
+        {"batches", w->batch.bytes},
+        {"carried states", carried},
+        {"matmul workspace", MATMUL_WORKSPACE},
+    };
+    size_t sum = 0, rows = sizeof row / sizeof row[0];
+    for (size_t i = 0; i < rows; i++) sum += row[i].bytes;
+    cudaCheck(cudaMemGetInfo(&available, &total));
+    printf("memory on the GPU:\n");
+    for (size_t i = 0; i < rows; i++)
+        if (row[i].bytes) printf("  %-32s %10.1f MiB\n", row[i].what, mib((double)row[i].bytes));
+    if (device_bytes > sum)
+        printf("  %-32s %10.1f MiB\n", "small tables", mib((double)(device_bytes - sum)));
+    printf("  %-32s %10.1f MiB, %.1f MiB of %.1f MiB are left\n", "sum", mib((double)device_bytes),
+           mib((double)available), mib((double)total));
+    printf("  largest --batch-size that would fit: %zu\n",
+           work_largest<X>(m, w->T, w->micros, w->recompute, w->bytes + available));
+}
+
+// paths_print: which kernels serve this model, the fast ones or those for any shape
+template <typename X> static void paths_print(const Backend* b) {
+    const Config* c = &b->model->config;
+    size_t E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank, ldbc = R + 2 * N;
+    const X* base = NULL;
+    const char* scan = selective_scan_path_cuda(base, base + R, base + R + N, ldbc, base + E, 2 * E, 1, 1, E, N);
+    bool conv = c->d_conv == 4 && E * sizeof(X) % 8 == 0, norm = c->d_model % 4 == 0 && c->d_model <= 4096,
+         logits = (size_t)c->vocab_padded * sizeof(X) % 16 == 0;
+    printf("kernels: scan %s, convolution %s, norm %s, classifier %s%s\n", scan, conv ? "fast" : "general",
+           norm ? "fast" : "general", logits ? "fast" : "general",
+           strcmp(scan, "fast") && sizeof(X) == 2 ? " (the fast scan needs --d-state 16, E % 32 = 0, R % 8 = 0)" : "");
+}
+
+// device_peak: dense matmuls per second in bf16, from the data sheets; fp32 matmuls are exact, on the ordinary
+// units: two operations per lane and clock
+static double device_peak(bool bf16_) {
+    static const struct { const char* name; double peak; } known[] = {
+        {"H200", 989.4e12}, {"H100 PCIe", 756e12}, {"H100", 989.4e12}, {"H800", 989.4e12}, {"A100", 312e12},
+        {"A800", 312e12},   {"L40S", 362e12},      {"4090", 165.2e12}, {"3090", 71e12},
+    };
+    cudaDeviceProp prop;
+    int clock;
+    cudaCheck(cudaGetDeviceProperties(&prop, 0));
+    cudaCheck(cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, 0));
+    if (!bf16_) return 2.0 * (prop.major == 8 && prop.minor == 0 ? 64 : 128) * prop.multiProcessorCount * clock * 1e3;
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
+        if (strstr(prop.name, known[i].name)) return known[i].peak;
+    return 0;
+}
+
 template <typename X>
-static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, bool recompute) {
+static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, int recompute, size_t micros = 1,
+                               bool carry = false) {
     Backend b;
     memset(&b, 0, sizeof b);
     b.name = sizeof(X) == 2 ? "cuda, bf16" : "cuda, fp32";
@@ -3523,17 +4058,29 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, bool
     b.none = state_none(m);
     CudaBackend<X>* c = (CudaBackend<X>*)xcalloc(1, sizeof(CudaBackend<X>));
     b.device = c;
-    cudaCheck(cudaStreamCreate(&c->stream));
+    cudaCheck(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     cublasCheck(cublasLtCreate(&c->matmul.handle));
     c->matmul.workspace = device_calloc(MATMUL_WORKSPACE, 1);
+    c->out = (StepOutput*)device_calloc(1, sizeof(StepOutput));
     c->model = model_cuda_create<X>(m, training);
-    if (B) c->work = work_create<X>(m, B, T, training, recompute);
+    if (carry) carry_reserve<X>(&b, micros, B);
+    if (B) c->work = work_create<X>(m, B, T, micros, training, recompute);
+    for (int i = 0; training && i < MAX_QUEUE; i++) {
+        char* base = (char*)host_pinned(c->work.batch.bytes);
+        batch_plan(&c->slot[i].batch, micros, B, T, base);
+        c->slot[i].out = (StepOutput*)host_pinned(sizeof(StepOutput));
+        cudaCheck(cudaEventCreateWithFlags(&c->slot[i].done, cudaEventDisableTiming));
+    }
     b.activation_bytes = c->work.bytes;
     b.forward = cuda_forward<X>;
     b.backward = cuda_backward<X>;
     b.zero_gradients = cuda_zero_gradients<X>;
     b.gradient_norm = cuda_gradient_norm<X>;
     b.update = cuda_update<X>;
+    b.queue = 1;
+    b.peak_flops = device_peak(sizeof(X) == 2);
+    b.step_begin = cuda_step_begin<X>;
+    b.step_end = cuda_step_end<X>;
     b.decode = cuda_decode<X>;
     b.download = cuda_download<X>;
     b.upload = cuda_upload<X>;
@@ -3545,10 +4092,19 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, bool
 }
 
 // backend_cuda: --device cuda, in the precision asked for
-Backend backend_cuda(const Options* o, Model* m, size_t B, size_t T, bool training, bool recompute) {
+template <typename X>
+static Backend backend_cuda_from(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
+    size_t micros = training ? (size_t)o->grad_accum : 1;
+    Backend b = backend_cuda_of<X>(m, B, T, training, recompute, micros, training && o->carry_state);
+    if (training) memory_print<X>(&b);
+    if (training) paths_print<X>(&b);
+    return b;
+}
+
+Backend backend_cuda(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
     device_require();
-    if (strcmp(o->precision, "fp32") == 0) return backend_cuda_of<float>(m, B, T, training, recompute);
-    return backend_cuda_of<__nv_bfloat16>(m, B, T, training, recompute);
+    return strcmp(o->precision, "fp32") == 0 ? backend_cuda_from<float>(o, m, B, T, training, recompute)
+                                             : backend_cuda_from<bf16>(o, m, B, T, training, recompute);
 }
 
 // ---------------------------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ typedef struct {
     // optimizer
     int64_t steps, warmup, decay_steps;
     const char* schedule;
-    double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
+    double lr, min_lr, weight_decay, dropout, beta1, beta2, eps, clip;
     // run
     uint64_t seed;
     const char *out, *from, *on_nan;
     const char *device, *precision;
-    int64_t threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
-    bool recompute, resume;
+    int64_t check, threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
+    int recompute;           // RECOMPUTE_NONE, _CHEAP, _ALL
+    bool resume;
     // generation
     const char *prompt, *prompt_file, *save_state, *load_state;
     int64_t num_samples, max_tokens, top_k, chunk;
@@ -34,8 +35,9 @@ typedef struct {
 
 enum { FROM_DEFAULT, FROM_PRESET, FROM_CHECKPOINT, FROM_USER };     // where a value comes from, weakest first
 
-// Option: one row. type: i integer, f number, s text, c one of the choices in `choices`, b switch, l list of
-// texts. A list is stored as its items separated by newlines.
+// Option: one row. type: i integer, f number, s text, c one of the choices in `choices`, b switch, m switch
+// with the positions in `choices` (stored as their number), l list of texts. A list is stored as its items
+// separated by newlines.
 typedef struct {
     const char* name;
     char type;
@@ -98,6 +100,8 @@ static const Option options[] = {
      "wsd only: steps of decay at the end; 0: a fifth of all"},
     {"weight-decay", 'f', OPT(weight_decay), WORD_TRAIN, "0.1", 0, 1e3, NULL,
      "AdamW, on embedding and projection weights only"},
+    {"dropout", 'f', OPT(dropout), WORD_TRAIN, "0", 0, 0.9, NULL,
+     "part of the embedding and of what each layer adds that a training step zeroes, against overfitting"},
     {"beta1", 'f', OPT(beta1), WORD_TRAIN, "0.9", 0, 0.999999, NULL, "AdamW"},
     {"beta2", 'f', OPT(beta2), WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
     {"eps", 'f', OPT(eps), WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
@@ -113,11 +117,14 @@ static const Option options[] = {
     {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},
     {"precision", 'c', OPT(precision), WORD_ALL, "bf16", 0, 0, "bf16 fp32",
      "of activations and matmuls on the GPU; parameters, residual stream, state and sums are fp32"},
+    {"check", 'i', OPT(check), WORD_TRAIN, "0", 0, BIG, NULL,
+     "steps between comparisons of the GPU with the CPU, on a few tokens of the batch; 0: none"},
 #endif
     {"threads", 'i', OPT(threads), WORD_ALL, "0", 0, 4096, NULL,
      "CPU threads; 0: all. The results do not depend on it"},
-    {"recompute", 'b', OPT(recompute), WORD_TRAIN, "off", 0, 0, NULL,
-     "keep only the input of each layer and run it again in the backward pass"},
+    {"recompute", 'm', OPT(recompute), WORD_TRAIN, "off", 0, 0, "off cheap on",
+     "save memory in backward: cheap makes norm, conv and dt again, on keeps only the input of each layer and "
+     "runs it again"},
     {"log-every", 'i', OPT(log_every), WORD_TRAIN, "10", 1, BIG, NULL, "steps between progress lines"},
     {"eval-every", 'i', OPT(eval_every), WORD_TRAIN, "100", 0, BIG, NULL,
      "steps between evaluations; 0: at the end only"},
@@ -202,6 +209,15 @@ static int edit_distance(const char* a, const char* b) {
     return row[n];
 }
 
+// choice_of: the position of `value` in a list of words, -1: not there
+static int choice_of(const char* choices, const char* value) {
+    size_t n = strlen(value);
+    int i = 0;
+    for (const char* c = choices; *c; c += strcspn(c, " "), c += *c == ' ', i++)
+        if (strcspn(c, " ") == n && strncmp(c, value, n) == 0) return i;
+    return -1;
+}
+
 static int option_find(const char* name) {
     for (int i = 0; i < N_OPTIONS; i++)
         if (options[i].name && strcmp(options[i].name, name) == 0) return i;
@@ -263,13 +279,11 @@ bool option_set(Settings* s, int i, const char* value, int origin, Error* err) {
             *(bool*)field = on;
             break;
         }
-        case 'c': {
-            size_t n = strlen(value);
-            bool found = false;
-            for (const char* c = opt->choices; *c && !found; c += strcspn(c, " "), c += *c == ' ')
-                found = strcspn(c, " ") == n && strncmp(c, value, n) == 0;
-            if (!found)
+        case 'c': case 'm': {
+            int choice = choice_of(opt->choices, value);
+            if (choice < 0)
                 return fail(err, "--%s expects one of: %s; found '%.40s'", opt->name, opt->choices, value);
+            if (opt->type == 'm') *(int*)field = choice;
             break;
         }
     }
@@ -298,7 +312,7 @@ bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
         const char* value = equals ? equals + 1 : NULL;
         if (i < 0 && strncmp(name, "no-", 3) == 0 && !value) {
             i = option_find(name + 3);
-            if (i >= 0 && options[i].type == 'b') value = "off";
+            if (i >= 0 && (options[i].type == 'b' || options[i].type == 'm')) value = "off";
             else i = -1;
         }
         if (i < 0) {
@@ -334,9 +348,9 @@ bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
             if (!ok) return false;
             continue;
         }
-        if (opt->type == 'b' && !value) {
-            bool next = a + 1 < argc && (strcmp(argv[a + 1], "on") == 0 || strcmp(argv[a + 1], "off") == 0);
-            value = next ? argv[++a] : "on";
+        if ((opt->type == 'b' || opt->type == 'm') && !value) {
+            const char* positions = opt->type == 'b' ? "off on" : opt->choices;
+            value = a + 1 < argc && choice_of(positions, argv[a + 1]) >= 0 ? argv[++a] : "on";
         }
         if (!value) {
             if (a + 1 >= argc || strncmp(argv[a + 1], "--", 2) == 0)
