@@ -148,3 +148,36 @@ static void setup(const Linear* l, int which_pass, int which) {
         if (ms < best) { best = ms; timed = current; }
     }
 }
+
+// ------------------------------------------------------------------------------------------------
+// The ladders: layers of mamba-130m, 8 x 2048 tokens
+
+static const Linear layer[] = {
+    {"in_proj", 16384, 768, 3072, 768, 3072, false, 24},
+    {"x_proj", 16384, 1536, 80, 1536, 80, true, 24},
+    {"dt_proj", 16384, 48, 1536, 80, 1536, false, 24},
+    {"out_proj", 16384, 1536, 768, 1536, 768, false, 24},
+    {"head", 16384, 768, 50280, 768, 50280, false, 1},
+};
+static void setup_in_forward(int which) { setup(&layer[0], FORWARD, which); }
+static void setup_out_wgrad(int which) { setup(&layer[3], WGRAD, which); }
+static void setup_x_forward(int which) { setup(&layer[1], FORWARD, which); }
+static void setup_x_dgrad(int which) { setup(&layer[1], DGRAD, which); }
+static void setup_dt_forward(int which) { setup(&layer[2], FORWARD, which); }
+
+int main(int argc, char** argv) {
+    const double T = 16384;
+    const Ladder ladder[] = {
+        {"in_proj forward", "M 16384, 768 -> 3072, bf16", rungs, COUNT(rungs), setup_in_forward, 0,
+         2 * T * 768 * 3072, 2 * T * 768 * 3072 / 811e9},
+        {"out_proj wgrad", "M 16384, 1536 -> 768, bf16, added to fp32", rungs, COUNT(rungs), setup_out_wgrad, 0,
+         2 * T * 1536 * 768, 2 * T * 1536 * 768 / 811e9},
+        {"x_proj forward", "M 16384, 1536 -> 80, bf16", rungs, COUNT(rungs), setup_x_forward,
+         2 * (T * 1616 + 1536 * 80), 0, 0},
+        {"x_proj dgrad", "M 16384, 80 -> 1536, bf16, added", rungs, COUNT(rungs), setup_x_dgrad,
+         2 * (T * (1536 * 2 + 80) + 1536 * 80), 0, 0},
+        {"dt_proj forward", "M 16384, 48 -> 1536, bf16", rungs, COUNT(rungs), setup_dt_forward,
+         2 * (T * 1584 + 1536 * 48), 0, 0},
+    };
+    return ladder_main(argc, argv, ladder, COUNT(ladder));
+}
