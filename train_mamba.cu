@@ -94,7 +94,8 @@ enum { MATMUL_WORKSPACE = 64 << 20 };
 typedef struct {
     int op_a, op_b, type_ab, type_c;
     size_t M, N, K, lda, ldb, ldc;
-    int64_t align;           // of the pointers: 16 when all are multiples of 16 bytes, otherwise 2 or 4
+    uint32_t align_a, align_b, align_c;      // of the pointers: 16, 8, 4 or 2 bytes
+    uint32_t padding;
 } MatmulKey;
 
 typedef struct {
@@ -120,15 +121,26 @@ static uint32_t pointer_alignment(const void* p) {
     return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
-// matmul_plan: the description and algorithm for one shape, made at its first use.
-static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key, const void* a, const void* b,
-                               const void* c) {
-    for (int i = 0; i < mm->n_plans; i++)
-        if (memcmp(&mm->plan[i].key, key, sizeof *key) == 0) return &mm->plan[i];
-    mm->plan = (MatmulPlan*)xrealloc(mm->plan, (size_t)mm->n_plans + 1, sizeof(MatmulPlan));
-    MatmulPlan* p = &mm->plan[mm->n_plans++];
-    memset(p, 0, sizeof *p);
-    p->key = *key;
+template <typename X, typename C>
+static MatmulKey matmul_key(const C* c, size_t ldc, const X* a, size_t lda, bool transpose_a, const X* b,
+                            size_t ldb, bool transpose_b, size_t M, size_t N, size_t K) {
+    MatmulKey key;
+    memset(&key, 0, sizeof key);
+    key.op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    key.op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    key.type_ab = CudaType<X>::value;
+    key.type_c = CudaType<C>::value;
+    key.M = M; key.N = N; key.K = K; key.lda = lda; key.ldb = ldb; key.ldc = ldc;
+    key.align_a = pointer_alignment(a);
+    key.align_b = pointer_alignment(b);
+    key.align_c = pointer_alignment(c);
+    return key;
+}
+
+// matmul_candidates: fills in the description of p->key and asks the heuristic of cuBLASLt for at most n
+// algorithms, best first. Returns how many there are.
+static int matmul_candidates(Matmul* mm, MatmulPlan* p, cublasLtMatmulHeuristicResult_t* result, int n) {
+    const MatmulKey* key = &p->key;
     cublasOperation_t op_a = (cublasOperation_t)key->op_a, op_b = (cublasOperation_t)key->op_b;
     cudaDataType_t type_ab = (cudaDataType_t)key->type_ab, type_c = (cudaDataType_t)key->type_c;
     cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
@@ -143,30 +155,79 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key, const void* a, 
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     size_t workspace = MATMUL_WORKSPACE;
-    uint32_t schemes =
-        CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;    // split sums are added from the workspace, in order
-    uint32_t align_a = pointer_alignment(a), align_b = pointer_alignment(b), align_c = pointer_alignment(c);
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                     &workspace, sizeof workspace));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                                                     &schemes, sizeof schemes));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-                                                     &align_a, sizeof align_a));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                                                     &align_b, sizeof align_b));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                                                     &align_c, sizeof align_c));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-                                                     &align_c, sizeof align_c));
-    cublasLtMatmulHeuristicResult_t result;
+    // split sums are added from the workspace, in order
+    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    const struct { cublasLtMatmulPreferenceAttributes_t name; const void* value; size_t size; } attribute[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &key->align_a, sizeof key->align_a},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &key->align_b, sizeof key->align_b},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &key->align_c, sizeof key->align_c},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &key->align_c, sizeof key->align_c},
+    };
+    for (size_t i = 0; i < sizeof attribute / sizeof attribute[0]; i++)
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, attribute[i].name, attribute[i].value,
+                                                         attribute[i].size));
     int found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(mm->handle, p->desc, p->a, p->b, p->c, p->c,
-                                                           preference, 1, &result, &found);
-    cublasLtMatmulPreferenceDestroy(preference);
+                                                           preference, n, result, &found);
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     if (status != CUBLAS_STATUS_SUCCESS || found == 0)
         die("cuBLASLt has no algorithm for a matmul of %zu x %zu x %zu", key->M, key->N, key->K);
+    return found;
+}
+
+static void matmul_set(cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t name, uint32_t value) {
+    cublasCheck(cublasLtMatmulAlgoConfigSetAttribute(algo, name, &value, sizeof value));
+}
+
+// matmul_prefer_small_tile: see above; changes p->algo, or leaves it
+static void matmul_prefer_small_tile(Matmul* mm, MatmulPlan* p) {
+    static const char* rule_s = getenv("RULE");
+    int rule = rule_s ? atoi(rule_s) : 1;
+    int device, major, processors;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    int32_t id = 0, split = 0;
+    size_t written;
+    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(&p->algo, CUBLASLT_ALGO_CONFIG_ID, &id, sizeof id, &written));
+    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(&p->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split,
+                                                     sizeof split, &written));
+    size_t tiles = (p->key.M + 127) / 128 * ((p->key.N + 127) / 128);
+    if (major != 9 || id != 66 || split > 1 || tiles < 4 * (size_t)processors || rule == 0) return;
+    cublasLtMatmulAlgo_t algo = p->algo;
+    cublasLtMatmulHeuristicResult_t result;
+    int tile = rule == 1 || rule == 4 ? CUBLASLT_MATMUL_TILE_128x128 : rule == 2 ? CUBLASLT_MATMUL_TILE_128x152 : CUBLASLT_MATMUL_TILE_128x144;
+    matmul_set(&algo, CUBLASLT_ALGO_CONFIG_TILE_ID, tile);
+    matmul_set(&algo, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, rule == 2 || rule == 4 ? 3 : 1);
+    uint16_t cluster = CUBLASLT_CLUSTER_SHAPE_2x1x1;
+    cublasCheck(cublasLtMatmulAlgoConfigSetAttribute(&algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &cluster, sizeof cluster));
+    if (cublasLtMatmulAlgoCheck(mm->handle, p->desc, p->a, p->b, p->c, p->c, &algo, &result) == CUBLAS_STATUS_SUCCESS &&
+        result.workspaceSize <= MATMUL_WORKSPACE)
+        p->algo = algo;
+}
+
+// matmul_plan: the description and algorithm for one shape, made at its first use.
+static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
+    for (int i = 0; i < mm->n_plans; i++)
+        if (memcmp(&mm->plan[i].key, key, sizeof *key) == 0) return &mm->plan[i];
+    mm->plan = (MatmulPlan*)xrealloc(mm->plan, (size_t)mm->n_plans + 1, sizeof(MatmulPlan));
+    MatmulPlan* p = &mm->plan[mm->n_plans++];
+    memset(p, 0, sizeof *p);
+    p->key = *key;
+    cublasLtMatmulHeuristicResult_t result;
+    matmul_candidates(mm, p, &result, 1);
     p->algo = result.algo;
+    matmul_prefer_small_tile(mm, p);
     return p;
+}
+
+static void matmul_run(const Matmul* mm, const MatmulPlan* p, const cublasLtMatmulAlgo_t* algo, void* c,
+                       const void* a, const void* b, float beta, cudaStream_t stream) {
+    float one = 1;
+    cublasCheck(cublasLtMatmul(mm->handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->c, c, p->c, algo,
+                               mm->workspace, MATMUL_WORKSPACE, stream));
 }
 
 // gemm: column-major C (M,N) = op(A) op(B) + beta C
@@ -174,18 +235,9 @@ template <typename X, typename C>
 static void gemm(Matmul* mm, C* c, size_t ldc, const X* a, size_t lda, bool transpose_a, const X* b,
                  size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, float beta,
                  cudaStream_t stream) {
-    MatmulKey key;
-    memset(&key, 0, sizeof key);
-    key.op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-    key.op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    key.type_ab = CudaType<X>::value;
-    key.type_c = CudaType<C>::value;
-    key.M = M; key.N = N; key.K = K; key.lda = lda; key.ldb = ldb; key.ldc = ldc;
-    key.align = pointer_alignment(a) * 10000 + pointer_alignment(b) * 100 + pointer_alignment(c);
-    MatmulPlan* p = matmul_plan(mm, &key, a, b, c);
-    float one = 1;
-    cublasCheck(cublasLtMatmul(mm->handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->c, c, p->c, &p->algo,
-                               mm->workspace, MATMUL_WORKSPACE, stream));
+    MatmulKey key = matmul_key(c, ldc, a, lda, transpose_a, b, ldb, transpose_b, M, N, K);
+    const MatmulPlan* p = matmul_plan(mm, &key);
+    matmul_run(mm, p, &p->algo, c, a, b, beta, stream);
 }
 
 // bias_forward_cuda: out[m,o] += bias[o].   out (M,O), row stride ldo
@@ -205,24 +257,33 @@ template <typename X>
 void bias_backward_cuda(float* dbias, const X* dout, size_t ldo, size_t M, size_t O, float* scratch,
                         cudaStream_t stream);
 
+// the kernel for short sums, in section 4: out (M,O) = inp (M,K) W, added to out with `add`. Returns false when
+// it has no version for this matmul.
+template <typename X>
+bool short_matmul_cuda(X* out, size_t ldo, const X* inp, size_t ldi, const X* weight, bool weight_is_ok,
+                       bool add, size_t M, size_t K, size_t O, cudaStream_t stream);
+
 // matmul_forward_cuda: out (M,O) = inp (M,I) weight^T + bias.   row strides ldo, ldi   weight (O,I)
 // bias (O) float or NULL
 template <typename X>
 void matmul_forward_cuda(Matmul* mm, X* out, size_t ldo, const X* inp, size_t ldi, const X* weight,
                          const float* bias, size_t M, size_t I, size_t O, cudaStream_t stream) {
-    gemm(mm, out, ldo, weight, I, true, inp, ldi, false, O, M, I, 0.0f, stream);
+    if (!short_matmul_cuda(out, ldo, inp, ldi, weight, true, false, M, I, O, stream))
+        gemm(mm, out, ldo, weight, I, true, inp, ldi, false, O, M, I, 0.0f, stream);
     if (bias) bias_forward_cuda(out, ldo, bias, M, O, stream);
 }
 
 // matmul_backward_cuda: as on the CPU. dinp is written, or added to with add_dinp; dweight and dbias are
-// added to.
+// added to; without add_dweight dweight is written (the first part of a batch needs no zeros before it).
 template <typename X>
 void matmul_backward_cuda(Matmul* mm, X* dinp, size_t lddi, bool add_dinp, float* dweight, float* dbias,
                           const X* dout, size_t lddo, const X* inp, size_t ldi, const X* weight,
-                          float* scratch, size_t M, size_t I, size_t O, cudaStream_t stream) {
-    if (dinp)
+                          float* scratch, size_t M, size_t I, size_t O, cudaStream_t stream,
+                          bool add_dweight = true) {
+    if (dinp && !short_matmul_cuda(dinp, lddi, dout, lddo, weight, false, add_dinp, M, O, I, stream))
         gemm(mm, dinp, lddi, weight, I, false, dout, lddo, false, I, M, O, add_dinp ? 1.0f : 0.0f, stream);
-    if (dweight) gemm(mm, dweight, I, inp, ldi, false, dout, lddo, true, I, O, M, 1.0f, stream);
+    if (dweight)
+        gemm(mm, dweight, I, inp, ldi, false, dout, lddo, true, I, O, M, add_dweight ? 1.0f : 0.0f, stream);
     if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, scratch, stream);
 }
 
@@ -1649,6 +1710,159 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
     }
     cudaCheck(cudaGetLastError());
     return name;
+}
+
+// --------------------------------------------------------------------------------------------------
+// 4.7 Matmuls with short sums
+
+// short_matmul: out (M,O) = inp (M,K) W for K of at most 96, added to what out holds with `add`. In the model:
+// the forward pass of dt_proj (W[k,o] = weight[o,k], WEIGHT_OK) and the gradient of the input of x_proj
+// (W[k,o] = weight[k,o]).   row strides ldo, ldi   weight (O,K) or (K,O)
+// With so few terms there is nothing to compute: it is a copy into (M,O), or an addition to it. A warp keeps
+// the W of its 32 columns in registers, in the layout that the tensor core wants, and marches down the tokens
+// of its block, 32 at a time; what it will add to is on its way to shared memory three steps ahead.
+//
+// mma.m16n8k16 multiplies a 16 x 16 piece of inp by 16 x 8 of W. Of its result, the lane 4 g + t of a warp
+// holds columns 2 t and 2 t + 1 in rows g and g + 8. Which columns of out these are is ours to say: in four
+// mma together, lane t gets columns 8 t .. 8 t + 7 of the warp's 32, which are one store of 16 bytes.
+//   bytes: 2 per element of out, 4 with add.   H200, M 16384: x_proj 80 -> 1536 with add 38 us (cuBLASLt 44,
+//   bytes alone 25), dt_proj 48 -> 1536 20 us (22, 13); of the model with E 768: 22 us (25, 13), 12 us (14, 6)
+enum { SHORT_ROWS = 32, SHORT_STAGES = 4, SHORT_WARPS = 8, SHORT_TERMS = 96, SHORT_MIN_TOKENS = 2048 };
+enum { SHORT_COLUMNS = 32 * SHORT_WARPS, SHORT_THREADS = WARP * SHORT_WARPS };
+
+// row stride of inp in shared memory: eight rows, one 16-byte piece of each, lie in different banks
+__host__ __device__ constexpr int short_stride(int steps) { return steps * 16 + 8; }
+
+// the 16 x 16 piece at p (row stride in elements) for mma
+__device__ __forceinline__ void load_matrix(uint32_t* a, const bf16* p, int stride) {
+    int lane = (int)threadIdx.x % WARP;
+    unsigned from = (unsigned)__cvta_generic_to_shared(p + lane % 16 * stride + lane / 16 * 8);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from));
+}
+__device__ __forceinline__ void mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// STEPS: K / 16, rounded up.   tokens: of a block
+template <int STEPS, bool WEIGHT_OK>
+__global__ void __launch_bounds__(SHORT_THREADS, 2)
+short_matmul_kernel(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf16* weight, bool add, int M,
+                    int K, int O, int tokens) {
+    const int LD = short_stride(STEPS);
+    extern __shared__ uint4 short_shared[];                     // 16 bytes each
+    uint4* before = short_shared;                               // [SHORT_STAGES][4][SHORT_THREADS], with add
+    bf16* rows = (bf16*)(short_shared + (add ? SHORT_STAGES * 4 * SHORT_THREADS : 0));    // [..][SHORT_ROWS][LD]
+    int tid = (int)threadIdx.x, g = tid % WARP / 4, t = tid % 4;
+    int column0 = (int)blockIdx.x * SHORT_COLUMNS + tid / WARP * 32;
+    int m_begin = (int)blockIdx.y * tokens, m_end = min(M, m_begin + tokens), pieces = K / 8;
+    bool mine = column0 + 8 * t < O;
+    bf16* out_t = out + column0 + 8 * t;
+
+    auto copy = [&](int m0, int stage) {
+        for (int i = tid; m0 < m_end && i < SHORT_ROWS * pieces; i += SHORT_THREADS) {
+            int r = i / pieces, piece = i - r * pieces;
+            copy_async<16>(rows + (stage * SHORT_ROWS + r) * LD + piece * 8,
+                           inp + (size_t)min(m0 + r, M - 1) * ldi + piece * 8);
+        }
+        #pragma unroll
+        for (int q = 0; q < 4; q++)
+            if (add && mine && m0 + g + 8 * q < m_end)
+                copy_async<16>(before + (stage * 4 + q) * SHORT_THREADS + tid,
+                               out_t + (size_t)(m0 + g + 8 * q) * ldo);
+        copy_async_commit();
+    };
+    // the terms that round K up to 16: zeros, so that they are not NaN
+    for (int i = tid; K % 16 && i < SHORT_STAGES * SHORT_ROWS; i += SHORT_THREADS)
+        *(uint4*)(rows + i * LD + K) = make_uint4(0, 0, 0, 0);
+    for (int s = 0; s < SHORT_STAGES - 1; s++) copy(m_begin + s * SHORT_ROWS, s);
+
+    uint32_t w[STEPS][4][2];                                    // W[k], W[k+1] of column o
+    #pragma unroll
+    for (int i = 0; i < STEPS * 8; i++) {
+        int step = i / 8, j = i / 2 % 4, k = step * 16 + i % 2 * 8 + 2 * t;
+        int o = column0 + 8 * (g / 2) + 2 * j + g % 2;
+        uint32_t pair = 0;
+        if (o < O && k < K && WEIGHT_OK) pair = *(const uint32_t*)(weight + (size_t)o * K + k);
+        if (o < O && k < K && !WEIGHT_OK)
+            pair = *(const uint16_t*)(weight + (size_t)k * O + o) |
+                   (uint32_t)*(const uint16_t*)(weight + (size_t)(k + 1) * O + o) << 16;
+        w[step][j][i % 2] = pair;
+    }
+    int stage = 0;
+    for (int m0 = m_begin; m0 < m_end; m0 += SHORT_ROWS) {
+        copy_async_wait(SHORT_STAGES - 2);
+        __syncthreads();                                        // also: all are done with the stage filled next
+        copy(m0 + (SHORT_STAGES - 1) * SHORT_ROWS, (stage + SHORT_STAGES - 1) % SHORT_STAGES);
+        float sum[2][4][4] = {};
+        #pragma unroll
+        for (int i = 0; i < STEPS * 2; i++) {
+            uint32_t a[4];
+            load_matrix(a, rows + (stage * SHORT_ROWS + i % 2 * 16) * LD + i / 2 * 16, LD);
+            #pragma unroll
+            for (int j = 0; j < 4; j++) mma_bf16(sum[i % 2][j], a, w[i / 2][j][0], w[i / 2][j][1]);
+        }
+        #pragma unroll
+        for (int q = 0; q < 4; q++) {                           // row g + 8 q
+            int m = m0 + g + 8 * q;
+            if (!mine || m >= m_end) continue;
+            float v[8], was[8];
+            #pragma unroll
+            for (int j = 0; j < 8; j++) v[j] = sum[q / 2][j / 2][q % 2 * 2 + j % 2];
+            if (add) {
+                unpack<8>(was, load_pack<8>((const bf16*)(before + (stage * 4 + q) * SHORT_THREADS + tid)));
+                #pragma unroll
+                for (int j = 0; j < 8; j++) v[j] += was[j];
+            }
+            store_pack<8>(out_t + (size_t)m * ldo, v);
+        }
+        stage = (stage + 1) % SHORT_STAGES;
+    }
+}
+
+template <int STEPS, bool WEIGHT_OK>
+static void short_matmul_launch(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf16* weight,
+                                bool add, size_t M, size_t K, size_t O, cudaStream_t stream) {
+    static int processors = 0;
+    if (!processors) {
+        int device;
+        cudaCheck(cudaGetDevice(&device));
+        cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    }
+    size_t slices = (O + SHORT_COLUMNS - 1) / SHORT_COLUMNS, parts = 2 * (size_t)processors / slices;
+    size_t tokens = parts ? (M + parts - 1) / parts : M;
+    tokens = (tokens + SHORT_ROWS - 1) / SHORT_ROWS * SHORT_ROWS;
+    size_t bytes = SHORT_STAGES * (SHORT_ROWS * short_stride(STEPS) * sizeof(bf16) + (add ? 64 * SHORT_THREADS : 0));
+    cudaCheck(cudaFuncSetAttribute(short_matmul_kernel<STEPS, WEIGHT_OK>,
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    dim3 grid((unsigned)slices, (unsigned)((M + tokens - 1) / tokens));
+    short_matmul_kernel<STEPS, WEIGHT_OK><<<grid, SHORT_THREADS, bytes, stream>>>(
+        out, ldo, inp, ldi, weight, add, (int)M, (int)K, (int)O, (int)tokens);
+    cudaCheck(cudaGetLastError());
+}
+
+template <typename X>
+bool short_matmul_cuda(X* out_x, size_t ldo, const X* inp_x, size_t ldi, const X* weight_x, bool weight_is_ok,
+                       bool add, size_t M, size_t K, size_t O, cudaStream_t stream) {
+    bf16* out = (bf16*)(void*)out_x;
+    const bf16 *inp = (const bf16*)(const void*)inp_x, *weight = (const bf16*)(const void*)weight_x;
+    if (getenv("NOSHORT") || sizeof(X) != sizeof(bf16) || M < SHORT_MIN_TOKENS || M > INT32_MAX / 2 || K > SHORT_TERMS ||
+        K % 8 != 0 || O % 8 != 0 || O <= K || !is_aligned(out, 16, ldo * sizeof(bf16)) ||
+        !is_aligned(inp, 16, ldi * sizeof(bf16)) || !is_aligned(weight, 4, 0))
+        return false;
+    #define SHORT_MATMUL(steps)                                                                               \
+        weight_is_ok ? short_matmul_launch<steps, true>(out, ldo, inp, ldi, weight, add, M, K, O, stream)     \
+                     : short_matmul_launch<steps, false>(out, ldo, inp, ldi, weight, add, M, K, O, stream)
+    if (K <= 32) SHORT_MATMUL(2);
+    else if (K <= 48) SHORT_MATMUL(3);
+    else if (K <= 64) SHORT_MATMUL(4);
+    else if (K <= 80) SHORT_MATMUL(5);
+    else SHORT_MATMUL(6);
+    #undef SHORT_MATMUL
+    return true;
 }
 
 // --------------------------------------------------------------------------------------------------
