@@ -3514,6 +3514,7 @@ template <typename X> struct CudaRun {
     cudaStream_t stream;
     int recompute;                  // RECOMPUTE_CHEAP: u, x and dt_raw have been overwritten since forward
     DropoutCuda dropout;            // of delta_in; for the first sub-layer (place 0) of the embedding
+    bool add;                       // weight gradients of matmuls are added to; false: written
 };
 
 enum {
@@ -3571,9 +3572,8 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
     cudaStream_t stream = run->stream;
     Matmul* mm = run->matmul;
-    if (run->recompute == RECOMPUTE_CHEAP) {
-        residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, a->res, (const X*)NULL, L->p[P_NORM], M, D,
-                                      (float)c->norm_eps, stream);
+    bool cheap = run->recompute == RECOMPUTE_CHEAP;          // x, dt_raw now, u in the norm's backward
+    if (cheap) {
         causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV],
                                    L->p[P_CONV_BIAS], run->doc, B, T, E, K, stream);
         matmul_forward_cuda(mm, a->dt_raw, E, a->rbc, RBC, L->px[P_DT], (const float*)NULL, M, R, E, stream);
@@ -3587,19 +3587,21 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                     L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
                                     2 * E, run->doc, w->sums, B, T, E, N, stream);
     matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E,
-                         L->px[P_OUT], w->sums, M, E, D, stream);
+                         L->px[P_OUT], w->sums, M, E, D, stream, run->add);
     matmul_backward_cuda(mm, w->drbc, RBC, false, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC,
-                         L->px[P_DT], w->sums, M, R, E, stream);
+                         L->px[P_DT], w->sums, M, R, E, stream, run->add);
     matmul_backward_cuda(mm, w->dx, E, true, L->grad[P_X], (float*)NULL, w->drbc, RBC, a->x, E, L->px[P_X],
-                         w->sums, M, E, RBC, stream);
+                         w->sums, M, E, RBC, stream, run->add);
     causal_conv1d_backward_cuda(w->dxz, 2 * E, L->grad[P_CONV], L->grad[P_CONV_BIAS], (float*)NULL, w->dx,
                                 (const float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
                                 run->doc, w->sums, B, T, E, K, stream);
-    matmul_backward_cuda(mm, w->du, D, false, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D,
+    matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dxz, 2 * E, (const X*)NULL, 0,
                          L->px[P_IN], w->sums, M, D, 2 * E, stream);
     X* dres_x = run->dropout.place ? w->dres_x : NULL;       // the first sub-layer has no other before it
-    rmsnorm_backward_cuda(w->dres, dres_x, (X*)NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd,
+    rmsnorm_backward_cuda(w->dres, dres_x, cheap ? a->u : NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd,
                           w->sums, M, D, stream, run->dropout);
+    matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D,
+                         L->px[P_IN], w->sums, M, D, 2 * E, stream, run->add);
 }
 
 template <typename X>
@@ -3620,19 +3622,19 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
                              const ScratchCuda<X>* w) {
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     Matmul* mm = run->matmul;
-    if (run->recompute == RECOMPUTE_CHEAP)
-        residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, a->res, (const X*)NULL, L->p[P_MLP_NORM], M, D,
-                                      (float)run->config->norm_eps, run->stream);
     matmul_backward_cuda(mm, w->dm, F, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
                          L->px[P_FC2], w->sums, M, F, D, run->stream);
     gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
                        run->stream);
     matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_FC2], (float*)NULL, w->dres_x, D, w->m, F,
-                         L->px[P_FC2], w->sums, M, F, D, run->stream);
-    matmul_backward_cuda(mm, w->du, D, false, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D,
+                         L->px[P_FC2], w->sums, M, F, D, run->stream, run->add);
+    matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dh, 2 * F, (const X*)NULL, 0,
                          L->px[P_FC1], w->sums, M, D, 2 * F, run->stream);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, (X*)NULL, L->grad[P_MLP_NORM], w->du, a->res, L->p[P_MLP_NORM],
-                          a->rstd, w->sums, M, D, run->stream, run->dropout);
+    rmsnorm_backward_cuda(w->dres, w->dres_x, run->recompute == RECOMPUTE_CHEAP ? a->u : NULL,
+                          L->grad[P_MLP_NORM], w->du, a->res, L->p[P_MLP_NORM], a->rstd, w->sums, M, D,
+                          run->stream, run->dropout);
+    matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D,
+                         L->px[P_FC1], w->sums, M, D, 2 * F, run->stream, run->add);
 }
 
 // Blocks with one token of each sequence (section 4.10). res_in and delta_in as above; the residual stream
@@ -3895,8 +3897,8 @@ template <typename X> struct ModelCuda {
     LayerCuda<X>* layer;
     float *norm_f, *dnorm_f, *dembedding, *dhead;
     X *embedding_x, *head_x;
-    AdamWPiece* piece;
-    size_t n_pieces;
+    AdamWPiece *piece, *clear;      // of all tensors; of those whose gradient is always added to
+    size_t n_pieces, n_clear;
     double *norm, *norm_parts;
 };
 
@@ -3905,6 +3907,35 @@ template <typename X> static X* x_of(const ModelCuda<X>* d, const Model* m, cons
 }
 template <typename X> static float* float_of(const ModelCuda<X>* d, const Model* m, const real* host) {
     return host ? d->params + (host - m->params) : NULL;
+}
+
+// by_matmul: whether the gradient of a tensor comes from matmuls alone, which can write instead of add; that of
+// a tied embedding begins with the head's
+static bool by_matmul(const Model* m, const Tensor* t) {
+    return t->ndim == 2 && (t->spec->flags & DECAY) && (t->spec->init != INIT_EMBEDDING || m->config.tie_embeddings);
+}
+
+// pieces_create: the list of pieces on the device, of all tensors or of those not by_matmul
+static AdamWPiece* pieces_create(const Model* m, bool clear_only, size_t* n) {
+    AdamWPiece *piece = NULL, *device;
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass) piece = (AdamWPiece*)xcalloc(*n, sizeof(AdamWPiece));
+        *n = 0;
+        for (int i = 0; i < m->n_tensors; i++)
+            if (!clear_only || !by_matmul(m, &m->tensor[i]))
+                *n = adamw_pieces(piece, *n, m->tensor[i].offset, m->tensor[i].count,
+                                  m->tensor[i].spec->flags & DECAY);
+    }
+    device = (AdamWPiece*)device_calloc(*n, sizeof(AdamWPiece));
+    cudaCheck(cudaMemcpy(device, piece, *n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
+    free(piece);
+    return device;
+}
+
+// clear_pieces: zeros in the pieces of an array, one block each
+__global__ void clear_pieces_kernel(float* p, const AdamWPiece* piece) {
+    AdamWPiece here = piece[blockIdx.x];
+    for (int i = threadIdx.x; i < here.count; i += blockDim.x) p[here.offset + i] = 0;
 }
 
 template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool training) {
@@ -3935,18 +3966,8 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
     d.dnorm_f = d.grads + (m->norm_f - m->params);
     d.dembedding = d.grads + (m->embedding - m->params);
     d.dhead = d.grads + (m->head - m->params);
-    size_t n = 0;
-    for (int pass = 0; pass < 2; pass++) {
-        AdamWPiece* piece = pass ? (AdamWPiece*)xcalloc(d.n_pieces, sizeof(AdamWPiece)) : NULL;
-        for (int i = n = 0; i < m->n_tensors; i++)
-            n = adamw_pieces(piece, n, m->tensor[i].offset, m->tensor[i].count,
-                             m->tensor[i].spec->flags & DECAY);
-        d.n_pieces = n;
-        if (!pass) continue;
-        d.piece = (AdamWPiece*)device_calloc(n, sizeof(AdamWPiece));
-        cudaCheck(cudaMemcpy(d.piece, piece, n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
-        free(piece);
-    }
+    d.piece = pieces_create(m, false, &d.n_pieces);
+    d.clear = pieces_create(m, true, &d.n_clear);
     d.norm = (double*)device_calloc(1, sizeof(double));
     d.norm_parts = (double*)device_calloc(NORM_PARTS, sizeof(double));
     return d;
@@ -3954,7 +3975,7 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
 
 template <typename X> void model_cuda_free(ModelCuda<X>* d) {
     if ((void*)d->params_x != (void*)d->params) cudaCheck(cudaFree(d->params_x));
-    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->norm, d->norm_parts};
+    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->clear, d->norm, d->norm_parts};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) cudaCheck(cudaFree(memory[i]));
     free(d->layer);
 }
@@ -4072,7 +4093,8 @@ void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, cons
                           Vp, run->stream);
         if (backward)
             matmul_backward_cuda(run->matmul, w->df + m0 * D, D, false, d->dhead, (float*)NULL, w->logits, Vp,
-                                 w->f + m0 * D, D, d->head_x, (float*)NULL, n, D, Vp, run->stream);
+                                 w->f + m0 * D, D, d->head_x, (float*)NULL, n, D, Vp, run->stream,
+                                 run->add || m0 > 0);
     }
 }
 
@@ -4202,7 +4224,8 @@ static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t
     Dropout drop = dropout_of(b, micro, B, T);
     const StepCuda* step = c->work.batch.step;
     CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute,
-                      dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model)};
+                      dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model),
+                      true};
     return run;
 }
 
@@ -4339,7 +4362,8 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
     ModelCuda<X>* d = &c->model;
     const BatchCuda* batch = &w->batch;
     size_t M = s->B * s->T;
-    cuda_zero_gradients<X>(b);
+    clear_pieces_kernel<<<(unsigned)d->n_clear, 256, 0, c->stream>>>(d->grads, d->clear);
+    cudaCheck(cudaGetLastError());
     for (size_t micro = 0; micro < s->accum; micro++) {
         float *s0 = NULL, *sT = NULL;
         const State* host = NULL;
@@ -4353,6 +4377,7 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
         }
         const int* tokens = batch->tokens + micro * M;
         CudaRun<X> run = run_of<X>(b, (int)micro, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
+        run.add = micro > 0;
         model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, host, 0);
         model_loss_cuda(b->model, d, w, &run, batch->targets + micro * M, &batch->step->scale, true);
         loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, micro == 0);

@@ -1661,7 +1661,7 @@ static void check_large_residual(void) {
     claim_rows("2^31: rmsnorm forward, y", y[1], y[0], D, D, ROWS, TIMES, 0);
     for (int big = 0; big < 2; big++) {                      // dy: delta; dres: over res
         dweight[big] = gpu<float>(Vec(D));
-        rmsnorm_backward_cuda<bf16>(res[big], y[big], dweight[big], delta[big], sum[big], weight, rstd[big],
+        rmsnorm_backward_cuda<bf16>(res[big], y[big], (bf16*)NULL, dweight[big], delta[big], sum[big], weight, rstd[big],
                                     scratch, M[big], D, 0);
     }
     claim_rows("2^31: rmsnorm backward, dres", res[1], res[0], D, D, ROWS, TIMES, 0);
