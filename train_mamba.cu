@@ -1699,7 +1699,8 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
     float (*h)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc + SCAN_STEPS * 2 * padded);
     float (*A2)[SCAN_CHANNELS] = h + padded;
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
-    const size_t b = blockIdx.y, e = (size_t)blockIdx.x * SCAN_CHANNELS + lane, chunks = (T + 7) / SCAN_STEPS;
+    const size_t blocks = (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS, chunks = (T + 7) / SCAN_STEPS;
+    const size_t b = blockIdx.x / blocks, e = blockIdx.x % blocks * SCAN_CHANNELS + lane;
     const size_t states = (chunks + 1) / 2;                    // saved ones, every second chunk
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
@@ -2005,54 +2006,131 @@ struct ScanSpecial {
     }
 };
 
-// softplus from x2 = x log2(e). Three special function instructions would be enough for log(1 + e^x) alone;
-// where e^x is small, 1 + e^x loses its digits and e - e^2/2 is better (relative error below 6e-6).
+// softplus from x2 = x log2(e): max(x, 0) + log(1 + e^-|x|). The logarithm is a polynomial (relative error below
+// 1e-5): the special function unit is what the scan waits for, and the polynomial stays exact where e^x is
+// small and 1 + e^x would lose its digits.
 __device__ __forceinline__ float scan_softplus_fast(float x2) {
-    float e = exp2_unit(x2), l = scan_log2(1.0f + e);
-    float small = fmaf(-0.5f * SCAN_LOG2E, e, SCAN_LOG2E) * e;
-    l = e < 0.004f ? small : l;
-    return (x2 > 24.0f ? x2 : l) * SCAN_LN2;
+    float e = exp2_unit(-fabsf(x2)), p = -0.0238691047f;
+    p = fmaf(p, e, 0.101222165f);
+    p = fmaf(p, e, -0.210048586f);
+    p = fmaf(p, e, 0.325206637f);
+    p = fmaf(p, e, -0.499361366f);
+    p = fmaf(p, e, 0.999991596f);
+    return fmaf(p, e, fmaxf(x2, 0.0f) * SCAN_LN2);
 }
 
 // --- fast path: forward ---------------------------------------------------------------------------------
 
-struct ScanForwardRaw {                                        // one tile as it lies in memory
-    bf16 x[32][32], dt[32][32], z[32][32], bc[32][32];    // bc: Bt_t, then Ct_t
-    int doc[32][2];                                            // document of token t and of token t-1
-};
-struct ScanForwardShared {
-    ScanForwardRaw raw[3];
-    float4 dt_dtx[2][32][16];                                  // (dt, dt x) of two channels, see pair()
-    float bc[2][32][32], s[2][32][32];                         // bc[t][n ^ 4 (t % 2)], s[t][c ^ 4 (t % 8)]
+// A signal (mbarrier): threads arrive at it, and when `count` have arrived its phase ends and the next begins.
+// scan_wait returns when the phase of the given parity (the first is 0, the next 1, then 0 ..) has ended;
+// what a thread wrote before it arrived is then visible.
+__device__ __forceinline__ void scan_signal_init(uint64_t* signal, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void scan_arrive(uint64_t* signal) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)) : "memory");
+}
+__device__ __forceinline__ void scan_wait(uint64_t* signal, int parity) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(parity) : "memory");
+#else
+    asm volatile("{ .reg .pred done; again: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra again; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(parity) : "memory");
+#endif
+}
+
+// 8 channels of one token: one copy or load of 16 bytes, two for float
+template <typename X> __device__ __forceinline__ void scan_copy_row(X* to, const X* from, bool inside) {
+    #pragma unroll
+    for (int k = 0; k < 8; k += 16 / (int)sizeof(X)) scan_copy16(to + k, from + k, inside);
+}
+__device__ __forceinline__ void scan_load_row(float* v, const bf16* p) { scan_unpack8(v, p); }
+__device__ __forceinline__ void scan_load_row(float* v, const float* p) {
+    *(float4*)v = *(const float4*)p;
+    *(float4*)(v + 4) = *(const float4*)(p + 4);
+}
+__device__ __forceinline__ void scan_store_row(bf16* p, const float* v) { scan_store16(p, scan_pack8(v)); }
+__device__ __forceinline__ void scan_store_row(float* p, const float* v) {
+    *(float4*)p = *(const float4*)v;
+    *(float4*)(p + 4) = *(const float4*)(v + 4);
+}
+__device__ __forceinline__ void scan_store_state(bf16* p, const float* h) {
+    *(uint2*)p = make_uint2(scan_pack(h[0], h[1]), scan_pack(h[2], h[3]));
+}
+__device__ __forceinline__ void scan_store_state(float* p, const float* h) {
+    *(float4*)p = make_float4(h[0], h[1], h[2], h[3]);
+}
+// dt = softplus(x) and silu(z) of the types: bf16 inputs need no more than 5 digits
+template <typename X> __device__ __forceinline__ float scan_dt(float x, float bias) {
+    return sizeof(X) == 2 ? scan_softplus_fast(fmaf(x, SCAN_LOG2E, bias)) : scan_softplus(x + bias);
+}
+template <typename X> __device__ __forceinline__ float scan_silu(float z) {
+    float half = 0.5f * z;
+    return sizeof(X) == 2 ? fmaf(half, scan_tanh(half), half) : silu_cuda(z);
+}
+
+__device__ __forceinline__ float exp2_now(float x) {
+    float y;
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+template <typename X, int WAVE, int TOKENS_, int HELPERS_, int SBUF_> struct ScanForwardTile {
+    enum { CHANNELS = 32 / WAVE, TOKENS = TOKENS_, HELPERS = HELPERS_, ROWS = TOKENS * CHANNELS / 8 / HELPERS, SBUF = SBUF_ };
     // The 32 banks of shared memory serve different addresses at once only if these differ modulo 32 words;
-    // the exclusive-ors above and here spread simultaneous accesses over the banks.
-    static __device__ __forceinline__ int pair(int t, int c) { return c ^ ((c >> 3) | ((t & 1) << 1)); }
+    // the odd row lengths here, and the exclusive-or in bc, spread simultaneous accesses over the banks.
+    enum { DT_ROW = 2 * TOKENS + 4, S_ROW = TOKENS + 4, GAP = 8 * WAVE,
+           S_PART = CHANNELS * S_ROW + CHANNELS / 8 * GAP + 16 };
+    X dt[TOKENS][CHANNELS], raw_bc[TOKENS][32];
+    int doc[2][ROWS][HELPERS];                                 // document of token t and of token t-1
+    float dt_dtx[CHANNELS * DT_ROW + CHANNELS / 8 * GAP];      // (dt, dt x), channel by channel
+    float bc[TOKENS][32];                                      // bc[t][n ^ 4 (t % 8)]: Bt_t, then Ct_t
+};
+template <typename X, int WAVE, int TOKENS_, int HELPERS_, int SBUF_> struct ScanForwardShared {
+    typedef ScanForwardTile<X, WAVE, TOKENS_, HELPERS_, SBUF_> Tile;
+    Tile tile[2];
+    float s[SBUF_][4 * Tile::S_PART];
+    struct { X x[Tile::TOKENS][Tile::CHANNELS], z[Tile::TOKENS][Tile::CHANNELS]; } raw[4];
+    float4 carry[WAVE > 1 ? 4 : 1][32];
+    uint64_t ready[2], scanned[2], turn[4], stored[2];
 };
 
-// selective_scan_forward_fast_kernel: the general kernel's function. The first four warps run the recurrence,
-// four more do everything element-wise, around it:
-//   store tile i-1 (skip, gate) | load tile i+2 | prepare tile i+1 (softplus, dt x) || time loop of tile i
-// so that there is one barrier per tile and the two kinds of work fill each other's gaps.
-// Time loop: a thread owns states 4g..4g+3 of one channel, a group of four lanes one channel; their partial
-// sums over the states are exchanged once for 8 tokens: lane g finishes tokens 2g, 2g+1.
-__global__ void __launch_bounds__(SCAN_THREADS + SCAN_VECTORS, 3)
-selective_scan_forward_fast_kernel(bf16* y, bf16* s, bf16* hs, float* hT, const bf16* x,
-                                   const bf16* dt_raw, const float* dt_bias, const float* A_log,
-                                   const bf16* Bt, const bf16* Ct, size_t ldbc, const float* Dskip,
-                                   const bf16* z, size_t ldz, const float* h0, const int* doc,
-                                   size_t T, size_t E) {
+// selective_scan_forward_fast_kernel
+template <typename X, int WAVE, int TOKENS_, int HELPERS_, int SBUF_, int UNROLL, int FLAGS>
+__global__ void __launch_bounds__(SCAN_THREADS + HELPERS_, sizeof(X) == 2 ? 3 : 2)
+selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
+                                   const float* dt_bias, const float* A_log, const X* Bt, const X* Ct,
+                                   size_t ldbc, const float* Dskip, const X* z, size_t ldz, const float* h0,
+                                   const int* doc, size_t T, size_t E) {
     extern __shared__ __align__(128) char shared[];
-    ScanForwardShared& sh = *(ScanForwardShared*)shared;
-    const int lane = threadIdx.x & 31, e0 = blockIdx.x * SCAN_CHANNELS;
-    const int tiles = (int)((T + SCAN_TILE_STEPS - 1) / SCAN_TILE_STEPS);
-    const size_t b = blockIdx.y;
+    typedef ScanForwardShared<X, WAVE, TOKENS_, HELPERS_, SBUF_> Shared;
+    Shared& sh = *(Shared*)shared;
+    typedef typename Shared::Tile Tile;
+    enum { TOKENS = Tile::TOKENS, CHANNELS = Tile::CHANNELS, HELPERS = Tile::HELPERS, ROWS = Tile::ROWS, SBUF = SBUF_,
+           DT_ROW = Tile::DT_ROW, S_ROW = Tile::S_ROW, GAP = Tile::GAP, S_PART = Tile::S_PART };
+    const int lane = threadIdx.x & 31, tiles = (int)((T + TOKENS - 1) / TOKENS);
+    const unsigned groups = (unsigned)(E / CHANNELS);
+    const size_t b = blockIdx.x / groups, e0 = (size_t)(blockIdx.x % groups) * CHANNELS;
+    if (threadIdx.x == 0) {
+        for (int q = 0; q < 2; q++) {
+            scan_signal_init(&sh.ready[q], HELPERS / 32);
+            scan_signal_init(&sh.scanned[q], SCAN_THREADS / 32);
+            scan_signal_init(&sh.stored[q], HELPERS / 32);
+        }
+        for (int w = 0; w < 4; w++) scan_signal_init(&sh.turn[w], 1);
+    }
+    __syncthreads();
 
     // the number of the warp, taken from lane 0: so the compiler knows that a warp never divides here
-    if (__shfl_sync(0xffffffffu, threadIdx.x >> 5, 0) < 4) {   // ---- the recurrence
+    const int w = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
+    if (w < 4) {   // ---- the recurrence
         // lanes of one channel: 0, 1, 8, 9 apart. Any four neighbouring lanes then touch two channels and two
         // state groups only, and a shared load with few distinct addresses takes half the time.
         const int g = (lane & 1) | ((lane >> 2) & 2), c = ((lane >> 1) & 3) | ((lane >> 2) & 4);
-        const int ch = (threadIdx.x >> 5) * 8 + c;
+        const int chain = w / WAVE, slot = w % WAVE, ch = chain * 8 + c;
+        const int next_w = chain * WAVE + (slot + 1) % WAVE;
         const size_t state = (b * E + e0 + ch) * 16 + 4 * g, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
         float decay[4], h[4];
         #pragma unroll
@@ -2060,149 +2138,211 @@ selective_scan_forward_fast_kernel(bf16* y, bf16* s, bf16* hs, float* hT, const 
             decay[n] = scan_decay(A_log[(size_t)(e0 + ch) * 16 + 4 * g + n]);
             h[n] = h0 ? h0[state + n] : 0.0f;
         }
-        bf16* saved = hs + (b * states * E + e0 + ch) * 16 + 4 * g;                 // next state to save
-        int left = hs ? (int)states : 0;                       // how many there are
         const size_t next = E * 16;
+        X* saved = hs + (b * states * E + e0 + ch) * 16 + 4 * g + slot / 2 * next;   // next state to save
+        int left = hs && slot % 2 == 0 ? (int)states - slot / 2 : 0;                 // how many there are
+        int parity = 0;
         #pragma unroll 1
-        for (int i = 0; i <= tiles; i++) {
-            __syncthreads();                                   // dt, dtx, bc of tile i are ready
-            if (i == tiles) break;
+        for (int i = 0; i < tiles; i++) {
             const int q = i & 1;
-            const float2* dt_even = (const float2*)&sh.dt_dtx[q][0][sh.pair(0, ch >> 1)] + (ch & 1);
-            const float2* dt_odd = (const float2*)&sh.dt_dtx[q][0][sh.pair(1, ch >> 1)] + (ch & 1);
-            const float *bc_even = &sh.bc[q][0][4 * g], *bc_odd = &sh.bc[q][0][(4 * g) ^ 4];
-            float* out0 = &sh.s[q][2 * g][ch ^ (8 * g)];
-            float* out1 = &sh.s[q][2 * g + 1][ch ^ (8 * g + 4)];
+            scan_wait(&sh.ready[q], (i >> 1) & 1);
+            Tile& tile = sh.tile[q];
+            const float* pdt = &tile.dt_dtx[ch * DT_ROW + chain * GAP + 16 * slot];
+            const float* pbc[4];
             #pragma unroll
-            for (int t0 = 0; t0 < SCAN_TILE_STEPS; t0 += SCAN_STEPS) {
-                if (t0 % SCAN_SAVED == 0 && left > t0 / SCAN_SAVED)
-                    *(uint2*)(saved + t0 / SCAN_SAVED * next) =
-                        make_uint2(scan_pack(h[0], h[1]), scan_pack(h[2], h[3]));
+            for (int m = 0; m < 4; m++) pbc[m] = &tile.bc[8 * slot][4 * (g ^ m)];
+            float* ps = &sh.s[SBUF == 2 ? q : 0][g * S_PART + ch * S_ROW + chain * GAP + 8 * slot];
+            #pragma unroll UNROLL
+            for (int t0 = 0; t0 < TOKENS; t0 += SCAN_STEPS * WAVE) {
                 float sum[8];
+                if (WAVE == 1) {
+                    if (t0 / 8 % 2 == 0 && left > t0 / SCAN_SAVED)
+                        scan_store_state(saved + t0 / SCAN_SAVED * next, h);
+                    #pragma unroll
+                    for (int j = 0; j < 8; j += 2) {
+                        float4 d = *(const float4*)(pdt + 2 * (t0 + j));
+                        #pragma unroll
+                        for (int k = 0; k < 2; k++) {
+                            float B_t[4], C_t[4];
+                            *(float4*)B_t = *(const float4*)(pbc[(j + k) & 3] + (t0 + j + k) * 32 + (j & 4) * 4);
+                            *(float4*)C_t = *(const float4*)(pbc[(j + k) & 3] + (t0 + j + k) * 32 + 16 - (j & 4) * 4);
+                            #pragma unroll
+                            for (int n = 0; n < 4; n++) {
+                                h[n] = fmaf(exp2_unit((k ? d.z : d.x) * decay[n]), h[n], (k ? d.w : d.y) * B_t[n]);
+                                sum[j + k] = n == 0 ? h[0] * C_t[0] : fmaf(h[n], C_t[n], sum[j + k]);
+                            }
+                        }
+                    }
+                    if (SBUF == 1 && t0 == 0 && i > 0) scan_wait(&sh.stored[0], (i - 1) & 1);
+                } else {
+                float a[8][4], v[8][4];
                 #pragma unroll
-                for (int j = 0; j < SCAN_STEPS; j++) {
-                    float2 d = (j & 1 ? dt_odd : dt_even)[(t0 + j) * SCAN_CHANNELS];
-                    const float* row = (j & 1 ? bc_odd : bc_even) + (t0 + j) * 32;
-                    float B_t[4], C_t[4];
-                    *(float4*)B_t = *(const float4*)row;
-                    *(float4*)C_t = *(const float4*)(row + 16);
+                for (int j = 0; j < 8; j += 2) {
+                    float4 d = *(const float4*)(pdt + 2 * (t0 + j));
+                    *(float4*)v[j] = *(const float4*)(pbc[j & 3] + (t0 + j) * 32 + (j & 4) * 4);
+                    *(float4*)v[j + 1] = *(const float4*)(pbc[(j + 1) & 3] + (t0 + j + 1) * 32 + (j & 4) * 4);
                     #pragma unroll
                     for (int n = 0; n < 4; n++) {
-                        h[n] = fmaf(exp2_unit(d.x * decay[n]), h[n], d.y * B_t[n]);
-                        sum[j] = n == 0 ? h[0] * C_t[0] : fmaf(h[n], C_t[n], sum[j]);
+                        a[j][n] = exp2_now(d.x * decay[n]);
+                        a[j + 1][n] = exp2_now(d.z * decay[n]);
+                        v[j][n] *= d.y;
+                        v[j + 1][n] *= d.w;
                     }
                 }
+                if (i > 0 || t0 > 0 || slot > 0) {
+                    scan_wait(&sh.turn[w], parity);
+                    *(float4*)h = sh.carry[w][lane];
+                    parity ^= 1;
+                }
+                float first[4] = {h[0], h[1], h[2], h[3]};
                 #pragma unroll
-                for (int half = 4; half >= 2; half >>= 1) {    // keep one half, send the other half
-                    bool upper = half == 4 ? g & 2 : g & 1;
+                for (int j = 0; j < 8; j++) {
                     #pragma unroll
-                    for (int k = 0; k < half; k++) {
-                        float send = scan_select(upper, sum[k], sum[k + half]);
-                        float keep = scan_select(upper, sum[k + half], sum[k]);
-                        sum[k] = keep + __shfl_xor_sync(0xffffffffu, send, half == 4 ? 8 : 1);
-                    }
+                    for (int n = 0; n < 4; n++) h[n] = v[j][n] = fmaf(a[j][n], h[n], v[j][n]);
                 }
-                out0[t0 * SCAN_CHANNELS] = sum[0];
-                out1[t0 * SCAN_CHANNELS] = sum[1];
+                sh.carry[next_w][lane] = *(float4*)h;
+                __syncwarp();
+                if (lane == 0) scan_arrive(&sh.turn[next_w]);
+                if (t0 / 8 % 2 == 0 && left > t0 / SCAN_SAVED)
+                    scan_store_state(saved + t0 / SCAN_SAVED * next, first);
+                #pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float C_t[4];
+                    *(float4*)C_t = *(const float4*)(pbc[j & 3] + (t0 + j) * 32 + 16 - (j & 4) * 4);
+                    sum[j] = v[j][0] * C_t[0];
+                    #pragma unroll
+                    for (int n = 1; n < 4; n++) sum[j] = fmaf(v[j][n], C_t[n], sum[j]);
+                }
+                if (SBUF == 1 && t0 == 0 && i > 0) scan_wait(&sh.stored[0], (i - 1) & 1);
+                }
+                *(float4*)(ps + t0) = *(float4*)sum;
+                *(float4*)(ps + t0 + 4) = *(float4*)(sum + 4);
             }
-            saved += SCAN_TILE_STEPS / SCAN_SAVED * next;
-            left -= SCAN_TILE_STEPS / SCAN_SAVED;
+            saved += TOKENS / SCAN_SAVED * next;
+            left -= TOKENS / SCAN_SAVED;
+            __syncwarp();
+            if (lane == 0) scan_arrive(&sh.scanned[q]);
         }
-        if (hT) *(float4*)(hT + state) = make_float4(h[0], h[1], h[2], h[3]);
+        if (hT && slot == WAVE - 1) *(float4*)(hT + state) = make_float4(h[0], h[1], h[2], h[3]);
         return;
     }
 
-    // ---- element-wise: one vector per thread, token r of the tile, channels c..c+7
-    const int r = (threadIdx.x - SCAN_THREADS) >> 2, c = (threadIdx.x & 3) * 8;
-    float bias2[8], D[8];
+    // ---- element-wise: one row of 8 channels per thread, token r of the tile, channels c..c+7
+    enum { STEP = HELPERS / (CHANNELS / 8) };                  // tokens between two rows of a thread
+    const int v = threadIdx.x - SCAN_THREADS, r0 = v / (CHANNELS / 8), c = v % (CHANNELS / 8) * 8;
+    float bias[8], D[8];
     #pragma unroll
-    for (int k = 0; k < 8; k++) { bias2[k] = dt_bias[e0 + c + k] * SCAN_LOG2E; D[k] = Dskip[e0 + c + k]; }
-    // what the next load reads and the next store writes; both go forward one tile at a time
-    size_t load_t = r, store_t = r, row = b * T + r, at = row * E + e0 + c;
-    const bf16 *next_x = x + at, *next_dt = dt_raw + at, *next_z = z + row * ldz + e0 + c;
-    const bf16* next_bc = (c < 16 ? Bt + c : Ct + (c - 16)) + row * ldbc;
-    const int* next_doc = doc ? doc + row : NULL;
-    bf16 *next_y = y + at, *next_s = s ? s + at : NULL;
+    for (int k = 0; k < 8; k++) {
+        bias[k] = dt_bias[e0 + c + k] * (sizeof(X) == 2 ? SCAN_LOG2E : 1.0f);
+        D[k] = Dskip[e0 + c + k];
+    }
+    // what the next load reads and the next store writes; both go forward STEP tokens at a time
+    const size_t row = b * T + r0, at = row * E + e0 + c;
+    const X *next_x = x + at, *next_dt = dt_raw + at, *next_z = z + row * ldz + e0 + c;
+    // a thread also takes 8 WAVE of the 32 values of Bt_t, Ct_t
+    const int n0 = c * WAVE;
+    const X* next_bc = (n0 < 16 ? Bt + n0 : Ct + n0 - 16) + row * ldbc;
+    const int* next_doc = doc + row;
+    X *next_y = y + at, *next_s = s + at;
+    const int swizzle = (r0 & 7) * 4;
+    static_assert(STEP % 8 == 0, "");
 
-    auto load = [&](int slot) {
-        ScanForwardRaw& raw = sh.raw[slot];
-        bool inside = load_t < T;
-        scan_copy16(&raw.x[r][c], inside ? next_x : x, inside);
-        scan_copy16(&raw.dt[r][c], inside ? next_dt : dt_raw, inside);
-        scan_copy16(&raw.z[r][c], inside ? next_z : z, inside);
-        scan_copy16(&raw.bc[r][c], inside ? next_bc : Bt, inside);
-        if (doc && c < 16) {  // two threads: documents of t and of t-1 (0 for t = 0)
-            bool known = inside && (c == 0 || load_t > 0);
-            scan_copy4(&raw.doc[r][c >> 3], known ? next_doc - (c >> 3) : doc, known);
+    auto load = [&](int i) {
+        Tile& tile = sh.tile[i & 1];
+        #pragma unroll
+        for (int u = 0; u < ROWS; u++) {
+            const int r = r0 + u * STEP;
+            bool inside = i * TOKENS + r < (int)T;
+            scan_copy_row(&sh.raw[i & 3].x[u * STEP][8 * v], next_x, inside);
+            scan_copy_row(&sh.raw[i & 3].z[u * STEP][8 * v], next_z, inside);
+            scan_copy_row(&tile.dt[u * STEP][8 * v], next_dt, inside);
+            #pragma unroll
+            for (int k = 0; k < 8 * WAVE; k += 8)
+                scan_copy_row(&tile.raw_bc[r][n0 + k], next_bc + k + (k >= 16 ? Ct - Bt - 16 : 0), inside);
+            if (doc) {
+                scan_copy4(&tile.doc[0][u][v], next_doc, inside);
+                scan_copy4(&tile.doc[1][u][v], next_doc - 1, inside && (i > 0 || r > 0));
+            }
+            next_x += STEP * E;
+            next_dt += STEP * E;
+            next_z += STEP * ldz;
+            next_bc += STEP * ldbc;
+            next_doc += STEP;
         }
-        load_t += SCAN_TILE_STEPS;
-        next_x += SCAN_TILE_STEPS * E;
-        next_dt += SCAN_TILE_STEPS * E;
-        next_z += SCAN_TILE_STEPS * ldz;
-        next_bc += SCAN_TILE_STEPS * ldbc;
-        next_doc += SCAN_TILE_STEPS;
     };
-    auto prepare = [&](int slot, int i) {
-        ScanForwardRaw& raw = sh.raw[slot];
+    auto prepare = [&](int i) {
         const int q = i & 1;
-        float dt[8], dtx[8], bc[8];
-        bool inside = (size_t)i * SCAN_TILE_STEPS + r < T;
-        const ScanSpecial special(inside, doc && raw.doc[r][0] != raw.doc[r][1]);
-        scan_unpack8(dtx, &raw.x[r][c]);
-        scan_unpack8(dt, &raw.dt[r][c]);
+        Tile& tile = sh.tile[q];
         #pragma unroll
-        for (int k = 0; k < 8; k++) {
-            dt[k] = scan_softplus_fast(fmaf(dt[k], SCAN_LOG2E, bias2[k]));
-            dtx[k] *= dt[k];                                   // x beyond T is 0
-            dt[k] = special(dt[k]);
+        for (int u = 0; u < ROWS; u++) {
+            const int r = r0 + u * STEP;
+            float dt[8], dtx[8], bc[8];
+            scan_load_row(dtx, &sh.raw[i & 3].x[u * STEP][8 * v]);
+            scan_load_row(dt, &tile.dt[u * STEP][8 * v]);
+            #pragma unroll
+            for (int k = 0; k < 8; k++) {
+                dt[k] = scan_dt<X>(dt[k], bias[k]);
+                dtx[k] *= dt[k];                                   // x beyond T is 0
+            }
+            bool inside = i * TOKENS + r < (int)T, resets = doc && tile.doc[0][u][v] != tile.doc[1][u][v];
+            #pragma unroll
+            for (int k = 0; k < 8; k++)
+                if (!inside || resets) dt[k] = inside ? SCAN_RESET : 0.0f;
+            float* pdt = &tile.dt_dtx[c * DT_ROW + c / 8 * GAP + 2 * r];
+            #pragma unroll
+            for (int k = 0; k < 8; k++) *(float2*)(pdt + k * DT_ROW) = make_float2(dt[k], dtx[k]);
+            #pragma unroll
+            for (int k = 0; k < 8 * WAVE; k += 8) {
+                scan_load_row(bc, &tile.raw_bc[r][n0 + k]);
+                *(float4*)&tile.bc[r][(n0 + k) ^ swizzle] = *(float4*)bc;
+                *(float4*)&tile.bc[r][(n0 + k + 4) ^ swizzle] = *(float4*)(bc + 4);
+            }
         }
-        #pragma unroll
-        for (int k = 0; k < 8; k += 2)
-            sh.dt_dtx[q][r][sh.pair(r, (c + k) >> 1)] = make_float4(dt[k], dtx[k], dt[k + 1], dtx[k + 1]);
-        scan_unpack8(bc, &raw.bc[r][c]);
-        *(float4*)&sh.bc[q][r][c ^ ((r & 1) * 4)] = *(float4*)bc;
-        *(float4*)&sh.bc[q][r][(c + 4) ^ ((r & 1) * 4)] = *(float4*)(bc + 4);
+        __syncwarp();
+        if (lane == 0) scan_arrive(&sh.ready[q]);
     };
-    auto store = [&](int slot, int i) {
-        const ScanForwardRaw& raw = sh.raw[slot];
-        const int swizzled = c ^ ((r & 7) * 4);
-        float x_t[8], z_t[8], s_t[8];
-        scan_unpack8(x_t, &raw.x[r][c]);
-        scan_unpack8(z_t, &raw.z[r][c]);
-        *(float4*)s_t = *(float4*)&sh.s[i & 1][r][swizzled];
-        *(float4*)(s_t + 4) = *(float4*)&sh.s[i & 1][r][swizzled ^ 4];
+    auto store = [&](int i) {
         #pragma unroll
-        for (int k = 0; k < 8; k++) {                          // silu(z) = z/2 (1 + tanh(z/2))
-            float half = 0.5f * z_t[k];
-            s_t[k] = fmaf(D[k], x_t[k], s_t[k]);
-            z_t[k] = s_t[k] * fmaf(half, scan_tanh(half), half);
+        for (int u = 0; u < ROWS; u++) {
+            const int r = r0 + u * STEP;
+            float x_t[8], y_t[8], s_t[8];
+            scan_load_row(x_t, &sh.raw[i & 3].x[u * STEP][8 * v]);
+            scan_load_row(y_t, &sh.raw[i & 3].z[u * STEP][8 * v]);
+            const float* ps = &sh.s[SBUF == 2 ? i & 1 : 0][c * S_ROW + c / 8 * GAP + r];
+            #pragma unroll
+            for (int k = 0; k < 8; k++) {                          // silu(z) = z/2 (1 + tanh(z/2))
+                float sum = (ps[k * S_ROW] + ps[k * S_ROW + S_PART]) + (ps[k * S_ROW + 2 * S_PART] + ps[k * S_ROW + 3 * S_PART]);
+                s_t[k] = fmaf(D[k], x_t[k], sum);
+                y_t[k] = s_t[k] * scan_silu<X>(y_t[k]);
+            }
+            if (i * TOKENS + r < (int)T) {
+                if (s) scan_store_row(next_s, s_t);
+                scan_store_row(next_y, y_t);
+            }
+            next_s += STEP * E;
+            next_y += STEP * E;
         }
-        if (store_t < T) {
-            if (s) scan_store16(next_s, scan_pack8(s_t));
-            scan_store16(next_y, scan_pack8(z_t));
+        if (SBUF == 1) {
+            __syncwarp();
+            if (lane == 0) scan_arrive(&sh.stored[0]);
         }
-        store_t += SCAN_TILE_STEPS;
-        next_s += SCAN_TILE_STEPS * E;
-        next_y += SCAN_TILE_STEPS * E;
     };
     load(0);
     copy_async_commit();
     if (tiles > 1) load(1);
     copy_async_commit();
     copy_async_wait(1);
-    __syncwarp();
-    prepare(0, 0);
-    int slot = 0;                                              // where raw tile i is
+    prepare(0);
+    if (tiles > 2) load(2);
+    copy_async_commit();
     #pragma unroll 1
-    for (int i = 0; i <= tiles; i++) {
-        int before = slot == 0 ? 2 : slot - 1, after = slot == 2 ? 0 : slot + 1;
-        copy_async_wait(0);
-        __syncthreads();                                       // sums of tile i-1 are ready
-        if (i > 0) store(before, i - 1);
-        if (i + 2 < tiles) load(before);                       // tile i+2 takes the place of tile i-1
+    for (int i = 0; i < tiles; i++) {
+        copy_async_wait(1);
+        if (i + 1 < tiles) prepare(i + 1);
+        if (i + 3 < tiles) load(i + 3);
         copy_async_commit();
-        if (i + 1 < tiles) prepare(after, i + 1);
-        slot = after;
+        scan_wait(&sh.scanned[i & 1], (i >> 1) & 1);
+        store(i);
     }
 }
 
@@ -2654,17 +2794,17 @@ static inline size_t scan_shared_bytes(size_t N, size_t tiles, size_t state_arra
     return tiles * sizeof(ScanTile) + (rows + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
 }
 
-static inline void scan_launch_forward_fast(bf16* y, bf16* s, bf16* hs, float* hT,
-                                            const bf16* x, const bf16* dt_raw, const float* dt_bias,
-                                            const float* A_log, const bf16* Bt, const bf16* Ct,
-                                            size_t ldbc, const float* Dskip, const bf16* z, size_t ldz,
-                                            const float* h0, const int* doc, size_t B, size_t T, size_t E,
-                                            cudaStream_t stream) {
-    auto kernel = selective_scan_forward_fast_kernel;
-    scan_allow_shared(kernel, sizeof(ScanForwardShared));
-    kernel<<<dim3((unsigned)scan_blocks_cuda(E), (unsigned)B), SCAN_THREADS + SCAN_VECTORS,
-             sizeof(ScanForwardShared), stream>>>(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc,
-                                                  Dskip, z, ldz, h0, doc, T, E);
+template <typename X, int WAVE, int TOKENS, int HELPERS, int SBUF, int UNROLL, int FLAGS = 0>
+static inline void scan_launch_forward_fast(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
+                                            const float* dt_bias, const float* A_log, const X* Bt,
+                                            const X* Ct, size_t ldbc, const float* Dskip, const X* z,
+                                            size_t ldz, const float* h0, const int* doc, size_t B, size_t T,
+                                            size_t E, cudaStream_t stream) {
+    typedef ScanForwardShared<X, WAVE, TOKENS, HELPERS, SBUF> Shared;
+    auto kernel = selective_scan_forward_fast_kernel<X, WAVE, TOKENS, HELPERS, SBUF, UNROLL, FLAGS>;
+    scan_allow_shared(kernel, sizeof(Shared));
+    kernel<<<(unsigned)(B * (E / Shared::Tile::CHANNELS)), SCAN_THREADS + Shared::Tile::HELPERS, sizeof(Shared), stream>>>(
+        y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E);
     cudaCheck(cudaGetLastError());
 }
 static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, size_t lddz,
@@ -2691,10 +2831,6 @@ static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, 
     cudaCheck(cudaGetLastError());
 }
 // never called: scan_is_fast is false for float
-static inline void scan_launch_forward_fast(float*, float*, float*, float*, const float*, const float*,
-                                            const float*, const float*, const float*, const float*, size_t,
-                                            const float*, const float*, size_t, const float*, const int*,
-                                            size_t, size_t, size_t, cudaStream_t) {}
 static inline void scan_launch_backward_fast(float*, float*, float*, size_t, float*, float*, float*, float*,
                                              float*, float*, size_t, float*, const float*, const float*,
                                              const float*, const float*, const float*, const float*,
@@ -2713,14 +2849,13 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
                                  cudaStream_t stream) {
     if (scan_is_fast(x, Bt, Ct, ldbc, z, ldz, B, T, E, N) && scan_aligned(y, E) && scan_aligned(s, E) &&
         scan_aligned(hs, E) && scan_aligned(hT, E) && scan_aligned(dt_raw, E)) {
-        scan_launch_forward_fast(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0,
+        scan_launch_forward_fast<X, 1, 32, 128, 1, 4>(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0,
                                  doc, B, T, E, stream);
         return;
     }
     size_t bytes = scan_shared_bytes(N, 1, 2);
     scan_allow_shared(selective_scan_forward_kernel<X>, bytes);
-    dim3 grid((unsigned)scan_blocks_cuda(E), (unsigned)B);
-    selective_scan_forward_kernel<X><<<grid, SCAN_THREADS, bytes, stream>>>(
+    selective_scan_forward_kernel<X><<<(unsigned)(scan_blocks_cuda(E) * B), SCAN_THREADS, bytes, stream>>>(
         y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, N);
     cudaCheck(cudaGetLastError());
 }
