@@ -1585,9 +1585,23 @@ size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N) {
     return B * scan_states_cuda(T) * E * N;
 }
 
-// floats of backward's scratch: dBt and dCt of every block, then dA_log, dDskip, ddt_bias of every sequence
+// Where the channels of all sequences are too few blocks to fill the chip, the fast backward cuts time into
+// segments as well: as many as make SCAN_FILL blocks (three on each of the 132 processors of an H100 or H200),
+// but none shorter than SCAN_SEGMENT tokens. Every segment costs a second, cheaper look at its tokens.
+enum { SCAN_FILL = 396, SCAN_SEGMENT = 256 };
+static inline size_t scan_segments_cuda(size_t B, size_t T, size_t E) {
+    size_t tiles = scan_padded_cuda(T) / 32, segments = SCAN_FILL / (B * scan_blocks_cuda(E));
+    if (segments > T / SCAN_SEGMENT) segments = T / SCAN_SEGMENT;
+    if (segments < 2) return 1;
+    size_t each = (tiles + segments - 1) / segments;           // the same number of tiles for all but the last
+    return (tiles + each - 1) / each;
+}
+
+// floats of backward's scratch: dBt and dCt of every block; dA_log, dDskip, ddt_bias of every sequence and
+// segment, and what a segment hands to the one before
 size_t selective_scan_scratch_cuda(size_t B, size_t T, size_t E, size_t N) {
-    return scan_blocks_cuda(E) * B * scan_padded_cuda(T) * 2 * N + B * E * (N + 2);
+    size_t segments = scan_segments_cuda(B, T, E);
+    return scan_blocks_cuda(E) * B * scan_padded_cuda(T) * 2 * N + segments * B * E * (2 * N + 3);
 }
 
 // --- small pieces -------------------------------------------------------------------------------------
@@ -1621,24 +1635,6 @@ __device__ __forceinline__ bool scan_resets_cuda(const int* doc, size_t b, size_
     return doc && doc[b * T + t] != (t == 0 ? 0 : doc[b * T + t - 1]);
 }
 
-// scan_sum_lanes: v[i] of all 32 lanes are summed, and lane i returns the sum of v[i]. In every round a lane
-// keeps the half of the values whose index agrees with its own number in one bit and sends the other half to
-// the lane that needs it (__shfl_xor_sync: lanes that differ in one bit exchange a register): 31 exchanges
-// instead of 5 for each of 32 values.
-__device__ __forceinline__ float scan_sum_lanes(float* v, int lane) {
-    #pragma unroll
-    for (int half = 16; half >= 1; half >>= 1) {
-        #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            if (i >= half) continue;                   // decided by the compiler: v must stay in registers
-            bool upper = lane & half;
-            float keep = upper ? v[i + half] : v[i], send = upper ? v[i] : v[i + half];
-            v[i] = keep + __shfl_xor_sync(0xffffffffu, send, half);
-        }
-    }
-    return v[0];
-}
-
 // --- general path -------------------------------------------------------------------------------------
 // A block has four warps (a warp is 32 threads, "lanes", that execute together). Lane l works on channel l of
 // the block; warp w on states 4w..4w+3 of a group of 16; larger N take several groups one after the other,
@@ -1651,7 +1647,7 @@ struct ScanTile {
     float decay_dt[SCAN_STEPS][SCAN_CHANNELS];    // the same, SCAN_RESET where a document begins
     float dtx[SCAN_STEPS][SCAN_CHANNELS];         // dt_t x_t
     float g[SCAN_STEPS][SCAN_CHANNELS];           // backward: gradient of s_t
-    float part[4][2][SCAN_STEPS][SCAN_CHANNELS];  // sums over the states of one warp: s_t, or backward's two
+    float part[4][2][SCAN_STEPS][SCAN_CHANNELS];  // sums over the states of one warp: s_t
 };
 
 // scan_load_element: dt, decay_dt and dtx of one token and channel; returns x
@@ -1760,9 +1756,32 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
     for (int n = w; hT && channel && n < (int)N; n += 4) hT[(b * E + e) * N + n] = h[n][lane];
 }
 
-// selective_scan_backward_kernel: from the last 8 tokens to the first. The states of 8 tokens are recomputed
+// ScanBackwardTile: 16 tokens, from one saved state to the next, in shared memory
+struct ScanBackwardTile {
+    float dt[SCAN_SAVED][SCAN_CHANNELS], decay_dt[SCAN_SAVED][SCAN_CHANNELS];      // as in ScanTile
+    float dtx[SCAN_SAVED][SCAN_CHANNELS], g[SCAN_SAVED][SCAN_CHANNELS];
+    float part[4][2][SCAN_SAVED][SCAN_CHANNELS];               // <lambda, Bt>, <lambda, A2 m> of every warp
+    float sum[4][16][36];                                      // scan_sum_channels of every warp
+};
+
+// scan_sum_channels: lanes 2i and 2i+1 return the sum of row[i] over all lanes, which have written
+// row[i][lane]. Two lanes share a row; rows of 36 spread these accesses over the banks of shared memory.
+__device__ __forceinline__ float scan_sum_channels(const float (*row)[36], int lane) {
+    __syncwarp();                                              // all have written
+    float sum[4];
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        float4 v = *(const float4*)&row[lane >> 1][16 * (lane & 1) + 4 * k];
+        sum[k] = (v.x + v.y) + (v.z + v.w);
+    }
+    float half = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    __syncwarp();                                              // all have read: rows may be written again
+    return half + __shfl_xor_sync(0xffffffffu, half, 1);
+}
+
+// selective_scan_backward_kernel: from the last 16 tokens to the first. The states of 8 tokens are recomputed
 // from the saved one, then lambda = dLoss/dh_t runs backward; `carry` is what a token hands to the previous.
-// A state is saved every 16 tokens: the way to the second 8 leads through the first 8.
+// The way to the second 8 tokens leads through the first 8.
 //   forward (F8) y = s silu(z)          (B2)  g = dy silu(z)          dz = dy s silu'(z)
 //   forward (F7) s = <Ct, h> + D x      (B4)  lambda = g Ct + carry   (B5) dCt = sum_e g h
 //                                       (B3)  dx = D g + ..           dDskip = sum g x
@@ -1773,27 +1792,28 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
 //   forward (F4) dt = softplus(p)       (B10) dp = ddt (1 - exp(-dt))       ddt_bias = sum dp
 // dBC_part (blocks, B, T, 2, N) and de_part (B, E, N + 2) hold the sums of this block: no other block adds to
 // them, selective_scan_reduce_kernel does, in a fixed order.
+//   shared memory behind the tile: bc (16,2,Np), carry, A2, dA (Np,32), Np = N rounded up to 16
 template <typename X>
-__global__ void __launch_bounds__(SCAN_THREADS)
+__global__ void __launch_bounds__(SCAN_THREADS, 3)
 selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, float* dh0, float* dBC_part,
                                float* de_part, const X* dy, const float* dhT, const X* hs, const X* s,
                                const X* x, const X* dt_raw, const float* dt_bias, const float* A_log,
                                const X* Bt, const X* Ct, size_t ldbc, const float* Dskip, const X* z,
                                size_t ldz, const int* doc, size_t T, size_t E, size_t N) {
     extern __shared__ __align__(128) char shared[];
-    ScanTile &tile = *(ScanTile*)shared, &before = *(&tile + 1);
+    ScanBackwardTile& tile = *(ScanBackwardTile*)shared;
     const int padded = (int)(N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
-    float *bc = (float*)(&before + 1), *bc_before = bc + SCAN_STEPS * 2 * padded;
-    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc_before + SCAN_STEPS * 2 * padded);
+    float* bc = (float*)(&tile + 1);
+    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc + SCAN_SAVED * 2 * padded);
     float (*A2)[SCAN_CHANNELS] = carry + padded;
     float (*dA)[SCAN_CHANNELS] = A2 + padded;
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
-    const size_t b = blockIdx.y, e = (size_t)blockIdx.x * SCAN_CHANNELS + lane, chunks = (T + 7) / SCAN_STEPS;
-    const size_t states = (chunks + 1) / 2;
+    const size_t blocks = (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS, b = blockIdx.x / blocks;
+    const size_t e = blockIdx.x % blocks * SCAN_CHANNELS + lane, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
     float dD = 0.0f, dbias = 0.0f;
-    dBC_part += (blockIdx.x * (size_t)gridDim.y + b) * T * 2 * N;
+    dBC_part += (blockIdx.x % blocks * (gridDim.x / blocks) + b) * T * 2 * N;
     de_part += (b * E + e) * (N + 2);
     for (int n = w; n < padded; n += 4) {
         bool inside = channel && n < (int)N;
@@ -1801,93 +1821,106 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
         carry[n][lane] = inside && dhT ? dhT[(b * E + e) * N + n] : 0.0f;
         dA[n][lane] = 0.0f;
     }
-    for (size_t chunk = chunks; chunk-- > 0;) {
-        const size_t t0 = chunk * SCAN_STEPS;
-        const bool second = chunk % 2;                         // no state was saved at t0
-        float x_t[2];
+    for (size_t state = states; state-- > 0;) {
+        const size_t t0 = state * SCAN_SAVED;
+        float x_t[4] = {0}, p[4] = {0}, z_t[4] = {0}, dy_t[4] = {0}, s_t[4] = {0};
         #pragma unroll
-        for (int k = 0; k < 2; k++) {  // undo the gate; y once more, for the next matmul's weight
-            int j = w + 4 * k;
-            size_t row = b * T + t0 + j;
-            float g = 0.0f;
-            x_t[k] = scan_load_element(tile, x, dt_raw, bias, doc, j, lane, b, t0 + j, e, T, E);
-            if (channel && t0 + j < T) {
-                float z_t = to_float(z[row * ldz + e]), sigma = 1.0f / (1.0f + expf(-z_t)),
-                      silu = z_t * sigma;
-                float dy_t = to_float(dy[row * E + e]), s_t = to_float(s[row * E + e]);
-                g = dy_t * silu;
-                scan_store(dz + row * lddz + e, dy_t * s_t * (sigma + silu * (1.0f - sigma)));
-                scan_store(y + row * E + e, s_t * silu);
-            }
-            tile.g[j][lane] = g;
-            if (second)
-                scan_load_element(before, x, dt_raw, bias, doc, j, lane, b, t0 - SCAN_STEPS + j, e, T, E);
+        for (int k = 0; k < 4; k++) {                          // all loads first: they are under way together
+            size_t t = t0 + w + 4 * k, row = b * T + t;
+            if (!channel || t >= T) continue;
+            x_t[k] = to_float(x[row * E + e]);
+            p[k] = to_float(dt_raw[row * E + e]);
+            z_t[k] = to_float(z[row * ldz + e]);
+            dy_t[k] = to_float(dy[row * E + e]);
+            s_t[k] = to_float(s[row * E + e]);
         }
         scan_load_bc(bc, Bt, Ct, ldbc, b, t0, T, N, padded);
-        if (second) scan_load_bc(bc_before, Bt, Ct, ldbc, b, t0 - SCAN_STEPS, T, N, padded);
-        __syncthreads();
-        float q[SCAN_STEPS] = {0}, r[SCAN_STEPS] = {0};                  // <lambda, Bt>, <lambda, A2 m>
-        for (int n0 = 4 * w; n0 < padded; n0 += SCAN_GROUP) {
-            float h[4], lambda[4], decay[4], dA_n[4], a[SCAN_STEPS][4], m[SCAN_STEPS][4], v[32];
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                bool inside = channel && n0 + k < (int)N;
-                h[k] = inside ? to_float(hs[((b * states + chunk / 2) * E + e) * N + n0 + k]) : 0.0f;
-                lambda[k] = carry[n0 + k][lane];
-                decay[k] = A2[n0 + k][lane];
-                dA_n[k] = dA[n0 + k][lane];
+        scan_load_bc(bc + SCAN_STEPS * 2 * padded, Bt, Ct, ldbc, b, t0 + SCAN_STEPS, T, N, padded);
+        #pragma unroll
+        for (int k = 0; k < 4; k++) {  // undo the gate; y once more, for the next matmul's weight
+            int j = w + 4 * k;
+            size_t row = b * T + t0 + j;
+            bool inside = channel && t0 + j < T;
+            float dt = inside ? scan_softplus(p[k] + bias) : 0.0f;
+            float sigma = 1.0f / (1.0f + expf(-z_t[k])), silu = z_t[k] * sigma;
+            if (inside) {
+                scan_store(dz + row * lddz + e, dy_t[k] * s_t[k] * (sigma + silu * (1.0f - sigma)));
+                scan_store(y + row * E + e, s_t[k] * silu);
             }
-            #pragma unroll
-            for (int j = 0; second && j < SCAN_STEPS; j++) {
-                const float* B_t = bc_before + j * 2 * padded + n0;
-                float dt = before.decay_dt[j][lane], dtx = before.dtx[j][lane];
+            tile.dt[j][lane] = dt;
+            tile.decay_dt[j][lane] = inside && scan_resets_cuda(doc, b, t0 + j, T) ? SCAN_RESET : dt;
+            tile.dtx[j][lane] = dt * x_t[k];
+            tile.g[j][lane] = dy_t[k] * silu;
+        }
+        __syncthreads();
+        #pragma unroll 1
+        for (int j0 = SCAN_STEPS; j0 >= 0; j0 -= SCAN_STEPS) {
+            float q[SCAN_STEPS] = {0}, r[SCAN_STEPS] = {0};              // <lambda, Bt>, <lambda, A2 m>
+            for (int n0 = 4 * w; n0 < padded; n0 += SCAN_GROUP) {
+                float h[4], lambda[4], decay[4], dA_n[4], a[SCAN_STEPS][4], m[SCAN_STEPS][4];
+                // lanes 2i, 2i+1 get the sums over channels for state i % 4 of token i / 4 of 4 tokens
+                const size_t t = t0 + j0 + (lane >> 3), n = (size_t)(n0 + (lane >> 1) % 4);
+                const bool store = n < N && lane % 2 == 0;
                 #pragma unroll
-                for (int k = 0; k < 4; k++) h[k] = fmaf(exp2_unit(dt * decay[k]), h[k], dtx * B_t[k]);
+                for (int k = 0; k < 4; k++) {
+                    bool inside = channel && n0 + k < (int)N;
+                    h[k] = inside ? to_float(hs[((b * states + state) * E + e) * N + n0 + k]) : 0.0f;
+                    lambda[k] = carry[n0 + k][lane];
+                    decay[k] = A2[n0 + k][lane];
+                    dA_n[k] = dA[n0 + k][lane];
+                }
+                for (int j = 0; j < j0; j++) {                 // to the state before token j0
+                    const float* B_t = bc + j * 2 * padded + n0;
+                    float dt = tile.decay_dt[j][lane], dtx = tile.dtx[j][lane];
+                    #pragma unroll
+                    for (int k = 0; k < 4; k++) h[k] = fmaf(exp2_unit(dt * decay[k]), h[k], dtx * B_t[k]);
+                }
+                #pragma unroll
+                for (int j = 0; j < SCAN_STEPS; j++) {
+                    const float* B_t = bc + (j0 + j) * 2 * padded + n0;
+                    float dt = tile.decay_dt[j0 + j][lane], dtx = tile.dtx[j0 + j][lane];
+                    float g = tile.g[j0 + j][lane];
+                    #pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        a[j][k] = exp2_unit(dt * decay[k]);
+                        m[j][k] = a[j][k] * h[k];
+                        h[k] = fmaf(dtx, B_t[k], m[j][k]);
+                        tile.sum[w][4 * (j % 4) + k][lane] = g * h[k];
+                    }
+                    if (j % 4 < 3) continue;
+                    float dC = scan_sum_channels(tile.sum[w], lane);
+                    if (store && t + j - 3 < T) dBC_part[((t + j - 3) * 2 + 1) * N + n] = dC;
+                }
+                #pragma unroll
+                for (int j = SCAN_STEPS - 1; j >= 0; j--) {
+                    const float *B_t = bc + (j0 + j) * 2 * padded + n0, *C_t = B_t + padded;
+                    float dt = tile.dt[j0 + j][lane], dtx = tile.dtx[j0 + j][lane], g = tile.g[j0 + j][lane];
+                    #pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        lambda[k] = fmaf(g, C_t[k], lambda[k]);
+                        float lambda_m = lambda[k] * m[j][k];
+                        tile.sum[w][4 * (j % 4) + k][lane] = lambda[k] * dtx;
+                        q[j] = fmaf(lambda[k], B_t[k], q[j]);
+                        r[j] = fmaf(lambda_m, decay[k], r[j]);
+                        dA_n[k] = fmaf(lambda_m, dt, dA_n[k]);
+                        lambda[k] *= a[j][k];
+                    }
+                    if (j % 4 > 0) continue;
+                    float dB = scan_sum_channels(tile.sum[w], lane);
+                    if (store && t + j < T) dBC_part[(t + j) * 2 * N + n] = dB;
+                }
+                #pragma unroll
+                for (int k = 0; k < 4; k++) { carry[n0 + k][lane] = lambda[k]; dA[n0 + k][lane] = dA_n[k]; }
             }
             #pragma unroll
             for (int j = 0; j < SCAN_STEPS; j++) {
-                const float* B_t = bc + j * 2 * padded + n0;
-                float dt = tile.decay_dt[j][lane], dtx = tile.dtx[j][lane], g = tile.g[j][lane];
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    a[j][k] = exp2_unit(dt * decay[k]);
-                    m[j][k] = a[j][k] * h[k];
-                    h[k] = fmaf(dtx, B_t[k], m[j][k]);
-                    v[4 * j + k] = g * h[k];
-                }
+                tile.part[w][0][j0 + j][lane] = q[j];
+                tile.part[w][1][j0 + j][lane] = r[j];
             }
-            // lane l gets the sum over channels for token l / 4, state l % 4
-            size_t t = t0 + lane / 4, n = (size_t)(n0 + lane % 4);
-            float dC = scan_sum_lanes(v, lane);
-            if (t < T && n < N) dBC_part[(t * 2 + 1) * N + n] = dC;
-            #pragma unroll
-            for (int j = SCAN_STEPS - 1; j >= 0; j--) {
-                const float *B_t = bc + j * 2 * padded + n0, *C_t = B_t + padded;
-                float dt = tile.dt[j][lane], dtx = tile.dtx[j][lane], g = tile.g[j][lane];
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    lambda[k] = fmaf(g, C_t[k], lambda[k]);
-                    float lambda_m = lambda[k] * m[j][k];
-                    v[4 * j + k] = lambda[k] * dtx;
-                    q[j] = fmaf(lambda[k], B_t[k], q[j]);
-                    r[j] = fmaf(lambda_m, decay[k], r[j]);
-                    dA_n[k] = fmaf(lambda_m, dt, dA_n[k]);
-                    lambda[k] *= a[j][k];
-                }
-            }
-            float dB = scan_sum_lanes(v, lane);
-            if (t < T && n < N) dBC_part[t * 2 * N + n] = dB;
-            #pragma unroll
-            for (int k = 0; k < 4; k++) { carry[n0 + k][lane] = lambda[k]; dA[n0 + k][lane] = dA_n[k]; }
-        }
-        #pragma unroll
-        for (int j = 0; j < SCAN_STEPS; j++) {
-            tile.part[w][0][j][lane] = q[j];
-            tile.part[w][1][j][lane] = r[j];
         }
         __syncthreads();
         #pragma unroll
-        for (int k = 0; k < 2; k++) {
+        for (int k = 0; k < 4; k++) {
             int j = w + 4 * k;
             size_t row = b * T + t0 + j;
             float dt = tile.dt[j][lane], g = tile.g[j][lane], q_t = 0.0f, r_t = 0.0f;
@@ -2417,24 +2450,29 @@ __device__ __forceinline__ void scan_store4(bf16* p, size_t i, float4 v) {
 //   dBt, dCt           sums over channels: the matrices of two steps are transposed and multiplied with a
 //                      one-hot column per step; 8 steps fill one D of 16 states x 8 steps
 //   <lambda, A m>      in the lane, then over the four lanes of the channel; lane q gets tokens 2q, 2q+1
-// P: type of the partial sums in dBC_part (blocks, B, T/32 tiles, 4 chunks, {dBt, dCt}, 32 lanes, 4).
+// One block per 32 channels, segment of time (`each` tiles) and sequence; lambda enters a segment as
+// selective_scan_carry_kernel says.
+// P: type of the partial sums in dBC_part (B, blocks, T/32 tiles, 4 chunks, {dBt, dCt}, 32 lanes, 4).
 template <typename P>
 __global__ void __launch_bounds__(SCAN_THREADS, 3)
     selective_scan_backward_fast_kernel(bf16* dx, bf16* ddt_raw, bf16* dz, uint32_t lddz,
                                         bf16* y, float* dh0, P* dBC_part, float* de_part,
+                                        const float* local, const float* dt_sum,
                                         const bf16* dy, const float* dhT, const bf16* hs,
                                         const bf16* s, const bf16* x, const bf16* dt_raw,
                                         const float* dt_bias, const float* A_log, const bf16* Bt,
                                         const bf16* Ct, uint32_t ldbc, const float* Dskip,
                                         const bf16* z, uint32_t ldz, const int* doc, uint32_t T,
-                                        uint32_t E) {
+                                        uint32_t E, uint32_t segments, uint32_t each) {
     extern __shared__ __align__(128) char shared[];
     ScanBackwardShared& sh = *(ScanBackwardShared*)shared;
     const int tid = threadIdx.x, lane = tid & 31, w = tid >> 5, g = lane >> 2, q = lane & 3, ch = w * 8 + g;
     const int r0 = tid >> 2, c0 = (tid & 3) * 8;  // element-wise work: token r0 of the tile, 8 channels
     const int s0 = scan_column(r0, c0);
-    const uint32_t e0 = blockIdx.x * SCAN_CHANNELS, b = blockIdx.y;
-    const int tiles = (int)((T + 31) / 32);
+    const uint32_t blocks = E / SCAN_CHANNELS, e0 = blockIdx.x % blocks * SCAN_CHANNELS;
+    const uint32_t segment = blockIdx.x / blocks % segments, b = blockIdx.x / blocks / segments;
+    const int tiles = (int)((T + 31) / 32), first = (int)(segment * each);      // tiles first..end-1 are ours
+    const int end = first + (int)each < tiles ? first + (int)each : tiles;
     const int column = scan_column(2 * q, ch);                 // of tokens 2q, 2q+1 of a chunk
     const bool odd = q & 1;
     const bool mine[4] = {g >> 1 == 0, g >> 1 == 1, g >> 1 == 2, g >> 1 == 3};  // one-hot columns of dBt, dCt
@@ -2445,6 +2483,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
     for (int n = 0; n < 4; n++) {
         decay[n] = scan_decay(A_log[(size_t)(e0 + ch) * 16 + 4 * q + n]);
         lambda[n] = dhT ? dhT[((size_t)b * E + e0 + ch) * 16 + 4 * q + n] : 0.0f;
+    }
+    for (uint32_t i = segments - 1; i > segment; i--) {        // what the segments to the right make of it
+        size_t at = ((size_t)b * segments + i) * E + e0 + ch;
+        #pragma unroll
+        for (int n = 0; n < 4; n++)
+            lambda[n] = fmaf(exp2_unit(dt_sum[at] * decay[n]), lambda[n], local[at * 16 + 4 * q + n]);
     }
     if (tid < SCAN_CHANNELS) sh.bias2[tid] = dt_bias[e0 + tid] * SCAN_LOG2E;
 
@@ -2528,7 +2572,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             scan_store16(dx + at, *(const uint4*)&chunk.dtx16[r0 & 7][s0]);
             scan_store16(ddt_raw + at, *(const uint4*)&chunk.g16[r0 & 7][s0]);
         }
-        size_t out = (((size_t)blockIdx.x * gridDim.y + b) * tiles + i) * 256;
+        size_t out = (((size_t)b * blocks + e0 / SCAN_CHANNELS) * tiles + i) * 256;
         #pragma unroll
         for (int k = 0; k < 2; k++) {
             int v = tid + k * SCAN_THREADS;
@@ -2543,15 +2587,15 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
         }
     };
 
-    load(tiles - 1);
+    load(end - 1);
     #pragma unroll 1
-    for (int i = tiles - 1; i >= 0; i--) {
+    for (int i = end - 1; i >= first; i--) {
         copy_async_wait(0);
         __syncthreads();                                       // tile i+1 is done, raw tile i has arrived
-        if (i < tiles - 1) finish(i + 1);
+        if (i < end - 1) finish(i + 1);
         prepare(i);
         __syncthreads();
-        if (i > 0) load(i - 1);
+        if (i > first) load(i - 1);
         #pragma unroll 1
         for (int k = 3; k >= 0; k--) {
             ScanBackwardChunk& chunk = sh.chunk[k];
@@ -2688,10 +2732,11 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
         }
     }
     __syncthreads();
-    finish(0);
-    const size_t channel = (size_t)b * E + e0 + ch;
-    if (dh0) *(float4*)(dh0 + channel * 16 + 4 * q) = make_float4(lambda[0], lambda[1], lambda[2], lambda[3]);
-    float* de = de_part + channel * 18;
+    finish(first);
+    if (dh0 && segment == 0)
+        *(float4*)(dh0 + ((size_t)b * E + e0 + ch) * 16 + 4 * q) =
+            make_float4(lambda[0], lambda[1], lambda[2], lambda[3]);
+    float* de = de_part + (((size_t)b * segments + segment) * E + e0 + ch) * 18;
     #pragma unroll
     for (int n = 0; n < 4; n++) de[4 * q + n] = dA[n] * decay[n] * SCAN_LN2;        // dA_log = dA A
     #pragma unroll
@@ -2700,6 +2745,85 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
         dbias += __shfl_xor_sync(0xffffffffu, dbias, k);
     }
     if (q == 0) { de[16] = dD; de[17] = dbias; }
+}
+
+// selective_scan_carry_kernel: what a segment of time hands to the token before it. Backward is linear in what
+// enters from the right, (B9) carry_{t-1} = a_t (g_t Ct_t + carry_t), so that for a whole segment
+//   carry out = local + exp(A sum dt) carry in
+// local (B, segments, E, 16): carry out if nothing enters; dt_sum (B, segments, E). Segment 0 is not needed.
+// Thread: states 4k..4k+3 of one channel; element-wise: token r of the tile, 8 channels.
+__global__ void __launch_bounds__(SCAN_THREADS)
+selective_scan_carry_kernel(float* local, float* dt_sum, const bf16* dy, const bf16* dt_raw,
+                            const float* dt_bias, const float* A_log, const bf16* Ct, uint32_t ldbc,
+                            const bf16* z, uint32_t ldz, const int* doc, uint32_t T, uint32_t E,
+                            uint32_t segments, uint32_t each) {
+    __shared__ float4 dt_g[32][16];                            // (dt, g) of two channels, at pair()
+    __shared__ float C[32][16];
+    auto pair = [](int t, int c) { return c ^ ((c >> 3) | ((t & 1) << 1)); };      // against bank conflicts
+    const int lane = threadIdx.x & 31, r = threadIdx.x >> 2, c0 = (threadIdx.x & 3) * 8;
+    // lanes of one channel: 0, 1, 8, 9 apart, as in the forward kernel
+    const int k = (lane & 1) | ((lane >> 2) & 2), ch = (threadIdx.x >> 5) * 8 + (((lane >> 1) & 3) | ((lane >> 2) & 4));
+    const uint32_t blocks = E / SCAN_CHANNELS, e0 = blockIdx.x % blocks * SCAN_CHANNELS;
+    const uint32_t segment = 1 + blockIdx.x / blocks % (segments - 1), b = blockIdx.x / blocks / (segments - 1);
+    const int tiles = (int)((T + 31) / 32), first = (int)(segment * each);
+    const int end = first + (int)each < tiles ? first + (int)each : tiles;
+    float decay[4], carry[4] = {0, 0, 0, 0}, sum = 0.0f, bias2[8];
+    #pragma unroll
+    for (int n = 0; n < 4; n++) decay[n] = scan_decay(A_log[(size_t)(e0 + ch) * 16 + 4 * k + n]);
+    #pragma unroll
+    for (int n = 0; n < 8; n++) bias2[n] = dt_bias[e0 + c0 + n] * SCAN_LOG2E;
+
+    uint4 next_dt, next_z, next_dy, next_C;                    // the tile to come
+    bool reset, inside;
+    auto load = [&](int i) {
+        const uint32_t t = i * 32 + r;
+        inside = t < T;
+        const size_t row = (size_t)b * T + (inside ? t : 0), at = row * E + e0 + c0;
+        next_dt = *(const uint4*)(dt_raw + at);
+        next_z = *(const uint4*)(z + row * ldz + e0 + c0);
+        next_dy = *(const uint4*)(dy + at);
+        if (c0 < 16) next_C = *(const uint4*)(Ct + row * ldbc + c0);
+        reset = inside && scan_resets_cuda(doc, b, t, T);
+    };
+    load(end - 1);
+    #pragma unroll 1
+    for (int i = end - 1; i >= first; i--) {
+        float dt[8], z_t[8], g[8], C_t[8];
+        const ScanSpecial special(inside, reset);
+        scan_unpack8(dt, &next_dt);
+        scan_unpack8(z_t, &next_z);
+        scan_unpack8(g, &next_dy);
+        #pragma unroll
+        for (int n = 0; n < 8; n++) {
+            float half = 0.5f * z_t[n];
+            g[n] *= inside ? fmaf(half, scan_tanh(half), half) : 0.0f;
+            dt[n] = special(scan_softplus_fast(fmaf(dt[n], SCAN_LOG2E, bias2[n])));
+        }
+        __syncthreads();                                       // nobody reads the tile before any more
+        #pragma unroll
+        for (int n = 0; n < 8; n += 2)
+            dt_g[r][pair(r, (c0 + n) >> 1)] = make_float4(dt[n], g[n], dt[n + 1], g[n + 1]);
+        if (c0 < 16) {
+            scan_unpack8(C_t, &next_C);
+            *(float4*)&C[r][c0] = *(float4*)C_t;
+            *(float4*)&C[r][c0 + 4] = *(float4*)(C_t + 4);
+        }
+        __syncthreads();
+        if (i > first) load(i - 1);
+        const float2* even = (const float2*)&dt_g[0][pair(0, ch >> 1)] + (ch & 1);
+        const float2* odd = (const float2*)&dt_g[0][pair(1, ch >> 1)] + (ch & 1);
+        #pragma unroll
+        for (int j = 31; j >= 0; j--) {
+            float2 d = (j & 1 ? odd : even)[j * SCAN_CHANNELS];
+            *(float4*)C_t = *(const float4*)&C[j][4 * k];
+            #pragma unroll
+            for (int n = 0; n < 4; n++) carry[n] = exp2_unit(d.x * decay[n]) * fmaf(d.y, C_t[n], carry[n]);
+            sum += d.x;
+        }
+    }
+    const size_t at = ((size_t)b * segments + segment) * E + e0 + ch;
+    *(float4*)(local + at * 16 + 4 * k) = make_float4(carry[0], carry[1], carry[2], carry[3]);
+    if (k == 0) dt_sum[at] = sum;
 }
 
 // sums of eight partial values at p[i]: one or two 16-byte loads
@@ -2721,14 +2845,14 @@ template <typename P>
 __global__ void __launch_bounds__(256)
     selective_scan_reduce_fast_kernel(float* dA_log, float* dDskip, float* ddt_bias, bf16* dBt,
                                       bf16* dCt, size_t lddbc, const P* dBC_part, const float* de_part,
-                                      int blocks, uint32_t B, uint32_t T, uint32_t E) {
+                                      int blocks, uint32_t B, uint32_t T, uint32_t E, uint32_t segments) {
     __shared__ float part[3][8][64];
-    const size_t tiles = (T + 31) / 32, count = B * tiles * 128, groups = count / 64;
+    const size_t tiles = (T + 31) / 32, count = tiles * 128, groups = B * tiles * 2;
     if (blockIdx.x >= groups) {                                // dA_log, dDskip, ddt_bias
         size_t i = (blockIdx.x - groups) * 256 + threadIdx.x;
         if (i >= (size_t)E * 18) return;
         float sum = 0.0f;
-        for (size_t b = 0; b < B; b++) sum += de_part[b * E * 18 + i];
+        for (size_t b = 0; b < (size_t)B * segments; b++) sum += de_part[b * E * 18 + i];
         size_t e = i / 18, n = i % 18;
         if (n < 16) dA_log[e * 16 + n] += sum;
         else if (n == 16) dDskip[e] += sum;
@@ -2736,10 +2860,10 @@ __global__ void __launch_bounds__(256)
         return;
     }
     const int v = threadIdx.x & 63, quarter = threadIdx.x >> 6;
-    const size_t i = (size_t)blockIdx.x * 64 + v;
+    const size_t i = (size_t)blockIdx.x * 64 + v, b = i / count;
     float sum[8] = {0};
     #pragma unroll 12
-    for (int k = quarter; k < blocks; k += 4) scan_add8(sum, dBC_part, k * count + i);
+    for (int k = quarter; k < blocks; k += 4) scan_add8(sum, dBC_part, (b * (blocks - 1) + k) * count + i);
     if (quarter > 0) {
         #pragma unroll
         for (int k = 0; k < 8; k++) part[quarter - 1][k][v] = sum[k];
@@ -2752,7 +2876,7 @@ __global__ void __launch_bounds__(256)
     for (int half = 0; half < 2; half++) {  // lane (g, q): states n, n + 2 of tokens t, t + 1
         const size_t j = 2 * i + half;
         const int lane = j & 31, g = lane >> 2, n = 4 * (g >> 1) + (g & 1);
-        const size_t chunk = j >> 6, b = chunk / (4 * tiles), t = chunk % (4 * tiles) * 8 + 2 * (lane & 3);
+        const size_t t = (j >> 6) % (4 * tiles) * 8 + 2 * (lane & 3);
         bf16* row = ((j >> 5) & 1 ? dCt : dBt) + (b * T + t) * lddbc + n;
         const float* d = sum + 4 * half;
         if (t < T) { scan_store(row, d[0]); scan_store(row + 2, d[2]); }
@@ -2789,9 +2913,9 @@ const char* selective_scan_path_cuda(const X* x, const X* Bt, const X* Ct, size_
 template <typename Kernel> static inline void scan_allow_shared(Kernel kernel, size_t bytes) {
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
-static inline size_t scan_shared_bytes(size_t N, size_t tiles, size_t state_arrays) {
-    size_t padded = (N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP, rows = tiles * 2 * SCAN_STEPS;
-    return tiles * sizeof(ScanTile) + (rows + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
+static inline size_t scan_shared_bytes(size_t tile_bytes, size_t steps, size_t N, size_t state_arrays) {
+    size_t padded = (N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
+    return tile_bytes + (2 * steps + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
 }
 
 template <typename X, int WAVE, int TOKENS, int HELPERS, int SBUF, int UNROLL, int FLAGS = 0>
@@ -2815,19 +2939,31 @@ static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, 
                                              const float* dt_bias, const float* A_log, const bf16* Bt,
                                              const bf16* Ct, size_t ldbc, const float* Dskip,
                                              const bf16* z, size_t ldz, const int* doc, float* scratch,
-                                             size_t B, size_t T, size_t E, cudaStream_t stream) {
+                                             size_t B, size_t T, size_t E, size_t segments,
+                                             cudaStream_t stream) {
     const size_t blocks = scan_blocks_cuda(E), tiles = scan_padded_cuda(T) / 32;
-    float* de_part = scratch + blocks * B * scan_padded_cuda(T) * 32;
+    const size_t each = (tiles + segments - 1) / segments;
+    float* local = scratch + blocks * B * scan_padded_cuda(T) * 32;        // 16-byte aligned
+    float* dt_sum = local + segments * B * E * 16;
+    float* de_part = dt_sum + segments * B * E;
     ScanPartial* dBC_part = (ScanPartial*)scratch;
     auto kernel = selective_scan_backward_fast_kernel<ScanPartial>;
     scan_allow_shared(kernel, sizeof(ScanBackwardShared));
-    kernel<<<dim3((unsigned)blocks, (unsigned)B), SCAN_THREADS, sizeof(ScanBackwardShared), stream>>>(
-        dx, ddt_raw, dz, (uint32_t)lddz, y, dh0, dBC_part, de_part, dy, dhT, hs, s, x, dt_raw, dt_bias, A_log,
-        Bt, Ct, (uint32_t)ldbc, Dskip, z, (uint32_t)ldz, doc, (uint32_t)T, (uint32_t)E);
+    if (segments > 1) {
+        selective_scan_carry_kernel<<<(unsigned)(blocks * (segments - 1) * B), SCAN_THREADS, 0, stream>>>(
+            local, dt_sum, dy, dt_raw, dt_bias, A_log, Ct, (uint32_t)ldbc, z, (uint32_t)ldz, doc, (uint32_t)T,
+            (uint32_t)E, (uint32_t)segments, (uint32_t)each);
+        cudaCheck(cudaGetLastError());
+    }
+    kernel<<<(unsigned)(blocks * segments * B), SCAN_THREADS, sizeof(ScanBackwardShared), stream>>>(
+        dx, ddt_raw, dz, (uint32_t)lddz, y, dh0, dBC_part, de_part, local, dt_sum, dy, dhT, hs, s, x, dt_raw,
+        dt_bias, A_log, Bt, Ct, (uint32_t)ldbc, Dskip, z, (uint32_t)ldz, doc, (uint32_t)T, (uint32_t)E,
+        (uint32_t)segments, (uint32_t)each);
     cudaCheck(cudaGetLastError());
     unsigned grid = (unsigned)(B * tiles * 2 + (E * 18 + 255) / 256);
     selective_scan_reduce_fast_kernel<<<grid, 256, 0, stream>>>(dA_log, dDskip, ddt_bias, dBt, dCt, lddbc,
-        (const ScanPartial*)dBC_part, de_part, (int)blocks, (uint32_t)B, (uint32_t)T, (uint32_t)E);
+        (const ScanPartial*)dBC_part, de_part, (int)blocks, (uint32_t)B, (uint32_t)T, (uint32_t)E,
+        (uint32_t)segments);
     cudaCheck(cudaGetLastError());
 }
 // never called: scan_is_fast is false for float
@@ -2836,7 +2972,7 @@ static inline void scan_launch_backward_fast(float*, float*, float*, size_t, flo
                                              const float*, const float*, const float*, const float*,
                                              const float*, const float*, const float*, const float*, size_t,
                                              const float*, const float*, size_t, const int*, float*, size_t,
-                                             size_t, size_t, cudaStream_t) {}
+                                             size_t, size_t, size_t, cudaStream_t) {}
 
 // selective_scan_forward_cuda: formulas at the top of this section.
 //   y (B,T,E) written   s (B,T,E), hs selective_scan_saved_cuda() elements: for backward, NULL in inference
@@ -2853,7 +2989,7 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
                                  doc, B, T, E, stream);
         return;
     }
-    size_t bytes = scan_shared_bytes(N, 1, 2);
+    size_t bytes = scan_shared_bytes(sizeof(ScanTile), SCAN_STEPS, N, 2);
     scan_allow_shared(selective_scan_forward_kernel<X>, bytes);
     selective_scan_forward_kernel<X><<<(unsigned)(scan_blocks_cuda(E) * B), SCAN_THREADS, bytes, stream>>>(
         y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, N);
@@ -2878,13 +3014,13 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
         scan_aligned(scratch, E)) {
         scan_launch_backward_fast(dx, ddt_raw, dz, lddz, y, dA_log, dDskip, ddt_bias, dBt, dCt, lddbc, dh0,
                                   dy, dhT, hs, s, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, doc,
-                                  scratch, B, T, E, stream);
+                                  scratch, B, T, E, scan_segments_cuda(B, T, E), stream);
         return;
     }
-    size_t bytes = scan_shared_bytes(N, 2, 3), blocks = scan_blocks_cuda(E);
+    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3), blocks = scan_blocks_cuda(E);
     float* de_part = scratch + blocks * B * T * 2 * N;
     scan_allow_shared(selective_scan_backward_kernel<X>, bytes);
-    selective_scan_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)B), SCAN_THREADS, bytes, stream>>>(
+    selective_scan_backward_kernel<X><<<(unsigned)(blocks * B), SCAN_THREADS, bytes, stream>>>(
         dx, ddt_raw, dz, lddz, y, dh0, scratch, de_part, dy, dhT, hs, s, x, dt_raw, dt_bias, A_log, Bt, Ct,
         ldbc, Dskip, z, ldz, doc, T, E, N);
     cudaCheck(cudaGetLastError());
