@@ -3358,7 +3358,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // and each begins before the one before it has ended: it loads its weights, which depend on nothing, into
 // registers, and then waits (programmatic dependent launch, from sm_90 on; without it they run in turn).
 
-enum { DECODE_WARPS = 8, DECODE_AHEAD = 6, DECODE_ROWS = 64 };   // DECODE_ROWS: the most sequences
+enum { DECODE_WARPS = 8, DECODE_ROWS = 64 };     // DECODE_ROWS: the most sequences
 
 // wait_for_previous: until all kernels before this one have ended and their results can be seen. allow_next:
 // the next kernel may start its preparations.
@@ -3428,14 +3428,16 @@ decode_linear_kernel(const DecodeLinear a) {
     extern __shared__ __align__(128) char shared[];
     bf16* normalized = (bf16*)shared;                        // NORM: (8, K + 32)
     __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8];
+    // AHEAD: chunks of weights in registers; with many sequences these are needed for the inputs
+    const int AHEAD = TILES == 8 ? 3 : 6;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
     const size_t o0 = (size_t)blockIdx.x * 16, K = a.K, ld_norm = K + 32;
     const int chunks = (int)(K / 32);
     size_t o_low = o0 + g < a.O ? o0 + g : a.O - 1, o_high = o0 + g + 8 < a.O ? o0 + g + 8 : a.O - 1;
     const bf16 *low = a.weight + o_low * K + 8 * q, *high = a.weight + o_high * K + 8 * q;
-    uint4 w_low[DECODE_AHEAD], w_high[DECODE_AHEAD];
+    uint4 w_low[AHEAD], w_high[AHEAD];
     #pragma unroll
-    for (int i = 0; i < DECODE_AHEAD; i++) {
+    for (int i = 0; i < AHEAD; i++) {
         int c = w + i * DECODE_WARPS;
         if (c >= chunks) break;
         w_low[i] = __ldg((const uint4*)(low + 32 * c));
@@ -3463,23 +3465,33 @@ decode_linear_kernel(const DecodeLinear a) {
         }
         __syncthreads();
     }
+    // the inputs of the sequence that this lane loads in each tile; beyond the last one the last again, what comes
+    // of it is not stored
+    const bf16* input[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        int n = 8 * t + g < a.rows ? 8 * t + g : a.rows - 1;
+        input[t] = (NORM ? normalized + n * ld_norm : a.act + n * a.ld_act) + 8 * q;
+    }
     float acc[TILES][4] = {};
-    for (int c0 = w; c0 < chunks; c0 += DECODE_AHEAD * DECODE_WARPS) {
+    uint4 v[TILES], v_next[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) if (w < chunks) v[t] = *(const uint4*)(input[t] + 32 * w);
+    for (int c0 = w; c0 < chunks; c0 += AHEAD * DECODE_WARPS) {
         #pragma unroll
-        for (int i = 0; i < DECODE_AHEAD; i++) {
-            int c = c0 + i * DECODE_WARPS, next = c + DECODE_AHEAD * DECODE_WARPS;
+        for (int i = 0; i < AHEAD; i++) {
+            int c = c0 + i * DECODE_WARPS, next = c + AHEAD * DECODE_WARPS;
             if (c >= chunks) break;
+            #pragma unroll
+            for (int t = 0; t < TILES; t++)
+                if (c + DECODE_WARPS < chunks) v_next[t] = *(const uint4*)(input[t] + 32 * (c + DECODE_WARPS));
             const uint32_t first[4] = {w_low[i].x, w_high[i].x, w_low[i].y, w_high[i].y},
                            second[4] = {w_low[i].z, w_high[i].z, w_low[i].w, w_high[i].w};
             #pragma unroll
             for (int t = 0; t < TILES; t++) {
-                int n = 8 * t + g;
-                uint4 v = make_uint4(0, 0, 0, 0);
-                if (n >= a.rows) {}
-                else if (NORM) v = *(const uint4*)(normalized + n * ld_norm + 32 * c + 8 * q);
-                else v = *(const uint4*)(a.act + n * a.ld_act + 32 * c + 8 * q);
-                scan_mma_bf16(acc[t], first, v.x, v.y);
-                scan_mma_bf16(acc[t], second, v.z, v.w);
+                scan_mma_bf16(acc[t], first, v[t].x, v[t].y);
+                scan_mma_bf16(acc[t], second, v[t].z, v[t].w);
+                v[t] = v_next[t];
             }
             if (next < chunks) {
                 w_low[i] = __ldg((const uint4*)(low + 32 * next));
@@ -3537,64 +3549,67 @@ static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
 
 // decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to (F8)
 // of 4.9).   y (rows,E)   x, z (rows,E), row stride ldz   rbc (rows,R+2N)   h (rows,E,N)
-// Four lanes share a channel, a block has 32 channels of one sequence. bytes: 2 per weight, 8 per state
+// Four lanes share a channel; a block has 32 channels of `each` sequences, one after the other.
+// bytes: 2 per weight, 8 per state
 __global__ void __launch_bounds__(4 * WARP)
 decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
                    const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
-                   size_t E, int N, int R) {
+                   int rows, int each, size_t E, int N, int R) {
     extern __shared__ __align__(128) char shared[];
     bf16* weight = (bf16*)shared;                            // (32,R)
-    float* rbc_n = (float*)(weight + WARP * R);              // (R+2N)
-    const int l = threadIdx.x % 4, c = threadIdx.x / 4;
-    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c, n = blockIdx.y;
-    const bool inside = e < E;
-    // the rows of W_dt of this block are one piece; E is a multiple of 32, so the piece is one of 64 bytes
+    float* rbc_n = (float*)(weight + WARP * R);              // (each,R+2N)
+    const int l = threadIdx.x % 4, c = threadIdx.x / 4, n0 = blockIdx.y * each;
+    const int n1 = n0 + each < rows ? n0 + each : rows, RBC = R + 2 * N;
+    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c;
+    // E is a multiple of 32: the rows of W_dt of this block are one aligned piece
     for (int i = threadIdx.x; i < WARP * R / 8; i += 4 * WARP)
         ((uint4*)weight)[i] = __ldg((const uint4*)(dt_weight + e0 * R) + i);
-    float bias = inside ? dt_bias[e] : 0.0f, D = inside ? Dskip[e] : 0.0f, state[4], decay[4];
-    float *h_e = h + (n * E + e) * N;                        // written one token ago
+    float bias = dt_bias[e], D = Dskip[e], decay[4], state[4];
     #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        bool there = inside && 4 * l + i < N;
-        state[i] = there ? h_e[4 * l + i] : 0.0f;
-        decay[i] = there ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
+    for (int i = 0; i < 4; i++) {                            // the states were written one token ago
+        decay[i] = 4 * l + i < N ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
+        state[i] = 4 * l + i < N ? h[(n0 * E + e) * N + 4 * l + i] : 0.0f;
     }
     allow_next();
     wait_for_previous();
-    for (int i = threadIdx.x; i < R + 2 * N; i += 4 * WARP) rbc_n[i] = to_float(rbc[n * (R + 2 * N) + i]);
+    for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP) rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
     __syncthreads();
-    float dt = 0, sum = 0;
-    for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
-    dt += __shfl_xor_sync(0xffffffffu, dt, 1);
-    dt += __shfl_xor_sync(0xffffffffu, dt, 2);
-    dt = scan_softplus(dt + bias);
-    float x_e = inside ? to_float(x[n * ldz + e]) : 0.0f;
-    const float *B_n = rbc_n + R, *C_n = B_n + N;
-    for (int first = 4 * l; first < N; first += 16) {
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int s = first + i;
-            if (s >= N || !inside) continue;
-            float before = first < 16 ? state[i] : h_e[s];
-            float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
-            float after = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
-            h_e[s] = after;
-            sum = fmaf(C_n[s], after, sum);
+    for (int n = n0; n < n1; n++, rbc_n += RBC) {
+        float dt = 0, sum = 0, x_e = to_float(x[n * ldz + e]);
+        float* h_e = h + (n * E + e) * N;
+        for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
+        dt += __shfl_xor_sync(0xffffffffu, dt, 1);
+        dt += __shfl_xor_sync(0xffffffffu, dt, 2);
+        dt = scan_softplus(dt + bias);
+        const float *B_n = rbc_n + R, *C_n = B_n + N;
+        for (int first = 4 * l; first < N; first += 16) {
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int s = first + i;
+                if (s >= N) continue;
+                float before = first < 16 ? state[i] : h_e[s];
+                float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
+                float after = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
+                h_e[s] = after;
+                sum = fmaf(C_n[s], after, sum);
+            }
         }
+        #pragma unroll
+        for (int i = 0; i < 4; i++) state[i] = n + 1 < n1 && 4 * l + i < N ? h_e[E * N + 4 * l + i] : 0.0f;
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (l == 0) y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
     }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (l > 0 || !inside) return;
-    y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
 }
 
 static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
                              const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z,
                              size_t ldz, size_t rows, size_t E, size_t N, size_t R, cudaStream_t stream) {
-    size_t shared = (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
+    size_t each = rows > 16 ? 8 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
     scan_allow_shared(decode_scan_kernel, shared);
-    launch_early(decode_scan_kernel, dim3((unsigned)((E + WARP - 1) / WARP), (unsigned)rows), 4 * WARP, shared,
-                 stream, y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z, ldz, E, (int)N, (int)R);
+    launch_early(decode_scan_kernel, dim3((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each)), 4 * WARP,
+                 shared, stream, y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z, ldz, (int)rows, (int)each, E,
+                 (int)N, (int)R);
 }
 
 // ---------------------------------------------------------------------------------------------------
