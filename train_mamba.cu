@@ -1718,7 +1718,7 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 // mma together, lane t gets columns 8 t .. 8 t + 7 of the warp's 32, which are one store of 16 bytes.
 //   bytes: 2 per element of out, 4 with add.   H200, M 16384: x_proj 80 -> 1536 with add 38 us (cuBLASLt 44,
 //   bytes alone 25), dt_proj 48 -> 1536 20 us (22, 13); of the model with E 768: 22 us (25, 13), 12 us (14, 6)
-enum { SHORT_ROWS = 32, SHORT_STAGES = 4, SHORT_WARPS = 8, SHORT_TERMS = 96, SHORT_MIN_TOKENS = 2048 };
+enum { SHORT_ROWS = 32, SHORT_STAGES = 4, SHORT_WARPS = 8, SHORT_TERMS = 96, SHORT_MIN_TOKENS = 512 };
 enum { SHORT_COLUMNS = 32 * SHORT_WARPS, SHORT_THREADS = WARP * SHORT_WARPS };
 
 // row stride of inp in shared memory: eight rows, one 16-byte piece of each, lie in different banks
