@@ -276,11 +276,7 @@ __global__ void differ_kernel(unsigned* count, const unsigned* a, const unsigned
 }
 
 static int algorithm(int i, cublasLtMatmulAlgoConfigAttributes_t name) {
-    int32_t value = 0;
-    size_t written;
-    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(&proposed.candidate[i].algo, name, &value, sizeof value,
-                                                     &written));
-    return value;
+    return matmul_config(&proposed.candidate[i].algo, name);
 }
 
 // table_row: the proposals of one matmul and what ships, timed in turn (one after the other would compare the
@@ -350,8 +346,8 @@ static void table_row(const Linear* l, int which_pass, double roof, double sum[4
     }
     double first_ms = ms[0][ROUNDS / 2], best_ms = ms[(size_t)best][ROUNDS / 2],
            our_ms = ms[(size_t)n - 1][ROUNDS / 2];
-    printf("  %-9s %-8s %6zu %5zu %5zu %9.4f %9.4f %9.4f %7.0f %6.1f%%   tile %3d split %d cluster %d   %d of %d "
-           "/ %d / %s\n",
+    printf("  %-9s %-8s %6zu %5zu %5zu %9.4f %9.4f %9.4f %7.0f %6.1f%%   tile %3d split %d cluster %d "
+           "  %d of %d / %d / %s\n",
            lin.name, pass_name[pass], lin.M, lin.I, lin.O, first_ms, best_ms, our_ms, flop / our_ms * 1e-9,
            100 * floor_ms / our_ms, algorithm(best, CUBLASLT_ALGO_CONFIG_TILE_ID), algorithm(best, SPLIT),
            algorithm(best, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID), same_split, proposed.n, bits,
