@@ -3116,13 +3116,15 @@ const Case cases[] = {
     { "files", test_files },
     { "data", test_data },
     { "cli", test_cli },
-#ifdef __CUDACC__                        // resume first, its children use the GPU before this process does
+#ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
+    { "cuda faults", test_cuda_faults },
     { "cuda layers", test_cuda_layers },
     { "cuda scan", test_cuda_scan },
     { "cuda matmul", test_cuda_matmul },
     { "cuda model", test_cuda_model },
     { "cuda generate", test_cuda_generate },
+    { "cuda large", test_cuda_large },
     { "cuda kernels", test_cuda_kernels },
 #endif
 };

@@ -296,6 +296,10 @@ bool config_check(const Config* c, Error* err) {
 
 // defines: SafeTensors and its reader and writer, checkpoint directories, config_read, config_write
 #include "data/safetensors.h"
+// defines: pickle_open, pickle_write: pytorch_model.bin
+#include "data/pickle.h"
+// defines: weights_open: a model in one file or in several
+#include "data/shards.h"
 // defines: Tokenizer, streaming decode
 #include "data/tokenizer.h"
 // defines: Dataset, Loader
@@ -2302,6 +2306,9 @@ struct Backend {
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
+    // decode_greedy: one more token of every sequence, and the most likely next ones, -1 after a logit that is
+    // not finite; NULL: use decode
+    void (*decode_greedy)(Backend*, Session*, const int* tokens, int* next);
     void (*session_open)(Backend*, Session*);        // memory for decode
     void (*session_close)(Backend*, Session*);
     void (*session_sync)(Backend*, Session*, bool to_host);      // Session.state: host -> device, or back
@@ -2606,11 +2613,18 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 
     start = seconds_now();
     size_t active = rows;
+    bool greedy = backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
     for (int64_t i = 0; ok && i < o->max_tokens && active > 0 && !*interrupted; i++) {
         for (size_t r = 0; r < rows && ok; r++) {
-            if (done[r]) continue;
-            ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
-                              candidates, &last[r], err);
+            if (done[r]) {
+                if (last[r] < 0) last[r] = 0;
+                continue;
+            }
+            if (!greedy || i == 0)
+                ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
+                                  candidates, &last[r], err);
+            else if (last[r] < 0)
+                ok = fail(err, "a logit is not finite: the model has diverged or its file is damaged");
             if (!ok) break;
             stats->new_tokens++;
             if (last[r] == m->config.eos_token) {
@@ -2632,7 +2646,10 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
                 length[r] += n;
             }
         }
-        if (ok && active > 0 && i + 1 < o->max_tokens) backend->decode(backend, &s, 0, rows, last, 1, logits);
+        if (ok && active > 0 && i + 1 < o->max_tokens) {
+            if (greedy) backend->decode_greedy(backend, &s, last, last);
+            else backend->decode(backend, &s, 0, rows, last, 1, logits);
+        }
     }
     stats->decode_seconds = seconds_now() - start;
     for (size_t r = 0; r < rows; r++) {
@@ -2793,6 +2810,19 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
             (long long)o->vocab_size, (long long)tok->vocab_size);
     }
     return true;
+}
+
+// tokenizer_open: the tokenizer of a model's directory; without one, what the model says of its token ids
+static bool tokenizer_open(Tokenizer* tok, const char* dir, const Config* c, Error* err) {
+    if (!tokenizer_read(tok, dir, err)) return false;
+    if (tok->kind == TOKENIZER_NONE) {
+        tok->vocab_size = c->vocab_size;
+        tok->eos = (int)c->eos_token;
+    }
+    return tok->vocab_size <= c->vocab_padded ||
+           fail(err,
+                "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
+                dir, (long long)tok->vocab_size, (long long)c->vocab_padded);
 }
 
 bool data_open_all(Data* data, const Settings* s, Error* err) {
@@ -3551,7 +3581,7 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
     bool from = settings_origin(s, "from") != FROM_DEFAULT;
     if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
         die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
-            options[given].name, o->from);
+            options[given].name, o->from[0] ? o->from : "out");
     if (given >= 0) {
         int64_t V = o->vocab_size ? o->vocab_size : 257;
         tokenizer_bytes(tok);
@@ -3568,13 +3598,18 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         model_init(m, o->seed);
         return;
     }
-    if (!checkpoint_resolve(o->from, dir, 4096, &err) || !model_load(m, dir, false, &err))
+    SafeTensors st;
+    if (!checkpoint_resolve(o->from[0] ? o->from : "out", dir, 4096, &err) ||
+        !checkpoint_open(m, &st, dir, &err) ||
+        !tokenizer_open(tok, dir, &m->config, &err))
         die("%s", err.text);
-    if (!tokenizer_read(tok, dir, &err)) die("%s", err.text);
-    if (tok->kind == TOKENIZER_NONE) {
-        tok->vocab_size = m->config.vocab_size;
-        tok->eos = (int)m->config.eos_token;
+    if (s->word != WORD_INFO) {
+        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
+            die("%s", err.text);
+        model_alloc(m, false);
+        if (!model_load_tensors(m, &st, &err)) die("%s", err.text);
     }
+    safetensors_close(&st);
 }
 
 int generate_main(Settings* s) {
@@ -3694,24 +3729,72 @@ int eval_main(Settings* s) {
     return stop_signal ? 128 + (int)stop_signal : 0;
 }
 
+// print_files: what a checkpoint's directory consists of, and what it can be used for
+static void print_files(const char* dir, const SafeTensors* st) {
+    static const char* const others[] = {"tokenizer.json", "optimizer.safetensors"};
+    static const char* const without[] = {"token ids instead of text", "cannot be resumed"};
+    uint64_t bytes = 0, by_type[ST_DTYPES] = {0};
+    char path[4352];
+    struct stat info;
+    for (int i = 0; i < (st->n_parts ? st->n_parts : 1); i++)
+        bytes += (uint64_t)(st->n_parts ? st->parts[i].info : st->info).st_size;
+    for (int i = 0; i < st->n; i++) by_type[st->tensor[i].dtype] += st->tensor[i].count;
+    printf("checkpoint: %s\nweights: %s", dir, strrchr(st->path, '/') + 1);
+    if (st->n_parts) printf(" with %d files", st->n_parts);
+    printf(", %.1f MiB, %d tensors", mib((double)bytes), st->n);
+    for (int i = 0; i < ST_DTYPES; i++)
+        if (by_type[i]) printf(", %llu of %s", (unsigned long long)by_type[i], st_dtype[i].name);
+    printf("\nfiles: complete");      // config.json and every tensor are there, or this is not reached
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", dir, others[i]);
+        if (stat(path, &info) != 0) printf("; without %s: %s", others[i], without[i]);
+    }
+    printf("\n");
+}
+
 int info_main(Settings* s) {
     Model m;
     Tokenizer tok;
+    Error err;
+    SafeTensors st;
     char dir[4096], shape[96];
     model_open(&m, &tok, s, dir);
-    if (dir[0]) printf("checkpoint: %s\n", dir);
+    if (dir[0] && !weights_open(&st, dir, &err)) die("%s", err.text);
+    if (dir[0]) print_files(dir, &st);
     print_model(&m);
     printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
-    printf("%-44s %-18s %12s  %s\n", "tensor", "shape", "parameters", "AdamW decay");
+    printf("%-44s %-18s %12s  %-5s %-6s  %s\n", "tensor", "shape", "parameters", "decay", "dtype", "file");
     for (int i = 0; i < m.n_tensors; i++) {
         const Tensor* t = &m.tensor[i];
-        printf("%-44s %-18s %12zu  %s\n", t->name, shape_text(shape, sizeof shape, t->ndim, t->shape),
-               t->count, t->spec->flags & DECAY ? "yes" : "-");
+        const SafeTensor* stored = dir[0] ? file_tensor(&m, &st, i) : NULL;
+        printf("%-44s %-18s %12zu  %-5s %-6s  %s\n", t->name,
+               shape_text(shape, sizeof shape, t->ndim, t->shape),
+               t->count, t->spec->flags & DECAY ? "yes" : "-", stored ? st_dtype[stored->dtype].name : "-",
+               stored ? strrchr(file_of(&st, stored)->path, '/') + 1 : "-");
     }
+    if (dir[0]) safetensors_close(&st);
     size_t state = state_count(&m);
     printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state,
            mib((double)state * sizeof(real)));
     printf("training memory without activations: %.1f MiB\n", mib(4.0 * (double)m.n_elements * sizeof(real)));
+    model_free(&m);
+    return 0;
+}
+
+// convert_main: the model of --from, or a freshly initialized one, in a published form
+int convert_main(Settings* s) {
+    Model m;
+    Tokenizer tok;
+    Error err;
+    char dir[4096];
+    const Options* o = &s->o;
+    set_threads(o->threads);
+    if (settings_origin(s, "out") != FROM_USER) die("--out DIR is missing: the new directory for the model");
+    model_open(&m, &tok, s, dir);
+    int dialect = strcmp(o->dialect, "hf") == 0 ? DIALECT_HF : DIALECT_MAMBA;
+    int dtype = strcmp(o->dtype, "f32") == 0 ? ST_F32 : strcmp(o->dtype, "f16") == 0 ? ST_F16 : ST_BF16;
+    if (!checkpoint_export(&m, dir[0] ? dir : NULL, o->out, dialect, dtype, &err)) die("%s", err.text);
+    printf("wrote %s: %zu parameters, %s, matrices %s\n", o->out, m.n_params, o->dialect, o->dtype);
     model_free(&m);
     return 0;
 }
@@ -3725,10 +3808,10 @@ int ssm_main(int argc, char** argv) {
     int word = WORD_TRAIN, skip = 1;
     if (argc > 1 && argv[1][0] != '-') {
         word = 0;
-        for (int i = 0; i < 4; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
+        for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
         if (!word)
-            die("unknown word '%.40s'; expected train, generate, eval or info, then options; --help lists "
-                "them",
+            die("unknown word '%.40s'; expected train, generate, eval, info or convert, then options; --help "
+                "lists them",
                 argv[1]);
         skip = 2;
     }
@@ -3748,6 +3831,7 @@ int ssm_main(int argc, char** argv) {
         case WORD_GENERATE: code = generate_main(&settings); break;
         case WORD_EVAL: code = eval_main(&settings); break;
         case WORD_INFO: code = info_main(&settings); break;
+        case WORD_CONVERT: code = convert_main(&settings); break;
     }
     settings_free(&settings);
     return code;

@@ -235,8 +235,10 @@ static int ladder_run(const Ladder* l, int only) {
     std::vector<double> error((size_t)l->n_rungs, 0), ratio((size_t)l->n_rungs, 0);
     std::vector<const char*> where((size_t)l->n_rungs, "");
     double floor_ms = l->floor_ms > 0 ? l->floor_ms : l->bytes / copy_bandwidth() * 1e3;
-    printf("%s, %s: floor %.4f ms (%.0f MB, copy %.2f TB/s)\n", l->name, l->shape, floor_ms, l->bytes / 1e6,
-           copy_bandwidth() / 1e12);
+    cudaDeviceProp prop;
+    cudaCheck(cudaGetDeviceProperties(&prop, 0));
+    printf("%s, %s: floor %.4f ms (%.0f MB, copy %.2f TB/s), %s\n", l->name, l->shape, floor_ms,
+           l->bytes / 1e6, copy_bandwidth() / 1e12, prop.name);
     printf("  %-4s %-64s %9s %9s %9s %7s %9s\n", "rung", "idea", "ms", "least", l->flop ? "TFLOP/s" : "GB/s",
            "floor", "error");
     for (int which = 0; which < 2; which++) {
@@ -277,9 +279,6 @@ static int ladder_main(int argc, char** argv, const Ladder* ladder, int n) {
         die("expected the number of one rung, 1 to %d, or nothing for all; found '%s'", most,
             argv[argc > 2 ? 2 : 1]);
     device_require();
-    cudaDeviceProp prop;
-    cudaCheck(cudaGetDeviceProperties(&prop, 0));
-    printf("%s\n", prop.name);
     for (int i = 0; i < n; i++) failed += ladder_run(&ladder[i], only);
     if (failed) printf("%d rungs failed\n", failed);
     return failed > 0;

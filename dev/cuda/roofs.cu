@@ -55,14 +55,13 @@ OPERATION(ToBf16, 0, asm volatile("{.reg .b32 t; cvt.rn.bf16x2.f32 t, %0, %1; mo
 OPERATION(ToTf32, 0, asm volatile("{.reg .b32 t; cvt.rna.tf32.f32 t, %0; mov.b32 %0, t;}" : "+f"(x[i][0]));)
 OPERATION(Shuffle, 0, x[i][0] = __shfl_sync(0xffffffffu, x[i][0], (int)(threadIdx.x * 5 + 1) % WARP);)
 // the mixture of the scans: one exponential, four multiply-adds, three integer instructions
-OPERATION(Mixture, 0, asm volatile("{.reg .b32 t;\n ex2.approx.ftz.f32 %0, %0;\n"
-                                   "fma.rn.f32 %1, %1, %4, %5;\n fma.rn.f32 %2, %2, %4, %5;\n"
-                                   "fma.rn.f32 %1, %1, %4, %5;\n fma.rn.f32 %2, %2, %4, %5;\n"
-                                   "mov.b32 t, %3;\n shf.l.wrap.b32 t, t, %6, %7;\n"
-                                   "shf.l.wrap.b32 t, t, %6, %7;\n shf.l.wrap.b32 t, t, %6, %7;\n"
-                                   "mov.b32 %3, t;}"
-                                   : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])
-                                   : "f"(a), "f"(b), "r"(BITS(a)), "r"(BITS(b)));)
+OPERATION(Mixture, 0,
+    asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(x[i][0]));
+    for (int k = 0; k < 4; k++)
+        asm volatile("fma.rn.f32 %0, %0, %1, %2;" : "+f"(x[(i + k) % CHAINS][1]) : "f"(a), "f"(b));
+    for (int k = 0; k < 3; k++)
+        asm volatile("{.reg .b32 t; mov.b32 t, %0; shf.l.wrap.b32 t, t, %1, %2; mov.b32 %0, t;}"
+                     : "+f"(x[(i + k) % CHAINS][2]) : "r"(BITS(a)), "r"(BITS(b)));)
 #define MMA(name, shape_types, a_list, b_list, ...)                                                          \
     OPERATION(name, 0, asm volatile("mma.sync.aligned." shape_types " {%0, %1, %2, %3}, {" a_list "}, {"     \
                                     b_list "}, {%0, %1, %2, %3};"                                            \
@@ -170,7 +169,7 @@ static void instructions(void) {
                         "equal addresses far apart save nothing", 8, true);
     instruction<Load16>("LDS.128, 4 addresses, equal ones 4 lanes apart", 4, "", 4, true);
     head("clock under load, GHz", "", "");
-    clock_row<Ffma>("FFMA", 1.98, "");
+    clock_row<Ffma>("FFMA alone", 0, "");
     clock_row<Mixture>("1 EX2 + 4 FFMA + 3 SHF", 1.98, "the floor of the scans, in ms");
     clock_row<MmaBf16K16>("mma m16n8k16 bf16", 1.81, "tensor cores lower the clock of everything");
 }

@@ -14,6 +14,8 @@
 //  5. The whole model
 //  6. Generation, resumed runs
 //  7. Every kernel was launched
+//  8. A GPU that is not there, too old, full or busy
+//  9. Indices beyond 2^31
 
 #include <cxxabi.h>
 #include <string>
@@ -95,6 +97,11 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
                                     cudaStream_t stream) {
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
+}
+cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
+cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+    mark_launched(function);
+    return __real_cudaLaunchKernelExC(config, function, args);
 }
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
@@ -1190,6 +1197,48 @@ void cuda_logits(Backend* b, real* logits, const int* tokens, size_t n, size_t c
     session_free(b, &s);
 }
 
+// Token by token with 1 to 70 sequences (section 4.10, and beyond it the kernels for any length), against the
+// CPU, which reads each sequence in one piece
+void check_decoding(Worst* worst, Worst* twice) {
+    enum { STEPS = 21, MOST = 70 };
+    const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257), toy_config("1", 3, 96, 192, 5, 2, 7, 100),
+                              toy_config("11m", 1, 64, 1600, 40, 4, 4, 100)};
+    const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
+    for (int k = 0; k < 3; k++) {
+        Config c = configs[k];
+        c.bias = k == 1;
+        Model m = toy_model(&c, false, 6 + (uint64_t)k);
+        size_t V = (size_t)c.vocab_size, Vp = (size_t)c.vocab_padded;
+        Backend cpu = backend_cpu(&m, 0, 0, false, RECOMPUTE_NONE);
+        Backend b = backend_cuda_of<bf16>(&m, 0, 0, false, RECOMPUTE_NONE);
+        b.upload(&b);
+        real* want = (real*)test_alloc(MOST * Vp, sizeof(real));
+        real* got[2] = {(real*)test_alloc(MOST * Vp, sizeof(real)), (real*)test_alloc(MOST * Vp, sizeof(real))};
+        int ids[MOST][STEPS], step_ids[MOST];
+        for (size_t r = 0; r < MOST; r++) {
+            for (size_t t = 0; t < STEPS; t++) ids[r][t] = (int)(random_bits(40, r, t) % V);
+            cuda_logits(&cpu, want + r * Vp, ids[r], STEPS, STEPS);
+        }
+        for (size_t n : counts) {
+            for (int again = 0; again < 2; again++) {
+                Session s = session_create(&b, n, 1);
+                for (size_t t = 0; t < STEPS; t++) {
+                    for (size_t r = 0; r < n; r++) step_ids[r] = ids[r][t];
+                    b.decode(&b, &s, 0, n, step_ids, 1, got[again]);
+                }
+                session_free(&b, &s);
+            }
+            for (size_t r = 0; r < n; r++)
+                worst_add(worst, real_relative(got[0] + r * Vp, want + r * Vp, V), "D%d E%d, row %zu of %zu",
+                          (int)c.d_model, (int)c.d_inner, r, n);
+            worst_add(twice, bits_differ(got[0], got[1], n * Vp), "D%d, %zu rows", (int)c.d_model, n);
+        }
+        b.destroy(&b);
+        cpu.destroy(&cpu);
+        model_free(&m);
+    }
+}
+
 // Catches: a state lost between prefill and decoding, rows exchanged, a vocabulary column off by one.
 void test_cuda_generate(void) {
     if (!gpu_present()) return;
@@ -1262,6 +1311,10 @@ void test_cuda_generate(void) {
         model_free(&m);
     }
     other_backend = NULL;
+    Worst decoding = {0, ""}, twice = {0, ""};
+    check_decoding(&decoding, &twice);
+    worst_report("bf16: logits token by token, 1 to 70 sequences = the CPU's", &decoding, 3e-2);
+    worst_report("bf16: logits token by token, again: bits", &twice, 0);
     worst_report("fp32: tokens of the GPU differ from those of the CPU", &tokens, 0);
     worst_report("fp32: tokens after prefill in chunks of 1, 7, 1000 differ", &chunks, 0);
     worst_report("fp32: a state saved on one device, tokens on the other differ", &saved, 0);
@@ -1341,4 +1394,412 @@ void test_cuda_kernels(void) {
     snprintf(text, sizeof text, "never launched, of %d kernels", n_kernels);
     report(text, n_kernels - n_launched, 0);
     report("too many kernels to count", n_kernels == MAX_KERNELS, 0);
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 8. A GPU that is not there, too old, full or busy
+
+// The linker sends these calls here too. They lie when they are told to; children inherit what they are told.
+static int fake_major = 0;                   // compute capability, 0: the true one
+static int allocations_left = -1;            // this many succeed; negative: all
+extern "C" {
+cudaError_t __real_cudaDeviceGetAttribute(int*, cudaDeviceAttr, int);
+cudaError_t __wrap_cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    if (!fake_major || attribute != cudaDevAttrComputeCapabilityMajor)
+        return __real_cudaDeviceGetAttribute(value, attribute, device);
+    *value = fake_major;
+    return cudaSuccess;
+}
+cudaError_t __real_cudaMalloc(void**, size_t);
+cudaError_t __wrap_cudaMalloc(void** p, size_t bytes) {
+    if (allocations_left == 0) return cudaErrorMemoryAllocation;
+    if (allocations_left > 0) allocations_left--;
+    return __real_cudaMalloc(p, bytes);
+}
+}
+
+// backend_then_full: a GPU whose memory is full as soon as training has what it needs
+Backend backend_then_full(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
+    Backend b = backend_cuda(o, m, B, T, training, recompute);
+    allocations_left = 0;
+    return b;
+}
+
+// run_on_gpu: trains in a child
+int run_on_gpu(char* text, size_t size, const char* options, const char* out) {
+    TrainRun run;
+    memset(&run, 0, sizeof run);
+    snprintf(run.options, sizeof run.options,
+             "--d-state 16 --val-fraction 0 --eval-every 0 --log-every 1000 --warmup 2 --data %s %s %s %s --out %s",
+             scratch("a.txt"), scratch("b.txt"), scratch("c.txt"), options, out);
+    return in_child(train_child, &run, text, size);
+}
+
+// not_refused: 0 when the child has left with exit code 1 and one line that has `part` in it
+double not_refused(int code, const char* text, const char* part) {
+    const char* newline = strchr(text, '\n');
+    return !(code == 1 && strstr(text, part) && newline && newline[1] == 0);
+}
+
+void no_kernel_image(void* unused) {
+    (void)unused;
+    cudaCheck(cudaErrorNoKernelImageForDevice);
+}
+
+// keep_busy: a process that computes on the GPU until it is killed, or until this process has ended. Returns
+// when it has begun.
+pid_t keep_busy(void) {
+    int fd[2];
+    char byte;
+    if (pipe(fd) != 0) die("pipe: %s", strerror(errno));
+    pid_t parent = getpid(), pid = fork();
+    if (pid < 0) die("fork: %s", strerror(errno));
+    if (pid == 0) {
+        enum { N = 1 << 26 };
+        float* wide = (float*)device_calloc(N, sizeof(float));
+        bf16* narrow = (bf16*)device_calloc(N, sizeof(bf16));
+        for (long i = 0; getppid() == parent; i++) {
+            for (int k = 0; k < 20; k++) {
+                cast_cuda(narrow, wide, N, 0);
+                cast_cuda(wide, narrow, N, 0);
+            }
+            cudaCheck(cudaDeviceSynchronize());
+            if (i == 0 && write(fd[1], "x", 1) != 1) break;
+        }
+        _exit(0);
+    }
+    close(fd[1]);
+    if (read(fd[0], &byte, 1) != 1) die("test: the process that keeps the GPU busy has ended");
+    close(fd[0]);
+    return pid;
+}
+
+// Before the cases that use the GPU in this process: all runs are children.
+// Catches: a failing call that is not checked, a message of many lines, a crash instead of a message, a
+// checkpoint damaged by the end of a run, sums whose order depends on when a block runs.
+void test_cuda_faults(void) {
+    char text[2048], quiet[240], loud[240], a[300], b[300];
+    Worst refused = {0, ""}, ends = {0, ""}, written = {0, ""}, same = {0, ""};
+    other_backend = backend_cuda;
+    write_data();
+    const char* tiny = "--n-layer 2 --d-model 32 --seq-len 16 --batch-size 2 --steps 3 --max-tokens 0";
+    char options[400];
+    snprintf(quiet, sizeof quiet, "%.200s", scratch("refused"));
+
+    setenv("CUDA_VISIBLE_DEVICES", "", 1);
+    snprintf(options, sizeof options, "%s --device cuda", tiny);
+    int code = run_on_gpu(text, sizeof text, options, quiet);
+    worst_add(&refused, not_refused(code, text, "--device cpu"), "no GPU: %.40s", text);
+    snprintf(options, sizeof options, "%s --device cpu", tiny);
+    worst_add(&ends, run_on_gpu(text, sizeof text, options, scratch("cpu")), "no GPU, --device cpu");
+    unsetenv("CUDA_VISIBLE_DEVICES");
+    code = in_child(no_kernel_image, NULL, text, sizeof text);
+    worst_add(&refused, not_refused(code, text, "--device cpu"), "no kernel image: %.40s", text);
+    if (!gpu_present()) {
+        other_backend = NULL;
+        worst_report("no GPU, wrong architecture: not one line and exit code 1", &refused, 0);
+        worst_report("without a GPU: --device cpu does not train", &ends, 0);
+        return;
+    }
+    snprintf(options, sizeof options, "%s --device cuda", tiny);
+    fake_major = 7;
+    code = run_on_gpu(text, sizeof text, options, quiet);
+    worst_add(&refused, not_refused(code, text, "compute capability 7."), "old GPU: %.40s", text);
+    fake_major = 0;
+    for (int n = 0; n < 100; n += 1 + n / 2) {               // the n-th allocation fails
+        allocations_left = n;
+        code = run_on_gpu(text, sizeof text, options, quiet);
+        allocations_left = -1;
+        if (code == 0) break;
+        worst_add(&refused, not_refused(code, text, "the GPU's memory is exhausted"), "allocation %d: %.40s", n,
+                  text);
+        snprintf(a, sizeof a, "%s/last", quiet);
+        worst_add(&written, access(a, F_OK) == 0, "allocation %d", n);
+    }
+    worst_add(&ends, code, "with enough allocations");
+    code = run_on_gpu(text, sizeof text, "--n-layer 16 --d-model 64 --seq-len 16 --batch-size 1000000 --steps 3 "
+                      "--max-tokens 0 --device cuda", scratch("large"));
+    worst_add(&refused, not_refused(code, text, "--batch-size"), "activations too large: %.40s", text);
+
+    // the memory is full when the first sample is due: the checkpoint of step 2 is whole, and goes on
+    snprintf(loud, sizeof loud, "%.200s", scratch("full"));
+    const char* sampled = "--n-layer 2 --d-model 32 --seq-len 16 --batch-size 2 --steps 5 --save-every 2 "
+                          "--sample-every 3 --max-tokens 5 --device cuda";
+    other_backend = backend_then_full;
+    code = run_on_gpu(text, sizeof text, sampled, loud);
+    other_backend = backend_cuda;
+    worst_add(&refused, not_refused(code, text, "the GPU's memory is exhausted"), "sample: %.40s", text);
+    snprintf(options, sizeof options, "%s --resume", sampled);
+    worst_add(&ends, run_on_gpu(text, sizeof text, options, loud), "resumed after a full memory: %.40s", text);
+
+    // the same run, alone and beside a process that keeps the GPU busy
+    const char* trained = "--n-layer 3 --d-model 96 --seq-len 64 --batch-size 24 --steps 30 --max-tokens 0 "
+                          "--device cuda --precision bf16";
+    snprintf(quiet, sizeof quiet, "%.200s", scratch("quiet"));
+    snprintf(loud, sizeof loud, "%.200s", scratch("loud"));
+    worst_add(&ends, run_on_gpu(text, sizeof text, trained, quiet), "alone: %.60s", text);
+    pid_t pid = keep_busy();
+    worst_add(&ends, run_on_gpu(text, sizeof text, trained, loud), "beside a busy process: %.50s", text);
+    worst_add(&ends, waitpid(pid, NULL, WNOHANG) != 0, "the busy process ended too early");
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    for (int f = 0; f < 2; f++) {
+        const char* file = f ? "optimizer.safetensors" : "model.safetensors";
+        snprintf(a, sizeof a, "%s/last/%s", quiet, file);
+        snprintf(b, sizeof b, "%s/last/%s", loud, file);
+        worst_add(&same, files_differ(a, b), "%s", file);
+    }
+    other_backend = NULL;
+    worst_report("no GPU, too old, wrong, full: not one line and exit code 1", &refused, 0);
+    worst_report("runs that must end well do not", &ends, 0);
+    worst_report("a run that could not begin leaves a checkpoint", &written, 0);
+    worst_report("beside a busy process: files differ", &same, 0);
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 9. Indices beyond 2^31
+//
+// Arrays of more than 2^31 elements (some of more than 2^32) that repeat a few rows. The kernels must make of
+// them what they make of these rows alone, which the other cases compare with the CPU.
+
+// gpu_repeat: n elements, `from` again and again
+template <typename X> void gpu_repeat(X* to, size_t n, const X* from, size_t n_from) {
+    cudaCheck(cudaMemcpy(to, from, n_from * sizeof(X), cudaMemcpyDeviceToDevice));
+    for (size_t done = n_from; done < n; done *= 2)
+        cudaCheck(cudaMemcpy(to + done, to, (done < n - done ? done : n - done) * sizeof(X),
+                             cudaMemcpyDeviceToDevice));
+}
+// Twice: [0] an array of few rows, [1] one that repeats it `times` times
+template <typename X> struct Twice {
+    X* array[2];
+    X* operator[](int i) const { return array[i]; }
+};
+template <typename X> Twice<X> twice_nan(size_t n, size_t times) {
+    Twice<X> t = {{gpu_nan<X>(n), gpu_nan<X>(n * times)}};
+    return t;
+}
+template <typename X> Twice<X> twice_normal(size_t n, size_t times, double scale = 1, double mean = 0) {
+    Twice<X> t = twice_nan<X>(n, times);
+    const size_t period = 100003;                            // enough numbers, and quickly made
+    X* v = gpu<X>(normal_vec<X>(n < period ? n : period, scale, mean));
+    gpu_repeat(t[0], n, v, n < period ? n : period);
+    gpu_repeat(t[1], n * times, t[0], n);
+    return t;
+}
+
+// The largest relative L2 error of any row: row i of `many` is `factor` times row i % rows_few of `few`
+template <typename X>
+__global__ void worst_row_kernel(unsigned long long* worst, const X* many, const X* few, size_t ld, size_t cols,
+                                 size_t rows_few, double factor) {
+    const X *x = many + blockIdx.x * ld, *y = few + blockIdx.x % rows_few * ld;
+    double diff = 0, norm = 0;
+    for (size_t i = threadIdx.x; i < cols; i += blockDim.x) {
+        double want = factor * (double)to_float(y[i]), d = (double)to_float(x[i]) - want;
+        diff += d * d;
+        norm += want * want;
+    }
+    diff = block_sum_double(diff);
+    __syncthreads();
+    norm = block_sum_double(norm);
+    double error = norm > 0 ? sqrt(diff / norm) : sqrt(diff);
+    if (!(error < 1e30)) error = 1e30;                       // NaN
+    if (threadIdx.x == 0) atomicMax(worst, (unsigned long long)__double_as_longlong(error));
+}
+template <typename X>
+void claim_rows(const char* what, const X* many, const X* few, size_t ld, size_t cols, size_t rows_few,
+                size_t times, double at_most, double factor = 1) {
+    static unsigned long long* worst = NULL;
+    unsigned long long bits = 0;
+    double error;
+    if (!worst) worst = (unsigned long long*)device_calloc(1, sizeof bits);
+    cudaCheck(cudaMemcpy(worst, &bits, sizeof bits, cudaMemcpyHostToDevice));
+    worst_row_kernel<<<(unsigned)(rows_few * times), 256>>>(worst, many, few, ld, cols, rows_few, factor);
+    cudaCheck(cudaGetLastError());
+    cudaCheck(cudaMemcpy(&bits, worst, sizeof bits, cudaMemcpyDeviceToHost));
+    memcpy(&error, &bits, sizeof error);
+    claim_value(what, error, at_most);
+}
+
+// The head and the loss: 90036 x 50280 logits
+static void check_large_head(void) {
+    enum { ROWS = 61, TIMES = 1476, D = 768, V = 50280 };
+    const size_t M[2] = {ROWS, ROWS * TIMES};
+    snprintf(shape, sizeof shape, "M%zu D%d V%d", M[1], D, V);
+    Matmul mm = matmul_open();
+    Ints target(M[1]);
+    for (size_t m = 0; m < M[1]; m++) target[m] = m % ROWS % 5 == 3 ? -1 : (int)(m % ROWS * 800);
+    int* targets = gpu(target);
+    float *scale = gpu<float>(Vec(1, 1e-2)), *dweight[2];
+    Twice<bf16> f = twice_normal<bf16>(ROWS * D, TIMES), df = twice_nan<bf16>(ROWS * D, TIMES);
+    Twice<bf16> weight = twice_normal<bf16>(V * D, 1, 0.05), z = twice_nan<bf16>((size_t)ROWS * V, TIMES);
+    Twice<float> losses = twice_nan<float>(ROWS, TIMES);
+    for (int big = 0; big < 2; big++) {
+        dweight[big] = gpu<float>(Vec((size_t)V * D));
+        matmul_forward_cuda(&mm, z[big], V, f[big], D, weight[0], (const float*)NULL, M[big], D, V, 0);
+    }
+    claim_rows("2^31: head, logits", z[1], z[0], V, V, ROWS, TIMES, 4e-3);
+    gpu_repeat(z[1], M[1] * V, z[0], M[0] * V);              // the same bits again
+    for (int big = 0; big < 2; big++)
+        crossentropy_cuda(losses[big], z[big], z[big], targets, scale, M[big], V, 0);
+    claim_rows("2^31: crossentropy, losses", losses[1], losses[0], 1, 1, ROWS, TIMES, 0);
+    claim_rows("2^31: crossentropy, dlogits", z[1], z[0], V, V, ROWS, TIMES, 0);
+    for (int big = 0; big < 2; big++)
+        matmul_backward_cuda(&mm, df[big], D, false, dweight[big], (float*)NULL, z[big], V, f[big], D,
+                             weight[0], (float*)NULL, M[big], D, V, 0);
+    claim_rows("2^31: head, dinp", df[1], df[0], D, D, ROWS, TIMES, 4e-3);
+    claim_rows("2^31: head, dweight", dweight[1], dweight[0], (size_t)V * D, (size_t)V * D, 1, 1, 1e-3, TIMES);
+    gpu_release();
+    matmul_close(&mm);
+}
+
+// Residual stream: 2800022 x 768
+static void check_large_residual(void) {
+    enum { ROWS = 61, TIMES = 45902, D = 768, V = 300 };
+    const size_t n = (size_t)ROWS * D, M[2] = {ROWS, (size_t)ROWS * TIMES};
+    snprintf(shape, sizeof shape, "M%zu D%d", M[1], D);
+    float *weight = gpu<float>(normal_vec<float>(D, 0.3, 1)), *dweight[2], *dtable[2];
+    float* scratch = gpu_nan<float>(rmsnorm_backward_scratch_cuda(M[1], D));
+    Twice<float> res = twice_normal<float>(n, TIMES), sum = twice_nan<float>(n, TIMES);
+    Twice<bf16> delta = twice_normal<bf16>(n, TIMES), y = twice_nan<bf16>(n, TIMES);
+    Twice<float> rstd = twice_nan<float>(ROWS, TIMES);
+    for (int big = 0; big < 2; big++)
+        residual_rmsnorm_forward_cuda<bf16>(sum[big], y[big], rstd[big], res[big], delta[big], weight, M[big], D,
+                                            1e-5f, 0);
+    claim_rows("2^31: rmsnorm forward, res", sum[1], sum[0], D, D, ROWS, TIMES, 0);
+    claim_rows("2^31: rmsnorm forward, y", y[1], y[0], D, D, ROWS, TIMES, 0);
+    for (int big = 0; big < 2; big++) {                      // dy: delta; dres: over res
+        dweight[big] = gpu<float>(Vec(D));
+        rmsnorm_backward_cuda<bf16>(res[big], y[big], (bf16*)NULL, dweight[big], delta[big], sum[big], weight, rstd[big],
+                                    scratch, M[big], D, 0);
+    }
+    claim_rows("2^31: rmsnorm backward, dres", res[1], res[0], D, D, ROWS, TIMES, 0);
+    claim_rows("2^31: rmsnorm backward, dres_x", y[1], y[0], D, D, ROWS, TIMES, 0);
+    claim_rows("2^31: rmsnorm backward, dweight", dweight[1], dweight[0], D, D, 1, 1, 1e-4, TIMES);
+
+    Ints token(M[1]);
+    for (size_t m = 0; m < M[1]; m++) token[m] = (int)(m % ROWS * 4 % V);
+    int *tokens = gpu(token), *sort = gpu_nan<int>(embedding_backward_scratch_cuda(M[1], D));
+    bf16* table = gpu<bf16>(normal_vec<bf16>(V * D));
+    for (int big = 0; big < 2; big++) {
+        dtable[big] = gpu<float>(Vec(V * D));
+        embedding_forward_cuda(sum[big], tokens, table, M[big], D, 0);
+        embedding_backward_cuda(dtable[big], res[big], tokens, sort, M[big], D, V, 0);
+    }
+    claim_rows("2^31: embedding forward", sum[1], sum[0], D, D, ROWS, TIMES, 0);
+    // a row is the sum of 45902 equal ones
+    claim_rows("2^31: embedding backward", dtable[1], dtable[0], V * D, V * D, 1, 1, 1e-3, TIMES);
+    gpu_release();
+}
+
+// Conv, gate and scan: 690 x 2048 x 1536, x and z side by side
+static void check_large_block(void) {
+    enum { ROWS = 3, TIMES = 230, T = 2048, E = 1536, N = 16, K = 4, R = 48, LD = R + 2 * N };
+    const size_t B[2] = {ROWS, ROWS * TIMES}, tokens = (size_t)ROWS * T, n = tokens * E;
+    snprintf(shape, sizeof shape, "B%zu T%d E%d N%d", B[1], T, E, N);
+    float *weight = gpu<float>(normal_vec<float>(E * K, 0.6)), *bias = gpu<float>(normal_vec<float>(E));
+    float *A = gpu<float>(normal_vec<float>(E * N, 0.2, 1)), *D = gpu<float>(normal_vec<float>(E));
+    float *dweight[2], *dbias[2], *dA[2], *dD[2], *ddt_bias[2];
+    for (int big = 0; big < 2; big++) {
+        dweight[big] = gpu<float>(Vec(E * K));
+        dbias[big] = gpu<float>(Vec(E));
+        dA[big] = gpu<float>(Vec(E * N));
+        dD[big] = gpu<float>(Vec(E));
+        ddt_bias[big] = gpu<float>(Vec(E));
+    }
+    size_t sums = causal_conv1d_scratch_cuda(B[1], T, E, K), more = selective_scan_scratch_cuda(B[1], T, E, N);
+    float *scratch = gpu_nan<float>(sums > more ? sums : more), *none = NULL;
+    const int* no_doc = NULL;
+    Twice<bf16> xz = twice_normal<bf16>(2 * n, TIMES), dxz = twice_nan<bf16>(2 * n, TIMES);
+    Twice<bf16> x = twice_nan<bf16>(n, TIMES), dx = twice_normal<bf16>(n, TIMES);
+    for (int big = 0; big < 2; big++) {
+        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T, E,
+                                         K, 0);
+        causal_conv1d_backward_cuda<bf16>(dxz[big], 2 * E, dweight[big], dbias[big], none, dx[big], none,
+                                          xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E, K,
+                                          0);
+    }
+    claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, TIMES, 0);
+    claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, TIMES, 0);
+    claim_rows("2^31: conv backward, dweight", dweight[1], dweight[0], E * K, E * K, 1, 1, 1e-4, TIMES);
+    claim_rows("2^31: conv backward, dbias", dbias[1], dbias[0], E, E, 1, 1, 1e-4, TIMES);
+
+    // the scan may cut time differently for three rows: other bits
+    Twice<bf16> dt = twice_normal<bf16>(n, TIMES, 1, -3), rbc = twice_normal<bf16>(tokens * LD, TIMES);
+    Twice<bf16> y = twice_nan<bf16>(n, TIMES), s = twice_nan<bf16>(n, TIMES), ddt = twice_nan<bf16>(n, TIMES);
+    Twice<bf16> drbc = twice_nan<bf16>(tokens * LD, TIMES), again = twice_nan<bf16>(n, TIMES);
+    for (int big = 0; big < 2; big++) {
+        const bf16 *z = xz[big] + E, *Bt = rbc[big] + R;
+        bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N)), *dBt = drbc[big] + R;
+        selective_scan_forward_cuda<bf16>(y[big], s[big], hs, none, x[big], dt[big], bias, A, Bt, Bt + N, LD, D,
+                                          z, 2 * E, none, no_doc, B[big], T, E, N, 0);
+        selective_scan_backward_cuda<bf16>(dx[big], ddt[big], dxz[big] + E, 2 * E, again[big], dA[big], dD[big],
+                                           ddt_bias[big], dBt, dBt + N, LD, none, x[big], none, hs, s[big],
+                                           x[big], dt[big], bias, A, Bt, Bt + N, LD, D, z, 2 * E, no_doc,
+                                           scratch, B[big], T, E, N, 0);
+    }
+    claim_rows("2^31: scan forward, y", y[1], y[0], E, E, tokens, TIMES, 4e-3);
+    claim_rows("2^31: scan forward, s", s[1], s[0], E, E, tokens, TIMES, 4e-3);
+    claim_rows("2^31: scan backward, y again", again[1], again[0], E, E, tokens, TIMES, 4e-3);
+    claim_rows("2^31: scan backward, dx", dx[1], dx[0], E, E, tokens, TIMES, 4e-3);
+    claim_rows("2^31: scan backward, ddt", ddt[1], ddt[0], E, E, tokens, TIMES, 4e-3);
+    claim_rows("2^31: scan backward, dz", dxz[1] + E, dxz[0] + E, 2 * E, E, tokens, TIMES, 4e-3);
+    claim_rows("2^31: scan backward, dB and dC", drbc[1] + R, drbc[0] + R, LD, 2 * N, tokens, TIMES, 5e-3);
+    claim_rows("2^31: scan backward, dA", dA[1], dA[0], E * N, E * N, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: scan backward, dD", dD[1], dD[0], E, E, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: scan backward, ddt_bias", ddt_bias[1], ddt_bias[0], E, E, 1, 1, 1e-3, TIMES);
+
+    for (int big = 0; big < 2; big++) {                      // gate: y and z are the halves of xz, dout is x
+        bf16 *u = xz[big], *du = dxz[big];
+        gate_forward_cuda<bf16>(s[big], u, 2 * E, u + E, 2 * E, B[big] * T, E, 0);
+        gate_backward_cuda<bf16>(du, 2 * E, du + E, 2 * E, again[big], x[big], u, 2 * E, u + E, 2 * E,
+                                 B[big] * T, E, 0);
+    }
+    claim_rows("2^31: gate forward", s[1], s[0], E, E, tokens, TIMES, 0);
+    claim_rows("2^31: gate backward, out", again[1], again[0], E, E, tokens, TIMES, 0);
+    claim_rows("2^31: gate backward, dy and dz", dxz[1], dxz[0], 2 * E, 2 * E, tokens, TIMES, 0);
+    gpu_release();
+}
+
+// Parameters: 2^31 + 98305
+static void check_large_update(void) {
+    const size_t n = 65537, times = 32769, count[2] = {n, n * times};
+    snprintf(shape, sizeof shape, "n %zu", n * times);
+    AdamW opt = {0.9, 0.95, 1e-8, 0.1};
+    AdamWStep s = adamw_step_cuda(&opt, 6e-4, 0, 7);
+    AdamWStep* step = gpu_array<AdamWStep>(1, &s);
+    Twice<float> p = twice_normal<float>(n, times, 0.1), g = twice_normal<float>(n, times, 1e-3);
+    Twice<float> m = twice_normal<float>(n, times, 1e-3), v = twice_normal<float>(n, times, 1e-7, 1e-6);
+    Twice<bf16> x = twice_nan<bf16>(n, times);
+    double *norm = gpu_nan<double>(1), *parts = gpu_nan<double>(NORM_PARTS), norms[2];
+    for (int big = 0; big < 2; big++) {
+        gradient_norm_cuda(norm, g[big], count[big], parts, 0);
+        cudaCheck(cudaMemcpy(&norms[big], norm, sizeof(double), cudaMemcpyDeviceToHost));
+        std::vector<AdamWPiece> piece(count[big] / ADAMW_PIECE + 1);
+        size_t pieces = adamw_pieces(piece.data(), 0, 0, count[big], true);
+        adamw_cuda<bf16>(p[big], x[big], g[big], m[big], v[big], gpu_array<AdamWPiece>(pieces, piece.data()),
+                         step, norm, pieces, 0);
+    }
+    claim_value("2^31: gradient norm", fabs(norms[1] / (norms[0] * sqrt((double)times)) - 1), 1e-12);
+    claim_rows("2^31: adamw, params", p[1], p[0], n, n, 1, times, 0);
+    claim_rows("2^31: adamw, m", m[1], m[0], n, n, 1, times, 0);
+    claim_rows("2^31: adamw, v", v[1], v[0], n, n, 1, times, 0);
+    claim_rows("2^31: adamw, params in bf16", x[1], x[0], n, n, 1, times, 0);
+    for (int big = 0; big < 2; big++) cast_cuda(g[big], x[big], count[big], 0);
+    claim_rows("2^31: cast", g[1], g[0], n, n, 1, times, 0);
+    gpu_release();
+}
+
+// Catches: an index or a size of 32 bits.
+void test_cuda_large(void) {
+    if (!gpu_present() || only_small()) return;
+    const struct { void (*check)(void); double gib; } checks[] = {
+        {check_large_head, 11}, {check_large_residual, 32}, {check_large_block, 64}, {check_large_update, 38}};
+    size_t available = 0, total = 0;
+    for (int i = 0; i < 4; i++) {
+        cudaCheck(cudaMemGetInfo(&available, &total));
+        if ((double)available < checks[i].gib * 1073741824.0)
+            printf("part %d of 4 is left out: it needs %.0f GiB on the GPU\n", i + 1, checks[i].gib);
+        else checks[i].check();
+    }
+    claims_report();
 }
