@@ -143,9 +143,16 @@ void* xrealloc(void* old, size_t count, size_t size) {
 // value can be recomputed, and nothing depends on the number of threads. Streams keep the uses apart.
 //   mix(x): the finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection on 64 bits
 //   bits   = mix( mix( mix(seed) + stream ) + counter )
-enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_SAMPLE = 1 << 20, STREAM_INIT = 1 << 21 };
+enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_DROPOUT = 3, STREAM_SAMPLE = 1 << 20,
+       STREAM_INIT = 1 << 21 };
 
-uint64_t mix64(uint64_t x) {
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__    // also callable in the kernels of train_mamba.cu
+#else
+#define HOST_DEVICE
+#endif
+
+HOST_DEVICE static inline uint64_t mix64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -289,6 +296,10 @@ bool config_check(const Config* c, Error* err) {
 
 // defines: SafeTensors and its reader and writer, checkpoint directories, config_read, config_write
 #include "data/safetensors.h"
+// defines: pickle_open, pickle_write: pytorch_model.bin
+#include "data/pickle.h"
+// defines: weights_open: a model in one file or in several
+#include "data/shards.h"
 // defines: Tokenizer, streaming decode
 #include "data/tokenizer.h"
 // defines: Dataset, Loader
@@ -680,6 +691,44 @@ void embedding_backward(real* dweight, const real* dout, const int* tokens, size
             for (size_t d = 0; d < n; d++) dw[d] += dout_m[d];
         }
     }
+}
+
+// Dropout: which elements a training step zeroes. A mask is nowhere stored: whether an element is kept is a
+// function of (seed, step, place, element), so the backward, --recompute and a resumed run make it again.
+//   place: 0 the embedding, l + 1 what sub-layer l adds    element: (first + m) * D + d
+typedef struct {
+    double rate;         // the part that is zeroed; 0: no dropout
+    uint64_t key;        // random_bits(seed, STREAM_DROPOUT, step)
+    size_t first;        // tokens of this step in the micro-batches before this one
+    int place;
+} Dropout;
+
+// Four neighbouring elements share the 64 bits of mix(mix(key + place) + element / 4); each is zeroed when
+// its 16 bits are below the threshold.
+static inline uint32_t dropout_threshold(double rate) { return (uint32_t)(rate * 65536 + 0.5); }
+static inline double dropout_scale(uint32_t threshold) { return 65536.0 / (65536.0 - threshold); }
+HOST_DEVICE static inline bool dropout_keeps(uint64_t bits, size_t element, uint32_t threshold) {
+    return (bits >> element % 4 * 16 & 0xffff) >= threshold;
+}
+
+// dropout: out = keep ? inp / (1 - rate) : 0, so that the mean stays.   inp, out (M,D), may be the same
+// Returns out, or inp when there is nothing to do. It is linear, each element for itself, so the backward is
+// the same function of the gradient.    Srivastava et al. (2014), Journal of Machine Learning Research 15
+const real* dropout(real* out, const real* inp, const Dropout* drop, size_t M, size_t D) {
+    uint32_t threshold = dropout_threshold(drop->rate);
+    uint64_t key = mix64(drop->key + (uint64_t)drop->place);
+    real scale = (real)dropout_scale(threshold);
+    if (threshold == 0) return inp;
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++) {
+        uint64_t bits = 0;
+        for (size_t d = 0; d < D; d++) {
+            size_t element = (drop->first + m) * D + d;
+            if (d == 0 || element % 4 == 0) bits = mix64(key + element / 4);
+            out[m * D + d] = dropout_keeps(bits, element, threshold) ? inp[m * D + d] * scale : 0;
+        }
+    }
+    return out;
 }
 
 // rmsnorm_forward: divides each token's vector by its root mean square.
@@ -1252,6 +1301,7 @@ typedef struct {
     size_t B, T;
     const int* doc;      // (B,T) document ids, or NULL: one document per row
     int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
+    Dropout dropout;     // of what this sub-layer adds
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -1350,7 +1400,7 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
     matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 // mamba1_block_backward: the lines of the forward in reverse order. dres (B,T,D) holds the gradient of
@@ -1388,8 +1438,9 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     zero_real(w->du, M * D);
 
     // (F8) out = W_out y, y = s silu(z); the residual passes dres on unchanged
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dres, D, w->y, E, p->out_proj, M, E, D);
+    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dout, D, w->y, E, p->out_proj, M, E, D);
     gate_backward(w->ds, E, dz, 2 * E, dy, a->s, E, z, 2 * E, M, E);
     // (F5) to (F7): the first contribution to dx
     zero_real(w->ddt, M * E);
@@ -1453,7 +1504,7 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
@@ -1469,9 +1520,10 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
     zero_real(w->dm, M * F);
     zero_real(w->dh, M * 2 * F);
     zero_real(w->du, M * D);
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // out = W_2 m, m = up silu(gate)
-    matmul_backward(w->dm, F, dp->fc2, NULL, dres, D, w->m, F, p->fc2, M, F, D);
+    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
     gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // [up; gate] = W_1 u, u = RMSNorm(res_in)
     matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
@@ -1762,6 +1814,7 @@ typedef struct {
     size_t B, T;
     bool training;
     int recompute;
+    Dropout dropout;                  // of the call at hand; rate 0 unless a training step sets it
     size_t bytes;                     // of everything below
     real* data;
     real** res;                       // [n_layers + 1] residual stream before each sub-layer, (B,T,D)
@@ -1873,20 +1926,24 @@ void workspace_free(Workspace* w) {
 static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, const State* s0,
                           const State* sT) {
     const Layer* layer = &m->layer[l];
-    layer->kind->forward(run, w->res[l + 1], w->res[l], layer->params, w->acts[l],
+    Run here = *run;
+    here.dropout.place = l + 1;
+    layer->kind->forward(&here, w->res[l + 1], w->res[l], layer->params, w->acts[l],
                          w->scratch[layer->kind - kinds], s0->field[l], sT->field[l]);
 }
 
 // model_forward: tokens (B,T) to the final normalized residual stream w->f (B,T,D).
 //   res_0 = embedding[tokens]     res_{l+1} = res_l + layer_l(RMSNorm(res_l))     f = RMSNorm(res_last)
+//   with dropout (w->dropout) on the embedding and on what each layer adds
 //   doc (B,T) or NULL; s0 and sT: states before and after, see state_none; in inference they may be the same
 //   state
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc, w->recompute};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model;
     embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
 }
@@ -1917,7 +1974,7 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc, w->recompute};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
@@ -1925,10 +1982,12 @@ void model_backward(const Model* m, Workspace* w, const int* tokens, const int* 
     for (int l = m->n_layers - 1; l >= 0; l--) {
         const Layer* layer = &m->layer[l];
         if (w->recompute == RECOMPUTE_ALL) layer_forward(m, w, &run, l, s0, &none);
+        run.dropout.place = l + 1;
         layer->kind->backward(&run, w->dres, w->res[l], layer->grads, layer->params, w->acts[l],
                               w->scratch[layer->kind - kinds], s0->field[l], ds0->field[l], dsT->field[l]);
     }
-    embedding_backward(m->dembedding, w->dres, tokens, M, D);
+    run.dropout.place = 0;
+    embedding_backward(m->dembedding, dropout(w->dres, w->dres, &run.dropout, M, D), tokens, M, D);
     state_free(&none);
 }
 
@@ -1954,13 +2013,14 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc, w->recompute};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
     for (int l = 0; l < m->n_layers && !found; l++) {
         const Layer* layer = &m->layer[l];
         if (l == 0) embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+        if (l == 0) dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
         layer_forward(m, w, &run, l, s0, &none);
         for (int i = 0; i < layer->kind->n_acts && !found; i++) {
             if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T)))
@@ -2205,6 +2265,7 @@ typedef struct {
     AdamW opt;
     double lr, clip;
     int64_t number;                    // from 1
+    Dropout dropout;
 } Step;
 
 typedef struct {
@@ -2228,7 +2289,9 @@ struct Backend {
     // step_begin starts a step, step_end waits for the oldest one begun. At most `queue` may be under way
     // when the next begins: a GPU computes one step while the host prepares the next. After a step that was
     // not taken the host's arrays hold its parameters and gradients.
+    Dropout dropout;                   // of the step at hand; see dropout_of
     int queue;
+    double peak_flops;                 // of the device, in matmuls of this precision; 0: not known
     void (*step_begin)(Backend*, const Step*);
     StepResult (*step_end)(Backend*);
     // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
@@ -2243,6 +2306,9 @@ struct Backend {
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
+    // decode_greedy: one more token of every sequence, and the most likely next ones, -1 after a logit that is
+    // not finite; NULL: use decode
+    void (*decode_greedy)(Backend*, Session*, const int* tokens, int* next);
     void (*session_open)(Backend*, Session*);        // memory for decode
     void (*session_close)(Backend*, Session*);
     void (*session_sync)(Backend*, Session*, bool to_host);      // Session.state: host -> device, or back
@@ -2251,10 +2317,19 @@ struct Backend {
     void (*destroy)(Backend*);
 };
 
+// dropout_of: that of one micro-batch of a training step; evaluation and generation (micro -1) have none
+static Dropout dropout_of(const Backend* b, int micro, size_t B, size_t T) {
+    Dropout drop = b->dropout;
+    if (micro < 0) drop.rate = 0;
+    else drop.first = (size_t)micro * B * T;
+    return drop;
+}
+
 static double cpu_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
                           size_t B, size_t T, double scale) {
     const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
     const State* sT = b->carry_in && micro >= 0 ? &b->carry_out[micro] : &b->none;
+    b->work.dropout = dropout_of(b, micro, B, T);
     model_forward(b->model, &b->work, tokens, doc, B, T, s0, sT);
     return model_loss(b->model, &b->work, targets, B * T, scale > 0, (real)scale);
 }
@@ -2274,6 +2349,7 @@ static void cpu_update(Backend* b, const AdamW* opt, double lr, double scale, in
 void plain_step_begin(Backend* b, const Step* s) {
     StepResult r = {0, NAN, false, 0};
     double scale = s->n_targets ? 1.0 / (double)s->n_targets : 0;
+    b->dropout = s->dropout;
     b->zero_gradients(b);
     for (int micro = 0; micro < (int)s->accum; micro++) {
         size_t at = (size_t)micro * s->B * s->T;
@@ -2537,11 +2613,18 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 
     start = seconds_now();
     size_t active = rows;
+    bool greedy = backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
     for (int64_t i = 0; ok && i < o->max_tokens && active > 0 && !*interrupted; i++) {
         for (size_t r = 0; r < rows && ok; r++) {
-            if (done[r]) continue;
-            ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
-                              candidates, &last[r], err);
+            if (done[r]) {
+                if (last[r] < 0) last[r] = 0;
+                continue;
+            }
+            if (!greedy || i == 0)
+                ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
+                                  candidates, &last[r], err);
+            else if (last[r] < 0)
+                ok = fail(err, "a logit is not finite: the model has diverged or its file is damaged");
             if (!ok) break;
             stats->new_tokens++;
             if (last[r] == m->config.eos_token) {
@@ -2563,7 +2646,10 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
                 length[r] += n;
             }
         }
-        if (ok && active > 0 && i + 1 < o->max_tokens) backend->decode(backend, &s, 0, rows, last, 1, logits);
+        if (ok && active > 0 && i + 1 < o->max_tokens) {
+            if (greedy) backend->decode_greedy(backend, &s, last, last);
+            else backend->decode(backend, &s, 0, rows, last, 1, logits);
+        }
     }
     stats->decode_seconds = seconds_now() - start;
     for (size_t r = 0; r < rows; r++) {
@@ -2726,6 +2812,19 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     return true;
 }
 
+// tokenizer_open: the tokenizer of a model's directory; without one, what the model says of its token ids
+static bool tokenizer_open(Tokenizer* tok, const char* dir, const Config* c, Error* err) {
+    if (!tokenizer_read(tok, dir, err)) return false;
+    if (tok->kind == TOKENIZER_NONE) {
+        tok->vocab_size = c->vocab_size;
+        tok->eos = (int)c->eos_token;
+    }
+    return tok->vocab_size <= c->vocab_padded ||
+           fail(err,
+                "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
+                dir, (long long)tok->vocab_size, (long long)c->vocab_padded);
+}
+
 bool data_open_all(Data* data, const Settings* s, Error* err) {
     const Options* o = &s->o;
     const char* list = o->data;
@@ -2785,6 +2884,27 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
 }
 
 static double mib(double bytes) { return bytes / 1048576.0; }
+
+// Flop: floating-point operations per token of a training step (forward and twice as much backward)
+//   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
+//            head (of a tied embedding the head alone; looking up a row computes nothing)
+//   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and add
+//            C h), 18 backward (the forward's again, and 11 for the gradients)
+// The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
+// figure 6 N per token that others quote counts every parameter N, the embedding too.
+typedef struct { double matmul, scan; } Flop;
+
+Flop flop_per_token(const Model* m) {
+    Flop f = {0, 0};
+    const Config* c = &m->config;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        bool lookup = t->spec->init == INIT_EMBEDDING && !c->tie_embeddings;
+        if (t->ndim == 2 && (t->spec->flags & DECAY) && !lookup) f.matmul += 6.0 * (double)t->count;
+        if (t->spec->init == INIT_A_LOG) f.scan += 25.0 * (double)t->count;
+    }
+    return f;
+}
 
 // ------------------------------------------------------------------------------------------------
 // 11.2 Evaluation
@@ -3008,6 +3128,11 @@ static void step_batch(Trainer* t, int64_t samples) {
         die("%s", err.text);
 }
 
+static Dropout step_dropout(const Options* o, int64_t number) {
+    Dropout drop = {o->dropout, random_bits(o->seed, STREAM_DROPOUT, (uint64_t)(number - 1)), 0, 0};
+    return drop;
+}
+
 // step_start: begins one optimizer step; its loss comes from step_finish.
 static void step_start(Trainer* t, double lr) {
     const Options* o = &t->settings->o;
@@ -3024,7 +3149,8 @@ static void step_start(Trainer* t, double lr) {
               {o->beta1, o->beta2, o->eps, o->weight_decay},
               lr,
               o->clip,
-              p->step + 1};
+              p->step + 1,
+              step_dropout(o, p->step + 1)};
     for (size_t i = 0; i < s.accum * s.B * s.T; i++) s.n_targets += t->targets[i] >= 0;
     t->backend.step_begin(&t->backend, &s);
     Record r = {p->step + 1, p->samples, lr, (double)s.n_targets, 0, 0};     // loss: divided by it later
@@ -3052,6 +3178,8 @@ static bool step_finish(Trainer* t, Record* r, Error* err) {
     step_batch(t, r->samples);
     if (!b->work.data)
         b->work = workspace_alloc(&t->model, B, T, false, RECOMPUTE_NONE, false);    // the CPU looks for it
+    b->work.dropout = step_dropout(o, r->step);
+    b->work.dropout.first = at;
     find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
                    what, sizeof what);
     bool starts;
@@ -3061,6 +3189,58 @@ static bool step_finish(Trainer* t, Record* r, Error* err) {
                 (long long)r->step, isfinite(result.loss) ? "the gradient" : "the loss", what,
                 (long long)r->samples, (long long)(r->samples + o->batch_size * o->grad_accum - 1),
                 (long long)loader_position(&t->loader, r->samples, &starts));
+}
+
+// trainer_check: the CPU as oracle of the device. The first CHECK_TOKENS tokens of the batch of step r go
+// forward and backward on the device and on the CPU, with the device's weights after that step. Prints the
+// relative L2 error of every tensor's gradient, of equal tensors of all layers the worst.
+enum { CHECK_TOKENS = 64 };
+
+static void trainer_check(Trainer* t, const Record* r) {
+    const Options* o = &t->settings->o;
+    Backend* b = &t->backend;
+    Model* m = &t->model;
+    size_t T = min_size(CHECK_TOKENS, (size_t)o->seq_len), n = 0;
+    step_batch(t, r->samples);
+    const int* doc = o->reset_documents ? t->doc : NULL;
+    for (size_t i = 0; i < T; i++) n += t->targets[i] >= 0;
+    double scale = n ? 1.0 / (double)n : 1;
+    b->zero_gradients(b);
+    double loss = b->forward(b, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
+    b->backward(b, -1, t->inputs, doc, 1, T);
+    b->download(b);
+    real* device = (real*)xcalloc(m->n_elements, sizeof(real));
+    memcpy(device, m->grads, m->n_elements * sizeof(real));
+    Backend cpu = backend_cpu(m, 1, T, true, RECOMPUTE_NONE);
+    cpu.zero_gradients(&cpu);
+    double expected = cpu.forward(&cpu, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
+    cpu.backward(&cpu, -1, t->inputs, doc, 1, T);
+    printf("check of step %lld, %zu tokens: loss %.6f, on the CPU %.6f; relative errors of the gradients:\n",
+           (long long)r->step, T, loss, expected);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* first = &m->tensor[i];
+        double worst = -1;
+        int layer = 0;
+        bool shown = false;          // with an earlier tensor of the same kind
+        for (int j = 0; j < m->n_tensors; j++) {
+            const Tensor* u = &m->tensor[j];
+            if (u->spec != first->spec) continue;
+            if (j < i) { shown = true; break; }
+            double diff = 0, norm = 0;
+            for (size_t k = u->offset; k < u->offset + u->count; k++) {
+                double want = (double)m->grads[k], d = (double)device[k] - want;
+                diff += d * d;
+                norm += want * want;
+            }
+            double error = norm > 0 ? sqrt(diff / norm) : sqrt(diff);
+            if (!(error <= worst)) { worst = error; layer = u->layer; }
+        }
+        if (shown) continue;
+        if (first->layer < 0) printf("  %-32s %.1e\n", first->spec->name, worst);
+        else printf("  %-32s %.1e, in layer %d\n", first->spec->name, worst, layer);
+    }
+    cpu.destroy(&cpu);
+    free(device);
 }
 
 // Spike: watches a number that should change slowly (loss, gradient norm). A value more than 6 standard
@@ -3094,6 +3274,8 @@ static int train_loop(Trainer* t) {
     double tokens_per_step = (double)(o->batch_size * o->grad_accum * o->seq_len);
     double start = seconds_now(), since = start,
            other = 0;    // other: evaluation, saving, sampling since the last line
+    double timed_seconds = 0;          // of `timed` steps, without the first and without what is in `other`
+    int64_t timed = 0;
     int64_t first = p->step, shown = p->step;
     int bad_in_a_row = 0;
     Spike losses, norms;
@@ -3105,6 +3287,7 @@ static int train_loop(Trainer* t) {
     if (strcmp(o->schedule, "cosine") == 0) schedule = SCHEDULE_COSINE;
     if (strcmp(o->schedule, "wsd") == 0) schedule = SCHEDULE_WSD;
     int queue = strcmp(o->on_nan, "skip") == 0 ? 0 : t->backend.queue;   // skipping needs to know at once
+    double last_finish = 0;
     bool drain = false;      // before the model is evaluated, saved or sampled, every step begun is finished
     while ((p->step < o->steps && !stop_signal) || t->queued > 0) {
         bool going_on = p->step < o->steps && !stop_signal;
@@ -3115,7 +3298,7 @@ static int train_loop(Trainer* t) {
         bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
         bool save_now = last || (o->save_every && p->step % o->save_every == 0);
         bool sample_now = !last && o->sample_every && p->step % o->sample_every == 0;
-        drain = evaluate_now || save_now || sample_now;
+        drain = evaluate_now || save_now || sample_now || (o->check && p->step % o->check == 0);
         if (going_on && !drain && t->queued <= queue) continue;
         Record r;
         if (!step_finish(t, &r, &err)) {
@@ -3138,6 +3321,7 @@ static int train_loop(Trainer* t) {
         bool newest = t->queued == 0;
         evaluate_now = evaluate_now && newest;
         double now = seconds_now();
+        if (last_finish > 0) { timed_seconds += now - last_finish; timed++; }
         r.rate = tokens_per_step * (double)(r.step - shown) / (now - since - other);
         if (r.step == o->steps || evaluate_now || r.step % o->log_every == 0 || r.step == first + 1) {
             char left[32];
@@ -3166,8 +3350,10 @@ static int train_loop(Trainer* t) {
         if (best || (save_now && newest)) trainer_save(t, best);
         if (sample_now && newest && !trainer_sample(t, &err))
             warn("%s", err.text);       // a full disk under stdout must not end the run
+        if (o->check && r.step % o->check == 0) trainer_check(t, &r);
         fflush(stdout);
-        other += seconds_now() - pause;
+        last_finish = seconds_now();
+        other += last_finish - pause;
     }
     if (stop_signal) {
         printf("stopped by signal %d at step %lld\n", (int)stop_signal, (long long)p->step);
@@ -3182,6 +3368,16 @@ static int train_loop(Trainer* t) {
     if (t->data.has_val)
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
+    if (timed > 0) {
+        Flop flop = flop_per_token(&t->model);
+        double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
+        printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)", rate,
+               rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
+               6e-6 * (double)t->model.n_params);
+        if (peak > 0)
+            printf(", MFU %.1f %% of %.0f TFLOP/s", 100 * rate * flop.matmul / peak, peak * 1e-12);
+        printf("\n");
+    }
     if (!trainer_sample(t, &err)) warn("%s", err.text);
     return t->save_failed ? 1 : 0;
 }
@@ -3263,6 +3459,7 @@ static void trainer_create(Trainer* t, Settings* s) {
         if (settings_origin(s, "min-lr") == FROM_USER) die("--min-lr %g is above --lr %g", o->min_lr, o->lr);
         s->o.min_lr = o->lr;        // the default, for a small --lr
     }
+    if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
     set_threads(o->threads);
     const char* list = o->data;
     if (!tokenizer_choose(&t->data.tokenizer, s, list, &err) || !data_open_all(&t->data, s, &err))
@@ -3384,7 +3581,7 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
     bool from = settings_origin(s, "from") != FROM_DEFAULT;
     if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
         die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
-            options[given].name, o->from);
+            options[given].name, o->from[0] ? o->from : "out");
     if (given >= 0) {
         int64_t V = o->vocab_size ? o->vocab_size : 257;
         tokenizer_bytes(tok);
@@ -3401,13 +3598,18 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         model_init(m, o->seed);
         return;
     }
-    if (!checkpoint_resolve(o->from, dir, 4096, &err) || !model_load(m, dir, false, &err))
+    SafeTensors st;
+    if (!checkpoint_resolve(o->from[0] ? o->from : "out", dir, 4096, &err) ||
+        !checkpoint_open(m, &st, dir, &err) ||
+        !tokenizer_open(tok, dir, &m->config, &err))
         die("%s", err.text);
-    if (!tokenizer_read(tok, dir, &err)) die("%s", err.text);
-    if (tok->kind == TOKENIZER_NONE) {
-        tok->vocab_size = m->config.vocab_size;
-        tok->eos = (int)m->config.eos_token;
+    if (s->word != WORD_INFO) {
+        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
+            die("%s", err.text);
+        model_alloc(m, false);
+        if (!model_load_tensors(m, &st, &err)) die("%s", err.text);
     }
+    safetensors_close(&st);
 }
 
 int generate_main(Settings* s) {
@@ -3527,24 +3729,72 @@ int eval_main(Settings* s) {
     return stop_signal ? 128 + (int)stop_signal : 0;
 }
 
+// print_files: what a checkpoint's directory consists of, and what it can be used for
+static void print_files(const char* dir, const SafeTensors* st) {
+    static const char* const others[] = {"tokenizer.json", "optimizer.safetensors"};
+    static const char* const without[] = {"token ids instead of text", "cannot be resumed"};
+    uint64_t bytes = 0, by_type[ST_DTYPES] = {0};
+    char path[4352];
+    struct stat info;
+    for (int i = 0; i < (st->n_parts ? st->n_parts : 1); i++)
+        bytes += (uint64_t)(st->n_parts ? st->parts[i].info : st->info).st_size;
+    for (int i = 0; i < st->n; i++) by_type[st->tensor[i].dtype] += st->tensor[i].count;
+    printf("checkpoint: %s\nweights: %s", dir, strrchr(st->path, '/') + 1);
+    if (st->n_parts) printf(" with %d files", st->n_parts);
+    printf(", %.1f MiB, %d tensors", mib((double)bytes), st->n);
+    for (int i = 0; i < ST_DTYPES; i++)
+        if (by_type[i]) printf(", %llu of %s", (unsigned long long)by_type[i], st_dtype[i].name);
+    printf("\nfiles: complete");      // config.json and every tensor are there, or this is not reached
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", dir, others[i]);
+        if (stat(path, &info) != 0) printf("; without %s: %s", others[i], without[i]);
+    }
+    printf("\n");
+}
+
 int info_main(Settings* s) {
     Model m;
     Tokenizer tok;
+    Error err;
+    SafeTensors st;
     char dir[4096], shape[96];
     model_open(&m, &tok, s, dir);
-    if (dir[0]) printf("checkpoint: %s\n", dir);
+    if (dir[0] && !weights_open(&st, dir, &err)) die("%s", err.text);
+    if (dir[0]) print_files(dir, &st);
     print_model(&m);
     printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
-    printf("%-44s %-18s %12s  %s\n", "tensor", "shape", "parameters", "AdamW decay");
+    printf("%-44s %-18s %12s  %-5s %-6s  %s\n", "tensor", "shape", "parameters", "decay", "dtype", "file");
     for (int i = 0; i < m.n_tensors; i++) {
         const Tensor* t = &m.tensor[i];
-        printf("%-44s %-18s %12zu  %s\n", t->name, shape_text(shape, sizeof shape, t->ndim, t->shape),
-               t->count, t->spec->flags & DECAY ? "yes" : "-");
+        const SafeTensor* stored = dir[0] ? file_tensor(&m, &st, i) : NULL;
+        printf("%-44s %-18s %12zu  %-5s %-6s  %s\n", t->name,
+               shape_text(shape, sizeof shape, t->ndim, t->shape),
+               t->count, t->spec->flags & DECAY ? "yes" : "-", stored ? st_dtype[stored->dtype].name : "-",
+               stored ? strrchr(file_of(&st, stored)->path, '/') + 1 : "-");
     }
+    if (dir[0]) safetensors_close(&st);
     size_t state = state_count(&m);
     printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state,
            mib((double)state * sizeof(real)));
     printf("training memory without activations: %.1f MiB\n", mib(4.0 * (double)m.n_elements * sizeof(real)));
+    model_free(&m);
+    return 0;
+}
+
+// convert_main: the model of --from, or a freshly initialized one, in a published form
+int convert_main(Settings* s) {
+    Model m;
+    Tokenizer tok;
+    Error err;
+    char dir[4096];
+    const Options* o = &s->o;
+    set_threads(o->threads);
+    if (settings_origin(s, "out") != FROM_USER) die("--out DIR is missing: the new directory for the model");
+    model_open(&m, &tok, s, dir);
+    int dialect = strcmp(o->dialect, "hf") == 0 ? DIALECT_HF : DIALECT_MAMBA;
+    int dtype = strcmp(o->dtype, "f32") == 0 ? ST_F32 : strcmp(o->dtype, "f16") == 0 ? ST_F16 : ST_BF16;
+    if (!checkpoint_export(&m, dir[0] ? dir : NULL, o->out, dialect, dtype, &err)) die("%s", err.text);
+    printf("wrote %s: %zu parameters, %s, matrices %s\n", o->out, m.n_params, o->dialect, o->dtype);
     model_free(&m);
     return 0;
 }
@@ -3558,10 +3808,10 @@ int ssm_main(int argc, char** argv) {
     int word = WORD_TRAIN, skip = 1;
     if (argc > 1 && argv[1][0] != '-') {
         word = 0;
-        for (int i = 0; i < 4; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
+        for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
         if (!word)
-            die("unknown word '%.40s'; expected train, generate, eval or info, then options; --help lists "
-                "them",
+            die("unknown word '%.40s'; expected train, generate, eval, info or convert, then options; --help "
+                "lists them",
                 argv[1]);
         skip = 2;
     }
@@ -3581,6 +3831,7 @@ int ssm_main(int argc, char** argv) {
         case WORD_GENERATE: code = generate_main(&settings); break;
         case WORD_EVAL: code = eval_main(&settings); break;
         case WORD_INFO: code = info_main(&settings); break;
+        case WORD_CONVERT: code = convert_main(&settings); break;
     }
     settings_free(&settings);
     return code;

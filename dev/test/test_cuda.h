@@ -24,6 +24,8 @@
 namespace oracle {
 void embedding_forward(double* out, const int* tokens, const double* weight, size_t M, size_t D);
 void embedding_backward(double* dweight, const double* dout, const int* tokens, size_t M, size_t D);
+typedef struct { double rate; uint64_t key; size_t first; int place; } Dropout;    // as in train_mamba.c
+const double* dropout(double* out, const double* inp, const Dropout* drop, size_t M, size_t D);
 void rmsnorm_forward(double* out, double* rstd, const double* inp, const double* weight, size_t M, size_t D,
                      double eps);
 void rmsnorm_backward(double* dinp, double* dweight, const double* dout, const double* inp,
@@ -95,6 +97,11 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
                                     cudaStream_t stream) {
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
+}
+cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
+cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+    mark_launched(function);
+    return __real_cudaLaunchKernelExC(config, function, args);
 }
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
@@ -277,8 +284,20 @@ Ints random_docs(size_t B, size_t T, int many) {
 // ---------------------------------------------------------------------------------------------------
 // 2. Layers
 
+// random_dropout: one call's dropout, the same for the CPU and, with its key on the device, for the GPU
+struct RandomDropout { oracle::Dropout cpu; DropoutCuda cuda; };
+RandomDropout random_dropout(double rate, size_t D) {
+    uint64_t stream = random_stream++;
+    RandomDropout r;
+    r.cpu = {rate, random_bits(7, stream, 0), random_bits(7, stream, 1) % 100, (int)(stream % 7)};
+    Dropout same = {r.cpu.rate, r.cpu.key, r.cpu.first, r.cpu.place};
+    r.cuda = dropout_cuda(&same, gpu_array<uint64_t>(1, &same.key), D);
+    return r;
+}
+
 template <typename X> void check_embedding(size_t M, size_t D, size_t V, int skew) {
     snprintf(shape, sizeof shape, "M%zu D%zu V%zu skew%d", M, D, V, skew);
+    RandomDropout drop = random_dropout(skew == 1 ? 0.3 : 0, D);
     Ints tokens(M);
     uint64_t stream = random_stream++;
     for (size_t m = 0; m < M; m++) {
@@ -289,9 +308,12 @@ template <typename X> void check_embedding(size_t M, size_t D, size_t V, int ske
     Vec want(M * D);
     int *g_tokens = gpu(tokens), *scratch = gpu_nan<int>(embedding_backward_scratch_cuda(M, D));
     float *res = gpu_nan<float>(M * D), *g_dres = gpu<float>(dres);
-    embedding_forward_cuda(res, g_tokens, gpu<X>(weight), M, D, 0);
+    embedding_forward_cuda(res, g_tokens, gpu<X>(weight), M, D, 0, drop.cuda);
     oracle::embedding_forward(want.data(), tokens.data(), weight.data(), M, D);
-    claim<X>("embedding forward", from_gpu(res, M * D), want, 0, 0);
+    oracle::dropout(want.data(), want.data(), &drop.cpu, M, D);
+    double limit_ = skew == 1 ? 1e-6 : 0;
+    claim<X>(skew == 1 ? "embedding forward, dropout" : "embedding forward", from_gpu(res, M * D), want,
+             limit_, limit_);
     Vec first;
     for (int twice = 0; twice < 2 && sizeof(X) == 4; twice++) {      // backward is float alone
         float* g = gpu<float>(dweight);
@@ -308,38 +330,52 @@ template <typename X> void check_embedding(size_t M, size_t D, size_t V, int ske
     gpu_release();
 }
 
-// variant 1: no delta; 2: in place; 3: no copy of dres in X
+// variant 1: no delta; 2: in place; 3: no dres_x; 4: dropout; 5: both. The normalized input once more: 0, 4
 template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
     snprintf(shape, sizeof shape, "M%zu D%zu variant%d", M, D, variant);
-    bool has_delta = variant != 1;
-    Vec res = normal_vec<float>(M * D, 2), delta = normal_vec<X>(M * D);
+    bool has_delta = variant != 1, drops = variant >= 4;
+    RandomDropout drop = random_dropout(drops ? 0.4 : 0, D);
+    Vec res = normal_vec<float>(M * D, 2), delta = normal_vec<X>(M * D), add = delta;
     Vec weight = normal_vec<float>(D, 0.3, 1), sum = res, y(M * D), rstd(M);
-    for (size_t i = 0; has_delta && i < M * D; i++) sum[i] = (double)((float)res[i] + (float)delta[i]);
+    oracle::dropout(add.data(), add.data(), &drop.cpu, M, D);
+    for (size_t i = 0; has_delta && i < M * D; i++) sum[i] = (double)((float)res[i] + (float)add[i]);
     oracle::rmsnorm_forward(y.data(), rstd.data(), sum.data(), weight.data(), M, D, 1e-5);
     float *res_in = gpu<float>(res), *res_out = variant == 2 ? res_in : gpu_nan<float>(M * D);
     float *g_rstd = gpu_nan<float>(M), *g_weight = gpu<float>(weight);
     X* g_y = gpu_nan<X>(M * D);
     residual_rmsnorm_forward_cuda<X>(variant == 1 ? NULL : res_out, g_y, g_rstd, res_in,
-                                     has_delta ? gpu<X>(delta) : NULL, g_weight, M, D, 1e-5f, 0);
+                                     has_delta ? gpu<X>(delta) : NULL, g_weight, M, D, 1e-5f, 0,
+                                     drop.cuda);
     claim<X>("rmsnorm forward y", from_gpu(g_y, M * D), y, 1e-6, 4e-3);
     claim<X>("rmsnorm forward rstd", from_gpu(g_rstd, M), rstd, 1e-6, 1e-6);
-    if (variant != 1) claim<X>("rmsnorm forward res", from_gpu(res_out, M * D), sum, 0, 0);
+    if (drops) claim<X>("rmsnorm forward res, dropout", from_gpu(res_out, M * D), sum, 1e-7, 1e-7);
+    else if (has_delta) claim<X>("rmsnorm forward res", from_gpu(res_out, M * D), sum, 0, 0);
+    if (has_delta) sum = from_gpu(res_out, M * D);
 
     Vec dy = normal_vec<X>(M * D), dres = normal_vec<float>(M * D), dweight = normal_vec<float>(D);
     Vec want_dres = dres, want_dweight = dweight, first;
     oracle::rmsnorm_backward(want_dres.data(), want_dweight.data(), dy.data(), sum.data(), weight.data(),
                              rstd.data(), M, D);
     float *g_sum = gpu<float>(sum), *scratch = gpu_nan<float>(rmsnorm_backward_scratch_cuda(M, D));
-    X *g_dy = gpu<X>(dy), *dres_x = variant == 3 ? NULL : gpu_nan<X>(M * D);
+    X *g_dy = gpu<X>(dy), *dres_x = variant == 3 || variant == 5 ? NULL : gpu_nan<X>(M * D);
+    X* u = variant % 4 == 0 ? gpu_nan<X>(M * D) : NULL;
     for (int twice = 0; twice < 2; twice++) {
         float *g_dres = gpu<float>(dres), *g_dweight = gpu<float>(dweight);
-        rmsnorm_backward_cuda<X>(g_dres, dres_x, g_dweight, g_dy, g_sum, g_weight, g_rstd, scratch, M, D, 0);
+        rmsnorm_backward_cuda<X>(g_dres, dres_x, u, g_dweight, g_dy, g_sum, g_weight, g_rstd, scratch, M, D,
+                                 0, drop.cuda);
         Vec got = from_gpu(g_dweight, D);
         if (twice) claim_zero<X>("rmsnorm backward, again: bits", differing(got.data(), first.data(), D));
         first = got;
         if (twice) continue;
-        claim<X>("rmsnorm backward dres", from_gpu(g_dres, M * D), want_dres, 5e-5, 5e-5);
-        if (dres_x) claim<X>("rmsnorm backward dres_x", from_gpu(dres_x, M * D), want_dres, 5e-5, 4e-3);
+        Vec masked = want_dres;
+        oracle::dropout(masked.data(), masked.data(), &drop.cpu, M, D);
+        claim<X>("rmsnorm backward dres", from_gpu(g_dres, M * D), dres_x ? want_dres : masked, 5e-5, 5e-5);
+        if (dres_x) claim<X>("rmsnorm backward dres_x", from_gpu(dres_x, M * D), masked, 5e-5, 4e-3);
+        if (u) {
+            Vec y_again = from_gpu(u, M * D), y_first = from_gpu(g_y, M * D);
+            claim_zero<X>("rmsnorm backward u = y of forward: bits",
+                          differing(y_again.data(), y_first.data(), M * D));
+        }
         claim<X>("rmsnorm backward dweight", got, want_dweight, 1e-5, 1e-5);
     }
     gpu_release();
@@ -495,7 +531,7 @@ template <typename X> void check_layers(void) {
             check_embedding<X>(embedding[i][0], embedding[i][1], embedding[i][2], skew);
     const size_t D[] = {1, 37, 64, 256, 500, 516, 768, 1000, 1024, 1536, 2048, 2560, 4096, 5000};
     for (size_t d = 0; d < sizeof D / sizeof D[0]; d++)
-        for (int variant = 0; variant < 4; variant++) {
+        for (int variant = 0; variant < 6; variant++) {
             check_rmsnorm<X>(1, D[d], variant);
             check_rmsnorm<X>(21, D[d], variant);
             if (!small && D[d] <= 1536) check_rmsnorm<X>(D[d] == 768 ? 2300 : 600, D[d], variant);
@@ -833,16 +869,17 @@ typedef struct {
     bool tie, bias, conv_bias;
     size_t B, T;
     int docs;
+    double dropout;
 } CudaShape;
 static const CudaShape cuda_shapes[] = {
-    {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1},
-    {"1", 2, 7, 9, 5, 2, 3, 0, 11, false, true, false, 3, 7, 0},
-    {"1m", 2, 13, 22, 3, 3, 2, 19, 29, true, true, true, 3, 37, 1},
-    {"11m", 2, 37, 74, 7, 4, 5, 53, 101, false, false, true, 2, 133, 2},
-    {"1", 1, 3, 4, 1, 1, 1, 0, 2, true, true, true, 1, 1, -1},
-    {"1", 2, 32, 64, 16, 4, 8, 0, 101, true, false, true, 3, 70, -1},           // from here on the fast scan
-    {"1m", 2, 64, 128, 16, 4, 16, 96, 257, false, true, true, 2, 133, 0},
-    {"1", 3, 96, 192, 16, 3, 8, 0, 64, true, true, false, 2, 64, 5},
+    {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0},
+    {"1", 2, 7, 9, 5, 2, 3, 0, 11, false, true, false, 3, 7, 0, 0},
+    {"1m", 2, 13, 22, 3, 3, 2, 19, 29, true, true, true, 3, 37, 1, 0},
+    {"11m", 2, 37, 74, 7, 4, 5, 53, 101, false, false, true, 2, 133, 2, 0.3},
+    {"1", 1, 3, 4, 1, 1, 1, 0, 2, true, true, true, 1, 1, -1, 0},
+    {"1", 2, 32, 64, 16, 4, 8, 0, 101, true, false, true, 3, 70, -1, 0},        // from here on the fast scan
+    {"1m", 2, 64, 128, 16, 4, 16, 96, 257, false, true, true, 2, 133, 0, 0.4},
+    {"1", 3, 96, 192, 16, 3, 8, 0, 64, true, true, false, 2, 64, 5, 0},
 };
 
 // toy_model with parameters that are exact in X: the CPU then computes with the same weights
@@ -883,8 +920,9 @@ double gradients_of(Backend* b, real* grads, const int* tokens, const int* targe
 }
 
 template <typename X> void check_gradients(const CudaShape* s, bool carry) {
-    snprintf(shape, sizeof shape, "%s D%d E%d N%d K%d B%zu T%zu%s%s", s->pattern, (int)s->D, (int)s->E,
-             (int)s->N, (int)s->K, s->B, s->T, s->docs < 0 ? "" : " doc", carry ? " carried" : "");
+    snprintf(shape, sizeof shape, "%s D%d E%d N%d K%d B%zu T%zu%s%s%s", s->pattern, (int)s->D, (int)s->E,
+             (int)s->N, (int)s->K, s->B, s->T, s->docs < 0 ? "" : " doc", carry ? " carried" : "",
+             s->dropout ? " dropout" : "");
     size_t B = s->B, T = s->T, M = B * T;
     Model m = cuda_toy<X>(s);
     int *tokens = (int*)test_alloc(2 * M, sizeof(int)), *targets = (int*)test_alloc(2 * M, sizeof(int));
@@ -903,11 +941,14 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     for (int k = 0; k < RUNS; k++) got[k] = (real*)test_alloc(m.n_elements, sizeof(real));
     Backend cpu = backend_cpu(&m, B, T, true, false);
     if (carry) { cpu.carry_in = s0; cpu.carry_out = sT; }
+    cpu.dropout.rate = s->dropout;
+    cpu.dropout.key = random_bits(1337, STREAM_DROPOUT, 3);
     double loss = gradients_of(&cpu, want, tokens, targets, doc, B, T, 2), loss_cuda = 0;
     for (int k = 0; k < RUNS; k++) {
         Backend b = backend_cuda_of<X>(&m, B, T, true, k < 2 ? RECOMPUTE_NONE : k == 2 ? RECOMPUTE_CHEAP : RECOMPUTE_ALL);
         b.upload(&b);
         if (carry) { b.carry_in = s0; b.carry_out = sG; }
+        b.dropout = cpu.dropout;
         loss_cuda = gradients_of(&b, got[k], tokens, targets, doc, B, T, 2);
         b.destroy(&b);
     }
@@ -991,9 +1032,11 @@ template <typename X> void check_training(const CudaShape* s, int recompute) {
         b.upload(&b);
         for (int step = 0; step < STEPS; step++) {
             cuda_batch(tokens, targets, M, 100 + (uint64_t)step % 2, s->V);
+            b.dropout.rate = s->dropout;
+            b.dropout.key = random_bits(1337, STREAM_DROPOUT, (uint64_t)step);
             b.zero_gradients(&b);
-            losses[k][step] = b.forward(&b, -1, tokens, targets, doc, B, T, 1.0 / (double)M);
-            b.backward(&b, -1, tokens, doc, B, T);
+            losses[k][step] = b.forward(&b, 0, tokens, targets, doc, B, T, 1.0 / (double)M);
+            b.backward(&b, 0, tokens, doc, B, T);
             norms[k][step] = b.gradient_norm(&b);
             b.update(&b, &opt, 3e-3, clip_scale(norms[k][step], 0.5), step + 1);
         }
@@ -1050,7 +1093,7 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
             size_t n_targets = 0;
             for (size_t i = 0; i < M; i++) n_targets += targets[i] >= 0;
             Step st = {tokens, targets, doc, fresh, MICROS, B, T, n_targets, {0.9, 0.95, 1e-8, 0.1},
-                       2e-3, clip, step + 1};
+                       2e-3, clip, step + 1, {s->dropout, 77 + (uint64_t)step, 0, 0}};
             b.step_begin(&b, &st);
             if (k == 0 || step > 0) { result[k][ended] = b.step_end(&b); ended++; }
         }
@@ -1069,7 +1112,8 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
             size_t bad = m.tensor[1].offset;
             float value = m.params[bad], nan = NAN;
             float* device = cuda_of<X>(&b)->model.params + bad;
-            Step st = {tokens, targets, doc, fresh, MICROS, B, T, M, {0.9, 0.95, 1e-8, 0.1}, 2e-3, clip, STEPS + 1};
+            Step st = {tokens, targets, doc, fresh, MICROS, B, T, M, {0.9, 0.95, 1e-8, 0.1}, 2e-3, clip, STEPS + 1,
+                       {s->dropout, 99, 0, 0}};
             cudaCheck(cudaMemcpy(device, &nan, sizeof nan, cudaMemcpyHostToDevice));
             b.step_begin(&b, &st);
             b.step_begin(&b, &st);
@@ -1111,8 +1155,8 @@ template <typename X> void check_model(void) {
         check_gradients<X>(&cuda_shapes[i], true);
     }
     size_t longest = only_small() ? 129 : 8192;
-    static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1};
-    static const CudaShape even = {"1m", 1, 32, 32, 16, 4, 8, 24, 37, true, false, true, 1, 1, -1};
+    static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0};
+    static const CudaShape even = {"1m", 1, 32, 32, 16, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0};
     check_lengths<X>(&odd, longest);
     check_lengths<X>(&even, longest);
     check_steps<X>(&cuda_shapes[3], true, 0);
@@ -1143,6 +1187,48 @@ void cuda_logits(Backend* b, real* logits, const int* tokens, size_t n, size_t c
     for (size_t t = 0; t < n; t += chunk)
         b->decode(b, &s, 0, 1, tokens + t, min_size(chunk, n - t), t + chunk >= n ? logits : NULL);
     session_free(b, &s);
+}
+
+// Token by token with 1 to 70 sequences (section 4.10, and beyond it the kernels for any length), against the
+// CPU, which reads each sequence in one piece
+void check_decoding(Worst* worst, Worst* twice) {
+    enum { STEPS = 21, MOST = 70 };
+    const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257), toy_config("1", 3, 96, 192, 5, 2, 7, 100),
+                              toy_config("11m", 1, 64, 1600, 40, 4, 4, 100)};
+    const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
+    for (int k = 0; k < 3; k++) {
+        Config c = configs[k];
+        c.bias = k == 1;
+        Model m = toy_model(&c, false, 6 + (uint64_t)k);
+        size_t V = (size_t)c.vocab_size, Vp = (size_t)c.vocab_padded;
+        Backend cpu = backend_cpu(&m, 0, 0, false, RECOMPUTE_NONE);
+        Backend b = backend_cuda_of<bf16>(&m, 0, 0, false, RECOMPUTE_NONE);
+        b.upload(&b);
+        real* want = (real*)test_alloc(MOST * Vp, sizeof(real));
+        real* got[2] = {(real*)test_alloc(MOST * Vp, sizeof(real)), (real*)test_alloc(MOST * Vp, sizeof(real))};
+        int ids[MOST][STEPS], step_ids[MOST];
+        for (size_t r = 0; r < MOST; r++) {
+            for (size_t t = 0; t < STEPS; t++) ids[r][t] = (int)(random_bits(40, r, t) % V);
+            cuda_logits(&cpu, want + r * Vp, ids[r], STEPS, STEPS);
+        }
+        for (size_t n : counts) {
+            for (int again = 0; again < 2; again++) {
+                Session s = session_create(&b, n, 1);
+                for (size_t t = 0; t < STEPS; t++) {
+                    for (size_t r = 0; r < n; r++) step_ids[r] = ids[r][t];
+                    b.decode(&b, &s, 0, n, step_ids, 1, got[again]);
+                }
+                session_free(&b, &s);
+            }
+            for (size_t r = 0; r < n; r++)
+                worst_add(worst, real_relative(got[0] + r * Vp, want + r * Vp, V), "D%d E%d, row %zu of %zu",
+                          (int)c.d_model, (int)c.d_inner, r, n);
+            worst_add(twice, bits_differ(got[0], got[1], n * Vp), "D%d, %zu rows", (int)c.d_model, n);
+        }
+        b.destroy(&b);
+        cpu.destroy(&cpu);
+        model_free(&m);
+    }
 }
 
 // Catches: a state lost between prefill and decoding, rows exchanged, a vocabulary column off by one.
@@ -1217,6 +1303,10 @@ void test_cuda_generate(void) {
         model_free(&m);
     }
     other_backend = NULL;
+    Worst decoding = {0, ""}, twice = {0, ""};
+    check_decoding(&decoding, &twice);
+    worst_report("bf16: logits token by token, 1 to 70 sequences = the CPU's", &decoding, 3e-2);
+    worst_report("bf16: logits token by token, again: bits", &twice, 0);
     worst_report("fp32: tokens of the GPU differ from those of the CPU", &tokens, 0);
     worst_report("fp32: tokens after prefill in chunks of 1, 7, 1000 differ", &chunks, 0);
     worst_report("fp32: a state saved on one device, tokens on the other differ", &saved, 0);
@@ -1244,7 +1334,8 @@ void test_cuda_resume(void) {
     write_data();
     const char* cases_[] = {"--precision fp32 --carry-state --reset-documents --grad-accum 1",
                             "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
-                            "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap"};
+                            "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
+                            "--dropout 0.3"};
     for (int k = 0; k < 3; k++) {
         TrainRun run;
         memset(&run, 0, sizeof run);
@@ -1570,7 +1661,7 @@ static void check_large_residual(void) {
     claim_rows("2^31: rmsnorm forward, y", y[1], y[0], D, D, ROWS, TIMES, 0);
     for (int big = 0; big < 2; big++) {                      // dy: delta; dres: over res
         dweight[big] = gpu<float>(Vec(D));
-        rmsnorm_backward_cuda<bf16>(res[big], y[big], dweight[big], delta[big], sum[big], weight, rstd[big],
+        rmsnorm_backward_cuda<bf16>(res[big], y[big], (bf16*)NULL, dweight[big], delta[big], sum[big], weight, rstd[big],
                                     scratch, M[big], D, 0);
     }
     claim_rows("2^31: rmsnorm backward, dres", res[1], res[0], D, D, ROWS, TIMES, 0);

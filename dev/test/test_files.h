@@ -815,7 +815,7 @@ static void test_config_files(void) {
         c.dt_scale = 0.1 + random_uniform(24, 7, i),
         c.initializer_range = i % 4 ? random_uniform(25, 7, i) : 0;
         memset(&d, 255, sizeof d);
-        failed += !config_write(&c, scratch_dir, &err);
+        failed += !config_write(&c, -1, "float32", scratch_dir, &err);
         // other programs compute E = int(expand * D) in double precision
         json_t* root = json_load_file(path, 0, NULL);
         const json_t* expand =
