@@ -1,6 +1,6 @@
 // The roofs: what this GPU can do at most, measured. The floors of the ladders are made of some of these
-// numbers (copy, matmul, special functions); others decided how a kernel is built, see the last column. "seen"
-// is what one NVIDIA H200 gave when that was decided, 2026-11-21.
+// numbers (copy, matmul, special functions); others decided how a kernel is built, see the last column.
+// "seen" is what one NVIDIA H200 gave when that was decided, 2026-11-21.
 //
 //   make build/dev/roofs && build/dev/roofs
 //

@@ -1430,7 +1430,8 @@ int run_on_gpu(char* text, size_t size, const char* options, const char* out) {
     TrainRun run;
     memset(&run, 0, sizeof run);
     snprintf(run.options, sizeof run.options,
-             "--d-state 16 --val-fraction 0 --eval-every 0 --log-every 1000 --warmup 2 --data %s %s %s %s --out %s",
+             "--d-state 16 --val-fraction 0 --eval-every 0 --log-every 1000 --warmup 2 --data %s %s %s %s "
+             "--out %s",
              scratch("a.txt"), scratch("b.txt"), scratch("c.txt"), options, out);
     return in_child(train_child, &run, text, size);
 }
@@ -1511,14 +1512,14 @@ void test_cuda_faults(void) {
         code = run_on_gpu(text, sizeof text, options, quiet);
         allocations_left = -1;
         if (code == 0) break;
-        worst_add(&refused, not_refused(code, text, "the GPU's memory is exhausted"), "allocation %d: %.40s", n,
-                  text);
+        worst_add(&refused, not_refused(code, text, "the GPU's memory is exhausted"), "allocation %d: %.40s",
+                  n, text);
         snprintf(a, sizeof a, "%s/last", quiet);
         worst_add(&written, access(a, F_OK) == 0, "allocation %d", n);
     }
     worst_add(&ends, code, "with enough allocations");
-    code = run_on_gpu(text, sizeof text, "--n-layer 16 --d-model 64 --seq-len 16 --batch-size 1000000 --steps 3 "
-                      "--max-tokens 0 --device cuda", scratch("large"));
+    code = run_on_gpu(text, sizeof text, "--n-layer 16 --d-model 64 --seq-len 16 --batch-size 1000000 "
+                      "--steps 3 --max-tokens 0 --device cuda", scratch("large"));
     worst_add(&refused, not_refused(code, text, "--batch-size"), "activations too large: %.40s", text);
 
     // the memory is full when the first sample is due: the checkpoint of step 2 is whole, and goes on
@@ -1530,7 +1531,8 @@ void test_cuda_faults(void) {
     other_backend = backend_cuda;
     worst_add(&refused, not_refused(code, text, "the GPU's memory is exhausted"), "sample: %.40s", text);
     snprintf(options, sizeof options, "%s --resume", sampled);
-    worst_add(&ends, run_on_gpu(text, sizeof text, options, loud), "resumed after a full memory: %.40s", text);
+    code = run_on_gpu(text, sizeof text, options, loud);
+    worst_add(&ends, code, "resumed after a full memory: %.40s", text);
 
     // the same run, alone and beside a process that keeps the GPU busy
     const char* trained = "--n-layer 3 --d-model 96 --seq-len 64 --batch-size 24 --steps 30 --max-tokens 0 "
@@ -1589,8 +1591,8 @@ template <typename X> Twice<X> twice_normal(size_t n, size_t times, double scale
 
 // The largest relative L2 error of any row: row i of `many` is `factor` times row i % rows_few of `few`
 template <typename X>
-__global__ void worst_row_kernel(unsigned long long* worst, const X* many, const X* few, size_t ld, size_t cols,
-                                 size_t rows_few, double factor) {
+__global__ void worst_row_kernel(unsigned long long* worst, const X* many, const X* few, size_t ld,
+                                 size_t cols, size_t rows_few, double factor) {
     const X *x = many + blockIdx.x * ld, *y = few + blockIdx.x % rows_few * ld;
     double diff = 0, norm = 0;
     for (size_t i = threadIdx.x; i < cols; i += blockDim.x) {
@@ -1622,7 +1624,7 @@ void claim_rows(const char* what, const X* many, const X* few, size_t ld, size_t
 
 // The head and the loss: 90036 x 50280 logits
 static void check_large_head(void) {
-    enum { ROWS = 61, TIMES = 1476, D = 768, V = 50280 };
+    enum { ROWS = 61, TIMES = 1476, D = 768, V = 50280, ALL = V * D };
     const size_t M[2] = {ROWS, ROWS * TIMES};
     snprintf(shape, sizeof shape, "M%zu D%d V%d", M[1], D, V);
     Matmul mm = matmul_open();
@@ -1634,7 +1636,7 @@ static void check_large_head(void) {
     Twice<bf16> weight = twice_normal<bf16>(V * D, 1, 0.05), z = twice_nan<bf16>((size_t)ROWS * V, TIMES);
     Twice<float> losses = twice_nan<float>(ROWS, TIMES);
     for (int big = 0; big < 2; big++) {
-        dweight[big] = gpu<float>(Vec((size_t)V * D));
+        dweight[big] = gpu<float>(Vec(ALL));
         matmul_forward_cuda(&mm, z[big], V, f[big], D, weight[0], (const float*)NULL, M[big], D, V, 0);
     }
     claim_rows("2^31: head, logits", z[1], z[0], V, V, ROWS, TIMES, 4e-3);
@@ -1647,7 +1649,7 @@ static void check_large_head(void) {
         matmul_backward_cuda(&mm, df[big], D, false, dweight[big], (float*)NULL, z[big], V, f[big], D,
                              weight[0], (float*)NULL, M[big], D, V, 0);
     claim_rows("2^31: head, dinp", df[1], df[0], D, D, ROWS, TIMES, 4e-3);
-    claim_rows("2^31: head, dweight", dweight[1], dweight[0], (size_t)V * D, (size_t)V * D, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: head, dweight", dweight[1], dweight[0], ALL, ALL, 1, 1, 1e-3, TIMES);
     gpu_release();
     matmul_close(&mm);
 }
@@ -1663,14 +1665,14 @@ static void check_large_residual(void) {
     Twice<bf16> delta = twice_normal<bf16>(n, TIMES), y = twice_nan<bf16>(n, TIMES);
     Twice<float> rstd = twice_nan<float>(ROWS, TIMES);
     for (int big = 0; big < 2; big++)
-        residual_rmsnorm_forward_cuda<bf16>(sum[big], y[big], rstd[big], res[big], delta[big], weight, M[big], D,
-                                            1e-5f, 0);
+        residual_rmsnorm_forward_cuda<bf16>(sum[big], y[big], rstd[big], res[big], delta[big], weight, M[big],
+                                            D, 1e-5f, 0);
     claim_rows("2^31: rmsnorm forward, res", sum[1], sum[0], D, D, ROWS, TIMES, 0);
     claim_rows("2^31: rmsnorm forward, y", y[1], y[0], D, D, ROWS, TIMES, 0);
     for (int big = 0; big < 2; big++) {                      // dy: delta; dres: over res
         dweight[big] = gpu<float>(Vec(D));
-        rmsnorm_backward_cuda<bf16>(res[big], y[big], (bf16*)NULL, dweight[big], delta[big], sum[big], weight, rstd[big],
-                                    scratch, M[big], D, 0);
+        rmsnorm_backward_cuda<bf16>(res[big], y[big], (bf16*)NULL, dweight[big], delta[big], sum[big], weight,
+                                    rstd[big], scratch, M[big], D, 0);
     }
     claim_rows("2^31: rmsnorm backward, dres", res[1], res[0], D, D, ROWS, TIMES, 0);
     claim_rows("2^31: rmsnorm backward, dres_x", y[1], y[0], D, D, ROWS, TIMES, 0);
@@ -1706,36 +1708,37 @@ static void check_large_block(void) {
         dD[big] = gpu<float>(Vec(E));
         ddt_bias[big] = gpu<float>(Vec(E));
     }
-    size_t sums = causal_conv1d_scratch_cuda(B[1], T, E, K), more = selective_scan_scratch_cuda(B[1], T, E, N);
-    float *scratch = gpu_nan<float>(sums > more ? sums : more), *none = NULL;
+    size_t conv_sums = causal_conv1d_scratch_cuda(B[1], T, E, K);
+    size_t scan_sums = selective_scan_scratch_cuda(B[1], T, E, N);
+    float *scratch = gpu_nan<float>(conv_sums > scan_sums ? conv_sums : scan_sums), *none = NULL;
     const int* no_doc = NULL;
     Twice<bf16> xz = twice_normal<bf16>(2 * n, TIMES), dxz = twice_nan<bf16>(2 * n, TIMES);
     Twice<bf16> x = twice_nan<bf16>(n, TIMES), dx = twice_normal<bf16>(n, TIMES);
     for (int big = 0; big < 2; big++) {
-        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T, E,
-                                         K, 0);
+        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T,
+                                         E, K, 0);
         causal_conv1d_backward_cuda<bf16>(dxz[big], 2 * E, dweight[big], dbias[big], none, dx[big], none,
-                                          xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E, K,
-                                          0);
+                                          xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E,
+                                          K, 0);
     }
     claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, TIMES, 0);
     claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, TIMES, 0);
     claim_rows("2^31: conv backward, dweight", dweight[1], dweight[0], E * K, E * K, 1, 1, 1e-4, TIMES);
     claim_rows("2^31: conv backward, dbias", dbias[1], dbias[0], E, E, 1, 1, 1e-4, TIMES);
 
-    // the scan may cut time differently for three rows: other bits
+    // on a GPU with more processors the scan of three rows may cut time differently: other bits. Measured 0
     Twice<bf16> dt = twice_normal<bf16>(n, TIMES, 1, -3), rbc = twice_normal<bf16>(tokens * LD, TIMES);
     Twice<bf16> y = twice_nan<bf16>(n, TIMES), s = twice_nan<bf16>(n, TIMES), ddt = twice_nan<bf16>(n, TIMES);
     Twice<bf16> drbc = twice_nan<bf16>(tokens * LD, TIMES), again = twice_nan<bf16>(n, TIMES);
     for (int big = 0; big < 2; big++) {
         const bf16 *z = xz[big] + E, *Bt = rbc[big] + R;
         bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N)), *dBt = drbc[big] + R;
-        selective_scan_forward_cuda<bf16>(y[big], s[big], hs, none, x[big], dt[big], bias, A, Bt, Bt + N, LD, D,
-                                          z, 2 * E, none, no_doc, B[big], T, E, N, 0);
-        selective_scan_backward_cuda<bf16>(dx[big], ddt[big], dxz[big] + E, 2 * E, again[big], dA[big], dD[big],
-                                           ddt_bias[big], dBt, dBt + N, LD, none, x[big], none, hs, s[big],
-                                           x[big], dt[big], bias, A, Bt, Bt + N, LD, D, z, 2 * E, no_doc,
-                                           scratch, B[big], T, E, N, 0);
+        selective_scan_forward_cuda<bf16>(y[big], s[big], hs, none, x[big], dt[big], bias, A, Bt, Bt + N, LD,
+                                          D, z, 2 * E, none, no_doc, B[big], T, E, N, 0);
+        selective_scan_backward_cuda<bf16>(dx[big], ddt[big], dxz[big] + E, 2 * E, again[big], dA[big],
+                                           dD[big], ddt_bias[big], dBt, dBt + N, LD, none, x[big], none, hs,
+                                           s[big], x[big], dt[big], bias, A, Bt, Bt + N, LD, D, z, 2 * E,
+                                           no_doc, scratch, B[big], T, E, N, 0);
     }
     claim_rows("2^31: scan forward, y", y[1], y[0], E, E, tokens, TIMES, 4e-3);
     claim_rows("2^31: scan forward, s", s[1], s[0], E, E, tokens, TIMES, 4e-3);
@@ -1776,8 +1779,8 @@ static void check_large_update(void) {
         cudaCheck(cudaMemcpy(&norms[big], norm, sizeof(double), cudaMemcpyDeviceToHost));
         std::vector<AdamWPiece> piece(count[big] / ADAMW_PIECE + 1);
         size_t pieces = adamw_pieces(piece.data(), 0, 0, count[big], true);
-        adamw_cuda<bf16>(p[big], x[big], g[big], m[big], v[big], gpu_array<AdamWPiece>(pieces, piece.data()),
-                         step, norm, pieces, 0);
+        adamw_cuda<bf16>(p[big], x[big], g[big], m[big], v[big],
+                         gpu_array<AdamWPiece>(pieces, piece.data()), step, norm, pieces, 0);
     }
     claim_value("2^31: gradient norm", fabs(norms[1] / (norms[0] * sqrt((double)times)) - 1), 1e-12);
     claim_rows("2^31: adamw, params", p[1], p[0], n, n, 1, times, 0);
@@ -1793,7 +1796,8 @@ static void check_large_update(void) {
 void test_cuda_large(void) {
     if (!gpu_present() || only_small()) return;
     const struct { void (*check)(void); double gib; } checks[] = {
-        {check_large_head, 11}, {check_large_residual, 32}, {check_large_block, 64}, {check_large_update, 38}};
+        {check_large_head, 11}, {check_large_residual, 32}, {check_large_block, 66},
+        {check_large_update, 38}};
     size_t available = 0, total = 0;
     for (int i = 0; i < 4; i++) {
         cudaCheck(cudaMemGetInfo(&available, &total));
