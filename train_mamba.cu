@@ -3825,6 +3825,15 @@ template <typename X> struct ScratchCuda {
     int* sort;
 };
 
+// SideCuda: a second stream for the gradients of weights. Nothing waits for them until the optimizer, so they
+// fill the tails of the other kernels and run beside those that only move memory (in_proj's and the norm's
+// backward, 16384 x 768 on an H200: 0.171 ms one after the other, 0.163 side by side).
+typedef struct {
+    cudaStream_t stream;
+    Matmul matmul;                  // with a workspace of its own
+    cudaEvent_t ready, done;
+} SideCuda;
+
 template <typename X> struct CudaRun {
     const Config* config;
     Matmul* matmul;
@@ -3834,7 +3843,31 @@ template <typename X> struct CudaRun {
     int recompute;                  // RECOMPUTE_CHEAP: u, x and dt_raw have been overwritten since forward
     DropoutCuda dropout;            // of delta_in; for the first sub-layer (place 0) of the embedding
     bool add;                       // weight gradients of matmuls are added to; false: written
+    SideCuda* side;
 };
+
+// side_fork: the side stream goes on behind what the main one has been given so far. side_join: the main stream
+// waits for the side, whose inputs it may then overwrite.
+template <typename X> static void side_fork(const CudaRun<X>* run) {
+    cudaCheck(cudaEventRecord(run->side->ready, run->stream));
+    cudaCheck(cudaStreamWaitEvent(run->side->stream, run->side->ready, 0));
+}
+template <typename X> static void side_join(const CudaRun<X>* run) {
+    cudaCheck(cudaEventRecord(run->side->done, run->side->stream));
+    cudaCheck(cudaStreamWaitEvent(run->stream, run->side->done, 0));
+}
+
+// linear_backward_weight: dweight (O,I) = or += dout^T inp on the side stream, dbias += sum of dout on the main
+// one.   dout (M,O), inp (M,I), row strides lddo, ldi
+template <typename X>
+static void linear_backward_weight(const CudaRun<X>* run, float* dweight, float* dbias, const X* dout,
+                                   size_t lddo, const X* inp, size_t ldi, float* sums, size_t I, size_t O) {
+    size_t M = run->B * run->T;
+    side_fork(run);
+    matmul_backward_cuda(&run->side->matmul, (X*)NULL, 0, false, dweight, (float*)NULL, dout, lddo, inp, ldi,
+                         (const X*)NULL, (float*)NULL, M, I, O, run->side->stream, run->add);
+    if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, sums, run->stream);
+}
 
 enum {
     P_NORM,
@@ -3900,27 +3933,32 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     // out = W_out y: the gradient of y first, the scan's backward makes y again for the weight gradient
     matmul_backward_cuda(mm, w->dy, E, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
                          L->px[P_OUT], w->sums, M, E, D, stream);
+    side_join(run);                                // of the layer before: y, ddt, drbc, dxz are written again
     selective_scan_backward_cuda<X>(w->dx, w->ddt, w->dxz + E, 2 * E, w->y, L->grad[P_A_LOG], L->grad[P_D],
                                     L->grad[P_DT_BIAS], w->drbc + R, w->drbc + R + N, RBC, (float*)NULL,
                                     w->dy, (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, L->p[P_DT_BIAS],
                                     L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
                                     2 * E, run->doc, w->sums, B, T, E, N, stream);
-    matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E,
-                         L->px[P_OUT], w->sums, M, E, D, stream, run->add);
-    matmul_backward_cuda(mm, w->drbc, RBC, false, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC,
-                         L->px[P_DT], w->sums, M, R, E, stream, run->add);
-    matmul_backward_cuda(mm, w->dx, E, true, L->grad[P_X], (float*)NULL, w->drbc, RBC, a->x, E, L->px[P_X],
-                         w->sums, M, E, RBC, stream, run->add);
+    linear_backward_weight(run, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E, w->sums, E, D);
+    linear_backward_weight(run, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC, w->sums, R, E);
+    matmul_backward_cuda(mm, w->drbc, RBC, false, (float*)NULL, (float*)NULL, w->ddt, E, (const X*)NULL, 0,
+                         L->px[P_DT], w->sums, M, R, E, stream);
+    linear_backward_weight(run, L->grad[P_X], (float*)NULL, w->drbc, RBC, a->x, E, w->sums, E, RBC);
+    matmul_backward_cuda(mm, w->dx, E, true, (float*)NULL, (float*)NULL, w->drbc, RBC, (const X*)NULL, 0,
+                         L->px[P_X], w->sums, M, E, RBC, stream);
     causal_conv1d_backward_cuda(w->dxz, 2 * E, L->grad[P_CONV], L->grad[P_CONV_BIAS], (float*)NULL, w->dx,
                                 (const float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
                                 run->doc, w->sums, B, T, E, K, stream);
     matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dxz, 2 * E, (const X*)NULL, 0,
                          L->px[P_IN], w->sums, M, D, 2 * E, stream);
+    side_join(run);                                // dres_x, and with cheap u, are written again
+    if (!cheap)
+        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D, 2 * E);
     X* dres_x = run->dropout.place ? w->dres_x : NULL;       // the first sub-layer has no other before it
-    rmsnorm_backward_cuda(w->dres, dres_x, cheap ? a->u : NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd,
-                          w->sums, M, D, stream, run->dropout);
-    matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D,
-                         L->px[P_IN], w->sums, M, D, 2 * E, stream, run->add);
+    rmsnorm_backward_cuda(w->dres, dres_x, cheap ? a->u : NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM],
+                          a->rstd, w->sums, M, D, stream, run->dropout);
+    if (cheap)
+        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D, 2 * E);
 }
 
 template <typename X>
@@ -3941,19 +3979,20 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
                              const ScratchCuda<X>* w) {
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     Matmul* mm = run->matmul;
+    bool cheap = run->recompute == RECOMPUTE_CHEAP;
     matmul_backward_cuda(mm, w->dm, F, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
                          L->px[P_FC2], w->sums, M, F, D, run->stream);
+    side_join(run);                                // of the layer before: dh and m are written again
     gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
                        run->stream);
-    matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_FC2], (float*)NULL, w->dres_x, D, w->m, F,
-                         L->px[P_FC2], w->sums, M, F, D, run->stream, run->add);
+    linear_backward_weight(run, L->grad[P_FC2], (float*)NULL, w->dres_x, D, w->m, F, w->sums, F, D);
     matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dh, 2 * F, (const X*)NULL, 0,
                          L->px[P_FC1], w->sums, M, D, 2 * F, run->stream);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, run->recompute == RECOMPUTE_CHEAP ? a->u : NULL,
-                          L->grad[P_MLP_NORM], w->du, a->res, L->p[P_MLP_NORM], a->rstd, w->sums, M, D,
-                          run->stream, run->dropout);
-    matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D,
-                         L->px[P_FC1], w->sums, M, D, 2 * F, run->stream, run->add);
+    side_join(run);
+    if (!cheap) linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
+    rmsnorm_backward_cuda(w->dres, w->dres_x, cheap ? a->u : NULL, L->grad[P_MLP_NORM], w->du, a->res,
+                          L->p[P_MLP_NORM], a->rstd, w->sums, M, D, run->stream, run->dropout);
+    if (cheap) linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
 }
 
 // Blocks with one token of each sequence (section 4.10). res_in and delta_in as above; the residual stream
@@ -4424,6 +4463,7 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
                          const int* tokens, float* state0, const State* host) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
+    side_fork(run);
     cudaCheck(cudaMemsetAsync(s->dres, 0, M * D * sizeof(float), run->stream));
     run->dropout.place = (uint64_t)m->n_layers;
     rmsnorm_backward_cuda(s->dres, s->dres_x, (X*)NULL, d->dnorm_f, w->df, w->res_last, d->norm_f, w->f_rstd,
@@ -4434,6 +4474,7 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
         run->dropout.place = (uint64_t)l;
         bool mlp = m->layer[l].kind->letter == 'm';
         if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
+            side_join(run);
             if (mlp)
                 mlp_block_forward_cuda(run, &d->layer[l], &w->acts[l], s, w->acts[l].res, (const X*)NULL);
             else
@@ -4445,6 +4486,7 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
     }
     embedding_backward_cuda(d->dembedding, s->dres, tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
                             run->stream);
+    side_join(run);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -4514,6 +4556,7 @@ template <typename X> struct CudaBackend {
     WorkCuda<X> work;
     Matmul matmul;
     cudaStream_t stream;
+    SideCuda side;                     // when training
     // carried states of `micros` micro-batches, each as State; n_state floats each
     float *carry_in, *carry_out;
     size_t micros, n_state;
@@ -4544,7 +4587,7 @@ static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t
     const StepCuda* step = c->work.batch.step;
     CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute,
                       dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model),
-                      true};
+                      true, &c->side};
     return run;
 }
 
@@ -4924,6 +4967,13 @@ template <typename X> static void cuda_destroy(Backend* b) {
     if (c->graph) cudaCheck(cudaGraphExecDestroy(c->graph));
     if (c->work.memory) work_free(&c->work);
     model_cuda_free(&c->model);
+    if (c->side.stream) {
+        cudaCheck(cudaStreamDestroy(c->side.stream));
+        cudaCheck(cudaEventDestroy(c->side.ready));
+        cudaCheck(cudaEventDestroy(c->side.done));
+        cudaCheck(cudaFree(c->side.matmul.workspace));
+        free(c->side.matmul.plan);
+    }
     void* memory[] = {c->matmul.workspace, c->carry_in, c->carry_out, c->field, c->out};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) cudaCheck(cudaFree(memory[i]));
     cublasCheck(cublasLtDestroy(c->matmul.handle));
@@ -4950,7 +5000,7 @@ template <typename X> static void memory_print(Backend* b) {
         {"logits and scratch", w->bytes - w->saved_bytes - w->batch.bytes},
         {"batches", w->batch.bytes},
         {"carried states", carried},
-        {"matmul workspace", MATMUL_WORKSPACE},
+        {"matmul workspaces", 2 * MATMUL_WORKSPACE},
     };
     size_t sum = 0, rows = sizeof row / sizeof row[0];
     for (size_t i = 0; i < rows; i++) sum += row[i].bytes;
@@ -5009,6 +5059,13 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, int 
     cudaCheck(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     cublasCheck(cublasLtCreate(&c->matmul.handle));
     c->matmul.workspace = device_calloc(MATMUL_WORKSPACE, 1);
+    if (training) {
+        cudaCheck(cudaStreamCreateWithFlags(&c->side.stream, cudaStreamNonBlocking));
+        cudaCheck(cudaEventCreateWithFlags(&c->side.ready, cudaEventDisableTiming));
+        cudaCheck(cudaEventCreateWithFlags(&c->side.done, cudaEventDisableTiming));
+        c->side.matmul.handle = c->matmul.handle;
+        c->side.matmul.workspace = device_calloc(MATMUL_WORKSPACE, 1);
+    }
     c->out = (StepOutput*)device_calloc(1, sizeof(StepOutput));
     c->model = model_cuda_create<X>(m, training);
     if (carry) carry_reserve<X>(&b, micros, B);
