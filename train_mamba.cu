@@ -1586,14 +1586,14 @@ size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N) {
 }
 
 // Where the channels of all sequences are too few blocks to fill the chip, the fast backward cuts time into
-// segments as well: as many as make SCAN_FILL blocks (three on each of the 132 processors of an H100 or H200),
-// but none shorter than SCAN_SEGMENT tokens. Every segment costs a second, cheaper look at its tokens.
+// segments as well: as many as make SCAN_FILL blocks (three on each of the 132 processors of an H200), none
+// shorter than SCAN_SEGMENT tokens. Every segment costs a second, cheaper look at its tokens.
 enum { SCAN_FILL = 396, SCAN_SEGMENT = 128 };
 static inline size_t scan_segments_cuda(size_t B, size_t T, size_t E) {
     size_t tiles = scan_padded_cuda(T) / 32, segments = SCAN_FILL / (B * scan_blocks_cuda(E));
     if (segments > T / SCAN_SEGMENT) segments = T / SCAN_SEGMENT;
     if (segments < 2) return 1;
-    size_t each = (tiles + segments - 1) / segments;           // the same number of tiles for all but the last
+    size_t each = (tiles + segments - 1) / segments;           // tiles of all segments but the last
     return (tiles + each - 1) / each;
 }
 
@@ -2034,7 +2034,7 @@ struct ScanSpecial {
         set = inside && reset ? __float_as_uint(SCAN_RESET) : 0u;
     }
     __device__ __forceinline__ float operator()(float dt) const {
-        uint32_t r;                                            // (dt & keep) | set: C++ would become two steps
+        uint32_t r;                                            // (dt & keep) | set in one step
         asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(__float_as_uint(dt)), "r"(keep), "r"(set));
         return __uint_as_float(r);
     }
@@ -2355,7 +2355,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
     if (tid < SCAN_CHANNELS) sh.bias2[tid] = dt_bias[e0 + tid] * SCAN_LOG2E;
     #pragma unroll
     for (int k = 0; k < 2; k++)
-        sh.chunk[w].fragB[k][lane][1 - (q >> 1)] = sh.chunk[w].fragC[k][lane][1 - (q >> 1)] = make_float2(0, 0);
+        sh.chunk[w].fragB[k][lane][q < 2] = sh.chunk[w].fragC[k][lane][q < 2] = make_float2(0, 0);
 
     auto load = [&](int i) {
         const uint32_t t = i * 32 + r0, row = b * T + t;       // B T < 2^31 on this path
@@ -2469,7 +2469,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             h[1] = scan_high(start.x);
             h[2] = scan_low(start.y);
             h[3] = scan_high(start.y);
-            if (k & 1) {                                       // the state was saved 8 tokens earlier: get here
+            if (k & 1) {                                       // the state was saved 8 tokens earlier
                 const ScanBackwardChunk& left = sh.chunk[k - 1];
                 #pragma unroll
                 for (int f = 0; f < 2; f++) {
@@ -2609,8 +2609,8 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
     if (q == 0) { de[16] = dD; de[17] = dbias; }
 }
 
-// selective_scan_carry_kernel: what a segment of time hands to the token before it. Backward is linear in what
-// enters from the right, (B9) carry_{t-1} = a_t (g_t Ct_t + carry_t), so that for a whole segment
+// selective_scan_carry_kernel: what a segment of time hands to the token before it. Backward is linear in
+// what enters from the right, (B9) carry_{t-1} = a_t (g_t Ct_t + carry_t), so that for a whole segment
 //   carry out = local + exp(A sum dt) carry in
 // local (B, segments, E, 16): carry out if nothing enters; dt_sum (B, segments, E). Segment 0 is not needed.
 // Thread: states 4k..4k+3 of one channel; element-wise: token r of the tile, 8 channels.
@@ -2624,9 +2624,11 @@ selective_scan_carry_kernel(float* local, float* dt_sum, const bf16* dy, const b
     auto pair = [](int t, int c) { return c ^ ((c >> 3) | ((t & 1) << 1)); };      // against bank conflicts
     const int lane = threadIdx.x & 31, r = threadIdx.x >> 2, c0 = (threadIdx.x & 3) * 8;
     // lanes of one channel: 0, 1, 8, 9 apart, as in the forward kernel
-    const int k = (lane & 1) | ((lane >> 2) & 2), ch = (threadIdx.x >> 5) * 8 + (((lane >> 1) & 3) | ((lane >> 2) & 4));
+    const int k = (lane & 1) | ((lane >> 2) & 2), c = ((lane >> 1) & 3) | ((lane >> 2) & 4);
+    const int ch = (threadIdx.x >> 5) * 8 + c;
     const uint32_t blocks = E / SCAN_CHANNELS, e0 = blockIdx.x % blocks * SCAN_CHANNELS;
-    const uint32_t segment = 1 + blockIdx.x / blocks % (segments - 1), b = blockIdx.x / blocks / (segments - 1);
+    const uint32_t others = segments - 1, segment = 1 + blockIdx.x / blocks % others;
+    const uint32_t b = blockIdx.x / blocks / others;
     const int tiles = (int)((T + 31) / 32), first = (int)(segment * each);
     const int end = first + (int)each < tiles ? first + (int)each : tiles;
     float decay[4], carry[4] = {0, 0, 0, 0}, sum = 0.0f, bias2[8];
@@ -2884,7 +2886,8 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
                                   scratch, B, T, E, scan_segments_cuda(B, T, E), stream);
         return;
     }
-    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3), blocks = scan_blocks_cuda(E);
+    size_t blocks = scan_blocks_cuda(E);
+    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3);
     float* de_part = scratch + blocks * B * T * 2 * N;
     scan_allow_shared(selective_scan_backward_kernel<X>, bytes);
     selective_scan_backward_kernel<X><<<(unsigned)(blocks * B), SCAN_THREADS, bytes, stream>>>(
