@@ -2407,28 +2407,31 @@ __device__ __forceinline__ float scan_softplus_fast(float x2) {
 
 // --- fast path: forward ---------------------------------------------------------------------------------
 
-// A signal (mbarrier): threads arrive at it, and when `count` have arrived its phase ends and the next begins.
-// scan_wait returns when the phase of the given parity (the first is 0, the next 1, then 0 ..) has ended;
-// what a thread wrote before it arrived is then visible.
+// A signal (mbarrier): threads arrive at it, and when `count` have, its phase ends and the next one begins.
+// scan_wait returns when the phase of the given parity (the first has 0, the next 1, then 0 ..) has ended;
+// what the threads wrote before they arrived is then visible.
 __device__ __forceinline__ void scan_signal_init(uint64_t* signal, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;"
                  :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(count) : "memory");
 }
-__device__ __forceinline__ void scan_arrive(uint64_t* signal) {
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)) : "memory");
+__device__ __forceinline__ void scan_arrive_warp(uint64_t* signal) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0)
+        asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
+                     :: "r"((uint32_t)__cvta_generic_to_shared(signal)) : "memory");
 }
 __device__ __forceinline__ void scan_wait(uint64_t* signal, int parity) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra again; }"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(parity) : "memory");
+    #define SCAN_TEST "try_wait"                               // sleeps a little before it says no
 #else
-    asm volatile("{ .reg .pred done; again: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra again; }"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(parity) : "memory");
+    #define SCAN_TEST "test_wait"
 #endif
+    asm volatile("{ .reg .pred done; again: mbarrier." SCAN_TEST ".parity.shared.b64 done, [%0], %1; "
+                 "@!done bra again; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(parity) : "memory");
 }
 
-// 8 channels of one token: one copy or load of 16 bytes, two for float
+// 8 channels of one token: one copy, load or store of 16 bytes for bf16, two for float
 template <typename X> __device__ __forceinline__ void scan_copy_row(X* to, const X* from, bool inside) {
     #pragma unroll
     for (int k = 0; k < 8; k += 16 / (int)sizeof(X)) scan_copy16(to + k, from + k, inside);
@@ -2443,275 +2446,205 @@ __device__ __forceinline__ void scan_store_row(float* p, const float* v) {
     *(float4*)p = *(const float4*)v;
     *(float4*)(p + 4) = *(const float4*)(v + 4);
 }
-__device__ __forceinline__ void scan_store_state(bf16* p, const float* h) {
-    *(uint2*)p = make_uint2(scan_pack(h[0], h[1]), scan_pack(h[2], h[3]));
-}
-__device__ __forceinline__ void scan_store_state(float* p, const float* h) {
-    *(float4*)p = make_float4(h[0], h[1], h[2], h[3]);
-}
-// dt = softplus(x) and silu(z) of the types: bf16 inputs need no more than 5 digits
+
+// softplus(x + bias) and silu(z) as exact as X: bf16 needs no more than four digits. The bias comes multiplied
+// by scan_dt_unit, which saves an instruction.
+template <typename X> __device__ __forceinline__ float scan_dt_unit() { return sizeof(X) == 2 ? SCAN_LOG2E : 1.0f; }
 template <typename X> __device__ __forceinline__ float scan_dt(float x, float bias) {
     return sizeof(X) == 2 ? scan_softplus_fast(fmaf(x, SCAN_LOG2E, bias)) : scan_softplus(x + bias);
 }
 template <typename X> __device__ __forceinline__ float scan_silu(float z) {
-    float half = 0.5f * z;
+    float half = 0.5f * z;                                     // silu(z) = z/2 (1 + tanh(z/2))
     return sizeof(X) == 2 ? fmaf(half, scan_tanh(half), half) : silu_cuda(z);
 }
 
-__device__ __forceinline__ float exp2_now(float x) {
-    float y;
-    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-template <typename X, int WAVE, int TOKENS_, int HELPERS_, int SBUF_> struct ScanForwardTile {
-    enum { CHANNELS = 32 / WAVE, TOKENS = TOKENS_, HELPERS = HELPERS_, ROWS = TOKENS * CHANNELS / 8 / HELPERS, SBUF = SBUF_ };
-    // The 32 banks of shared memory serve different addresses at once only if these differ modulo 32 words;
-    // the odd row lengths here, and the exclusive-or in bc, spread simultaneous accesses over the banks.
-    enum { DT_ROW = 2 * TOKENS + 4, S_ROW = TOKENS + 4, GAP = 8 * WAVE,
-           S_PART = CHANNELS * S_ROW + CHANNELS / 8 * GAP + 16 };
-    X dt[TOKENS][CHANNELS], raw_bc[TOKENS][32];
-    int doc[2][ROWS][HELPERS];                                 // document of token t and of token t-1
-    float dt_dtx[CHANNELS * DT_ROW + CHANNELS / 8 * GAP];      // (dt, dt x), channel by channel
-    float bc[TOKENS][32];                                      // bc[t][n ^ 4 (t % 8)]: Bt_t, then Ct_t
-};
-template <typename X, int WAVE, int TOKENS_, int HELPERS_, int SBUF_> struct ScanForwardShared {
-    typedef ScanForwardTile<X, WAVE, TOKENS_, HELPERS_, SBUF_> Tile;
-    Tile tile[2];
-    float s[SBUF_][4 * Tile::S_PART];
-    struct { X x[Tile::TOKENS][Tile::CHANNELS], z[Tile::TOKENS][Tile::CHANNELS]; } raw[4];
-    float4 carry[WAVE > 1 ? 4 : 1][32];
-    uint64_t ready[2], scanned[2], turn[4], stored[2];
+// ScanForwardShared: S: states per thread. A block has 8 S channels, 16 / S threads each.
+// The 32 banks of shared memory serve different addresses at once only if these differ modulo 32 words; the
+// odd lengths of rows and the exclusive-or in bc spread simultaneous accesses over the banks.
+template <typename X, int S> struct ScanForwardShared {
+    enum { TOKENS = SCAN_TILE_STEPS, CHANNELS = 8 * S, HELPERS = TOKENS * CHANNELS / 8, GROUPS = 16 / S };
+    enum { DT_ROW = 2 * TOKENS + 4, SUM_ROW = TOKENS + 4, GAP = 32 / S,
+           SUM_GROUP = CHANNELS * SUM_ROW + CHANNELS / 8 * GAP + 16 };
+    struct { X dt_raw[TOKENS][CHANNELS], bc[TOKENS][32]; int doc[2][HELPERS]; } raw[2];   // as in memory; doc of t, t-1
+    struct { X x[TOKENS][CHANNELS], z[TOKENS][CHANNELS]; } rows[4];                       // needed until the end
+    struct {
+        float dt_dtx[CHANNELS * DT_ROW + CHANNELS / 8 * GAP];  // (dt, dt x) of a channel's tokens, see dt_at
+        float bc[TOKENS][32];                                  // bc[t][n ^ 4 (t % 8)]: Bt_t, then Ct_t
+    } tile[2];
+    float sum[GROUPS * SUM_GROUP];                             // C h, summed over S states, see sum_at
+    uint64_t ready[2], scanned[2], stored;
+    static __device__ __forceinline__ int dt_at(int c) { return c * DT_ROW + c / 8 * GAP; }
+    static __device__ __forceinline__ int sum_at(int g, int c) {
+        return g * SUM_GROUP + c * SUM_ROW + c / 8 * GAP;
+    }
 };
 
-// selective_scan_forward_fast_kernel
-template <typename X, int WAVE, int TOKENS_, int HELPERS_, int SBUF_, int UNROLL, int FLAGS>
-__global__ void __launch_bounds__(SCAN_THREADS + HELPERS_, sizeof(X) == 2 ? 3 : 2)
+// selective_scan_forward_fast_kernel: the general kernel's function. The first four warps run the recurrence,
+// the others do everything element-wise, around it:
+//   prepare tile i+1 (softplus, dt x) | load tile i+3 | store tile i (skip, gate) || time loop of tile i
+// The two kinds of work fill each other's gaps, and no one waits for the whole block: `ready` says that a tile
+// is prepared, `scanned` that its sums are there, `stored` that these have been read.
+// Time loop: a thread owns states S g .. S g + S - 1 of one channel. Its sums over these states go to shared
+// memory, the element-wise warps add the 16 / S of them.
+// S: 4 is the most efficient. 2 makes twice as many threads, for few channels and sequences.
+template <typename X, int S>
+__global__ void __launch_bounds__(SCAN_THREADS + ScanForwardShared<X, S>::HELPERS, sizeof(X) == 2 ? 3 : 2)
 selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
                                    const float* dt_bias, const float* A_log, const X* Bt, const X* Ct,
                                    size_t ldbc, const float* Dskip, const X* z, size_t ldz, const float* h0,
                                    const int* doc, size_t T, size_t E) {
     extern __shared__ __align__(128) char shared[];
-    typedef ScanForwardShared<X, WAVE, TOKENS_, HELPERS_, SBUF_> Shared;
+    typedef ScanForwardShared<X, S> Shared;
+    enum { TOKENS = Shared::TOKENS, CHANNELS = Shared::CHANNELS, HELPERS = Shared::HELPERS };
     Shared& sh = *(Shared*)shared;
-    typedef typename Shared::Tile Tile;
-    enum { TOKENS = Tile::TOKENS, CHANNELS = Tile::CHANNELS, HELPERS = Tile::HELPERS, ROWS = Tile::ROWS, SBUF = SBUF_,
-           DT_ROW = Tile::DT_ROW, S_ROW = Tile::S_ROW, GAP = Tile::GAP, S_PART = Tile::S_PART };
-    const int lane = threadIdx.x & 31, tiles = (int)((T + TOKENS - 1) / TOKENS);
-    const unsigned groups = (unsigned)(E / CHANNELS);
-    const size_t b = blockIdx.x / groups, e0 = (size_t)(blockIdx.x % groups) * CHANNELS;
+    const int lane = threadIdx.x % WARP, tiles = (int)((T + TOKENS - 1) / TOKENS);
+    const size_t b = blockIdx.x / (E / CHANNELS), e0 = blockIdx.x % (E / CHANNELS) * CHANNELS;
     if (threadIdx.x == 0) {
         for (int q = 0; q < 2; q++) {
-            scan_signal_init(&sh.ready[q], HELPERS / 32);
-            scan_signal_init(&sh.scanned[q], SCAN_THREADS / 32);
-            scan_signal_init(&sh.stored[q], HELPERS / 32);
+            scan_signal_init(&sh.ready[q], HELPERS / WARP);
+            scan_signal_init(&sh.scanned[q], SCAN_THREADS / WARP);
         }
-        for (int w = 0; w < 4; w++) scan_signal_init(&sh.turn[w], 1);
+        scan_signal_init(&sh.stored, HELPERS / WARP);
     }
     __syncthreads();
 
     // the number of the warp, taken from lane 0: so the compiler knows that a warp never divides here
-    const int w = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
-    if (w < 4) {   // ---- the recurrence
-        // lanes of one channel: 0, 1, 8, 9 apart. Any four neighbouring lanes then touch two channels and two
-        // state groups only, and a shared load with few distinct addresses takes half the time.
-        const int g = (lane & 1) | ((lane >> 2) & 2), c = ((lane >> 1) & 3) | ((lane >> 2) & 4);
-        const int chain = w / WAVE, slot = w % WAVE, ch = chain * 8 + c;
-        const int next_w = chain * WAVE + (slot + 1) % WAVE;
-        const size_t state = (b * E + e0 + ch) * 16 + 4 * g, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
-        float decay[4], h[4];
+    const int w = __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0);
+    if (w < SCAN_THREADS / WARP) {   // ---- the recurrence
+        // bits of the lane: g, c, c, g, then c (S = 4) or g (S = 2). Any four neighbouring lanes then touch two
+        // channels and two state groups only, and a shared load with few distinct addresses takes half the time.
+        const int g = (lane & 1) | ((lane >> 2) & (S == 4 ? 2 : 6)), c = ((lane >> 1) & 3) | ((lane >> 2) & (S == 4 ? 4 : 0));
+        const int ch = w * 2 * S + c;
+        const size_t state = (b * E + e0 + ch) * 16 + S * g, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
+        float decay[S], h[S];
         #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            decay[n] = scan_decay(A_log[(size_t)(e0 + ch) * 16 + 4 * g + n]);
+        for (int n = 0; n < S; n++) {
+            decay[n] = scan_decay(A_log[(e0 + ch) * 16 + S * g + n]);
             h[n] = h0 ? h0[state + n] : 0.0f;
         }
         const size_t next = E * 16;
-        X* saved = hs + (b * states * E + e0 + ch) * 16 + 4 * g + slot / 2 * next;   // next state to save
-        int left = hs && slot % 2 == 0 ? (int)states - slot / 2 : 0;                 // how many there are
-        int parity = 0;
+        X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;  // next state to save
+        int left = hs ? (int)states : 0;                       // how many there are
+        float* sums = &sh.sum[sh.sum_at(g, ch)];
         #pragma unroll 1
         for (int i = 0; i < tiles; i++) {
-            const int q = i & 1;
-            scan_wait(&sh.ready[q], (i >> 1) & 1);
-            Tile& tile = sh.tile[q];
-            const float* pdt = &tile.dt_dtx[ch * DT_ROW + chain * GAP + 16 * slot];
-            const float* pbc[4];
+            auto& tile = sh.tile[i & 1];
+            scan_wait(&sh.ready[i & 1], (i >> 1) & 1);
+            const float *dt_dtx = &tile.dt_dtx[sh.dt_at(ch)], *bc[4];
             #pragma unroll
-            for (int m = 0; m < 4; m++) pbc[m] = &tile.bc[8 * slot][4 * (g ^ m)];
-            float* ps = &sh.s[SBUF == 2 ? q : 0][g * S_PART + ch * S_ROW + chain * GAP + 8 * slot];
-            #pragma unroll UNROLL
-            for (int t0 = 0; t0 < TOKENS; t0 += SCAN_STEPS * WAVE) {
+            for (int m = 0; m < 4; m++) bc[m] = &tile.bc[m][(S * g) ^ (4 * m)];        // of tokens m, m + 4, ..
+            #pragma unroll
+            for (int t0 = 0; t0 < TOKENS; t0 += SCAN_STEPS) {
+                if (t0 % SCAN_SAVED == 0 && left > t0 / SCAN_SAVED)
+                    store_pack<S>(saved + t0 / SCAN_SAVED * next, h);
                 float sum[8];
-                if (WAVE == 1) {
-                    if (t0 / 8 % 2 == 0 && left > t0 / SCAN_SAVED)
-                        scan_store_state(saved + t0 / SCAN_SAVED * next, h);
-                    #pragma unroll
-                    for (int j = 0; j < 8; j += 2) {
-                        float4 d = *(const float4*)(pdt + 2 * (t0 + j));
-                        #pragma unroll
-                        for (int k = 0; k < 2; k++) {
-                            float B_t[4], C_t[4];
-                            *(float4*)B_t = *(const float4*)(pbc[(j + k) & 3] + (t0 + j + k) * 32 + (j & 4) * 4);
-                            *(float4*)C_t = *(const float4*)(pbc[(j + k) & 3] + (t0 + j + k) * 32 + 16 - (j & 4) * 4);
-                            #pragma unroll
-                            for (int n = 0; n < 4; n++) {
-                                h[n] = fmaf(exp2_unit((k ? d.z : d.x) * decay[n]), h[n], (k ? d.w : d.y) * B_t[n]);
-                                sum[j + k] = n == 0 ? h[0] * C_t[0] : fmaf(h[n], C_t[n], sum[j + k]);
-                            }
-                        }
-                    }
-                    if (SBUF == 1 && t0 == 0 && i > 0) scan_wait(&sh.stored[0], (i - 1) & 1);
-                } else {
-                float a[8][4], v[8][4];
                 #pragma unroll
-                for (int j = 0; j < 8; j += 2) {
-                    float4 d = *(const float4*)(pdt + 2 * (t0 + j));
-                    *(float4*)v[j] = *(const float4*)(pbc[j & 3] + (t0 + j) * 32 + (j & 4) * 4);
-                    *(float4*)v[j + 1] = *(const float4*)(pbc[(j + 1) & 3] + (t0 + j + 1) * 32 + (j & 4) * 4);
+                for (int j = 0; j < SCAN_STEPS; j++) {
+                    // the exclusive-or with 4 (t % 8) exchanges Bt and Ct of tokens 4..7
+                    const float* row = bc[j & 3] + (t0 + (j & 4)) * 32;
+                    Pack<float, S> B_t = load_pack<S>(row + (j & 4) * 4), C_t = load_pack<S>(row + 16 - (j & 4) * 4);
+                    float2 d = *(const float2*)(dt_dtx + 2 * (t0 + j));
                     #pragma unroll
-                    for (int n = 0; n < 4; n++) {
-                        a[j][n] = exp2_now(d.x * decay[n]);
-                        a[j + 1][n] = exp2_now(d.z * decay[n]);
-                        v[j][n] *= d.y;
-                        v[j + 1][n] *= d.w;
+                    for (int n = 0; n < S; n++) {
+                        h[n] = fmaf(exp2_unit(d.x * decay[n]), h[n], d.y * B_t.v[n]);
+                        sum[j] = n == 0 ? h[0] * C_t.v[0] : fmaf(h[n], C_t.v[n], sum[j]);
                     }
                 }
-                if (i > 0 || t0 > 0 || slot > 0) {
-                    scan_wait(&sh.turn[w], parity);
-                    *(float4*)h = sh.carry[w][lane];
-                    parity ^= 1;
-                }
-                float first[4] = {h[0], h[1], h[2], h[3]};
-                #pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    #pragma unroll
-                    for (int n = 0; n < 4; n++) h[n] = v[j][n] = fmaf(a[j][n], h[n], v[j][n]);
-                }
-                sh.carry[next_w][lane] = *(float4*)h;
-                __syncwarp();
-                if (lane == 0) scan_arrive(&sh.turn[next_w]);
-                if (t0 / 8 % 2 == 0 && left > t0 / SCAN_SAVED)
-                    scan_store_state(saved + t0 / SCAN_SAVED * next, first);
-                #pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    float C_t[4];
-                    *(float4*)C_t = *(const float4*)(pbc[j & 3] + (t0 + j) * 32 + 16 - (j & 4) * 4);
-                    sum[j] = v[j][0] * C_t[0];
-                    #pragma unroll
-                    for (int n = 1; n < 4; n++) sum[j] = fmaf(v[j][n], C_t[n], sum[j]);
-                }
-                if (SBUF == 1 && t0 == 0 && i > 0) scan_wait(&sh.stored[0], (i - 1) & 1);
-                }
-                *(float4*)(ps + t0) = *(float4*)sum;
-                *(float4*)(ps + t0 + 4) = *(float4*)(sum + 4);
+                if (t0 == 0 && i > 0) scan_wait(&sh.stored, (i - 1) & 1);
+                *(float4*)(sums + t0) = *(float4*)sum;
+                *(float4*)(sums + t0 + 4) = *(float4*)(sum + 4);
             }
             saved += TOKENS / SCAN_SAVED * next;
             left -= TOKENS / SCAN_SAVED;
-            __syncwarp();
-            if (lane == 0) scan_arrive(&sh.scanned[q]);
+            scan_arrive_warp(&sh.scanned[i & 1]);
         }
-        if (hT && slot == WAVE - 1) *(float4*)(hT + state) = make_float4(h[0], h[1], h[2], h[3]);
+        #pragma unroll
+        for (int n = 0; n < S; n++)
+            if (hT) hT[state + n] = h[n];
         return;
     }
 
-    // ---- element-wise: one row of 8 channels per thread, token r of the tile, channels c..c+7
-    enum { STEP = HELPERS / (CHANNELS / 8) };                  // tokens between two rows of a thread
-    const int v = threadIdx.x - SCAN_THREADS, r0 = v / (CHANNELS / 8), c = v % (CHANNELS / 8) * 8;
+    // ---- element-wise: one row per thread, token r of the tile, channels c..c+7. It reads only what it has
+    // copied itself, so that its copies need no barrier.
+    const int v = threadIdx.x - SCAN_THREADS, r = v / (CHANNELS / 8), c = v % (CHANNELS / 8) * 8;
     float bias[8], D[8];
     #pragma unroll
-    for (int k = 0; k < 8; k++) {
-        bias[k] = dt_bias[e0 + c + k] * (sizeof(X) == 2 ? SCAN_LOG2E : 1.0f);
-        D[k] = Dskip[e0 + c + k];
-    }
-    // what the next load reads and the next store writes; both go forward STEP tokens at a time
-    const size_t row = b * T + r0, at = row * E + e0 + c;
+    for (int k = 0; k < 8; k++) { bias[k] = dt_bias[e0 + c + k] * scan_dt_unit<X>(); D[k] = Dskip[e0 + c + k]; }
+    // what the next load reads and the next store writes; both go forward one tile at a time
+    const size_t row = b * T + r, at = row * E + e0 + c;
     const X *next_x = x + at, *next_dt = dt_raw + at, *next_z = z + row * ldz + e0 + c;
-    // a thread also takes 8 WAVE of the 32 values of Bt_t, Ct_t
-    const int n0 = c * WAVE;
+    X *next_y = y + at, *next_s = s + at;
+    const int n0 = c * 4 / S, swizzle = 4 * (r & 7);           // a thread also has 32 / S of the 32 Bt_t, Ct_t
     const X* next_bc = (n0 < 16 ? Bt + n0 : Ct + n0 - 16) + row * ldbc;
     const int* next_doc = doc + row;
-    X *next_y = y + at, *next_s = s + at;
-    const int swizzle = (r0 & 7) * 4;
-    static_assert(STEP % 8 == 0, "");
 
     auto load = [&](int i) {
-        Tile& tile = sh.tile[i & 1];
+        auto &raw = sh.raw[i & 1];
+        auto &rows = sh.rows[i & 3];
+        const bool inside = i * TOKENS + r < (int)T;
+        scan_copy_row(&rows.x[r][c], next_x, inside);
+        scan_copy_row(&rows.z[r][c], next_z, inside);
+        scan_copy_row(&raw.dt_raw[r][c], next_dt, inside);
         #pragma unroll
-        for (int u = 0; u < ROWS; u++) {
-            const int r = r0 + u * STEP;
-            bool inside = i * TOKENS + r < (int)T;
-            scan_copy_row(&sh.raw[i & 3].x[u * STEP][8 * v], next_x, inside);
-            scan_copy_row(&sh.raw[i & 3].z[u * STEP][8 * v], next_z, inside);
-            scan_copy_row(&tile.dt[u * STEP][8 * v], next_dt, inside);
-            #pragma unroll
-            for (int k = 0; k < 8 * WAVE; k += 8)
-                scan_copy_row(&tile.raw_bc[r][n0 + k], next_bc + k + (k >= 16 ? Ct - Bt - 16 : 0), inside);
-            if (doc) {
-                scan_copy4(&tile.doc[0][u][v], next_doc, inside);
-                scan_copy4(&tile.doc[1][u][v], next_doc - 1, inside && (i > 0 || r > 0));
-            }
-            next_x += STEP * E;
-            next_dt += STEP * E;
-            next_z += STEP * ldz;
-            next_bc += STEP * ldbc;
-            next_doc += STEP;
+        for (int k = 0; k < 32 / S; k += 8) scan_copy_row(&raw.bc[r][n0 + k], next_bc + k, inside);
+        if (doc) {                                             // the document before the first token is 0
+            scan_copy4(&raw.doc[0][v], next_doc, inside);
+            scan_copy4(&raw.doc[1][v], next_doc - 1, inside && (i > 0 || r > 0));
         }
+        next_x += TOKENS * E;
+        next_dt += TOKENS * E;
+        next_z += TOKENS * ldz;
+        next_bc += TOKENS * ldbc;
+        next_doc += TOKENS;
     };
     auto prepare = [&](int i) {
-        const int q = i & 1;
-        Tile& tile = sh.tile[q];
+        const auto &raw = sh.raw[i & 1];
+        auto &tile = sh.tile[i & 1];
+        float dt[8], dtx[8], bc_r[8];
+        scan_load_row(dtx, &sh.rows[i & 3].x[r][c]);
+        scan_load_row(dt, &raw.dt_raw[r][c]);
         #pragma unroll
-        for (int u = 0; u < ROWS; u++) {
-            const int r = r0 + u * STEP;
-            float dt[8], dtx[8], bc[8];
-            scan_load_row(dtx, &sh.raw[i & 3].x[u * STEP][8 * v]);
-            scan_load_row(dt, &tile.dt[u * STEP][8 * v]);
-            #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                dt[k] = scan_dt<X>(dt[k], bias[k]);
-                dtx[k] *= dt[k];                                   // x beyond T is 0
-            }
-            bool inside = i * TOKENS + r < (int)T, resets = doc && tile.doc[0][u][v] != tile.doc[1][u][v];
-            #pragma unroll
-            for (int k = 0; k < 8; k++)
-                if (!inside || resets) dt[k] = inside ? SCAN_RESET : 0.0f;
-            float* pdt = &tile.dt_dtx[c * DT_ROW + c / 8 * GAP + 2 * r];
-            #pragma unroll
-            for (int k = 0; k < 8; k++) *(float2*)(pdt + k * DT_ROW) = make_float2(dt[k], dtx[k]);
-            #pragma unroll
-            for (int k = 0; k < 8 * WAVE; k += 8) {
-                scan_load_row(bc, &tile.raw_bc[r][n0 + k]);
-                *(float4*)&tile.bc[r][(n0 + k) ^ swizzle] = *(float4*)bc;
-                *(float4*)&tile.bc[r][(n0 + k + 4) ^ swizzle] = *(float4*)(bc + 4);
-            }
+        for (int k = 0; k < 8; k++) {
+            dt[k] = scan_dt<X>(dt[k], bias[k]);
+            dtx[k] *= dt[k];                                   // x beyond T is 0
         }
-        __syncwarp();
-        if (lane == 0) scan_arrive(&sh.ready[q]);
+        const bool inside = i * TOKENS + r < (int)T, resets = doc && raw.doc[0][v] != raw.doc[1][v];
+        #pragma unroll
+        for (int k = 0; k < 8; k++) {
+            if (!inside || resets) dt[k] = inside ? SCAN_RESET : 0.0f;
+            *(float2*)&tile.dt_dtx[sh.dt_at(c) + k * Shared::DT_ROW + 2 * r] = make_float2(dt[k], dtx[k]);
+        }
+        #pragma unroll
+        for (int k = 0; k < 32 / S; k += 8) {
+            scan_load_row(bc_r, &raw.bc[r][n0 + k]);
+            *(float4*)&tile.bc[r][(n0 + k) ^ swizzle] = *(float4*)bc_r;
+            *(float4*)&tile.bc[r][(n0 + k + 4) ^ swizzle] = *(float4*)(bc_r + 4);
+        }
+        scan_arrive_warp(&sh.ready[i & 1]);
     };
     auto store = [&](int i) {
+        float x_t[8], y_t[8], s_t[8];
         #pragma unroll
-        for (int u = 0; u < ROWS; u++) {
-            const int r = r0 + u * STEP;
-            float x_t[8], y_t[8], s_t[8];
-            scan_load_row(x_t, &sh.raw[i & 3].x[u * STEP][8 * v]);
-            scan_load_row(y_t, &sh.raw[i & 3].z[u * STEP][8 * v]);
-            const float* ps = &sh.s[SBUF == 2 ? i & 1 : 0][c * S_ROW + c / 8 * GAP + r];
+        for (int k = 0; k < 8; k++) {
+            const float* sums = &sh.sum[sh.sum_at(0, c) + k * Shared::SUM_ROW + r];
+            s_t[k] = sums[0];
             #pragma unroll
-            for (int k = 0; k < 8; k++) {                          // silu(z) = z/2 (1 + tanh(z/2))
-                float sum = (ps[k * S_ROW] + ps[k * S_ROW + S_PART]) + (ps[k * S_ROW + 2 * S_PART] + ps[k * S_ROW + 3 * S_PART]);
-                s_t[k] = fmaf(D[k], x_t[k], sum);
-                y_t[k] = s_t[k] * scan_silu<X>(y_t[k]);
-            }
-            if (i * TOKENS + r < (int)T) {
-                if (s) scan_store_row(next_s, s_t);
-                scan_store_row(next_y, y_t);
-            }
-            next_s += STEP * E;
-            next_y += STEP * E;
+            for (int g = 1; g < Shared::GROUPS; g++) s_t[k] += sums[g * Shared::SUM_GROUP];
         }
-        if (SBUF == 1) {
-            __syncwarp();
-            if (lane == 0) scan_arrive(&sh.stored[0]);
+        scan_arrive_warp(&sh.stored);
+        scan_load_row(x_t, &sh.rows[i & 3].x[r][c]);
+        scan_load_row(y_t, &sh.rows[i & 3].z[r][c]);
+        #pragma unroll
+        for (int k = 0; k < 8; k++) {
+            s_t[k] = fmaf(D[k], x_t[k], s_t[k]);
+            y_t[k] = s_t[k] * scan_silu<X>(y_t[k]);
         }
+        if (i * TOKENS + r < (int)T) {
+            if (s) scan_store_row(next_s, s_t);
+            scan_store_row(next_y, y_t);
+        }
+        next_s += TOKENS * E;
+        next_y += TOKENS * E;
     };
     load(0);
     copy_async_commit();
@@ -3273,16 +3206,16 @@ static inline size_t scan_shared_bytes(size_t tile_bytes, size_t steps, size_t N
     return tile_bytes + (2 * steps + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
 }
 
-template <typename X, int WAVE, int TOKENS, int HELPERS, int SBUF, int UNROLL, int FLAGS = 0>
+template <typename X, int S>
 static inline void scan_launch_forward_fast(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
                                             const float* dt_bias, const float* A_log, const X* Bt,
                                             const X* Ct, size_t ldbc, const float* Dskip, const X* z,
                                             size_t ldz, const float* h0, const int* doc, size_t B, size_t T,
                                             size_t E, cudaStream_t stream) {
-    typedef ScanForwardShared<X, WAVE, TOKENS, HELPERS, SBUF> Shared;
-    auto kernel = selective_scan_forward_fast_kernel<X, WAVE, TOKENS, HELPERS, SBUF, UNROLL, FLAGS>;
+    typedef ScanForwardShared<X, S> Shared;
+    auto kernel = selective_scan_forward_fast_kernel<X, S>;
     scan_allow_shared(kernel, sizeof(Shared));
-    kernel<<<(unsigned)(B * (E / Shared::Tile::CHANNELS)), SCAN_THREADS + Shared::Tile::HELPERS, sizeof(Shared), stream>>>(
+    kernel<<<(unsigned)(B * (E / Shared::CHANNELS)), SCAN_THREADS + Shared::HELPERS, sizeof(Shared), stream>>>(
         y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E);
     cudaCheck(cudaGetLastError());
 }
@@ -3338,10 +3271,16 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
                                  size_t ldbc, const float* Dskip, const X* z, size_t ldz, const float* h0,
                                  const int* doc, size_t B, size_t T, size_t E, size_t N,
                                  cudaStream_t stream) {
-    if (scan_is_fast(x, Bt, Ct, ldbc, z, ldz, B, T, E, N) && scan_aligned(y, E) && scan_aligned(s, E) &&
-        scan_aligned(hs, E) && scan_aligned(hT, E) && scan_aligned(dt_raw, E)) {
-        scan_launch_forward_fast<X, 1, 32, 128, 1, 4>(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0,
-                                 doc, B, T, E, stream);
+    const size_t w = sizeof(X);
+    if (N == 16 && E % SCAN_CHANNELS == 0 && B * T < (size_t)1 << 31 && is_aligned(x, 16, E * w) &&
+        is_aligned(dt_raw, 16, E * w) && is_aligned(z, 16, ldz * w) && is_aligned(Bt, 16, ldbc * w) &&
+        is_aligned(Ct, 16, ldbc * w) && is_aligned(y, 16, E * w) && is_aligned(s, 16, E * w) &&
+        is_aligned(hs, 16, E * w) && is_aligned(hT, 16, 16) && is_aligned(h0, 16, 16)) {
+        int sms = 1;
+        cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
+        auto launch = 2 * B * scan_blocks_cuda(E) > 3 * (size_t)sms ? scan_launch_forward_fast<X, 4>
+                                                                     : scan_launch_forward_fast<X, 2>;
+        launch(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, B, T, E, stream);
         return;
     }
     size_t bytes = scan_shared_bytes(sizeof(ScanTile), SCAN_STEPS, N, 2);
