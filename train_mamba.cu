@@ -86,8 +86,22 @@ void device_require(void) {
 //
 // A linear layer is y = x W^T + b. cuBLASLt thinks in columns: a row-major (M,K) matrix is its column-major
 // (K,M) matrix, so out (M,O) is computed as out^T (O,M) = W (O,I) inp^T (I,M). Products of the activation
-// type X, sums in fp32. The first algorithm of the heuristic is fixed per shape, with a workspace of fixed
-// size and no reduction in place: the same shape gives the same bits, whatever else uses the GPU.
+// type X, sums in fp32. The algorithm is fixed per shape by a rule, with a workspace of fixed size and no
+// reduction in place: the same shape gives the same bits, whatever else uses the GPU.
+//
+// The rule: the first algorithm that the heuristic proposes, but on Hopper (compute capability 9) and for
+// outputs of many tiles the kernel with tiles of 128 x 128 instead (matmul_overlap_output). The heuristic
+// likes larger tiles, on which all warps of a block work together and then together write the result, and the
+// tensor cores wait. With the smaller ones two groups of warps take turns: one writes while the other
+// computes. Our sums are short (768 to 1536 terms), so the writing counts. Milliseconds of all matmuls of a
+// step on one H200 (cuBLASLt 13.1, each matmul alone and its inputs not in the cache; dev/cuda/matmul.cu):
+//                                          first proposal   this rule   fastest of 8   of 400 timed   floor
+//   mamba-130m, 8 x 2048 tokens                 22.1           20.9         21.4           20.7        17.1
+//   mamba-130m, 32 x 2048, without the head     62.2           58.3         57.9           57.5        49.6
+//   12 x 384 characters, 64 x 256 tokens         3.5            3.5          3.4            3.3         1.8
+// Timing the proposals at the start would thus gain little, at the price of a choice that differs from run to
+// run. It would be allowed to: what changes the bits is only into how many parts the sum over K is split, and
+// all algorithms with the same split, thousands, agreed in every bit of every shape.
 
 enum { MATMUL_WORKSPACE = 64 << 20 };
 
@@ -115,6 +129,16 @@ typedef struct {
 template <typename X> struct CudaType;
 template <> struct CudaType<float> { static const cudaDataType_t value = CUDA_R_32F; };
 template <> struct CudaType<__nv_bfloat16> { static const cudaDataType_t value = CUDA_R_16BF; };
+
+// the SMs of the GPU, each of which runs a few blocks at a time
+static size_t processor_count(void) {
+    static int count = 0;
+    int device;
+    if (count) return (size_t)count;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return (size_t)count;
+}
 
 static uint32_t pointer_alignment(const void* p) {
     uintptr_t bits = (uintptr_t)p;
@@ -157,7 +181,11 @@ static int matmul_candidates(Matmul* mm, MatmulPlan* p, cublasLtMatmulHeuristicR
     size_t workspace = MATMUL_WORKSPACE;
     // split sums are added from the workspace, in order
     uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-    const struct { cublasLtMatmulPreferenceAttributes_t name; const void* value; size_t size; } attribute[] = {
+    const struct {
+        cublasLtMatmulPreferenceAttributes_t name;
+        const void* value;
+        size_t size;
+    } attribute[] = {
         {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
         {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &key->align_a, sizeof key->align_a},
@@ -177,33 +205,42 @@ static int matmul_candidates(Matmul* mm, MatmulPlan* p, cublasLtMatmulHeuristicR
     return found;
 }
 
-static void matmul_set(cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t name, uint32_t value) {
-    cublasCheck(cublasLtMatmulAlgoConfigSetAttribute(algo, name, &value, sizeof value));
+// one property of an algorithm
+static int32_t matmul_config(const cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t name) {
+    int32_t value = 0;
+    size_t written;
+    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(algo, name, &value, sizeof value, &written));
+    return value;
 }
 
-// matmul_prefer_small_tile: see above; changes p->algo, or leaves it
-static void matmul_prefer_small_tile(Matmul* mm, MatmulPlan* p) {
-    static const char* rule_s = getenv("RULE");
-    int rule = rule_s ? atoi(rule_s) : 1;
-    int device, major, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    int32_t id = 0, split = 0;
-    size_t written;
-    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(&p->algo, CUBLASLT_ALGO_CONFIG_ID, &id, sizeof id, &written));
-    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(&p->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split,
-                                                     sizeof split, &written));
-    size_t tiles = (p->key.M + 127) / 128 * ((p->key.N + 127) / 128);
-    if (major != 9 || id != 66 || split > 1 || tiles < 4 * (size_t)processors || rule == 0) return;
+// matmul_overlap_output: the rule above. Changes p->algo when there are at least four 128 x 128 tiles for
+// each SM and the sum is not split; leaves it when the library does not have that kernel.
+enum { MATMUL_TILE = 128, MATMUL_HOPPER = 66 };        // number of the family of kernels for Hopper
+static void matmul_overlap_output(const Matmul* mm, MatmulPlan* p) {
+    size_t tiles = (p->key.M + MATMUL_TILE - 1) / MATMUL_TILE * ((p->key.N + MATMUL_TILE - 1) / MATMUL_TILE);
+    if (p->key.type_ab != CUDA_R_16BF || tiles < 4 * processor_count() ||
+        matmul_config(&p->algo, CUBLASLT_ALGO_CONFIG_ID) != MATMUL_HOPPER ||
+        matmul_config(&p->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1)
+        return;
     cublasLtMatmulAlgo_t algo = p->algo;
     cublasLtMatmulHeuristicResult_t result;
-    int tile = rule == 1 || rule == 4 ? CUBLASLT_MATMUL_TILE_128x128 : rule == 2 ? CUBLASLT_MATMUL_TILE_128x152 : CUBLASLT_MATMUL_TILE_128x144;
-    matmul_set(&algo, CUBLASLT_ALGO_CONFIG_TILE_ID, tile);
-    matmul_set(&algo, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, rule == 2 || rule == 4 ? 3 : 1);
-    uint16_t cluster = CUBLASLT_CLUSTER_SHAPE_2x1x1;
-    cublasCheck(cublasLtMatmulAlgoConfigSetAttribute(&algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &cluster, sizeof cluster));
-    if (cublasLtMatmulAlgoCheck(mm->handle, p->desc, p->a, p->b, p->c, p->c, &algo, &result) == CUBLAS_STATUS_SUCCESS &&
+    const uint32_t tile = CUBLASLT_MATMUL_TILE_128x128, taking_turns = 1;
+    const uint16_t cluster = CUBLASLT_CLUSTER_SHAPE_2x1x1;        // two neighbours share what they load
+    const struct {
+        cublasLtMatmulAlgoConfigAttributes_t name;
+        const void* value;
+        size_t size;
+    } config[] = {
+        {CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof tile},
+        {CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, &taking_turns, sizeof taking_turns},
+        {CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &cluster, sizeof cluster},
+    };
+    for (size_t i = 0; i < sizeof config / sizeof config[0]; i++)
+        if (cublasLtMatmulAlgoConfigSetAttribute(&algo, config[i].name, config[i].value, config[i].size) !=
+            CUBLAS_STATUS_SUCCESS)
+            return;
+    if (cublasLtMatmulAlgoCheck(mm->handle, p->desc, p->a, p->b, p->c, p->c, &algo, &result) ==
+            CUBLAS_STATUS_SUCCESS &&
         result.workspaceSize <= MATMUL_WORKSPACE)
         p->algo = algo;
 }
@@ -219,7 +256,7 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     cublasLtMatmulHeuristicResult_t result;
     matmul_candidates(mm, p, &result, 1);
     p->algo = result.algo;
-    matmul_prefer_small_tile(mm, p);
+    matmul_overlap_output(mm, p);
     return p;
 }
 
@@ -257,8 +294,8 @@ template <typename X>
 void bias_backward_cuda(float* dbias, const X* dout, size_t ldo, size_t M, size_t O, float* scratch,
                         cudaStream_t stream);
 
-// the kernel for short sums, in section 4: out (M,O) = inp (M,K) W, added to out with `add`. Returns false when
-// it has no version for this matmul.
+// the kernel for short sums, in section 4: out (M,O) = inp (M,K) W, added to out with `add`. Returns false
+// when it has no version for this matmul.
 template <typename X>
 bool short_matmul_cuda(X* out, size_t ldo, const X* inp, size_t ldi, const X* weight, bool weight_is_ok,
                        bool add, size_t M, size_t K, size_t O, cudaStream_t stream);
@@ -1727,7 +1764,7 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 // mma together, lane t gets columns 8 t .. 8 t + 7 of the warp's 32, which are one store of 16 bytes.
 //   bytes: 2 per element of out, 4 with add.   H200, M 16384: x_proj 80 -> 1536 with add 38 us (cuBLASLt 44,
 //   bytes alone 25), dt_proj 48 -> 1536 20 us (22, 13); of the model with E 768: 22 us (25, 13), 12 us (14, 6)
-enum { SHORT_ROWS = 32, SHORT_STAGES = 4, SHORT_WARPS = 8, SHORT_TERMS = 96, SHORT_MIN_TOKENS = 2048 };
+enum { SHORT_ROWS = 32, SHORT_STAGES = 4, SHORT_WARPS = 8, SHORT_TERMS = 96, SHORT_MIN_TOKENS = 512 };
 enum { SHORT_COLUMNS = 32 * SHORT_WARPS, SHORT_THREADS = WARP * SHORT_WARPS };
 
 // row stride of inp in shared memory: eight rows, one 16-byte piece of each, lie in different banks
@@ -1755,7 +1792,8 @@ short_matmul_kernel(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf
     const int LD = short_stride(STEPS);
     extern __shared__ uint4 short_shared[];                     // 16 bytes each
     uint4* before = short_shared;                               // [SHORT_STAGES][4][SHORT_THREADS], with add
-    bf16* rows = (bf16*)(short_shared + (add ? SHORT_STAGES * 4 * SHORT_THREADS : 0));    // [..][SHORT_ROWS][LD]
+    bf16* rows = (bf16*)(short_shared + (add ? SHORT_STAGES * 4 * SHORT_THREADS : 0));
+    // rows [SHORT_STAGES][SHORT_ROWS][LD]
     int tid = (int)threadIdx.x, g = tid % WARP / 4, t = tid % 4;
     int column0 = (int)blockIdx.x * SHORT_COLUMNS + tid / WARP * 32;
     int m_begin = (int)blockIdx.y * tokens, m_end = min(M, m_begin + tokens), pieces = K / 8;
@@ -1795,7 +1833,7 @@ short_matmul_kernel(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf
     int stage = 0;
     for (int m0 = m_begin; m0 < m_end; m0 += SHORT_ROWS) {
         copy_async_wait(SHORT_STAGES - 2);
-        __syncthreads();                                        // also: all are done with the stage filled next
+        __syncthreads();                                       // all are done with the stage filled next
         copy(m0 + (SHORT_STAGES - 1) * SHORT_ROWS, (stage + SHORT_STAGES - 1) % SHORT_STAGES);
         float sum[2][4][4] = {};
         #pragma unroll
@@ -1826,16 +1864,11 @@ short_matmul_kernel(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf
 template <int STEPS, bool WEIGHT_OK>
 static void short_matmul_launch(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf16* weight,
                                 bool add, size_t M, size_t K, size_t O, cudaStream_t stream) {
-    static int processors = 0;
-    if (!processors) {
-        int device;
-        cudaCheck(cudaGetDevice(&device));
-        cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    }
-    size_t slices = (O + SHORT_COLUMNS - 1) / SHORT_COLUMNS, parts = 2 * (size_t)processors / slices;
+    size_t slices = (O + SHORT_COLUMNS - 1) / SHORT_COLUMNS, parts = 2 * processor_count() / slices;
     size_t tokens = parts ? (M + parts - 1) / parts : M;
     tokens = (tokens + SHORT_ROWS - 1) / SHORT_ROWS * SHORT_ROWS;
-    size_t bytes = SHORT_STAGES * (SHORT_ROWS * short_stride(STEPS) * sizeof(bf16) + (add ? 64 * SHORT_THREADS : 0));
+    size_t bytes = SHORT_ROWS * short_stride(STEPS) * sizeof(bf16) + (add ? 4 * 16 * SHORT_THREADS : 0);
+    bytes *= SHORT_STAGES;
     cudaCheck(cudaFuncSetAttribute(short_matmul_kernel<STEPS, WEIGHT_OK>,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     dim3 grid((unsigned)slices, (unsigned)((M + tokens - 1) / tokens));
@@ -1849,13 +1882,13 @@ bool short_matmul_cuda(X* out_x, size_t ldo, const X* inp_x, size_t ldi, const X
                        bool add, size_t M, size_t K, size_t O, cudaStream_t stream) {
     bf16* out = (bf16*)(void*)out_x;
     const bf16 *inp = (const bf16*)(const void*)inp_x, *weight = (const bf16*)(const void*)weight_x;
-    if (getenv("NOSHORT") || sizeof(X) != sizeof(bf16) || M < SHORT_MIN_TOKENS || M > INT32_MAX / 2 || K > SHORT_TERMS ||
-        K % 8 != 0 || O % 8 != 0 || O <= K || !is_aligned(out, 16, ldo * sizeof(bf16)) ||
+    if (sizeof(X) != sizeof(bf16) || M < SHORT_MIN_TOKENS || M > INT32_MAX / 2 || K > SHORT_TERMS || O <= K ||
+        K % 8 != 0 || O % 8 != 0 || !is_aligned(out, 16, ldo * sizeof(bf16)) ||
         !is_aligned(inp, 16, ldi * sizeof(bf16)) || !is_aligned(weight, 4, 0))
         return false;
-    #define SHORT_MATMUL(steps)                                                                               \
-        weight_is_ok ? short_matmul_launch<steps, true>(out, ldo, inp, ldi, weight, add, M, K, O, stream)     \
-                     : short_matmul_launch<steps, false>(out, ldo, inp, ldi, weight, add, M, K, O, stream)
+    #define SHORT_MATMUL(steps)                                                                              \
+        (weight_is_ok ? short_matmul_launch<steps, true> : short_matmul_launch<steps, false>)(               \
+            out, ldo, inp, ldi, weight, add, M, K, O, stream)
     if (K <= 32) SHORT_MATMUL(2);
     else if (K <= 48) SHORT_MATMUL(3);
     else if (K <= 64) SHORT_MATMUL(4);
@@ -3358,7 +3391,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // and each begins before the one before it has ended: it loads its weights, which depend on nothing, into
 // registers, and then waits (programmatic dependent launch, from sm_90 on; without it they run in turn).
 
-enum { DECODE_WARPS = 8, DECODE_AHEAD = 6, DECODE_ROWS = 64 };   // DECODE_ROWS: the most sequences
+enum { DECODE_WARPS = 8, DECODE_ROWS = 64 };     // DECODE_ROWS: the most sequences
 
 // wait_for_previous: until all kernels before this one have ended and their results can be seen. allow_next:
 // the next kernel may start its preparations.
@@ -3428,14 +3461,16 @@ decode_linear_kernel(const DecodeLinear a) {
     extern __shared__ __align__(128) char shared[];
     bf16* normalized = (bf16*)shared;                        // NORM: (8, K + 32)
     __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8];
+    // AHEAD: chunks of weights in registers; with many sequences these are needed for the inputs
+    const int AHEAD = TILES == 8 ? 3 : 6;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
     const size_t o0 = (size_t)blockIdx.x * 16, K = a.K, ld_norm = K + 32;
     const int chunks = (int)(K / 32);
     size_t o_low = o0 + g < a.O ? o0 + g : a.O - 1, o_high = o0 + g + 8 < a.O ? o0 + g + 8 : a.O - 1;
     const bf16 *low = a.weight + o_low * K + 8 * q, *high = a.weight + o_high * K + 8 * q;
-    uint4 w_low[DECODE_AHEAD], w_high[DECODE_AHEAD];
+    uint4 w_low[AHEAD], w_high[AHEAD];
     #pragma unroll
-    for (int i = 0; i < DECODE_AHEAD; i++) {
+    for (int i = 0; i < AHEAD; i++) {
         int c = w + i * DECODE_WARPS;
         if (c >= chunks) break;
         w_low[i] = __ldg((const uint4*)(low + 32 * c));
@@ -3463,23 +3498,33 @@ decode_linear_kernel(const DecodeLinear a) {
         }
         __syncthreads();
     }
+    // the inputs of the sequence that this lane loads in each tile; beyond the last one the last again, what comes
+    // of it is not stored
+    const bf16* input[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        int n = 8 * t + g < a.rows ? 8 * t + g : a.rows - 1;
+        input[t] = (NORM ? normalized + n * ld_norm : a.act + n * a.ld_act) + 8 * q;
+    }
     float acc[TILES][4] = {};
-    for (int c0 = w; c0 < chunks; c0 += DECODE_AHEAD * DECODE_WARPS) {
+    uint4 v[TILES], v_next[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) if (w < chunks) v[t] = *(const uint4*)(input[t] + 32 * w);
+    for (int c0 = w; c0 < chunks; c0 += AHEAD * DECODE_WARPS) {
         #pragma unroll
-        for (int i = 0; i < DECODE_AHEAD; i++) {
-            int c = c0 + i * DECODE_WARPS, next = c + DECODE_AHEAD * DECODE_WARPS;
+        for (int i = 0; i < AHEAD; i++) {
+            int c = c0 + i * DECODE_WARPS, next = c + AHEAD * DECODE_WARPS;
             if (c >= chunks) break;
+            #pragma unroll
+            for (int t = 0; t < TILES; t++)
+                if (c + DECODE_WARPS < chunks) v_next[t] = *(const uint4*)(input[t] + 32 * (c + DECODE_WARPS));
             const uint32_t first[4] = {w_low[i].x, w_high[i].x, w_low[i].y, w_high[i].y},
                            second[4] = {w_low[i].z, w_high[i].z, w_low[i].w, w_high[i].w};
             #pragma unroll
             for (int t = 0; t < TILES; t++) {
-                int n = 8 * t + g;
-                uint4 v = make_uint4(0, 0, 0, 0);
-                if (n >= a.rows) {}
-                else if (NORM) v = *(const uint4*)(normalized + n * ld_norm + 32 * c + 8 * q);
-                else v = *(const uint4*)(a.act + n * a.ld_act + 32 * c + 8 * q);
-                scan_mma_bf16(acc[t], first, v.x, v.y);
-                scan_mma_bf16(acc[t], second, v.z, v.w);
+                scan_mma_bf16(acc[t], first, v[t].x, v[t].y);
+                scan_mma_bf16(acc[t], second, v[t].z, v[t].w);
+                v[t] = v_next[t];
             }
             if (next < chunks) {
                 w_low[i] = __ldg((const uint4*)(low + 32 * next));
@@ -3537,64 +3582,67 @@ static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
 
 // decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to (F8)
 // of 4.9).   y (rows,E)   x, z (rows,E), row stride ldz   rbc (rows,R+2N)   h (rows,E,N)
-// Four lanes share a channel, a block has 32 channels of one sequence. bytes: 2 per weight, 8 per state
+// Four lanes share a channel; a block has 32 channels of `each` sequences, one after the other.
+// bytes: 2 per weight, 8 per state
 __global__ void __launch_bounds__(4 * WARP)
 decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
                    const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
-                   size_t E, int N, int R) {
+                   int rows, int each, size_t E, int N, int R) {
     extern __shared__ __align__(128) char shared[];
     bf16* weight = (bf16*)shared;                            // (32,R)
-    float* rbc_n = (float*)(weight + WARP * R);              // (R+2N)
-    const int l = threadIdx.x % 4, c = threadIdx.x / 4;
-    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c, n = blockIdx.y;
-    const bool inside = e < E;
-    // the rows of W_dt of this block are one piece; E is a multiple of 32, so the piece is one of 64 bytes
+    float* rbc_n = (float*)(weight + WARP * R);              // (each,R+2N)
+    const int l = threadIdx.x % 4, c = threadIdx.x / 4, n0 = blockIdx.y * each;
+    const int n1 = n0 + each < rows ? n0 + each : rows, RBC = R + 2 * N;
+    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c;
+    // E is a multiple of 32: the rows of W_dt of this block are one aligned piece
     for (int i = threadIdx.x; i < WARP * R / 8; i += 4 * WARP)
         ((uint4*)weight)[i] = __ldg((const uint4*)(dt_weight + e0 * R) + i);
-    float bias = inside ? dt_bias[e] : 0.0f, D = inside ? Dskip[e] : 0.0f, state[4], decay[4];
-    float *h_e = h + (n * E + e) * N;                        // written one token ago
+    float bias = dt_bias[e], D = Dskip[e], decay[4], state[4];
     #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        bool there = inside && 4 * l + i < N;
-        state[i] = there ? h_e[4 * l + i] : 0.0f;
-        decay[i] = there ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
+    for (int i = 0; i < 4; i++) {                            // the states were written one token ago
+        decay[i] = 4 * l + i < N ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
+        state[i] = 4 * l + i < N ? h[(n0 * E + e) * N + 4 * l + i] : 0.0f;
     }
     allow_next();
     wait_for_previous();
-    for (int i = threadIdx.x; i < R + 2 * N; i += 4 * WARP) rbc_n[i] = to_float(rbc[n * (R + 2 * N) + i]);
+    for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP) rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
     __syncthreads();
-    float dt = 0, sum = 0;
-    for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
-    dt += __shfl_xor_sync(0xffffffffu, dt, 1);
-    dt += __shfl_xor_sync(0xffffffffu, dt, 2);
-    dt = scan_softplus(dt + bias);
-    float x_e = inside ? to_float(x[n * ldz + e]) : 0.0f;
-    const float *B_n = rbc_n + R, *C_n = B_n + N;
-    for (int first = 4 * l; first < N; first += 16) {
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int s = first + i;
-            if (s >= N || !inside) continue;
-            float before = first < 16 ? state[i] : h_e[s];
-            float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
-            float after = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
-            h_e[s] = after;
-            sum = fmaf(C_n[s], after, sum);
+    for (int n = n0; n < n1; n++, rbc_n += RBC) {
+        float dt = 0, sum = 0, x_e = to_float(x[n * ldz + e]);
+        float* h_e = h + (n * E + e) * N;
+        for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
+        dt += __shfl_xor_sync(0xffffffffu, dt, 1);
+        dt += __shfl_xor_sync(0xffffffffu, dt, 2);
+        dt = scan_softplus(dt + bias);
+        const float *B_n = rbc_n + R, *C_n = B_n + N;
+        for (int first = 4 * l; first < N; first += 16) {
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int s = first + i;
+                if (s >= N) continue;
+                float before = first < 16 ? state[i] : h_e[s];
+                float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
+                float after = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
+                h_e[s] = after;
+                sum = fmaf(C_n[s], after, sum);
+            }
         }
+        #pragma unroll
+        for (int i = 0; i < 4; i++) state[i] = n + 1 < n1 && 4 * l + i < N ? h_e[E * N + 4 * l + i] : 0.0f;
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (l == 0) y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
     }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (l > 0 || !inside) return;
-    y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
 }
 
 static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
                              const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z,
                              size_t ldz, size_t rows, size_t E, size_t N, size_t R, cudaStream_t stream) {
-    size_t shared = (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
+    size_t each = rows > 16 ? 8 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
     scan_allow_shared(decode_scan_kernel, shared);
-    launch_early(decode_scan_kernel, dim3((unsigned)((E + WARP - 1) / WARP), (unsigned)rows), 4 * WARP, shared,
-                 stream, y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z, ldz, E, (int)N, (int)R);
+    launch_early(decode_scan_kernel, dim3((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each)), 4 * WARP,
+                 shared, stream, y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z, ldz, (int)rows, (int)each, E,
+                 (int)N, (int)R);
 }
 
 // ---------------------------------------------------------------------------------------------------

@@ -752,10 +752,10 @@ template <typename X> void check_matmul(Matmul* mm, size_t M, size_t I, size_t O
     Vec inp = spread(normal_vec<X>(M * I), I, ldi), weight = normal_vec<X>(O * I);
     Vec bias = normal_vec<float>(O), out(M * O), dout = spread(normal_vec<X>(M * O), O, ldo);
     Vec start = normal_vec<X>(M * I);
-    Vec dinp(M * I), dweight = normal_vec<float>(O * I), dbias = normal_vec<float>(O);
+    Vec dinp(M * I), dweight = normal_vec<float>(O * I), dweight0 = dweight, dbias = normal_vec<float>(O);
     X *g_inp = gpu<X>(inp), *g_weight = gpu<X>(weight), *g_out = gpu_nan<X>(M * ldo), *g_dout = gpu<X>(dout);
     X *g_dinp = gpu_nan<X>(M * ldi), *g_added = gpu<X>(spread(start, I, ldi));
-    float *g_dweight = gpu<float>(dweight), *g_dbias = gpu<float>(dbias);
+    float *g_dweight = gpu<float>(dweight), *g_written = gpu_nan<float>(O * I), *g_dbias = gpu<float>(dbias);
     float* scratch = gpu_nan<float>(bias_backward_scratch_cuda(M, O));
     matmul_forward_cuda(mm, g_out, ldo, g_inp, ldi, g_weight, (const float*)NULL, M, I, O, 0);
     oracle::matmul_forward(out.data(), O, inp.data(), ldi, weight.data(), NULL, M, I, O);
@@ -767,8 +767,8 @@ template <typename X> void check_matmul(Matmul* mm, size_t M, size_t I, size_t O
     claim<X>("matmul out with bias", gathered(from_gpu(g_out, M * ldo), O, ldo), out, 1e-6, 4e-3);
     matmul_backward_cuda(mm, g_dinp, ldi, false, g_dweight, g_dbias, g_dout, ldo, g_inp, ldi, g_weight,
                          scratch, M, I, O, 0);
-    matmul_backward_cuda(mm, g_added, ldi, true, (float*)NULL, (float*)NULL, g_dout, ldo, g_inp, ldi,
-                         g_weight, scratch, M, I, O, 0);
+    matmul_backward_cuda(mm, g_added, ldi, true, g_written, (float*)NULL, g_dout, ldo, g_inp, ldi, g_weight,
+                         scratch, M, I, O, 0, false);
     oracle::matmul_backward(dinp.data(), I, dweight.data(), dbias.data(), dout.data(), ldo, inp.data(), ldi,
                             weight.data(), M, I, O);
     got = from_gpu(g_dinp, M * ldi);
@@ -777,6 +777,8 @@ template <typename X> void check_matmul(Matmul* mm, size_t M, size_t I, size_t O
     for (size_t i = 0; i < M * I; i++) dinp[i] += start[i];
     claim<X>("matmul dinp, added", gathered(from_gpu(g_added, M * ldi), I, ldi), dinp, 1e-6, 4e-3);
     claim<X>("matmul dweight", from_gpu(g_dweight, O * I), dweight, 1e-6, 1e-6);
+    for (size_t i = 0; i < O * I; i++) dweight[i] -= dweight0[i];
+    claim<X>("matmul dweight, written", from_gpu(g_written, O * I), dweight, 1e-6, 1e-6);
     claim<X>("matmul dbias", from_gpu(g_dbias, O), dbias, 1e-6, 1e-6);
     gpu_release();
 }
@@ -841,6 +843,12 @@ template <typename X> void check_matmuls(void) {
                                 {64, 96, 128, 8}, {130, 257, 65, 1}, {33, 768, 80, 0}, {257, 48, 300, 32},
                                 {8, 300, 1000, 0}};
     for (int i = 0; i < 10; i++) check_matmul<X>(&mm, shapes[i][0], shapes[i][1], shapes[i][2], shapes[i][3]);
+    // short sums, forward and (O and I swapped) in the gradient of the input; ragged rows and columns
+    const size_t few[][2] = {{24, 264}, {48, 520}, {56, 72}, {80, 256}, {96, 104}};
+    for (int i = 0; i < 5; i++) {
+        check_matmul<X>(&mm, SHORT_MIN_TOKENS + 3, few[i][0], few[i][1], i % 2 ? 8 : 0);
+        check_matmul<X>(&mm, SHORT_MIN_TOKENS + SHORT_ROWS, few[i][1], few[i][0], i % 2 ? 0 : 8);
+    }
     const size_t tokens[] = {1, 2, 37, 512, 16384};
     for (int i = 0; i < (only_small() ? 3 : 5); i++) {
         check_ones_model<X>(&mm, tokens[i], 37, 74, 7, 5, 53, 101);
