@@ -184,7 +184,7 @@ static const Preset presets[] = {
      "--lr 2e-3 --warmup 100 --eval-every 250"},
     {"shakespeare-gpu", "9.7M parameters, context 256, 4 epochs with dropout; seconds on a GPU",
      "--data data/tinyshakespeare.txt --n-layer 10 --d-model 384 --batch-size 8 --seq-len 256 --steps 1900 "
-     "--lr 3e-3 --warmup 80 --weight-decay 1 --beta2 0.99 --dropout 0.2"},
+     "--lr 3e-3 --warmup 80 --weight-decay 1 --beta2 0.99 --dropout 0.2 --eval-every 200"},
     {"mamba-130m", "published size", "--n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
     {"mamba-370m", "published size", "--n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
     {"mamba-790m", "published size", "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
