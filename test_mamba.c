@@ -3016,6 +3016,8 @@ void test_generate(void) {
 #include "dev/test/test_data.h"
 // defines: test_cli
 #include "dev/test/test_cli.h"
+// defines: test_models
+#include "dev/test/test_models.h"
 #ifdef __CUDACC__
 // defines: test_cuda_resume, test_cuda_layers, test_cuda_scan, test_cuda_matmul, test_cuda_model, ...
 #include "dev/test/test_cuda.h"
@@ -3116,6 +3118,7 @@ const Case cases[] = {
     { "files", test_files },
     { "data", test_data },
     { "cli", test_cli },
+    { "models", test_models },
 #ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
     { "cuda faults", test_cuda_faults },

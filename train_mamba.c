@@ -35,6 +35,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <fnmatch.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -1583,6 +1584,7 @@ typedef struct {
     int ndim;
     int64_t shape[3];
     size_t count, offset;     // elements; the offset is a multiple of 16
+    bool frozen;              // --freeze: no update, no decay, not in the gradient norm
 } Tensor;
 
 typedef struct {
@@ -2047,10 +2049,13 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW, learning rate schedules
 
-// gradient_norm: the L2 norm of all gradients together. Sums of fixed blocks in double, added in order: the
-// result does not depend on the number of threads.
-double gradient_norm(const Model* m) {
+// gradient_norm: the L2 norm of all gradients together; those of frozen tensors are set to zero. Sums of
+// fixed
+// blocks in double, added in order: the result does not depend on the number of threads.
+double gradient_norm(Model* m) {
     enum { BLOCK = 65536 };
+    for (int i = 0; i < m->n_tensors; i++)
+        if (m->tensor[i].frozen) zero_real(m->grads + m->tensor[i].offset, m->tensor[i].count);
     size_t blocks = (m->n_elements + BLOCK - 1) / BLOCK;
     double *partial = (double*)xcalloc(blocks, sizeof(double)), sum = 0;
     #pragma omp parallel for
@@ -2075,7 +2080,9 @@ double clip_scale(double norm, double clip) {
 
 typedef struct { double beta1, beta2, eps, weight_decay; } AdamW;
 
-// adamw_update: step number `step` (from 1) on every tensor; tensors without the DECAY flag are not decayed.
+// adamw_update: step number `step` (from 1) on every tensor that is not frozen; tensors without the DECAY
+// flag
+// are not decayed.
 //   g = scale * grad     m = beta1 m + (1-beta1) g     v = beta2 v + (1-beta2) g^2
 //   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)
 //   Loshchilov, Hutter (1711.05101)
@@ -2085,6 +2092,7 @@ void adamw_update(Model* model, const AdamW* opt, double lr, double scale, int64
     real v_scale = (real)(1 / sqrt(1 - pow(opt->beta2, (double)step)));
     for (int i = 0; i < model->n_tensors; i++) {
         const Tensor* t = &model->tensor[i];
+        if (t->frozen) continue;
         real *p = model->params + t->offset, *m = model->m + t->offset, *v = model->v + t->offset;
         const real* grad = model->grads + t->offset;
         real keep = t->spec->flags & DECAY ? (real)(1 - lr * opt->weight_decay) : 1;
@@ -2883,6 +2891,61 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
     return c;
 }
 
+// model_from_checkpoint: the opened model of a directory, its tokenizer, nothing read yet. dir: in --from,
+// out its
+// checkpoint
+static bool model_from_checkpoint(Model* m, SafeTensors* st, Tokenizer* tok, const char* from, char dir[4096],
+                                  Error* err) {
+    return checkpoint_resolve(from, dir, 4096, err) && checkpoint_open(m, st, dir, err) &&
+           tokenizer_open(tok, dir, &m->config, err);
+}
+
+// model_option_given: the first option that describes a new model and was given by the user, -1: none
+static int model_option_given(const Settings* s) {
+    int first = option_find("preset"), last = option_find("tie-embeddings");
+    for (int i = first; i <= last; i++) if (s->origin[i] == FROM_USER) return i;
+    return -1;
+}
+
+// settings_from_config: shows, and saves for a resumed run, what --from says of the model. E / D is no option
+// when it is not whole.
+static void settings_from_config(Settings* s, const Config* c) {
+    const struct { const char* name; int64_t value; } number[] = {
+        {"n-layer", c->n_layer}, {"d-model", c->d_model}, {"d-state", c->d_state}, {"d-conv", c->d_conv},
+        {"dt-rank", c->dt_rank}, {"d-intermediate", c->d_intermediate}, {"vocab-size", c->vocab_size},
+        {"eos-token", c->eos_token}, {"expand", c->d_inner / c->d_model} };
+    Error unused;
+    char text[32];
+    for (size_t i = 0; i < sizeof number / sizeof *number; i++) {
+        snprintf(text, sizeof text, "%lld", (long long)number[i].value);
+        option_set(s, option_find(number[i].name), text, FROM_CHECKPOINT, &unused);
+    }
+    option_set(s, option_find("pattern"), c->pattern, FROM_CHECKPOINT, &unused);
+    option_set(s, option_find("tie-embeddings"), c->tie_embeddings ? "on" : "off", FROM_CHECKPOINT, &unused);
+}
+
+// freeze_tensors: marks the tensors whose names match one of the patterns of --freeze (`*` is any text)
+bool freeze_tensors(Model* m, const char* list, Error* err) {
+    char *copy = strdup(list), *rest = NULL;
+    size_t count = 0;
+    int n = 0;
+    bool ok = true;
+    for (char* p = strtok_r(copy, "\n", &rest); p && ok; p = strtok_r(NULL, "\n", &rest)) {
+        int matches = 0;
+        for (int i = 0; i < m->n_tensors; i++)
+            if (fnmatch(p, m->tensor[i].name, 0) == 0) m->tensor[i].frozen = true, matches++;
+        if (!matches)
+            ok = fail(err, "--freeze '%.100s' matches no tensor; names are such as %s, `info` lists them, "
+                      "and * stands for any text", p, m->tensor[m->n_tensors / 2].name);
+    }
+    free(copy);
+    for (int i = 0; i < m->n_tensors; i++) if (m->tensor[i].frozen) n++, count += m->tensor[i].count;
+    if (ok && n == m->n_tensors) ok = fail(err, "--freeze: all tensors are frozen, nothing is left to train");
+    if (ok && n) printf("frozen: %d of %d tensors, %zu of %zu parameters\n", n, m->n_tensors, count,
+                        m->n_params);
+    return ok;
+}
+
 static double mib(double bytes) { return bytes / 1048576.0; }
 
 // Flop: floating-point operations per token of a training step (forward and twice as much backward)
@@ -3427,12 +3490,18 @@ static void print_model(const Model* m) {
 static void trainer_create(Trainer* t, Settings* s) {
     Error err;
     char dir[4096], path[4352];
-    SafeTensors st;
+    SafeTensors st, source;
     memset(t, 0, sizeof *t);
     t->settings = s;
     const Options* o = &s->o;
     t->progress.best_loss = INFINITY;
     Config config;
+    if (o->from[0] && o->resume)
+        die("--resume continues the run in %s, --from starts a new one with the weights of a model; give one",
+            o->out);
+    if (o->from[0] && model_option_given(s) >= 0)
+        die("--%s describes a new model, but the model comes from %s; leave it out",
+            options[model_option_given(s)].name, o->from);
     if (o->resume) {
         if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
         if (strcmp(dir, o->out) == 0)
@@ -3462,9 +3531,19 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
     set_threads(o->threads);
     const char* list = o->data;
-    if (!tokenizer_choose(&t->data.tokenizer, s, list, &err) || !data_open_all(&t->data, s, &err))
+    Tokenizer* tok = &t->data.tokenizer;
+    if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
+          : o->resume ? tokenizer_open(tok, dir, &config, &err) : tokenizer_choose(tok, s, list, &err)))
         die("%s", err.text);
-    if (!o->resume) {
+    if (o->from[0]) {
+        config = t->model.config;
+        settings_from_config(s, &config);
+        model_free(&t->model);       // described again below, with the others
+        if (tok->kind == TOKENIZER_NONE && (!list[0] || !ends_with(list, ".bin")))
+            die("%s has no tokenizer.json, so it trains on token shards only: --data FILE.bin", dir);
+    }
+    if (!data_open_all(&t->data, s, &err)) die("%s", err.text);
+    if (!o->resume && !o->from[0]) {
         int64_t V = t->data.tokenizer.vocab_size;
         if (settings_origin(s, "vocab-size") == FROM_USER && o->vocab_size > V) V = o->vocab_size;
         config = config_from_options(s, V, t->data.tokenizer.eos);
@@ -3472,6 +3551,7 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!config_check(&config, &err)) die("%s", err.text);
     model_describe(&t->model, &config);
     Model* m = &t->model;
+    if (!freeze_tensors(m, o->freeze, &err)) die("%s", err.text);
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
     int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
     if (!checked_size(4, dims, 1, &step_size))
@@ -3512,6 +3592,10 @@ static void trainer_create(Trainer* t, Settings* s) {
         safetensors_close(&weights);
         safetensors_close(&st);
         printf("resumed: %s, step %lld\n", dir, (long long)t->progress.step);
+    } else if (o->from[0]) {
+        if (!model_load_tensors(m, &source, &err)) die("%s", err.text);
+        safetensors_close(&source);
+        printf("weights: %s\n", dir);
     } else {
         model_init(m, o->seed);
     }
@@ -3575,9 +3659,7 @@ int train_main(Settings* s) {
 static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
     Error err;
     const Options* o = &s->o;
-    int first = option_find("preset"), last = option_find("tie-embeddings"),
-        given = -1;    // the model options
-    for (int i = first; i <= last; i++) if (s->origin[i] == FROM_USER) given = i;
+    int given = model_option_given(s);
     bool from = settings_origin(s, "from") != FROM_DEFAULT;
     if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
         die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
@@ -3599,10 +3681,7 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         return;
     }
     SafeTensors st;
-    if (!checkpoint_resolve(o->from[0] ? o->from : "out", dir, 4096, &err) ||
-        !checkpoint_open(m, &st, dir, &err) ||
-        !tokenizer_open(tok, dir, &m->config, &err))
-        die("%s", err.text);
+    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err)) die("%s", err.text);
     if (s->word != WORD_INFO) {
         if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
             die("%s", err.text);

@@ -4199,8 +4199,8 @@ template <typename X> struct ModelCuda {
     LayerCuda<X>* layer;
     float *norm_f, *dnorm_f, *dembedding, *dhead;
     X *embedding_x, *head_x;
-    AdamWPiece *piece, *clear;      // of all tensors; of those whose gradient is always added to
-    size_t n_pieces, n_clear;
+    AdamWPiece *piece, *clear, *frozen;      // see pieces_create
+    size_t n_pieces, n_clear, n_frozen;
     double *norm, *norm_parts;
 };
 
@@ -4217,16 +4217,20 @@ static bool by_matmul(const Model* m, const Tensor* t) {
     return t->ndim == 2 && (t->spec->flags & DECAY) && (t->spec->init != INIT_EMBEDDING || m->config.tie_embeddings);
 }
 
-// pieces_create: the list of pieces on the device, of all tensors or of those not by_matmul
-static AdamWPiece* pieces_create(const Model* m, bool clear_only, size_t* n) {
+// pieces_create: a list of pieces on the device: of the tensors that are updated; of those whose gradient is
+// always
+// added to; of those that --freeze names
+enum { PIECES_UPDATED, PIECES_ADDED_TO, PIECES_FROZEN };
+static AdamWPiece* pieces_create(const Model* m, int which, size_t* n) {
     AdamWPiece *piece = NULL, *device;
     for (int pass = 0; pass < 2; pass++) {
         if (pass) piece = (AdamWPiece*)xcalloc(*n, sizeof(AdamWPiece));
         *n = 0;
-        for (int i = 0; i < m->n_tensors; i++)
-            if (!clear_only || !by_matmul(m, &m->tensor[i]))
-                *n = adamw_pieces(piece, *n, m->tensor[i].offset, m->tensor[i].count,
-                                  m->tensor[i].spec->flags & DECAY);
+        for (int i = 0; i < m->n_tensors; i++) {
+            const Tensor* t = &m->tensor[i];
+            if (which == PIECES_ADDED_TO ? !by_matmul(m, t) : t->frozen == (which == PIECES_FROZEN))
+                *n = adamw_pieces(piece, *n, t->offset, t->count, t->spec->flags & DECAY);
+        }
     }
     device = (AdamWPiece*)device_calloc(*n, sizeof(AdamWPiece));
     cudaCheck(cudaMemcpy(device, piece, *n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
@@ -4268,8 +4272,9 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
     d.dnorm_f = d.grads + (m->norm_f - m->params);
     d.dembedding = d.grads + (m->embedding - m->params);
     d.dhead = d.grads + (m->head - m->params);
-    d.piece = pieces_create(m, false, &d.n_pieces);
-    d.clear = pieces_create(m, true, &d.n_clear);
+    d.piece = pieces_create(m, PIECES_UPDATED, &d.n_pieces);
+    d.clear = pieces_create(m, PIECES_ADDED_TO, &d.n_clear);
+    d.frozen = pieces_create(m, PIECES_FROZEN, &d.n_frozen);
     d.norm = (double*)device_calloc(1, sizeof(double));
     d.norm_parts = (double*)device_calloc(NORM_PARTS, sizeof(double));
     return d;
@@ -4277,7 +4282,8 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
 
 template <typename X> void model_cuda_free(ModelCuda<X>* d) {
     if ((void*)d->params_x != (void*)d->params) cudaCheck(cudaFree(d->params_x));
-    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->clear, d->norm, d->norm_parts};
+    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->clear, d->frozen, d->norm,
+                      d->norm_parts};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) cudaCheck(cudaFree(memory[i]));
     free(d->layer);
 }
@@ -4634,10 +4640,18 @@ template <typename X> static void cuda_zero_gradients(Backend* b) {
     cudaCheck(cudaMemsetAsync(c->model.grads, 0, b->model->n_elements * sizeof(float), c->stream));
 }
 
+// norm_launch: the norm of all gradients, those of frozen tensors set to zero
+template <typename X> static void norm_launch(CudaBackend<X>* c, const Model* m) {
+    ModelCuda<X>* d = &c->model;
+    if (d->n_frozen) clear_pieces_kernel<<<(unsigned)d->n_frozen, 256, 0, c->stream>>>(d->grads, d->frozen);
+    cudaCheck(cudaGetLastError());
+    gradient_norm_cuda(d->norm, d->grads, m->n_elements, d->norm_parts, c->stream);
+}
+
 template <typename X> static double cuda_gradient_norm(Backend* b) {
     CudaBackend<X>* c = cuda_of<X>(b);
     double norm;
-    gradient_norm_cuda(c->model.norm, c->model.grads, b->model->n_elements, c->model.norm_parts, c->stream);
+    norm_launch(c, b->model);
     to_host(&norm, c->model.norm, 1, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
     b->norm = norm;
@@ -4690,7 +4704,7 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
         cudaCheck(cudaGetLastError());
         model_backward_cuda(b->model, d, w, &run, tokens, s0, host);
     }
-    gradient_norm_cuda(d->norm, d->grads, b->model->n_elements, d->norm_parts, c->stream);
+    norm_launch(c, b->model);
     step_judge_kernel<<<1, 1, 0, c->stream>>>(c->out, d->norm);
     cudaCheck(cudaGetLastError());
     adamw_launch(c);

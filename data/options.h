@@ -20,7 +20,7 @@ typedef struct {
     double lr, min_lr, weight_decay, dropout, beta1, beta2, eps, clip;
     // run
     uint64_t seed;
-    const char *out, *from, *on_nan, *dialect, *dtype;
+    const char *out, *from, *on_nan, *dialect, *dtype, *freeze;
     const char *device, *precision;
     int64_t check, threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
     int recompute;           // RECOMPUTE_NONE, _CHEAP, _ALL
@@ -106,6 +106,8 @@ static const Option options[] = {
     {"beta1", 'f', OPT(beta1), WORD_TRAIN, "0.9", 0, 0.999999, NULL, "AdamW"},
     {"beta2", 'f', OPT(beta2), WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
     {"eps", 'f', OPT(eps), WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
+    {"freeze", 'l', OPT(freeze), WORD_TRAIN, "", 0, 0, NULL,
+     "names of tensors that stay as they are, such as '*.mixer.A_log' (`info` lists the names)"},
     {"clip", 'f', OPT(clip), WORD_TRAIN, "1", 0, 1e9, NULL, "largest norm of the gradient; 0: no clipping"},
     {NULL, 0, 0, WORD_ALL, NULL, 0, 0, NULL, "Run"},
     {"out", 's', OPT(out), WORD_TRAIN | WORD_CONVERT, "out", 0, 0, NULL,
