@@ -1,7 +1,9 @@
 // Options: one table for the parser, the help, the settings print and the table in README.
 
-enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_ALL = 15 };
-static const char* const words[] = {"train", "generate", "eval", "info"};
+// WORD_ALL: those that have a model
+enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_ALL = 15, WORD_TOKENIZE = 16 };
+static const char* const words[] = {"train", "generate", "eval", "info", "tokenize"};
+enum { N_WORDS = sizeof(words) / sizeof(words[0]) };
 
 typedef struct {
     // model
@@ -9,7 +11,7 @@ typedef struct {
     int64_t d_model, n_layer, expand, d_state, d_conv, dt_rank, d_intermediate, vocab_size, eos_token;
     bool tie_embeddings;
     // data
-    const char *data, *val_data;
+    const char *data, *val_data, *tokenizer;
     double val_fraction;
     int64_t seq_len, batch_size, grad_accum;
     bool carry_state, reset_documents, force_data;
@@ -67,16 +69,19 @@ static const Option options[] = {
      "hidden width of the gated MLP, rounded up to 128; 0: 8/3 D"},
     {"vocab-size", 'i', OPT(vocab_size), WORD_ALL, "0", 0, 1e9, NULL,
      "tokens; 0: 257 for text (bytes and the end token), 50257 for token shards"},
-    {"eos-token", 'i', OPT(eos_token), WORD_ALL, "-1", -1, 1e9, NULL,
-     "id of the end token in token shards; -1: the last of the vocabulary"},
+    {"eos-token", 'i', OPT(eos_token), WORD_ALL | WORD_TOKENIZE, "-1", -1, 1e9, NULL,
+     "id of the end token in token shards; -1: that of the tokenizer, or the last of the vocabulary"},
     {"tie-embeddings", 'b', OPT(tie_embeddings), WORD_ALL, "on", 0, 0, NULL,
      "the head uses the embedding matrix"},
-    {NULL, 0, 0, WORD_TRAIN | WORD_EVAL, NULL, 0, 0, NULL, "Data"},
-    {"data", 'l', OPT(data), WORD_TRAIN | WORD_EVAL, "", 0, 0, NULL,
-     "text files (read as bytes) or .bin token shards, patterns allowed; none: this program's source"},
+    {NULL, 0, 0, WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Data"},
+    {"data", 'l', OPT(data), WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, "", 0, 0, NULL,
+     "text files (read as bytes without a tokenizer) or .bin token shards, patterns allowed; none: this program's "
+     "source"},
+    {"tokenizer", 's', OPT(tokenizer), WORD_TRAIN | WORD_TOKENIZE, "", 0, 0, NULL,
+     "a tokenizer.json or a directory with one; none: bytes for text, the tokenizer.json beside token shards"},
     {"val-data", 'l', OPT(val_data), WORD_TRAIN, "", 0, 0, NULL,
      "validation files; none: the end of the training data"},
-    {"val-fraction", 'f', OPT(val_fraction), WORD_TRAIN, "0.1", 0, 0.9, NULL,
+    {"val-fraction", 'f', OPT(val_fraction), WORD_TRAIN | WORD_TOKENIZE, "0.1", 0, 0.9, NULL,
      "part of the data, at its end, that is used for validation only"},
     {"seq-len", 'i', OPT(seq_len), WORD_TRAIN | WORD_EVAL, "256", 1, 1e8, NULL, "tokens per row, T"},
     {"batch-size", 'i', OPT(batch_size), WORD_TRAIN | WORD_EVAL, "8", 1, 1e6, NULL,
@@ -104,8 +109,9 @@ static const Option options[] = {
     {"beta2", 'f', OPT(beta2), WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
     {"eps", 'f', OPT(eps), WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
     {"clip", 'f', OPT(clip), WORD_TRAIN, "1", 0, 1e9, NULL, "largest norm of the gradient; 0: no clipping"},
-    {NULL, 0, 0, WORD_ALL, NULL, 0, 0, NULL, "Run"},
-    {"out", 's', OPT(out), WORD_TRAIN, "out", 0, 0, NULL, "directory of checkpoints, log and plot"},
+    {NULL, 0, 0, WORD_ALL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Run"},
+    {"out", 's', OPT(out), WORD_TRAIN | WORD_TOKENIZE, "out", 0, 0, NULL,
+     "directory of checkpoints, log and plot; tokenize: of the shards"},
     {"resume", 'b', OPT(resume), WORD_TRAIN, "off", 0, 0, NULL,
      "continue from out/last, with its settings unless given anew"},
     {"from", 's', OPT(from), WORD_GENERATE | WORD_EVAL | WORD_INFO, "out", 0, 0, NULL,
@@ -118,7 +124,7 @@ static const Option options[] = {
     {"check", 'i', OPT(check), WORD_TRAIN, "0", 0, BIG, NULL,
      "steps between comparisons of the GPU with the CPU, on a few tokens of the batch; 0: none"},
 #endif
-    {"threads", 'i', OPT(threads), WORD_ALL, "0", 0, 4096, NULL,
+    {"threads", 'i', OPT(threads), WORD_ALL | WORD_TOKENIZE, "0", 0, 4096, NULL,
      "CPU threads; 0: all. The results do not depend on it"},
     {"recompute", 'm', OPT(recompute), WORD_TRAIN, "off", 0, 0, "off cheap on",
      "save memory in backward: cheap makes norm, conv and dt again, on keeps only the input of each layer and "
@@ -322,7 +328,7 @@ bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
         const Option* opt = &options[i];
         if (!(opt->words & s->word) && origin == FROM_USER) {
             char of[64] = "";
-            for (int w = 0; w < 4; w++)
+            for (int w = 0; w < N_WORDS; w++)
                 if (opt->words & (1 << w))
                     snprintf(of + strlen(of), sizeof of - strlen(of), "%s'%s'", of[0] ? ", " : "", words[w]);
             return fail(err, "--%s is an option of %s, not of '%s'", opt->name, of,
@@ -420,11 +426,12 @@ static const char* option_argument(const Option* opt) {
 void help_print(int word, bool markdown) {
     if (!markdown)
         printf("train_mamba: Mamba language models in plain C.\n\n"
-               "usage: train_mamba [train|generate|eval|info] [options]\n"
+               "usage: train_mamba [train|generate|eval|info|tokenize] [options]\n"
                "  train      train a model (the default word; without options on this program's own source)\n"
                "  generate   write text with a trained model\n"
                "  eval       loss of a trained model on files\n"
-               "  info       what a checkpoint or a set of options describes\n");
+               "  info       what a checkpoint or a set of options describes\n"
+               "  tokenize   text into token shards\n");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option* opt = &options[i];
         if (word && !(opt->words & word)) continue;
