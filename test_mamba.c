@@ -2939,6 +2939,8 @@ void test_generate(void) {
 #include "dev/test/test_data.h"
 // defines: test_cli
 #include "dev/test/test_cli.h"
+// defines: test_tokenizer
+#include "dev/test/test_tokenizer.h"
 #ifdef __CUDACC__
 // defines: test_cuda_resume, test_cuda_layers, test_cuda_scan, test_cuda_matmul, test_cuda_model, ...
 #include "dev/test/test_cuda.h"
@@ -3038,6 +3040,7 @@ const Case cases[] = {
     { "files", test_files },
     { "data", test_data },
     { "cli", test_cli },
+    { "tokenizer", test_tokenizer },
 #ifdef __CUDACC__                        // resume first, its children use the GPU before this process does
     { "cuda resume", test_cuda_resume },
     { "cuda layers", test_cuda_layers },
