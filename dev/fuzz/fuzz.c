@@ -276,8 +276,7 @@ static void prepare(void) {
         snprintf(path, sizeof path, "%s/%s", directory, names[i]);
         ok = safetensors_write(path, i == 1 ? t + 1 : t, i == 2 ? 3 : i + 1, meta, &err);
     }
-    snprintf(path, sizeof path, "%s/d", directory);          // d/m-1.safetensors is there,
-        but not to be reached
+    snprintf(path, sizeof path, "%s/d", directory);          // its file is not to be reached
     ok = ok && mkdir(path, 0700) == 0;
     snprintf(path, sizeof path, "%s/d/%s", directory, names[0]);
     ok = ok && safetensors_write(path, t, 1, meta, &err);
@@ -354,8 +353,7 @@ static size_t change(unsigned char* data, size_t n, const Target* t) {
         switch (random_below(10)) {
             case 0: if (n) data[at] ^= (unsigned char)(1 << random_below(8)); break;
             case 1: if (n) data[at] = (unsigned char)random_below(256); break;
-            case 2: case 3: {        // a number of 1, 2, 4 or 8 bytes: a special one,
-                             or the old one and a little
+            case 2: case 3: {        // a number: a special one, or the old one and a little
                 size_t bytes = (size_t)1 << random_below(4);
                 uint64_t value = 0;
                 if (at + bytes > n) break;
@@ -394,8 +392,7 @@ static size_t change(unsigned char* data, size_t n, const Target* t) {
                 n += length;
                 break;
             }
-            case 8: case 9: {        // from one byte to the next that is the same: twice, or not at all;
-                             an item of a list
+            case 8: case 9: {        // from a byte to the next that is the same: an item of a list
                 const unsigned char* next = n ? (unsigned char*)memchr(data + at + 1, data[at], n - at - 1)
                     : NULL;
                 if (!next) break;
@@ -497,7 +494,7 @@ int main(int argc, char** argv) {
         for (int i = 0; i < MAP; i++) if (map[i] && !seen[i]) seen[i] = 1, fresh++;
         if (fresh) edges += fresh, newest = seconds_now(), keep(data, n);
     }
-    printf("%-12s %9lld inputs, %6.0f per second, %5d places, %4d inputs kept, the last after %.0f of %.0f s\n",
+    printf("%-12s %9lld inputs, %6.0f per second, %5d places, %4d kept, the last after %.0f of %.0f s\n",
            t->name,
            (long long)runs, (double)runs / seconds, edges, n_kept, newest - begin, seconds);
     zip_close(&fixed_zip);

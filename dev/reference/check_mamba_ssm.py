@@ -2,11 +2,11 @@
 
     python dev/reference/check_mamba_ssm.py SOURCE [--binary build/train_mamba]
 
-SOURCE is the unpacked source of mamba_ssm (`pip download mamba-ssm==2.2.4 --no-deps --no-binary :all:`; einops
-must be installed). Its CUDA and Triton kernels are replaced by the scan that it ships for reference and by
-RMSNorm in PyTorch, so that it runs on a CPU. Random models in odd configurations, with and without MLPs, with a tied and an own head:
+SOURCE is the unpacked source of mamba_ssm (`pip download mamba-ssm==2.2.4 --no-deps --no-binary :all:`;
+einops must be installed). Its CUDA and Triton kernels are replaced by the scan that it ships for reference and by
+RMSNorm in PyTorch, so that it runs on a CPU. Random models in odd configurations:
 
-  theirs to ours   MambaLMHeadModel.save_pretrained writes pytorch_model.bin and config.json, ours evaluates them
+  theirs to ours   MambaLMHeadModel.save_pretrained writes pytorch_model.bin, config.json; ours evaluates
   ours to theirs   `train_mamba convert --dialect mamba_ssm` in three dtypes, loaded by their from_pretrained
                    (strictly: every tensor and no other); logits of both on the same tokens
 
@@ -89,8 +89,8 @@ def main():
                 directory, model = source, theirs
                 if dtype:
                     directory = os.path.join(scratch, dtype)
-                    run([args.binary, "convert", "--from", source, "--out", directory, "--dialect", "mamba_ssm",
-                         "--dtype", dtype])
+                    run([args.binary, "convert", "--from", source, "--out", directory, "--dialect",
+                         "mamba_ssm", "--dtype", dtype])
                     model = Model.from_pretrained(directory)
                 ids, ours = our_logits(args.binary, directory, data, "--seq-len", "61", "--batch-size", "2",
                                        "--no-reset-documents")
