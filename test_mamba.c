@@ -2202,7 +2202,7 @@ double refused(bool ok, const Error* err, const char* words) {
 // or read into another, weights of one save used with the moments of another, damage that goes unnoticed.
 void test_checkpoint(void) {
     Config c = toy_config("1m", 2, 7, 14, 5, 4, 2, 19);
-    Tokenizer tok = { TOKENIZER_NONE, 19, -1 };
+    Tokenizer tok = { TOKENIZER_NONE, 19, -1, NULL };
     Error err;
     Toy toy;
     Model back;
@@ -2911,9 +2911,10 @@ char* written(Model* m, const char* prompt, const char* options) {
     if (m->config.vocab_size != 257) tok.kind = TOKENIZER_NONE;
     Backend backend = backend_create(&s.o, m, 0, 0, false, false);
     backend.upload(&backend);
-    Prompt source = { &tok, prompt, strlen(prompt), NULL };
+    Prompt source = prompt_open(&tok, prompt, NULL);
     FILE* f = open_memstream(&text, &size);
     bool ok = generate(&backend, &tok, &s.o, &source, f, &stats, &no, &written_error);
+    prompt_close(&source);
     fclose(f);
     char* copy_of_text = (char*)test_alloc(size + 1, 1);
     memcpy(copy_of_text, text, size);

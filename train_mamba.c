@@ -2481,29 +2481,48 @@ void session_free(Backend* b, Session* s) {
 
 // Prompt: a source of tokens of any length; text comes from memory or, piece by piece, from an open file.
 typedef struct {
-    const Tokenizer* tokenizer;
+    Encoder encoder;
     const char* text;
     size_t left;
     FILE* file;
+    TokenList ready;         // made, and given out up to `given`
+    size_t given;
+    bool ended;
 } Prompt;
 
-// prompt_read: up to `max` more tokens; 0 at the end.
-static size_t prompt_read(Prompt* p, int* tokens, size_t max) {
+Prompt prompt_open(const Tokenizer* tok, const char* text, FILE* file) {
+    Prompt p;
+    memset(&p, 0, sizeof p);
+    encoder_open(&p.encoder, tok);
+    p.text = text;
+    p.left = strlen(text);
+    p.file = file;
+    return p;
+}
+
+void prompt_close(Prompt* p) {
+    encoder_close(&p->encoder);
+    free(p->ready.id);
+    memset(p, 0, sizeof *p);
+}
+
+// prompt_read: *count: up to `max` more tokens; 0 at the end
+static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
     char piece[4096];
-    size_t n = min_size(max, sizeof piece);
-    if (p->file) {
-        n = fread(piece, 1, n, p->file);
-    } else {
-        n = min_size(n, p->left);
-        if (n) memcpy(piece, p->text, n);
-        p->text += n;
-        p->left -= n;
+    while (p->given == p->ready.n && !p->ended) {
+        size_t n = p->file ? fread(piece, 1, sizeof piece, p->file) : min_size(sizeof piece, p->left);
+        p->ended = n == 0;
+        p->ready.n = p->given = 0;
+        if (!encoder_add(&p->encoder, p->file ? piece : p->text, n, p->ended, &p->ready, err)) return false;
+        if (!p->file) { p->text += n; p->left -= n; }
+        if (p->ended && p->encoder.utf8.replaced)
+            warn("the prompt has invalid UTF-8, %lld times replaced by U+FFFD, first at byte %lld",
+                 (long long)p->encoder.utf8.replaced, (long long)p->encoder.first_replaced);
     }
-    size_t count;
-    int* ids = tokenizer_encode(p->tokenizer, piece, n, &count);
-    if (count) memcpy(tokens, ids, count * sizeof(int));
-    free(ids);
-    return count;
+    *count = min_size(max, p->ready.n - p->given);
+    if (*count) memcpy(tokens, p->ready.id + p->given, *count * sizeof(int));
+    p->given += *count;
+    return true;
 }
 
 typedef struct {
@@ -2590,7 +2609,8 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     int64_t position = 0;
     if (o->load_state[0]) ok = state_load(m, &s.state, logits, seen_real, &position, o->load_state, err);
     if (o->load_state[0]) backend->session_sync(backend, &s, false);
-    for (size_t n; ok && (n = prompt_read(prompt, piece, (size_t)o->chunk)) > 0; position += (int64_t)n) {
+    for (size_t n; ok && (ok = prompt_read(prompt, piece, (size_t)o->chunk, &n, err)) && n > 0;
+         position += (int64_t)n) {
         for (size_t i = 0; i < n && ok; i++) {
             if ((size_t)piece[i] >= Vp)
                 ok = fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", piece[i],
@@ -2801,17 +2821,34 @@ static bool ends_with(const char* text, const char* end) {
     return n >= m && strcmp(text + n - m, end) == 0;
 }
 
-// tokenizer_choose: bytes for text; token shards (.bin) only have ids.
+// tokenizer_choose: for a new model: --tokenizer; the one beside token shards
+// (.bin), which have only ids without it; otherwise bytes.
 static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list, Error* err) {
     const Options* o = &s->o;
     bool shards = ends_with(list, ".bin");
+    char beside[4096];
     tokenizer_bytes(tok);
-    if (shards) {
-        tok->kind = TOKENIZER_NONE;
+    if (o->tokenizer[0] && !tokenizer_load(tok, o->tokenizer, err)) return false;
+    if (!o->tokenizer[0] && shards) {
+        const char *end = strchr(list, '\n'), *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
+        snprintf(beside, sizeof beside, "%.*s", slash ? (int)(slash - list + 1) : 1, slash ? list : ".");
+        if (!tokenizer_read(tok, beside, err)) return false;
+        if (tok->kind != TOKENIZER_NONE) printf("tokenizer: that in %s\n", beside);
+    }
+    if (tok->kind == TOKENIZER_NONE) {
         tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;
         tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : tok->vocab_size - 1);
-    } else if (o->vocab_size && o->vocab_size < tok->vocab_size &&
-               settings_origin(s, "vocab-size") == FROM_USER) {
+        return true;
+    }
+    if (tok->kind == TOKENIZER_BPE && o->eos_token >= 0) tok->eos = (int)o->eos_token;
+    if (tok->kind == TOKENIZER_BPE && tok->eos < 0)
+        warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token gives one");
+    if (tok->eos >= tok->vocab_size)
+        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos, (long long)tok->vocab_size - 1);
+    if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
+        if (tok->kind == TOKENIZER_BPE)
+            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids", (long long)o->vocab_size,
+                        (long long)tok->vocab_size);
         return fail(
             err,
             "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
@@ -2823,14 +2860,14 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
 // tokenizer_open: the tokenizer of a model's directory; without one, what the model says of its token ids
 static bool tokenizer_open(Tokenizer* tok, const char* dir, const Config* c, Error* err) {
     if (!tokenizer_read(tok, dir, err)) return false;
-    if (tok->kind == TOKENIZER_NONE) {
-        tok->vocab_size = c->vocab_size;
-        tok->eos = (int)c->eos_token;
-    }
-    return tok->vocab_size <= c->vocab_padded ||
-           fail(err,
-                "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
-                dir, (long long)tok->vocab_size, (long long)c->vocab_padded);
+    if (tok->kind != TOKENIZER_NONE && tok->vocab_size > c->vocab_padded)
+        return fail(err,
+                    "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
+                    dir, (long long)tok->vocab_size, (long long)c->vocab_padded);
+    if (tok->kind == TOKENIZER_BYTES) return true;
+    tok->vocab_size = c->vocab_size;
+    if (tok->kind == TOKENIZER_NONE || c->eos_token >= 0) tok->eos = (int)c->eos_token;
+    return true;
 }
 
 bool data_open_all(Data* data, const Settings* s, Error* err) {
@@ -2854,6 +2891,7 @@ bool data_open_all(Data* data, const Settings* s, Error* err) {
 }
 
 void data_close_all(Data* data) {
+    tokenizer_free(&data->tokenizer);
     if (data->has_val) dataset_close(&data->val);
     dataset_close(&data->train);
     free(data->default_list);
@@ -3035,7 +3073,8 @@ typedef struct {
 // Options that a resumed run takes from its checkpoint. The first group may not change, the rest is listed
 // when it does.
 static bool option_is_saved(const Option* opt) {
-    static const char* const not_saved[] = {"preset", "out", "resume", "from", "threads", "force-data"};
+    static const char* const not_saved[] = {"preset", "out",     "resume",     "from",
+                                            "threads", "force-data", "tokenizer"};
     if (!opt->name || !(opt->words & WORD_TRAIN)) return false;
     for (size_t i = 0; i < sizeof not_saved / sizeof not_saved[0]; i++)
         if (strcmp(opt->name, not_saved[i]) == 0) return false;
@@ -3172,13 +3211,14 @@ static bool trainer_evaluate(Trainer* t, double* loss, Error* err) {
 
 static bool trainer_sample(Trainer* t, Error* err) {
     const Options* o = &t->settings->o;
-    Prompt prompt = {&t->data.tokenizer, o->prompt, strlen(o->prompt), NULL};
     GenerateStats stats;
     if (o->max_tokens == 0) return true;
     if (stop_signal) return true;
     printf("--- sample at step %lld\n", (long long)t->progress.step);
-    if (!generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err))
-        return false;
+    Prompt prompt = prompt_open(&t->data.tokenizer, o->prompt, NULL);
+    bool ok = generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err);
+    prompt_close(&prompt);
+    if (!ok) return false;
     printf("---\n");
     return true;
 }
@@ -3532,6 +3572,8 @@ static void trainer_create(Trainer* t, Settings* s) {
     set_threads(o->threads);
     const char* list = o->data;
     Tokenizer* tok = &t->data.tokenizer;
+    if (o->tokenizer[0] && (o->resume || o->from[0]))
+        die("--tokenizer %s: the model goes on with the tokenizer of its checkpoint; leave it out", o->tokenizer);
     if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
           : o->resume ? tokenizer_open(tok, dir, &config, &err) : tokenizer_choose(tok, s, list, &err)))
         die("%s", err.text);
@@ -3709,7 +3751,7 @@ int generate_main(Settings* s) {
         (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
     workspace_free(&measured);
     if (!check_memory(bytes, "try a smaller --num-samples or --chunk", &err)) die("%s", err.text);
-    Prompt prompt = {&tok, o->prompt, strlen(o->prompt), NULL};
+    Prompt prompt = prompt_open(&tok, o->prompt, NULL);
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
     bool from_stdin = strcmp(o->prompt, "-") == 0;
     if (from_stdin) prompt.file = stdin;
@@ -3722,7 +3764,7 @@ int generate_main(Settings* s) {
         die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
     if (!prompt.file && o->prompt[0] &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
-        Utf8Stream echo = {{0}, 0, o->raw};
+        Utf8Stream echo = {{0}, 0, o->raw, 0};
         char text[TOKENIZER_MAX_TEXT];
         for (const char* p = o->prompt; *p; p++)
             fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
@@ -3738,6 +3780,8 @@ int generate_main(Settings* s) {
             (long long)stats.new_tokens,
             stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0);
     if (prompt.file && prompt.file != stdin) fclose(prompt.file);
+    prompt_close(&prompt);
+    tokenizer_free(&tok);
     backend.destroy(&backend);
     model_free(&m);
     return stop_signal ? 128 + (int)stop_signal : 0;
@@ -3841,7 +3885,11 @@ int info_main(Settings* s) {
     if (dir[0] && !weights_open(&st, dir, &err)) die("%s", err.text);
     if (dir[0]) print_files(dir, &st);
     print_model(&m);
-    printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
+    if (tok.kind == TOKENIZER_BPE)
+        printf("tokenizer: byte-level BPE, %lld ids, %lld merges%s, end token %d\n", (long long)tok.bpe->n_ids,
+               (long long)tok.bpe->n_merges, tok.bpe->nfc ? ", normal form C" : "", tok.eos);
+    else printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
+    tokenizer_free(&tok);
     printf("%-44s %-18s %12s  %-5s %-6s  %s\n", "tensor", "shape", "parameters", "decay", "dtype", "file");
     for (int i = 0; i < m.n_tensors; i++) {
         const Tensor* t = &m.tensor[i];
@@ -3878,6 +3926,9 @@ int convert_main(Settings* s) {
     return 0;
 }
 
+// defines: tokenize_main
+#include "data/tokenize.h"
+
 int ssm_main(int argc, char** argv) {
     // A closed stdin, stdout or stderr would lend its number to the next file opened, and messages would go
     // in there.
@@ -3889,7 +3940,7 @@ int ssm_main(int argc, char** argv) {
         word = 0;
         for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
         if (!word)
-            die("unknown word '%.40s'; expected train, generate, eval, info or convert, then options; --help "
+            die("unknown word '%.40s'; expected train, generate, eval, info, convert or tokenize, then options; --help "
                 "lists them",
                 argv[1]);
         skip = 2;
@@ -3911,6 +3962,7 @@ int ssm_main(int argc, char** argv) {
         case WORD_EVAL: code = eval_main(&settings); break;
         case WORD_INFO: code = info_main(&settings); break;
         case WORD_CONVERT: code = convert_main(&settings); break;
+        case WORD_TOKENIZE: code = tokenize_main(&settings); break;
     }
     settings_free(&settings);
     return code;

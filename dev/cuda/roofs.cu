@@ -1,6 +1,6 @@
 // The roofs: what this GPU can do at most, measured. The floors of the ladders are made of some of these
-// numbers (copy, matmul, special functions); others decided how a kernel is built, see the last column. "seen"
-// is what one NVIDIA H200 gave when that was decided, 2026-11-21.
+// numbers (copy, matmul, special functions); others decided how a kernel is built, see the last column.
+// "seen" is what one NVIDIA H200 gave when that was decided, 2026-11-21.
 //
 //   make build/dev/roofs && build/dev/roofs
 //
@@ -54,14 +54,15 @@ OPERATION(ToBf16, 0, asm volatile("{.reg .b32 t; cvt.rn.bf16x2.f32 t, %0, %1; mo
                                   : "+f"(x[i][0]) : "f"(a));)
 OPERATION(ToTf32, 0, asm volatile("{.reg .b32 t; cvt.rna.tf32.f32 t, %0; mov.b32 %0, t;}" : "+f"(x[i][0]));)
 OPERATION(Shuffle, 0, x[i][0] = __shfl_sync(0xffffffffu, x[i][0], (int)(threadIdx.x * 5 + 1) % WARP);)
-// the mixture of the scans: one exponential, four multiply-adds, three integer instructions
+// the mixture of the scans: one exponential, four multiply-adds, three integer instructions, on chains far
+// enough from each other that none waits for the one before
 OPERATION(Mixture, 0,
     asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(x[i][0]));
     for (int k = 0; k < 4; k++)
-        asm volatile("fma.rn.f32 %0, %0, %1, %2;" : "+f"(x[(i + k) % CHAINS][1]) : "f"(a), "f"(b));
+        asm volatile("fma.rn.f32 %0, %0, %1, %2;" : "+f"(x[(i + 2 * k) % CHAINS][1]) : "f"(a), "f"(b));
     for (int k = 0; k < 3; k++)
         asm volatile("{.reg .b32 t; mov.b32 t, %0; shf.l.wrap.b32 t, t, %1, %2; mov.b32 %0, t;}"
-                     : "+f"(x[(i + k) % CHAINS][2]) : "r"(BITS(a)), "r"(BITS(b)));)
+                     : "+f"(x[(i + 3 * k) % CHAINS][2]) : "r"(BITS(a)), "r"(BITS(b)));)
 #define MMA(name, shape_types, a_list, b_list, ...)                                                          \
     OPERATION(name, 0, asm volatile("mma.sync.aligned." shape_types " {%0, %1, %2, %3}, {" a_list "}, {"     \
                                     b_list "}, {%0, %1, %2, %3};"                                            \

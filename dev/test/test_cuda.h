@@ -339,18 +339,18 @@ template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
     Vec weight = normal_vec<float>(D, 0.3, 1), sum = res, y(M * D), rstd(M);
     oracle::dropout(add.data(), add.data(), &drop.cpu, M, D);
     for (size_t i = 0; has_delta && i < M * D; i++) sum[i] = (double)((float)res[i] + (float)add[i]);
-    oracle::rmsnorm_forward(y.data(), rstd.data(), sum.data(), weight.data(), M, D, 1e-5);
     float *res_in = gpu<float>(res), *res_out = variant == 2 ? res_in : gpu_nan<float>(M * D);
     float *g_rstd = gpu_nan<float>(M), *g_weight = gpu<float>(weight);
     X* g_y = gpu_nan<X>(M * D);
     residual_rmsnorm_forward_cuda<X>(variant == 1 ? NULL : res_out, g_y, g_rstd, res_in,
                                      has_delta ? gpu<X>(delta) : NULL, g_weight, M, D, 1e-5f, 0,
                                      drop.cuda);
-    claim<X>("rmsnorm forward y", from_gpu(g_y, M * D), y, 1e-6, 4e-3);
-    claim<X>("rmsnorm forward rstd", from_gpu(g_rstd, M), rstd, 1e-6, 1e-6);
     if (drops) claim<X>("rmsnorm forward res, dropout", from_gpu(res_out, M * D), sum, 1e-7, 1e-7);
     else if (has_delta) claim<X>("rmsnorm forward res", from_gpu(res_out, M * D), sum, 0, 0);
-    if (has_delta) sum = from_gpu(res_out, M * D);
+    if (has_delta) sum = from_gpu(res_out, M * D);           // with dropout the addition is rounded once, not twice
+    oracle::rmsnorm_forward(y.data(), rstd.data(), sum.data(), weight.data(), M, D, 1e-5);
+    claim<X>("rmsnorm forward y", from_gpu(g_y, M * D), y, 1e-6, 4e-3);
+    claim<X>("rmsnorm forward rstd", from_gpu(g_rstd, M), rstd, 1e-6, 1e-6);
 
     Vec dy = normal_vec<X>(M * D), dres = normal_vec<float>(M * D), dweight = normal_vec<float>(D);
     Vec want_dres = dres, want_dweight = dweight, first;
@@ -752,10 +752,10 @@ template <typename X> void check_matmul(Matmul* mm, size_t M, size_t I, size_t O
     Vec inp = spread(normal_vec<X>(M * I), I, ldi), weight = normal_vec<X>(O * I);
     Vec bias = normal_vec<float>(O), out(M * O), dout = spread(normal_vec<X>(M * O), O, ldo);
     Vec start = normal_vec<X>(M * I);
-    Vec dinp(M * I), dweight = normal_vec<float>(O * I), dbias = normal_vec<float>(O);
+    Vec dinp(M * I), dweight = normal_vec<float>(O * I), dweight0 = dweight, dbias = normal_vec<float>(O);
     X *g_inp = gpu<X>(inp), *g_weight = gpu<X>(weight), *g_out = gpu_nan<X>(M * ldo), *g_dout = gpu<X>(dout);
     X *g_dinp = gpu_nan<X>(M * ldi), *g_added = gpu<X>(spread(start, I, ldi));
-    float *g_dweight = gpu<float>(dweight), *g_dbias = gpu<float>(dbias);
+    float *g_dweight = gpu<float>(dweight), *g_written = gpu_nan<float>(O * I), *g_dbias = gpu<float>(dbias);
     float* scratch = gpu_nan<float>(bias_backward_scratch_cuda(M, O));
     matmul_forward_cuda(mm, g_out, ldo, g_inp, ldi, g_weight, (const float*)NULL, M, I, O, 0);
     oracle::matmul_forward(out.data(), O, inp.data(), ldi, weight.data(), NULL, M, I, O);
@@ -767,8 +767,8 @@ template <typename X> void check_matmul(Matmul* mm, size_t M, size_t I, size_t O
     claim<X>("matmul out with bias", gathered(from_gpu(g_out, M * ldo), O, ldo), out, 1e-6, 4e-3);
     matmul_backward_cuda(mm, g_dinp, ldi, false, g_dweight, g_dbias, g_dout, ldo, g_inp, ldi, g_weight,
                          scratch, M, I, O, 0);
-    matmul_backward_cuda(mm, g_added, ldi, true, (float*)NULL, (float*)NULL, g_dout, ldo, g_inp, ldi,
-                         g_weight, scratch, M, I, O, 0);
+    matmul_backward_cuda(mm, g_added, ldi, true, g_written, (float*)NULL, g_dout, ldo, g_inp, ldi, g_weight,
+                         scratch, M, I, O, 0, false);
     oracle::matmul_backward(dinp.data(), I, dweight.data(), dbias.data(), dout.data(), ldo, inp.data(), ldi,
                             weight.data(), M, I, O);
     got = from_gpu(g_dinp, M * ldi);
@@ -777,6 +777,8 @@ template <typename X> void check_matmul(Matmul* mm, size_t M, size_t I, size_t O
     for (size_t i = 0; i < M * I; i++) dinp[i] += start[i];
     claim<X>("matmul dinp, added", gathered(from_gpu(g_added, M * ldi), I, ldi), dinp, 1e-6, 4e-3);
     claim<X>("matmul dweight", from_gpu(g_dweight, O * I), dweight, 1e-6, 1e-6);
+    for (size_t i = 0; i < O * I; i++) dweight[i] -= dweight0[i];
+    claim<X>("matmul dweight, written", from_gpu(g_written, O * I), dweight, 1e-6, 1e-6);
     claim<X>("matmul dbias", from_gpu(g_dbias, O), dbias, 1e-6, 1e-6);
     gpu_release();
 }
@@ -841,6 +843,12 @@ template <typename X> void check_matmuls(void) {
                                 {64, 96, 128, 8}, {130, 257, 65, 1}, {33, 768, 80, 0}, {257, 48, 300, 32},
                                 {8, 300, 1000, 0}};
     for (int i = 0; i < 10; i++) check_matmul<X>(&mm, shapes[i][0], shapes[i][1], shapes[i][2], shapes[i][3]);
+    // short sums, forward and (O and I swapped) in the gradient of the input; ragged rows and columns
+    const size_t few[][2] = {{24, 264}, {48, 520}, {56, 72}, {80, 256}, {96, 104}};
+    for (int i = 0; i < 5; i++) {
+        check_matmul<X>(&mm, SHORT_MIN_TOKENS + 3, few[i][0], few[i][1], i % 2 ? 8 : 0);
+        check_matmul<X>(&mm, SHORT_MIN_TOKENS + SHORT_ROWS, few[i][1], few[i][0], i % 2 ? 0 : 8);
+    }
     const size_t tokens[] = {1, 2, 37, 512, 16384};
     for (int i = 0; i < (only_small() ? 3 : 5); i++) {
         check_ones_model<X>(&mm, tokens[i], 37, 74, 7, 5, 53, 101);
@@ -1177,7 +1185,7 @@ template <typename X> void check_model(void) {
     check_training<X>(&cuda_shapes[3], RECOMPUTE_NONE);
     check_training<X>(&cuda_shapes[5], RECOMPUTE_CHEAP);
     check_training<X>(&cuda_shapes[6], RECOMPUTE_ALL);
-    check_training<X>(&cuda_shapes[4], RECOMPUTE_NONE, true);
+    check_training<X>(&cuda_shapes[6], RECOMPUTE_NONE, true);
 }
 
 // Catches: a gradient written where it must be added, a buffer used by two layers at once, arguments of a
@@ -1434,7 +1442,8 @@ int run_on_gpu(char* text, size_t size, const char* options, const char* out) {
     TrainRun run;
     memset(&run, 0, sizeof run);
     snprintf(run.options, sizeof run.options,
-             "--d-state 16 --val-fraction 0 --eval-every 0 --log-every 1000 --warmup 2 --data %s %s %s %s --out %s",
+             "--d-state 16 --val-fraction 0 --eval-every 0 --log-every 1000 --warmup 2 --data %s %s %s %s "
+             "--out %s",
              scratch("a.txt"), scratch("b.txt"), scratch("c.txt"), options, out);
     return in_child(train_child, &run, text, size);
 }
@@ -1515,14 +1524,14 @@ void test_cuda_faults(void) {
         code = run_on_gpu(text, sizeof text, options, quiet);
         allocations_left = -1;
         if (code == 0) break;
-        worst_add(&refused, not_refused(code, text, "the GPU's memory is exhausted"), "allocation %d: %.40s", n,
-                  text);
+        worst_add(&refused, not_refused(code, text, "the GPU's memory is exhausted"), "allocation %d: %.40s",
+                  n, text);
         snprintf(a, sizeof a, "%s/last", quiet);
         worst_add(&written, access(a, F_OK) == 0, "allocation %d", n);
     }
     worst_add(&ends, code, "with enough allocations");
-    code = run_on_gpu(text, sizeof text, "--n-layer 16 --d-model 64 --seq-len 16 --batch-size 1000000 --steps 3 "
-                      "--max-tokens 0 --device cuda", scratch("large"));
+    code = run_on_gpu(text, sizeof text, "--n-layer 16 --d-model 64 --seq-len 16 --batch-size 1000000 "
+                      "--steps 3 --max-tokens 0 --device cuda", scratch("large"));
     worst_add(&refused, not_refused(code, text, "--batch-size"), "activations too large: %.40s", text);
 
     // the memory is full when the first sample is due: the checkpoint of step 2 is whole, and goes on
@@ -1534,7 +1543,8 @@ void test_cuda_faults(void) {
     other_backend = backend_cuda;
     worst_add(&refused, not_refused(code, text, "the GPU's memory is exhausted"), "sample: %.40s", text);
     snprintf(options, sizeof options, "%s --resume", sampled);
-    worst_add(&ends, run_on_gpu(text, sizeof text, options, loud), "resumed after a full memory: %.40s", text);
+    code = run_on_gpu(text, sizeof text, options, loud);
+    worst_add(&ends, code, "resumed after a full memory: %.40s", text);
 
     // the same run, alone and beside a process that keeps the GPU busy
     const char* trained = "--n-layer 3 --d-model 96 --seq-len 64 --batch-size 24 --steps 30 --max-tokens 0 "
@@ -1593,8 +1603,8 @@ template <typename X> Twice<X> twice_normal(size_t n, size_t times, double scale
 
 // The largest relative L2 error of any row: row i of `many` is `factor` times row i % rows_few of `few`
 template <typename X>
-__global__ void worst_row_kernel(unsigned long long* worst, const X* many, const X* few, size_t ld, size_t cols,
-                                 size_t rows_few, double factor) {
+__global__ void worst_row_kernel(unsigned long long* worst, const X* many, const X* few, size_t ld,
+                                 size_t cols, size_t rows_few, double factor) {
     const X *x = many + blockIdx.x * ld, *y = few + blockIdx.x % rows_few * ld;
     double diff = 0, norm = 0;
     for (size_t i = threadIdx.x; i < cols; i += blockDim.x) {
@@ -1626,7 +1636,7 @@ void claim_rows(const char* what, const X* many, const X* few, size_t ld, size_t
 
 // The head and the loss: 90036 x 50280 logits
 static void check_large_head(void) {
-    enum { ROWS = 61, TIMES = 1476, D = 768, V = 50280 };
+    enum { ROWS = 61, TIMES = 1476, D = 768, V = 50280, ALL = V * D };
     const size_t M[2] = {ROWS, ROWS * TIMES};
     snprintf(shape, sizeof shape, "M%zu D%d V%d", M[1], D, V);
     Matmul mm = matmul_open();
@@ -1638,7 +1648,7 @@ static void check_large_head(void) {
     Twice<bf16> weight = twice_normal<bf16>(V * D, 1, 0.05), z = twice_nan<bf16>((size_t)ROWS * V, TIMES);
     Twice<float> losses = twice_nan<float>(ROWS, TIMES);
     for (int big = 0; big < 2; big++) {
-        dweight[big] = gpu<float>(Vec((size_t)V * D));
+        dweight[big] = gpu<float>(Vec(ALL));
         matmul_forward_cuda(&mm, z[big], V, f[big], D, weight[0], (const float*)NULL, M[big], D, V, 0);
     }
     claim_rows("2^31: head, logits", z[1], z[0], V, V, ROWS, TIMES, 4e-3);
@@ -1651,7 +1661,7 @@ static void check_large_head(void) {
         matmul_backward_cuda(&mm, df[big], D, false, dweight[big], (float*)NULL, z[big], V, f[big], D,
                              weight[0], (float*)NULL, M[big], D, V, 0);
     claim_rows("2^31: head, dinp", df[1], df[0], D, D, ROWS, TIMES, 4e-3);
-    claim_rows("2^31: head, dweight", dweight[1], dweight[0], (size_t)V * D, (size_t)V * D, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: head, dweight", dweight[1], dweight[0], ALL, ALL, 1, 1, 1e-3, TIMES);
     gpu_release();
     matmul_close(&mm);
 }
@@ -1667,14 +1677,14 @@ static void check_large_residual(void) {
     Twice<bf16> delta = twice_normal<bf16>(n, TIMES), y = twice_nan<bf16>(n, TIMES);
     Twice<float> rstd = twice_nan<float>(ROWS, TIMES);
     for (int big = 0; big < 2; big++)
-        residual_rmsnorm_forward_cuda<bf16>(sum[big], y[big], rstd[big], res[big], delta[big], weight, M[big], D,
-                                            1e-5f, 0);
+        residual_rmsnorm_forward_cuda<bf16>(sum[big], y[big], rstd[big], res[big], delta[big], weight, M[big],
+                                            D, 1e-5f, 0);
     claim_rows("2^31: rmsnorm forward, res", sum[1], sum[0], D, D, ROWS, TIMES, 0);
     claim_rows("2^31: rmsnorm forward, y", y[1], y[0], D, D, ROWS, TIMES, 0);
     for (int big = 0; big < 2; big++) {                      // dy: delta; dres: over res
         dweight[big] = gpu<float>(Vec(D));
-        rmsnorm_backward_cuda<bf16>(res[big], y[big], (bf16*)NULL, dweight[big], delta[big], sum[big], weight, rstd[big],
-                                    scratch, M[big], D, 0);
+        rmsnorm_backward_cuda<bf16>(res[big], y[big], (bf16*)NULL, dweight[big], delta[big], sum[big], weight,
+                                    rstd[big], scratch, M[big], D, 0);
     }
     claim_rows("2^31: rmsnorm backward, dres", res[1], res[0], D, D, ROWS, TIMES, 0);
     claim_rows("2^31: rmsnorm backward, dres_x", y[1], y[0], D, D, ROWS, TIMES, 0);
@@ -1710,36 +1720,37 @@ static void check_large_block(void) {
         dD[big] = gpu<float>(Vec(E));
         ddt_bias[big] = gpu<float>(Vec(E));
     }
-    size_t sums = causal_conv1d_scratch_cuda(B[1], T, E, K), more = selective_scan_scratch_cuda(B[1], T, E, N);
-    float *scratch = gpu_nan<float>(sums > more ? sums : more), *none = NULL;
+    size_t conv_sums = causal_conv1d_scratch_cuda(B[1], T, E, K);
+    size_t scan_sums = selective_scan_scratch_cuda(B[1], T, E, N);
+    float *scratch = gpu_nan<float>(conv_sums > scan_sums ? conv_sums : scan_sums), *none = NULL;
     const int* no_doc = NULL;
     Twice<bf16> xz = twice_normal<bf16>(2 * n, TIMES), dxz = twice_nan<bf16>(2 * n, TIMES);
     Twice<bf16> x = twice_nan<bf16>(n, TIMES), dx = twice_normal<bf16>(n, TIMES);
     for (int big = 0; big < 2; big++) {
-        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T, E,
-                                         K, 0);
+        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T,
+                                         E, K, 0);
         causal_conv1d_backward_cuda<bf16>(dxz[big], 2 * E, dweight[big], dbias[big], none, dx[big], none,
-                                          xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E, K,
-                                          0);
+                                          xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E,
+                                          K, 0);
     }
     claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, TIMES, 0);
     claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, TIMES, 0);
     claim_rows("2^31: conv backward, dweight", dweight[1], dweight[0], E * K, E * K, 1, 1, 1e-4, TIMES);
     claim_rows("2^31: conv backward, dbias", dbias[1], dbias[0], E, E, 1, 1, 1e-4, TIMES);
 
-    // the scan may cut time differently for three rows: other bits
+    // on a GPU with more processors the scan of three rows may cut time differently: other bits. Measured 0
     Twice<bf16> dt = twice_normal<bf16>(n, TIMES, 1, -3), rbc = twice_normal<bf16>(tokens * LD, TIMES);
     Twice<bf16> y = twice_nan<bf16>(n, TIMES), s = twice_nan<bf16>(n, TIMES), ddt = twice_nan<bf16>(n, TIMES);
     Twice<bf16> drbc = twice_nan<bf16>(tokens * LD, TIMES), again = twice_nan<bf16>(n, TIMES);
     for (int big = 0; big < 2; big++) {
         const bf16 *z = xz[big] + E, *Bt = rbc[big] + R;
         bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N)), *dBt = drbc[big] + R;
-        selective_scan_forward_cuda<bf16>(y[big], s[big], hs, none, x[big], dt[big], bias, A, Bt, Bt + N, LD, D,
-                                          z, 2 * E, none, no_doc, B[big], T, E, N, 0);
-        selective_scan_backward_cuda<bf16>(dx[big], ddt[big], dxz[big] + E, 2 * E, again[big], dA[big], dD[big],
-                                           ddt_bias[big], dBt, dBt + N, LD, none, x[big], none, hs, s[big],
-                                           x[big], dt[big], bias, A, Bt, Bt + N, LD, D, z, 2 * E, no_doc,
-                                           scratch, B[big], T, E, N, 0);
+        selective_scan_forward_cuda<bf16>(y[big], s[big], hs, none, x[big], dt[big], bias, A, Bt, Bt + N, LD,
+                                          D, z, 2 * E, none, no_doc, B[big], T, E, N, 0);
+        selective_scan_backward_cuda<bf16>(dx[big], ddt[big], dxz[big] + E, 2 * E, again[big], dA[big],
+                                           dD[big], ddt_bias[big], dBt, dBt + N, LD, none, x[big], none, hs,
+                                           s[big], x[big], dt[big], bias, A, Bt, Bt + N, LD, D, z, 2 * E,
+                                           no_doc, scratch, B[big], T, E, N, 0);
     }
     claim_rows("2^31: scan forward, y", y[1], y[0], E, E, tokens, TIMES, 4e-3);
     claim_rows("2^31: scan forward, s", s[1], s[0], E, E, tokens, TIMES, 4e-3);
@@ -1780,8 +1791,8 @@ static void check_large_update(void) {
         cudaCheck(cudaMemcpy(&norms[big], norm, sizeof(double), cudaMemcpyDeviceToHost));
         std::vector<AdamWPiece> piece(count[big] / ADAMW_PIECE + 1);
         size_t pieces = adamw_pieces(piece.data(), 0, 0, count[big], true);
-        adamw_cuda<bf16>(p[big], x[big], g[big], m[big], v[big], gpu_array<AdamWPiece>(pieces, piece.data()),
-                         step, norm, pieces, 0);
+        adamw_cuda<bf16>(p[big], x[big], g[big], m[big], v[big],
+                         gpu_array<AdamWPiece>(pieces, piece.data()), step, norm, pieces, 0);
     }
     claim_value("2^31: gradient norm", fabs(norms[1] / (norms[0] * sqrt((double)times)) - 1), 1e-12);
     claim_rows("2^31: adamw, params", p[1], p[0], n, n, 1, times, 0);
@@ -1797,7 +1808,8 @@ static void check_large_update(void) {
 void test_cuda_large(void) {
     if (!gpu_present() || only_small()) return;
     const struct { void (*check)(void); double gib; } checks[] = {
-        {check_large_head, 11}, {check_large_residual, 32}, {check_large_block, 64}, {check_large_update, 38}};
+        {check_large_head, 11}, {check_large_residual, 32}, {check_large_block, 66},
+        {check_large_update, 38}};
     size_t available = 0, total = 0;
     for (int i = 0; i < 4; i++) {
         cudaCheck(cudaMemGetInfo(&available, &total));
