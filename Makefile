@@ -23,8 +23,15 @@ ifeq (,$(filter help clean,$(MAKECMDGOALS)))
   ifneq ($(shell $(PKG_CONFIG) --exists jansson 2>/dev/null && echo yes),yes)
     $(error Jansson (JSON) not found. On Debian or Ubuntu: sudo apt-get install gcc make pkg-config libjansson-dev)
   endif
-  JANSSON_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson)
+  ifneq ($(shell $(PKG_CONFIG) --exists libpcre2-8 2>/dev/null && echo yes),yes)
+    $(error PCRE2 (regular expressions of tokenizers) not found. On Debian or Ubuntu: sudo apt-get install libpcre2-dev)
+  endif
+  ifneq ($(shell $(PKG_CONFIG) --exists libutf8proc 2>/dev/null && echo yes),yes)
+    $(error utf8proc (Unicode normal form of tokenizers) not found. On Debian or Ubuntu: sudo apt-get install libutf8proc-dev)
+  endif
+  JANSSON_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson libpcre2-8 libutf8proc)
   JANSSON_LIBS := $(shell $(PKG_CONFIG) --libs jansson)
+  TOKENIZER_LIBS := $(shell $(PKG_CONFIG) --libs libpcre2-8 libutf8proc)
   ifneq ($(call try,typedef float v __attribute__((vector_size(16)));int main(void){v a={0};a=__builtin_shufflevector(a$(COMMA)a$(COMMA)0$(COMMA)1$(COMMA)2$(COMMA)3);return (int)a[0];},),yes)
     $(error $(CC) does not compile __builtin_shufflevector: gcc 12 or newer, or clang, is needed; try make CC=clang)
   endif
@@ -44,7 +51,7 @@ ifeq (,$(filter help clean,$(MAKECMDGOALS)))
 endif
 
 C_FLAGS = -std=gnu11 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS)
-LIBS = $(JANSSON_LIBS) -lm
+LIBS = $(JANSSON_LIBS) $(TOKENIZER_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
 TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
@@ -80,9 +87,11 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 CUDA_FLAGS = -O3 -std=c++17 $(ARCH) -Xcompiler $(subst $(space),$(comma),$(strip $(HOST_FLAGS))) $(JANSSON_CFLAGS)
-CUDA_LIBS = -cudart static -lcublasLt $(CUDA_JANSSON) -lm
-# CUDA_JANSSON=-l:libjansson.a links it in, for a GPU machine without it
+CUDA_LIBS = -cudart static -lcublasLt $(CUDA_JANSSON) $(CUDA_TOKENIZER) -lm
+# CUDA_JANSSON=-l:libjansson.a CUDA_TOKENIZER='-l:libpcre2-8.a -l:libutf8proc.a' link them in, for a GPU machine
+# without them
 CUDA_JANSSON ?= $(JANSSON_LIBS)
+CUDA_TOKENIZER ?= $(TOKENIZER_LIBS)
 
 cuda: $(BUILD)/train_mambacu ## build the trainer for NVIDIA GPUs
 $(BUILD)/train_mambacu: train_mamba.cu $(SOURCES) Makefile

@@ -2202,7 +2202,7 @@ double refused(bool ok, const Error* err, const char* words) {
 // or read into another, weights of one save used with the moments of another, damage that goes unnoticed.
 void test_checkpoint(void) {
     Config c = toy_config("1m", 2, 7, 14, 5, 4, 2, 19);
-    Tokenizer tok = { TOKENIZER_NONE, 19, -1 };
+    Tokenizer tok = { TOKENIZER_NONE, 19, -1, NULL };
     Error err;
     Toy toy;
     Model back;
@@ -2911,9 +2911,10 @@ char* written(Model* m, const char* prompt, const char* options) {
     if (m->config.vocab_size != 257) tok.kind = TOKENIZER_NONE;
     Backend backend = backend_create(&s.o, m, 0, 0, false, false);
     backend.upload(&backend);
-    Prompt source = { &tok, prompt, strlen(prompt), NULL };
+    Prompt source = prompt_open(&tok, prompt, NULL);
     FILE* f = open_memstream(&text, &size);
     bool ok = generate(&backend, &tok, &s.o, &source, f, &stats, &no, &written_error);
+    prompt_close(&source);
     fclose(f);
     char* copy_of_text = (char*)test_alloc(size + 1, 1);
     memcpy(copy_of_text, text, size);
@@ -3016,6 +3017,8 @@ void test_generate(void) {
 #include "dev/test/test_data.h"
 // defines: test_cli
 #include "dev/test/test_cli.h"
+// defines: test_models
+#include "dev/test/test_models.h"
 #ifdef __CUDACC__
 // defines: test_cuda_resume, test_cuda_layers, test_cuda_scan, test_cuda_matmul, test_cuda_model, ...
 #include "dev/test/test_cuda.h"
@@ -3116,6 +3119,7 @@ const Case cases[] = {
     { "files", test_files },
     { "data", test_data },
     { "cli", test_cli },
+    { "models", test_models },
 #ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
     { "cuda faults", test_cuda_faults },

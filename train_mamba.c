@@ -35,6 +35,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <fnmatch.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -1583,6 +1584,7 @@ typedef struct {
     int ndim;
     int64_t shape[3];
     size_t count, offset;     // elements; the offset is a multiple of 16
+    bool frozen;              // --freeze: no update, no decay, not in the gradient norm
 } Tensor;
 
 typedef struct {
@@ -2047,10 +2049,13 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW, learning rate schedules
 
-// gradient_norm: the L2 norm of all gradients together. Sums of fixed blocks in double, added in order: the
-// result does not depend on the number of threads.
-double gradient_norm(const Model* m) {
+// gradient_norm: the L2 norm of all gradients together; those of frozen tensors are set to zero. Sums of
+// fixed
+// blocks in double, added in order: the result does not depend on the number of threads.
+double gradient_norm(Model* m) {
     enum { BLOCK = 65536 };
+    for (int i = 0; i < m->n_tensors; i++)
+        if (m->tensor[i].frozen) zero_real(m->grads + m->tensor[i].offset, m->tensor[i].count);
     size_t blocks = (m->n_elements + BLOCK - 1) / BLOCK;
     double *partial = (double*)xcalloc(blocks, sizeof(double)), sum = 0;
     #pragma omp parallel for
@@ -2075,7 +2080,9 @@ double clip_scale(double norm, double clip) {
 
 typedef struct { double beta1, beta2, eps, weight_decay; } AdamW;
 
-// adamw_update: step number `step` (from 1) on every tensor; tensors without the DECAY flag are not decayed.
+// adamw_update: step number `step` (from 1) on every tensor that is not frozen; tensors without the DECAY
+// flag
+// are not decayed.
 //   g = scale * grad     m = beta1 m + (1-beta1) g     v = beta2 v + (1-beta2) g^2
 //   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)
 //   Loshchilov, Hutter (1711.05101)
@@ -2085,6 +2092,7 @@ void adamw_update(Model* model, const AdamW* opt, double lr, double scale, int64
     real v_scale = (real)(1 / sqrt(1 - pow(opt->beta2, (double)step)));
     for (int i = 0; i < model->n_tensors; i++) {
         const Tensor* t = &model->tensor[i];
+        if (t->frozen) continue;
         real *p = model->params + t->offset, *m = model->m + t->offset, *v = model->v + t->offset;
         const real* grad = model->grads + t->offset;
         real keep = t->spec->flags & DECAY ? (real)(1 - lr * opt->weight_decay) : 1;
@@ -2473,29 +2481,48 @@ void session_free(Backend* b, Session* s) {
 
 // Prompt: a source of tokens of any length; text comes from memory or, piece by piece, from an open file.
 typedef struct {
-    const Tokenizer* tokenizer;
+    Encoder encoder;
     const char* text;
     size_t left;
     FILE* file;
+    TokenList ready;         // made, and given out up to `given`
+    size_t given;
+    bool ended;
 } Prompt;
 
-// prompt_read: up to `max` more tokens; 0 at the end.
-static size_t prompt_read(Prompt* p, int* tokens, size_t max) {
+Prompt prompt_open(const Tokenizer* tok, const char* text, FILE* file) {
+    Prompt p;
+    memset(&p, 0, sizeof p);
+    encoder_open(&p.encoder, tok);
+    p.text = text;
+    p.left = strlen(text);
+    p.file = file;
+    return p;
+}
+
+void prompt_close(Prompt* p) {
+    encoder_close(&p->encoder);
+    free(p->ready.id);
+    memset(p, 0, sizeof *p);
+}
+
+// prompt_read: *count: up to `max` more tokens; 0 at the end
+static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
     char piece[4096];
-    size_t n = min_size(max, sizeof piece);
-    if (p->file) {
-        n = fread(piece, 1, n, p->file);
-    } else {
-        n = min_size(n, p->left);
-        if (n) memcpy(piece, p->text, n);
-        p->text += n;
-        p->left -= n;
+    while (p->given == p->ready.n && !p->ended) {
+        size_t n = p->file ? fread(piece, 1, sizeof piece, p->file) : min_size(sizeof piece, p->left);
+        p->ended = n == 0;
+        p->ready.n = p->given = 0;
+        if (!encoder_add(&p->encoder, p->file ? piece : p->text, n, p->ended, &p->ready, err)) return false;
+        if (!p->file) { p->text += n; p->left -= n; }
+        if (p->ended && p->encoder.utf8.replaced)
+            warn("the prompt has invalid UTF-8, %lld times replaced by U+FFFD, first at byte %lld",
+                 (long long)p->encoder.utf8.replaced, (long long)p->encoder.first_replaced);
     }
-    size_t count;
-    int* ids = tokenizer_encode(p->tokenizer, piece, n, &count);
-    if (count) memcpy(tokens, ids, count * sizeof(int));
-    free(ids);
-    return count;
+    *count = min_size(max, p->ready.n - p->given);
+    if (*count) memcpy(tokens, p->ready.id + p->given, *count * sizeof(int));
+    p->given += *count;
+    return true;
 }
 
 typedef struct {
@@ -2582,7 +2609,8 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     int64_t position = 0;
     if (o->load_state[0]) ok = state_load(m, &s.state, logits, seen_real, &position, o->load_state, err);
     if (o->load_state[0]) backend->session_sync(backend, &s, false);
-    for (size_t n; ok && (n = prompt_read(prompt, piece, (size_t)o->chunk)) > 0; position += (int64_t)n) {
+    for (size_t n; ok && (ok = prompt_read(prompt, piece, (size_t)o->chunk, &n, err)) && n > 0;
+         position += (int64_t)n) {
         for (size_t i = 0; i < n && ok; i++) {
             if ((size_t)piece[i] >= Vp)
                 ok = fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", piece[i],
@@ -2793,17 +2821,34 @@ static bool ends_with(const char* text, const char* end) {
     return n >= m && strcmp(text + n - m, end) == 0;
 }
 
-// tokenizer_choose: bytes for text; token shards (.bin) only have ids.
+// tokenizer_choose: for a new model: --tokenizer; the one beside token shards
+// (.bin), which have only ids without it; otherwise bytes.
 static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list, Error* err) {
     const Options* o = &s->o;
     bool shards = ends_with(list, ".bin");
+    char beside[4096];
     tokenizer_bytes(tok);
-    if (shards) {
-        tok->kind = TOKENIZER_NONE;
+    if (o->tokenizer[0] && !tokenizer_load(tok, o->tokenizer, err)) return false;
+    if (!o->tokenizer[0] && shards) {
+        const char *end = strchr(list, '\n'), *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
+        snprintf(beside, sizeof beside, "%.*s", slash ? (int)(slash - list + 1) : 1, slash ? list : ".");
+        if (!tokenizer_read(tok, beside, err)) return false;
+        if (tok->kind != TOKENIZER_NONE) printf("tokenizer: that in %s\n", beside);
+    }
+    if (tok->kind == TOKENIZER_NONE) {
         tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;
         tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : tok->vocab_size - 1);
-    } else if (o->vocab_size && o->vocab_size < tok->vocab_size &&
-               settings_origin(s, "vocab-size") == FROM_USER) {
+        return true;
+    }
+    if (tok->kind == TOKENIZER_BPE && o->eos_token >= 0) tok->eos = (int)o->eos_token;
+    if (tok->kind == TOKENIZER_BPE && tok->eos < 0)
+        warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token gives one");
+    if (tok->eos >= tok->vocab_size)
+        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos, (long long)tok->vocab_size - 1);
+    if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
+        if (tok->kind == TOKENIZER_BPE)
+            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids", (long long)o->vocab_size,
+                        (long long)tok->vocab_size);
         return fail(
             err,
             "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
@@ -2815,14 +2860,14 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
 // tokenizer_open: the tokenizer of a model's directory; without one, what the model says of its token ids
 static bool tokenizer_open(Tokenizer* tok, const char* dir, const Config* c, Error* err) {
     if (!tokenizer_read(tok, dir, err)) return false;
-    if (tok->kind == TOKENIZER_NONE) {
-        tok->vocab_size = c->vocab_size;
-        tok->eos = (int)c->eos_token;
-    }
-    return tok->vocab_size <= c->vocab_padded ||
-           fail(err,
-                "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
-                dir, (long long)tok->vocab_size, (long long)c->vocab_padded);
+    if (tok->kind != TOKENIZER_NONE && tok->vocab_size > c->vocab_padded)
+        return fail(err,
+                    "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
+                    dir, (long long)tok->vocab_size, (long long)c->vocab_padded);
+    if (tok->kind == TOKENIZER_BYTES) return true;
+    tok->vocab_size = c->vocab_size;
+    if (tok->kind == TOKENIZER_NONE || c->eos_token >= 0) tok->eos = (int)c->eos_token;
+    return true;
 }
 
 bool data_open_all(Data* data, const Settings* s, Error* err) {
@@ -2846,6 +2891,7 @@ bool data_open_all(Data* data, const Settings* s, Error* err) {
 }
 
 void data_close_all(Data* data) {
+    tokenizer_free(&data->tokenizer);
     if (data->has_val) dataset_close(&data->val);
     dataset_close(&data->train);
     free(data->default_list);
@@ -2881,6 +2927,61 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
     c.initializer_range = 0.02;
     c.eos_token = eos;
     return c;
+}
+
+// model_from_checkpoint: the opened model of a directory, its tokenizer, nothing read yet. dir: in --from,
+// out its
+// checkpoint
+static bool model_from_checkpoint(Model* m, SafeTensors* st, Tokenizer* tok, const char* from, char dir[4096],
+                                  Error* err) {
+    return checkpoint_resolve(from, dir, 4096, err) && checkpoint_open(m, st, dir, err) &&
+           tokenizer_open(tok, dir, &m->config, err);
+}
+
+// model_option_given: the first option that describes a new model and was given by the user, -1: none
+static int model_option_given(const Settings* s) {
+    int first = option_find("preset"), last = option_find("tie-embeddings");
+    for (int i = first; i <= last; i++) if (s->origin[i] == FROM_USER) return i;
+    return -1;
+}
+
+// settings_from_config: shows, and saves for a resumed run, what --from says of the model. E / D is no option
+// when it is not whole.
+static void settings_from_config(Settings* s, const Config* c) {
+    const struct { const char* name; int64_t value; } number[] = {
+        {"n-layer", c->n_layer}, {"d-model", c->d_model}, {"d-state", c->d_state}, {"d-conv", c->d_conv},
+        {"dt-rank", c->dt_rank}, {"d-intermediate", c->d_intermediate}, {"vocab-size", c->vocab_size},
+        {"eos-token", c->eos_token}, {"expand", c->d_inner / c->d_model} };
+    Error unused;
+    char text[32];
+    for (size_t i = 0; i < sizeof number / sizeof *number; i++) {
+        snprintf(text, sizeof text, "%lld", (long long)number[i].value);
+        option_set(s, option_find(number[i].name), text, FROM_CHECKPOINT, &unused);
+    }
+    option_set(s, option_find("pattern"), c->pattern, FROM_CHECKPOINT, &unused);
+    option_set(s, option_find("tie-embeddings"), c->tie_embeddings ? "on" : "off", FROM_CHECKPOINT, &unused);
+}
+
+// freeze_tensors: marks the tensors whose names match one of the patterns of --freeze (`*` is any text)
+bool freeze_tensors(Model* m, const char* list, Error* err) {
+    char *copy = strdup(list), *rest = NULL;
+    size_t count = 0;
+    int n = 0;
+    bool ok = true;
+    for (char* p = strtok_r(copy, "\n", &rest); p && ok; p = strtok_r(NULL, "\n", &rest)) {
+        int matches = 0;
+        for (int i = 0; i < m->n_tensors; i++)
+            if (fnmatch(p, m->tensor[i].name, 0) == 0) m->tensor[i].frozen = true, matches++;
+        if (!matches)
+            ok = fail(err, "--freeze '%.100s' matches no tensor; names are such as %s, `info` lists them, "
+                      "and * stands for any text", p, m->tensor[m->n_tensors / 2].name);
+    }
+    free(copy);
+    for (int i = 0; i < m->n_tensors; i++) if (m->tensor[i].frozen) n++, count += m->tensor[i].count;
+    if (ok && n == m->n_tensors) ok = fail(err, "--freeze: all tensors are frozen, nothing is left to train");
+    if (ok && n) printf("frozen: %d of %d tensors, %zu of %zu parameters\n", n, m->n_tensors, count,
+                        m->n_params);
+    return ok;
 }
 
 static double mib(double bytes) { return bytes / 1048576.0; }
@@ -2972,7 +3073,8 @@ typedef struct {
 // Options that a resumed run takes from its checkpoint. The first group may not change, the rest is listed
 // when it does.
 static bool option_is_saved(const Option* opt) {
-    static const char* const not_saved[] = {"preset", "out", "resume", "from", "threads", "force-data"};
+    static const char* const not_saved[] = {"preset", "out",     "resume",     "from",
+                                            "threads", "force-data", "tokenizer"};
     if (!opt->name || !(opt->words & WORD_TRAIN)) return false;
     for (size_t i = 0; i < sizeof not_saved / sizeof not_saved[0]; i++)
         if (strcmp(opt->name, not_saved[i]) == 0) return false;
@@ -3109,13 +3211,14 @@ static bool trainer_evaluate(Trainer* t, double* loss, Error* err) {
 
 static bool trainer_sample(Trainer* t, Error* err) {
     const Options* o = &t->settings->o;
-    Prompt prompt = {&t->data.tokenizer, o->prompt, strlen(o->prompt), NULL};
     GenerateStats stats;
     if (o->max_tokens == 0) return true;
     if (stop_signal) return true;
     printf("--- sample at step %lld\n", (long long)t->progress.step);
-    if (!generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err))
-        return false;
+    Prompt prompt = prompt_open(&t->data.tokenizer, o->prompt, NULL);
+    bool ok = generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err);
+    prompt_close(&prompt);
+    if (!ok) return false;
     printf("---\n");
     return true;
 }
@@ -3427,12 +3530,18 @@ static void print_model(const Model* m) {
 static void trainer_create(Trainer* t, Settings* s) {
     Error err;
     char dir[4096], path[4352];
-    SafeTensors st;
+    SafeTensors st, source;
     memset(t, 0, sizeof *t);
     t->settings = s;
     const Options* o = &s->o;
     t->progress.best_loss = INFINITY;
     Config config;
+    if (o->from[0] && o->resume)
+        die("--resume continues the run in %s, --from starts a new one with the weights of a model; give one",
+            o->out);
+    if (o->from[0] && model_option_given(s) >= 0)
+        die("--%s describes a new model, but the model comes from %s; leave it out",
+            options[model_option_given(s)].name, o->from);
     if (o->resume) {
         if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
         if (strcmp(dir, o->out) == 0)
@@ -3462,9 +3571,21 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
     set_threads(o->threads);
     const char* list = o->data;
-    if (!tokenizer_choose(&t->data.tokenizer, s, list, &err) || !data_open_all(&t->data, s, &err))
+    Tokenizer* tok = &t->data.tokenizer;
+    if (o->tokenizer[0] && (o->resume || o->from[0]))
+        die("--tokenizer %s: the model goes on with the tokenizer of its checkpoint; leave it out", o->tokenizer);
+    if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
+          : o->resume ? tokenizer_open(tok, dir, &config, &err) : tokenizer_choose(tok, s, list, &err)))
         die("%s", err.text);
-    if (!o->resume) {
+    if (o->from[0]) {
+        config = t->model.config;
+        settings_from_config(s, &config);
+        model_free(&t->model);       // described again below, with the others
+        if (tok->kind == TOKENIZER_NONE && (!list[0] || !ends_with(list, ".bin")))
+            die("%s has no tokenizer.json, so it trains on token shards only: --data FILE.bin", dir);
+    }
+    if (!data_open_all(&t->data, s, &err)) die("%s", err.text);
+    if (!o->resume && !o->from[0]) {
         int64_t V = t->data.tokenizer.vocab_size;
         if (settings_origin(s, "vocab-size") == FROM_USER && o->vocab_size > V) V = o->vocab_size;
         config = config_from_options(s, V, t->data.tokenizer.eos);
@@ -3472,6 +3593,7 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!config_check(&config, &err)) die("%s", err.text);
     model_describe(&t->model, &config);
     Model* m = &t->model;
+    if (!freeze_tensors(m, o->freeze, &err)) die("%s", err.text);
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
     int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
     if (!checked_size(4, dims, 1, &step_size))
@@ -3512,6 +3634,10 @@ static void trainer_create(Trainer* t, Settings* s) {
         safetensors_close(&weights);
         safetensors_close(&st);
         printf("resumed: %s, step %lld\n", dir, (long long)t->progress.step);
+    } else if (o->from[0]) {
+        if (!model_load_tensors(m, &source, &err)) die("%s", err.text);
+        safetensors_close(&source);
+        printf("weights: %s\n", dir);
     } else {
         model_init(m, o->seed);
     }
@@ -3575,9 +3701,7 @@ int train_main(Settings* s) {
 static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
     Error err;
     const Options* o = &s->o;
-    int first = option_find("preset"), last = option_find("tie-embeddings"),
-        given = -1;    // the model options
-    for (int i = first; i <= last; i++) if (s->origin[i] == FROM_USER) given = i;
+    int given = model_option_given(s);
     bool from = settings_origin(s, "from") != FROM_DEFAULT;
     if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
         die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
@@ -3599,10 +3723,7 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         return;
     }
     SafeTensors st;
-    if (!checkpoint_resolve(o->from[0] ? o->from : "out", dir, 4096, &err) ||
-        !checkpoint_open(m, &st, dir, &err) ||
-        !tokenizer_open(tok, dir, &m->config, &err))
-        die("%s", err.text);
+    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err)) die("%s", err.text);
     if (s->word != WORD_INFO) {
         if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
             die("%s", err.text);
@@ -3630,7 +3751,7 @@ int generate_main(Settings* s) {
         (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
     workspace_free(&measured);
     if (!check_memory(bytes, "try a smaller --num-samples or --chunk", &err)) die("%s", err.text);
-    Prompt prompt = {&tok, o->prompt, strlen(o->prompt), NULL};
+    Prompt prompt = prompt_open(&tok, o->prompt, NULL);
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
     bool from_stdin = strcmp(o->prompt, "-") == 0;
     if (from_stdin) prompt.file = stdin;
@@ -3643,7 +3764,7 @@ int generate_main(Settings* s) {
         die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
     if (!prompt.file && o->prompt[0] &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
-        Utf8Stream echo = {{0}, 0, o->raw};
+        Utf8Stream echo = {{0}, 0, o->raw, 0};
         char text[TOKENIZER_MAX_TEXT];
         for (const char* p = o->prompt; *p; p++)
             fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
@@ -3659,6 +3780,8 @@ int generate_main(Settings* s) {
             (long long)stats.new_tokens,
             stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0);
     if (prompt.file && prompt.file != stdin) fclose(prompt.file);
+    prompt_close(&prompt);
+    tokenizer_free(&tok);
     backend.destroy(&backend);
     model_free(&m);
     return stop_signal ? 128 + (int)stop_signal : 0;
@@ -3762,7 +3885,11 @@ int info_main(Settings* s) {
     if (dir[0] && !weights_open(&st, dir, &err)) die("%s", err.text);
     if (dir[0]) print_files(dir, &st);
     print_model(&m);
-    printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
+    if (tok.kind == TOKENIZER_BPE)
+        printf("tokenizer: byte-level BPE, %lld ids, %lld merges%s, end token %d\n", (long long)tok.bpe->n_ids,
+               (long long)tok.bpe->n_merges, tok.bpe->nfc ? ", normal form C" : "", tok.eos);
+    else printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
+    tokenizer_free(&tok);
     printf("%-44s %-18s %12s  %-5s %-6s  %s\n", "tensor", "shape", "parameters", "decay", "dtype", "file");
     for (int i = 0; i < m.n_tensors; i++) {
         const Tensor* t = &m.tensor[i];
@@ -3799,6 +3926,9 @@ int convert_main(Settings* s) {
     return 0;
 }
 
+// defines: tokenize_main
+#include "data/tokenize.h"
+
 int ssm_main(int argc, char** argv) {
     // A closed stdin, stdout or stderr would lend its number to the next file opened, and messages would go
     // in there.
@@ -3810,7 +3940,7 @@ int ssm_main(int argc, char** argv) {
         word = 0;
         for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
         if (!word)
-            die("unknown word '%.40s'; expected train, generate, eval, info or convert, then options; --help "
+            die("unknown word '%.40s'; expected train, generate, eval, info, convert or tokenize, then options; --help "
                 "lists them",
                 argv[1]);
         skip = 2;
@@ -3832,6 +3962,7 @@ int ssm_main(int argc, char** argv) {
         case WORD_EVAL: code = eval_main(&settings); break;
         case WORD_INFO: code = info_main(&settings); break;
         case WORD_CONVERT: code = convert_main(&settings); break;
+        case WORD_TOKENIZE: code = tokenize_main(&settings); break;
     }
     settings_free(&settings);
     return code;

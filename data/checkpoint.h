@@ -124,7 +124,7 @@ static bool model_expect(const Model* m, const SafeTensors* st, Error* err) {
     bool ok = safetensors_expect(st, want, m->n_tensors + tied, err);
     free(want);
     if (ok && !tied && head && head->part == embedding->part && head->begin == embedding->begin)
-        ok = fail(err, "%s: lm_head.weight and the embedding are the same bytes, but config.json unties them; "
+        ok = fail(err, "%s: lm_head.weight and embedding are the same bytes, but config.json unties them: "
                   "set tie_word_embeddings to true there", st->path);
     return ok;
 }

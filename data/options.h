@@ -1,7 +1,9 @@
 // Options: one table for the parser, the help, the settings print and the table in README.
 
-enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_CONVERT = 16, WORD_ALL = 31 };
-static const char* const words[] = {"train", "generate", "eval", "info", "convert"};
+// WORD_ALL: those that have a model
+enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_CONVERT = 16, WORD_ALL = 31,
+       WORD_TOKENIZE = 32 };
+static const char* const words[] = {"train", "generate", "eval", "info", "convert", "tokenize"};
 enum { N_WORDS = sizeof words / sizeof *words };
 
 typedef struct {
@@ -10,7 +12,7 @@ typedef struct {
     int64_t d_model, n_layer, expand, d_state, d_conv, dt_rank, d_intermediate, vocab_size, eos_token;
     bool tie_embeddings;
     // data
-    const char *data, *val_data;
+    const char *data, *val_data, *tokenizer;
     double val_fraction;
     int64_t seq_len, batch_size, grad_accum;
     bool carry_state, reset_documents, force_data;
@@ -20,7 +22,7 @@ typedef struct {
     double lr, min_lr, weight_decay, dropout, beta1, beta2, eps, clip;
     // run
     uint64_t seed;
-    const char *out, *from, *on_nan, *dialect, *dtype;
+    const char *out, *from, *on_nan, *dialect, *dtype, *freeze;
     const char *device, *precision;
     int64_t check, threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
     int recompute;           // RECOMPUTE_NONE, _CHEAP, _ALL
@@ -68,16 +70,19 @@ static const Option options[] = {
      "hidden width of the gated MLP, rounded up to 128; 0: 8/3 D"},
     {"vocab-size", 'i', OPT(vocab_size), WORD_ALL, "0", 0, 1e9, NULL,
      "tokens; 0: 257 for text (bytes and the end token), 50257 for token shards"},
-    {"eos-token", 'i', OPT(eos_token), WORD_ALL, "-1", -1, 1e9, NULL,
-     "id of the end token in token shards; -1: the last of the vocabulary"},
+    {"eos-token", 'i', OPT(eos_token), WORD_ALL | WORD_TOKENIZE, "-1", -1, 1e9, NULL,
+     "id of the end token in token shards; -1: that of the tokenizer, or the last of the vocabulary"},
     {"tie-embeddings", 'b', OPT(tie_embeddings), WORD_ALL, "on", 0, 0, NULL,
      "the head uses the embedding matrix"},
-    {NULL, 0, 0, WORD_TRAIN | WORD_EVAL, NULL, 0, 0, NULL, "Data"},
-    {"data", 'l', OPT(data), WORD_TRAIN | WORD_EVAL, "", 0, 0, NULL,
-     "text files (read as bytes) or .bin token shards, patterns allowed; none: this program's source"},
+    {NULL, 0, 0, WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Data"},
+    {"data", 'l', OPT(data), WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, "", 0, 0, NULL,
+     "text files (read as bytes without a tokenizer) or .bin token shards, patterns allowed; none: this program's "
+     "source"},
+    {"tokenizer", 's', OPT(tokenizer), WORD_TRAIN | WORD_TOKENIZE, "", 0, 0, NULL,
+     "a tokenizer.json or a directory with one; none: bytes for text, the tokenizer.json beside token shards"},
     {"val-data", 'l', OPT(val_data), WORD_TRAIN, "", 0, 0, NULL,
      "validation files; none: the end of the training data"},
-    {"val-fraction", 'f', OPT(val_fraction), WORD_TRAIN, "0.1", 0, 0.9, NULL,
+    {"val-fraction", 'f', OPT(val_fraction), WORD_TRAIN | WORD_TOKENIZE, "0.1", 0, 0.9, NULL,
      "part of the data, at its end, that is used for validation only"},
     {"seq-len", 'i', OPT(seq_len), WORD_TRAIN | WORD_EVAL, "256", 1, 1e8, NULL, "tokens per row, T"},
     {"batch-size", 'i', OPT(batch_size), WORD_TRAIN | WORD_EVAL, "8", 1, 1e6, NULL,
@@ -106,10 +111,12 @@ static const Option options[] = {
     {"beta1", 'f', OPT(beta1), WORD_TRAIN, "0.9", 0, 0.999999, NULL, "AdamW"},
     {"beta2", 'f', OPT(beta2), WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
     {"eps", 'f', OPT(eps), WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
+    {"freeze", 'l', OPT(freeze), WORD_TRAIN, "", 0, 0, NULL,
+     "names of tensors that stay as they are, such as '*.mixer.A_log' (`info` lists the names)"},
     {"clip", 'f', OPT(clip), WORD_TRAIN, "1", 0, 1e9, NULL, "largest norm of the gradient; 0: no clipping"},
-    {NULL, 0, 0, WORD_ALL, NULL, 0, 0, NULL, "Run"},
-    {"out", 's', OPT(out), WORD_TRAIN | WORD_CONVERT, "out", 0, 0, NULL,
-     "directory of checkpoints, log and plot; of the converted model"},
+    {NULL, 0, 0, WORD_ALL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Run"},
+    {"out", 's', OPT(out), WORD_TRAIN | WORD_CONVERT | WORD_TOKENIZE, "out", 0, 0, NULL,
+     "directory of checkpoints, log and plot; of the converted model; of the shards"},
     {"resume", 'b', OPT(resume), WORD_TRAIN, "off", 0, 0, NULL,
      "continue from out/last, with its settings unless given anew"},
     {"from", 's', OPT(from), WORD_ALL, "", 0, 0, NULL,
@@ -126,7 +133,7 @@ static const Option options[] = {
     {"check", 'i', OPT(check), WORD_TRAIN, "0", 0, BIG, NULL,
      "steps between comparisons of the GPU with the CPU, on a few tokens of the batch; 0: none"},
 #endif
-    {"threads", 'i', OPT(threads), WORD_ALL, "0", 0, 4096, NULL,
+    {"threads", 'i', OPT(threads), WORD_ALL | WORD_TOKENIZE, "0", 0, 4096, NULL,
      "CPU threads; 0: all. The results do not depend on it"},
     {"recompute", 'm', OPT(recompute), WORD_TRAIN, "off", 0, 0, "off cheap on",
      "save memory in backward: cheap makes norm, conv and dt again, on keeps only the input of each layer and "
@@ -184,7 +191,7 @@ static const Preset presets[] = {
      "--lr 2e-3 --warmup 100 --eval-every 250"},
     {"shakespeare-gpu", "9.7M parameters, context 256, 4 epochs with dropout; seconds on a GPU",
      "--data data/tinyshakespeare.txt --n-layer 10 --d-model 384 --batch-size 8 --seq-len 256 --steps 1900 "
-     "--lr 3e-3 --warmup 80 --weight-decay 1 --beta2 0.99 --dropout 0.2"},
+     "--lr 3e-3 --warmup 80 --weight-decay 1 --beta2 0.99 --dropout 0.2 --eval-every 200"},
     {"mamba-130m", "published size", "--n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
     {"mamba-370m", "published size", "--n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
     {"mamba-790m", "published size", "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
@@ -431,12 +438,13 @@ static const char* option_argument(const Option* opt) {
 void help_print(int word, bool markdown) {
     if (!markdown)
         printf("train_mamba: Mamba language models in plain C.\n\n"
-               "usage: train_mamba [train|generate|eval|info|convert] [options]\n"
+               "usage: train_mamba [train|generate|eval|info|convert|tokenize] [options]\n"
                "  train      train a model (the default word; without options on this program's own source)\n"
                "  generate   write text with a trained model\n"
                "  eval       loss of a trained model on files\n"
                "  info       what a checkpoint or a set of options describes\n"
-               "  convert    write a model in a form that other programs load\n");
+               "  convert    write a model in a form that other programs load\n"
+               "  tokenize   text into token shards\n");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option* opt = &options[i];
         if (word && !(opt->words & word)) continue;

@@ -127,8 +127,7 @@ template <bool TRANSPOSED> __global__ void __launch_bounds__(THREADS) scan_kerne
         __syncthreads();
         for (int t1 = 0; t1 < TILE; t1 += 8) {
             float sum[8];
-            if (t1 % SCAN_SAVED == 0 && t0 + t1 < p.T)
-                scan_store_state(hs_at(p, b, t0 + t1, e0 + ch) + 4 * g, h);
+            if (t1 % SCAN_SAVED == 0 && t0 + t1 < p.T) store_pack<4>(hs_at(p, b, t0 + t1, e0 + ch) + 4 * g, h);
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 float B_t[4], C_t[4];
@@ -227,8 +226,7 @@ __global__ void __launch_bounds__(THREADS, 4) scan_kernel6(Scan p) {
         if (t0 + TILE < p.T) load(t0 + TILE);
         for (int t1 = 0; t1 < TILE; t1 += 8) {
             float sum[8];
-            if (t1 % SCAN_SAVED == 0 && t0 + t1 < p.T)
-                scan_store_state(hs_at(p, b, t0 + t1, e0 + ch) + 4 * g, h);
+            if (t1 % SCAN_SAVED == 0 && t0 + t1 < p.T) store_pack<4>(hs_at(p, b, t0 + t1, e0 + ch) + 4 * g, h);
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 float B_t[4], C_t[4];
@@ -377,11 +375,10 @@ static void shipped(void) {
                                       scan.B, scan.T, scan.E, N, 0);
 }
 
-template <int WAVE> static void launch_wave(void) {
-    scan_launch_forward_fast<bf16, WAVE, 2>(scan.y, scan.s, scan.hs, (float*)NULL, scan.x, scan.dt_raw,
-                                            scan.dt_bias, scan.A_log, scan.Bt, scan.Ct, scan.ldbc, scan.Dskip,
-                                            scan.z, scan.ldz, (const float*)NULL, (const int*)NULL, scan.B, scan.T,
-                                            scan.E, 0);
+template <int STATES> static void launch_states(void) {
+    scan_launch_forward_fast<bf16, STATES>(scan.y, scan.s, scan.hs, NULL, scan.x, scan.dt_raw, scan.dt_bias,
+                                           scan.A_log, scan.Bt, scan.Ct, scan.ldbc, scan.Dskip, scan.z, scan.ldz,
+                                           NULL, NULL, scan.B, scan.T, scan.E, 0);
 }
 
 static const Rung rungs[] = {
@@ -393,10 +390,9 @@ static const Rung rungs[] = {
     {"vectors of 8 channels, asynchronous copies", launch6, 0},
     {"shipped: own warps for the element-wise work", shipped, 0},
 };
-static const Rung rungs_long[] = {
-    {"a warp walks through all tokens of its 8 channels", launch_wave<1>, 0},
-    {"2 warps take turns", launch_wave<2>, 0},
-    {"4 warps take turns", launch_wave<4>, 0},
+static const Rung rungs_few[] = {
+    {"4 states per thread, 32 channels per block", launch_states<4>, 0},
+    {"2 states per thread, 16 channels per block", launch_states<2>, 0},
     {"shipped: chosen by the number of channels", shipped, 0},
 };
 static const Rung rungs_published[] = {{"a block per channel, parallel scan over the tokens", published, 0}};
@@ -469,10 +465,10 @@ static void setup_scan(size_t B, size_t T, size_t E, bool first) {
     if (!first) expect("hs", scan.hs, hs, 4e-3);
 }
 
-enum { B_MANY = 8, T_MANY = 2048, B_LONG = 2, T_LONG = 8192, E_TIMED = 1536 };
+enum { B_MANY = 8, T_MANY = 2048, B_FEW = 2, T_FEW = 8192, E_TIMED = 1536 };
 static void setup_small(bool first) { setup_scan(3, 77, 96, first); }
 static void setup(int which) { which ? setup_scan(B_MANY, T_MANY, E_TIMED, false) : setup_small(false); }
-static void setup_long(int which) { which ? setup_scan(B_LONG, T_LONG, E_TIMED, false) : setup_small(false); }
+static void setup_few(int which) { which ? setup_scan(B_FEW, T_FEW, E_TIMED, false) : setup_small(false); }
 static void setup_published(int which) { which ? setup_scan(B_MANY, T_MANY, E_TIMED, true) : setup_small(true); }
 
 int main(int argc, char** argv) {
@@ -480,13 +476,13 @@ int main(int argc, char** argv) {
     device_require();
     cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     cudaCheck(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
-    const double elements = (double)B_MANY * T_MANY * E_TIMED;  // B_LONG T_LONG is the same number of tokens
+    const double elements = (double)B_MANY * T_MANY * E_TIMED;  // B_FEW T_FEW is the same number of tokens
     const double bytes = 10 * elements + elements / SCAN_SAVED * N * 2, floor_ms = elements * (N + 2) / (16.0 * sms * khz);
-    static_assert(B_MANY * T_MANY == B_LONG * T_LONG, "one floor for both");
+    static_assert(B_MANY * T_MANY == B_FEW * T_FEW, "one floor for both");
     const Ladder ladders[] = {
         {"selective_scan_forward", "B8 T2048 E1536 N16, bf16", rungs, COUNT(rungs), setup, bytes, 0, floor_ms},
-        {"selective_scan_forward, few sequences", "B2 T8192 E1536 N16, bf16", rungs_long, COUNT(rungs_long),
-         setup_long, bytes, 0, floor_ms},
+        {"selective_scan_forward, few sequences", "B2 T8192 E1536 N16, bf16", rungs_few, COUNT(rungs_few),
+         setup_few, bytes, 0, floor_ms},
         {"selective_scan_forward, channels first", "B8 E1536 T2048 N16, bf16, no hs", rungs_published,
          COUNT(rungs_published), setup_published, 10 * elements, 0, floor_ms},
     };

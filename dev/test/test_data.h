@@ -21,7 +21,7 @@ void data_shard(const char* name, int width, uint32_t n, uint32_t modulus) {
 }
 
 Tokenizer data_ids(int64_t vocab_size) {
-    Tokenizer t = { TOKENIZER_NONE, vocab_size, -1 };
+    Tokenizer t = { TOKENIZER_NONE, vocab_size, -1, NULL };
     return t;
 }
 

@@ -37,7 +37,7 @@ static bool one_line(const char* text, const char* words) {
 static bool read_all_tensors(const char* path, Error* err) {
     SafeTensors st;
     err->text[0] = 0;
-    if (!safetensors_open(&st, path, err)) return false;
+    if (!shard_open(&st, path, err)) return false;
     bool ok = true;
     for (int i = 0; ok && i < st.n; i++) {
         const SafeTensor* t = st.tensor + i;
