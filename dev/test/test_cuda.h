@@ -1508,7 +1508,7 @@ void test_cuda_faults(void) {
     unsetenv("CUDA_VISIBLE_DEVICES");
     code = in_child(no_kernel_image, NULL, text, sizeof text);
     worst_add(&refused, not_refused(code, text, "--device cpu"), "no kernel image: %.40s", text);
-    if (!gpu_present()) {
+    if (!gpu_present() || only_small()) {
         other_backend = NULL;
         worst_report("no GPU, wrong architecture: not one line and exit code 1", &refused, 0);
         worst_report("without a GPU: --device cpu does not train", &ends, 0);
@@ -1635,60 +1635,60 @@ void claim_rows(const char* what, const X* many, const X* few, size_t ld, size_t
 }
 
 // The head and the loss: 90036 x 50280 logits
-static void check_large_head(void) {
-    enum { ROWS = 61, TIMES = 1476, D = 768, V = 50280, ALL = V * D };
-    const size_t M[2] = {ROWS, ROWS * TIMES};
+static void check_large_head(size_t times) {
+    enum { ROWS = 61, D = 768, V = 50280, ALL = V * D };
+    const size_t M[2] = {ROWS, ROWS * times};
     snprintf(shape, sizeof shape, "M%zu D%d V%d", M[1], D, V);
     Matmul mm = matmul_open();
     Ints target(M[1]);
     for (size_t m = 0; m < M[1]; m++) target[m] = m % ROWS % 5 == 3 ? -1 : (int)(m % ROWS * 800);
     int* targets = gpu(target);
     float *scale = gpu<float>(Vec(1, 1e-2)), *dweight[2];
-    Twice<bf16> f = twice_normal<bf16>(ROWS * D, TIMES), df = twice_nan<bf16>(ROWS * D, TIMES);
-    Twice<bf16> weight = twice_normal<bf16>(V * D, 1, 0.05), z = twice_nan<bf16>((size_t)ROWS * V, TIMES);
-    Twice<float> losses = twice_nan<float>(ROWS, TIMES);
+    Twice<bf16> f = twice_normal<bf16>(ROWS * D, times), df = twice_nan<bf16>(ROWS * D, times);
+    Twice<bf16> weight = twice_normal<bf16>(V * D, 1, 0.05), z = twice_nan<bf16>((size_t)ROWS * V, times);
+    Twice<float> losses = twice_nan<float>(ROWS, times);
     for (int big = 0; big < 2; big++) {
         dweight[big] = gpu<float>(Vec(ALL));
         matmul_forward_cuda(&mm, z[big], V, f[big], D, weight[0], (const float*)NULL, M[big], D, V, 0);
     }
-    claim_rows("2^31: head, logits", z[1], z[0], V, V, ROWS, TIMES, 4e-3);
+    claim_rows("2^31: head, logits", z[1], z[0], V, V, ROWS, times, 4e-3);
     gpu_repeat(z[1], M[1] * V, z[0], M[0] * V);              // the same bits again
     for (int big = 0; big < 2; big++)
         crossentropy_cuda(losses[big], z[big], z[big], targets, scale, M[big], V, 0);
-    claim_rows("2^31: crossentropy, losses", losses[1], losses[0], 1, 1, ROWS, TIMES, 0);
-    claim_rows("2^31: crossentropy, dlogits", z[1], z[0], V, V, ROWS, TIMES, 0);
+    claim_rows("2^31: crossentropy, losses", losses[1], losses[0], 1, 1, ROWS, times, 0);
+    claim_rows("2^31: crossentropy, dlogits", z[1], z[0], V, V, ROWS, times, 0);
     for (int big = 0; big < 2; big++)
         matmul_backward_cuda(&mm, df[big], D, false, dweight[big], (float*)NULL, z[big], V, f[big], D,
                              weight[0], (float*)NULL, M[big], D, V, 0);
-    claim_rows("2^31: head, dinp", df[1], df[0], D, D, ROWS, TIMES, 4e-3);
-    claim_rows("2^31: head, dweight", dweight[1], dweight[0], ALL, ALL, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: head, dinp", df[1], df[0], D, D, ROWS, times, 4e-3);
+    claim_rows("2^31: head, dweight", dweight[1], dweight[0], ALL, ALL, 1, 1, 1e-3, times);
     gpu_release();
     matmul_close(&mm);
 }
 
 // Residual stream: 2800022 x 768
-static void check_large_residual(void) {
-    enum { ROWS = 61, TIMES = 45902, D = 768, V = 300 };
-    const size_t n = (size_t)ROWS * D, M[2] = {ROWS, (size_t)ROWS * TIMES};
+static void check_large_residual(size_t times) {
+    enum { ROWS = 61, D = 768, V = 300 };
+    const size_t n = (size_t)ROWS * D, M[2] = {ROWS, ROWS * times};
     snprintf(shape, sizeof shape, "M%zu D%d", M[1], D);
     float *weight = gpu<float>(normal_vec<float>(D, 0.3, 1)), *dweight[2], *dtable[2];
     float* scratch = gpu_nan<float>(rmsnorm_backward_scratch_cuda(M[1], D));
-    Twice<float> res = twice_normal<float>(n, TIMES), sum = twice_nan<float>(n, TIMES);
-    Twice<bf16> delta = twice_normal<bf16>(n, TIMES), y = twice_nan<bf16>(n, TIMES);
-    Twice<float> rstd = twice_nan<float>(ROWS, TIMES);
+    Twice<float> res = twice_normal<float>(n, times), sum = twice_nan<float>(n, times);
+    Twice<bf16> delta = twice_normal<bf16>(n, times), y = twice_nan<bf16>(n, times);
+    Twice<float> rstd = twice_nan<float>(ROWS, times);
     for (int big = 0; big < 2; big++)
         residual_rmsnorm_forward_cuda<bf16>(sum[big], y[big], rstd[big], res[big], delta[big], weight, M[big],
                                             D, 1e-5f, 0);
-    claim_rows("2^31: rmsnorm forward, res", sum[1], sum[0], D, D, ROWS, TIMES, 0);
-    claim_rows("2^31: rmsnorm forward, y", y[1], y[0], D, D, ROWS, TIMES, 0);
+    claim_rows("2^31: rmsnorm forward, res", sum[1], sum[0], D, D, ROWS, times, 0);
+    claim_rows("2^31: rmsnorm forward, y", y[1], y[0], D, D, ROWS, times, 0);
     for (int big = 0; big < 2; big++) {                      // dy: delta; dres: over res
         dweight[big] = gpu<float>(Vec(D));
         rmsnorm_backward_cuda<bf16>(res[big], y[big], (bf16*)NULL, dweight[big], delta[big], sum[big], weight,
                                     rstd[big], scratch, M[big], D, 0);
     }
-    claim_rows("2^31: rmsnorm backward, dres", res[1], res[0], D, D, ROWS, TIMES, 0);
-    claim_rows("2^31: rmsnorm backward, dres_x", y[1], y[0], D, D, ROWS, TIMES, 0);
-    claim_rows("2^31: rmsnorm backward, dweight", dweight[1], dweight[0], D, D, 1, 1, 1e-4, TIMES);
+    claim_rows("2^31: rmsnorm backward, dres", res[1], res[0], D, D, ROWS, times, 0);
+    claim_rows("2^31: rmsnorm backward, dres_x", y[1], y[0], D, D, ROWS, times, 0);
+    claim_rows("2^31: rmsnorm backward, dweight", dweight[1], dweight[0], D, D, 1, 1, 1e-4, times);
 
     Ints token(M[1]);
     for (size_t m = 0; m < M[1]; m++) token[m] = (int)(m % ROWS * 4 % V);
@@ -1699,16 +1699,16 @@ static void check_large_residual(void) {
         embedding_forward_cuda(sum[big], tokens, table, M[big], D, 0);
         embedding_backward_cuda(dtable[big], res[big], tokens, sort, M[big], D, V, 0);
     }
-    claim_rows("2^31: embedding forward", sum[1], sum[0], D, D, ROWS, TIMES, 0);
-    // a row is the sum of 45902 equal ones
-    claim_rows("2^31: embedding backward", dtable[1], dtable[0], V * D, V * D, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: embedding forward", sum[1], sum[0], D, D, ROWS, times, 0);
+    // a row is the sum of `times` equal ones, one by one
+    claim_rows("2^31: embedding backward", dtable[1], dtable[0], V * D, V * D, 1, 1, 1e-3, times);
     gpu_release();
 }
 
 // Conv, gate and scan: 690 x 2048 x 1536, x and z side by side
-static void check_large_block(void) {
-    enum { ROWS = 3, TIMES = 230, T = 2048, E = 1536, N = 16, K = 4, R = 48, LD = R + 2 * N };
-    const size_t B[2] = {ROWS, ROWS * TIMES}, tokens = (size_t)ROWS * T, n = tokens * E;
+static void check_large_block(size_t times) {
+    enum { ROWS = 3, T = 2048, E = 1536, N = 16, K = 4, R = 48, LD = R + 2 * N };
+    const size_t B[2] = {ROWS, ROWS * times}, tokens = (size_t)ROWS * T, n = tokens * E;
     snprintf(shape, sizeof shape, "B%zu T%d E%d N%d", B[1], T, E, N);
     float *weight = gpu<float>(normal_vec<float>(E * K, 0.6)), *bias = gpu<float>(normal_vec<float>(E));
     float *A = gpu<float>(normal_vec<float>(E * N, 0.2, 1)), *D = gpu<float>(normal_vec<float>(E));
@@ -1724,8 +1724,8 @@ static void check_large_block(void) {
     size_t scan_sums = selective_scan_scratch_cuda(B[1], T, E, N);
     float *scratch = gpu_nan<float>(conv_sums > scan_sums ? conv_sums : scan_sums), *none = NULL;
     const int* no_doc = NULL;
-    Twice<bf16> xz = twice_normal<bf16>(2 * n, TIMES), dxz = twice_nan<bf16>(2 * n, TIMES);
-    Twice<bf16> x = twice_nan<bf16>(n, TIMES), dx = twice_normal<bf16>(n, TIMES);
+    Twice<bf16> xz = twice_normal<bf16>(2 * n, times), dxz = twice_nan<bf16>(2 * n, times);
+    Twice<bf16> x = twice_nan<bf16>(n, times), dx = twice_normal<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
         causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T,
                                          E, K, 0);
@@ -1733,15 +1733,15 @@ static void check_large_block(void) {
                                           xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E,
                                           K, 0);
     }
-    claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, TIMES, 0);
-    claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, TIMES, 0);
-    claim_rows("2^31: conv backward, dweight", dweight[1], dweight[0], E * K, E * K, 1, 1, 1e-4, TIMES);
-    claim_rows("2^31: conv backward, dbias", dbias[1], dbias[0], E, E, 1, 1, 1e-4, TIMES);
+    claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, times, 0);
+    claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, times, 0);
+    claim_rows("2^31: conv backward, dweight", dweight[1], dweight[0], E * K, E * K, 1, 1, 1e-4, times);
+    claim_rows("2^31: conv backward, dbias", dbias[1], dbias[0], E, E, 1, 1, 1e-4, times);
 
     // on a GPU with more processors the scan of three rows may cut time differently: other bits. Measured 0
-    Twice<bf16> dt = twice_normal<bf16>(n, TIMES, 1, -3), rbc = twice_normal<bf16>(tokens * LD, TIMES);
-    Twice<bf16> y = twice_nan<bf16>(n, TIMES), s = twice_nan<bf16>(n, TIMES), ddt = twice_nan<bf16>(n, TIMES);
-    Twice<bf16> drbc = twice_nan<bf16>(tokens * LD, TIMES), again = twice_nan<bf16>(n, TIMES);
+    Twice<bf16> dt = twice_normal<bf16>(n, times, 1, -3), rbc = twice_normal<bf16>(tokens * LD, times);
+    Twice<bf16> y = twice_nan<bf16>(n, times), s = twice_nan<bf16>(n, times), ddt = twice_nan<bf16>(n, times);
+    Twice<bf16> drbc = twice_nan<bf16>(tokens * LD, times), again = twice_nan<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
         const bf16 *z = xz[big] + E, *Bt = rbc[big] + R;
         bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N)), *dBt = drbc[big] + R;
@@ -1752,16 +1752,16 @@ static void check_large_block(void) {
                                            s[big], x[big], dt[big], bias, A, Bt, Bt + N, LD, D, z, 2 * E,
                                            no_doc, scratch, B[big], T, E, N, 0);
     }
-    claim_rows("2^31: scan forward, y", y[1], y[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan forward, s", s[1], s[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, y again", again[1], again[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, dx", dx[1], dx[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, ddt", ddt[1], ddt[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, dz", dxz[1] + E, dxz[0] + E, 2 * E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, dB and dC", drbc[1] + R, drbc[0] + R, LD, 2 * N, tokens, TIMES, 5e-3);
-    claim_rows("2^31: scan backward, dA", dA[1], dA[0], E * N, E * N, 1, 1, 1e-3, TIMES);
-    claim_rows("2^31: scan backward, dD", dD[1], dD[0], E, E, 1, 1, 1e-3, TIMES);
-    claim_rows("2^31: scan backward, ddt_bias", ddt_bias[1], ddt_bias[0], E, E, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: scan forward, y", y[1], y[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan forward, s", s[1], s[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, y again", again[1], again[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, dx", dx[1], dx[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, ddt", ddt[1], ddt[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, dz", dxz[1] + E, dxz[0] + E, 2 * E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, dB and dC", drbc[1] + R, drbc[0] + R, LD, 2 * N, tokens, times, 5e-3);
+    claim_rows("2^31: scan backward, dA", dA[1], dA[0], E * N, E * N, 1, 1, 1e-3, times);
+    claim_rows("2^31: scan backward, dD", dD[1], dD[0], E, E, 1, 1, 1e-3, times);
+    claim_rows("2^31: scan backward, ddt_bias", ddt_bias[1], ddt_bias[0], E, E, 1, 1, 1e-3, times);
 
     for (int big = 0; big < 2; big++) {                      // gate: y and z are the halves of xz, dout is x
         bf16 *u = xz[big], *du = dxz[big];
@@ -1769,15 +1769,15 @@ static void check_large_block(void) {
         gate_backward_cuda<bf16>(du, 2 * E, du + E, 2 * E, again[big], x[big], u, 2 * E, u + E, 2 * E,
                                  B[big] * T, E, 0);
     }
-    claim_rows("2^31: gate forward", s[1], s[0], E, E, tokens, TIMES, 0);
-    claim_rows("2^31: gate backward, out", again[1], again[0], E, E, tokens, TIMES, 0);
-    claim_rows("2^31: gate backward, dy and dz", dxz[1], dxz[0], 2 * E, 2 * E, tokens, TIMES, 0);
+    claim_rows("2^31: gate forward", s[1], s[0], E, E, tokens, times, 0);
+    claim_rows("2^31: gate backward, out", again[1], again[0], E, E, tokens, times, 0);
+    claim_rows("2^31: gate backward, dy and dz", dxz[1], dxz[0], 2 * E, 2 * E, tokens, times, 0);
     gpu_release();
 }
 
 // Parameters: 2^31 + 98305
-static void check_large_update(void) {
-    const size_t n = 65537, times = 32769, count[2] = {n, n * times};
+static void check_large_update(size_t times) {
+    const size_t n = 65537, count[2] = {n, n * times};
     snprintf(shape, sizeof shape, "n %zu", n * times);
     AdamW opt = {0.9, 0.95, 1e-8, 0.1};
     AdamWStep s = adamw_step_cuda(&opt, 6e-4, 0, 7);
@@ -1806,16 +1806,16 @@ static void check_large_update(void) {
 
 // Catches: an index or a size of 32 bits.
 void test_cuda_large(void) {
-    if (!gpu_present() || only_small()) return;
-    const struct { void (*check)(void); double gib; } checks[] = {
-        {check_large_head, 11}, {check_large_residual, 32}, {check_large_block, 66},
-        {check_large_update, 38}};
-    size_t available = 0, total = 0;
+    if (!gpu_present()) return;
+    const struct { void (*check)(size_t); size_t times; double gib; } checks[] = {
+        {check_large_head, 1476, 11}, {check_large_residual, 45902, 32}, {check_large_block, 230, 66},
+        {check_large_update, 32769, 38}};
     for (int i = 0; i < 4; i++) {
+        size_t available = 0, total = 0;
         cudaCheck(cudaMemGetInfo(&available, &total));
-        if ((double)available < checks[i].gib * 1073741824.0)
-            printf("part %d of 4 is left out: it needs %.0f GiB on the GPU\n", i + 1, checks[i].gib);
-        else checks[i].check();
+        bool enough = (double)available > checks[i].gib * 1073741824.0;
+        if (!enough) printf("part %d of 4 stays small: it needs %.0f GiB on the GPU\n", i + 1, checks[i].gib);
+        checks[i].check(enough && !only_small() ? checks[i].times : 2);
     }
     claims_report();
 }
