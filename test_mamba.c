@@ -2913,7 +2913,7 @@ char* written(Model* m, const char* prompt, const char* options) {
     backend.upload(&backend);
     Prompt source = prompt_open(&tok, prompt, NULL);
     FILE* f = open_memstream(&text, &size);
-    bool ok = generate(&backend, &tok, &s.o, &source, f, &stats, &no, &written_error);
+    bool ok = generate(&backend, &tok, &s.o, &source, 1, f, &stats, &no, &written_error);
     prompt_close(&source);
     fclose(f);
     char* copy_of_text = (char*)test_alloc(size + 1, 1);

@@ -1,7 +1,8 @@
 // ---------------------------------------------------------------------------------------------------
 // test_eval.h: data/evaluation.h. Texts and windows against a definition of one row per token, items against rows
 // computed alone, metrics with numbers made by hand, and the program: results, refusals. That the definitions are
-// those of lm-evaluation-harness is checked by dev/reference/check_eval.py.
+// those of lm-evaluation-harness is checked by dev/reference/check_eval.py. Then data/generation.h: many prompts in one
+// batch, stop texts, turns.
 
 // loss_at: the loss of token `at` of the ids after those from `begin` on, by a row of its own; *best: see token_best
 double loss_at(Backend* b, const int* ids, size_t begin, size_t at, int* best) {
@@ -149,6 +150,8 @@ void test_eval_items(Backend* (*make)(Model*, size_t, size_t)) {
                     size_t k = strlen(context) ? strlen(context) : 1, e = strlen(choice) + (i == 3 && !lambada);
                     for (size_t j = 0; context[j]; j++) ids[j] = (unsigned char)context[j];
                     for (size_t j = 0; j < e; j++) ids[k + j] = (unsigned char)choice[j];
+                    if (i == 3 && !lambada) split += item.choice[0].chars != 2 || item.choice[0].bytes != 3;
+                    if (i == 2 && !lambada) split += item.choice[1].ids.n != 12;          // " long enough"
                     split += !same_ids(item.context.id, item.context.n, ids, k) ||
                              !same_ids(item.choice[0].ids.id, item.choice[0].ids.n, ids + k, e);
                     double score = 0;
@@ -296,6 +299,160 @@ void test_eval_program(void) {
     cli_group("results files: the task's figure is in each", 4);
 }
 
+// ---- generation: many prompts, stop texts, turns
+
+// read_ids: sequence r of g reads these ids
+void read_ids(Generation* g, size_t r, const unsigned char* text, size_t n) {
+    volatile sig_atomic_t no = 0;
+    Error err;
+    Prompt p = prompt_open(g->tok, (const char*)text, NULL);
+    p.left = n;
+    must(generation_read(g, r, &p, &no, &err), &err);
+    prompt_close(&p);
+}
+
+void write_all_of(Generation* g) {
+    volatile sig_atomic_t no = 0;
+    Error err;
+    must(generation_write(g, &no, &err), &err);
+}
+
+// Catches: padding that a short prompt sees, random numbers of another row, a row that goes on after its end, a stop
+// text found only inside one token, a turn that forgets the one before.
+void test_generation(Backend* (*make)(Model*, size_t, size_t)) {
+    Config c = toy_config("1m", 2, 12, 18, 5, 4, 2, 257);
+    Model m = toy_model(&c, false, 6);
+    Backend* b = make(&m, 0, 0);
+    Tokenizer tok;
+    tokenizer_bytes(&tok);
+    unsigned char text[400];
+    for (int i = 0; i < 400; i++) text[i] = (unsigned char)('!' + random_bits(41, 0, (uint64_t)i) % 90);
+    static Settings s[4];
+    const char* const how[] = {"--temperature 0", "--temperature 1 --repetition-penalty 1.2", "--temperature 1 --stop @",
+                               "--top-k 40 --chunk 7"};
+    const size_t length[] = {1, 300, 0, 17, 64, 2, 256, 33};
+    double differ = 0, bits = 0;
+    Error err;
+    for (int k = 0; k < 4; k++) {
+        char copy[200], *argv[64];
+        snprintf(copy, sizeof copy, "%s --raw --max-tokens 40", how[k]);
+        must(settings_parse(&s[k], WORD_GENERATE, split_words(copy, argv), argv, &err), &err);
+        for (size_t n = 2; n <= 8; n += 3) {
+            Generation all = generation_open(b, &tok, &s[k].o, n);
+            for (size_t r = 0; r < n; r++) all.utf8[r].raw = true, read_ids(&all, r, text + r, length[r]);
+            write_all_of(&all);
+            for (size_t r = 0; r < n; r++) {
+                Generation one = generation_open(b, &tok, &s[k].o, 1);
+                one.utf8[0].raw = true;
+                read_ids(&one, 0, text + r, length[r]);
+                write_all_of(&one);
+                const Text *x = &all.text[r].kept, *y = &one.text[0].kept;
+                differ += x->n != y->n || (x->n && memcmp(x->data, y->data, x->n)) || all.position[r] != one.position[0];
+                size_t Vp = (size_t)c.vocab_padded;      // after as many steps, unless one of them went on
+                if (!all.done[r] && !one.done[0] && !b->decode_greedy)
+                    bits += memcmp(all.logits + r * Vp, one.logits, Vp * sizeof(real)) != 0;
+                generation_close(&one);
+            }
+            generation_close(&all);
+        }
+    }
+    report("2, 5, 8 prompts of 0 to 300 tokens: texts differ from each alone", differ, 0);
+    report("and logits in any bit", bits, 0);
+    // two turns = one prompt of all that was read and written
+    Generation turns = generation_open(b, &tok, &s[1].o, 1), once = generation_open(b, &tok, &s[1].o, 1);
+    turns.utf8[0].raw = once.utf8[0].raw = true;
+    read_ids(&turns, 0, text, 30);
+    write_all_of(&turns);
+    unsigned char whole[100];
+    size_t n = turns.text[0].kept.n;
+    memcpy(whole, text, 30);
+    memcpy(whole + 30, turns.text[0].kept.data, min_size(n, 40));
+    memcpy(whole + 30 + n, text + 30, 9);
+    read_ids(&turns, 0, text + 30, 9);
+    write_all_of(&turns);
+    read_ids(&once, 0, whole, 39 + n);
+    write_all_of(&once);
+    size_t more = turns.text[0].kept.n - n;
+    report("a second turn differs from one prompt of everything before it",
+           n != 40 || more < 10 || more != once.text[0].kept.n ||
+               memcmp(turns.text[0].kept.data + n, once.text[0].kept.data, more) != 0, 0);
+    generation_close(&turns);
+    generation_close(&once);
+    b->destroy(b);
+    model_free(&m);
+    for (int k = 0; k < 4; k++) settings_free(&s[k]);
+}
+
+// Stop texts over any pieces. Catches: one that begins in one token and ends in another, its overlap with itself.
+void test_stop(void) {
+    static const struct { const char *text, *stop, *expected; } row[] = {
+        {"one END two", "END", "one "}, {"aaab", "aab", "a"}, {"ababac", "abac", "ab"}, {"no stop EN", "END", "no stop EN"},
+        {"END", "END", ""}, {"abc", "", "abc"}, {"x", "long stop text", "x"} };
+    double wrong = 0;
+    for (int i = 0; i < COUNT_OF(row); i++)
+        for (size_t piece = 1; piece < 5; piece++) {
+            Written w;
+            memset(&w, 0, sizeof w);
+            bool found = false;
+            size_t n = strlen(row[i].text);
+            for (size_t at = 0; at < n && !found; at += piece)
+                found = written_add(&w, row[i].text + at, min_size(piece, n - at), row[i].stop);
+            written_end(&w);
+            wrong += found != (row[i].stop[0] && strstr(row[i].text, row[i].stop) != NULL);
+            wrong += w.kept.n != strlen(row[i].expected) || (w.kept.n && memcmp(w.kept.data, row[i].expected, w.kept.n));
+            free(w.kept.data);
+            free(w.waiting.data);
+        }
+    report("stop texts in pieces of 1 to 4 bytes: wrong", wrong, 0);
+}
+
+static const CliRow generate_bad[] = {
+    {"generate --from run --prompts nowhere.txt", NULL, 1, "nowhere.txt: cannot open"},
+    {"generate --from run --prompts empty.txt", NULL, 1, "expected a prompt in every line, found none"},
+    {"generate --from run --prompts newlines.txt", NULL, 1, "found none"},
+    {"generate --from run --prompts d_empty", NULL, 1, "found a directory"},
+    {"generate --from run --prompts bad.jsonl", NULL, 1, "bad.jsonl: line 2: expected JSON"},
+    {"generate --from run --prompts field.jsonl", NULL, 1, "line 1: expected an object with a string \"prompt\", found none"},
+    {"generate --from run --prompts type.jsonl", NULL, 1, "found another type"},
+    {"generate --from run --prompts a.txt --prompt x", NULL, 1, "--prompts: leave out"},
+    {"generate --from run --prompts a.txt --save-state s", NULL, 1, "--prompts: leave out"},
+    {"generate --from run --interactive --num-samples 2", NULL, 1, "--interactive: leave out"},
+    {"generate --from run --interactive --prompt -", NULL, 1, "--interactive: leave out"},
+    {"eval --from run --interactive --data a.txt", NULL, 1, "--interactive is an option of 'generate'"},
+};
+
+// lines_of: how many lines begin with this
+int lines_of(const char* text, const char* start) {
+    int n = 0;
+    for (const char* p = text; p; p = strchr(p, '\n') ? strchr(p, '\n') + 1 : NULL) n += strncmp(p, start, strlen(start)) == 0;
+    return n;
+}
+
+void test_generate_program(void) {
+    cli_write("bad.jsonl", "{\"prompt\": \"x\"}\n{\"prompt\": \"x\n", 30, "wb");
+    cli_write("field.jsonl", "{\"text\": \"x\"}\n", 14, "wb");
+    cli_write("type.jsonl", "{\"prompt\": 3}\n", 14, "wb");
+    cli_write("p.jsonl", "{\"prompt\": \"the quick\"}\n\n{\"prompt\": \"brown fox jumps\"}\n", 55, "wb");
+    cli_write("p.txt", "the quick\r\n\nbrown fox jumps", 27, "wb");
+    cli_rows("prompts, turns: wrong options and files", generate_bad, COUNT_OF(generate_bad));
+    Finished a = cli_run("generate --from run --prompts p.jsonl --max-tokens 20 --num-samples 2"),
+             b = cli_run("generate --from run --prompts p.txt --max-tokens 20 --num-samples 2");
+    cli_check(a.code == 0 && a.out_size > 60 && a.out_size == b.out_size && memcmp(a.out, b.out, a.out_size) == 0 &&
+              lines_of(a.out, "--- prompt 2, sample 2") == 1 && strstr(a.err, "prompt: 24 tokens"),
+              "the same prompts in a text and in JSON lines", &a);
+    Launch l;
+    memset(&l, 0, sizeof l);
+    l.args = "generate --from run --interactive --max-tokens 5 --prompt begin --temperature 1";
+    l.input = "p.txt";
+    a = cli_wait(cli_start(&l), 5);
+    cli_check(a.code == 0 && lines_of(a.out, "") >= 4 && strstr(a.err, "prompt: 29 tokens") &&
+              strstr(a.err, "new: 15 tokens"), "turns from a pipe: three lines, ends with the input", &a);
+    l.output = "/dev/full";
+    a = cli_wait(cli_start(&l), 5);
+    cli_check(a.code == 1 && cli_one_line(&a) && strstr(a.err, "No space"), "turns into /dev/full: one line", &a);
+    cli_group("prompts and turns of the program", 3);
+}
+
 Backend* eval_cpu(Model* m, size_t B, size_t T) {
     Backend* b = (Backend*)test_alloc(1, sizeof(Backend));
     *b = backend_cpu(m, B, T, false, RECOMPUTE_NONE);
@@ -308,6 +465,9 @@ void test_eval(void) {
     test_eval_items(eval_cpu);
     test_eval_metrics();
     test_eval_program();
+    test_generation(eval_cpu);
+    test_stop();
+    test_generate_program();
 }
 
 #ifdef __CUDACC__
@@ -323,5 +483,6 @@ void test_cuda_eval(void) {
     scratch("x");
     test_eval_text(eval_gpu);
     test_eval_items(eval_gpu);
+    test_generation(eval_gpu);
 }
 #endif
