@@ -839,7 +839,7 @@ typedef struct { int* id; size_t n, room; } TokenList;
 
 static void token_add(TokenList* list, int id) {
     if (list->n == list->room) {
-        list->room = list->room ? list->room + list->room / 2 : 256;
+        list->room += list->room / 2 + 256;
         list->id = (int*)xrealloc(list->id, list->room, sizeof(int));
     }
     list->id[list->n++] = id;
