@@ -2728,20 +2728,24 @@ static bool ends_with(const char* text, const char* end) {
     return n >= m && strcmp(text + n - m, end) == 0;
 }
 
-// tokenizer_choose: that of the checkpoint `dir` when a run is resumed; --tokenizer; the one beside token shards
-// (.bin), which have only ids without it; otherwise bytes.
-static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list, const char* dir, Error* err) {
+// tokenizer_choose: that of the checkpoint `dir` when a run is resumed; --tokenizer; the one beside token
+// shards (.bin), which have only ids without it; otherwise bytes.
+static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list, const char* dir,
+                             Error* err) {
     const Options* o = &s->o;
     bool shards = ends_with(list, ".bin");
     char beside[4096];
     tokenizer_bytes(tok);
     if (dir && o->tokenizer[0])
-        return fail(err, "--tokenizer %s: a run that resumes goes on with the tokenizer of its checkpoint; leave it out",
-                    o->tokenizer);
+        return fail(
+            err,
+            "--tokenizer %s: a run that resumes goes on with the tokenizer of its checkpoint; leave it out",
+            o->tokenizer);
     if (dir && !tokenizer_read(tok, dir, err)) return false;
     if (!dir && o->tokenizer[0] && !tokenizer_load(tok, o->tokenizer, err)) return false;
     if (!dir && !o->tokenizer[0] && shards) {
-        const char *end = strchr(list, '\n'), *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
+        const char *end = strchr(list, '\n'),
+                   *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
         snprintf(beside, sizeof beside, "%.*s", slash ? (int)(slash - list + 1) : 1, slash ? list : ".");
         if (!tokenizer_read(tok, beside, err)) return false;
         if (tok->kind != TOKENIZER_NONE) printf("tokenizer: that in %s\n", beside);
@@ -2753,13 +2757,16 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     }
     if (tok->kind == TOKENIZER_BPE && o->eos_token >= 0) tok->eos = (int)o->eos_token;
     if (tok->kind == TOKENIZER_BPE && tok->eos < 0)
-        warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token gives one");
+        warn(
+            "the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token "
+            "gives one");
     if (tok->eos >= tok->vocab_size)
-        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos, (long long)tok->vocab_size - 1);
+        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos,
+                    (long long)tok->vocab_size - 1);
     if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
         if (tok->kind == TOKENIZER_BPE)
-            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids", (long long)o->vocab_size,
-                        (long long)tok->vocab_size);
+            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids",
+                        (long long)o->vocab_size, (long long)tok->vocab_size);
         return fail(
             err,
             "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
@@ -3400,7 +3407,8 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
     set_threads(o->threads);
     const char* list = o->data;
-    if (!tokenizer_choose(&t->data.tokenizer, s, list, o->resume ? dir : NULL, &err) || !data_open_all(&t->data, s, &err))
+    if (!tokenizer_choose(&t->data.tokenizer, s, list, o->resume ? dir : NULL, &err) ||
+        !data_open_all(&t->data, s, &err))
         die("%s", err.text);
     if (!o->resume) {
         int64_t V = t->data.tokenizer.vocab_size;
@@ -3672,8 +3680,9 @@ int info_main(Settings* s) {
     if (dir[0]) printf("checkpoint: %s\n", dir);
     print_model(&m);
     if (tok.kind == TOKENIZER_BPE)
-        printf("tokenizer: byte-level BPE, %lld ids, %lld merges%s, end token %d\n", (long long)tok.bpe->n_ids,
-               (long long)tok.bpe->n_merges, tok.bpe->nfc ? ", normal form C" : "", tok.eos);
+        printf("tokenizer: byte-level BPE, %lld ids, %lld merges%s, end token %d\n",
+               (long long)tok.bpe->n_ids, (long long)tok.bpe->n_merges, tok.bpe->nfc ? ", normal form C" : "",
+               tok.eos);
     else printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
     tokenizer_free(&tok);
     printf("%-44s %-18s %12s  %s\n", "tensor", "shape", "parameters", "AdamW decay");
@@ -3704,8 +3713,8 @@ int ssm_main(int argc, char** argv) {
         word = 0;
         for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
         if (!word)
-            die("unknown word '%.40s'; expected train, generate, eval, info or tokenize, then options; --help "
-                "lists them",
+            die("unknown word '%.40s'; expected train, generate, eval, info or tokenize, then options; "
+                "--help lists them",
                 argv[1]);
         skip = 2;
     }
