@@ -1586,14 +1586,14 @@ size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N) {
 }
 
 // Where the channels of all sequences are too few blocks to fill the chip, the fast backward cuts time into
-// segments as well: as many as make SCAN_FILL blocks (three on each of the 132 processors of an H100 or H200),
-// but none shorter than SCAN_SEGMENT tokens. Every segment costs a second, cheaper look at its tokens.
-enum { SCAN_FILL = 396, SCAN_SEGMENT = 256 };
+// segments as well: as many as make SCAN_FILL blocks (three on each of the 132 processors of an H200), none
+// shorter than SCAN_SEGMENT tokens. Every segment costs a second, cheaper look at its tokens.
+enum { SCAN_FILL = 396, SCAN_SEGMENT = 128 };
 static inline size_t scan_segments_cuda(size_t B, size_t T, size_t E) {
     size_t tiles = scan_padded_cuda(T) / 32, segments = SCAN_FILL / (B * scan_blocks_cuda(E));
     if (segments > T / SCAN_SEGMENT) segments = T / SCAN_SEGMENT;
     if (segments < 2) return 1;
-    size_t each = (tiles + segments - 1) / segments;           // the same number of tiles for all but the last
+    size_t each = (tiles + segments - 1) / segments;           // tiles of all segments but the last
     return (tiles + each - 1) / each;
 }
 
@@ -2035,7 +2035,9 @@ struct ScanSpecial {
         set = inside && reset ? __float_as_uint(SCAN_RESET) : 0u;
     }
     __device__ __forceinline__ float operator()(float dt) const {
-        return __uint_as_float((__float_as_uint(dt) & keep) | set);
+        uint32_t r;                                            // (dt & keep) | set in one step
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(__float_as_uint(dt)), "r"(keep), "r"(set));
+        return __uint_as_float(r);
     }
 };
 
@@ -2348,7 +2350,7 @@ __device__ __forceinline__ float scan_truncate_tf32(float x) {
 struct ScanBackwardChunk {                                     // 8 tokens, prepared
     float dt[416], dtx[416], g[416];                           // [channel][token], see at(); g = dLoss/ds
     bf16 g16[8][32], dtx16[8][32];                        // the same; later the results ddt_raw and dx
-    float4 fragB[2][32], fragC[2][32];                         // one-hot operands of dtx x Bt and g x Ct
+    float2 fragB[2][32][2], fragC[2][32][2];  // one-hot operands of dtx x Bt and g x Ct: half of it is zero
     uint2 fragQ[32];                                           // Bt as operand of q = <lambda, Bt>
     float4 dbc[4][64];  // dBt, dCt of every warp, as the tensor core left them
     static __device__ __forceinline__ int at(int ch) { return ch * 12 + 8 * (ch >> 3); }
@@ -2424,12 +2426,14 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             lambda[n] = fmaf(exp2_unit(dt_sum[at] * decay[n]), lambda[n], local[at * 16 + 4 * q + n]);
     }
     if (tid < SCAN_CHANNELS) sh.bias2[tid] = dt_bias[e0 + tid] * SCAN_LOG2E;
+    #pragma unroll
+    for (int k = 0; k < 2; k++)
+        sh.chunk[w].fragB[k][lane][q < 2] = sh.chunk[w].fragC[k][lane][q < 2] = make_float2(0, 0);
 
     auto load = [&](int i) {
-        uint32_t t = i * 32 + r0;
-        bool inside = t < T;
-        uint32_t row = inside ? b * T + t : 0;  // B T < 2^31 on this path; the offsets have 64 bits
-        size_t at = (size_t)row * E + e0 + c0;
+        const uint32_t t = i * 32 + r0, row = b * T + t;       // B T < 2^31 on this path
+        const bool inside = t < T;                             // otherwise nothing is read
+        const size_t at = (size_t)row * E + e0 + c0;
         scan_copy16(&sh.x[i & 1][r0][s0], x + at, inside);
         scan_copy16(&sh.dt[i & 1][r0][s0], dt_raw + at, inside);
         scan_copy16(&sh.z[r0][c0], z + (size_t)row * ldz + e0 + c0, inside);
@@ -2438,15 +2442,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
         scan_copy16(&sh.bc[r0][c0], (c0 < 16 ? Bt + c0 : Ct + (c0 - 16)) + (size_t)row * ldbc, inside);
         if (doc && c0 < 16) {
             bool known = inside && (c0 == 0 || t > 0);
-            scan_copy4(&sh.doc[r0][c0 >> 3], doc + (known ? row - (c0 >> 3) : 0), known);
+            scan_copy4(&sh.doc[r0][c0 >> 3], doc + row - (c0 >> 3), known);
         }
-        uint32_t states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
-        #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            bool saved = i * 2 + k < (int)states;
-            uint32_t state = saved ? b * states + i * 2 + k : 0;
-            scan_copy8(&sh.hs[i & 1][k][tid], hs + ((size_t)state * E + e0 + ch) * 16 + 4 * q, saved);
-        }
+        const int states = (int)((T + SCAN_SAVED - 1) / SCAN_SAVED);
+        const bf16* state = hs + ((size_t)(b * states + i * 2) * E + e0 + ch) * 16 + 4 * q;
+        scan_copy8(&sh.hs[i & 1][0][tid], state, true);
+        scan_copy8(&sh.hs[i & 1][1][tid], state + (size_t)E * 16, i * 2 + 1 < states);
         copy_async_commit();
     };
     auto prepare = [&](int i) {
@@ -2493,8 +2494,8 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             const bf16 (*row)[32] = &sh.bc[w * 8 + k * 4 + 2 * (q >> 1)];
             float B0 = __bfloat162float(row[0][n]), B1 = __bfloat162float(row[1][n]);
             float C0 = __bfloat162float(row[0][16 + n]), C1 = __bfloat162float(row[1][16 + n]);
-            own.fragB[k][lane] = q < 2 ? make_float4(B0, B1, 0, 0) : make_float4(0, 0, B0, B1);
-            own.fragC[k][lane] = q < 2 ? make_float4(C0, C1, 0, 0) : make_float4(0, 0, C0, C1);
+            own.fragB[k][lane][q >> 1] = make_float2(B0, B1);
+            own.fragC[k][lane][q >> 1] = make_float2(C0, C1);
         }
     };
     auto finish = [&](int i) {  // store dx, ddt_raw; sum dBt, dCt over the warps
@@ -2529,7 +2530,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
         prepare(i);
         __syncthreads();
         if (i > first) load(i - 1);
-        #pragma unroll 1
+        #pragma unroll 2                                       // so that k is even or odd for the compiler
         for (int k = 3; k >= 0; k--) {
             ScanBackwardChunk& chunk = sh.chunk[k];
             const float* pdt = &chunk.dt[chunk.at(ch)];
@@ -2541,13 +2542,13 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             h[1] = scan_high(start.x);
             h[2] = scan_low(start.y);
             h[3] = scan_high(start.y);
-            if (k & 1) {                                       // the state was saved 8 tokens earlier: get here
+            if (k & 1) {                                       // the state was saved 8 tokens earlier
                 const ScanBackwardChunk& left = sh.chunk[k - 1];
                 #pragma unroll
                 for (int f = 0; f < 2; f++) {
                     float4 dt4 = *(const float4*)&left.dt[left.at(ch) + 4 * f];
                     float2 dtx = *(const float2*)&left.dtx[left.at(ch) + 2 * (q >> 1) + 4 * f];
-                    float4 B4 = left.fragB[f][lane];
+                    float4 B4 = *(const float4*)left.fragB[f][lane];
                     const float Bv[4] = {B4.x, B4.y, B4.z, B4.w}, dtv[4] = {dt4.x, dt4.y, dt4.z, dt4.w};
                     #pragma unroll
                     for (int jj = 0; jj < 4; jj++) {
@@ -2568,7 +2569,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             for (int f = 0; f < 2; f++) {                      // forward, 4 steps at a time
                 *(float4*)&dt[4 * f] = *(const float4*)&pdt[4 * f];
                 float2 dtx = *(const float2*)&pdtx[4 * f];
-                float4 B4 = chunk.fragB[f][lane];
+                float4 B4 = *(const float4*)chunk.fragB[f][lane];
                 const float Bv[4] = {B4.x, B4.y, B4.z, B4.w};
                 #pragma unroll
                 for (int jj = 0; jj < 4; jj++) {
@@ -2592,17 +2593,17 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
                 }
             }
             uint2 Bq = chunk.fragQ[lane];
-            // <lambda, A2 m> of 8 steps; <lambda, Bt> of steps 2q, 2q+1
-            float r[8], q_even = 0.0f, q_odd = 0.0f;
+            // <lambda, A2 m> of 8 steps; <lambda, Bt>: Q[0] is that of step 2q, Q[3] that of step 2q + 1
+            float r[8], Q[4] = {0, 0, 0, 0};
             #pragma unroll
             for (int f = 1; f >= 0; f--) {                     // reverse
                 float2 g2 = *(const float2*)&pg[4 * f];
-                float4 C4 = chunk.fragC[f][lane];
+                float4 C4 = *(const float4*)chunk.fragC[f][lane];
                 const float Cv[4] = {C4.x, C4.y, C4.z, C4.w};
                 #pragma unroll
                 for (int jj = 3; jj >= 0; jj--) {
                     const int j = 4 * f + jj, p = j >> 1;
-                    float v = jj & 1 ? g2.y : g2.x, gC[4], rm[4];
+                    float v = jj & 1 ? g2.y : g2.x, gC[4];
                     scan_mma_tf32(gC, j == 7 ? lambda : zero, odd ? 0.0f : v, odd ? v : 0.0f, Cv[jj]);
                     if (j == 7) scan_mma_bf16(dC, flip[1], mine[3] ? gv0 : 0u, mine[3] ? gv1 : 0u);
                     #pragma unroll
@@ -2610,17 +2611,13 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
                         lambda[n] = j == 7 ? gC[n] : fmaf(a[j == 7 ? 7 : j + 1][n], lambda[n], gC[n]);
                         float lambda_m = lambda[n] * m[j][n];
                         dA[n] = fmaf(lambda_m, dt[j], dA[n]);
-                        rm[n] = lambda_m * decay[n];
+                        r[j] = n == 0 ? lambda_m * decay[0] : fmaf(lambda_m, decay[n], r[j]);
                     }
-                    r[j] = (rm[0] + rm[1]) + (rm[2] + rm[3]);
                     pack[2 * (jj & 1)] = scan_pack(lambda[0], lambda[1]);
                     pack[2 * (jj & 1) + 1] = scan_pack(lambda[2], lambda[3]);
                     if (!(jj & 1)) {
-                        float d[4] = {0, 0, 0, 0};
                         const uint32_t A[4] = {pack[0], pack[2], pack[1], pack[3]};
-                        scan_mma_bf16(d, A, Bq.x, Bq.y);
-                        q_even = q == p ? d[0] : q_even;  // column 2q of row g, and column 2q+1 of row g+8
-                        q_odd = q == p ? d[3] : q_odd;
+                        scan_mma_bf16(Q, A, mine[p] ? Bq.x : 0u, mine[p] ? Bq.y : 0u);
                         const bool column_p = mine[p < 3 ? p + 1 : 3];
                         if (p < 3)
                             scan_mma_bf16(dB, flip[(p + 1) & 1], column_p ? dv0 : 0u, column_p ? dv1 : 0u);
@@ -2641,15 +2638,20 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             }
             __syncwarp();                                      // every lane has read g16 and dtx16
             float2 dt2 = *(const float2*)&pdt[2 * q], g2 = *(const float2*)&chunk.g[chunk.at(ch) + 2 * q];
+            if (fmaxf(dt2.x, dt2.y) == SCAN_RESET) {           // a document begins here: dt once more
+                #pragma unroll 1
+                for (int j = 0; j < 2; j++) {
+                    float raw = __bfloat162float(sh.dt[i & 1][8 * k + 2 * q + j][column]);
+                    float again = scan_softplus_fast(fmaf(raw, SCAN_LOG2E, sh.bias2[ch]));
+                    if (j == 0) dt2.x = again;
+                    else if (dt2.y != 0.0f) dt2.y = again;     // 0 beyond the last token
+                }
+            }
             #pragma unroll
             for (int j = 0; j < 2; j++) {
                 int t = 8 * k + 2 * q + j;
-                float dt_t = j ? dt2.y : dt2.x, g_t = j ? g2.y : g2.x, q_t = j ? q_odd : q_even;
+                float dt_t = j ? dt2.y : dt2.x, g_t = j ? g2.y : g2.x, q_t = j ? Q[3] : Q[0];
                 float x_t = __bfloat162float(sh.x[i & 1][t][column]);
-                if (dt_t == SCAN_RESET) {                      // a document begins here: dt once more
-                    float raw = __bfloat162float(sh.dt[i & 1][t][column]);
-                    dt_t = scan_softplus_fast(fmaf(raw, SCAN_LOG2E, sh.bias2[ch]));
-                }
                 float dx_t = fmaf(dt_t, q_t, D * g_t);
                 float dp = fmaf(x_t, q_t, r[j] * SCAN_LN2) * (1.0f - exp2_unit(-SCAN_LOG2E * dt_t));
                 dD = fmaf(g_t, x_t, dD);
@@ -2680,8 +2682,8 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
     if (q == 0) { de[16] = dD; de[17] = dbias; }
 }
 
-// selective_scan_carry_kernel: what a segment of time hands to the token before it. Backward is linear in what
-// enters from the right, (B9) carry_{t-1} = a_t (g_t Ct_t + carry_t), so that for a whole segment
+// selective_scan_carry_kernel: what a segment of time hands to the token before it. Backward is linear in
+// what enters from the right, (B9) carry_{t-1} = a_t (g_t Ct_t + carry_t), so that for a whole segment
 //   carry out = local + exp(A sum dt) carry in
 // local (B, segments, E, 16): carry out if nothing enters; dt_sum (B, segments, E). Segment 0 is not needed.
 // Thread: states 4k..4k+3 of one channel; element-wise: token r of the tile, 8 channels.
@@ -2695,9 +2697,11 @@ selective_scan_carry_kernel(float* local, float* dt_sum, const bf16* dy, const b
     auto pair = [](int t, int c) { return c ^ ((c >> 3) | ((t & 1) << 1)); };      // against bank conflicts
     const int lane = threadIdx.x & 31, r = threadIdx.x >> 2, c0 = (threadIdx.x & 3) * 8;
     // lanes of one channel: 0, 1, 8, 9 apart, as in the forward kernel
-    const int k = (lane & 1) | ((lane >> 2) & 2), ch = (threadIdx.x >> 5) * 8 + (((lane >> 1) & 3) | ((lane >> 2) & 4));
+    const int k = (lane & 1) | ((lane >> 2) & 2), c = ((lane >> 1) & 3) | ((lane >> 2) & 4);
+    const int ch = (threadIdx.x >> 5) * 8 + c;
     const uint32_t blocks = E / SCAN_CHANNELS, e0 = blockIdx.x % blocks * SCAN_CHANNELS;
-    const uint32_t segment = 1 + blockIdx.x / blocks % (segments - 1), b = blockIdx.x / blocks / (segments - 1);
+    const uint32_t others = segments - 1, segment = 1 + blockIdx.x / blocks % others;
+    const uint32_t b = blockIdx.x / blocks / others;
     const int tiles = (int)((T + 31) / 32), first = (int)(segment * each);
     const int end = first + (int)each < tiles ? first + (int)each : tiles;
     float decay[4], carry[4] = {0, 0, 0, 0}, sum = 0.0f, bias2[8];
@@ -2956,7 +2960,8 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
                                   scratch, B, T, E, scan_segments_cuda(B, T, E), stream);
         return;
     }
-    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3), blocks = scan_blocks_cuda(E);
+    size_t blocks = scan_blocks_cuda(E);
+    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3);
     float* de_part = scratch + blocks * B * T * 2 * N;
     scan_allow_shared(selective_scan_backward_kernel<X>, bytes);
     selective_scan_backward_kernel<X><<<(unsigned)(blocks * B), SCAN_THREADS, bytes, stream>>>(

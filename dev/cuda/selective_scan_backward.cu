@@ -4,10 +4,10 @@
 // h again, lambda = dLoss/dh backward in time, and four sums:
 //   over channels   dBt_t[n] = sum_e lambda dt x    dCt_t[n] = sum_e g h         g = dy silu(z)
 //   over states     q = sum_n lambda B_n            r = sum_n lambda A_n m_n      m = a h_{t-1}
-// The floor is not memory (460 MB, 0.11 ms) but instructions. One update needs at least 12 of them (x dt A, exp,
-// dt x B, h; lambda, q, a lambda, m, r, dA, dBt, dCt), and a GPU with 132 processors starts 4 x 32 of them per
-// clock on each: 402.7M updates x 12 / (132 x 128 x 1.7 GHz) = 0.168 ms. The exponentials alone need 0.112 ms:
-// the special function units make 16 per clock and processor.
+// The floor is not memory (505 MB, 0.12 ms on an H200) but instructions. One update needs at least 12 of them
+// (dt A, exp, dt x B, h; lambda, q, a lambda, m, r, dA, dBt, dCt), and a GPU with 132 processors starts 128
+// per clock on each of them: 402.7M updates x 12 / (132 x 128 x 1.7 GHz) = 0.168 ms at B8 T2048 E1536. The
+// exponentials alone need 0.112 ms: the special function units make 16 per clock and processor.
 #include "ladder.h"
 
 enum { N = 16, DIMS = 2 * N, LD = DIMS };                      // bc: Bt_t, then Ct_t
@@ -39,11 +39,13 @@ __device__ __forceinline__ float sum16(float v) {
 }
 
 // everything element-wise that comes before the scan: dt, g, dz, y
-__global__ void gate_kernel(float* dt32, float* g32, bf16* dz, bf16* y, const bf16* dt_raw, const float* dt_bias,
-                            const bf16* dy, const bf16* s, const bf16* z, size_t count, size_t E) {
+__global__ void gate_kernel(float* dt32, float* g32, bf16* dz, bf16* y, const bf16* dt_raw,
+                            const float* dt_bias, const bf16* dy, const bf16* s, const bf16* z, size_t count,
+                            size_t E) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    float z_i = to_float(z[i]), sigma = 1.0f / (1.0f + expf(-z_i)), dy_i = to_float(dy[i]), s_i = to_float(s[i]);
+    float z_i = to_float(z[i]), sigma = 1.0f / (1.0f + expf(-z_i));
+    float dy_i = to_float(dy[i]), s_i = to_float(s[i]);
     dt32[i] = scan_softplus(to_float(dt_raw[i]) + dt_bias[i % E]);
     g32[i] = dy_i * z_i * sigma;
     dz[i] = from_float<bf16>(dy_i * s_i * sigma * (1.0f + z_i * (1.0f - sigma)));
@@ -51,8 +53,8 @@ __global__ void gate_kernel(float* dt32, float* g32, bf16* dz, bf16* y, const bf
 }
 
 // every state, as a forward pass would have to save them for rung 1
-__global__ void states_kernel(float* states, const bf16* x, const float* dt32, const float* A_log, const bf16* bc,
-                              const int* doc, size_t T, size_t E) {
+__global__ void states_kernel(float* states, const bf16* x, const float* dt32, const float* A_log,
+                              const bf16* bc, const int* doc, size_t T, size_t E) {
     size_t n = threadIdx.x & 15, e = blockIdx.x * 16 + (threadIdx.x >> 4), b = blockIdx.y;
     float h = 0.0f, A2 = scan_decay(A_log[e * N + n]);
     for (size_t t = 0; t < T; t++) {
@@ -69,8 +71,8 @@ __global__ void states_kernel(float* states, const bf16* x, const float* dt32, c
 template <int RUNG>
 __global__ void __launch_bounds__(256)
 thread_per_state_kernel(bf16* dx, bf16* ddt_raw, float* dBC, float* de, const float* states, const bf16* hs,
-                        const float* dt32, const float* g32, const bf16* x, const float* A_log, const bf16* bc,
-                        const float* Dskip, const int* doc, size_t T, size_t E) {
+                        const float* dt32, const float* g32, const bf16* x, const float* A_log,
+                        const bf16* bc, const float* Dskip, const int* doc, size_t T, size_t E) {
     __shared__ float sum[RUNG == 3 ? 16 : 1][2][16][17];       // token, dBt or dCt, channel, state
     const int n = threadIdx.x & 15, c = threadIdx.x >> 4;
     const size_t e = blockIdx.x * 16 + c, b = blockIdx.y, saved = (T + 15) / 16;
@@ -101,7 +103,8 @@ thread_per_state_kernel(bf16* dx, bf16* ddt_raw, float* dBC, float* de, const fl
             if (t >= T) continue;
             float dt = dt32[i], g = g32[i], x_t = to_float(x[i]), m = a[j] * h[j];
             float B_n = to_float(bc[row * LD + n]), C_n = to_float(bc[row * LD + N + n]);
-            float lambda = fmaf(g, C_n, carry), q = sum16(lambda * B_n), r = sum16(lambda * m * A2) * SCAN_LN2;
+            float lambda = fmaf(g, C_n, carry);
+            float q = sum16(lambda * B_n), r = sum16(lambda * m * A2) * SCAN_LN2;
             dA = fmaf(lambda * m, dt, dA);
             carry = a[j] * lambda;
             if (RUNG < 3) {
@@ -134,9 +137,16 @@ thread_per_state_kernel(bf16* dx, bf16* ddt_raw, float* dBC, float* de, const fl
     if (n == 0) { de_e[N] = dD; de_e[N + 1] = dbias; }
 }
 
+static void launch_gate(void) {
+    size_t count = B * T * E;
+    gate_kernel<<<(unsigned)((count + 255) / 256), 256>>>(dt32, g32, dz, y, dt_raw, dt_bias, dy, s, z, count,
+                                                          E);
+    cudaCheck(cudaGetLastError());
+}
+
 template <int RUNG> static void launch_state(void) {
-    size_t count = B * T * E, blocks = E / 16;
-    gate_kernel<<<(unsigned)((count + 255) / 256), 256>>>(dt32, g32, dz, y, dt_raw, dt_bias, dy, s, z, count, E);
+    size_t blocks = E / 16;
+    launch_gate();
     if (RUNG < 3) cudaCheck(cudaMemsetAsync(dBC, 0, B * T * DIMS * sizeof(float)));
     thread_per_state_kernel<RUNG><<<dim3((unsigned)blocks, (unsigned)B), 256>>>(
         dx, ddt, dBC, de, states, hs, dt32, g32, x, A_log, bc, Dskip, doc, T, E);
@@ -145,15 +155,15 @@ template <int RUNG> static void launch_state(void) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Rung 4, the published way (Mamba paper, arXiv 2312.00752, section 3.3.2): time is parallel. A block owns one
-// channel of one sequence and 2048 tokens at a time, a thread 16 neighbouring ones; for one state after the
-// other, h_out = p h_in + s of all threads is combined by a scan over the block. Arrays are (B,E,T), so that
-// threads read along time. What a channel adds to dBt and dCt goes through atomic additions.
+// Rung 4, the published way (Mamba paper, arXiv 2312.00752, section 3.3.2), plainly: time is parallel. A
+// block owns one channel of one sequence and 2048 tokens at a time, a thread 16 neighbouring ones; for one
+// state after the other, h_out = p h_in + s of all threads is combined by a scan over the block. Arrays are
+// (B,E,T), so that threads read along time. What a channel adds to dBt and dCt goes through atomic additions.
 
 enum { LINE = 128, STEPS = 16, SPAN = LINE * STEPS };
 
-// line_scan: what enters this thread, if `start` enters the first (REVERSE: the last) one and every thread makes
-// p h + s of what enters it
+// line_scan: what enters this thread, if `start` enters the first (REVERSE: the last) one and every thread
+// makes p h + s of what enters it
 template <bool REVERSE>
 __device__ float line_scan(float p, float s, float start, float2* total) {
     const int lane = REVERSE ? 31 - (threadIdx.x & 31) : threadIdx.x & 31;
@@ -177,7 +187,8 @@ __device__ float line_scan(float p, float s, float start, float2* total) {
 __global__ void __launch_bounds__(LINE)
 block_per_channel_kernel(bf16* out, float* dBC, float* de, const bf16* hs, const bf16* dy, const bf16* s,
                          const bf16* x, const bf16* dt_raw, const float* dt_bias, const float* A_log,
-                         const bf16* bc, const float* Dskip, const bf16* z, const int* doc, size_t T, size_t E) {
+                         const bf16* bc, const float* Dskip, const bf16* z, const int* doc, size_t T,
+                         size_t E) {
     __shared__ float line[2][SPAN + SPAN / 16], carry[N], dA[N];
     __shared__ float2 total[4];
     const int tid = threadIdx.x;
@@ -217,7 +228,8 @@ block_per_channel_kernel(bf16* out, float* dBC, float* de, const bf16* hs, const
                 sum = fmaf(a[j], sum, h[j]);
                 p *= a[j];
             }
-            float before = line_scan<false>(p, sum, to_float(hs[((b * saved + t_span / 16) * E + e) * N + n]), total);
+            float start = to_float(hs[((b * saved + t_span / 16) * E + e) * N + n]);
+            float before = line_scan<false>(p, sum, start, total);
             float m[STEPS], lambda = 0.0f;
             #pragma unroll
             for (int j = 0; j < STEPS; j++) { m[j] = a[j] * before; before = h[j] += m[j]; }
@@ -246,7 +258,7 @@ block_per_channel_kernel(bf16* out, float* dBC, float* de, const bf16* hs, const
             __syncthreads();
             if (tid == 0) dA[n] += (total[0].x + total[1].x) + (total[2].x + total[3].x);
             #pragma unroll 4
-            for (int i = tid; i < SPAN; i += LINE) {           // neighbouring threads add to neighbouring tokens
+            for (int i = tid; i < SPAN; i += LINE) {           // neighbouring threads, neighbouring tokens
                 if (t_span + i >= T) break;
                 atomicAdd(dBC + (b * DIMS + n) * T + t_span + i, line[0][i + i / 16]);
                 atomicAdd(dBC + (b * DIMS + N + n) * T + t_span + i, line[1][i + i / 16]);
@@ -307,26 +319,26 @@ static void launch_line(void) {
 // Rungs 5 to 7: kernels of train_mamba.cu
 
 static void launch_general(void) {
-    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3), blocks = scan_blocks_cuda(E);
+    size_t blocks = scan_blocks_cuda(E);
+    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3);
     scan_allow_shared(selective_scan_backward_kernel<bf16>, bytes);
     selective_scan_backward_kernel<bf16><<<(unsigned)(blocks * B), SCAN_THREADS, bytes>>>(
-        dx, ddt, dz, E, y, NULL, scratch, de, dy, NULL, hs, s, x, dt_raw, dt_bias, A_log, bc, bc + N, LD, Dskip,
-        z, E, doc, T, E, N);
+        dx, ddt, dz, E, y, NULL, scratch, de, dy, NULL, hs, s, x, dt_raw, dt_bias, A_log, bc, bc + N, LD,
+        Dskip, z, E, doc, T, E, N);
     cudaCheck(cudaGetLastError());
     reduce(scratch, blocks);
 }
 
-static void launch_fast(bool split) {
-    scan_launch_backward_fast(dx, ddt, dz, E, y, dA_log, dDskip, ddt_bias, dBt, dCt, N, NULL, dy, NULL, hs, s, x,
-                              dt_raw, dt_bias, A_log, bc, bc + N, LD, Dskip, z, E, doc, scratch, B, T, E,
-                              split ? scan_segments_cuda(B, T, E) : 1, 0);
+static void launch_whole(void) {                               // one segment of time
+    scan_launch_backward_fast(dx, ddt, dz, E, y, dA_log, dDskip, ddt_bias, dBt, dCt, N, NULL, dy, NULL, hs, s,
+                              x, dt_raw, dt_bias, A_log, bc, bc + N, LD, Dskip, z, E, doc, scratch, B, T, E,
+                              1, 0);
 }
-static void launch_whole(void) { launch_fast(false); }
 
 static void launch_shipped(void) {
-    selective_scan_backward_cuda<bf16>(dx, ddt, dz, E, y, dA_log, dDskip, ddt_bias, dBt, dCt, N, (float*)NULL, dy,
-                                       (const float*)NULL, hs, s, x, dt_raw, dt_bias, A_log, bc, bc + N, LD,
-                                       Dskip, z, E, doc, scratch, B, T, E, N, 0);
+    selective_scan_backward_cuda<bf16>(dx, ddt, dz, E, y, dA_log, dDskip, ddt_bias, dBt, dCt, N, (float*)NULL,
+                                       dy, (const float*)NULL, hs, s, x, dt_raw, dt_bias, A_log, bc, bc + N,
+                                       LD, Dskip, z, E, doc, scratch, B, T, E, N, 0);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -358,22 +370,30 @@ static void setup_problem(const size_t* size, bool docs) {
     scratch = nan_array<float>(selective_scan_scratch_cuda(B, T, E, N));
     dBC = nan_array<float>((E / 16) * M * DIMS);
     de = nan_array<float>(B * E * (N + 2));
-    selective_scan_forward_cuda<bf16>(y, s, hs, (float*)NULL, x, dt_raw, dt_bias, A_log, bc, bc + N, LD, Dskip, z,
-                                      E, (const float*)NULL, doc, B, T, E, N, 0);
+    selective_scan_forward_cuda<bf16>(y, s, hs, (float*)NULL, x, dt_raw, dt_bias, A_log, bc, bc + N, LD,
+                                      Dskip, z, E, (const float*)NULL, doc, B, T, E, N, 0);
     if (T <= 2048) {                                           // rungs 1 to 4
-        dt32 = nan_array<float>(ME); g32 = nan_array<float>(ME); states = nan_array<float>(ME * N);
-        gate_kernel<<<(unsigned)((ME + 255) / 256), 256>>>(dt32, g32, dz, y, dt_raw, dt_bias, dy, s, z, ME, E);
+        dt32 = nan_array<float>(ME);
+        g32 = nan_array<float>(ME);
+        states = nan_array<float>(ME * N);
+        launch_gate();
         states_kernel<<<dim3((unsigned)(E / 16), (unsigned)B), 256>>>(states, x, dt32, A_log, bc, doc, T, E);
-        x_t = nan_array<bf16>(ME); dt_t = nan_array<bf16>(ME); z_t = nan_array<bf16>(ME); dy_t = nan_array<bf16>(ME);
-        s_t = nan_array<bf16>(ME); bc_t = nan_array<bf16>(M * LD); out_t = nan_array<bf16>(4 * ME);
-        transpose(x_t, x, T, E); transpose(dt_t, dt_raw, T, E); transpose(z_t, z, T, E); transpose(dy_t, dy, T, E);
-        transpose(s_t, s, T, E); transpose(bc_t, bc, T, LD);
+        const bf16* from[] = {x, dt_raw, z, dy, s};
+        bf16** to[] = {&x_t, &dt_t, &z_t, &dy_t, &s_t};
+        for (int i = 0; i < COUNT(to); i++) {
+            *to[i] = nan_array<bf16>(ME);
+            transpose(*to[i], from[i], T, E);
+        }
+        bc_t = nan_array<bf16>(M * LD);
+        transpose(bc_t, bc, T, LD);
+        out_t = nan_array<bf16>(4 * ME);
     }
     cudaCheck(cudaDeviceSynchronize());
 
     // the same on the CPU; arrays are used again where possible
     std::vector<float> dt(ME), S(ME), v(ME), dS(ME), saved(selective_scan_saved(B, T, E, N));
-    std::vector<float> dxv(ME, 0), ddtv(ME, 0), dAv(E * N, 0), dDv(E, 0), db(E, 0), dBv(M * N, 0), dCv(M * N, 0);
+    std::vector<float> dxv(ME, 0), ddtv(ME, 0), dBv(M * N, 0), dCv(M * N, 0);
+    std::vector<float> dAv(E * N, 0), dDv(E, 0), db(E, 0);
     std::vector<float> work(selective_scan_scratch(B, T, E, N));
     for (size_t i = 0; i < ME; i++) dt[i] = h_dt[i] + h_bias[i % E];
     softplus_forward(dt.data(), dt.data(), ME);
@@ -407,8 +427,8 @@ static void setup_wide(int which) { setup_problem(which ? TIMED[0] : SMALL[0], w
 static void setup_long(int which) { setup_problem(which ? TIMED[1] : SMALL[1], which == 0); }
 
 static const Rung wide[] = {
-    {"thread = state, every h stored by forward, atomics", launch_state<1>, 0},
-    {"h saved every 16 tokens, the others recomputed", launch_state<2>, 0},
+    {"thread = state, every h stored by forward (1.6 GB), atomics", launch_state<1>, 0},
+    {"h saved every 16 tokens (50 MB), the others recomputed", launch_state<2>, 0},
     {"dBt, dCt summed per block, no atomics", launch_state<3>, 0},
     {"as published: block = channel, parallel in time, atomics", launch_line, 0},
     {"lane = 4 states, 8 steps in registers (the general path)", launch_general, 0},
@@ -432,8 +452,8 @@ static double floor_of(const size_t* size) {                   // milliseconds, 
 
 int main(int argc, char** argv) {
     const Ladder ladders[] = {
-        {"selective_scan_backward", "B8 T2048 E1536 N16, bf16", wide, COUNT(wide), setup_wide, bytes_of(TIMED[0]),
-         0, floor_of(TIMED[0])},
+        {"selective_scan_backward", "B8 T2048 E1536 N16, bf16", wide, COUNT(wide), setup_wide,
+         bytes_of(TIMED[0]), 0, floor_of(TIMED[0])},
         {"selective_scan_backward", "B2 T32768 E1536 N16, bf16", longer, COUNT(longer), setup_long,
          bytes_of(TIMED[1]), 0, floor_of(TIMED[1])},
     };
