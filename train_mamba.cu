@@ -1907,7 +1907,9 @@ bool short_matmul_cuda(X* out_x, size_t ldo, const X* inp_x, size_t ldi, const X
 //             (F8) y_t = s_t silu(z_t)                    a_t := 0 where a document begins
 //   shapes:   x, dt_raw, s, y (B,T,E)   Bt, Ct (B,T,N), row stride ldbc   z (B,T,E), row stride ldz
 //             A_log (E,N)   Dskip, dt_bias (E)   h0, hT (B,E,N)   doc (B,T)
-//   saved:    s, and hs (B, T/16, E, N): the state before tokens 0, 16, 32, ...; the rest is recomputed
+//   saved:    s, and hs (B, T/spacing, E, N): the state before tokens 0, spacing, 2 spacing, ...; the rest is
+//             recomputed. spacing 8 is fastest, 16 needs half the memory (backward, H200, B8 T2048 E1536 bf16:
+//             BACK8 and BACK16 ms)
 // Mamba paper (arXiv 2312.00752), section 3.2 and algorithm 2. Oracle: selective_scan_forward/_backward of
 // train_mamba.c.
 //
@@ -1918,9 +1920,9 @@ bool short_matmul_cuda(X* out_x, size_t ldo, const X* inp_x, size_t ldi, const X
 // SCAN_CHANNELS channels of one sequence and walks through time, so that the state never leaves the chip; the
 // grid is (E / 32, B). No sum depends on the order in which threads happen to run: results repeat bitwise.
 
-// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SAVED: tokens between two saved states.
-// SCAN_GROUP: states that a block's four warps hold at once.
-enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SAVED = 16, SCAN_GROUP = 16, SCAN_THREADS = 128 };
+// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SPACING: tokens between two saved states as
+// training uses it; launchers take 8 or 16. SCAN_GROUP: states that a block's four warps hold at once.
+enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SPACING = 8, SCAN_GROUP = 16, SCAN_THREADS = 128 };
 
 #define SCAN_LOG2E 1.44269504f
 #define SCAN_LN2 0.69314718f
@@ -1928,12 +1930,11 @@ enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SAVED = 16, SCAN_GROUP = 16, SCA
 #define SCAN_RESET 3e38f
 
 static inline size_t scan_blocks_cuda(size_t E) { return (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS; }
-static inline size_t scan_states_cuda(size_t T) { return (T + SCAN_SAVED - 1) / SCAN_SAVED; }
 static inline size_t scan_padded_cuda(size_t T) { return (T + 31) / 32 * 32; }
 
 // elements of X that forward saves in hs
-size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N) {
-    return B * scan_states_cuda(T) * E * N;
+size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N, int spacing) {
+    return B * ((T + spacing - 1) / spacing) * E * N;
 }
 
 // Where the channels of all sequences are too few blocks to fill the chip, the fast backward cuts time into
@@ -2038,7 +2039,7 @@ __global__ void __launch_bounds__(SCAN_THREADS)
 selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw, const float* dt_bias,
                               const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
                               const X* z, size_t ldz, const float* h0, const int* doc,
-                              size_t T, size_t E, size_t N) {
+                              size_t T, size_t E, size_t N, int spacing) {
     extern __shared__ __align__(128) char shared[];
     ScanTile& tile = *(ScanTile*)shared;
     const int padded = (int)(N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
@@ -2048,7 +2049,7 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
     const size_t blocks = (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS, chunks = (T + 7) / SCAN_STEPS;
     const size_t b = blockIdx.x / blocks, e = blockIdx.x % blocks * SCAN_CHANNELS + lane;
-    const size_t states = (chunks + 1) / 2;                    // saved ones, every second chunk
+    const size_t every = spacing / SCAN_STEPS, states = (chunks + every - 1) / every;      // saved states
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
     for (int n = w; n < padded; n += 4) {
@@ -2072,8 +2073,8 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
             for (int k = 0; k < 4; k++) {
                 state[k] = h[n0 + k][lane];
                 decay[k] = A2[n0 + k][lane];
-                if (hs && chunk % 2 == 0 && channel && n0 + k < (int)N)
-                    scan_store(hs + ((b * states + chunk / 2) * E + e) * N + n0 + k, state[k]);
+                if (hs && chunk % every == 0 && channel && n0 + k < (int)N)
+                    scan_store(hs + ((b * states + chunk / every) * E + e) * N + n0 + k, state[k]);
             }
             #pragma unroll
             for (int j = 0; j < SCAN_STEPS; j++) {
@@ -2107,11 +2108,12 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
     for (int n = w; hT && channel && n < (int)N; n += 4) hT[(b * E + e) * N + n] = h[n][lane];
 }
 
-// ScanBackwardTile: 16 tokens, from one saved state to the next, in shared memory
+// ScanBackwardTile: 16 tokens in shared memory
+enum { SCAN_PAIR = 2 * SCAN_STEPS };
 struct ScanBackwardTile {
-    float dt[SCAN_SAVED][SCAN_CHANNELS], decay_dt[SCAN_SAVED][SCAN_CHANNELS];      // as in ScanTile
-    float dtx[SCAN_SAVED][SCAN_CHANNELS], g[SCAN_SAVED][SCAN_CHANNELS];
-    float part[4][2][SCAN_SAVED][SCAN_CHANNELS];               // <lambda, Bt>, <lambda, A2 m> of every warp
+    float dt[SCAN_PAIR][SCAN_CHANNELS], decay_dt[SCAN_PAIR][SCAN_CHANNELS];      // as in ScanTile
+    float dtx[SCAN_PAIR][SCAN_CHANNELS], g[SCAN_PAIR][SCAN_CHANNELS];
+    float part[4][2][SCAN_PAIR][SCAN_CHANNELS];               // <lambda, Bt>, <lambda, A2 m> of every warp
     float sum[4][16][36];                                      // scan_sum_channels of every warp
 };
 
@@ -2132,7 +2134,7 @@ __device__ __forceinline__ float scan_sum_channels(const float (*row)[36], int l
 
 // selective_scan_backward_kernel: from the last 16 tokens to the first. The states of 8 tokens are recomputed
 // from the saved one, then lambda = dLoss/dh_t runs backward; `carry` is what a token hands to the previous.
-// The way to the second 8 tokens leads through the first 8.
+// If only every second chunk has a saved state, the way to the others leads through 8 tokens.
 //   forward (F8) y = s silu(z)          (B2)  g = dy silu(z)          dz = dy s silu'(z)
 //   forward (F7) s = <Ct, h> + D x      (B4)  lambda = g Ct + carry   (B5) dCt = sum_e g h
 //                                       (B3)  dx = D g + ..           dDskip = sum g x
@@ -2150,17 +2152,17 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                                float* de_part, const X* dy, const float* dhT, const X* hs, const X* s,
                                const X* x, const X* dt_raw, const float* dt_bias, const float* A_log,
                                const X* Bt, const X* Ct, size_t ldbc, const float* Dskip, const X* z,
-                               size_t ldz, const int* doc, size_t T, size_t E, size_t N) {
+                               size_t ldz, const int* doc, size_t T, size_t E, size_t N, int spacing) {
     extern __shared__ __align__(128) char shared[];
     ScanBackwardTile& tile = *(ScanBackwardTile*)shared;
     const int padded = (int)(N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
     float* bc = (float*)(&tile + 1);
-    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc + SCAN_SAVED * 2 * padded);
+    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc + SCAN_PAIR * 2 * padded);
     float (*A2)[SCAN_CHANNELS] = carry + padded;
     float (*dA)[SCAN_CHANNELS] = A2 + padded;
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
     const size_t blocks = (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS, b = blockIdx.x / blocks;
-    const size_t e = blockIdx.x % blocks * SCAN_CHANNELS + lane, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
+    const size_t e = blockIdx.x % blocks * SCAN_CHANNELS + lane, states = (T + spacing - 1) / spacing;
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
     float dD = 0.0f, dbias = 0.0f;
@@ -2172,8 +2174,8 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
         carry[n][lane] = inside && dhT ? dhT[(b * E + e) * N + n] : 0.0f;
         dA[n][lane] = 0.0f;
     }
-    for (size_t state = states; state-- > 0;) {
-        const size_t t0 = state * SCAN_SAVED;
+    for (size_t pair = (T + SCAN_PAIR - 1) / SCAN_PAIR; pair-- > 0;) {
+        const size_t t0 = pair * SCAN_PAIR;
         float x_t[4] = {0}, p[4] = {0}, z_t[4] = {0}, dy_t[4] = {0}, s_t[4] = {0};
         #pragma unroll
         for (int k = 0; k < 4; k++) {                          // all loads first: they are under way together
@@ -2209,18 +2211,19 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
             float q[SCAN_STEPS] = {0}, r[SCAN_STEPS] = {0};              // <lambda, Bt>, <lambda, A2 m>
             for (int n0 = 4 * w; n0 < padded; n0 += SCAN_GROUP) {
                 float h[4], lambda[4], decay[4], dA_n[4], a[SCAN_STEPS][4], m[SCAN_STEPS][4];
+                const size_t state = (t0 + j0) / spacing;
                 // lanes 2i, 2i+1 get the sums over channels for state i % 4 of token i / 4 of 4 tokens
                 const size_t t = t0 + j0 + (lane >> 3), n = (size_t)(n0 + (lane >> 1) % 4);
                 const bool store = n < N && lane % 2 == 0;
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    bool inside = channel && n0 + k < (int)N;
+                    bool inside = channel && n0 + k < (int)N && state < states;
                     h[k] = inside ? to_float(hs[((b * states + state) * E + e) * N + n0 + k]) : 0.0f;
                     lambda[k] = carry[n0 + k][lane];
                     decay[k] = A2[n0 + k][lane];
                     dA_n[k] = dA[n0 + k][lane];
                 }
-                for (int j = 0; j < j0; j++) {                 // to the state before token j0
+                for (int j = (int)(state * spacing - t0); j < j0; j++) {         // to the state before token j0
                     const float* B_t = bc + j * 2 * padded + n0;
                     float dt = tile.decay_dt[j][lane], dtx = tile.dtx[j][lane];
                     #pragma unroll
@@ -2492,7 +2495,7 @@ __global__ void __launch_bounds__(SCAN_THREADS + ScanForwardShared<X, S>::HELPER
 selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
                                    const float* dt_bias, const float* A_log, const X* Bt, const X* Ct,
                                    size_t ldbc, const float* Dskip, const X* z, size_t ldz, const float* h0,
-                                   const int* doc, size_t T, size_t E) {
+                                   const int* doc, size_t T, size_t E, int spacing) {
     extern __shared__ __align__(128) char shared[];
     typedef ScanForwardShared<X, S> Shared;
     enum { TOKENS = Shared::TOKENS, CHANNELS = Shared::CHANNELS, HELPERS = Shared::HELPERS };
@@ -2515,7 +2518,7 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
         // channels and two state groups only, and a shared load with few distinct addresses takes half the time.
         const int g = (lane & 1) | ((lane >> 2) & (S == 4 ? 2 : 6)), c = ((lane >> 1) & 3) | ((lane >> 2) & (S == 4 ? 4 : 0));
         const int ch = w * 2 * S + c;
-        const size_t state = (b * E + e0 + ch) * 16 + S * g, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
+        const size_t state = (b * E + e0 + ch) * 16 + S * g, states = (T + spacing - 1) / spacing;
         float decay[S], h[S];
         #pragma unroll
         for (int n = 0; n < S; n++) {
@@ -2535,8 +2538,11 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
             for (int m = 0; m < 4; m++) bc[m] = &tile.bc[m][(S * g) ^ (4 * m)];        // of tokens m, m + 4, ..
             #pragma unroll
             for (int t0 = 0; t0 < TOKENS; t0 += SCAN_STEPS) {
-                if (t0 % SCAN_SAVED == 0 && left > t0 / SCAN_SAVED)
-                    store_pack<S>(saved + t0 / SCAN_SAVED * next, h);
+                if (t0 % spacing == 0 && left > 0) {
+                    store_pack<S>(saved, h);
+                    saved += next;
+                    left--;
+                }
                 float sum[8];
                 #pragma unroll
                 for (int j = 0; j < SCAN_STEPS; j++) {
@@ -2554,8 +2560,6 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
                 *(float4*)(sums + t0) = *(float4*)sum;
                 *(float4*)(sums + t0 + 4) = *(float4*)(sum + 4);
             }
-            saved += TOKENS / SCAN_SAVED * next;
-            left -= TOKENS / SCAN_SAVED;
             scan_arrive_warp(&sh.scanned[i & 1]);
         }
         #pragma unroll
@@ -2714,7 +2718,7 @@ struct ScanBackwardShared {
     // tile as loaded; read by the threads that loaded it
     bf16 z[32][32], s[32][32], dy[32][32], bc[32][32];
     bf16 x[2][32][32], dt[2][32][32];
-    uint2 hs[2][2][SCAN_THREADS];  // saved states, read by the thread that loads them
+    uint2 hs[2][4][SCAN_THREADS];  // saved states, read by the thread that loads them
     int doc[32][2];
     float bias2[32];
 };
@@ -2728,8 +2732,9 @@ __device__ __forceinline__ void scan_store4(bf16* p, size_t i, float4 v) {
 // selective_scan_backward_fast_kernel: the general kernel's formulas. A block of four warps walks tiles of 32
 // tokens, four chunks each, from right to left. A warp owns 8 channels x 16 states as one tensor core matrix:
 // lane (g, q) holds states 4q..4q+3 of channel g, v[0], v[1] = row g, columns 2q, 2q+1, v[2], v[3] = row g+8.
-// In a chunk, 8 steps forward keep a_t and m_t in registers; 8 steps in reverse use them. States are saved
-// every second chunk; before the other chunks come 8 steps that only lead there.
+// In a chunk, 8 steps forward keep a_t and m_t in registers (one exponential per update in all of backward);
+// 8 steps in reverse use them. With SPACING 16 only every second chunk has a saved state; before the others
+// come 8 steps that only lead there.
 //   dtx x Bt, g x Ct   (every channel times every state)  tf32: the A operand holds two steps of dtx, the
 //                      one-hot B operand picks one; g and dtx are rounded to 10 bits, Bt and Ct are exact
 //   q = <lambda, Bt>   lambda as bf16 is an A operand as it lies: rows g are the even, rows g+8 the odd step
@@ -2739,7 +2744,7 @@ __device__ __forceinline__ void scan_store4(bf16* p, size_t i, float4 v) {
 // One block per 32 channels, segment of time (`each` tiles) and sequence; lambda enters a segment as
 // selective_scan_carry_kernel says.
 // P: type of the partial sums in dBC_part (B, blocks, T/32 tiles, 4 chunks, {dBt, dCt}, 32 lanes, 4).
-template <typename P>
+template <typename P, int SPACING>
 __global__ void __launch_bounds__(SCAN_THREADS, 3)
     selective_scan_backward_fast_kernel(bf16* dx, bf16* ddt_raw, bf16* dz, uint32_t lddz,
                                         bf16* y, float* dh0, P* dBC_part, float* de_part,
@@ -2795,10 +2800,11 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             bool known = inside && (c0 == 0 || t > 0);
             scan_copy4(&sh.doc[r0][c0 >> 3], doc + row - (c0 >> 3), known);
         }
-        const int states = (int)((T + SCAN_SAVED - 1) / SCAN_SAVED);
-        const bf16* state = hs + ((size_t)(b * states + i * 2) * E + e0 + ch) * 16 + 4 * q;
-        scan_copy8(&sh.hs[i & 1][0][tid], state, true);
-        scan_copy8(&sh.hs[i & 1][1][tid], state + (size_t)E * 16, i * 2 + 1 < states);
+        const int states = (int)((T + SPACING - 1) / SPACING), state = i * (32 / SPACING);
+        const bf16* from = hs + ((size_t)(b * states + state) * E + e0 + ch) * 16 + 4 * q;
+        #pragma unroll
+        for (int k = 0; k < 32 / SPACING; k++, from += (size_t)E * 16)
+            scan_copy8(&sh.hs[i & 1][k][tid], from, state + k < states);
         copy_async_commit();
     };
     auto prepare = [&](int i) {
@@ -2888,12 +2894,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             const float* pdtx = &chunk.dtx[chunk.at(ch) + 2 * (q >> 1)];
             const float* pg = &chunk.g[chunk.at(ch) + 2 * (q >> 1)];
             float h[4], a[8][4], m[8][4], dt[8], dB[4] = {0, 0, 0, 0}, dC[4] = {0, 0, 0, 0};
-            uint2 start = sh.hs[i & 1][k >> 1][tid];
+            uint2 start = sh.hs[i & 1][k / (SPACING / 8)][tid];
             h[0] = scan_low(start.x);
             h[1] = scan_high(start.x);
             h[2] = scan_low(start.y);
             h[3] = scan_high(start.y);
-            if (k & 1) {                                       // the state was saved 8 tokens earlier
+            if (SPACING == 16 && k & 1) {                                       // the state was saved 8 tokens earlier
                 const ScanBackwardChunk& left = sh.chunk[k - 1];
                 #pragma unroll
                 for (int f = 0; f < 2; f++) {
@@ -3211,12 +3217,12 @@ static inline void scan_launch_forward_fast(X* y, X* s, X* hs, float* hT, const 
                                             const float* dt_bias, const float* A_log, const X* Bt,
                                             const X* Ct, size_t ldbc, const float* Dskip, const X* z,
                                             size_t ldz, const float* h0, const int* doc, size_t B, size_t T,
-                                            size_t E, cudaStream_t stream) {
+                                            size_t E, int spacing, cudaStream_t stream) {
     typedef ScanForwardShared<X, S> Shared;
     auto kernel = selective_scan_forward_fast_kernel<X, S>;
     scan_allow_shared(kernel, sizeof(Shared));
     kernel<<<(unsigned)(B * (E / Shared::CHANNELS)), SCAN_THREADS + Shared::HELPERS, sizeof(Shared), stream>>>(
-        y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E);
+        y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, spacing);
     cudaCheck(cudaGetLastError());
 }
 static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, size_t lddz,
@@ -3227,7 +3233,7 @@ static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, 
                                              const float* dt_bias, const float* A_log, const bf16* Bt,
                                              const bf16* Ct, size_t ldbc, const float* Dskip,
                                              const bf16* z, size_t ldz, const int* doc, float* scratch,
-                                             size_t B, size_t T, size_t E, size_t segments,
+                                             size_t B, size_t T, size_t E, int spacing, size_t segments,
                                              cudaStream_t stream) {
     const size_t blocks = scan_blocks_cuda(E), tiles = scan_padded_cuda(T) / 32;
     const size_t each = (tiles + segments - 1) / segments;
@@ -3235,7 +3241,8 @@ static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, 
     float* dt_sum = local + segments * B * E * 16;
     float* de_part = dt_sum + segments * B * E;
     ScanPartial* dBC_part = (ScanPartial*)scratch;
-    auto kernel = selective_scan_backward_fast_kernel<ScanPartial>;
+    auto kernel = spacing == 8 ? selective_scan_backward_fast_kernel<ScanPartial, 8>
+                               : selective_scan_backward_fast_kernel<ScanPartial, 16>;
     scan_allow_shared(kernel, sizeof(ScanBackwardShared));
     if (segments > 1) {
         selective_scan_carry_kernel<<<(unsigned)(blocks * (segments - 1) * B), SCAN_THREADS, 0, stream>>>(
@@ -3260,16 +3267,17 @@ static inline void scan_launch_backward_fast(float*, float*, float*, size_t, flo
                                              const float*, const float*, const float*, const float*,
                                              const float*, const float*, const float*, const float*, size_t,
                                              const float*, const float*, size_t, const int*, float*, size_t,
-                                             size_t, size_t, size_t, cudaStream_t) {}
+                                             size_t, size_t, int, size_t, cudaStream_t) {}
 
 // selective_scan_forward_cuda: formulas at the top of this section.
 //   y (B,T,E) written   s (B,T,E), hs selective_scan_saved_cuda() elements: for backward, NULL in inference
 //   hT, h0 (B,E,N) float, each may be NULL, may be one array   doc (B,T) or NULL; h0 is of document 0
+//   spacing: tokens between two states in hs, 8 or 16
 template <typename X>
 void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
                                  const float* dt_bias, const float* A_log, const X* Bt, const X* Ct,
                                  size_t ldbc, const float* Dskip, const X* z, size_t ldz, const float* h0,
-                                 const int* doc, size_t B, size_t T, size_t E, size_t N,
+                                 const int* doc, size_t B, size_t T, size_t E, size_t N, int spacing,
                                  cudaStream_t stream) {
     const size_t w = sizeof(X);
     if (N == 16 && E % SCAN_CHANNELS == 0 && B * T < (size_t)1 << 31 && is_aligned(x, 16, E * w) &&
@@ -3280,27 +3288,28 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
         auto launch = 2 * B * scan_blocks_cuda(E) > 3 * (size_t)sms ? scan_launch_forward_fast<X, 4>
                                                                      : scan_launch_forward_fast<X, 2>;
-        launch(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, B, T, E, stream);
+        launch(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, B, T, E,
+               spacing, stream);
         return;
     }
     size_t bytes = scan_shared_bytes(sizeof(ScanTile), SCAN_STEPS, N, 2);
     scan_allow_shared(selective_scan_forward_kernel<X>, bytes);
     selective_scan_forward_kernel<X><<<(unsigned)(scan_blocks_cuda(E) * B), SCAN_THREADS, bytes, stream>>>(
-        y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, N);
+        y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, N, spacing);
     cudaCheck(cudaGetLastError());
 }
 
 // selective_scan_backward_cuda: formulas at selective_scan_backward_kernel. dy is the gradient of y.
 //   dx, ddt_raw (B,T,E), dz (row stride lddz), dBt, dCt (row stride lddbc), dh0, y: written
 //   dA_log (E,N), dDskip, ddt_bias (E): added to   dh0, dhT (B,E,N), doc: may be NULL
-//   hs, s: as forward left them   scratch: selective_scan_scratch_cuda() floats
+//   hs (with this spacing), s: as forward left them   scratch: selective_scan_scratch_cuda() floats
 template <typename X>
 void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, float* dA_log, float* dDskip,
                                   float* ddt_bias, X* dBt, X* dCt, size_t lddbc, float* dh0, const X* dy,
                                   const float* dhT, const X* hs, const X* s, const X* x, const X* dt_raw,
                                   const float* dt_bias, const float* A_log, const X* Bt, const X* Ct,
                                   size_t ldbc, const float* Dskip, const X* z, size_t ldz, const int* doc,
-                                  float* scratch, size_t B, size_t T, size_t E, size_t N,
+                                  float* scratch, size_t B, size_t T, size_t E, size_t N, int spacing,
                                   cudaStream_t stream) {
     if (scan_is_fast(x, Bt, Ct, ldbc, z, ldz, B, T, E, N) && scan_aligned(dx, E) &&
         scan_aligned(ddt_raw, E) && scan_aligned(dz, lddz) && scan_aligned(y, E) && scan_aligned(dh0, E) &&
@@ -3308,16 +3317,16 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
         scan_aligned(scratch, E)) {
         scan_launch_backward_fast(dx, ddt_raw, dz, lddz, y, dA_log, dDskip, ddt_bias, dBt, dCt, lddbc, dh0,
                                   dy, dhT, hs, s, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, doc,
-                                  scratch, B, T, E, scan_segments_cuda(B, T, E), stream);
+                                  scratch, B, T, E, spacing, scan_segments_cuda(B, T, E), stream);
         return;
     }
     size_t blocks = scan_blocks_cuda(E);
-    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3);
+    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_PAIR, N, 3);
     float* de_part = scratch + blocks * B * T * 2 * N;
     scan_allow_shared(selective_scan_backward_kernel<X>, bytes);
     selective_scan_backward_kernel<X><<<(unsigned)(blocks * B), SCAN_THREADS, bytes, stream>>>(
         dx, ddt_raw, dz, lddz, y, dh0, scratch, de_part, dy, dhT, hs, s, x, dt_raw, dt_bias, A_log, Bt, Ct,
-        ldbc, Dskip, z, ldz, doc, T, E, N);
+        ldbc, Dskip, z, ldz, doc, T, E, N, spacing);
     cudaCheck(cudaGetLastError());
     size_t results = B * T * 2 * N + E * (N + 2);
     selective_scan_reduce_kernel<X><<<(unsigned)((results + 255) / 256), 256, 0, stream>>>(
@@ -3795,6 +3804,9 @@ enum { P_MLP_NORM, P_FC1, P_FC2 };    // MlpParams
 static_assert(FIELDS(Mamba1Params) == P_OUT_BIAS + 1 && FIELDS(MlpParams) == P_FC2 + 1,
               "the fields of train_mamba.c");
 
+// scan_spacing: tokens between two saved states; with --recompute cheap every second one is made again
+static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 16 : SCAN_SPACING; }
+
 // mamba1_block_forward_cuda: delta_out = Mamba(RMSNorm(res)), res = res_in + delta_in.
 // state: conv and ssm, float, NULL: zeros
 template <typename X>
@@ -3817,7 +3829,7 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                         stream);
     selective_scan_forward_cuda<X>(w->y, a->s, a->hs, stateT[1], a->x, a->dt_raw, L->p[P_DT_BIAS],
                                    L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                   2 * E, state0[1], run->doc, B, T, E, N, stream);
+                                   2 * E, state0[1], run->doc, B, T, E, N, scan_spacing(run->recompute), stream);
     matmul_forward_cuda(run->matmul, w->delta, D, w->y, E, L->px[P_OUT], L->p[P_OUT_BIAS], M, E, D, stream);
 }
 
@@ -3846,7 +3858,7 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                     L->grad[P_DT_BIAS], w->drbc + R, w->drbc + R + N, RBC, (float*)NULL,
                                     w->dy, (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, L->p[P_DT_BIAS],
                                     L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                    2 * E, run->doc, w->sums, B, T, E, N, stream);
+                                    2 * E, run->doc, w->sums, B, T, E, N, scan_spacing(run->recompute), stream);
     linear_backward_weight(run, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E, w->sums, E, D);
     linear_backward_weight(run, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC, w->sums, R, E);
     matmul_backward_cuda(mm, w->drbc, RBC, false, (float*)NULL, (float*)NULL, w->ddt, E, (const X*)NULL, 0,
@@ -4063,7 +4075,7 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
         TAKE(keep_cheap, dt_raw, M * E);
         if (!train) continue;
         TAKE(keep, s, M * E);
-        TAKE(keep, hs, selective_scan_saved_cuda(B, T, E, N));
+        TAKE(keep, hs, selective_scan_saved_cuda(B, T, E, N, scan_spacing(w->recompute)));
         #undef TAKE
     }
     arena_take(arena, &w->res_last, M * D);

@@ -603,7 +603,7 @@ static std::string scan_claim(const char* what, bool slow) {
     return std::string(slow ? "scan, slow decay " : "scan ") + what;
 }
 
-template <typename X> void check_scan(const ScanShape* s) {
+template <typename X> void check_scan(const ScanShape* s, int spacing) {
     size_t B = s->B, T = s->T, E = s->E, N = s->N, R = s->R, M = B * T, ld = R + 2 * N, ldz = 2 * E;
     size_t states = B * E * N;
     Vec x = normal_vec<X>(M * E), dt_raw = normal_vec<X>(M * E, s->dt_scale, s->dt_mean);
@@ -638,17 +638,17 @@ template <typename X> void check_scan(const ScanShape* s) {
 
     X *g_x = gpu<X>(x), *g_dt = gpu<X>(dt_raw), *g_rbc = gpu<X>(rbc), *g_xz = gpu<X>(xz), *g_dy = gpu<X>(dy);
     X *y = gpu_nan<X>(M * E), *s_ = gpu_nan<X>(M * E);
-    X* g_hs = gpu_nan<X>(selective_scan_saved_cuda(B, T, E, N));
+    X* g_hs = gpu_nan<X>(selective_scan_saved_cuda(B, T, E, N, spacing));
     float *g_bias = gpu<float>(bias), *g_A = gpu<float>(A_log), *g_D = gpu<float>(D);
     float *g_h0 = s->state ? gpu<float>(h0) : NULL, *g_hT = gpu_nan<float>(states);
     float* g_dhT = s->state ? gpu<float>(dhT) : NULL;
     const int* g_doc = d ? gpu(doc) : NULL;
     const X *g_Bt = g_rbc + R, *g_z = g_xz + E;
-    snprintf(shape, sizeof shape, "%s B%zu T%zu E%zu N%zu R%zu%s%s%s",
-             selective_scan_path_cuda<X>(g_x, g_Bt, g_Bt + N, ld, g_z, ldz, B, T, E, N), B, T, E, N, R,
+    snprintf(shape, sizeof shape, "%s B%zu T%zu E%zu N%zu R%zu spacing %d%s%s%s",
+             selective_scan_path_cuda<X>(g_x, g_Bt, g_Bt + N, ld, g_z, ldz, B, T, E, N), B, T, E, N, R, spacing,
              s->docs < 0 ? "" : " doc", s->state ? " state" : "", s->note);
     selective_scan_forward_cuda<X>(y, s_, g_hs, g_hT, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N, ld, g_D, g_z,
-                                   ldz, g_h0, g_doc, B, T, E, N, 0);
+                                   ldz, g_h0, g_doc, B, T, E, N, spacing, 0);
     Vec got_y = from_gpu(y, M * E);
     // a_t, just below 1, is rounded at every token, and the state remembers all 2000: measured 1.2e-5
     const bool slow = s->decay < -5;
@@ -660,13 +660,14 @@ template <typename X> void check_scan(const ScanShape* s) {
     X* y2 = gpu_nan<X>(M * E);
     float* inplace = s->state ? gpu<float>(h0) : gpu<float>(Vec(states));
     selective_scan_forward_cuda<X>(y2, (X*)NULL, (X*)NULL, inplace, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N,
-                                   ld, g_D, g_z, ldz, inplace, g_doc, B, T, E, N, 0);
+                                   ld, g_D, g_z, ldz, inplace, g_doc, B, T, E, N, spacing, 0);
     claim_zero<X>("scan in inference: bits", differing(from_gpu(y2, M * E).data(), got_y.data(), M * E));
     claim<X>(scan_claim("hT = h0", slow).c_str(), from_gpu(inplace, states), hT, out, 1e-4);
     if (!s->state) {
         y2 = gpu_nan<X>(M * E);
         selective_scan_forward_cuda<X>(y2, (X*)NULL, (X*)NULL, (float*)NULL, g_x, g_dt, g_bias, g_A, g_Bt,
-                                       g_Bt + N, ld, g_D, g_z, ldz, (float*)NULL, g_doc, B, T, E, N, 0);
+                                       g_Bt + N, ld, g_D, g_z, ldz, (float*)NULL, g_doc, B, T, E, N, spacing,
+                                       0);
         claim_zero<X>("scan without states: bits",
                       differing(from_gpu(y2, M * E).data(), got_y.data(), M * E));
     }
@@ -682,7 +683,7 @@ template <typename X> void check_scan(const ScanShape* s) {
         selective_scan_backward_cuda<X>(g_dx, g_ddt, g_dxz + E, ldz, again, g_dA, g_dD, g_dbias, g_drbc + R,
                                         g_drbc + R + N, ld, g_dh0, g_dy, g_dhT, g_hs, s_, g_x, g_dt, g_bias,
                                         g_A, g_Bt, g_Bt + N, ld, g_D, g_z, ldz, g_doc, scratch, B, T, E, N,
-                                        0);
+                                        spacing, 0);
         Vec got_dx = from_gpu(g_dx, M * E), got_dA = from_gpu(g_dA, E * N), drbc = from_gpu(g_drbc, M * ld);
         Vec all = got_dx, BC = gathered(drbc, 2 * N, ld, R);
         all.insert(all.end(), got_dA.begin(), got_dA.end());
@@ -716,8 +717,8 @@ void test_cuda_scan(void) {
     use_threads(8);
     for (size_t i = 0; i < sizeof scan_shapes / sizeof scan_shapes[0]; i++) {
         if (only_small() && scan_shapes[i].T > 400) continue;
-        check_scan<float>(&scan_shapes[i]);
-        check_scan<bf16>(&scan_shapes[i]);
+        check_scan<float>(&scan_shapes[i], i % 2 ? 16 : 8);
+        for (int spacing = 8; spacing <= 16; spacing += 8) check_scan<bf16>(&scan_shapes[i], spacing);
     }
     use_threads(1);
     claims_report();
@@ -977,8 +978,10 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
             claim_value(name + " final states", real_relative(sG[k].data, sT[k].data, sT[k].n_elements),
                         sizeof(X) == 4 ? 1e-5 : 1e-2);               // measured 3e-7, 4e-3
     claim_value(name + " again: bits", bits_differ(got[0], got[1], m.n_elements), 0);
-    for (int k = 2; k < RUNS; k++)
-        claim_value(name + " with recompute: bits", bits_differ(got[0], got[k], m.n_elements), 0);
+    claim_value(name + " with recompute: bits", bits_differ(got[0], got[3], m.n_elements), 0);
+    // cheap walks from every second saved state, which bf16 has rounded
+    claim_value(name + " with recompute cheap: gradients", real_relative(got[2], got[0], m.n_elements),
+                sizeof(X) == 4 ? 0 : 1e-2);
     for (int k = 0; k < 2; k++) { state_free(&s0[k]); state_free(&sT[k]); state_free(&sG[k]); }
     cpu.destroy(&cpu);
     model_free(&m);
