@@ -597,6 +597,7 @@ static const ScanShape scan_shapes[] = {
     {2, 100, 64, 16, 8, 0, true, 1, 2, 6, " decay underflows"},
     {2, 100, 64, 9, 8, 0, true, 1, 2, 6, " decay underflows"},
     {1, 8192, 32, 16, 8, 0, true, 1, -3, 0, ""},
+    {210, 150, 32, 16, 8, 0, true, 1, -3, 0, " many sequences"},
 };
 
 static std::string scan_claim(const char* what, bool slow) {
@@ -1742,13 +1743,13 @@ static void check_large_block(size_t times) {
     Twice<bf16> drbc = twice_nan<bf16>(tokens * LD, times), again = twice_nan<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
         const bf16 *z = xz[big] + E, *Bt = rbc[big] + R;
-        bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N)), *dBt = drbc[big] + R;
+        bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N, 8)), *dBt = drbc[big] + R;
         selective_scan_forward_cuda<bf16>(y[big], s[big], hs, none, x[big], dt[big], bias, A, Bt, Bt + N, LD,
-                                          D, z, 2 * E, none, no_doc, B[big], T, E, N, 0);
+                                          D, z, 2 * E, none, no_doc, B[big], T, E, N, 8, 0);
         selective_scan_backward_cuda<bf16>(dx[big], ddt[big], dxz[big] + E, 2 * E, again[big], dA[big],
                                            dD[big], ddt_bias[big], dBt, dBt + N, LD, none, x[big], none, hs,
                                            s[big], x[big], dt[big], bias, A, Bt, Bt + N, LD, D, z, 2 * E,
-                                           no_doc, scratch, B[big], T, E, N, 0);
+                                           no_doc, scratch, B[big], T, E, N, 8, 0);
     }
     claim_rows("2^31: scan forward, y", y[1], y[0], E, E, tokens, times, 4e-3);
     claim_rows("2^31: scan forward, s", s[1], s[0], E, E, tokens, times, 4e-3);
