@@ -86,22 +86,17 @@ void device_require(void) {
 //
 // A linear layer is y = x W^T + b. cuBLASLt thinks in columns: a row-major (M,K) matrix is its column-major
 // (K,M) matrix, so out (M,O) is computed as out^T (O,M) = W (O,I) inp^T (I,M). Products of the activation
-// type X, sums in fp32. The algorithm is fixed per shape by a rule, with a workspace of fixed size and no
-// reduction in place: the same shape gives the same bits, whatever else uses the GPU.
+// type X, sums in fp32. The algorithm is fixed per shape, with a workspace of fixed size and no reduction in
+// place: the same shape gives the same bits, whatever else uses the GPU.
 //
-// The rule: the first algorithm that the heuristic proposes, but on Hopper (compute capability 9) and for
-// outputs of many tiles the kernel with tiles of 128 x 128 instead (matmul_overlap_output). The heuristic
-// likes larger tiles, on which all warps of a block work together and then together write the result, and the
-// tensor cores wait. With the smaller ones two groups of warps take turns: one writes while the other
-// computes. Our sums are short (768 to 1536 terms), so the writing counts. Milliseconds of all matmuls of a
-// step on one H200 (cuBLASLt 13.1, each matmul alone and its inputs not in the cache; dev/cuda/matmul.cu):
-//                                          first proposal   this rule   fastest of 8   of 400 timed   floor
-//   mamba-130m, 8 x 2048 tokens                 22.1           20.9         21.4           20.7        17.1
-//   mamba-130m, 32 x 2048, without the head     62.2           58.3         57.9           57.5        49.6
-//   12 x 384 characters, 64 x 256 tokens         3.5            3.5          3.4            3.3         1.8
-// Timing the proposals at the start would thus gain little, at the price of a choice that differs from run to
-// run. It would be allowed to: what changes the bits is only into how many parts the sum over K is split, and
-// all algorithms with the same split, thousands, agreed in every bit of every shape.
+// The algorithm is the first that the heuristic of cuBLASLt proposes. Others win when each matmul is timed
+// alone: on one H200 (cuBLASLt 13.1) all matmuls of a step of mamba-130m, 8 x 2048 tokens, take 22.1 ms with
+// the first, 21.4 with the fastest of eight proposals, 20.7 with the fastest of 400 algorithms; 17.1 is the
+// floor. In the step itself that gain is gone, within 0.3 %: training holds the GPU at the limit of its power
+// (690 of 700 W, the clock at 1.7 to 1.8 of 1.98 GHz), and a kernel that is busier lowers the clock. So there
+// is nothing to time at the start, and every run makes the same choice. (A choice by time would not have
+// changed the bits: only the number of parts into which a sum is split does. All algorithms with the same
+// split, hundreds for each shape, agreed in every bit.)
 
 enum { MATMUL_WORKSPACE = 64 << 20 };
 
@@ -129,16 +124,6 @@ typedef struct {
 template <typename X> struct CudaType;
 template <> struct CudaType<float> { static const cudaDataType_t value = CUDA_R_32F; };
 template <> struct CudaType<__nv_bfloat16> { static const cudaDataType_t value = CUDA_R_16BF; };
-
-// the SMs of the GPU, each of which runs a few blocks at a time
-static size_t processor_count(void) {
-    static int count = 0;
-    int device;
-    if (count) return (size_t)count;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return (size_t)count;
-}
 
 static uint32_t pointer_alignment(const void* p) {
     uintptr_t bits = (uintptr_t)p;
@@ -205,46 +190,6 @@ static int matmul_candidates(Matmul* mm, MatmulPlan* p, cublasLtMatmulHeuristicR
     return found;
 }
 
-// one property of an algorithm
-static int32_t matmul_config(const cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t name) {
-    int32_t value = 0;
-    size_t written;
-    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(algo, name, &value, sizeof value, &written));
-    return value;
-}
-
-// matmul_overlap_output: the rule above. Changes p->algo when there are at least four 128 x 128 tiles for
-// each SM and the sum is not split; leaves it when the library does not have that kernel.
-enum { MATMUL_TILE = 128, MATMUL_HOPPER = 66 };        // number of the family of kernels for Hopper
-static void matmul_overlap_output(const Matmul* mm, MatmulPlan* p) {
-    size_t tiles = (p->key.M + MATMUL_TILE - 1) / MATMUL_TILE * ((p->key.N + MATMUL_TILE - 1) / MATMUL_TILE);
-    if (p->key.type_ab != CUDA_R_16BF || tiles < 4 * processor_count() ||
-        matmul_config(&p->algo, CUBLASLT_ALGO_CONFIG_ID) != MATMUL_HOPPER ||
-        matmul_config(&p->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1)
-        return;
-    cublasLtMatmulAlgo_t algo = p->algo;
-    cublasLtMatmulHeuristicResult_t result;
-    const uint32_t tile = CUBLASLT_MATMUL_TILE_128x128, taking_turns = 1;
-    const uint16_t cluster = CUBLASLT_CLUSTER_SHAPE_2x1x1;        // two neighbours share what they load
-    const struct {
-        cublasLtMatmulAlgoConfigAttributes_t name;
-        const void* value;
-        size_t size;
-    } config[] = {
-        {CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof tile},
-        {CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, &taking_turns, sizeof taking_turns},
-        {CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &cluster, sizeof cluster},
-    };
-    for (size_t i = 0; i < sizeof config / sizeof config[0]; i++)
-        if (cublasLtMatmulAlgoConfigSetAttribute(&algo, config[i].name, config[i].value, config[i].size) !=
-            CUBLAS_STATUS_SUCCESS)
-            return;
-    if (cublasLtMatmulAlgoCheck(mm->handle, p->desc, p->a, p->b, p->c, p->c, &algo, &result) ==
-            CUBLAS_STATUS_SUCCESS &&
-        result.workspaceSize <= MATMUL_WORKSPACE)
-        p->algo = algo;
-}
-
 // matmul_plan: the description and algorithm for one shape, made at its first use.
 static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     for (int i = 0; i < mm->n_plans; i++)
@@ -256,7 +201,6 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     cublasLtMatmulHeuristicResult_t result;
     matmul_candidates(mm, p, &result, 1);
     p->algo = result.algo;
-    matmul_overlap_output(mm, p);
     return p;
 }
 
@@ -278,6 +222,7 @@ static void gemm(Matmul* mm, C* c, size_t ldc, const X* a, size_t lda, bool tran
 }
 
 // bias_forward_cuda: out[m,o] += bias[o].   out (M,O), row stride ldo
+// cuBLASLt could add it while it writes out, but wants a bias in the type of out, and ours is float.
 template <typename X> __global__ void bias_forward_kernel(X* out, size_t ldo, const float* bias, size_t O) {
     X* out_m = out + (size_t)blockIdx.x * ldo;
     for (size_t o = threadIdx.x; o < O; o += blockDim.x) out_m[o] = (X)((float)out_m[o] + bias[o]);
@@ -294,19 +239,12 @@ template <typename X>
 void bias_backward_cuda(float* dbias, const X* dout, size_t ldo, size_t M, size_t O, float* scratch,
                         cudaStream_t stream);
 
-// the kernel for short sums, in section 4: out (M,O) = inp (M,K) W, added to out with `add`. Returns false
-// when it has no version for this matmul.
-template <typename X>
-bool short_matmul_cuda(X* out, size_t ldo, const X* inp, size_t ldi, const X* weight, bool weight_is_ok,
-                       bool add, size_t M, size_t K, size_t O, cudaStream_t stream);
-
 // matmul_forward_cuda: out (M,O) = inp (M,I) weight^T + bias.   row strides ldo, ldi   weight (O,I)
 // bias (O) float or NULL
 template <typename X>
 void matmul_forward_cuda(Matmul* mm, X* out, size_t ldo, const X* inp, size_t ldi, const X* weight,
                          const float* bias, size_t M, size_t I, size_t O, cudaStream_t stream) {
-    if (!short_matmul_cuda(out, ldo, inp, ldi, weight, true, false, M, I, O, stream))
-        gemm(mm, out, ldo, weight, I, true, inp, ldi, false, O, M, I, 0.0f, stream);
+    gemm(mm, out, ldo, weight, I, true, inp, ldi, false, O, M, I, 0.0f, stream);
     if (bias) bias_forward_cuda(out, ldo, bias, M, O, stream);
 }
 
@@ -317,7 +255,7 @@ void matmul_backward_cuda(Matmul* mm, X* dinp, size_t lddi, bool add_dinp, float
                           const X* dout, size_t lddo, const X* inp, size_t ldi, const X* weight,
                           float* scratch, size_t M, size_t I, size_t O, cudaStream_t stream,
                           bool add_dweight = true) {
-    if (dinp && !short_matmul_cuda(dinp, lddi, dout, lddo, weight, false, add_dinp, M, O, I, stream))
+    if (dinp)
         gemm(mm, dinp, lddi, weight, I, false, dout, lddo, false, I, M, O, add_dinp ? 1.0f : 0.0f, stream);
     if (dweight)
         gemm(mm, dweight, I, inp, ldi, false, dout, lddo, true, I, O, M, add_dweight ? 1.0f : 0.0f, stream);
@@ -1747,155 +1685,6 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
     }
     cudaCheck(cudaGetLastError());
     return name;
-}
-
-// --------------------------------------------------------------------------------------------------
-// 4.7 Matmuls with short sums
-
-// short_matmul: out (M,O) = inp (M,K) W for K of at most 96, added to what out holds with `add`. In the model:
-// the forward pass of dt_proj (W[k,o] = weight[o,k], WEIGHT_OK) and the gradient of the input of x_proj
-// (W[k,o] = weight[k,o]).   row strides ldo, ldi   weight (O,K) or (K,O)
-// With so few terms there is nothing to compute: it is a copy into (M,O), or an addition to it. A warp keeps
-// the W of its 32 columns in registers, in the layout that the tensor core wants, and marches down the tokens
-// of its block, 32 at a time; what it will add to is on its way to shared memory three steps ahead.
-//
-// mma.m16n8k16 multiplies a 16 x 16 piece of inp by 16 x 8 of W. Of its result, the lane 4 g + t of a warp
-// holds columns 2 t and 2 t + 1 in rows g and g + 8. Which columns of out these are is ours to say: in four
-// mma together, lane t gets columns 8 t .. 8 t + 7 of the warp's 32, which are one store of 16 bytes.
-//   bytes: 2 per element of out, 4 with add.   H200, M 16384: x_proj 80 -> 1536 with add 38 us (cuBLASLt 44,
-//   bytes alone 25), dt_proj 48 -> 1536 20 us (22, 13); of the model with E 768: 22 us (25, 13), 12 us (14, 6)
-enum { SHORT_ROWS = 32, SHORT_STAGES = 4, SHORT_WARPS = 8, SHORT_TERMS = 96, SHORT_MIN_TOKENS = 512 };
-enum { SHORT_COLUMNS = 32 * SHORT_WARPS, SHORT_THREADS = WARP * SHORT_WARPS };
-
-// row stride of inp in shared memory: eight rows, one 16-byte piece of each, lie in different banks
-__host__ __device__ constexpr int short_stride(int steps) { return steps * 16 + 8; }
-
-// the 16 x 16 piece at p (row stride in elements) for mma
-__device__ __forceinline__ void load_matrix(uint32_t* a, const bf16* p, int stride) {
-    int lane = (int)threadIdx.x % WARP;
-    unsigned from = (unsigned)__cvta_generic_to_shared(p + lane % 16 * stride + lane / 16 * 8);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from));
-}
-__device__ __forceinline__ void mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// STEPS: K / 16, rounded up.   tokens: of a block
-template <int STEPS, bool WEIGHT_OK>
-__global__ void __launch_bounds__(SHORT_THREADS, 2)
-short_matmul_kernel(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf16* weight, bool add, int M,
-                    int K, int O, int tokens) {
-    const int LD = short_stride(STEPS);
-    extern __shared__ uint4 short_shared[];                     // 16 bytes each
-    uint4* before = short_shared;                               // [SHORT_STAGES][4][SHORT_THREADS], with add
-    bf16* rows = (bf16*)(short_shared + (add ? SHORT_STAGES * 4 * SHORT_THREADS : 0));
-    // rows [SHORT_STAGES][SHORT_ROWS][LD]
-    int tid = (int)threadIdx.x, g = tid % WARP / 4, t = tid % 4;
-    int column0 = (int)blockIdx.x * SHORT_COLUMNS + tid / WARP * 32;
-    int m_begin = (int)blockIdx.y * tokens, m_end = min(M, m_begin + tokens), pieces = K / 8;
-    bool mine = column0 + 8 * t < O;
-    bf16* out_t = out + column0 + 8 * t;
-
-    auto copy = [&](int m0, int stage) {
-        for (int i = tid; m0 < m_end && i < SHORT_ROWS * pieces; i += SHORT_THREADS) {
-            int r = i / pieces, piece = i - r * pieces;
-            copy_async<16>(rows + (stage * SHORT_ROWS + r) * LD + piece * 8,
-                           inp + (size_t)min(m0 + r, M - 1) * ldi + piece * 8);
-        }
-        #pragma unroll
-        for (int q = 0; q < 4; q++)
-            if (add && mine && m0 + g + 8 * q < m_end)
-                copy_async<16>(before + (stage * 4 + q) * SHORT_THREADS + tid,
-                               out_t + (size_t)(m0 + g + 8 * q) * ldo);
-        copy_async_commit();
-    };
-    // the terms that round K up to 16: zeros, so that they are not NaN
-    for (int i = tid; K % 16 && i < SHORT_STAGES * SHORT_ROWS; i += SHORT_THREADS)
-        *(uint4*)(rows + i * LD + K) = make_uint4(0, 0, 0, 0);
-    for (int s = 0; s < SHORT_STAGES - 1; s++) copy(m_begin + s * SHORT_ROWS, s);
-
-    uint32_t w[STEPS][4][2];                                    // W[k], W[k+1] of column o
-    #pragma unroll
-    for (int i = 0; i < STEPS * 8; i++) {
-        int step = i / 8, j = i / 2 % 4, k = step * 16 + i % 2 * 8 + 2 * t;
-        int o = column0 + 8 * (g / 2) + 2 * j + g % 2;
-        uint32_t pair = 0;
-        if (o < O && k < K && WEIGHT_OK) pair = *(const uint32_t*)(weight + (size_t)o * K + k);
-        if (o < O && k < K && !WEIGHT_OK)
-            pair = *(const uint16_t*)(weight + (size_t)k * O + o) |
-                   (uint32_t)*(const uint16_t*)(weight + (size_t)(k + 1) * O + o) << 16;
-        w[step][j][i % 2] = pair;
-    }
-    int stage = 0;
-    for (int m0 = m_begin; m0 < m_end; m0 += SHORT_ROWS) {
-        copy_async_wait(SHORT_STAGES - 2);
-        __syncthreads();                                       // all are done with the stage filled next
-        copy(m0 + (SHORT_STAGES - 1) * SHORT_ROWS, (stage + SHORT_STAGES - 1) % SHORT_STAGES);
-        float sum[2][4][4] = {};
-        #pragma unroll
-        for (int i = 0; i < STEPS * 2; i++) {
-            uint32_t a[4];
-            load_matrix(a, rows + (stage * SHORT_ROWS + i % 2 * 16) * LD + i / 2 * 16, LD);
-            #pragma unroll
-            for (int j = 0; j < 4; j++) mma_bf16(sum[i % 2][j], a, w[i / 2][j][0], w[i / 2][j][1]);
-        }
-        #pragma unroll
-        for (int q = 0; q < 4; q++) {                           // row g + 8 q
-            int m = m0 + g + 8 * q;
-            if (!mine || m >= m_end) continue;
-            float v[8], was[8];
-            #pragma unroll
-            for (int j = 0; j < 8; j++) v[j] = sum[q / 2][j / 2][q % 2 * 2 + j % 2];
-            if (add) {
-                unpack<8>(was, load_pack<8>((const bf16*)(before + (stage * 4 + q) * SHORT_THREADS + tid)));
-                #pragma unroll
-                for (int j = 0; j < 8; j++) v[j] += was[j];
-            }
-            store_pack<8>(out_t + (size_t)m * ldo, v);
-        }
-        stage = (stage + 1) % SHORT_STAGES;
-    }
-}
-
-template <int STEPS, bool WEIGHT_OK>
-static void short_matmul_launch(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf16* weight,
-                                bool add, size_t M, size_t K, size_t O, cudaStream_t stream) {
-    size_t slices = (O + SHORT_COLUMNS - 1) / SHORT_COLUMNS, parts = 2 * processor_count() / slices;
-    size_t tokens = parts ? (M + parts - 1) / parts : M;
-    tokens = (tokens + SHORT_ROWS - 1) / SHORT_ROWS * SHORT_ROWS;
-    size_t bytes = SHORT_ROWS * short_stride(STEPS) * sizeof(bf16) + (add ? 4 * 16 * SHORT_THREADS : 0);
-    bytes *= SHORT_STAGES;
-    cudaCheck(cudaFuncSetAttribute(short_matmul_kernel<STEPS, WEIGHT_OK>,
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    dim3 grid((unsigned)slices, (unsigned)((M + tokens - 1) / tokens));
-    short_matmul_kernel<STEPS, WEIGHT_OK><<<grid, SHORT_THREADS, bytes, stream>>>(
-        out, ldo, inp, ldi, weight, add, (int)M, (int)K, (int)O, (int)tokens);
-    cudaCheck(cudaGetLastError());
-}
-
-template <typename X>
-bool short_matmul_cuda(X* out_x, size_t ldo, const X* inp_x, size_t ldi, const X* weight_x, bool weight_is_ok,
-                       bool add, size_t M, size_t K, size_t O, cudaStream_t stream) {
-    bf16* out = (bf16*)(void*)out_x;
-    const bf16 *inp = (const bf16*)(const void*)inp_x, *weight = (const bf16*)(const void*)weight_x;
-    if (sizeof(X) != sizeof(bf16) || M < SHORT_MIN_TOKENS || M > INT32_MAX / 2 || K > SHORT_TERMS || O <= K ||
-        K % 8 != 0 || O % 8 != 0 || !is_aligned(out, 16, ldo * sizeof(bf16)) ||
-        !is_aligned(inp, 16, ldi * sizeof(bf16)) || !is_aligned(weight, 4, 0))
-        return false;
-    #define SHORT_MATMUL(steps)                                                                              \
-        (weight_is_ok ? short_matmul_launch<steps, true> : short_matmul_launch<steps, false>)(               \
-            out, ldo, inp, ldi, weight, add, M, K, O, stream)
-    if (K <= 32) SHORT_MATMUL(2);
-    else if (K <= 48) SHORT_MATMUL(3);
-    else if (K <= 64) SHORT_MATMUL(4);
-    else if (K <= 80) SHORT_MATMUL(5);
-    else SHORT_MATMUL(6);
-    #undef SHORT_MATMUL
-    return true;
 }
 
 // --------------------------------------------------------------------------------------------------
