@@ -3807,7 +3807,7 @@ static void mlp_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16
 // ---------------------------------------------------------------------------------------------------
 // 6. Model
 
-enum { CLASSIFIER_ROWS_CUDA = 16384 };       // logits exist for this many tokens at a time
+enum { CLASSIFIER_ROWS_CUDA = 8192 };       // logits exist for this many tokens at a time
 
 // ArenaCuda: hands out pieces of one device allocation; with base NULL it only counts.
 typedef struct { char* base; size_t used; } ArenaCuda;
