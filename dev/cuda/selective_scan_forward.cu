@@ -24,7 +24,7 @@ typedef struct {
 } Scan;
 
 __device__ __forceinline__ bf16* hs_at(const Scan& p, size_t b, size_t t, size_t e) {
-    return p.hs + ((b * ((p.T + SCAN_SAVED - 1) / SCAN_SAVED) + t / SCAN_SAVED) * p.E + e) * N;
+    return p.hs + ((b * ((p.T + SCAN_SPACING - 1) / SCAN_SPACING) + t / SCAN_SPACING) * p.E + e) * N;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ __global__ void scan_kernel1(Scan p, float* state) {
         float dt = log1pf(expf(to_float(p.dt_raw[at]) + p.dt_bias[e])), x_t = to_float(p.x[at]);
         float s_t = p.Dskip[e] * x_t, z_t = to_float(p.z[row * p.ldz + e]);
         for (int n = 0; n < N; n++) {
-            if (t % SCAN_SAVED == 0) hs_at(p, b, t, e)[n] = from_float<bf16>(h[n]);
+            if (t % SCAN_SPACING == 0) hs_at(p, b, t, e)[n] = from_float<bf16>(h[n]);
             float a = expf(-dt * expf(p.A_log[e * N + n]));
             h[n] = a * h[n] + dt * x_t * to_float(p.Bt[row * p.ldbc + n]);
             s_t += to_float(p.Ct[row * p.ldbc + n]) * h[n];
@@ -87,7 +87,7 @@ template <bool FAST> __global__ void __launch_bounds__(CHANNELS2) scan_kernel2(S
         float dtx = dt * x_t, s_t = D * x_t;
         #pragma unroll
         for (int n = 0; n < N; n++) {
-            if (t % SCAN_SAVED == 0) hs_at(p, b, t, e)[n] = from_float<bf16>(h[n]);
+            if (t % SCAN_SPACING == 0) hs_at(p, b, t, e)[n] = from_float<bf16>(h[n]);
             h[n] = fmaf(FAST ? exp2_unit(dt * A[n]) : expf(dt * A[n]), h[n], dtx * bc[t % TOKENS2][n]);
             s_t = fmaf(bc[t % TOKENS2][N + n], h[n], s_t);
         }
@@ -129,7 +129,7 @@ template <bool TRANSPOSED> __global__ void __launch_bounds__(THREADS) scan_kerne
         __syncthreads();
         for (int t1 = 0; t1 < TILE; t1 += 8) {
             float sum[8];
-            if (t1 % SCAN_SAVED == 0 && t0 + t1 < p.T)
+            if (t1 % SCAN_SPACING == 0 && t0 + t1 < p.T)
                 store_pack<4>(hs_at(p, b, t0 + t1, e0 + ch) + 4 * g, h);
             #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(THREADS, 4) scan_kernel6(Scan p) {
         if (t0 + TILE < p.T) load(t0 + TILE);
         for (int t1 = 0; t1 < TILE; t1 += 8) {
             float sum[8];
-            if (t1 % SCAN_SAVED == 0 && t0 + t1 < p.T)
+            if (t1 % SCAN_SPACING == 0 && t0 + t1 < p.T)
                 store_pack<4>(hs_at(p, b, t0 + t1, e0 + ch) + 4 * g, h);
             #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -379,13 +379,14 @@ static void published(void) { scan_kernel_published<<<dim3(scan.E, scan.B), THRE
 static void shipped(void) {
     selective_scan_forward_cuda<bf16>(scan.y, scan.s, scan.hs, NULL, scan.x, scan.dt_raw, scan.dt_bias,
                                       scan.A_log, scan.Bt, scan.Ct, scan.ldbc, scan.Dskip, scan.z, scan.ldz,
-                                      NULL, NULL, scan.B, scan.T, scan.E, N, 0);
+                                      NULL, NULL, scan.B, scan.T, scan.E, N, SCAN_SPACING,
+                                      0);
 }
 
 template <int STATES> static void launch_states(void) {
     scan_launch_forward_fast<bf16, STATES>(scan.y, scan.s, scan.hs, NULL, scan.x, scan.dt_raw, scan.dt_bias,
                                            scan.A_log, scan.Bt, scan.Ct, scan.ldbc, scan.Dskip, scan.z,
-                                           scan.ldz, NULL, NULL, scan.B, scan.T, scan.E, 0);
+                                           scan.ldz, NULL, NULL, scan.B, scan.T, scan.E, SCAN_SPACING, 0);
 }
 
 static const Rung rungs[] = {
@@ -425,7 +426,7 @@ static bf16* channels_first_copy(const float* v, size_t ld, size_t B, size_t T, 
 }
 
 static void setup_scan(size_t B, size_t T, size_t E, bool first) {
-    size_t M = B * T, ldbc = R + 2 * N, ldz = 2 * E, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
+    size_t M = B * T, ldbc = R + 2 * N, ldz = 2 * E, states = (T + SCAN_SPACING - 1) / SCAN_SPACING;
     std::vector<float> x, p, z, bc, bias, D, A_log(E * N);
     scan.y = nan_array<bf16>(M * E);
     scan.s = nan_array<bf16>(M * E);
@@ -449,12 +450,12 @@ static void setup_scan(size_t B, size_t T, size_t E, bool first) {
     softplus_forward(dt.data(), p.data(), M * E);
     for (size_t b = 0; b < B; b++) {
         std::fill(h.begin(), h.end(), 0.0f);
-        for (size_t t = 0; t < T; t += SCAN_SAVED) {
+        for (size_t t = 0; t < T; t += SCAN_SPACING) {
             size_t row = b * T + t, at = row * E;
-            std::copy(h.begin(), h.end(), &hs[(b * states + t / SCAN_SAVED) * E * N]);
+            std::copy(h.begin(), h.end(), &hs[(b * states + t / SCAN_SPACING) * E * N]);
             selective_scan_forward(&s[at], NULL, h.data(), &x[at], &dt[at], A_log.data(), &bc[row * ldbc + R],
                                    &bc[row * ldbc + R + N], ldbc, D.data(), h.data(), NULL, 1,
-                                   min_size(T - t, SCAN_SAVED), E, N);
+                                   min_size(T - t, SCAN_SPACING), E, N);
         }
     }
     gate_forward(y.data(), s.data(), E, &z[E], ldz, M, E);
@@ -488,7 +489,7 @@ int main(int argc, char** argv) {
     cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     cudaCheck(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
     const double elements = (double)B_MANY * T_MANY * E_TIMED;  // B_FEW T_FEW is the same number of tokens
-    const double bytes = 10 * elements + elements / SCAN_SAVED * N * 2;
+    const double bytes = 10 * elements + elements / SCAN_SPACING * N * 2;
     const double floor_ms = elements * (N + 2) / (16.0 * sms * khz);
     static_assert((int)B_MANY * T_MANY == (int)B_FEW * T_FEW, "one floor for both");
     const Ladder ladders[] = {
