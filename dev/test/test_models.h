@@ -325,6 +325,23 @@ static void test_zips(void) {
     }
     report("zip: edited records, other files", failed, 0);
 
+    // 13: cut, longer or written again between open and read
+    failed = 0;
+    for (int how = 0; how < 3; how++) {
+        SafeTensors st;
+        Error err;
+        real out[6];
+        struct timespec old[2] = {{1, 0}, {1, 0}};
+        file_put(path, base, n);
+        if (!pickle_open(&st, path, &err)) { failed++; continue; }
+        failed += how == 0 ? truncate(path, 600) != 0 : how == 1 ? truncate(path, 9000) != 0
+                                                               : utimensat(AT_FDCWD, path, old, 0) != 0;
+        failed += safetensors_read_real(&st, safetensors_find(&st, "a"), out, &err) ||
+                  !one_line(err.text, "changed while reading");
+        safetensors_close(&st);
+    }
+    report("zip: file changed while reading", failed, 0);
+
     // every prefix is refused; every byte of a record changed is refused or changes nothing that counts
     failed = 0;
     for (size_t cut = 0; cut < n; cut++) {
