@@ -513,7 +513,7 @@ static void seeds(const Target* t) {
         unsigned char* text = (unsigned char*)malloc(e->size);
         if (!read_exact(fixed_zip.fd, text, e->size, e->at)) die("fuzz: no pickle");
         keep(text, e->size);
-        keep(text, 120);
+        keep_text("\x80\2ccollections\nOrderedDict\n)Rq\1.");
         free(text);
     }
     if (t->run == fuzz_tokenizer) {      // bytes, and bytes with two merges

@@ -175,6 +175,14 @@ static void test_pickles(void) {
         failed += run_open_case(pickle_rows[i].name, path, pickle_rows[i].words);
         free(words);
     }
+    for (int over = 0; over < 2; over++) {       // the last index that is possible, and the next
+        char* words = replace_text(base_pickle, "x71 x00", "r xee xee xee xee");
+        size_t n = assemble(words, bytes), index = n / 2 + (size_t)over;
+        memcpy(memmem(bytes, n, "\xee\xee\xee\xee", 4), &index, 4);
+        put_bin(path, bytes, n);
+        failed += run_open_case("memo index at the limit", path, over ? "expected less than" : NULL);
+        free(words);
+    }
     report("pickle: edited programs", failed, 0);
 
     // floods: many values, tuples, names; a stack of marks
