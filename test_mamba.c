@@ -3019,6 +3019,8 @@ void test_generate(void) {
 #include "dev/test/test_cli.h"
 // defines: test_models
 #include "dev/test/test_models.h"
+// defines: test_tokenizer
+#include "dev/test/test_tokenizer.h"
 #ifdef __CUDACC__
 // defines: test_cuda_resume, test_cuda_layers, test_cuda_scan, test_cuda_matmul, test_cuda_model, ...
 #include "dev/test/test_cuda.h"
@@ -3120,6 +3122,7 @@ const Case cases[] = {
     { "data", test_data },
     { "cli", test_cli },
     { "models", test_models },
+    { "tokenizer", test_tokenizer },
 #ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
     { "cuda faults", test_cuda_faults },

@@ -215,20 +215,49 @@ static void text_append(Text* text, const char* data, size_t n) {
     text->n += to ? n : 0;
 }
 
-// nfc_append: a text in normal form C. ASCII characters do not combine with what is before them, and a
-// character below U+0300 changes only through what follows it, so most text is copied.
+// Characters that stay where they are and combine with nothing: those that Unicode got after version 9, whose normal
+// form `tokenizers` uses, and whose order or composition newer versions (16 is considered) define; and U+11A7, which
+// utf8proc (2.8) loses behind a Hangul syllable.
+static const uint32_t nfc_alone[][2] = {
+    {0x7FD, 0x7FD}, {0x897, 0x89F}, {0x8CA, 0x8D3}, {0x9FE, 0x9FE}, {0xC3C, 0xC3C}, {0xD3B, 0xD3C}, {0xEBA, 0xEBA},
+    {0x11A7, 0x11A7}, {0x1715, 0x1715}, {0x1ABF, 0x1ACE}, {0x1DF6, 0x1DFA}, {0xA82C, 0xA82C}, {0x10D24, 0x10D27},
+    {0x10D69, 0x10D6D}, {0x10EAB, 0x10EAC}, {0x10EFC, 0x10EFF}, {0x10F46, 0x10F50}, {0x10F82, 0x10F85},
+    {0x11070, 0x11070}, {0x1133B, 0x1133B}, {0x11380, 0x113E2}, {0x1145E, 0x1145E}, {0x11839, 0x1183A},
+    {0x11930, 0x11930}, {0x11938, 0x11938}, {0x1193D, 0x1193E}, {0x11943, 0x11943}, {0x119E0, 0x119E0},
+    {0x11A34, 0x11A34}, {0x11A47, 0x11A47}, {0x11A99, 0x11A99}, {0x11D42, 0x11D42}, {0x11D44, 0x11D45},
+    {0x11D97, 0x11D97}, {0x11F41, 0x11F42}, {0x1611E, 0x1612F}, {0x16D63, 0x16D6A}, {0x16FF0, 0x16FF1},
+    {0x1E08F, 0x1E08F}, {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF},
+    {0x1E5EE, 0x1E5EF} };
+
+static bool is_nfc_alone(uint32_t c) {
+    size_t low = 0, high = sizeof nfc_alone / sizeof *nfc_alone;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (nfc_alone[middle][1] < c) low = middle + 1; else high = middle;
+    }
+    return low < sizeof nfc_alone / sizeof *nfc_alone && nfc_alone[low][0] <= c;
+}
+
+// nfc_append: a text in normal form C. ASCII characters do not combine with what is before them, and a character
+// below U+0300 changes only through what follows it, so most text is copied.
 static bool nfc_append(Text* out, const char* text, size_t n) {
-    size_t i = 0;
+    size_t i = 0, step;
     while (i < n && !out->failed) {
         size_t start = i;
-        while (i < n && (unsigned char)text[i] < 0x80) i++;
-        if (i < n && i > start) i--;                     // it may combine with the next one
-        text_append(out, text + start, i - start);
-        start = i;
         bool plain = true;
-        for (i += i < n; i < n && (unsigned char)text[i] >= 0x80; i++)
-            plain = plain && (unsigned char)text[i] < 0xCC;
-        plain = plain && (start == n || (unsigned char)text[start] < 0xCC);
+        if ((unsigned char)text[i] < 0x80 && (i + 1 == n || (unsigned char)text[i + 1] < 0x80)) {
+            while (i < n && (unsigned char)text[i] < 0x80) i++;
+            i -= i < n;                                  // the last one may combine with what follows
+        } else {                                         // one character of ASCII or none, then others
+            for (i += (unsigned char)text[i] < 0x80; i < n && (unsigned char)text[i] >= 0x80; i += step) {
+                uint32_t c = utf8_code(text + i, &step);
+                if (c >= 0x300 && is_nfc_alone(c)) {
+                    if (i == start) i += step;
+                    break;
+                }
+                plain = plain && c < 0x300;
+            }
+        }
         if (plain) {
             text_append(out, text + start, i - start);
             continue;
@@ -474,18 +503,11 @@ static bool not_json(const Bpe* b, const char* p, const json_error_t* e, Error* 
     return fail_line(err, "%s: expected JSON, found at line %d: %s", b->path, line, e->text);
 }
 
-// id_place: room for the text of an id; false when it is outside of the range or taken
-static bool id_place(Bpe* b, json_int_t id, size_t* room, const char* text, Error* err) {
+// id_take: false when an id is outside of the range or taken
+static bool id_take(Bpe* b, json_int_t id, const char* text, Error* err) {
     if (id < 0 || id >= BPE_MAX_IDS)
         return fail_line(err, "%s: the token \"%.60s\" has the id %lld, expected 0 .. %d", b->path, text,
                          (long long)id, BPE_MAX_IDS - 1);
-    if ((size_t)id >= *room) {
-        size_t size = (size_t)id + 1 > 2 * *room ? (size_t)id + 1 : 2 * *room;
-        b->place = (uint32_t*)xrealloc(b->place, size, sizeof *b->place);
-        b->length = (uint16_t*)xrealloc(b->length, size, sizeof *b->length);
-        memset(b->length + *room, 0, (size - *room) * sizeof *b->length);
-        *room = size;
-    }
     if (b->length[id])
         return fail_line(err, "%s: two tokens have the id %lld: \"%.60s\" and \"%.60s\"", b->path, (long long)id,
                          b->arena + b->place[id], text);
@@ -495,7 +517,7 @@ static bool id_place(Bpe* b, json_int_t id, size_t* room, const char* text, Erro
 
 // vocab_read: {"symbols": id, ...}. The symbols become bytes on their place in the arena. An entry with other
 // characters is never the result of a merge: its text is what it says, and the hash leaves it out.
-static bool vocab_read(Bpe* b, const char** p, const char* end, size_t* room, Error* err) {
+static bool vocab_read(Bpe* b, const char** p, const char* end, Error* err) {
     json_error_t e;
     bool done = false, ok = true;
     char* key;
@@ -507,7 +529,7 @@ static bool vocab_read(Bpe* b, const char** p, const char* end, size_t* room, Er
         bool whole = json_is_integer(value);
         json_decref(value);
         if (!value) break;
-        ok = whole ? id_place(b, id, room, key, err)
+        ok = whole ? id_take(b, id, key, err)
                    : fail_line(err, "%s: \"vocab\": expected a whole number as the id of \"%.60s\"", b->path, key);
         if (!ok) break;
         size_t bytes = symbols_to_bytes(key, n);
@@ -521,6 +543,10 @@ static bool vocab_read(Bpe* b, const char** p, const char* end, size_t* room, Er
         b->n_vocab++;
     }
     if (ok && !done) ok = not_json(b, *p, &e, err);
+    if (!ok) {
+        free(literal);
+        return false;
+    }
     b->slot_mask = table_mask(b->n_vocab);
     b->slot = (uint32_t*)xcalloc((size_t)b->slot_mask + 1, sizeof *b->slot);
     for (int64_t id = 0; ok && id < b->n_ids; id++) {
@@ -617,34 +643,33 @@ static bool merges_read(Bpe* b, const char** p, const char* end, Error* err) {
 }
 
 // model_read: the object "model"
-static bool model_read(Bpe* b, const char** p, const char* end, size_t* room, Error* err) {
-    static const char* const affix[] = {"continuing_subword_prefix", "end_of_word_suffix"};
+static bool model_read(Bpe* b, const char** p, const char* end, Error* err) {
+    enum { VOCAB, MERGES, TYPE, DROPOUT, IGNORE_MERGES, PREFIX, SUFFIX, N_KEYS };
+    static const char* const keys[N_KEYS] = {"vocab", "merges", "type", "dropout", "ignore_merges",
+                                             "continuing_subword_prefix", "end_of_word_suffix"};
     json_error_t e;
-    bool done = false;
-    char* key;
+    bool done = false, seen[N_KEYS + 1] = {false};
+    const char* key;
     for (bool first = true; (key = next_key(p, end, first, b->arena, &done, &e)) != NULL; first = false) {
-        if (strcmp(key, "vocab") == 0) {
-            if (b->slot) return fail(err, "%s: \"vocab\" is there twice", b->path);
-            if (!vocab_read(b, p, end, room, err)) return false;
-            continue;
-        }
-        if (strcmp(key, "merges") == 0) {
-            if (b->merge) return fail(err, "%s: \"merges\" is there twice", b->path);
-            if (!merges_read(b, p, end, err)) return false;
+        int k = 0;
+        while (k < N_KEYS && strcmp(key, keys[k]) != 0) k++;
+        if (seen[k] && k < N_KEYS) return fail(err, "%s: \"%s\" is there twice", b->path, keys[k]);
+        seen[k] = true;
+        if (k == VOCAB || k == MERGES) {
+            if (!(k == VOCAB ? vocab_read(b, p, end, err) : merges_read(b, p, end, err))) return false;
             continue;
         }
         json_t* value = json_piece(p, end, BPE_MAX_ENTRY, &e);
         if (!value) break;
         const char* word = json_string_value(value);
         bool ok = true;
-        if (strcmp(key, "type") == 0 && !(word && strcmp(word, "BPE") == 0))
+        if (k == TYPE && !(word && strcmp(word, "BPE") == 0))
             ok = fail_line(err, "%s: expected \"model\" of type \"BPE\", found %.60s", b->path, word ? word : "another");
-        for (int i = 0; i < 2; i++)
-            if (ok && strcmp(key, affix[i]) == 0 && word && *word)
-                ok = fail(err, "%s: expected no \"%s\", found one; only byte-level BPE can be read", b->path, affix[i]);
-        if (ok && strcmp(key, "dropout") == 0 && json_number_value(value) != 0)
+        if ((k == PREFIX || k == SUFFIX) && word && *word)
+            ok = fail(err, "%s: expected no \"%s\", found one; only byte-level BPE can be read", b->path, keys[k]);
+        if (k == DROPOUT && json_number_value(value) != 0)
             ok = fail(err, "%s: expected no \"dropout\", found %g; set it to null", b->path, json_number_value(value));
-        if (strcmp(key, "ignore_merges") == 0) b->ignore_merges = json_is_true(value);
+        if (k == IGNORE_MERGES) b->ignore_merges = json_is_true(value);
         json_decref(value);
         if (!ok) return false;
     }
@@ -700,7 +725,7 @@ static int added_order(const void* a, const void* b) {
 }
 
 // added_place: gives the added tokens their ids and sorts them into both sets
-static bool added_place(Bpe* b, const AddedToken* list, size_t n, size_t* room, Error* err) {
+static bool added_place(Bpe* b, const AddedToken* list, size_t n, Error* err) {
     char bytes[BPE_MAX_TOKEN + 1];
     AddedSet* const sets[2] = {&b->raw, &b->normalized};
     for (int i = 0; i < 2; i++) sets[i]->token = (AddedToken*)xcalloc(n, sizeof(AddedToken));
@@ -711,13 +736,14 @@ static bool added_place(Bpe* b, const AddedToken* list, size_t n, size_t* room, 
         int other = m == SIZE_MAX ? -1 : bpe_find(b, bytes, m);
         if ((int64_t)t.id < b->n_ids && b->length[t.id]) {            // an entry of the vocabulary, too
             if (b->length[t.id] != t.n || memcmp(b->arena + b->place[t.id], t.text, t.n) != 0)
-                return fail_line(err, "%s: \"added_tokens\": \"%.60s\" has the id %d, which is that of another token",
-                                 b->path, t.text, t.id);
+                return fail_line(err, "%s: \"added_tokens\": \"%.60s\" has the id %d, which is that of another token, "
+                                 "\"%.*s\"", b->path, t.text, t.id, b->length[t.id] < 60 ? b->length[t.id] : 60,
+                                 b->arena + b->place[t.id]);
         } else {
             if (other >= 0)
                 return fail_line(err, "%s: \"added_tokens\": \"%.60s\" has the id %d, but %d in \"vocab\"", b->path,
                                  t.text, t.id, other);
-            if (!id_place(b, t.id, room, t.text, err)) return false;
+            if (!id_take(b, t.id, t.text, err)) return false;
             b->place[t.id] = (uint32_t)(t.text - b->arena);
             b->length[t.id] = (uint16_t)t.n;
         }
@@ -755,14 +781,14 @@ static bool bpe_parse(Bpe* b, size_t size, Error* err) {
     json_error_t e;
     bool done = false, ok = true, seen[N_KEYS + 1] = {false};
     AddedToken* added = NULL;
-    size_t n_added = 0, room = 0;
+    size_t n_added = 0;
     for (bool first = true; ok && (key = next_key(&p, end, first, b->arena, &done, &e)) != NULL; first = false) {
         int k = 0;
         while (k < N_KEYS && strcmp(key, keys[k]) != 0) k++;
         if (seen[k] && k < N_KEYS) ok = fail(err, "%s: \"%s\" is there twice", b->path, keys[k]);
         seen[k] = true;
         if (!ok) break;
-        if (k == MODEL) ok = model_read(b, &p, end, &room, err);
+        if (k == MODEL) ok = model_read(b, &p, end, err);
         else if (k == ADDED) ok = added_list_read(b, &p, end, &added, &n_added, err);
         else {
             json_t* value = json_piece(&p, end, 4 * BPE_MAX_ENTRY, &e);
@@ -780,7 +806,7 @@ static bool bpe_parse(Bpe* b, size_t size, Error* err) {
     if (ok && p != end) ok = fail(err, "%s: expected the end of the file, found text after the JSON", b->path);
     for (int k = MODEL; k <= PRE && ok; k += PRE - MODEL)
         if (!seen[k]) ok = fail(err, "%s: expected \"%s\", found none", b->path, keys[k]);
-    if (ok) ok = added_place(b, added, n_added, &room, err);
+    if (ok) ok = added_place(b, added, n_added, err);
     free(added);
     return ok;
 }
@@ -795,8 +821,14 @@ Bpe* bpe_load(const char* path, Error* err) {
     b->path = strdup(path);
     b->arena = (char*)xrealloc(NULL, size + 1, 1);
     memcpy(b->arena, file, size + 1);
+    b->place = (uint32_t*)xcalloc(BPE_MAX_IDS, sizeof *b->place);
+    b->length = (uint16_t*)xcalloc(BPE_MAX_IDS, sizeof *b->length);
     b->cuts = true;
-    if (bpe_parse(b, size, err)) return b;
+    if (bpe_parse(b, size, err)) {
+        b->place = (uint32_t*)xrealloc(b->place, (size_t)b->n_ids, sizeof *b->place);
+        b->length = (uint16_t*)xrealloc(b->length, (size_t)b->n_ids, sizeof *b->length);
+        return b;
+    }
     bpe_free(b);
     return NULL;
 }

@@ -13,7 +13,9 @@ Unicode planes, combining marks, runs of spaces, newlines, digits, code, real te
 invalid UTF-8, one file per document, which both sides replace (Python's errors="replace"). Then both encode the same
 real text on one thread, in turns.
 
---fixtures DIR: write DIR/{neox,llama}.json, small tokenizers, and their expected ids for dev/test/test_tokenizer.h.
+--fixtures DIR: only write the fixtures of dev/test/test_tokenizer.h: for two small tokenizers trained here, and for
+the part of FILE (a published GPT-NeoX tokenizer.json) that ten known texts need, DIR/NAME/tokenizer.json and
+expected.jsonl with texts, their ids and what the ids decode to.
 Exit code 1 if an id differs. Needs the Python packages tokenizers and numpy.
 """
 import argparse
@@ -210,6 +212,50 @@ def check_speed(program, tokenizer, path, text, seconds):
     return statistics.median(ratio) >= 1
 
 
+KNOWN = ["Hey how are you doing?", "Hello world", "  hello", "def f(x):\n    return x\n", "a" + " " * 25 + "b",
+         "a" + " " * 26 + "b", "\n\n\nend", "It's 2024.", "na\u00efve \u00e9", "\u65e5\u672c\u8a9e",
+         "My cat wrote all this CUDA code for a new language model and"]
+
+
+def part_of(path, texts):
+    """A tokenizer.json with the merges that can take part in these texts, and the ids of the published one. Some
+    published copies have other tokens at id 0 and from 50277 on; the original has <|endoftext|> there and none."""
+    with open(path, encoding="utf-8") as f: data = json.load(f)
+    symbols = "\n".join("".join(w for w, _ in pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+                                .pre_tokenize_str(t)) for t in texts)
+    merges = []
+    for merge in data["model"]["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left + right in symbols: merges.append(left + " " + right)
+    keep = set(pre_tokenizers.ByteLevel.alphabet()) | {m.replace(" ", "") for m in merges}
+    data["model"]["vocab"] = {k: v for k, v in data["model"]["vocab"].items() if k in keep}
+    data["model"]["merges"] = merges
+    end = {"id": 0, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False, "special": True}
+    data["added_tokens"] = [end] + [t for t in data["added_tokens"] if 0 < t["id"] < 50277]
+    return data
+
+
+def write_fixtures(directory, files, text):
+    rng = random.Random(7)
+    made = {name: train(name, text, vocab) for name, vocab in (("neox", 700), ("llama", 900))}
+    data = {name: json.loads(t.to_str()) for name, t in made.items()}
+    if files:
+        made["neox-20b-part"] = Tokenizer.from_file(files[0])
+        data["neox-20b-part"] = part_of(files[0], KNOWN)
+    for name, tokenizer in made.items():
+        os.makedirs(f"{directory}/{name}", exist_ok=True)
+        with open(f"{directory}/{name}/tokenizer.json", "w", encoding="utf-8") as f:
+            f.write(json.dumps(data[name], ensure_ascii=False, separators=(",", ":")) + "\n")
+        added = [t.content for t in tokenizer.get_added_tokens_decoder().values()]
+        texts = KNOWN if name == "neox-20b-part" else [random_string(rng, text, added) for _ in range(50)]
+        with open(f"{directory}/{name}/expected.jsonl", "w", encoding="utf-8") as f:
+            for t in texts:
+                ids = tokenizer.encode(t, add_special_tokens=False).ids
+                f.write(json.dumps({"text": t, "ids": ids, "decoded": tokenizer.decode(ids, skip_special_tokens=False)},
+                                   separators=(",", ":")) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", default="build/train_mamba")
@@ -221,6 +267,9 @@ def main():
     args = parser.parse_args()
     text = real_text()
     ok = True
+    if args.fixtures:
+        write_fixtures(args.fixtures, args.file, text)
+        return
     with tempfile.TemporaryDirectory() as directory:
         files = list(args.file)
         for kind, vocab in (("neox", 8000), ("llama", 12000)) if not files else ():
