@@ -141,6 +141,7 @@ fuzz: $(BUILD)/fuzz $(if $(findstring clang,$(shell $(CC) --version)),$(BUILD)/l
 
 faults: ## a save under kills, full disks, failing calls and power loss
 	CC='$(CC)' dev/faults/run.sh
+	dev/faults/convert.sh
 
 mutate: ## plant bugs in the mathematics, a sample for five minutes: the tests must find 98 % of them
 	python3 dev/mutate/mutate.py
