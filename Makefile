@@ -55,7 +55,7 @@ LIBS = $(JANSSON_LIBS) $(TOKENIZER_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
 TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
-.PHONY: readme cuda ladders all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
+.PHONY: fuzz readme ladders-readme cuda ladders all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
 
 all: $(BUILD)/train_mamba ## build the trainer (the default)
 
@@ -99,7 +99,8 @@ $(BUILD)/train_mambacu: train_mamba.cu $(SOURCES) Makefile
 	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
 	$(NVCC) $(CUDA_FLAGS) train_mamba.cu -o $@ $(CUDA_LIBS)
 
-# the double oracle of the GPU tests; --wrap: dev/test/test_cuda.h counts which kernels were launched
+# the double oracle of the GPU tests; --wrap: calls that dev/test/test_cuda.h counts, or lets fail
+CUDA_WRAPPED = cudaLaunchKernel __cudaGetKernel __cudaRegisterFunction cudaMalloc cudaDeviceGetAttribute
 $(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
 	@mkdir -p $(BUILD)
 	$(CXX) -std=c++17 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) -c $< -o $@
@@ -107,7 +108,7 @@ $(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
 $(BUILD)/test_mambacu: $(TESTS) train_mamba.cu $(SOURCES) $(BUILD)/oracle.o Makefile
 	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
 	$(NVCC) -x cu $(CUDA_FLAGS) -c test_mamba.c -o $@.o
-	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker --wrap=cudaLaunchKernel,--wrap=__cudaGetKernel,--wrap=__cudaRegisterFunction -o $@ $(CUDA_LIBS)
+	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker $(subst $(space),$(comma),$(addprefix --wrap=,$(CUDA_WRAPPED))) -o $@ $(CUDA_LIBS)
 
 $(BUILD)/dev/%: dev/cuda/%.cu dev/cuda/ladder.h train_mamba.cu $(SOURCES) Makefile
 	@mkdir -p $(BUILD)/dev
@@ -120,8 +121,27 @@ test: $(BUILD)/test_mamba $(BUILD)/test_mamba_double ## float and double test su
 	$(BUILD)/test_mamba
 	$(BUILD)/test_mamba_double
 
+# changed inputs for the readers of files, under sanitizers: by clang's libFuzzer where there is one (make CC=clang),
+# otherwise by the program's own changes. FUZZ_SECONDS for each reader
+FUZZ_SECONDS ?= 20
+FUZZ_FLAGS = -std=gnu11 -O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+             $(WARNINGS) -Wno-unknown-pragmas $(JANSSON_CFLAGS)
+$(BUILD)/fuzz: dev/fuzz/fuzz.c $(SOURCES) Makefile
+	@mkdir -p $(BUILD)
+	$(CC) $(FUZZ_FLAGS) -fsanitize-coverage=trace-pc $< -o $@ $(LIBS)
+$(BUILD)/libfuzzer: dev/fuzz/fuzz.c $(SOURCES) Makefile
+	$(CC) $(FUZZ_FLAGS) -DLIBFUZZER -fsanitize=fuzzer $< -o $@ $(LIBS)
+
+fuzz: $(BUILD)/fuzz $(if $(findstring clang,$(shell $(CC) --version)),$(BUILD)/libfuzzer) ## random changes of files for every reader: none may crash, hang or lie
+	@cd $(BUILD) && for name in $$(./fuzz); do \
+	    if test -x libfuzzer; then mkdir -p corpus/$$name && ./fuzz $$name 0 corpus/$$name && \
+	        { FUZZ=$$name ./libfuzzer -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=2 corpus/$$name > $$name.log 2>&1 \
+	          && echo "$$name: $$(tail -n 1 $$name.log)" || { tail -n 50 $$name.log; exit 1; }; }; \
+	    else ./fuzz $$name $(FUZZ_SECONDS); fi || exit 1; done
+
 faults: ## a save under kills, full disks, failing calls and power loss
 	CC='$(CC)' dev/faults/run.sh
+	dev/faults/convert.sh
 
 mutate: ## plant bugs in the mathematics, a sample for five minutes: the tests must find 98 % of them
 	python3 dev/mutate/mutate.py
@@ -137,7 +157,12 @@ CUDA_LADDERS = $(patsubst dev/cuda/%.cu,$(BUILD)/dev/%,$(wildcard dev/cuda/*.cu)
 dev: $(patsubst dev/cpu/%.c,$(BUILD)/dev/cpu_%,$(wildcard dev/cpu/*.c)) $(patsubst dev/bench/%.c,$(BUILD)/dev/%,$(wildcard dev/bench/*.c)) $(if $(shell command -v $(NVCC)),$(CUDA_LADDERS)) ## kernel ladders and benchmarks
 
 ladders: $(CUDA_LADDERS) ## the table of all GPU kernels, on the GPU of this machine
-	@for ladder in $^; do ./$$ladder || exit 1; done
+	@date +%F; for ladder in $^; do ./$$ladder || exit 1; done
+
+ladders-readme: ## write build/ladders.txt, what `make ladders` printed, into dev/README.md
+	@test -s $(BUILD)/ladders.txt || { echo "run make ladders > $(BUILD)/ladders.txt first, on a GPU"; exit 1; }
+	@{ sed '/<!-- ladders: begin/q' dev/README.md; echo '```'; sed '/^OpenMP/d;/^OpenBLAS/d' $(BUILD)/ladders.txt; echo '```'; sed -n '/<!-- ladders: end/,$$p' dev/README.md; } > $(BUILD)/README.md
+	@mv $(BUILD)/README.md dev/README.md
 
 readme: all ## write the table of options into README.md
 	@{ sed '/<!-- options: begin/q' README.md; $(BUILD)/train_mamba --help=markdown; sed -n '/<!-- options: end/,$$p' README.md; } > $(BUILD)/README.md

@@ -35,6 +35,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <fnmatch.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -143,9 +144,16 @@ void* xrealloc(void* old, size_t count, size_t size) {
 // value can be recomputed, and nothing depends on the number of threads. Streams keep the uses apart.
 //   mix(x): the finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection on 64 bits
 //   bits   = mix( mix( mix(seed) + stream ) + counter )
-enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_SAMPLE = 1 << 20, STREAM_INIT = 1 << 21 };
+enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_DROPOUT = 3, STREAM_SAMPLE = 1 << 20,
+       STREAM_INIT = 1 << 21 };
 
-uint64_t mix64(uint64_t x) {
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__    // also callable in the kernels of train_mamba.cu
+#else
+#define HOST_DEVICE
+#endif
+
+HOST_DEVICE static inline uint64_t mix64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -289,6 +297,10 @@ bool config_check(const Config* c, Error* err) {
 
 // defines: SafeTensors and its reader and writer, checkpoint directories, config_read, config_write
 #include "data/safetensors.h"
+// defines: pickle_open, pickle_write: pytorch_model.bin
+#include "data/pickle.h"
+// defines: weights_open: a model in one file or in several
+#include "data/shards.h"
 // defines: Tokenizer, streaming decode
 #include "data/tokenizer.h"
 // defines: Dataset, Loader
@@ -680,6 +692,44 @@ void embedding_backward(real* dweight, const real* dout, const int* tokens, size
             for (size_t d = 0; d < n; d++) dw[d] += dout_m[d];
         }
     }
+}
+
+// Dropout: which elements a training step zeroes. A mask is nowhere stored: whether an element is kept is a
+// function of (seed, step, place, element), so the backward, --recompute and a resumed run make it again.
+//   place: 0 the embedding, l + 1 what sub-layer l adds    element: (first + m) * D + d
+typedef struct {
+    double rate;         // the part that is zeroed; 0: no dropout
+    uint64_t key;        // random_bits(seed, STREAM_DROPOUT, step)
+    size_t first;        // tokens of this step in the micro-batches before this one
+    int place;
+} Dropout;
+
+// Four neighbouring elements share the 64 bits of mix(mix(key + place) + element / 4); each is zeroed when
+// its 16 bits are below the threshold.
+static inline uint32_t dropout_threshold(double rate) { return (uint32_t)(rate * 65536 + 0.5); }
+static inline double dropout_scale(uint32_t threshold) { return 65536.0 / (65536.0 - threshold); }
+HOST_DEVICE static inline bool dropout_keeps(uint64_t bits, size_t element, uint32_t threshold) {
+    return (bits >> element % 4 * 16 & 0xffff) >= threshold;
+}
+
+// dropout: out = keep ? inp / (1 - rate) : 0, so that the mean stays.   inp, out (M,D), may be the same
+// Returns out, or inp when there is nothing to do. It is linear, each element for itself, so the backward is
+// the same function of the gradient.    Srivastava et al. (2014), Journal of Machine Learning Research 15
+const real* dropout(real* out, const real* inp, const Dropout* drop, size_t M, size_t D) {
+    uint32_t threshold = dropout_threshold(drop->rate);
+    uint64_t key = mix64(drop->key + (uint64_t)drop->place);
+    real scale = (real)dropout_scale(threshold);
+    if (threshold == 0) return inp;
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++) {
+        uint64_t bits = 0;
+        for (size_t d = 0; d < D; d++) {
+            size_t element = (drop->first + m) * D + d;
+            if (d == 0 || element % 4 == 0) bits = mix64(key + element / 4);
+            out[m * D + d] = dropout_keeps(bits, element, threshold) ? inp[m * D + d] * scale : 0;
+        }
+    }
+    return out;
 }
 
 // rmsnorm_forward: divides each token's vector by its root mean square.
@@ -1252,6 +1302,7 @@ typedef struct {
     size_t B, T;
     const int* doc;      // (B,T) document ids, or NULL: one document per row
     int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
+    Dropout dropout;     // of what this sub-layer adds
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -1350,7 +1401,7 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
     matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 // mamba1_block_backward: the lines of the forward in reverse order. dres (B,T,D) holds the gradient of
@@ -1388,8 +1439,9 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     zero_real(w->du, M * D);
 
     // (F8) out = W_out y, y = s silu(z); the residual passes dres on unchanged
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dres, D, w->y, E, p->out_proj, M, E, D);
+    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dout, D, w->y, E, p->out_proj, M, E, D);
     gate_backward(w->ds, E, dz, 2 * E, dy, a->s, E, z, 2 * E, M, E);
     // (F5) to (F7): the first contribution to dx
     zero_real(w->ddt, M * E);
@@ -1453,7 +1505,7 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
@@ -1469,9 +1521,10 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
     zero_real(w->dm, M * F);
     zero_real(w->dh, M * 2 * F);
     zero_real(w->du, M * D);
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // out = W_2 m, m = up silu(gate)
-    matmul_backward(w->dm, F, dp->fc2, NULL, dres, D, w->m, F, p->fc2, M, F, D);
+    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
     gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // [up; gate] = W_1 u, u = RMSNorm(res_in)
     matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
@@ -1531,6 +1584,7 @@ typedef struct {
     int ndim;
     int64_t shape[3];
     size_t count, offset;     // elements; the offset is a multiple of 16
+    bool frozen;              // --freeze: no update, no decay, not in the gradient norm
 } Tensor;
 
 typedef struct {
@@ -1762,6 +1816,7 @@ typedef struct {
     size_t B, T;
     bool training;
     int recompute;
+    Dropout dropout;                  // of the call at hand; rate 0 unless a training step sets it
     size_t bytes;                     // of everything below
     real* data;
     real** res;                       // [n_layers + 1] residual stream before each sub-layer, (B,T,D)
@@ -1873,20 +1928,24 @@ void workspace_free(Workspace* w) {
 static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, const State* s0,
                           const State* sT) {
     const Layer* layer = &m->layer[l];
-    layer->kind->forward(run, w->res[l + 1], w->res[l], layer->params, w->acts[l],
+    Run here = *run;
+    here.dropout.place = l + 1;
+    layer->kind->forward(&here, w->res[l + 1], w->res[l], layer->params, w->acts[l],
                          w->scratch[layer->kind - kinds], s0->field[l], sT->field[l]);
 }
 
 // model_forward: tokens (B,T) to the final normalized residual stream w->f (B,T,D).
 //   res_0 = embedding[tokens]     res_{l+1} = res_l + layer_l(RMSNorm(res_l))     f = RMSNorm(res_last)
+//   with dropout (w->dropout) on the embedding and on what each layer adds
 //   doc (B,T) or NULL; s0 and sT: states before and after, see state_none; in inference they may be the same
 //   state
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc, w->recompute};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model;
     embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
 }
@@ -1917,7 +1976,7 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc, w->recompute};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
@@ -1925,10 +1984,12 @@ void model_backward(const Model* m, Workspace* w, const int* tokens, const int* 
     for (int l = m->n_layers - 1; l >= 0; l--) {
         const Layer* layer = &m->layer[l];
         if (w->recompute == RECOMPUTE_ALL) layer_forward(m, w, &run, l, s0, &none);
+        run.dropout.place = l + 1;
         layer->kind->backward(&run, w->dres, w->res[l], layer->grads, layer->params, w->acts[l],
                               w->scratch[layer->kind - kinds], s0->field[l], ds0->field[l], dsT->field[l]);
     }
-    embedding_backward(m->dembedding, w->dres, tokens, M, D);
+    run.dropout.place = 0;
+    embedding_backward(m->dembedding, dropout(w->dres, w->dres, &run.dropout, M, D), tokens, M, D);
     state_free(&none);
 }
 
@@ -1954,13 +2015,14 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc, w->recompute};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
     for (int l = 0; l < m->n_layers && !found; l++) {
         const Layer* layer = &m->layer[l];
         if (l == 0) embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+        if (l == 0) dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
         layer_forward(m, w, &run, l, s0, &none);
         for (int i = 0; i < layer->kind->n_acts && !found; i++) {
             if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T)))
@@ -1987,10 +2049,13 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW, learning rate schedules
 
-// gradient_norm: the L2 norm of all gradients together. Sums of fixed blocks in double, added in order: the
-// result does not depend on the number of threads.
-double gradient_norm(const Model* m) {
+// gradient_norm: the L2 norm of all gradients together; those of frozen tensors are set to zero. Sums of
+// fixed
+// blocks in double, added in order: the result does not depend on the number of threads.
+double gradient_norm(Model* m) {
     enum { BLOCK = 65536 };
+    for (int i = 0; i < m->n_tensors; i++)
+        if (m->tensor[i].frozen) zero_real(m->grads + m->tensor[i].offset, m->tensor[i].count);
     size_t blocks = (m->n_elements + BLOCK - 1) / BLOCK;
     double *partial = (double*)xcalloc(blocks, sizeof(double)), sum = 0;
     #pragma omp parallel for
@@ -2015,7 +2080,9 @@ double clip_scale(double norm, double clip) {
 
 typedef struct { double beta1, beta2, eps, weight_decay; } AdamW;
 
-// adamw_update: step number `step` (from 1) on every tensor; tensors without the DECAY flag are not decayed.
+// adamw_update: step number `step` (from 1) on every tensor that is not frozen; tensors without the DECAY
+// flag
+// are not decayed.
 //   g = scale * grad     m = beta1 m + (1-beta1) g     v = beta2 v + (1-beta2) g^2
 //   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)
 //   Loshchilov, Hutter (1711.05101)
@@ -2025,6 +2092,7 @@ void adamw_update(Model* model, const AdamW* opt, double lr, double scale, int64
     real v_scale = (real)(1 / sqrt(1 - pow(opt->beta2, (double)step)));
     for (int i = 0; i < model->n_tensors; i++) {
         const Tensor* t = &model->tensor[i];
+        if (t->frozen) continue;
         real *p = model->params + t->offset, *m = model->m + t->offset, *v = model->v + t->offset;
         const real* grad = model->grads + t->offset;
         real keep = t->spec->flags & DECAY ? (real)(1 - lr * opt->weight_decay) : 1;
@@ -2205,6 +2273,7 @@ typedef struct {
     AdamW opt;
     double lr, clip;
     int64_t number;                    // from 1
+    Dropout dropout;
 } Step;
 
 typedef struct {
@@ -2228,6 +2297,7 @@ struct Backend {
     // step_begin starts a step, step_end waits for the oldest one begun. At most `queue` may be under way
     // when the next begins: a GPU computes one step while the host prepares the next. After a step that was
     // not taken the host's arrays hold its parameters and gradients.
+    Dropout dropout;                   // of the step at hand; see dropout_of
     int queue;
     double peak_flops;                 // of the device, in matmuls of this precision; 0: not known
     void (*step_begin)(Backend*, const Step*);
@@ -2244,6 +2314,9 @@ struct Backend {
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
+    // decode_greedy: one more token of every sequence, and the most likely next ones, -1 after a logit that is
+    // not finite; NULL: use decode
+    void (*decode_greedy)(Backend*, Session*, const int* tokens, int* next);
     void (*session_open)(Backend*, Session*);        // memory for decode
     void (*session_close)(Backend*, Session*);
     void (*session_sync)(Backend*, Session*, bool to_host);      // Session.state: host -> device, or back
@@ -2252,10 +2325,19 @@ struct Backend {
     void (*destroy)(Backend*);
 };
 
+// dropout_of: that of one micro-batch of a training step; evaluation and generation (micro -1) have none
+static Dropout dropout_of(const Backend* b, int micro, size_t B, size_t T) {
+    Dropout drop = b->dropout;
+    if (micro < 0) drop.rate = 0;
+    else drop.first = (size_t)micro * B * T;
+    return drop;
+}
+
 static double cpu_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
                           size_t B, size_t T, double scale) {
     const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
     const State* sT = b->carry_in && micro >= 0 ? &b->carry_out[micro] : &b->none;
+    b->work.dropout = dropout_of(b, micro, B, T);
     model_forward(b->model, &b->work, tokens, doc, B, T, s0, sT);
     return model_loss(b->model, &b->work, targets, B * T, scale > 0, (real)scale);
 }
@@ -2275,6 +2357,7 @@ static void cpu_update(Backend* b, const AdamW* opt, double lr, double scale, in
 void plain_step_begin(Backend* b, const Step* s) {
     StepResult r = {0, NAN, false, 0};
     double scale = s->n_targets ? 1.0 / (double)s->n_targets : 0;
+    b->dropout = s->dropout;
     b->zero_gradients(b);
     for (int micro = 0; micro < (int)s->accum; micro++) {
         size_t at = (size_t)micro * s->B * s->T;
@@ -2558,11 +2641,18 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 
     start = seconds_now();
     size_t active = rows;
+    bool greedy = backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
     for (int64_t i = 0; ok && i < o->max_tokens && active > 0 && !*interrupted; i++) {
         for (size_t r = 0; r < rows && ok; r++) {
-            if (done[r]) continue;
-            ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
-                              candidates, &last[r], err);
+            if (done[r]) {
+                if (last[r] < 0) last[r] = 0;
+                continue;
+            }
+            if (!greedy || i == 0)
+                ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
+                                  candidates, &last[r], err);
+            else if (last[r] < 0)
+                ok = fail(err, "a logit is not finite: the model has diverged or its file is damaged");
             if (!ok) break;
             stats->new_tokens++;
             if (last[r] == m->config.eos_token) {
@@ -2584,7 +2674,10 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
                 length[r] += n;
             }
         }
-        if (ok && active > 0 && i + 1 < o->max_tokens) backend->decode(backend, &s, 0, rows, last, 1, logits);
+        if (ok && active > 0 && i + 1 < o->max_tokens) {
+            if (greedy) backend->decode_greedy(backend, &s, last, last);
+            else backend->decode(backend, &s, 0, rows, last, 1, logits);
+        }
     }
     stats->decode_seconds = seconds_now() - start;
     for (size_t r = 0; r < rows; r++) {
@@ -2673,189 +2766,8 @@ static bool check_memory(double bytes, const char* advice, Error* err) {
                 available / 1073741824.0, advice);
 }
 
-// ------------------------------------------------------------------------------------------------
-// 11.1 From options to data and model
-
-typedef struct {
-    Tokenizer tokenizer;
-    Dataset train, val;
-    bool has_val;
-    char* default_list;        // the file list when --data is not given
-} Data;
-
-// The default data: the source files of this project, from the current directory or from beside the
-// executable.
-static char* default_data(void) {
-    static const char* const names[] = {"train_mamba.c", "train_mamba.cu", "test_mamba.c",
-                                        "data/safetensors.h", "data/checkpoint.h", "data/tokenizer.h",
-                                        "data/dataloader.h", "data/options.h"};
-    char root[4096] = ".", *list = (char*)xcalloc(1, 1);
-    if (access("train_mamba.c", R_OK) != 0) {
-        ssize_t n = readlink("/proc/self/exe", root, sizeof root - 1);
-        root[n > 0 ? n : 0] = 0;
-        for (int up = 0; up < 2 && strrchr(root, '/'); up++) *strrchr(root, '/') = 0;
-    }
-    size_t length = 0;
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
-        char path[4352];
-        snprintf(path, sizeof path, "%s%s%s", strcmp(root, ".") ? root : "", strcmp(root, ".") ? "/" : "",
-                 names[i]);
-        if (access(path, R_OK) != 0) continue;
-        list = (char*)xrealloc(list, length + strlen(path) + 2, 1);
-        length += (size_t)sprintf(list + length, "%s%s", length ? "\n" : "", path);
-    }
-    if (!length)
-        die("no --data given, and this program's source files (the default data) are not here; give --data "
-            "FILE...");
-    return list;
-}
-
-static bool open_list(Dataset* d, const char* list, const Tokenizer* tok, Error* err) {
-    char *copy = strdup(list), **paths = NULL, *rest = NULL;
-    int n = 0;
-    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
-        paths = (char**)xrealloc(paths, (size_t)n + 1, sizeof(char*));
-        paths[n++] = p;
-    }
-    bool ok = dataset_open(d, paths, n, tok, err);
-    free(paths);
-    free(copy);
-    return ok;
-}
-
-static bool ends_with(const char* text, const char* end) {
-    size_t n = strlen(text), m = strlen(end);
-    return n >= m && strcmp(text + n - m, end) == 0;
-}
-
-// tokenizer_choose: that of the checkpoint `dir` when a run is resumed; --tokenizer; the one beside token
-// shards (.bin), which have only ids without it; otherwise bytes.
-static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list, const char* dir,
-                             Error* err) {
-    const Options* o = &s->o;
-    bool shards = ends_with(list, ".bin");
-    char beside[4096];
-    tokenizer_bytes(tok);
-    if (dir && o->tokenizer[0])
-        return fail(
-            err,
-            "--tokenizer %s: a run that resumes goes on with the tokenizer of its checkpoint; leave it out",
-            o->tokenizer);
-    if (dir && !tokenizer_read(tok, dir, err)) return false;
-    if (!dir && o->tokenizer[0] && !tokenizer_load(tok, o->tokenizer, err)) return false;
-    if (!dir && !o->tokenizer[0] && shards) {
-        const char *end = strchr(list, '\n'),
-                   *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
-        snprintf(beside, sizeof beside, "%.*s", slash ? (int)(slash - list + 1) : 1, slash ? list : ".");
-        if (!tokenizer_read(tok, beside, err)) return false;
-        if (tok->kind != TOKENIZER_NONE) printf("tokenizer: that in %s\n", beside);
-    }
-    if (tok->kind == TOKENIZER_NONE) {
-        tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;
-        tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : tok->vocab_size - 1);
-        return true;
-    }
-    if (tok->kind == TOKENIZER_BPE && o->eos_token >= 0) tok->eos = (int)o->eos_token;
-    if (tok->kind == TOKENIZER_BPE && tok->eos < 0)
-        warn(
-            "the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token "
-            "gives one");
-    if (tok->eos >= tok->vocab_size)
-        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos,
-                    (long long)tok->vocab_size - 1);
-    if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
-        if (tok->kind == TOKENIZER_BPE)
-            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids",
-                        (long long)o->vocab_size, (long long)tok->vocab_size);
-        return fail(
-            err,
-            "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
-            (long long)o->vocab_size, (long long)tok->vocab_size);
-    }
-    return true;
-}
-
-bool data_open_all(Data* data, const Settings* s, Error* err) {
-    const Options* o = &s->o;
-    const char* list = o->data;
-    if (!list[0]) list = data->default_list = default_data();
-    if (!open_list(&data->train, list, &data->tokenizer, err)) return false;
-    if (o->val_data[0]) {
-        if (!open_list(&data->val, o->val_data, &data->tokenizer, err)) return false;
-        data->has_val = true;
-    } else if (o->val_fraction > 0) {
-        data->has_val = dataset_split(&data->train, o->val_fraction, &data->val) && data->val.n_tokens > 1;
-        if (!data->has_val)
-            return fail(
-                err,
-                "data has %lld tokens, too few to keep a fraction of %g for validation; give more data or "
-                "--val-fraction 0",
-                (long long)data->train.n_tokens, o->val_fraction);
-    }
-    return true;
-}
-
-void data_close_all(Data* data) {
-    tokenizer_free(&data->tokenizer);
-    if (data->has_val) dataset_close(&data->val);
-    dataset_close(&data->train);
-    free(data->default_list);
-}
-
-// config_from_options: the Config that the model options describe, for a vocabulary of V tokens.
-Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
-    const Options* o = &s->o;
-    Config c;
-    memset(&c, 0, sizeof c);
-    memcpy(c.pattern, o->pattern,
-           min_size(strlen(o->pattern) + 1, sizeof c.pattern));    // too long: no end, refused
-    c.n_layer = o->n_layer;
-    c.d_model = o->d_model;
-    c.d_inner = o->expand * o->d_model;
-    c.d_state = o->d_state;
-    c.d_conv = o->d_conv;
-    c.dt_rank = o->dt_rank ? o->dt_rank : (o->d_model + 15) / 16;
-    if (strchr(o->pattern, 'm')) {
-        c.d_intermediate = o->d_intermediate ? o->d_intermediate : (8 * o->d_model + 2) / 3;
-        c.d_intermediate = (c.d_intermediate + 127) / 128 * 128;
-    }
-    c.vocab_size = V;
-    c.vocab_padded = (V + 7) / 8 * 8;
-    c.tie_embeddings = o->tie_embeddings;
-    c.conv_bias = true;
-    c.rescale_prenorm_residual = true;
-    c.norm_eps = 1e-5;
-    c.dt_min = 1e-3;
-    c.dt_max = 1e-1;
-    c.dt_init_floor = 1e-4;
-    c.dt_scale = 1;
-    c.initializer_range = 0.02;
-    c.eos_token = eos;
-    return c;
-}
-
-static double mib(double bytes) { return bytes / 1048576.0; }
-
-// Flop: floating-point operations per token of a training step (forward and twice as much backward)
-//   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
-//            head (of a tied embedding the head alone; looking up a row computes nothing)
-//   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and add
-//            C h), 18 backward (the forward's again, and 11 for the gradients)
-// The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
-// figure 6 N per token that others quote counts every parameter N, the embedding too.
-typedef struct { double matmul, scan; } Flop;
-
-Flop flop_per_token(const Model* m) {
-    Flop f = {0, 0};
-    const Config* c = &m->config;
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor* t = &m->tensor[i];
-        bool lookup = t->spec->init == INIT_EMBEDDING && !c->tie_embeddings;
-        if (t->ndim == 2 && (t->spec->flags & DECAY) && !lookup) f.matmul += 6.0 * (double)t->count;
-        if (t->spec->init == INIT_A_LOG) f.scan += 25.0 * (double)t->count;
-    }
-    return f;
-}
+// defines: Data, default data, which tokenizer, which configuration, frozen tensors
+#include "data/setup.h"
 
 // ------------------------------------------------------------------------------------------------
 // 11.2 Evaluation
@@ -2920,127 +2832,8 @@ typedef struct {
     FILE* log;
 } Trainer;
 
-// Options that a resumed run takes from its checkpoint. The first group may not change, the rest is listed
-// when it does.
-static bool option_is_saved(const Option* opt) {
-    static const char* const not_saved[] = {"preset", "out",     "resume",     "from",
-                                            "threads", "force-data", "tokenizer"};
-    if (!opt->name || !(opt->words & WORD_TRAIN)) return false;
-    for (size_t i = 0; i < sizeof not_saved / sizeof not_saved[0]; i++)
-        if (strcmp(opt->name, not_saved[i]) == 0) return false;
-    return true;
-}
-
-static bool option_is_fixed(const Option* opt) {
-    static const char* const fixed[] = {"pattern",    "n-layer",   "d-model",        "expand",
-                                        "d-state",    "d-conv",    "dt-rank",        "d-intermediate",
-                                        "vocab-size", "eos-token", "tie-embeddings", "carry-state"};
-    for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++)
-        if (strcmp(opt->name, fixed[i]) == 0) return true;
-    return false;
-}
-
-// save: writes a checkpoint with everything that a resume needs. A failure is a warning: training goes on.
-static void trainer_save(Trainer* t, bool best) {
-    const Options* o = &t->settings->o;
-    Progress* p = &t->progress;
-    const char* meta[MAX_META];
-    static char names[N_OPTIONS][64];
-    char text[4][64];
-    int n = 0;
-    t->backend.download(&t->backend);
-    snprintf(text[0], 64, "%lld", (long long)p->samples);
-    snprintf(text[1], 64, "%.17g", p->best_loss);
-    snprintf(text[2], 64, "%lld", (long long)p->best_step);
-    snprintf(text[3], 64, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
-    const char* fixed[] = {"ssm_c_format", "1",     "samples", text[0], "best_loss",  text[1],
-                           "best_step", text[2], "data", text[3]};
-    for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) meta[n++] = fixed[i];
-    for (int i = 0; i < N_OPTIONS; i++) {
-        if (!option_is_saved(&options[i])) continue;
-        snprintf(names[i], sizeof names[i], "option.%s", options[i].name);
-        meta[n++] = names[i];
-        meta[n++] = t->settings->text[i];
-    }
-    meta[n] = NULL;
-    Error err;
-    int n_carry = o->carry_state ? (int)o->grad_accum : 0;
-    bool ok = checkpoint_save(&t->model, &t->data.tokenizer, o->out, p->step, meta, t->backend.carry_in,
-                              n_carry, &err);
-    if (ok && best) ok = checkpoint_mark_best(o->out, p->step, &err);
-    if (ok) {
-        checkpoint_prune(o->out, (int)o->keep);
-        printf("saved %s/step_%08lld%s\n", o->out, (long long)p->step, best ? " (best)" : "");
-    } else {
-        warn("could not save step %lld: %s; the previous checkpoint is whole, training goes on",
-             (long long)p->step, err.text);
-    }
-    t->save_failed = !ok;
-}
-
-// resume_settings: the settings of the checkpoint below those given by the user.
-static bool resume_settings(Settings* s, const SafeTensors* st, Error* err) {
-    const char* format = safetensors_metadata(st, "ssm_c_format");
-    if (!format || strcmp(format, "1") != 0)
-        return fail(err, "%s: its format is %s, this program reads format 1; use the program that wrote it",
-                    st->path, format ? format : "unknown");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        char name[80];
-        if (!option_is_saved(&options[i])) continue;
-        snprintf(name, sizeof name, "option.%s", options[i].name);
-        const char* value = safetensors_metadata(st, name);
-        if (!value) continue;
-        if (s->origin[i] == FROM_USER && strcmp(value, s->text[i]) != 0) {
-            if (option_is_fixed(&options[i]))
-                return fail(err, "--%s %s: the run in %s has %s, which cannot change when it resumes",
-                            options[i].name, s->text[i], s->o.out, value);
-            printf("changed: --%s %s, was %s\n", options[i].name, s->text[i][0] ? s->text[i] : "-",
-                   value[0] ? value : "-");
-        }
-        if (!option_set(s, i, value, FROM_CHECKPOINT, err)) return false;
-    }
-    return true;
-}
-
-static bool resume_progress(Trainer* t, const SafeTensors* st, Error* err) {
-    const Options* o = &t->settings->o;
-    static const char* const keys[] = {"step", "samples", "best_loss", "best_step", "data"};
-    const char* value[5];
-    for (int i = 0; i < 5; i++)
-        if (!(value[i] = safetensors_metadata(st, keys[i])))
-            return fail(err, "%s: metadata '%s' is missing", st->path, keys[i]);
-    t->progress.step = atoll(value[0]);
-    t->progress.samples = atoll(value[1]);
-    t->progress.best_loss = atof(value[2]);
-    t->progress.best_step = atoll(value[3]);
-    char print[32];
-    snprintf(print, sizeof print, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
-    if (strcmp(print, value[4]) != 0 && !o->force_data)
-        return fail(err,
-                    "the training data changed since %s was saved (fingerprint %s, was %s); --force-data "
-                    "goes on all the same",
-                    st->path, print, value[4]);
-    if (t->progress.step >= o->steps)
-        return fail(err, "the run in %s is finished: step %lld of %lld; give a larger --steps to continue it",
-                    o->out, (long long)t->progress.step, (long long)o->steps);
-    return true;
-}
-
-// log_open: out/log.csv; a resumed run first drops the rows after its checkpoint.
-static bool log_open(Trainer* t, bool resume, Error* err) {
-    char path[4352], fresh[4352], line[512];
-    snprintf(path, sizeof path, "%s/log.csv", t->settings->o.out);
-    snprintf(fresh, sizeof fresh, "%s/log.csv.tmp", t->settings->o.out);
-    FILE *old = resume ? fopen(path, "r") : NULL, *f = fopen(fresh, "w");
-    if (!f) return fail(err, "%s: %s", fresh, strerror(errno));
-    fprintf(f, "step,loss,lr,grad_norm,tokens_per_second,val_loss,val_bpb\n");
-    while (old && fgets(line, sizeof line, old))
-        if (isdigit((unsigned char)line[0]) && atoll(line) <= t->progress.step) fputs(line, f);
-    if (old) fclose(old);
-    if (fflush(f) != 0 || rename(fresh, path) != 0) return fail(err, "%s: %s", path, strerror(errno));
-    t->log = f;
-    return true;
-}
+// defines: trainer_save, resume_settings, resume_progress, log_open, plot_loss, lock_run
+#include "data/run.h"
 
 // bits per byte, when a token is a byte
 static void bits_per_byte(const Tokenizer* tok, double loss, char text[32]) {
@@ -3081,6 +2874,11 @@ static void step_batch(Trainer* t, int64_t samples) {
         die("%s", err.text);
 }
 
+static Dropout step_dropout(const Options* o, int64_t number) {
+    Dropout drop = {o->dropout, random_bits(o->seed, STREAM_DROPOUT, (uint64_t)(number - 1)), 0, 0};
+    return drop;
+}
+
 // step_start: begins one optimizer step; its loss comes from step_finish.
 static void step_start(Trainer* t, double lr) {
     const Options* o = &t->settings->o;
@@ -3097,7 +2895,8 @@ static void step_start(Trainer* t, double lr) {
               {o->beta1, o->beta2, o->eps, o->weight_decay},
               lr,
               o->clip,
-              p->step + 1};
+              p->step + 1,
+              step_dropout(o, p->step + 1)};
     for (size_t i = 0; i < s.accum * s.B * s.T; i++) s.n_targets += t->targets[i] >= 0;
     t->backend.step_begin(&t->backend, &s);
     Record r = {p->step + 1, p->samples, lr, (double)s.n_targets, 0, 0};     // loss: divided by it later
@@ -3125,6 +2924,8 @@ static bool step_finish(Trainer* t, Record* r, Error* err) {
     step_batch(t, r->samples);
     if (!b->work.data)
         b->work = workspace_alloc(&t->model, B, T, false, RECOMPUTE_NONE, false);    // the CPU looks for it
+    b->work.dropout = step_dropout(o, r->step);
+    b->work.dropout.first = at;
     find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
                    what, sizeof what);
     bool starts;
@@ -3327,37 +3128,6 @@ static int train_loop(Trainer* t) {
     return t->save_failed ? 1 : 0;
 }
 
-// plot_loss: a picture of the log, when gnuplot is there. It never delays or fails a run by more than 20
-// seconds.
-static void plot_loss(const char* out) {
-    if (strchr(out, '\'')) return;      // gnuplot's quote
-    if (system("command -v gnuplot >/dev/null 2>&1") != 0) return;
-    FILE* g = popen("timeout 20 gnuplot 2>/dev/null", "w");
-    if (!g) return;
-    fprintf(g,
-            "set terminal png size 900,500\nset output '%s/loss.png'\nset datafile separator ','\nset grid\n"
-            "set xlabel 'step'\nset ylabel 'loss (nats per token)'\n"
-            "plot '%s/log.csv' using 1:2 with lines title 'training', '' using 1:6 with linespoints title "
-            "'validation'\n",
-            out, out);
-    if (pclose(g) == 0) printf("plot: %s/loss.png\n", out);
-}
-
-static int lock_run(const char* out) {
-    char path[4352], holder[64] = "another process";
-    snprintf(path, sizeof path, "%s/.lock", out);
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-    if (fd < 0) die("%s: %s", path, strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
-        ssize_t n = read(fd, holder, sizeof holder - 1);
-        if (n > 0) holder[n] = 0;
-        die("%s is in use by a running train_mamba (%s); wait for it or choose another --out", out, holder);
-    }
-    int n = snprintf(holder, sizeof holder, "pid %d", (int)getpid());
-    if (ftruncate(fd, 0) != 0 || write(fd, holder, (size_t)n) != n) warn("%s: %s", path, strerror(errno));
-    return fd;      // the kernel releases the lock when the process ends, however it ends
-}
-
 static void print_model(const Model* m) {
     const Config* c = &m->config;
     printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
@@ -3372,12 +3142,18 @@ static void print_model(const Model* m) {
 static void trainer_create(Trainer* t, Settings* s) {
     Error err;
     char dir[4096], path[4352];
-    SafeTensors st;
+    SafeTensors st, source;
     memset(t, 0, sizeof *t);
     t->settings = s;
     const Options* o = &s->o;
     t->progress.best_loss = INFINITY;
     Config config;
+    if (o->from[0] && o->resume)
+        die("--resume continues the run in %s, --from starts a new one with the weights of a model; give one",
+            o->out);
+    if (o->from[0] && model_option_given(s) >= 0)
+        die("--%s describes a new model, but the model comes from %s; leave it out",
+            options[model_option_given(s)].name, o->from);
     if (o->resume) {
         if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
         if (strcmp(dir, o->out) == 0)
@@ -3407,10 +3183,21 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
     set_threads(o->threads);
     const char* list = o->data;
-    if (!tokenizer_choose(&t->data.tokenizer, s, list, o->resume ? dir : NULL, &err) ||
-        !data_open_all(&t->data, s, &err))
+    Tokenizer* tok = &t->data.tokenizer;
+    if (o->tokenizer[0] && (o->resume || o->from[0]))
+        die("--tokenizer %s: the model goes on with the tokenizer of its checkpoint; leave it out", o->tokenizer);
+    if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
+          : o->resume ? tokenizer_open(tok, dir, &config, &err) : tokenizer_choose(tok, s, list, &err)))
         die("%s", err.text);
-    if (!o->resume) {
+    if (o->from[0]) {
+        config = t->model.config;
+        settings_from_config(s, &config);
+        model_free(&t->model);       // described again below, with the others
+        if (tok->kind == TOKENIZER_NONE && (!list[0] || !ends_with(list, ".bin")))
+            die("%s has no tokenizer.json, so it trains on token shards only: --data FILE.bin", dir);
+    }
+    if (!data_open_all(&t->data, s, &err)) die("%s", err.text);
+    if (!o->resume && !o->from[0]) {
         int64_t V = t->data.tokenizer.vocab_size;
         if (settings_origin(s, "vocab-size") == FROM_USER && o->vocab_size > V) V = o->vocab_size;
         config = config_from_options(s, V, t->data.tokenizer.eos);
@@ -3418,6 +3205,7 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!config_check(&config, &err)) die("%s", err.text);
     model_describe(&t->model, &config);
     Model* m = &t->model;
+    if (!freeze_tensors(m, o->freeze, &err)) die("%s", err.text);
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
     int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
     if (!checked_size(4, dims, 1, &step_size))
@@ -3458,6 +3246,10 @@ static void trainer_create(Trainer* t, Settings* s) {
         safetensors_close(&weights);
         safetensors_close(&st);
         printf("resumed: %s, step %lld\n", dir, (long long)t->progress.step);
+    } else if (o->from[0]) {
+        if (!model_load_tensors(m, &source, &err)) die("%s", err.text);
+        safetensors_close(&source);
+        printf("weights: %s\n", dir);
     } else {
         model_init(m, o->seed);
     }
@@ -3521,13 +3313,11 @@ int train_main(Settings* s) {
 static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
     Error err;
     const Options* o = &s->o;
-    int first = option_find("preset"), last = option_find("tie-embeddings"),
-        given = -1;    // the model options
-    for (int i = first; i <= last; i++) if (s->origin[i] == FROM_USER) given = i;
+    int given = model_option_given(s);
     bool from = settings_origin(s, "from") != FROM_DEFAULT;
     if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
         die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
-            options[given].name, o->from);
+            options[given].name, o->from[0] ? o->from : "out");
     if (given >= 0) {
         int64_t V = o->vocab_size ? o->vocab_size : 257;
         tokenizer_bytes(tok);
@@ -3544,13 +3334,15 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         model_init(m, o->seed);
         return;
     }
-    if (!checkpoint_resolve(o->from, dir, 4096, &err) || !model_load(m, dir, false, &err))
-        die("%s", err.text);
-    if (!tokenizer_read(tok, dir, &err)) die("%s", err.text);
-    if (tok->kind != TOKENIZER_BYTES) {
-        tok->vocab_size = m->config.vocab_size;
-        if (tok->kind == TOKENIZER_NONE || m->config.eos_token >= 0) tok->eos = (int)m->config.eos_token;
+    SafeTensors st;
+    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err)) die("%s", err.text);
+    if (s->word != WORD_INFO) {
+        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
+            die("%s", err.text);
+        model_alloc(m, false);
+        if (!model_load_tensors(m, &st, &err)) die("%s", err.text);
     }
+    safetensors_close(&st);
 }
 
 int generate_main(Settings* s) {
@@ -3672,33 +3464,8 @@ int eval_main(Settings* s) {
     return stop_signal ? 128 + (int)stop_signal : 0;
 }
 
-int info_main(Settings* s) {
-    Model m;
-    Tokenizer tok;
-    char dir[4096], shape[96];
-    model_open(&m, &tok, s, dir);
-    if (dir[0]) printf("checkpoint: %s\n", dir);
-    print_model(&m);
-    if (tok.kind == TOKENIZER_BPE)
-        printf("tokenizer: byte-level BPE, %lld ids, %lld merges%s, end token %d\n",
-               (long long)tok.bpe->n_ids, (long long)tok.bpe->n_merges, tok.bpe->nfc ? ", normal form C" : "",
-               tok.eos);
-    else printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
-    tokenizer_free(&tok);
-    printf("%-44s %-18s %12s  %s\n", "tensor", "shape", "parameters", "AdamW decay");
-    for (int i = 0; i < m.n_tensors; i++) {
-        const Tensor* t = &m.tensor[i];
-        printf("%-44s %-18s %12zu  %s\n", t->name, shape_text(shape, sizeof shape, t->ndim, t->shape),
-               t->count, t->spec->flags & DECAY ? "yes" : "-");
-    }
-    size_t state = state_count(&m);
-    printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state,
-           mib((double)state * sizeof(real)));
-    printf("training memory without activations: %.1f MiB\n", mib(4.0 * (double)m.n_elements * sizeof(real)));
-    model_free(&m);
-    return 0;
-}
-
+// defines: info_main, convert_main
+#include "data/info.h"
 // defines: tokenize_main
 #include "data/tokenize.h"
 
@@ -3713,8 +3480,8 @@ int ssm_main(int argc, char** argv) {
         word = 0;
         for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
         if (!word)
-            die("unknown word '%.40s'; expected train, generate, eval, info or tokenize, then options; "
-                "--help lists them",
+            die("unknown word '%.40s'; expected train, generate, eval, info, convert or tokenize, then options; --help "
+                "lists them",
                 argv[1]);
         skip = 2;
     }
@@ -3734,6 +3501,7 @@ int ssm_main(int argc, char** argv) {
         case WORD_GENERATE: code = generate_main(&settings); break;
         case WORD_EVAL: code = eval_main(&settings); break;
         case WORD_INFO: code = info_main(&settings); break;
+        case WORD_CONVERT: code = convert_main(&settings); break;
         case WORD_TOKENIZE: code = tokenize_main(&settings); break;
     }
     settings_free(&settings);

@@ -1,9 +1,10 @@
 // Options: one table for the parser, the help, the settings print and the table in README.
 
 // WORD_ALL: those that have a model
-enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_ALL = 15, WORD_TOKENIZE = 16 };
-static const char* const words[] = {"train", "generate", "eval", "info", "tokenize"};
-enum { N_WORDS = sizeof(words) / sizeof(words[0]) };
+enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_CONVERT = 16, WORD_ALL = 31,
+       WORD_TOKENIZE = 32 };
+static const char* const words[] = {"train", "generate", "eval", "info", "convert", "tokenize"};
+enum { N_WORDS = sizeof words / sizeof *words };
 
 typedef struct {
     // model
@@ -18,10 +19,10 @@ typedef struct {
     // optimizer
     int64_t steps, warmup, decay_steps;
     const char* schedule;
-    double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
+    double lr, min_lr, weight_decay, dropout, beta1, beta2, eps, clip;
     // run
     uint64_t seed;
-    const char *out, *from, *on_nan;
+    const char *out, *from, *on_nan, *dialect, *dtype, *freeze;
     const char *device, *precision;
     int64_t check, threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
     int recompute;           // RECOMPUTE_NONE, _CHEAP, _ALL
@@ -106,17 +107,25 @@ static const Option options[] = {
      "wsd only: steps of decay at the end; 0: a fifth of all"},
     {"weight-decay", 'f', OPT(weight_decay), WORD_TRAIN, "0.1", 0, 1e3, NULL,
      "AdamW, on embedding and projection weights only"},
+    {"dropout", 'f', OPT(dropout), WORD_TRAIN, "0", 0, 0.9, NULL,
+     "part of the embedding and of what each layer adds that a training step zeroes, against overfitting"},
     {"beta1", 'f', OPT(beta1), WORD_TRAIN, "0.9", 0, 0.999999, NULL, "AdamW"},
     {"beta2", 'f', OPT(beta2), WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
     {"eps", 'f', OPT(eps), WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
+    {"freeze", 'l', OPT(freeze), WORD_TRAIN, "", 0, 0, NULL,
+     "names of tensors that stay as they are, such as '*.mixer.A_log' (`info` lists the names)"},
     {"clip", 'f', OPT(clip), WORD_TRAIN, "1", 0, 1e9, NULL, "largest norm of the gradient; 0: no clipping"},
     {NULL, 0, 0, WORD_ALL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Run"},
-    {"out", 's', OPT(out), WORD_TRAIN | WORD_TOKENIZE, "out", 0, 0, NULL,
-     "directory of checkpoints, log and plot; tokenize: of the shards"},
+    {"out", 's', OPT(out), WORD_TRAIN | WORD_CONVERT | WORD_TOKENIZE, "out", 0, 0, NULL,
+     "directory of checkpoints, log and plot; of the converted model; of the shards"},
     {"resume", 'b', OPT(resume), WORD_TRAIN, "off", 0, 0, NULL,
      "continue from out/last, with its settings unless given anew"},
-    {"from", 's', OPT(from), WORD_GENERATE | WORD_EVAL | WORD_INFO, "out", 0, 0, NULL,
-     "checkpoint directory, or a run's directory for its last checkpoint"},
+    {"from", 's', OPT(from), WORD_ALL, "", 0, 0, NULL,
+     "model directory: published, or a run's for its last checkpoint; none: out, for train a new model"},
+    {"dialect", 'c', OPT(dialect), WORD_CONVERT, "hf", 0, 0, "hf mamba_ssm",
+     "form of the converted model: that of transformers, or of mamba_ssm"},
+    {"dtype", 'c', OPT(dtype), WORD_CONVERT, "f32", 0, 0, "f32 f16 bf16",
+     "of its matrices; everything else stays f32"},
     {"seed", 'u', OPT(seed), WORD_ALL, "1337", 0, 0, NULL, "of initialization, data order and sampling"},
 #ifdef __CUDACC__
     {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},
@@ -181,6 +190,9 @@ static const Preset presets[] = {
     {"shakespeare-cpu", "nanoGPT's CPU setting: 0.7M parameters, batch 12, context 64, 2000 steps",
      "--data data/tinyshakespeare.txt --n-layer 6 --d-model 128 --batch-size 12 --seq-len 64 --steps 2000 "
      "--lr 2e-3 --warmup 100 --eval-every 250"},
+    {"shakespeare-gpu", "9.7M parameters, context 256, 4 epochs with dropout; seconds on a GPU",
+     "--data data/tinyshakespeare.txt --n-layer 10 --d-model 384 --batch-size 8 --seq-len 256 --steps 1900 "
+     "--lr 3e-3 --warmup 80 --weight-decay 1 --beta2 0.99 --dropout 0.2 --eval-every 200"},
     {"mamba-130m", "published size", "--n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
     {"mamba-370m", "published size", "--n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
     {"mamba-790m", "published size", "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
@@ -236,7 +248,7 @@ static const char* nearest_option(const char* name, int word) {
     for (int i = 0; i < N_OPTIONS && strlen(name) < 40; i++) {
         if (!options[i].name || !(options[i].words & word)) continue;
         char plain[40];                         // --learning_rate and the like
-        snprintf(plain, sizeof plain, "%s", name);
+        snprintf(plain, sizeof plain, "%.39s", name);
         for (char* p = plain; *p; p++) if (*p == '_') *p = '-';
         int distance = edit_distance(plain, options[i].name);
         if (distance < best_distance) { best_distance = distance; best = options[i].name; }
@@ -427,11 +439,12 @@ static const char* option_argument(const Option* opt) {
 void help_print(int word, bool markdown) {
     if (!markdown)
         printf("train_mamba: Mamba language models in plain C.\n\n"
-               "usage: train_mamba [train|generate|eval|info|tokenize] [options]\n"
+               "usage: train_mamba [train|generate|eval|info|convert|tokenize] [options]\n"
                "  train      train a model (the default word; without options on this program's own source)\n"
                "  generate   write text with a trained model\n"
                "  eval       loss of a trained model on files\n"
                "  info       what a checkpoint or a set of options describes\n"
+               "  convert    write a model in a form that other programs load\n"
                "  tokenize   text into token shards\n");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option* opt = &options[i];
