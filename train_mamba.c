@@ -3184,10 +3184,11 @@ static void trainer_create(Trainer* t, Settings* s) {
     set_threads(o->threads);
     const char* list = o->data;
     Tokenizer* tok = &t->data.tokenizer;
-    if (o->tokenizer[0] && (o->resume || o->from[0]))
-        die("--tokenizer %s: the model goes on with the tokenizer of its checkpoint; leave it out", o->tokenizer);
     if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
           : o->resume ? tokenizer_open(tok, dir, &config, &err) : tokenizer_choose(tok, s, list, &err)))
+        die("%s", err.text);
+    if ((o->from[0] || o->resume) &&
+        !tokenizer_given(tok, o->tokenizer, dir, o->from[0] ? &t->model.config : &config, &err))
         die("%s", err.text);
     if (o->from[0]) {
         config = t->model.config;
@@ -3319,6 +3320,8 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
             options[given].name, o->from[0] ? o->from : "out");
     if (given >= 0) {
+        if (o->tokenizer[0])
+            die("--tokenizer is for a trained model; --%s makes a new one", options[given].name);
         int64_t V = o->vocab_size ? o->vocab_size : 257;
         tokenizer_bytes(tok);
         if (V != tok->vocab_size) { tok->kind = TOKENIZER_NONE; tok->vocab_size = V; }
@@ -3335,7 +3338,9 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         return;
     }
     SafeTensors st;
-    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err)) die("%s", err.text);
+    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err) ||
+        !tokenizer_given(tok, o->tokenizer, dir, &m->config, &err))
+        die("%s", err.text);
     if (s->word != WORD_INFO) {
         if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
             die("%s", err.text);
@@ -3373,7 +3378,8 @@ int generate_main(Settings* s) {
     if (o->prompt_file[0] && fstat(fileno(prompt.file), &info) == 0 && S_ISDIR(info.st_mode))
         die("%s: expected a text file, found a directory", o->prompt_file);
     if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file))
-        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
+        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with "
+            "--tokenizer");
     if (!prompt.file && o->prompt[0] &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
         Utf8Stream echo = {{0}, 0, o->raw, 0};

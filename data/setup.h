@@ -92,17 +92,31 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     return true;
 }
 
-// tokenizer_open: the tokenizer of a model's directory; without one, what the model says of its token ids
-static bool tokenizer_open(Tokenizer* tok, const char* dir, const Config* c, Error* err) {
-    if (!tokenizer_read(tok, dir, err)) return false;
+// tokenizer_fit: takes the model's word for its token ids and the end token
+static bool tokenizer_fit(Tokenizer* tok, const char* from, const Config* c, Error* err) {
     if (tok->kind != TOKENIZER_NONE && tok->vocab_size > c->vocab_padded)
         return fail(err,
                     "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
-                    dir, (long long)tok->vocab_size, (long long)c->vocab_padded);
+                    from, (long long)tok->vocab_size, (long long)c->vocab_padded);
     if (tok->kind == TOKENIZER_BYTES) return true;
     tok->vocab_size = c->vocab_size;
     if (tok->kind == TOKENIZER_NONE || c->eos_token >= 0) tok->eos = (int)c->eos_token;
     return true;
+}
+
+// tokenizer_open: the tokenizer of a model's directory; without one, what the model says of its token ids
+static bool tokenizer_open(Tokenizer* tok, const char* dir, const Config* c, Error* err) {
+    return tokenizer_read(tok, dir, err) && tokenizer_fit(tok, dir, c, err);
+}
+
+// tokenizer_given: --tokenizer for a model of a directory without one (mamba_ssm publishes such)
+static bool tokenizer_given(Tokenizer* tok, const char* given, const char* dir, const Config* c, Error* err) {
+    if (!given[0]) return true;
+    if (tok->kind != TOKENIZER_NONE)
+        return fail(err,
+                    "--tokenizer %s: %s has a tokenizer.json, and the model goes on with it; leave it out",
+                    given, dir);
+    return tokenizer_load(tok, given, err) && tokenizer_fit(tok, given, c, err);
 }
 
 bool data_open_all(Data* data, const Settings* s, Error* err) {

@@ -697,7 +697,21 @@ void test_tokenize_program(void) {
     f = cli_run(args);
     cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "the tokenizer has 723 ids"),
               "a vocabulary too small", &f);
-    cli_group("training and generating with a tokenizer", 9);
+    cli_shell("cp -rL bpe/last bare && rm bare/tokenizer.json", "", "");
+    f = cli_run("generate --from bare --max-tokens 5 --prompt a");
+    cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "give one with --tokenizer"),
+              "a model without one", &f);
+    snprintf(args, sizeof args,
+             "generate --from bare --max-tokens 5 --temperature 0 --prompt a --tokenizer %s/neox", fixture);
+    f = cli_run(args);
+    Finished own = cli_run("generate --from bpe --max-tokens 5 --temperature 0 --prompt a");
+    cli_check(f.code == 0 && own.code == 0 && strcmp(f.out, own.out) == 0,
+              "a model without one, given --tokenizer", &f);
+    snprintf(args, sizeof args, "eval --from bpe --data a.txt --tokenizer %s/neox", fixture);
+    f = cli_run(args);
+    cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "leave it out"),
+              "a model with one, given another", &f);
+    cli_group("training and generating with a tokenizer", 12);
 
     // ended at any moment: no DIR, or a whole one; the next run says what it removes
     snprintf(args, sizeof args, "tokenize --tokenizer %s/neox --data a.txt --out killed", fixture);
