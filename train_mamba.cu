@@ -1564,7 +1564,7 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 //
 // Two pairs of kernels with the same meaning:
 //   general   any N, E, T, strides, X = float or bf16, accurate to float rounding
-//   fast      bf16, N = 16, E a multiple of 32, rows that start on 16-byte boundaries
+//   fast      N = 16, E a multiple of 32, rows that start on 16-byte boundaries; the backward only for bf16
 // selective_scan_path_cuda() says which one serves given arguments. In both, a block of threads owns
 // SCAN_CHANNELS channels of one sequence and walks through time, so that the state never leaves the chip; the
 // grid is (E / 32, B). No sum depends on the order in which threads happen to run: results repeat bitwise.
@@ -1607,13 +1607,7 @@ size_t selective_scan_scratch_cuda(size_t B, size_t T, size_t E, size_t N) {
 
 // --- small pieces -------------------------------------------------------------------------------------
 
-// log2 x and tanh x, like exp2_unit: one instruction each of the special function unit (16 results per clock
-// and SM)
-__device__ __forceinline__ float scan_log2(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+// tanh x, like exp2_unit: one instruction of the special function unit (16 results per clock and SM)
 __device__ __forceinline__ float scan_tanh(float x) {
     float y;
     asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -1981,7 +1975,7 @@ selective_scan_reduce_kernel(float* dA_log, float* dDskip, float* ddt_bias, X* d
 // bytes): vector v of a tile is token v / 4, channels 8 (v % 4) .. +7, 128 vectors in all. Tokens beyond T
 // are read as zeros, with dt = 0: they leave the state and its gradient alone, and nothing of them is stored.
 
-enum { SCAN_TILE_STEPS = 32, SCAN_VECTORS = SCAN_TILE_STEPS * SCAN_CHANNELS / 8 };
+enum { SCAN_TILE_STEPS = 32 };
 
 // A pair of bf16 lives in one 32-bit register. bf16 is the upper half of a float: unpacking moves bits.
 __device__ __forceinline__ uint32_t scan_pack(float low, float high) {
@@ -2044,9 +2038,9 @@ struct ScanSpecial {
     }
 };
 
-// softplus from x2 = x log2(e): max(x, 0) + log(1 + e^-|x|). The logarithm is a polynomial (relative error below
-// 1e-5): the special function unit is what the scan waits for, and the polynomial stays exact where e^x is
-// small and 1 + e^x would lose its digits.
+// softplus from x2 = x log2(e): max(x, 0) + log(1 + e^-|x|). The logarithm is a polynomial (relative error
+// below 1e-5): the special function unit is what the scan waits for, and the polynomial stays exact where e^x
+// is small and 1 + e^x would lose its digits.
 __device__ __forceinline__ float scan_softplus_fast(float x2) {
     float e = exp2_unit(-fabsf(x2)), p = -0.0238691047f;
     p = fmaf(p, e, 0.101222165f);
@@ -2099,9 +2093,31 @@ __device__ __forceinline__ void scan_store_row(float* p, const float* v) {
     *(float4*)(p + 4) = *(const float4*)(v + 4);
 }
 
-// softplus(x + bias) and silu(z) as exact as X: bf16 needs no more than four digits. The bias comes multiplied
-// by scan_dt_unit, which saves an instruction.
-template <typename X> __device__ __forceinline__ float scan_dt_unit() { return sizeof(X) == 2 ? SCAN_LOG2E : 1.0f; }
+// scan_save: stores a thread's S states if `condition`, without a jump: the compiler starts no load before a
+// jump that stands before it.
+__device__ __forceinline__ void scan_store_if(bool condition, void* p, uint32_t v) {
+    asm volatile("{ .reg .pred q; setp.ne.u32 q, %2, 0; @q st.global.b32 [%0], %1; }"
+                 :: "l"(p), "r"(v), "r"((uint32_t)condition) : "memory");
+}
+__device__ __forceinline__ void scan_store_if(bool condition, void* p, uint32_t v0, uint32_t v1) {
+    asm volatile("{ .reg .pred q; setp.ne.u32 q, %3, 0; @q st.global.v2.b32 [%0], {%1, %2}; }"
+                 :: "l"(p), "r"(v0), "r"(v1), "r"((uint32_t)condition) : "memory");
+}
+template <int S> __device__ __forceinline__ void scan_save(bool condition, bf16* p, const float* h) {
+    if (S == 4) scan_store_if(condition, p, scan_pack(h[0], h[1]), scan_pack(h[S - 2], h[S - 1]));
+    else scan_store_if(condition, p, scan_pack(h[0], h[1]));
+}
+template <int S> __device__ __forceinline__ void scan_save(bool condition, float* p, const float* h) {
+    #pragma unroll
+    for (int n = 0; n < S; n += 2)
+        scan_store_if(condition, p + n, __float_as_uint(h[n]), __float_as_uint(h[n + 1]));
+}
+
+// softplus(x + bias) and silu(z) as exact as X: bf16 needs no more than four digits. The bias comes
+// multiplied by scan_bias_unit, which saves an instruction.
+template <typename X> __device__ __forceinline__ float scan_bias_unit() {
+    return sizeof(X) == 2 ? SCAN_LOG2E : 1.0f;
+}
 template <typename X> __device__ __forceinline__ float scan_dt(float x, float bias) {
     return sizeof(X) == 2 ? scan_softplus_fast(fmaf(x, SCAN_LOG2E, bias)) : scan_softplus(x + bias);
 }
@@ -2117,8 +2133,11 @@ template <typename X, int S> struct ScanForwardShared {
     enum { TOKENS = SCAN_TILE_STEPS, CHANNELS = 8 * S, HELPERS = TOKENS * CHANNELS / 8, GROUPS = 16 / S };
     enum { DT_ROW = 2 * TOKENS + 4, SUM_ROW = TOKENS + 4, GAP = 32 / S,
            SUM_GROUP = CHANNELS * SUM_ROW + CHANNELS / 8 * GAP + 16 };
-    struct { X dt_raw[TOKENS][CHANNELS], bc[TOKENS][32]; int doc[2][HELPERS]; } raw[2];   // as in memory; doc of t, t-1
-    struct { X x[TOKENS][CHANNELS], z[TOKENS][CHANNELS]; } rows[4];                       // needed until the end
+    struct {
+        X dt_raw[TOKENS][CHANNELS], bc[TOKENS][32];
+        int doc[2][HELPERS];                                   // document of token t and of token t-1
+    } raw[2];
+    struct { X x[TOKENS][CHANNELS], z[TOKENS][CHANNELS]; } rows[4];    // needed until the end
     struct {
         float dt_dtx[CHANNELS * DT_ROW + CHANNELS / 8 * GAP];  // (dt, dt x) of a channel's tokens, see dt_at
         float bc[TOKENS][32];                                  // bc[t][n ^ 4 (t % 8)]: Bt_t, then Ct_t
@@ -2134,8 +2153,8 @@ template <typename X, int S> struct ScanForwardShared {
 // selective_scan_forward_fast_kernel: the general kernel's function. The first four warps run the recurrence,
 // the others do everything element-wise, around it:
 //   prepare tile i+1 (softplus, dt x) | load tile i+3 | store tile i (skip, gate) || time loop of tile i
-// The two kinds of work fill each other's gaps, and no one waits for the whole block: `ready` says that a tile
-// is prepared, `scanned` that its sums are there, `stored` that these have been read.
+// The two kinds of work fill each other's gaps, and no one waits for the whole block: `ready` says that a
+// tile is prepared, `scanned` that its sums are there, `stored` that these have been read.
 // Time loop: a thread owns states S g .. S g + S - 1 of one channel. Its sums over these states go to shared
 // memory, the element-wise warps add the 16 / S of them.
 // S: 4 is the most efficient. 2 makes twice as many threads, for few channels and sequences.
@@ -2163,10 +2182,11 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
     // the number of the warp, taken from lane 0: so the compiler knows that a warp never divides here
     const int w = __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0);
     if (w < SCAN_THREADS / WARP) {   // ---- the recurrence
-        // bits of the lane: g, c, c, g, then c (S = 4) or g (S = 2). Any four neighbouring lanes then touch two
-        // channels and two state groups only, and a shared load with few distinct addresses takes half the time.
-        const int g = (lane & 1) | ((lane >> 2) & (S == 4 ? 2 : 6)), c = ((lane >> 1) & 3) | ((lane >> 2) & (S == 4 ? 4 : 0));
-        const int ch = w * 2 * S + c;
+        // bits of the lane: g, c, c, g, then c (S = 4) or g (S = 2). Any four neighbouring lanes then touch
+        // two channels and two state groups only, and a shared load with few distinct addresses takes half
+        // the time.
+        const int g = (lane & 1) | ((lane >> 2) & (S == 4 ? 2 : 6));
+        const int ch = w * 2 * S + (((lane >> 1) & 3) | ((lane >> 2) & (S == 4 ? 4 : 0)));
         const size_t state = (b * E + e0 + ch) * 16 + S * g, states = (T + spacing - 1) / spacing;
         float decay[S], h[S];
         #pragma unroll
@@ -2174,41 +2194,53 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
             decay[n] = scan_decay(A_log[(e0 + ch) * 16 + S * g + n]);
             h[n] = h0 ? h0[state + n] : 0.0f;
         }
-        const size_t next = E * 16;
-        X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;  // next state to save
-        int left = hs ? (int)states : 0;                       // how many there are
+        const size_t next = E * 16 * SCAN_STEPS / spacing;     // from one state to the next, in steps of 8 tokens
+        X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;
+        int left = hs ? (int)T : 0;                            // tokens with states to save
         float* sums = &sh.sum[sh.sum_at(g, ch)];
+        auto store_sums = [](float* to, const float* sum) {
+            *(float4*)to = *(const float4*)sum;
+            *(float4*)(to + 4) = *(const float4*)(sum + 4);
+        };
         #pragma unroll 1
         for (int i = 0; i < tiles; i++) {
             auto& tile = sh.tile[i & 1];
             scan_wait(&sh.ready[i & 1], (i >> 1) & 1);
             const float *dt_dtx = &tile.dt_dtx[sh.dt_at(ch)], *bc[4];
             #pragma unroll
-            for (int m = 0; m < 4; m++) bc[m] = &tile.bc[m][(S * g) ^ (4 * m)];        // of tokens m, m + 4, ..
+            for (int m = 0; m < 4; m++) bc[m] = &tile.bc[m][(S * g) ^ (4 * m)];      // tokens m, m + 4, ..
+            float sum[SCAN_STEPS];
             #pragma unroll
             for (int t0 = 0; t0 < TOKENS; t0 += SCAN_STEPS) {
-                if (t0 % spacing == 0 && left > 0) {
-                    store_pack<S>(saved, h);
-                    saved += next;
-                    left--;
-                }
-                float sum[8];
+                // The first loads for these 8 tokens come before the stores for the last 8: the compiler
+                // keeps their order, and otherwise the warp would wait for the loads here.
+                float2 d[SCAN_STEPS];                          // dt, dt x
+                Pack<float, S> B_t[SCAN_STEPS], C_t[SCAN_STEPS];
+                auto load_bc = [&](int j) {                    // tokens 4..7: Bt and Ct are exchanged, see bc
+                    const float* row = bc[j & 3] + (t0 + (j & 4)) * 32;
+                    B_t[j] = load_pack<S>(row + (j & 4) * 4);
+                    C_t[j] = load_pack<S>(row + 16 - (j & 4) * 4);
+                };
+                #pragma unroll
+                for (int j = 0; j < SCAN_STEPS; j += 2)
+                    *(float4*)&d[j] = *(const float4*)(dt_dtx + 2 * (t0 + j));
+                load_bc(0);
+                if (t0 == SCAN_STEPS && i > 0) scan_wait(&sh.stored, (i - 1) & 1);
+                if (t0 > 0) store_sums(sums + t0 - SCAN_STEPS, sum);
+                scan_save<S>(left > t0 && (t0 & (spacing - 1)) == 0, saved + t0 / SCAN_STEPS * next, h);
                 #pragma unroll
                 for (int j = 0; j < SCAN_STEPS; j++) {
-                    // the exclusive-or with 4 (t % 8) exchanges Bt and Ct of tokens 4..7
-                    const float* row = bc[j & 3] + (t0 + (j & 4)) * 32;
-                    Pack<float, S> B_t = load_pack<S>(row + (j & 4) * 4), C_t = load_pack<S>(row + 16 - (j & 4) * 4);
-                    float2 d = *(const float2*)(dt_dtx + 2 * (t0 + j));
+                    if (j > 0) load_bc(j);
                     #pragma unroll
                     for (int n = 0; n < S; n++) {
-                        h[n] = fmaf(exp2_unit(d.x * decay[n]), h[n], d.y * B_t.v[n]);
-                        sum[j] = n == 0 ? h[0] * C_t.v[0] : fmaf(h[n], C_t.v[n], sum[j]);
+                        h[n] = fmaf(exp2_unit(d[j].x * decay[n]), h[n], d[j].y * B_t[j].v[n]);
+                        sum[j] = n == 0 ? h[0] * C_t[j].v[0] : fmaf(h[n], C_t[j].v[n], sum[j]);
                     }
                 }
-                if (t0 == 0 && i > 0) scan_wait(&sh.stored, (i - 1) & 1);
-                *(float4*)(sums + t0) = *(float4*)sum;
-                *(float4*)(sums + t0 + 4) = *(float4*)(sum + 4);
             }
+            store_sums(sums + TOKENS - SCAN_STEPS, sum);
+            saved += TOKENS / SCAN_STEPS * next;
+            left -= TOKENS;
             scan_arrive_warp(&sh.scanned[i & 1]);
         }
         #pragma unroll
@@ -2222,18 +2254,21 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
     const int v = threadIdx.x - SCAN_THREADS, r = v / (CHANNELS / 8), c = v % (CHANNELS / 8) * 8;
     float bias[8], D[8];
     #pragma unroll
-    for (int k = 0; k < 8; k++) { bias[k] = dt_bias[e0 + c + k] * scan_dt_unit<X>(); D[k] = Dskip[e0 + c + k]; }
+    for (int k = 0; k < 8; k++) {
+        bias[k] = dt_bias[e0 + c + k] * scan_bias_unit<X>();
+        D[k] = Dskip[e0 + c + k];
+    }
     // what the next load reads and the next store writes; both go forward one tile at a time
     const size_t row = b * T + r, at = row * E + e0 + c;
     const X *next_x = x + at, *next_dt = dt_raw + at, *next_z = z + row * ldz + e0 + c;
     X *next_y = y + at, *next_s = s + at;
-    const int n0 = c * 4 / S, swizzle = 4 * (r & 7);           // a thread also has 32 / S of the 32 Bt_t, Ct_t
+    const int n0 = c * 4 / S, swizzle = 4 * (r & 7);           // of the 32 Bt_t, Ct_t: the 32 / S from n0 on
     const X* next_bc = (n0 < 16 ? Bt + n0 : Ct + n0 - 16) + row * ldbc;
     const int* next_doc = doc + row;
 
     auto load = [&](int i) {
-        auto &raw = sh.raw[i & 1];
-        auto &rows = sh.rows[i & 3];
+        auto& raw = sh.raw[i & 1];
+        auto& rows = sh.rows[i & 3];
         const bool inside = i * TOKENS + r < (int)T;
         scan_copy_row(&rows.x[r][c], next_x, inside);
         scan_copy_row(&rows.z[r][c], next_z, inside);
@@ -2251,8 +2286,8 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
         next_doc += TOKENS;
     };
     auto prepare = [&](int i) {
-        const auto &raw = sh.raw[i & 1];
-        auto &tile = sh.tile[i & 1];
+        const auto& raw = sh.raw[i & 1];
+        auto& tile = sh.tile[i & 1];
         float dt[8], dtx[8], bc_r[8];
         scan_load_row(dtx, &sh.rows[i & 3].x[r][c]);
         scan_load_row(dt, &raw.dt_raw[r][c]);
@@ -2831,7 +2866,6 @@ __global__ void __launch_bounds__(256)
 
 // ScanPartial: type of the fast backward's partial sums (float works too). bf16 halves the traffic, 100 MB at
 // B=8 T=2048 E=1536: 0.430 instead of 0.45 ms (H200); dBt and dCt, errors up to 4e-3, get about 0.5e-3 worse.
-// Measured there: forward 0.175 ms, 0.169 without s and hs; copy bandwidth 4.17 TB/s in the same run.
 typedef bf16 ScanPartial;
 
 static inline bool scan_aligned(const void* p, size_t stride) {
@@ -2870,7 +2904,8 @@ static inline void scan_launch_forward_fast(X* y, X* s, X* hs, float* hT, const 
     typedef ScanForwardShared<X, S> Shared;
     auto kernel = selective_scan_forward_fast_kernel<X, S>;
     scan_allow_shared(kernel, sizeof(Shared));
-    kernel<<<(unsigned)(B * (E / Shared::CHANNELS)), SCAN_THREADS + Shared::HELPERS, sizeof(Shared), stream>>>(
+    const unsigned blocks = (unsigned)(B * (E / Shared::CHANNELS));
+    kernel<<<blocks, SCAN_THREADS + Shared::HELPERS, sizeof(Shared), stream>>>(
         y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, spacing);
     cudaCheck(cudaGetLastError());
 }
@@ -2935,8 +2970,9 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
         is_aligned(hs, 16, E * w) && is_aligned(hT, 16, 16) && is_aligned(h0, 16, 16)) {
         int sms = 1;
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
-        auto launch = 2 * B * scan_blocks_cuda(E) > 3 * (size_t)sms ? scan_launch_forward_fast<X, 4>
-                                                                     : scan_launch_forward_fast<X, 2>;
+        // few channels: blocks of half the size, as long as every processor has at most one of them
+        const bool few = B * E / 16 <= (size_t)sms;
+        auto launch = few ? scan_launch_forward_fast<X, 2> : scan_launch_forward_fast<X, 4>;
         launch(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, B, T, E,
                spacing, stream);
         return;
