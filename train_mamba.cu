@@ -37,6 +37,9 @@ void cuda_check(cudaError_t status, const char* file, int line) {
     if (status == cudaErrorMemoryAllocation)
         die("the GPU's memory is exhausted; lower --batch-size, --seq-len or the model size, or use "
             "--recompute");
+    if (status == cudaErrorNoKernelImageForDevice)
+        die("this program was not compiled for this GPU; build it again with make cuda ARCH=-arch=native, or "
+            "use --device cpu");
     die("%s:%d: CUDA: %s", file, line, cudaGetErrorString(status));
 }
 
@@ -46,10 +49,21 @@ void cublas_check(cublasStatus_t status, const char* file, int line) {
         die("%s:%d: cuBLASLt: %s", file, line, cublasLtGetStatusString(status));
 }
 
+// device_calloc: zeroed memory on the device; `device_bytes` counts what has been asked for
+static size_t device_bytes;
+
 void* device_calloc(size_t count, size_t size) {
     void* p;
     cudaCheck(cudaMalloc(&p, count > 0 && size > 0 ? count * size : 1));
     cudaCheck(cudaMemset(p, 0, count * size));
+    device_bytes += count * size;
+    return p;
+}
+
+// host_pinned: host memory that the GPU copies from and to by itself, while both sides go on
+void* host_pinned(size_t bytes) {
+    void* p;
+    cudaCheck(cudaMallocHost(&p, bytes > 0 ? bytes : 1));
     return p;
 }
 
@@ -72,15 +86,25 @@ void device_require(void) {
 //
 // A linear layer is y = x W^T + b. cuBLASLt thinks in columns: a row-major (M,K) matrix is its column-major
 // (K,M) matrix, so out (M,O) is computed as out^T (O,M) = W (O,I) inp^T (I,M). Products of the activation
-// type X, sums in fp32. The first algorithm of the heuristic is fixed per shape, with a workspace of fixed
-// size and no reduction in place: the same shape gives the same bits, whatever else uses the GPU.
+// type X, sums in fp32. The algorithm is fixed per shape, with a workspace of fixed size and no reduction in
+// place: the same shape gives the same bits, whatever else uses the GPU.
+//
+// The algorithm is the first that the heuristic of cuBLASLt proposes. Others win when each matmul is timed
+// alone: on one H200 (cuBLASLt 13.1) all matmuls of a step of mamba-130m, 8 x 2048 tokens, take 22.1 ms with
+// the first, 21.4 with the fastest of eight proposals, 20.7 with the fastest of 400 algorithms; 17.1 is the
+// floor. In the step itself that gain is gone, within 0.3 %: training holds the GPU at the limit of its power
+// (690 of 700 W, the clock at 1.7 to 1.8 of 1.98 GHz), and a kernel that is busier lowers the clock. So there
+// is nothing to time at the start, and every run makes the same choice. (A choice by time would not have
+// changed the bits: only the number of parts into which a sum is split does. All algorithms with the same
+// split, hundreds for each shape, agreed in every bit.)
 
 enum { MATMUL_WORKSPACE = 64 << 20 };
 
 typedef struct {
     int op_a, op_b, type_ab, type_c;
     size_t M, N, K, lda, ldb, ldc;
-    int64_t align;           // of the pointers: 16 when all are multiples of 16 bytes, otherwise 2 or 4
+    uint32_t align_a, align_b, align_c;      // of the pointers: 16, 8, 4 or 2 bytes
+    uint32_t padding;
 } MatmulKey;
 
 typedef struct {
@@ -106,15 +130,26 @@ static uint32_t pointer_alignment(const void* p) {
     return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
-// matmul_plan: the description and algorithm for one shape, made at its first use.
-static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key, const void* a, const void* b,
-                               const void* c) {
-    for (int i = 0; i < mm->n_plans; i++)
-        if (memcmp(&mm->plan[i].key, key, sizeof *key) == 0) return &mm->plan[i];
-    mm->plan = (MatmulPlan*)xrealloc(mm->plan, (size_t)mm->n_plans + 1, sizeof(MatmulPlan));
-    MatmulPlan* p = &mm->plan[mm->n_plans++];
-    memset(p, 0, sizeof *p);
-    p->key = *key;
+template <typename X, typename C>
+static MatmulKey matmul_key(const C* c, size_t ldc, const X* a, size_t lda, bool transpose_a, const X* b,
+                            size_t ldb, bool transpose_b, size_t M, size_t N, size_t K) {
+    MatmulKey key;
+    memset(&key, 0, sizeof key);
+    key.op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    key.op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    key.type_ab = CudaType<X>::value;
+    key.type_c = CudaType<C>::value;
+    key.M = M; key.N = N; key.K = K; key.lda = lda; key.ldb = ldb; key.ldc = ldc;
+    key.align_a = pointer_alignment(a);
+    key.align_b = pointer_alignment(b);
+    key.align_c = pointer_alignment(c);
+    return key;
+}
+
+// matmul_candidates: fills in the description of p->key and asks the heuristic of cuBLASLt for at most n
+// algorithms, best first. Returns how many there are.
+static int matmul_candidates(Matmul* mm, MatmulPlan* p, cublasLtMatmulHeuristicResult_t* result, int n) {
+    const MatmulKey* key = &p->key;
     cublasOperation_t op_a = (cublasOperation_t)key->op_a, op_b = (cublasOperation_t)key->op_b;
     cudaDataType_t type_ab = (cudaDataType_t)key->type_ab, type_c = (cudaDataType_t)key->type_c;
     cublasCheck(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
@@ -129,30 +164,51 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key, const void* a, 
     cublasLtMatmulPreference_t preference;
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     size_t workspace = MATMUL_WORKSPACE;
-    uint32_t schemes =
-        CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;    // split sums are added from the workspace, in order
-    uint32_t align_a = pointer_alignment(a), align_b = pointer_alignment(b), align_c = pointer_alignment(c);
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                     &workspace, sizeof workspace));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                                                     &schemes, sizeof schemes));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-                                                     &align_a, sizeof align_a));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                                                     &align_b, sizeof align_b));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                                                     &align_c, sizeof align_c));
-    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-                                                     &align_c, sizeof align_c));
-    cublasLtMatmulHeuristicResult_t result;
+    // split sums are added from the workspace, in order
+    uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    const struct {
+        cublasLtMatmulPreferenceAttributes_t name;
+        const void* value;
+        size_t size;
+    } attribute[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &key->align_a, sizeof key->align_a},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &key->align_b, sizeof key->align_b},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &key->align_c, sizeof key->align_c},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &key->align_c, sizeof key->align_c},
+    };
+    for (size_t i = 0; i < sizeof attribute / sizeof attribute[0]; i++)
+        cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, attribute[i].name, attribute[i].value,
+                                                         attribute[i].size));
     int found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(mm->handle, p->desc, p->a, p->b, p->c, p->c,
-                                                           preference, 1, &result, &found);
-    cublasLtMatmulPreferenceDestroy(preference);
+                                                           preference, n, result, &found);
+    cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
     if (status != CUBLAS_STATUS_SUCCESS || found == 0)
         die("cuBLASLt has no algorithm for a matmul of %zu x %zu x %zu", key->M, key->N, key->K);
+    return found;
+}
+
+// matmul_plan: the description and algorithm for one shape, made at its first use.
+static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
+    for (int i = 0; i < mm->n_plans; i++)
+        if (memcmp(&mm->plan[i].key, key, sizeof *key) == 0) return &mm->plan[i];
+    mm->plan = (MatmulPlan*)xrealloc(mm->plan, (size_t)mm->n_plans + 1, sizeof(MatmulPlan));
+    MatmulPlan* p = &mm->plan[mm->n_plans++];
+    memset(p, 0, sizeof *p);
+    p->key = *key;
+    cublasLtMatmulHeuristicResult_t result;
+    matmul_candidates(mm, p, &result, 1);
     p->algo = result.algo;
     return p;
+}
+
+static void matmul_run(const Matmul* mm, const MatmulPlan* p, const cublasLtMatmulAlgo_t* algo, void* c,
+                       const void* a, const void* b, float beta, cudaStream_t stream) {
+    float one = 1;
+    cublasCheck(cublasLtMatmul(mm->handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->c, c, p->c, algo,
+                               mm->workspace, MATMUL_WORKSPACE, stream));
 }
 
 // gemm: column-major C (M,N) = op(A) op(B) + beta C
@@ -160,21 +216,13 @@ template <typename X, typename C>
 static void gemm(Matmul* mm, C* c, size_t ldc, const X* a, size_t lda, bool transpose_a, const X* b,
                  size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, float beta,
                  cudaStream_t stream) {
-    MatmulKey key;
-    memset(&key, 0, sizeof key);
-    key.op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-    key.op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    key.type_ab = CudaType<X>::value;
-    key.type_c = CudaType<C>::value;
-    key.M = M; key.N = N; key.K = K; key.lda = lda; key.ldb = ldb; key.ldc = ldc;
-    key.align = pointer_alignment(a) * 10000 + pointer_alignment(b) * 100 + pointer_alignment(c);
-    MatmulPlan* p = matmul_plan(mm, &key, a, b, c);
-    float one = 1;
-    cublasCheck(cublasLtMatmul(mm->handle, p->desc, &one, a, p->a, b, p->b, &beta, c, p->c, c, p->c, &p->algo,
-                               mm->workspace, MATMUL_WORKSPACE, stream));
+    MatmulKey key = matmul_key(c, ldc, a, lda, transpose_a, b, ldb, transpose_b, M, N, K);
+    const MatmulPlan* p = matmul_plan(mm, &key);
+    matmul_run(mm, p, &p->algo, c, a, b, beta, stream);
 }
 
 // bias_forward_cuda: out[m,o] += bias[o].   out (M,O), row stride ldo
+// cuBLASLt could add it while it writes out, but wants a bias in the type of out, and ours is float.
 template <typename X> __global__ void bias_forward_kernel(X* out, size_t ldo, const float* bias, size_t O) {
     X* out_m = out + (size_t)blockIdx.x * ldo;
     for (size_t o = threadIdx.x; o < O; o += blockDim.x) out_m[o] = (X)((float)out_m[o] + bias[o]);
@@ -201,14 +249,16 @@ void matmul_forward_cuda(Matmul* mm, X* out, size_t ldo, const X* inp, size_t ld
 }
 
 // matmul_backward_cuda: as on the CPU. dinp is written, or added to with add_dinp; dweight and dbias are
-// added to.
+// added to; without add_dweight dweight is written (the first part of a batch needs no zeros before it).
 template <typename X>
 void matmul_backward_cuda(Matmul* mm, X* dinp, size_t lddi, bool add_dinp, float* dweight, float* dbias,
                           const X* dout, size_t lddo, const X* inp, size_t ldi, const X* weight,
-                          float* scratch, size_t M, size_t I, size_t O, cudaStream_t stream) {
+                          float* scratch, size_t M, size_t I, size_t O, cudaStream_t stream,
+                          bool add_dweight = true) {
     if (dinp)
         gemm(mm, dinp, lddi, weight, I, false, dout, lddo, false, I, M, O, add_dinp ? 1.0f : 0.0f, stream);
-    if (dweight) gemm(mm, dweight, I, inp, ldi, false, dout, lddo, true, I, O, M, 1.0f, stream);
+    if (dweight)
+        gemm(mm, dweight, I, inp, ldi, false, dout, lddo, true, I, O, M, add_dweight ? 1.0f : 0.0f, stream);
     if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, scratch, stream);
 }
 
@@ -377,105 +427,175 @@ template <typename Y, typename X> void cast_cuda(Y* out, const X* inp, size_t n,
     cudaCheck(cudaGetLastError());
 }
 
+// DropoutCuda: the Dropout of train_mamba.c for kernels, which mask what they read or write anyway. The key
+// changes from step to step and is read from device memory, so that a recorded graph of launches stays valid.
+struct DropoutCuda {
+    const uint64_t* key = NULL;
+    uint64_t place = 0;          // 0 the embedding, l the delta that sub-layer l reads
+    size_t first = 0;            // number of the call's first element
+    uint32_t threshold = 0;      // 0: no dropout
+    float scale = 1;
+};
+
+static inline DropoutCuda dropout_cuda(const Dropout* drop, const uint64_t* key, size_t D) {
+    DropoutCuda d;
+    d.key = key;
+    d.place = (uint64_t)drop->place;
+    d.first = drop->first * D;
+    d.threshold = dropout_threshold(drop->rate);
+    d.scale = (float)dropout_scale(d.threshold);
+    return d;
+}
+
+__device__ __forceinline__ uint64_t dropout_key(const DropoutCuda& drop) {
+    return mix64(*drop.key + drop.place);
+}
+
+// dropout_pack: W (1 or 4) neighbouring values, from element i of the array on; four are aligned and so
+// share one hash
+template <int W>
+__device__ __forceinline__ void dropout_pack(float* v, size_t i, uint64_t key, const DropoutCuda& drop) {
+    size_t element = drop.first + i;
+    uint64_t bits = mix64(key + element / 4);
+    #pragma unroll
+    for (int j = 0; j < W; j++)
+        v[j] = dropout_keeps(bits, W == 4 ? j : element, drop.threshold) ? v[j] * drop.scale : 0.0f;
+}
+
 // --------------------------------------------------------------------------------------------------
 // 4.2 Embedding
 
-// embedding_forward: res[m,:] = weight[tokens[m],:].   res (M,D) float   weight (Vp,D)   tokens (M)
+// embedding_forward: res[m,:] = dropout(weight[tokens[m],:]).
+//   res (M,D) float   weight (Vp,D)   tokens (M)
 // One block per token.   bytes: 4 + sizeof(X) per element
 template <typename X, int W>
-__global__ void embedding_forward_kernel(float* res, const int* tokens, const X* weight, size_t D) {
+__global__ void embedding_forward_kernel(float* res, const int* tokens, const X* weight, size_t D,
+                                         DropoutCuda drop) {
     const X* row = weight + (size_t)tokens[blockIdx.x] * D;
     float* out = res + (size_t)blockIdx.x * D;
+    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
     for (size_t d = threadIdx.x * W; d < D; d += blockDim.x * W) {
         float v[W];
         unpack<W>(v, load_pack<W>(row + d));
+        if (drop.threshold) dropout_pack<W>(v, blockIdx.x * D + d, key, drop);
         store_pack<W>(out + d, v);
     }
 }
 
 template <typename X>
 void embedding_forward_cuda(float* res, const int* tokens, const X* weight, size_t M, size_t D,
-                            cudaStream_t stream) {
+                            cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
     if (is_aligned(weight, 4 * sizeof(X), D * sizeof(X)) && is_aligned(res, 16, D * 4)) {
         unsigned threads = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
-        embedding_forward_kernel<X, 4><<<(unsigned)M, threads, 0, stream>>>(res, tokens, weight, D);
+        embedding_forward_kernel<X, 4><<<(unsigned)M, threads, 0, stream>>>(res, tokens, weight, D, drop);
     } else {
-        embedding_forward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(res, tokens, weight, D);
+        embedding_forward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(res, tokens, weight, D, drop);
     }
     cudaCheck(cudaGetLastError());
 }
 
 // The backward adds all dres[m,:] of equal tokens to one row of dweight. To do that in a fixed order without
-// searching, the positions m are first sorted by token: a stable radix sort, least significant digit of 8
-// bits first. Each pass over a digit is three kernels: count the digits of every tile of SORT_TILE positions;
-// turn the counts into the first place of each (digit, tile); move every position to its place.
-enum { SORT_TILE = 512, SORT_DIGITS = 256, SORT_BITS = 8, EMBED_PIECE = 8 };
+// searching, the positions m are first sorted by token: a stable radix sort, least significant digit of
+// SORT_BITS bits first (one pass for bytes, two for vocabularies up to 262144). The positions are cut into at
+// most SORT_TILES tiles, one block each, and a pass over a digit is two kernels: count the digits of every
+// tile; move every position to its place.
+enum { SORT_BITS = 9, SORT_DIGITS = 512, SORT_TILES = 128, EMBED_PIECE = 16 };
 
-// count (SORT_DIGITS,tiles)
-__global__ void sort_count_kernel(int* count, const int* keys, int shift, size_t M) {
-    __shared__ int sum[SORT_DIGITS];
-    sum[threadIdx.x] = 0;                                    // blockDim.x == SORT_DIGITS
-    __syncthreads();
-    size_t m0 = (size_t)blockIdx.x * SORT_TILE;
-    for (size_t m = m0 + threadIdx.x; m < m0 + SORT_TILE && m < M; m += SORT_DIGITS)
-        atomicAdd(&sum[(keys[m] >> shift) & (SORT_DIGITS - 1)], 1);      // integers: any order, same sum
-    __syncthreads();
-    count[(size_t)threadIdx.x * gridDim.x + blockIdx.x] = sum[threadIdx.x];
+static inline size_t sort_tile(size_t M) {                   // positions in a tile
+    return (M + SORT_TILES * SORT_DIGITS - 1) / (SORT_TILES * SORT_DIGITS) * SORT_DIGITS;
 }
 
-// count[i] = sum of count[j], j < i. One block; each of its 1024 threads has n / 1024 neighbouring entries.
-__global__ void sort_scan_kernel(int* count, size_t n) {
-    __shared__ int warp_total[WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    size_t each = (n + blockDim.x - 1) / blockDim.x, first = threadIdx.x * each;
-    size_t last = first + each < n ? first + each : n;
-    int own = 0;
-    for (size_t i = first; i < last; i++) own += count[i];
-    int sum = own;                                           // sum over this thread and the lanes before it
+// count (tiles,SORT_DIGITS); one thread per digit
+__global__ void __launch_bounds__(SORT_DIGITS)
+sort_count_kernel(int* count, const int* keys, int shift, size_t tile, size_t M) {
+    __shared__ int sum[SORT_DIGITS];
+    sum[threadIdx.x] = 0;
+    __syncthreads();
+    size_t m0 = blockIdx.x * tile;
+    for (size_t m = m0 + threadIdx.x; m < m0 + tile && m < M; m += SORT_DIGITS)
+        atomicAdd(&sum[keys[m] >> shift & (SORT_DIGITS - 1)], 1);            // integers: any order, same sum
+    __syncthreads();
+    count[(size_t)blockIdx.x * SORT_DIGITS + threadIdx.x] = sum[threadIdx.x];
+}
+
+// A position's place is the number of positions before it in sorted order: those with a smaller digit; with
+// the same one in earlier tiles; in earlier warps of this tile; in earlier lanes. A warp moves a stretch of
+// its tile, 32 positions at a time. Lanes with the same digit find each other by __match_any_sync; their
+// order in the warp is their order in the output, which makes the sort stable.
+//   keys, order (M): tokens and where they stood, NULL: in order
+__global__ void __launch_bounds__(SORT_DIGITS)
+sort_move_kernel(int* keys_out, int* order_out, const int* keys, const int* order, const int* count,
+                 int shift, size_t tile, size_t M) {
+    enum { WARPS = SORT_DIGITS / WARP };
+    __shared__ int place[WARPS][SORT_DIGITS], warp_total[WARPS];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, *own = place[warp];
+    size_t first = blockIdx.x * tile + tile / WARPS * warp, last = first + tile / WARPS;
+    if (last > M) last = M;
+    for (int d = lane; d < SORT_DIGITS; d += WARP) own[d] = 0;
+    __syncwarp();
+    for (size_t m = first + lane; m < last; m += WARP)
+        atomicAdd(&own[keys[m] >> shift & (SORT_DIGITS - 1)], 1);
+    // one thread per digit from here ...
+    int total = 0, start = 0;
+    #pragma unroll 16
+    for (unsigned t = 0; t < gridDim.x; t++) {
+        int c = count[t * SORT_DIGITS + threadIdx.x];
+        total += c;
+        start += t < blockIdx.x ? c : 0;
+    }
+    int sum = total;                                         // of this digit and the lanes before it
+    #pragma unroll
     for (int step = 1; step < WARP; step *= 2) {
         int below = __shfl_up_sync(0xffffffffu, sum, step);
         if (lane >= step) sum += below;
     }
     if (lane == WARP - 1) warp_total[warp] = sum;
     __syncthreads();
-    int start = sum - own;
+    start += sum - total;
     for (int w = 0; w < warp; w++) start += warp_total[w];
-    for (size_t i = first; i < last; i++) {
-        int c = count[i];
-        count[i] = start;
+    #pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        int c = place[w][threadIdx.x];
+        place[w][threadIdx.x] = start;
         start += c;
+    }
+    __syncthreads();                                         // ... to here
+    for (size_t m0 = first; m0 < last; m0 += WARP) {
+        size_t m = m0 + lane;
+        int key = m < last ? keys[m] : 0, digit = m < last ? key >> shift & (SORT_DIGITS - 1) : -1;
+        unsigned same = __match_any_sync(0xffffffffu, digit);
+        int before = __popc(same & ((1u << lane) - 1)), to = m < last ? own[digit] + before : 0;
+        __syncwarp();
+        if (m < last && before == 0) own[digit] += __popc(same);
+        __syncwarp();
+        if (m < last) {
+            keys_out[to] = key;
+            order_out[to] = order ? order[m] : (int)m;
+        }
     }
 }
 
-// One warp moves one tile, 32 positions at a time. Lanes with the same digit find each other by
-// __match_any_sync; their order in the warp is their order in the output, which makes the sort stable.
-__global__ void sort_move_kernel(int* keys_out, int* order_out, const int* keys, const int* order,
-                                 const int* count, int shift, size_t M) {
-    __shared__ int place[SORT_DIGITS];
-    for (int i = threadIdx.x; i < SORT_DIGITS; i += WARP)
-        place[i] = count[(size_t)i * gridDim.x + blockIdx.x];
-    __syncwarp();
-    size_t m0 = (size_t)blockIdx.x * SORT_TILE;
-    int key[SORT_TILE / WARP];
-    #pragma unroll
-    for (int i = 0; i < SORT_TILE / WARP; i++) {
-        size_t m = m0 + i * WARP + threadIdx.x;
-        key[i] = m < M ? keys[m] : 0;
-    }
-    #pragma unroll
-    for (int i = 0; i < SORT_TILE / WARP; i++) {
-        size_t m = m0 + i * WARP + threadIdx.x;
-        int digit = m < M ? (key[i] >> shift) & (SORT_DIGITS - 1) : -1;
-        unsigned same = __match_any_sync(0xffffffffu, digit);
-        int before = __popc(same & ((1u << threadIdx.x) - 1));
-        int to = digit >= 0 ? place[digit] + before : 0;
-        __syncwarp();
-        if (digit >= 0 && before == 0) place[digit] += __popc(same);
-        __syncwarp();
-        if (digit >= 0) {
-            keys_out[to] = key[i];
-            order_out[to] = order ? order[m] : (int)m;
-        }
+// embedding_sort: *keys, *order (M): the tokens in ascending order and where each stood, in scratch
+size_t embedding_sort_scratch_cuda(size_t M) {
+    size_t tile = sort_tile(M);
+    return 4 * M + (M + tile - 1) / tile * SORT_DIGITS;
+}
+
+void embedding_sort_cuda(const int** keys, const int** order, const int* tokens, int* scratch, size_t M,
+                         size_t Vp, cudaStream_t stream) {
+    size_t tile = sort_tile(M);
+    unsigned tiles = (unsigned)((M + tile - 1) / tile);
+    int *to[2] = {scratch, scratch + 2 * M}, *count = scratch + 4 * M;
+    *keys = tokens;
+    *order = NULL;
+    for (int shift = 0, k = 0; shift == 0 || (shift < 31 && (Vp - 1) >> shift); shift += SORT_BITS, k ^= 1) {
+        sort_count_kernel<<<tiles, SORT_DIGITS, 0, stream>>>(count, *keys, shift, tile, M);
+        cudaCheck(cudaGetLastError());
+        sort_move_kernel<<<tiles, SORT_DIGITS, 0, stream>>>(to[k], to[k] + M, *keys, *order, count, shift,
+                                                            tile, M);
+        cudaCheck(cudaGetLastError());
+        *keys = to[k];
+        *order = to[k] + M;
     }
 }
 
@@ -525,6 +645,7 @@ __global__ void embedding_backward_kernel(float* dweight, float* parts, const fl
 
 // One block per piece; it acts when a run begins in the piece and goes on behind it. The parts are loaded
 // AHEAD at a time, before it is known where the run ends.
+template <int W>
 __global__ void embedding_backward_parts_kernel(float* dweight, const float* parts, const int* keys, size_t M,
                                                 size_t D) {
     enum { AHEAD = 16 };
@@ -532,63 +653,53 @@ __global__ void embedding_backward_parts_kernel(float* dweight, const float* par
     if (p1 >= M || keys[p1] != keys[p1 - 1]) return;                         // no run goes on
     int token = keys[p1];
     if (p0 > 0 && keys[p0] == token && keys[p0 - 1] == token) return;        // it began earlier
-    for (size_t d = threadIdx.x; d < D; d += blockDim.x) {
-        float acc = parts[(2 * piece + 1) * D + d];
+    for (size_t d = threadIdx.x * W; d < D; d += blockDim.x * W) {
+        Pack<float, W> acc = load_pack<W>(parts + (2 * piece + 1) * D + d);
+        Pack<float, W> old = load_pack<W>(dweight + (size_t)token * D + d);
         bool more = true;
         for (size_t p = p1; more && p < M; p += AHEAD * EMBED_PIECE) {
-            float part[AHEAD];
+            Pack<float, W> part[AHEAD];
             int key[AHEAD];
             #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
                 size_t q = p + i * EMBED_PIECE;
                 key[i] = q < M ? keys[q] : -1;
-                part[i] = q < M ? parts[2 * (q / EMBED_PIECE) * D + d] : 0.0f;
+                if (q < M) part[i] = load_pack<W>(parts + 2 * (q / EMBED_PIECE) * D + d);
             }
             #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
                 more = more && key[i] == token;
-                acc += more ? part[i] : 0.0f;
+                #pragma unroll
+                for (int j = 0; j < W; j++) acc.v[j] += more ? part[i].v[j] : 0.0f;
             }
         }
-        dweight[(size_t)token * D + d] += acc;
+        #pragma unroll
+        for (int j = 0; j < W; j++) acc.v[j] += old.v[j];
+        store_pack<W>(dweight + (size_t)token * D + d, acc.v);
     }
 }
 
 // the scratch of embedding_backward_cuda, in ints
 size_t embedding_backward_scratch_cuda(size_t M, size_t D) {
-    size_t tiles = (M + SORT_TILE - 1) / SORT_TILE, pieces = (M + EMBED_PIECE - 1) / EMBED_PIECE;
-    return pieces * 2 * D + 4 * M + SORT_DIGITS * tiles;
+    return (M + EMBED_PIECE - 1) / EMBED_PIECE * 2 * D + embedding_sort_scratch_cuda(M);
 }
 
 void embedding_backward_cuda(float* dweight, const float* dres, const int* tokens, int* scratch,
                                     size_t M, size_t D, size_t Vp, cudaStream_t stream) {
-    unsigned tiles = (unsigned)((M + SORT_TILE - 1) / SORT_TILE);
     unsigned pieces = (unsigned)((M + EMBED_PIECE - 1) / EMBED_PIECE);
     float* parts = (float*)scratch;                          // (pieces,2,D)
-    int* keys_order[2] = {scratch + (size_t)pieces * 2 * D, scratch + (size_t)pieces * 2 * D + 2 * M};
-    int* count = scratch + (size_t)pieces * 2 * D + 4 * M;   // (SORT_DIGITS,tiles)
-    const int *keys = tokens, *order = NULL;
-    for (int shift = 0, to = 0; shift == 0 || (shift < 32 && (Vp - 1) >> shift);
-         shift += SORT_BITS, to ^= 1) {
-        sort_count_kernel<<<tiles, SORT_DIGITS, 0, stream>>>(count, keys, shift, M);
-        cudaCheck(cudaGetLastError());
-        sort_scan_kernel<<<1, 1024, 0, stream>>>(count, (size_t)SORT_DIGITS * tiles);
-        cudaCheck(cudaGetLastError());
-        sort_move_kernel<<<tiles, WARP, 0, stream>>>(keys_order[to], keys_order[to] + M, keys, order, count,
-                                                     shift, M);
-        cudaCheck(cudaGetLastError());
-        keys = keys_order[to];
-        order = keys + M;
-    }
+    const int *keys, *order;
+    embedding_sort_cuda(&keys, &order, tokens, scratch + (size_t)pieces * 2 * D, M, Vp, stream);
     if (is_aligned(dweight, 16, D * 4) && is_aligned(dres, 16, D * 4) && is_aligned(scratch, 16, 16)) {
-        unsigned quarter = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
-        embedding_backward_kernel<4><<<pieces, quarter, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
+        unsigned threads = (unsigned)(D < 1024 ? (D / 4 + WARP - 1) / WARP * WARP : 256);
+        embedding_backward_kernel<4><<<pieces, threads, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
+        cudaCheck(cudaGetLastError());
+        embedding_backward_parts_kernel<4><<<pieces, threads, 0, stream>>>(dweight, parts, keys, M, D);
     } else {
         embedding_backward_kernel<1><<<pieces, 256, 0, stream>>>(dweight, parts, dres, keys, order, M, D);
+        cudaCheck(cudaGetLastError());
+        embedding_backward_parts_kernel<1><<<pieces, 256, 0, stream>>>(dweight, parts, keys, M, D);
     }
-    cudaCheck(cudaGetLastError());
-    unsigned threads = D < 1024 ? (unsigned)((D + WARP - 1) / WARP * WARP) : 1024;
-    embedding_backward_parts_kernel<<<pieces, threads, 0, stream>>>(dweight, parts, keys, M, D);
     cudaCheck(cudaGetLastError());
 }
 
@@ -596,15 +707,17 @@ void embedding_backward_cuda(float* dweight, const float* dres, const int* token
 // 4.3 RMSNorm, with the residual addition
 
 // residual_rmsnorm_forward: what the block before adds to the residual stream, and the norm of the sum.
-//   res_out = res_in + delta      rstd = (mean_d res_out^2 + eps)^(-1/2)      y = weight * res_out * rstd
+//   res_out = res_in + dropout(delta)     rstd = (mean_d res_out^2 + eps)^(-1/2)
+//   y = weight * res_out * rstd
 //   res_in, res_out (M,D) float, may be the same   delta (M,D) or NULL: nothing is added, and res_out is only
 //   written when it is neither NULL nor res_in   y (M,D)   weight (D)   saved for backward: res_out, rstd (M)
-// WARPS warps hold one row in registers, ITERS packs of 4 values per thread; a block is 4 warps.
+// WARPS warps hold one row in registers, ITERS packs of 4 values per thread; a block is 4 warps. DROP: with
+// dropout, an instance of its own because the other one must not pay for it.
 // bytes: 8 + 2 sizeof(X) per element
-template <typename X, int WARPS, int ITERS>
+template <typename X, int WARPS, int ITERS, bool DROP>
 __global__ void __launch_bounds__(128)
 residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* res_in, const X* delta,
-                                const float* weight, size_t M, size_t D, float eps) {
+                                const float* weight, size_t M, size_t D, float eps, DropoutCuda drop) {
     __shared__ float shared[2 * WARPS];
     const int group = WARPS * WARP;                          // threads per row
     size_t m = (size_t)blockIdx.x * (128 / group) + threadIdx.x / group;
@@ -624,10 +737,15 @@ residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* 
         #pragma unroll
         for (int i = 0; i < ITERS; i++)
             if (d0 + i * group * 4 < D_) add[i] = load_pack<4>(delta + m * D + d0 + i * group * 4);
+        uint64_t key = DROP ? dropout_key(drop) : 0;
         #pragma unroll
         for (int i = 0; i < ITERS; i++) {
+            if (d0 + i * group * 4 >= D_) continue;
+            float v[4];
+            unpack<4>(v, add[i]);
+            if (DROP) dropout_pack<4>(v, m * D + d0 + i * group * 4, key, drop);
             #pragma unroll
-            for (int j = 0; j < 4; j++) x[i][j] += d0 + i * group * 4 < D_ ? to_float(add[i].v[j]) : 0.0f;
+            for (int j = 0; j < 4; j++) x[i][j] += v[j];
         }
     }
     bool write = delta || (res_out && res_out != res_in);
@@ -657,12 +775,16 @@ residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* 
 template <typename X>
 __global__ void residual_rmsnorm_forward_general_kernel(float* res_out, X* y, float* rstd,
                                                         const float* res_in, const X* delta,
-                                                        const float* weight, size_t D, float eps) {
+                                                        const float* weight, size_t D, float eps,
+                                                        DropoutCuda drop) {
     __shared__ float shared[2 * 8];
     size_t row = (size_t)blockIdx.x * D;
+    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
     float sum = 0;
     for (size_t d = threadIdx.x; d < D; d += blockDim.x) {
-        float x = res_in[row + d] + (delta ? to_float(delta[row + d]) : 0.0f);
+        float add = delta ? to_float(delta[row + d]) : 0.0f;
+        if (drop.threshold) dropout_pack<1>(&add, row + d, key, drop);
+        float x = res_in[row + d] + add;
         if (delta || (res_out && res_out != res_in)) res_out[row + d] = x;
         sum += x * x;
     }
@@ -676,17 +798,18 @@ __global__ void residual_rmsnorm_forward_general_kernel(float* res_out, X* y, fl
 template <typename X>
 const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, const float* res_in,
                                           const X* delta, const float* weight, size_t M, size_t D, float eps,
-                                          cudaStream_t stream) {
+                                          cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
     bool packs = is_aligned(res_out, 16, D * 4) && is_aligned(res_in, 16, D * 4) &&
                  is_aligned(weight, 16, 16) &&
                  is_aligned(y, 4 * sizeof(X), D * sizeof(X)) &&
                  is_aligned(delta, 4 * sizeof(X), D * sizeof(X));
     const char* name = "residual_rmsnorm_forward_kernel";
     unsigned warp_rows = (unsigned)((M + 3) / 4), rows = (unsigned)M;
-    #define NORM_FORWARD(warps, iters, blocks)                                                              \
-        residual_rmsnorm_forward_kernel<X, warps, iters><<<blocks, 128, 0, stream>>>(res_out, y, rstd,      \
-                                                                                     res_in, delta, weight, \
-                                                                                     M, D, eps)
+    bool mask = drop.threshold && delta;
+    #define NORM_FORWARD(warps, iters, blocks)                            \
+        (mask ? residual_rmsnorm_forward_kernel<X, warps, iters, true>    \
+              : residual_rmsnorm_forward_kernel<X, warps, iters, false>)  \
+            <<<blocks, 128, 0, stream>>>(res_out, y, rstd, res_in, delta, weight, M, D, eps, drop)
     if (packs && D <= 256) NORM_FORWARD(1, 2, warp_rows);
     else if (packs && D <= 512) NORM_FORWARD(1, 4, warp_rows);
     else if (packs && D <= 768) NORM_FORWARD(1, 6, warp_rows);
@@ -695,7 +818,7 @@ const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, con
     else if (packs && D <= 4096) NORM_FORWARD(4, 8, rows);
     else {
         residual_rmsnorm_forward_general_kernel<<<rows, 256, 0, stream>>>(res_out, y, rstd, res_in, delta,
-                                                                          weight, D, eps);
+                                                                          weight, D, eps, drop);
         name = "residual_rmsnorm_forward_general_kernel";
     }
     #undef NORM_FORWARD
@@ -707,15 +830,19 @@ const char* residual_rmsnorm_forward_cuda(float* res_out, X* y, float* rstd, con
 //   forward y = weight * xhat       =>  dweight += sum_m dy * xhat
 //   forward xhat = res * rstd(res)  =>  dres    += rstd * (q - xhat * mean_d(q * xhat))
 //   dres (M,D) float: on entry the gradient of res_out, which the residual passes on; on exit that of res_in
-//   and of delta; dres_x: a copy in X for the matmuls, may be NULL   dy (M,D)   res (M,D): res_out of forward
+//   dres_x (M,D): the gradient of delta in X, for the matmuls, which is dropout(dres); NULL: there is no
+//   delta, res_in is the embedding, and its dropout is applied to dres itself
+//   u (M,D): the y of forward once more, the same bits; NULL: not wanted
+//   dy (M,D)   res (M,D): res_out of forward
 // The rows are dealt out to NORM_BLOCKS blocks. A thread always meets the same columns and so sums dweight in
 // registers; parts (NORM_BLOCKS,D) takes the sums of the blocks.   bytes: 12 + 2 sizeof(X) per element
 enum { NORM_BLOCKS = 528 };
 
-template <typename X, int WARPS, int ITERS>
+template <typename X, int WARPS, int ITERS, bool DROP>
 __global__ void __launch_bounds__(128, ITERS <= 6 ? 4 : 2)
-rmsnorm_backward_kernel(float* dres, X* dres_x, float* parts, const X* dy, const float* res,
-                        const float* weight, const float* rstd, size_t M, size_t D) {
+rmsnorm_backward_kernel(float* dres, X* dres_x, X* u, float* parts, const X* dy, const float* res,
+                        const float* weight, const float* rstd, size_t M, size_t D, DropoutCuda drop) {
+    uint64_t key = DROP ? dropout_key(drop) : 0;
     const int group = WARPS * WARP, groups = 128 / group;
     __shared__ float shared[2 * WARPS];
     __shared__ float dw_shared[WARPS == 1 ? groups : 1][WARPS == 1 ? ITERS * group * 4 : 1];
@@ -755,8 +882,14 @@ rmsnorm_backward_kernel(float* dres, X* dres_x, float* parts, const X* dy, const
             #pragma unroll
             for (int j = 0; j < 4; j++)
                 dx[i].v[j] += r * (w.v[j] * to_float(dy_m[i].v[j]) - x[i].v[j] * r * mean);
-            store_pack<4>(dres + m * D + d, dx[i].v);
+            if (dres_x) store_pack<4>(dres + m * D + d, dx[i].v);
+            if (DROP) dropout_pack<4>(dx[i].v, m * D + d, key, drop);
             if (dres_x) store_pack<4>(dres_x + m * D + d, dx[i].v);
+            else store_pack<4>(dres + m * D + d, dx[i].v);
+            if (!u) continue;
+            #pragma unroll
+            for (int j = 0; j < 4; j++) w.v[j] *= x[i].v[j] * r;
+            store_pack<4>(u + m * D + d, w.v);
         }
     }
     float* part = parts + (size_t)blockIdx.x * D;
@@ -777,10 +910,11 @@ rmsnorm_backward_kernel(float* dres, X* dres_x, float* parts, const X* dy, const
 
 // any D, any alignment: a block per row, dweight summed in `parts` itself, each column by the same thread
 template <typename X>
-__global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, float* parts, const X* dy,
+__global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, X* u, float* parts, const X* dy,
                                                 const float* res, const float* weight, const float* rstd,
-                                                size_t M, size_t D) {
+                                                size_t M, size_t D, DropoutCuda drop) {
     __shared__ float shared[2 * 8];
+    uint64_t key = drop.threshold ? dropout_key(drop) : 0;
     float* part = parts + (size_t)blockIdx.x * D;
     int phase = 0;
     for (size_t d = threadIdx.x; d < D; d += blockDim.x) part[d] = 0;
@@ -796,8 +930,11 @@ __global__ void rmsnorm_backward_general_kernel(float* dres, X* dres_x, float* p
         for (size_t d = threadIdx.x; d < D; d += blockDim.x) {
             float q = weight[d] * to_float(dy[m * D + d]);
             float dx = dres[m * D + d] + r * (q - res[m * D + d] * r * mean);
-            dres[m * D + d] = dx;
+            if (dres_x) dres[m * D + d] = dx;
+            if (drop.threshold) dropout_pack<1>(&dx, m * D + d, key, drop);
             if (dres_x) dres_x[m * D + d] = from_float<X>(dx);
+            else dres[m * D + d] = dx;
+            if (u) u[m * D + d] = from_float<X>(weight[d] * res[m * D + d] * r);
         }
     }
 }
@@ -808,20 +945,23 @@ size_t rmsnorm_backward_scratch_cuda(size_t M, size_t D) {
 }
 
 template <typename X>
-const char* rmsnorm_backward_cuda(float* dres, X* dres_x, float* dweight, const X* dy, const float* res,
-                                  const float* weight, const float* rstd, float* scratch, size_t M, size_t D,
-                                  cudaStream_t stream) {
+const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, const X* dy,
+                                  const float* res, const float* weight, const float* rstd, float* scratch,
+                                  size_t M, size_t D, cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
     bool packs = is_aligned(dres, 16, D * 4) && is_aligned(res, 16, D * 4) && is_aligned(weight, 16, 16) &&
                  is_aligned(scratch, 16, 16) && is_aligned(dy, 4 * sizeof(X), D * sizeof(X)) &&
-                 is_aligned(dres_x, 4 * sizeof(X), D * sizeof(X));
+                 is_aligned(dres_x, 4 * sizeof(X), D * sizeof(X)) &&
+                 is_aligned(u, 4 * sizeof(X), D * sizeof(X));
     const char* name = "rmsnorm_backward_kernel";
     size_t blocks = M < NORM_BLOCKS ? M : (size_t)NORM_BLOCKS;
     size_t warp_blocks = (M + 3) / 4 < NORM_BLOCKS ? (M + 3) / 4 : (size_t)NORM_BLOCKS;
     if (packs && D <= 768) blocks = warp_blocks;
+    bool mask = drop.threshold > 0;
     #define NORM_BACKWARD(warps, iters)                                                                    \
-        rmsnorm_backward_kernel<X, warps, iters><<<(unsigned)blocks, 128, 0, stream>>>(dres, dres_x,       \
-                                                                                       scratch, dy, res,   \
-                                                                                       weight, rstd, M, D)
+        (mask ? rmsnorm_backward_kernel<X, warps, iters, true>                                             \
+              : rmsnorm_backward_kernel<X, warps, iters, false>)                                           \
+            <<<(unsigned)blocks, 128, 0, stream>>>(dres, dres_x, u, scratch, dy, res, weight, rstd, M, D,  \
+                                                   drop)
     if (packs && D <= 256) NORM_BACKWARD(1, 2);
     else if (packs && D <= 512) NORM_BACKWARD(1, 4);
     else if (packs && D <= 768) NORM_BACKWARD(1, 6);
@@ -831,8 +971,8 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, float* dweight, const 
     else if (packs && D <= 2560) NORM_BACKWARD(4, 5);
     else if (packs && D <= 4096) NORM_BACKWARD(4, 8);
     else {
-        rmsnorm_backward_general_kernel<<<(unsigned)blocks, 256, 0, stream>>>(dres, dres_x, scratch, dy, res,
-                                                                              weight, rstd, M, D);
+        rmsnorm_backward_general_kernel<<<(unsigned)blocks, 256, 0, stream>>>(
+            dres, dres_x, u, scratch, dy, res, weight, rstd, M, D, drop);
         name = "rmsnorm_backward_general_kernel";
     }
     #undef NORM_BACKWARD
@@ -1557,8 +1697,8 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 //   shapes:   x, dt_raw, s, y (B,T,E)   Bt, Ct (B,T,N), row stride ldbc   z (B,T,E), row stride ldz
 //             A_log (E,N)   Dskip, dt_bias (E)   h0, hT (B,E,N)   doc (B,T)
 //   saved:    s, and hs (B, T/spacing, E, N): the state before tokens 0, spacing, 2 spacing, ...; the rest is
-//             recomputed. spacing 8 is fastest, 16 needs half the memory (backward, H200, B8 T2048 E1536 bf16:
-//             BACK8 and BACK16 ms)
+//             recomputed. Spacing 8 is faster, 16 needs half the memory (backward 0.431 and 0.475 ms: H200,
+//             B8 T2048 E1536, bf16, cold cache)
 // Mamba paper (arXiv 2312.00752), section 3.2 and algorithm 2. Oracle: selective_scan_forward/_backward of
 // train_mamba.c.
 //
@@ -1566,11 +1706,11 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 //   general   any N, E, T, strides, X = float or bf16, accurate to float rounding
 //   fast      N = 16, E a multiple of 32, rows that start on 16-byte boundaries; the backward only for bf16
 // selective_scan_path_cuda() says which one serves given arguments. In both, a block of threads owns
-// SCAN_CHANNELS channels of one sequence and walks through time, so that the state never leaves the chip; the
-// grid is (E / 32, B). No sum depends on the order in which threads happen to run: results repeat bitwise.
+// neighbouring channels of one sequence and walks through time, so that the state never leaves the chip. No
+// sum depends on the order in which threads happen to run: results repeat bitwise.
 
-// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SPACING: tokens between two saved states as
-// training uses it; launchers take 8 or 16. SCAN_GROUP: states that a block's four warps hold at once.
+// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SPACING: tokens between two saved states
+// that training normally uses; launchers take 8 or 16. SCAN_GROUP: states that a block's four warps hold.
 enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SPACING = 8, SCAN_GROUP = 16, SCAN_THREADS = 128 };
 
 #define SCAN_LOG2E 1.44269504f
@@ -1866,7 +2006,8 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                     decay[k] = A2[n0 + k][lane];
                     dA_n[k] = dA[n0 + k][lane];
                 }
-                for (int j = (int)(state * spacing - t0); j < j0; j++) {         // to the state before token j0
+                // from the saved state to that before token j0
+                for (int j = (int)(state * spacing - t0); j < j0; j++) {
                     const float* B_t = bc + j * 2 * padded + n0;
                     float dt = tile.decay_dt[j][lane], dtx = tile.dtx[j][lane];
                     #pragma unroll
@@ -2194,7 +2335,7 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
             decay[n] = scan_decay(A_log[(e0 + ch) * 16 + S * g + n]);
             h[n] = h0 ? h0[state + n] : 0.0f;
         }
-        const size_t next = E * 16 * SCAN_STEPS / spacing;     // from one state to the next, in steps of 8 tokens
+        const size_t next = E * 16 * SCAN_STEPS / spacing;     // what 8 tokens mean in hs
         X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;
         int left = hs ? (int)T : 0;                            // tokens with states to save
         float* sums = &sh.sum[sh.sum_at(g, ch)];
@@ -2583,7 +2724,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             h[1] = scan_high(start.x);
             h[2] = scan_low(start.y);
             h[3] = scan_high(start.y);
-            if (SPACING == 16 && k & 1) {                                       // the state was saved 8 tokens earlier
+            if (SPACING == 16 && (k & 1)) {                    // the state was saved 8 tokens earlier
                 const ScanBackwardChunk& left = sh.chunk[k - 1];
                 #pragma unroll
                 for (int f = 0; f < 2; f++) {
@@ -3019,6 +3160,234 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
     cudaCheck(cudaGetLastError());
 }
 
+// --------------------------------------------------------------------------------------------------
+// 4.10 Decoding: one token of each of a few sequences
+//
+// With one token per sequence every weight is read to be used a few times: the time of a token is the time of
+// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what lies between the kernels, about
+// 2.5 us for each. So a Mamba-1 layer is four kernels:
+//   norm + W_in + conv | W_x | W_dt + state + gate | W_out
+
+enum { DECODE_WARPS = 8, DECODE_ROWS = 64 };     // DECODE_ROWS: the most sequences
+
+// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias
+//   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in: other
+//   blocks still read it). With conv_weight the first E outputs go through the causal convolution and SiLU;
+//   conv_state (rows,taps-1,E) holds its last inputs.
+typedef struct {
+    const bf16* weight;                // (O,K)
+    const float* bias;                 // (O) or NULL
+    size_t O, K;
+    int rows;
+    const bf16* act;
+    size_t ld_act;
+    const float* res_in;               // (rows,K)
+    const bf16* delta;                 // (rows,K) or NULL
+    float* res_out;
+    const float* norm;                 // (K)
+    float eps;
+    bf16* out;                         // (rows,O), row stride ldo; NULL: out_float
+    float* out_float;
+    size_t ldo;
+    const float *conv_weight, *conv_bias;
+    float* conv_state;
+    int taps;
+    size_t E;
+} DecodeLinear;
+
+// decode_linear: a block makes 16 outputs of all sequences, its eight warps share the sum over k: warp w takes
+// the chunks w, w + 8, ... of 32. The tensor core multiplies weights (16 outputs x 16 k) with inputs (16 k x 8
+// sequences). The order of k within a chunk does not matter as long as both sides have the same, so lane
+// (g, q) simply takes k = 8q..8q+7 of its row, 16 bytes, for two multiplications.
+// TILES: groups of 8 sequences.   bytes: 2 per weight
+template <int TILES, bool NORM>
+__global__ void __launch_bounds__(DECODE_WARPS * WARP)
+decode_linear_kernel(const DecodeLinear a) {
+    extern __shared__ __align__(128) char shared[];
+    bf16* normalized = (bf16*)shared;                        // NORM: (8, K + 32)
+    __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8];
+    // AHEAD: chunks of weights in registers; with many sequences these are needed for the inputs
+    const int AHEAD = TILES == 8 ? 3 : 6;
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
+    const size_t o0 = (size_t)blockIdx.x * 16, K = a.K, ld_norm = K + 32;
+    const int chunks = (int)(K / 32);
+    size_t o_low = o0 + g < a.O ? o0 + g : a.O - 1, o_high = o0 + g + 8 < a.O ? o0 + g + 8 : a.O - 1;
+    const bf16 *low = a.weight + o_low * K + 8 * q, *high = a.weight + o_high * K + 8 * q;
+    uint4 w_low[AHEAD], w_high[AHEAD];
+    #pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        int c = w + i * DECODE_WARPS;
+        if (c >= chunks) break;
+        w_low[i] = __ldg((const uint4*)(low + 32 * c));
+        w_high[i] = __ldg((const uint4*)(high + 32 * c));
+    }
+    if (NORM) {
+        // every block does it again, for at most 8 rows; 1/rms is a factor of the whole row and comes last
+        for (int n = 0; n < a.rows; n++) {
+            float sum = 0;
+            for (size_t k = 2 * threadIdx.x; k < K; k += 2 * DECODE_WARPS * WARP) {
+                float2 x = *(const float2*)(a.res_in + n * K + k), scale = *(const float2*)(a.norm + k);
+                if (a.delta) {
+                    Pack<bf16, 2> add = load_pack<2>(a.delta + n * K + k);
+                    x.x += to_float(add.v[0]);
+                    x.y += to_float(add.v[1]);
+                }
+                if (blockIdx.x == 0) *(float2*)(a.res_out + n * K + k) = x;
+                sum += x.x * x.x + x.y * x.y;
+                *(uint32_t*)(normalized + n * ld_norm + k) = scan_pack(x.x * scale.x, x.y * scale.y);
+            }
+            sum = warp_sum(sum);
+            if (lane == 0) squares[w][n] = sum;
+        }
+        __syncthreads();
+    }
+    // the inputs of the sequence that this lane loads in each tile; beyond the last one the last again, what comes
+    // of it is not stored
+    const bf16* input[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        int n = 8 * t + g < a.rows ? 8 * t + g : a.rows - 1;
+        input[t] = (NORM ? normalized + n * ld_norm : a.act + n * a.ld_act) + 8 * q;
+    }
+    float acc[TILES][4] = {};
+    uint4 v[TILES], v_next[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) if (w < chunks) v[t] = *(const uint4*)(input[t] + 32 * w);
+    for (int c0 = w; c0 < chunks; c0 += AHEAD * DECODE_WARPS) {
+        #pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int c = c0 + i * DECODE_WARPS, next = c + AHEAD * DECODE_WARPS;
+            if (c >= chunks) break;
+            #pragma unroll
+            for (int t = 0; t < TILES; t++)
+                if (c + DECODE_WARPS < chunks) v_next[t] = *(const uint4*)(input[t] + 32 * (c + DECODE_WARPS));
+            const uint32_t first[4] = {w_low[i].x, w_high[i].x, w_low[i].y, w_high[i].y},
+                           second[4] = {w_low[i].z, w_high[i].z, w_low[i].w, w_high[i].w};
+            #pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                scan_mma_bf16(acc[t], first, v[t].x, v[t].y);
+                scan_mma_bf16(acc[t], second, v[t].z, v[t].w);
+                v[t] = v_next[t];
+            }
+            if (next < chunks) {
+                w_low[i] = __ldg((const uint4*)(low + 32 * next));
+                w_high[i] = __ldg((const uint4*)(high + 32 * next));
+            }
+        }
+    }
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) *(float4*)&part[w][t][4 * lane] = *(const float4*)acc[t];
+    __syncthreads();
+    for (int v = threadIdx.x; v < TILES * 128; v += DECODE_WARPS * WARP) {
+        // value j of lane (g, q) is output g + 8 (j / 2), sequence 2q + j % 2
+        int t = v / 128, source = v % 128 / 4, j = v % 4;
+        size_t o = o0 + (source >> 2) + 8 * (j >> 1);
+        int n = 8 * t + 2 * (source & 3) + (j & 1);
+        if (o >= a.O || n >= a.rows) continue;
+        float sum = 0;
+        #pragma unroll
+        for (int i = 0; i < DECODE_WARPS; i++) sum += part[i][t][v % 128];
+        if (NORM) {
+            float square = 0;
+            #pragma unroll
+            for (int i = 0; i < DECODE_WARPS; i++) square += squares[i][n];
+            sum *= 1.0f / sqrtf(square / (float)K + a.eps);
+        }
+        if (a.bias) sum += a.bias[o];
+        if (!a.out) {
+            a.out_float[n * a.ldo + o] = sum;
+            continue;
+        }
+        if (a.conv_weight && o < a.E) {                      // as causal_conv1d_forward, with T = 1
+            float x = to_float(from_float<bf16>(sum)), c = a.conv_bias ? a.conv_bias[o] : 0.0f;
+            float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + o;
+            for (int k = 0; k + 1 < a.taps; k++) {
+                c += a.conv_weight[o * a.taps + k] * tail[k * a.E];
+                tail[k * a.E] = k + 2 < a.taps ? tail[(k + 1) * a.E] : x;
+            }
+            sum = silu_cuda(c + a.conv_weight[o * a.taps + a.taps - 1] * x);
+        }
+        a.out[n * a.ldo + o] = from_float<bf16>(sum);
+    }
+}
+
+static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
+    unsigned blocks = (unsigned)((a.O + 15) / 16), threads = DECODE_WARPS * WARP;
+    if (!a.act) {
+        size_t shared = 8 * (a.K + 32) * sizeof(bf16);
+        scan_allow_shared(decode_linear_kernel<1, true>, shared);
+        decode_linear_kernel<1, true><<<blocks, threads, shared, stream>>>(a);
+    } else if (a.rows <= 8) decode_linear_kernel<1, false><<<blocks, threads, 0, stream>>>(a);
+    else if (a.rows <= 16) decode_linear_kernel<2, false><<<blocks, threads, 0, stream>>>(a);
+    else if (a.rows <= 32) decode_linear_kernel<4, false><<<blocks, threads, 0, stream>>>(a);
+    else decode_linear_kernel<8, false><<<blocks, threads, 0, stream>>>(a);
+    cudaCheck(cudaGetLastError());
+}
+
+// decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to (F8)
+// of 4.9).   y (rows,E)   x, z (rows,E), row stride ldz   rbc (rows,R+2N)   h (rows,E,N)
+// Four lanes share a channel; a block has 32 channels of `each` sequences, one after the other.
+// bytes: 2 per weight, 8 per state
+__global__ void __launch_bounds__(4 * WARP)
+decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
+                   const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
+                   int rows, int each, size_t E, int N, int R) {
+    extern __shared__ __align__(128) char shared[];
+    bf16* weight = (bf16*)shared;                            // (32,R)
+    float* rbc_n = (float*)(weight + WARP * R);              // (each,R+2N)
+    const int l = threadIdx.x % 4, c = threadIdx.x / 4, n0 = blockIdx.y * each;
+    const int n1 = n0 + each < rows ? n0 + each : rows, RBC = R + 2 * N;
+    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c;
+    // E is a multiple of 32: the rows of W_dt of this block are one aligned piece
+    for (int i = threadIdx.x; i < WARP * R / 8; i += 4 * WARP)
+        ((uint4*)weight)[i] = __ldg((const uint4*)(dt_weight + e0 * R) + i);
+    float bias = dt_bias[e], D = Dskip[e], decay[4], state[4];
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {                            // the states were written one token ago
+        decay[i] = 4 * l + i < N ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
+        state[i] = 4 * l + i < N ? h[(n0 * E + e) * N + 4 * l + i] : 0.0f;
+    }
+    for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP) rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
+    __syncthreads();
+    for (int n = n0; n < n1; n++, rbc_n += RBC) {
+        float dt = 0, sum = 0, x_e = to_float(x[n * ldz + e]);
+        float* h_e = h + (n * E + e) * N;
+        for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
+        dt += __shfl_xor_sync(0xffffffffu, dt, 1);
+        dt += __shfl_xor_sync(0xffffffffu, dt, 2);
+        dt = scan_softplus(dt + bias);
+        const float *B_n = rbc_n + R, *C_n = B_n + N;
+        for (int first = 4 * l; first < N; first += 16) {
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int s = first + i;
+                if (s >= N) continue;
+                float before = first < 16 ? state[i] : h_e[s];
+                float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
+                float after = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
+                h_e[s] = after;
+                sum = fmaf(C_n[s], after, sum);
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < 4; i++) state[i] = n + 1 < n1 && 4 * l + i < N ? h_e[E * N + 4 * l + i] : 0.0f;
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (l == 0) y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
+    }
+}
+
+static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
+                             const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z,
+                             size_t ldz, size_t rows, size_t E, size_t N, size_t R, cudaStream_t stream) {
+    size_t each = rows > 16 ? 8 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
+    scan_allow_shared(decode_scan_kernel, shared);
+    dim3 grid((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each));
+    decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z, ldz,
+                                                           (int)rows, (int)each, E, (int)N, (int)R);
+    cudaCheck(cudaGetLastError());
+}
+
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW
 
@@ -3107,7 +3476,8 @@ size_t adamw_pieces(AdamWPiece* piece, size_t n, size_t offset, size_t count, bo
 //   g = scale * grad,  scale = min(1, clip / (norm + 1e-6))
 //   m = beta1 m + (1-beta1) g     v = beta2 v + (1-beta2) g^2
 //   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)
-//   params, grads, m, v float   params_x: the parameters in X for the matmuls, or NULL   norm: gradient_norm
+//   params, grads, m, v float   params_x: the parameters in X for the matmuls, or NULL   norm: gradient_norm;
+//   when it is not finite nothing changes
 //   Loshchilov, Hutter (1711.05101)       bytes: 28 + sizeof(X) per parameter
 __device__ __forceinline__ void adamw_element(float* p, float* m, float* v, float grad, float scale,
                                               float keep, const AdamWStep& s) {
@@ -3122,6 +3492,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
 adamw_kernel(float* params, X* params_x, const float* grads, float* m, float* v, const AdamWPiece* piece,
              const AdamWStep* step, const double* norm) {
     AdamWStep s = *step;
+    if (!isfinite(*norm)) return;
     double ratio = s.clip / (*norm + 1e-6);
     float scale = s.clip > 0 && ratio < 1 ? (float)ratio : 1.0f;
     size_t offset = piece[blockIdx.x].offset;
@@ -3197,13 +3568,49 @@ template <typename X> struct ScratchCuda {
     int* sort;
 };
 
+// SideCuda: a second stream for the gradients of weights. Nothing waits for them until the optimizer, so they
+// fill the tails of the other kernels and run beside those that only move memory (in_proj's and the norm's
+// backward, 16384 x 768 on an H200: 0.171 ms one after the other, 0.163 side by side).
+typedef struct {
+    cudaStream_t stream;
+    Matmul matmul;                  // with a workspace of its own
+    cudaEvent_t ready, done;
+} SideCuda;
+
 template <typename X> struct CudaRun {
     const Config* config;
     Matmul* matmul;
     size_t B, T;
     const int* doc;
     cudaStream_t stream;
+    int recompute;                  // RECOMPUTE_CHEAP: u, x and dt_raw have been overwritten since forward
+    DropoutCuda dropout;            // of delta_in; for the first sub-layer (place 0) of the embedding
+    bool add;                       // weight gradients of matmuls are added to; false: written
+    SideCuda* side;
 };
+
+// side_fork: the side stream goes on behind what the main one has been given so far. side_join: the main stream
+// waits for the side, whose inputs it may then overwrite.
+template <typename X> static void side_fork(const CudaRun<X>* run) {
+    cudaCheck(cudaEventRecord(run->side->ready, run->stream));
+    cudaCheck(cudaStreamWaitEvent(run->side->stream, run->side->ready, 0));
+}
+template <typename X> static void side_join(const CudaRun<X>* run) {
+    cudaCheck(cudaEventRecord(run->side->done, run->side->stream));
+    cudaCheck(cudaStreamWaitEvent(run->stream, run->side->done, 0));
+}
+
+// linear_backward_weight: dweight (O,I) = or += dout^T inp on the side stream, dbias += sum of dout on the main
+// one.   dout (M,O), inp (M,I), row strides lddo, ldi
+template <typename X>
+static void linear_backward_weight(const CudaRun<X>* run, float* dweight, float* dbias, const X* dout,
+                                   size_t lddo, const X* inp, size_t ldi, float* sums, size_t I, size_t O) {
+    size_t M = run->B * run->T;
+    side_fork(run);
+    matmul_backward_cuda(&run->side->matmul, (X*)NULL, 0, false, dweight, (float*)NULL, dout, lddo, inp, ldi,
+                         (const X*)NULL, (float*)NULL, M, I, O, run->side->stream, run->add);
+    if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, sums, run->stream);
+}
 
 enum {
     P_NORM,
@@ -3223,6 +3630,9 @@ enum { P_MLP_NORM, P_FC1, P_FC2 };    // MlpParams
 static_assert(FIELDS(Mamba1Params) == P_OUT_BIAS + 1 && FIELDS(MlpParams) == P_FC2 + 1,
               "the fields of train_mamba.c");
 
+// scan_spacing: tokens between two saved states; with --recompute cheap every second one is made again
+static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 16 : SCAN_SPACING; }
+
 // mamba1_block_forward_cuda: delta_out = Mamba(RMSNorm(res)), res = res_in + delta_in.
 // state: conv and ssm, float, NULL: zeros
 template <typename X>
@@ -3235,7 +3645,7 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
     size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
     cudaStream_t stream = run->stream;
     residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_NORM], M, D,
-                                  (float)c->norm_eps, stream);
+                                  (float)c->norm_eps, stream, run->dropout);
     matmul_forward_cuda(run->matmul, a->xz, 2 * E, a->u, D, L->px[P_IN], L->p[P_IN_BIAS], M, D, 2 * E,
                         stream);
     causal_conv1d_forward_cuda(a->x, stateT[0], a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
@@ -3245,7 +3655,8 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                         stream);
     selective_scan_forward_cuda<X>(w->y, a->s, a->hs, stateT[1], a->x, a->dt_raw, L->p[P_DT_BIAS],
                                    L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                   2 * E, state0[1], run->doc, B, T, E, N, SCAN_SPACING, stream);
+                                   2 * E, state0[1], run->doc, B, T, E, N, scan_spacing(run->recompute),
+                                   stream);
     matmul_forward_cuda(run->matmul, w->delta, D, w->y, E, L->px[P_OUT], L->p[P_OUT_BIAS], M, E, D, stream);
 }
 
@@ -3260,27 +3671,42 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
     cudaStream_t stream = run->stream;
     Matmul* mm = run->matmul;
+    bool cheap = run->recompute == RECOMPUTE_CHEAP;          // x, dt_raw now, u in the norm's backward
+    if (cheap) {
+        causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV],
+                                   L->p[P_CONV_BIAS], run->doc, B, T, E, K, stream);
+        matmul_forward_cuda(mm, a->dt_raw, E, a->rbc, RBC, L->px[P_DT], (const float*)NULL, M, R, E, stream);
+    }
     // out = W_out y: the gradient of y first, the scan's backward makes y again for the weight gradient
     matmul_backward_cuda(mm, w->dy, E, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
                          L->px[P_OUT], w->sums, M, E, D, stream);
+    side_join(run);                                // of the layer before: y, ddt, drbc, dxz are written again
     selective_scan_backward_cuda<X>(w->dx, w->ddt, w->dxz + E, 2 * E, w->y, L->grad[P_A_LOG], L->grad[P_D],
                                     L->grad[P_DT_BIAS], w->drbc + R, w->drbc + R + N, RBC, (float*)NULL,
                                     w->dy, (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, L->p[P_DT_BIAS],
                                     L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                    2 * E, run->doc, w->sums, B, T, E, N, SCAN_SPACING, stream);
-    matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E,
-                         L->px[P_OUT], w->sums, M, E, D, stream);
-    matmul_backward_cuda(mm, w->drbc, RBC, false, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC,
+                                    2 * E, run->doc, w->sums, B, T, E, N, scan_spacing(run->recompute),
+                                    stream);
+    linear_backward_weight(run, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E, w->sums, E, D);
+    linear_backward_weight(run, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC, w->sums, R, E);
+    matmul_backward_cuda(mm, w->drbc, RBC, false, (float*)NULL, (float*)NULL, w->ddt, E, (const X*)NULL, 0,
                          L->px[P_DT], w->sums, M, R, E, stream);
-    matmul_backward_cuda(mm, w->dx, E, true, L->grad[P_X], (float*)NULL, w->drbc, RBC, a->x, E, L->px[P_X],
-                         w->sums, M, E, RBC, stream);
+    linear_backward_weight(run, L->grad[P_X], (float*)NULL, w->drbc, RBC, a->x, E, w->sums, E, RBC);
+    matmul_backward_cuda(mm, w->dx, E, true, (float*)NULL, (float*)NULL, w->drbc, RBC, (const X*)NULL, 0,
+                         L->px[P_X], w->sums, M, E, RBC, stream);
     causal_conv1d_backward_cuda(w->dxz, 2 * E, L->grad[P_CONV], L->grad[P_CONV_BIAS], (float*)NULL, w->dx,
                                 (const float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
                                 run->doc, w->sums, B, T, E, K, stream);
-    matmul_backward_cuda(mm, w->du, D, false, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D,
+    matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dxz, 2 * E, (const X*)NULL, 0,
                          L->px[P_IN], w->sums, M, D, 2 * E, stream);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, L->grad[P_NORM], w->du, a->res, L->p[P_NORM], a->rstd, w->sums,
-                          M, D, stream);
+    side_join(run);                                // dres_x, and with cheap u, are written again
+    if (!cheap)
+        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D, 2 * E);
+    X* dres_x = run->dropout.place ? w->dres_x : NULL;       // the first sub-layer has no other before it
+    rmsnorm_backward_cuda(w->dres, dres_x, cheap ? a->u : NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM],
+                          a->rstd, w->sums, M, D, stream, run->dropout);
+    if (cheap)
+        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D, 2 * E);
 }
 
 template <typename X>
@@ -3288,7 +3714,7 @@ void mlp_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const 
                             const ScratchCuda<X>* w, const float* res_in, const X* delta_in) {
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_MLP_NORM], M, D,
-                                  (float)run->config->norm_eps, run->stream);
+                                  (float)run->config->norm_eps, run->stream, run->dropout);
     matmul_forward_cuda(run->matmul, a->h, 2 * F, a->u, D, L->px[P_FC1], (const float*)NULL, M, D, 2 * F,
                         run->stream);
     gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
@@ -3301,22 +3727,88 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
                              const ScratchCuda<X>* w) {
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     Matmul* mm = run->matmul;
+    bool cheap = run->recompute == RECOMPUTE_CHEAP;
     matmul_backward_cuda(mm, w->dm, F, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
                          L->px[P_FC2], w->sums, M, F, D, run->stream);
+    side_join(run);                                // of the layer before: dh and m are written again
     gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
                        run->stream);
-    matmul_backward_cuda(mm, (X*)NULL, 0, false, L->grad[P_FC2], (float*)NULL, w->dres_x, D, w->m, F,
-                         L->px[P_FC2], w->sums, M, F, D, run->stream);
-    matmul_backward_cuda(mm, w->du, D, false, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D,
+    linear_backward_weight(run, L->grad[P_FC2], (float*)NULL, w->dres_x, D, w->m, F, w->sums, F, D);
+    matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dh, 2 * F, (const X*)NULL, 0,
                          L->px[P_FC1], w->sums, M, D, 2 * F, run->stream);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, L->grad[P_MLP_NORM], w->du, a->res, L->p[P_MLP_NORM], a->rstd,
-                          w->sums, M, D, run->stream);
+    side_join(run);
+    if (!cheap) linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
+    rmsnorm_backward_cuda(w->dres, w->dres_x, cheap ? a->u : NULL, L->grad[P_MLP_NORM], w->du, a->res,
+                          L->p[P_MLP_NORM], a->rstd, w->sums, M, D, run->stream, run->dropout);
+    if (cheap) linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
+}
+
+// Blocks with one token of each sequence (section 4.10). res_in and delta_in as above; the residual stream
+// after the addition goes to res_out, what the block adds to w->delta.
+static bool decode_is_fast(const Config* c, size_t rows) {
+    return rows <= DECODE_ROWS && c->d_model % 32 == 0 && c->d_inner % 32 == 0 && c->d_intermediate % 32 == 0;
+}
+
+// norm, then the first matmul of a block: up to 8 sequences in one kernel
+static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const ActsCuda<bf16>* acts,
+                                float* res_out, const float* res_in, const bf16* delta_in, const float* norm) {
+    size_t D = (size_t)run->config->d_model;
+    a.K = D;
+    a.rows = (int)run->B;
+    if (run->B <= 8) {
+        a.res_in = res_in; a.delta = delta_in; a.res_out = res_out; a.norm = norm;
+        a.eps = (float)run->config->norm_eps;
+    } else {
+        residual_rmsnorm_forward_cuda(res_out, acts->u, acts->rstd, res_in, delta_in, norm, run->B, D,
+                                      (float)run->config->norm_eps, run->stream);
+        a.act = acts->u; a.ld_act = D;
+    }
+    decode_linear_cuda(a, run->stream);
+}
+
+static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16* act, const bf16* weight,
+                                const float* bias, size_t K, size_t O) {
+    DecodeLinear a = {};
+    a.weight = weight; a.bias = bias; a.O = O; a.K = K; a.rows = (int)run->B;
+    a.act = act; a.ld_act = K; a.out = out; a.ldo = O;
+    decode_linear_cuda(a, run->stream);
+}
+
+static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
+                                     const ActsCuda<bf16>* a, const ScratchCuda<bf16>* w, float* res_out,
+                                     const float* res_in, const bf16* delta_in, float* const* state) {
+    const Config* c = run->config;
+    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank;
+    DecodeLinear in = {};
+    in.weight = L->px[P_IN]; in.bias = L->p[P_IN_BIAS]; in.O = 2 * E;
+    in.out = a->xz; in.ldo = 2 * E;
+    in.conv_weight = L->p[P_CONV]; in.conv_bias = L->p[P_CONV_BIAS]; in.conv_state = state[0];
+    in.taps = (int)c->d_conv; in.E = E;
+    decode_first_linear(run, in, a, res_out, res_in, delta_in, L->p[P_NORM]);
+    DecodeLinear x_proj = {};
+    x_proj.weight = L->px[P_X]; x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
+    x_proj.act = a->xz; x_proj.ld_act = 2 * E; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
+    decode_linear_cuda(x_proj, run->stream);
+    decode_scan_cuda(w->y, state[1], a->xz, a->rbc, L->px[P_DT], L->p[P_DT_BIAS], L->p[P_A_LOG], L->p[P_D],
+                     a->xz + E, 2 * E, run->B, E, N, R, run->stream);
+    decode_plain_linear(run, w->delta, w->y, L->px[P_OUT], L->p[P_OUT_BIAS], E, D);
+}
+
+static void mlp_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L, const ActsCuda<bf16>* a,
+                                  const ScratchCuda<bf16>* w, float* res_out, const float* res_in,
+                                  const bf16* delta_in) {
+    size_t D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    DecodeLinear up = {};
+    up.weight = L->px[P_FC1]; up.O = 2 * F; up.out = a->h; up.ldo = 2 * F;
+    decode_first_linear(run, up, a, res_out, res_in, delta_in, L->p[P_MLP_NORM]);
+    gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, run->B, F, run->stream);
+    decode_plain_linear(run, w->delta, w->m, L->px[P_FC2], NULL, F, D);
 }
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Model
 
-enum { CLASSIFIER_ROWS_CUDA = 16384 };      // logits exist for this many tokens at a time
+enum { CLASSIFIER_ROWS_CUDA = 8192 };       // logits exist for this many tokens at a time
 
 // ArenaCuda: hands out pieces of one device allocation; with base NULL it only counts.
 typedef struct { char* base; size_t used; } ArenaCuda;
@@ -3326,18 +3818,49 @@ template <typename Y> static void arena_take(ArenaCuda* arena, Y** p, size_t cou
     arena->used += (count * sizeof(Y) + 255) / 256 * 256;
 }
 
+// StepCuda: the numbers of one step, in device memory, where a recorded CUDA graph finds those of every step
+typedef struct {
+    AdamWStep adamw;
+    float scale;             // 1 / number of targets
+    uint64_t dropout_key;    // Dropout.key
+} StepCuda;
+
+// BatchCuda: what the host sends for one step, in one piece: the numbers, then the tokens of all micro-batches
+typedef struct {
+    char* base;
+    StepCuda* step;
+    int *tokens, *targets, *doc;    // (micros,B,T)
+    bool* fresh;                    // (micros,B): rows whose carried state starts from zero
+    size_t bytes;
+} BatchCuda;
+
+static void batch_plan(BatchCuda* batch, size_t micros, size_t B, size_t T, char* base) {
+    ArenaCuda arena = {base, 0};
+    batch->base = base;
+    arena_take(&arena, &batch->step, 1);
+    arena_take(&arena, &batch->tokens, micros * B * T);
+    arena_take(&arena, &batch->targets, micros * B * T);
+    arena_take(&arena, &batch->doc, micros * B * T);
+    arena_take(&arena, &batch->fresh, micros * B);
+    batch->bytes = arena.used;
+}
+
 // WorkCuda: the device memory of one forward (and backward) over at most B x T tokens.
 template <typename X> struct WorkCuda {
-    size_t B, T, bytes;
-    bool training, recompute;
+    size_t B, T, micros;
+    size_t bytes, saved_bytes;      // all; what waits from forward to backward
+    bool training;
+    int recompute;
     char* memory;
+    BatchCuda batch;
     ActsCuda<X>* acts;              // [n_layers]
     ScratchCuda<X> scratch;
-    float *res0, *res_last, *f_rstd, *losses, *scale;
+    float *res_last, *f_rstd, *losses;
     X *f, *df, *logits;
-    int *tokens, *targets, *doc;
 };
 
+// The plan has three parts: the batch; what is saved; what is used for a short time. The logits and the
+// scratch of the layers are never needed together, so they share their memory.
 template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, ArenaCuda* arena) {
     const Config* c = &m->config;
     size_t B = w->B, T = w->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
@@ -3345,92 +3868,130 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     size_t RBC = (size_t)c->dt_rank + 2 * N, F = (size_t)c->d_intermediate, Vp = (size_t)c->vocab_padded;
     size_t rows = min_size(M, CLASSIFIER_ROWS_CUDA);
     bool train = w->training;
-    arena_take(arena, &w->tokens, M);
-    arena_take(arena, &w->targets, M);
-    arena_take(arena, &w->doc, M);
-    arena_take(arena, &w->scale, 1);
+    char* batch;
+    batch_plan(&w->batch, w->micros, B, T, NULL);
+    arena_take(arena, &batch, w->batch.bytes);
+    batch_plan(&w->batch, w->micros, B, T, batch);
+
+    size_t before = arena->used;
     arena_take(arena, &w->losses, M);
-    arena_take(arena, &w->res0, M * D);
-    arena_take(arena, &w->res_last, M * D);
-    arena_take(arena, &w->f, M * D);
-    arena_take(arena, &w->f_rstd, M);
-    arena_take(arena, &w->logits, rows * Vp);
-    int shared[2] = {-1, -1};       // with one set of activations: the layer of each kind that owns it
+    int first[2] = {-1, -1};        // the first layer of each kind: owns what the layers of the kind share
     for (int l = 0; l < m->n_layers; l++) {
         ActsCuda<X>* a = &w->acts[l];
         bool mlp = m->layer[l].kind->letter == 'm';
-        bool keep_res = train || l < 2;     // inference: two residual buffers, in turn
-        if (keep_res) arena_take(arena, &a->res, M * D);
-        else a->res = w->acts[l % 2].res;
-        if ((!train || w->recompute) && shared[mlp] >= 0) {
-            float* res = a->res;
-            *a = w->acts[shared[mlp]];
-            a->res = res;
-            continue;
-        }
-        shared[mlp] = l;
-        arena_take(arena, &a->rstd, M);
-        arena_take(arena, &a->u, M * D);
+        const ActsCuda<X>* shared = first[mlp] >= 0 ? &w->acts[first[mlp]] : NULL;
+        if (!shared) first[mlp] = l;
+        bool keep = !shared || (train && w->recompute != RECOMPUTE_ALL);
+        bool keep_cheap = !shared || (train && w->recompute == RECOMPUTE_NONE);
+        // takes memory of the layer's own, or the shared one
+        #define TAKE(own, field, count)                         \
+            do {                                                \
+                if (own) arena_take(arena, &a->field, (count)); \
+                else a->field = shared->field;                  \
+            } while (0)
+        if (train || l < 2) arena_take(arena, &a->res, M * D);
+        else a->res = w->acts[l % 2].res;      // inference: two residual buffers, in turn
+        TAKE(keep, rstd, M);
+        TAKE(keep_cheap, u, M * D);
         if (mlp) {
-            arena_take(arena, &a->h, M * 2 * F);
+            TAKE(keep, h, M * 2 * F);
             continue;
         }
-        arena_take(arena, &a->xz, M * 2 * E);
-        arena_take(arena, &a->x, M * E);
-        arena_take(arena, &a->rbc, M * RBC);
-        arena_take(arena, &a->dt_raw, M * E);
-        if (train) arena_take(arena, &a->s, M * E);
-        if (train) arena_take(arena, &a->hs, selective_scan_saved_cuda(B, T, E, N, SCAN_SPACING));
+        TAKE(keep, xz, M * 2 * E);
+        TAKE(keep_cheap, x, M * E);
+        TAKE(keep, rbc, M * RBC);
+        TAKE(keep_cheap, dt_raw, M * E);
+        if (!train) continue;
+        TAKE(keep, s, M * E);
+        TAKE(keep, hs, selective_scan_saved_cuda(B, T, E, N, scan_spacing(w->recompute)));
+        #undef TAKE
     }
+    arena_take(arena, &w->res_last, M * D);
+    arena_take(arena, &w->f, M * D);
+    arena_take(arena, &w->f_rstd, M);
+    if (train) arena_take(arena, &w->df, M * D);
+    w->saved_bytes = arena->used - before;
+
     ScratchCuda<X>* s = &w->scratch;
+    size_t start = arena->used, end;
+    arena_take(arena, &w->logits, rows * Vp);
+    end = arena->used;
+    arena->used = train ? start : end;         // decoding keeps its last outputs beside the logits
     arena_take(arena, &s->delta, M * D);
     arena_take(arena, &s->y, M * E);
     if (F) arena_take(arena, &s->m, M * F);
-    if (!train) return;
-    arena_take(arena, &w->df, M * D);
-    arena_take(arena, &s->dres, M * D);
-    arena_take(arena, &s->dres_x, M * D);
-    arena_take(arena, &s->du, M * D);
-    arena_take(arena, &s->dy, M * E);
-    arena_take(arena, &s->dxz, M * 2 * E);
-    arena_take(arena, &s->dx, M * E);
-    arena_take(arena, &s->ddt, M * E);
-    arena_take(arena, &s->drbc, M * RBC);
-    if (F) arena_take(arena, &s->dm, M * F);
-    if (F) arena_take(arena, &s->dh, M * 2 * F);
-    size_t sums = selective_scan_scratch_cuda(B, T, E, N),
-           other[] = {causal_conv1d_scratch_cuda(B, T, E, K), rmsnorm_backward_scratch_cuda(M, D),
-                      bias_backward_scratch_cuda(M, 2 * E), bias_backward_scratch_cuda(M, D)};
-    for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) sums = other[i] > sums ? other[i] : sums;
-    // a smaller call may cut time differently; its partial sums are never more than twice those of the full
-    // one
-    arena_take(arena, &s->sums, 2 * sums);
-    arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
+    if (train) {
+        arena_take(arena, &s->dres, M * D);
+        arena_take(arena, &s->dres_x, M * D);
+        arena_take(arena, &s->du, M * D);
+        arena_take(arena, &s->dy, M * E);
+        arena_take(arena, &s->dxz, M * 2 * E);
+        arena_take(arena, &s->dx, M * E);
+        arena_take(arena, &s->ddt, M * E);
+        arena_take(arena, &s->drbc, M * RBC);
+        if (F) arena_take(arena, &s->dm, M * F);
+        if (F) arena_take(arena, &s->dh, M * 2 * F);
+        size_t sums = selective_scan_scratch_cuda(B, T, E, N),
+               other[] = {causal_conv1d_scratch_cuda(B, T, E, K), rmsnorm_backward_scratch_cuda(M, D),
+                          bias_backward_scratch_cuda(M, 2 * E), bias_backward_scratch_cuda(M, D)};
+        for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) sums = other[i] > sums ? other[i] : sums;
+        // a smaller call may cut time differently; its partial sums are never more than twice those of the
+        // full one
+        arena_take(arena, &s->sums, 2 * sums);
+        arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
+    }
+    arena->used = arena->used > end ? arena->used : end;
 }
 
+// work_measure: the bytes of a plan, without memory
 template <typename X>
-WorkCuda<X> work_create(const Model* m, size_t B, size_t T, bool training, bool recompute) {
+WorkCuda<X> work_measure(const Model* m, size_t B, size_t T, size_t micros, bool training, int recompute) {
     WorkCuda<X> w;
     memset(&w, 0, sizeof w);
-    w.B = B; w.T = T; w.training = training; w.recompute = recompute;
+    w.B = B; w.T = T; w.micros = micros; w.training = training; w.recompute = recompute;
     w.acts = (ActsCuda<X>*)xcalloc((size_t)m->n_layers, sizeof(ActsCuda<X>));
     ArenaCuda arena = {NULL, 0};
     work_plan(&w, m, &arena);
     w.bytes = arena.used;
+    return w;
+}
+
+// work_largest: the largest B whose work fits into `bytes`, 0: none
+template <typename X>
+size_t work_largest(const Model* m, size_t T, size_t micros, int recompute, size_t bytes) {
+    auto fits = [&](size_t B) {
+        WorkCuda<X> w = work_measure<X>(m, B, T, micros, true, recompute);
+        free(w.acts);
+        return w.bytes <= bytes;
+    };
+    size_t low = 0, high = 1;
+    while (high < (size_t)1 << 32 && fits(high)) { low = high; high *= 2; }
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (fits(middle)) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+template <typename X>
+WorkCuda<X> work_create(const Model* m, size_t B, size_t T, size_t micros, bool training, int recompute) {
+    WorkCuda<X> w = work_measure<X>(m, B, T, micros, training, recompute);
     size_t available = 0, total = 0;
     cudaCheck(cudaMemGetInfo(&available, &total));
     if (w.bytes > available)
-        die("the activations need %.1f GiB, the GPU has %.1f GiB left; lower --batch-size or --seq-len, or "
-            "use --recompute",
-            (double)w.bytes / 1073741824.0, (double)available / 1073741824.0);
-    w.memory = arena.base = (char*)device_calloc(w.bytes, 1);
-    arena.used = 0;
+        die("activations and batch need %.1f GiB, the GPU has %.1f of %.1f GiB left; lower --batch-size or "
+            "--seq-len, or use --recompute",
+            (double)w.bytes / 1073741824.0, (double)available / 1073741824.0, (double)total / 1073741824.0);
+    w.memory = (char*)device_calloc(w.bytes, 1);
+    ArenaCuda arena = {w.memory, 0};
     work_plan(&w, m, &arena);
     return w;
 }
 
 template <typename X> void work_free(WorkCuda<X>* w) {
     cudaCheck(cudaFree(w->memory));
+    device_bytes -= w->bytes;
     free(w->acts);
     memset(w, 0, sizeof *w);
 }
@@ -3442,9 +4003,8 @@ template <typename X> struct ModelCuda {
     LayerCuda<X>* layer;
     float *norm_f, *dnorm_f, *dembedding, *dhead;
     X *embedding_x, *head_x;
-    AdamWPiece* piece;
-    size_t n_pieces;
-    AdamWStep* step;
+    AdamWPiece *piece, *clear, *frozen;      // see pieces_create
+    size_t n_pieces, n_clear, n_frozen;
     double *norm, *norm_parts;
 };
 
@@ -3453,6 +4013,39 @@ template <typename X> static X* x_of(const ModelCuda<X>* d, const Model* m, cons
 }
 template <typename X> static float* float_of(const ModelCuda<X>* d, const Model* m, const real* host) {
     return host ? d->params + (host - m->params) : NULL;
+}
+
+// by_matmul: whether the gradient of a tensor comes from matmuls alone, which can write instead of add; that of
+// a tied embedding begins with the head's
+static bool by_matmul(const Model* m, const Tensor* t) {
+    return t->ndim == 2 && (t->spec->flags & DECAY) && (t->spec->init != INIT_EMBEDDING || m->config.tie_embeddings);
+}
+
+// pieces_create: a list of pieces on the device: of the tensors that are updated; of those whose gradient is
+// always
+// added to; of those that --freeze names
+enum { PIECES_UPDATED, PIECES_ADDED_TO, PIECES_FROZEN };
+static AdamWPiece* pieces_create(const Model* m, int which, size_t* n) {
+    AdamWPiece *piece = NULL, *device;
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass) piece = (AdamWPiece*)xcalloc(*n, sizeof(AdamWPiece));
+        *n = 0;
+        for (int i = 0; i < m->n_tensors; i++) {
+            const Tensor* t = &m->tensor[i];
+            if (which == PIECES_ADDED_TO ? !by_matmul(m, t) : t->frozen == (which == PIECES_FROZEN))
+                *n = adamw_pieces(piece, *n, t->offset, t->count, t->spec->flags & DECAY);
+        }
+    }
+    device = (AdamWPiece*)device_calloc(*n, sizeof(AdamWPiece));
+    cudaCheck(cudaMemcpy(device, piece, *n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
+    free(piece);
+    return device;
+}
+
+// clear_pieces: zeros in the pieces of an array, one block each
+__global__ void clear_pieces_kernel(float* p, const AdamWPiece* piece) {
+    AdamWPiece here = piece[blockIdx.x];
+    for (int i = threadIdx.x; i < here.count; i += blockDim.x) p[here.offset + i] = 0;
 }
 
 template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool training) {
@@ -3483,19 +4076,9 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
     d.dnorm_f = d.grads + (m->norm_f - m->params);
     d.dembedding = d.grads + (m->embedding - m->params);
     d.dhead = d.grads + (m->head - m->params);
-    size_t n = 0;
-    for (int pass = 0; pass < 2; pass++) {
-        AdamWPiece* piece = pass ? (AdamWPiece*)xcalloc(d.n_pieces, sizeof(AdamWPiece)) : NULL;
-        for (int i = n = 0; i < m->n_tensors; i++)
-            n = adamw_pieces(piece, n, m->tensor[i].offset, m->tensor[i].count,
-                             m->tensor[i].spec->flags & DECAY);
-        d.n_pieces = n;
-        if (!pass) continue;
-        d.piece = (AdamWPiece*)device_calloc(n, sizeof(AdamWPiece));
-        cudaCheck(cudaMemcpy(d.piece, piece, n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
-        free(piece);
-    }
-    d.step = (AdamWStep*)device_calloc(1, sizeof(AdamWStep));
+    d.piece = pieces_create(m, PIECES_UPDATED, &d.n_pieces);
+    d.clear = pieces_create(m, PIECES_ADDED_TO, &d.n_clear);
+    d.frozen = pieces_create(m, PIECES_FROZEN, &d.n_frozen);
     d.norm = (double*)device_calloc(1, sizeof(double));
     d.norm_parts = (double*)device_calloc(NORM_PARTS, sizeof(double));
     return d;
@@ -3503,7 +4086,8 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
 
 template <typename X> void model_cuda_free(ModelCuda<X>* d) {
     if ((void*)d->params_x != (void*)d->params) cudaCheck(cudaFree(d->params_x));
-    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->step, d->norm, d->norm_parts};
+    void* memory[] = {d->params, d->grads, d->m, d->v, d->piece, d->clear, d->frozen, d->norm,
+                      d->norm_parts};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) cudaCheck(cudaFree(memory[i]));
     free(d->layer);
 }
@@ -3517,15 +4101,15 @@ static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device
                    row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
 }
 
-// model_forward_cuda: w->tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or
-// NULL
+// model_forward_cuda: tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or NULL
 template <typename X>
-void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                        float* state0, float* stateT, const State* host, size_t row0) {
+void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
+                        const int* tokens, float* state0, float* stateT, const State* host, size_t row0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
-    embedding_forward_cuda(w->res0, w->tokens, d->embedding_x, M, D, run->stream);
-    const float* res = w->res0;
+    const float* res = w->acts[0].res;
+    run->dropout.place = 0;
     const X* delta = NULL;
+    embedding_forward_cuda(w->acts[0].res, tokens, d->embedding_x, M, D, run->stream, run->dropout);
     for (int l = 0; l < m->n_layers; l++) {
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
         state_fields(s0, m, state0, host, l, row0);
@@ -3535,44 +4119,115 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, c
         else mamba1_block_forward_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
         res = w->acts[l].res;
         delta = w->scratch.delta;
+        run->dropout.place++;
     }
     residual_rmsnorm_forward_cuda(w->res_last, w->f, w->f_rstd, res, delta, d->norm_f, M, D,
-                                  (float)m->config.norm_eps, run->stream);
+                                  (float)m->config.norm_eps, run->stream, run->dropout);
 }
 
-// model_loss_cuda: losses of w->targets into w->losses; with backward also w->df and the head's gradient,
-// scaled by *w->scale
+// model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states updated in place.
+// Returns false when the shapes do not fit section 4.10; then nothing was done.
+static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
+                              CudaRun<bf16>* run, const int* tokens, float* state, const State* host,
+                              float* logits) {
+    size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
+    if (!decode_is_fast(&m->config, run->B)) return false;
+    float* res[2] = {w->acts[0].res, w->res_last};           // in turn
+    const bf16* delta = NULL;
+    embedding_forward_cuda(res[0], tokens, d->embedding_x, run->B, D, run->stream, run->dropout);
+    for (int l = 0; l < m->n_layers; l++) {
+        float* fields[MAX_FIELDS];
+        state_fields(fields, m, state, host, l, 0);
+        if (m->layer[l].kind->letter == 'm')
+            mlp_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2], delta);
+        else
+            mamba1_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
+                                     delta, fields);
+        delta = w->scratch.delta;
+    }
+    float* last = res[m->n_layers % 2];
+    residual_rmsnorm_forward_cuda(last, w->f, w->f_rstd, last, delta, d->norm_f, run->B, D,
+                                  (float)m->config.norm_eps, run->stream);
+    DecodeLinear head = {};
+    head.weight = d->head_x; head.O = Vp; head.K = D; head.rows = (int)run->B;
+    head.act = w->f; head.ld_act = D; head.out_float = logits; head.ldo = Vp;
+    decode_linear_cuda(head, run->stream);
+    return true;
+}
+static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
+                              const int*, float*, const State*, float*) {
+    return false;
+}
+
+// argmax: *token = the index of the largest of n logits of each row, the first of equals, -1 when one is not
+// finite (an exploded model). One block per row. The next step reads the tokens where they are.
+__global__ void __launch_bounds__(1024) argmax_kernel(int* token, const float* logits, size_t ld, int n) {
+    __shared__ float best_of[WARP];
+    __shared__ int index_of[WARP];
+    const float* row = logits + blockIdx.x * ld;
+    float best = -INFINITY;
+    int index = INT_MAX;
+    bool bad = false;
+    for (int i = threadIdx.x; i < n; i += 1024) {
+        float z = row[i];
+        bad = bad || !(z <= 3.4e38f);
+        if (z > best) { best = z; index = i; }
+    }
+    bad = __syncthreads_or(bad);
+    for (int pass = 0; pass < 2; pass++) {                   // the lanes of a warp, then the warps
+        #pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2) {
+            float other = __shfl_xor_sync(0xffffffffu, best, step);
+            int other_index = __shfl_xor_sync(0xffffffffu, index, step);
+            if (other > best || (other == best && other_index < index)) { best = other; index = other_index; }
+        }
+        if (pass == 1) break;
+        if (threadIdx.x % WARP == 0) { best_of[threadIdx.x / WARP] = best; index_of[threadIdx.x / WARP] = index; }
+        __syncthreads();
+        best = best_of[threadIdx.x % WARP];
+        index = index_of[threadIdx.x % WARP];
+    }
+    if (threadIdx.x == 0) token[blockIdx.x] = bad || index == INT_MAX ? -1 : index;
+}
+
+// model_loss_cuda: losses of `targets` into w->losses; with backward also w->df and the head's gradient,
+// scaled by *scale
 template <typename X>
 void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                     bool backward) {
+                     const int* targets, const float* scale, bool backward) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     for (size_t m0 = 0; m0 < M; m0 += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, M - m0);
         matmul_forward_cuda(run->matmul, w->logits, Vp, w->f + m0 * D, D, d->head_x, (const float*)NULL, n, D,
                             Vp, run->stream);
-        crossentropy_cuda(w->losses + m0, backward ? w->logits : (X*)NULL, w->logits, w->targets + m0,
-                          w->scale, n, Vp, run->stream);
+        crossentropy_cuda(w->losses + m0, backward ? w->logits : (X*)NULL, w->logits, targets + m0, scale, n,
+                          Vp, run->stream);
         if (backward)
             matmul_backward_cuda(run->matmul, w->df + m0 * D, D, false, d->dhead, (float*)NULL, w->logits, Vp,
-                                 w->f + m0 * D, D, d->head_x, w->scratch.sums, n, D, Vp, run->stream);
+                                 w->f + m0 * D, D, d->head_x, (float*)NULL, n, D, Vp, run->stream,
+                                 run->add || m0 > 0);
     }
 }
 
-// model_backward_cuda: from w->df to every gradient (+=). With recompute each layer runs forward again just
-// before.
+// model_backward_cuda: from w->df to every gradient (+=). With --recompute on each layer runs forward again
+// just before.
 template <typename X>
-void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                         float* state0, const State* host) {
+void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
+                         const int* tokens, float* state0, const State* host) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
+    side_fork(run);
     cudaCheck(cudaMemsetAsync(s->dres, 0, M * D * sizeof(float), run->stream));
-    rmsnorm_backward_cuda(s->dres, s->dres_x, d->dnorm_f, w->df, w->res_last, d->norm_f, w->f_rstd, s->sums,
-                          M, D, run->stream);
+    run->dropout.place = (uint64_t)m->n_layers;
+    rmsnorm_backward_cuda(s->dres, s->dres_x, (X*)NULL, d->dnorm_f, w->df, w->res_last, d->norm_f, w->f_rstd,
+                          s->sums, M, D, run->stream, run->dropout);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
         state_fields(s0, m, state0, host, l, 0);
+        run->dropout.place = (uint64_t)l;
         bool mlp = m->layer[l].kind->letter == 'm';
-        if (w->recompute) {      // res of this layer is saved: no addition this time
+        if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
+            side_join(run);
             if (mlp)
                 mlp_block_forward_cuda(run, &d->layer[l], &w->acts[l], s, w->acts[l].res, (const X*)NULL);
             else
@@ -3582,210 +4237,581 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
         if (mlp) mlp_block_backward_cuda(run, &d->layer[l], &w->acts[l], s);
         else mamba1_block_backward_cuda(run, &d->layer[l], &w->acts[l], s, s0);
     }
-    embedding_backward_cuda(d->dembedding, s->dres, w->tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
+    embedding_backward_cuda(d->dembedding, s->dres, tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
                             run->stream);
+    side_join(run);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 6.1 The small kernels of a step
+
+// loss_sum: *sum += the sum of the losses, in double; `first`: *sum = it.   One block, a fixed order
+__global__ void __launch_bounds__(1024) loss_sum_kernel(double* sum, const float* losses, size_t M, bool first) {
+    double acc = 0;
+    for (size_t i = threadIdx.x; i < M; i += 1024) acc += (double)losses[i];
+    acc = block_sum_double(acc);
+    if (threadIdx.x == 0) *sum = first ? acc : *sum + acc;
+}
+
+// StepOutput: what the device tells of a step
+typedef struct {
+    double loss, norm;       // sum of the losses; norm of the gradient, before clipping
+    int taken;               // the update took place
+    int halted;              // some step was not taken; until the host clears this no other is
+} StepOutput;
+
+// step_judge: a step is taken when its loss and the norm of its gradient are finite and none before it failed.
+// Otherwise *norm becomes NaN, with which adamw and state_commit do nothing.
+__global__ void step_judge_kernel(StepOutput* out, double* norm) {
+    out->norm = *norm;
+    out->taken = !out->halted && isfinite(out->loss) && isfinite(*norm);
+    if (out->taken) return;
+    out->halted = 1;
+    *norm = NAN;
+}
+
+// Carried states of one micro-batch, laid out as State: for every layer and field (rows, count).
+typedef struct { size_t offset, count; } StateField;
+
+// state_fresh: clears the rows that start anew.   grid (fields, rows)
+__global__ void state_fresh_kernel(float* state, const StateField* field, const bool* fresh) {
+    if (!fresh[blockIdx.y]) return;
+    StateField f = field[blockIdx.x];
+    float* row = state + f.offset + blockIdx.y * f.count;
+    for (size_t i = threadIdx.x; i < f.count; i += blockDim.x) row[i] = 0;
+}
+
+// state_commit: the states after the step become those before the next one
+__global__ void state_commit_kernel(float* in, const float* out, size_t n, const double* norm) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n && isfinite(*norm)) in[i] = out[i];
 }
 
 // ---------------------------------------------------------------------------------------------------
 // 9. Backend
+
+// One step of training is always the same list of about 500 launches; only numbers in memory change. So the
+// list is recorded once as a CUDA graph, and every step is one call that starts it. The host sends the batch
+// and its numbers in one copy, and asks for the loss of a step only after it has sent the next.
+
+// SlotCuda: the host's side of one step under way, in pinned memory
+typedef struct {
+    BatchCuda batch;
+    StepOutput* out;
+    size_t accum, B, T, n_targets;
+    bool has_doc;
+    Dropout dropout;
+    cudaEvent_t done;
+} SlotCuda;
 
 template <typename X> struct CudaBackend {
     ModelCuda<X> model;
     WorkCuda<X> work;
     Matmul matmul;
     cudaStream_t stream;
-    float *state_in, *state_out;       // carried states of one micro-batch
-    size_t carried;                    // their bytes
+    SideCuda side;                     // when training
+    // carried states of `micros` micro-batches, each as State; n_state floats each
+    float *carry_in, *carry_out;
+    size_t micros, n_state;
+    StateField* field;
+    int n_fields;
+    // the step
+    StepOutput* out;
+    SlotCuda slot[MAX_QUEUE];
+    cudaGraphExec_t graph;
+    int64_t begun, ended;
 };
 
 template <typename X> struct CudaSession {
     WorkCuda<X> work;
     float *state, *logits;
+    int* host_tokens;                  // pinned
+    float* host_logits;
+    int64_t decoded[2];                // calls with one token for all rows: for logits; for the next tokens
+    cudaGraphExec_t graph[2];          // of such calls
 };
 
-template <typename X> static CudaRun<X> run_of(Backend* b, const int* doc, size_t B, size_t T) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
-    CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream};
+template <typename X> static CudaBackend<X>* cuda_of(Backend* b) { return (CudaBackend<X>*)b->device; }
+
+template <typename X>
+static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t T, int recompute) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    Dropout drop = dropout_of(b, micro, B, T);
+    const StepCuda* step = c->work.batch.step;
+    CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute,
+                      dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model),
+                      true, &c->side};
     return run;
 }
 
 template <typename Y> static void to_device(Y* device, const Y* host, size_t n, cudaStream_t stream) {
     cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(Y), cudaMemcpyHostToDevice, stream));
 }
-
-// carried states live on the host between steps and travel with the micro-batch
-template <typename X> static bool carried_states(Backend* b, int micro) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
-    if (!b->carry_in || micro < 0) return false;
-    size_t bytes = b->carry_in[micro].n_elements * sizeof(float);
-    if (c->carried < bytes) {
-        c->state_in = (float*)device_calloc(bytes, 1);
-        c->state_out = (float*)device_calloc(bytes, 1);
-        c->carried = bytes;
-    }
-    to_device(c->state_in, b->carry_in[micro].data, b->carry_in[micro].n_elements, c->stream);
-    return true;
+template <typename Y> static void to_host(Y* host, const Y* device, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(host, device, n * sizeof(Y), cudaMemcpyDeviceToHost, stream));
 }
+
+// graph_record: what `launch` puts into the stream becomes a graph instead of running
+template <typename Launch> static cudaGraphExec_t graph_record(cudaStream_t stream, Launch launch) {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaCheck(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    launch();
+    cudaCheck(cudaStreamEndCapture(stream, &graph));
+    cudaCheck(cudaGraphInstantiate(&exec, graph, 0));
+    cudaCheck(cudaGraphDestroy(graph));
+    return exec;
+}
+
+// carry_reserve: memory for the carried states of `micros` micro-batches of B rows
+template <typename X> static void carry_reserve(Backend* b, size_t micros, size_t B) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    const Model* m = b->model;
+    size_t n_state = B * state_count(m);
+    if (c->micros >= micros && c->n_state == n_state) return;
+    cudaCheck(cudaFree(c->carry_in));
+    cudaCheck(cudaFree(c->carry_out));
+    cudaCheck(cudaFree(c->field));
+    c->micros = micros;
+    c->n_state = n_state;
+    c->carry_in = (float*)device_calloc(micros * n_state, sizeof(float));
+    c->carry_out = (float*)device_calloc(micros * n_state, sizeof(float));
+    StateField* field = (StateField*)xcalloc((size_t)m->n_layers * MAX_FIELDS, sizeof(StateField));
+    size_t offset = 0;
+    c->n_fields = 0;
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+            StateField f = {offset, spec_count(&m->layer[l].kind->state[i], &m->config)};
+            field[c->n_fields++] = f;
+            offset += B * f.count;
+        }
+    c->field = (StateField*)device_calloc((size_t)c->n_fields, sizeof(StateField));
+    cudaCheck(cudaMemcpy(c->field, field, (size_t)c->n_fields * sizeof(StateField), cudaMemcpyHostToDevice));
+    free(field);
+}
+
+// --- one call at a time: evaluation, checks, and the parts of a step that failed
 
 template <typename X>
 static double cuda_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
                            size_t B, size_t T, double scale) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     WorkCuda<X>* w = &c->work;
+    const BatchCuda* batch = &w->batch;
     size_t M = B * T;
     float scale_float = (float)scale;
-    bool carried = carried_states<X>(b, micro);
-    to_device(w->tokens, tokens, M, c->stream);
-    to_device(w->targets, targets, M, c->stream);
-    to_device(w->scale, &scale_float, 1, c->stream);
-    if (doc) to_device(w->doc, doc, M, c->stream);
-    CudaRun<X> run = run_of<X>(b, doc ? w->doc : NULL, B, T);
-    model_forward_cuda(b->model, &c->model, w, &run, carried ? c->state_in : NULL,
-                       carried ? c->state_out : NULL, carried ? &b->carry_in[micro] : NULL, 0);
-    model_loss_cuda(b->model, &c->model, w, &run, scale > 0);
-    float* losses = (float*)xcalloc(M, sizeof(float));
-    cudaCheck(cudaMemcpyAsync(losses, w->losses, M * sizeof(float), cudaMemcpyDeviceToHost, c->stream));
-    if (carried)
-        cudaCheck(cudaMemcpyAsync(b->carry_out[micro].data, c->state_out,
-                                  b->carry_out[micro].n_elements * sizeof(float), cudaMemcpyDeviceToHost,
-                                  c->stream));
+    float *s0 = NULL, *sT = NULL;
+    const State* host = NULL;
+    if (b->carry_in && micro >= 0) {
+        carry_reserve<X>(b, (size_t)micro + 1, B);
+        host = &b->carry_in[micro];
+        s0 = c->carry_in + (size_t)micro * c->n_state;
+        sT = c->carry_out + (size_t)micro * c->n_state;
+        to_device(s0, host->data, host->n_elements, c->stream);
+    }
+    to_device(batch->tokens, tokens, M, c->stream);
+    to_device(batch->targets, targets, M, c->stream);
+    to_device(&batch->step->scale, &scale_float, 1, c->stream);
+    to_device(&batch->step->dropout_key, &b->dropout.key, 1, c->stream);
+    if (doc) to_device(batch->doc, doc, M, c->stream);
+    CudaRun<X> run = run_of<X>(b, micro, doc ? batch->doc : NULL, B, T, w->recompute);
+    model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, host, 0);
+    model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0);
+    loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, true);
+    cudaCheck(cudaGetLastError());
+    double sum;
+    to_host(&sum, &c->out->loss, 1, c->stream);
+    if (sT) to_host(b->carry_out[micro].data, sT, b->carry_out[micro].n_elements, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
-    double sum = 0;
-    for (size_t i = 0; i < M; i++) sum += (double)losses[i];
-    free(losses);
     return sum;
 }
 
 template <typename X>
 static void cuda_backward(Backend* b, int micro, const int* tokens, const int* doc, size_t B, size_t T) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
+    WorkCuda<X>* w = &c->work;
     (void)tokens;       // still on the device from forward, like the document ids and the carried states
     bool carried = b->carry_in && micro >= 0;
-    CudaRun<X> run = run_of<X>(b, doc ? c->work.doc : NULL, B, T);
-    model_backward_cuda(b->model, &c->model, &c->work, &run, carried ? c->state_in : NULL,
+    CudaRun<X> run = run_of<X>(b, micro, doc ? w->batch.doc : NULL, B, T, w->recompute);
+    model_backward_cuda(b->model, &c->model, w, &run, w->batch.tokens,
+                        carried ? c->carry_in + (size_t)micro * c->n_state : NULL,
                         carried ? &b->carry_in[micro] : NULL);
 }
 
 template <typename X> static void cuda_zero_gradients(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     cudaCheck(cudaMemsetAsync(c->model.grads, 0, b->model->n_elements * sizeof(float), c->stream));
 }
 
+// norm_launch: the norm of all gradients, those of frozen tensors set to zero
+template <typename X> static void norm_launch(CudaBackend<X>* c, const Model* m) {
+    ModelCuda<X>* d = &c->model;
+    if (d->n_frozen) clear_pieces_kernel<<<(unsigned)d->n_frozen, 256, 0, c->stream>>>(d->grads, d->frozen);
+    cudaCheck(cudaGetLastError());
+    gradient_norm_cuda(d->norm, d->grads, m->n_elements, d->norm_parts, c->stream);
+}
+
 template <typename X> static double cuda_gradient_norm(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     double norm;
-    gradient_norm_cuda(c->model.norm, c->model.grads, b->model->n_elements, c->model.norm_parts, c->stream);
-    cudaCheck(cudaMemcpyAsync(&norm, c->model.norm, sizeof norm, cudaMemcpyDeviceToHost, c->stream));
+    norm_launch(c, b->model);
+    to_host(&norm, c->model.norm, 1, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
     b->norm = norm;
     return norm;
 }
 
-template <typename X>
-static void cuda_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+template <typename X> static void adamw_launch(CudaBackend<X>* c) {
     ModelCuda<X>* d = &c->model;
-    AdamWStep s = adamw_step_cuda(opt, lr, scale < 1 ? scale * (b->norm + 1e-6) : 0, step);
-    to_device(d->step, &s, 1, c->stream);
     X* copy = (void*)d->params_x == (void*)d->params ? NULL : d->params_x;
-    adamw_cuda(d->params, copy, d->grads, d->m, d->v, d->piece, d->step, d->norm, d->n_pieces, c->stream);
+    adamw_cuda(d->params, copy, d->grads, d->m, d->v, d->piece, &c->work.batch.step->adamw, d->norm,
+               d->n_pieces, c->stream);
 }
 
-// upload, download: parameters and, when training, moments (and on the way back gradients, for diagnosis)
+template <typename X>
+static void cuda_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    AdamWStep s = adamw_step_cuda(opt, lr, scale < 1 ? scale * (b->norm + 1e-6) : 0, step);
+    to_device(&c->work.batch.step->adamw, &s, 1, c->stream);
+    adamw_launch(c);
+}
+
+// --- whole steps
+
+// step_launch: everything that the device does in one step, from the batch on
+template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    WorkCuda<X>* w = &c->work;
+    ModelCuda<X>* d = &c->model;
+    const BatchCuda* batch = &w->batch;
+    size_t M = s->B * s->T;
+    clear_pieces_kernel<<<(unsigned)d->n_clear, 256, 0, c->stream>>>(d->grads, d->clear);
+    cudaCheck(cudaGetLastError());
+    for (size_t micro = 0; micro < s->accum; micro++) {
+        float *s0 = NULL, *sT = NULL;
+        const State* host = NULL;
+        if (b->carry_in) {
+            host = &b->carry_in[micro];
+            s0 = c->carry_in + micro * c->n_state;
+            sT = c->carry_out + micro * c->n_state;
+            state_fresh_kernel<<<dim3((unsigned)c->n_fields, (unsigned)s->B), 256, 0, c->stream>>>(
+                s0, c->field, batch->fresh + micro * s->B);
+            cudaCheck(cudaGetLastError());
+        }
+        const int* tokens = batch->tokens + micro * M;
+        CudaRun<X> run = run_of<X>(b, (int)micro, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
+        run.add = micro > 0;
+        model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, host, 0);
+        model_loss_cuda(b->model, d, w, &run, batch->targets + micro * M, &batch->step->scale, true);
+        loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, micro == 0);
+        cudaCheck(cudaGetLastError());
+        model_backward_cuda(b->model, d, w, &run, tokens, s0, host);
+    }
+    norm_launch(c, b->model);
+    step_judge_kernel<<<1, 1, 0, c->stream>>>(c->out, d->norm);
+    cudaCheck(cudaGetLastError());
+    adamw_launch(c);
+    if (!b->carry_in) return;
+    size_t n = s->accum * c->n_state;
+    state_commit_kernel<<<(unsigned)((n + 255) / 256), 256, 0, c->stream>>>(c->carry_in, c->carry_out, n,
+                                                                            d->norm);
+    cudaCheck(cudaGetLastError());
+}
+
+// The first step is launched piece by piece, so that everything that is set up at first use is; the second is
+// recorded.
+template <typename X> static void cuda_step_begin(Backend* b, const Step* s) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    SlotCuda* slot = &c->slot[c->begun % MAX_QUEUE];
+    size_t n = s->accum * s->B * s->T;
+    assert(c->begun - c->ended < MAX_QUEUE && s->accum == c->work.micros && s->B * s->T <= c->work.B * c->work.T);
+    slot->accum = s->accum;
+    slot->B = s->B;
+    slot->T = s->T;
+    slot->n_targets = s->n_targets;
+    slot->has_doc = s->doc != NULL;
+    slot->batch.step->adamw = adamw_step_cuda(&s->opt, s->lr, s->clip, s->number);
+    slot->dropout = s->dropout;
+    b->dropout = s->dropout;
+    slot->batch.step->dropout_key = s->dropout.key;
+    slot->batch.step->scale = s->n_targets ? (float)(1.0 / (double)s->n_targets) : 0.0f;
+    memcpy(slot->batch.tokens, s->inputs, n * sizeof(int));
+    memcpy(slot->batch.targets, s->targets, n * sizeof(int));
+    if (s->doc) memcpy(slot->batch.doc, s->doc, n * sizeof(int));
+    if (b->carry_in) memcpy(slot->batch.fresh, s->fresh, s->accum * s->B * sizeof(bool));
+    to_device(c->work.batch.base, slot->batch.base, slot->batch.bytes, c->stream);
+    if (c->begun == 0) {
+        step_launch<X>(b, slot);
+    } else {
+        if (!c->graph) c->graph = graph_record(c->stream, [&] { step_launch<X>(b, slot); });
+        cudaCheck(cudaGraphLaunch(c->graph, c->stream));
+    }
+    to_host(slot->out, c->out, 1, c->stream);
+    cudaCheck(cudaEventRecord(slot->done, c->stream));
+    c->begun++;
+}
+
+template <typename X> static StepResult cuda_step_end(Backend* b) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    SlotCuda* s = &c->slot[c->ended++ % MAX_QUEUE];
+    cudaCheck(cudaEventSynchronize(s->done));
+    StepResult r = {s->out->loss, s->out->norm, s->out->taken != 0, 0};
+    if (r.taken) return r;
+    // the step once more, without the update: its gradients, and the micro-batch where it goes wrong
+    int halted = 0;
+    double sum = 0;
+    to_device(&c->out->halted, &halted, 1, c->stream);
+    Dropout next = b->dropout;
+    b->dropout = s->dropout;
+    b->download(b);                                                 // the carried states
+    cuda_zero_gradients<X>(b);
+    for (size_t micro = 0; micro < s->accum; micro++) {
+        size_t at = micro * s->B * s->T;
+        const int* doc = s->has_doc ? s->batch.doc + at : NULL;
+        sum += cuda_forward<X>(b, (int)micro, s->batch.tokens + at, s->batch.targets + at, doc, s->B, s->T,
+                               1.0 / (double)s->n_targets);
+        if (!isfinite(sum)) {
+            r.micro = (int)micro;
+            break;
+        }
+        cuda_backward<X>(b, (int)micro, s->batch.tokens + at, doc, s->B, s->T);
+    }
+    b->download(b);
+    b->dropout = next;
+    return r;
+}
+
+// --- transfers
+
+// upload, download: parameters, when training moments and carried states (and on the way back gradients, for
+// diagnosis)
 template <typename X> static void cuda_upload(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     const Model* m = b->model;
     to_device(c->model.params, m->params, m->n_elements, c->stream);
     if (c->model.m) to_device(c->model.m, m->m, m->n_elements, c->stream);
     if (c->model.v) to_device(c->model.v, m->v, m->n_elements, c->stream);
     if ((void*)c->model.params_x != (void*)c->model.params)
         cast_cuda(c->model.params_x, c->model.params, m->n_elements, c->stream);
+    for (size_t i = 0; b->carry_in && i < c->micros; i++)
+        to_device(c->carry_in + i * c->n_state, b->carry_in[i].data, c->n_state, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
 template <typename X> static void cuda_download(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
     Model* m = b->model;
     float *host[] = {m->params, m->grads, m->m, m->v},
           *device[] = {c->model.params, c->model.grads, c->model.m, c->model.v};
     for (int i = 0; i < 4; i++)
-        if (host[i] && device[i])
-            cudaCheck(cudaMemcpyAsync(host[i], device[i], m->n_elements * sizeof(float),
-                                      cudaMemcpyDeviceToHost, c->stream));
+        if (host[i] && device[i]) to_host(host[i], device[i], m->n_elements, c->stream);
+    for (size_t i = 0; b->carry_in && c->begun > 0 && i < c->micros; i++)
+        to_host(b->carry_in[i].data, c->carry_in + i * c->n_state, c->n_state, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
+// --- generation
+
 template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)xcalloc(1, sizeof(CudaSession<X>));
-    size_t tokens = s->chunk > s->rows ? s->chunk : s->rows;
-    d->work = work_create<X>(b->model, 1, tokens, false, false);
+    size_t tokens = s->chunk > s->rows ? s->chunk : s->rows, Vp = (size_t)b->model->config.vocab_padded;
+    d->work = work_create<X>(b->model, 1, tokens, 1, false, RECOMPUTE_NONE);
     d->state = (float*)device_calloc(s->state.n_elements, sizeof(float));
-    d->logits = (float*)device_calloc(s->rows * (size_t)b->model->config.vocab_padded, sizeof(float));
+    d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
+    d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
+    d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));
     s->device = d;
 }
 
 template <typename X> static void cuda_session_close(Backend* b, Session* s) {
-    (void)b;
     CudaSession<X>* d = (CudaSession<X>*)s->device;
+    cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     work_free(&d->work);
+    device_bytes -= (s->state.n_elements + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
     cudaCheck(cudaFree(d->state));
     cudaCheck(cudaFree(d->logits));
+    cudaCheck(cudaFreeHost(d->host_tokens));
+    cudaCheck(cudaFreeHost(d->host_logits));
+    for (int i = 0; i < 2; i++)
+        if (d->graph[i]) cudaCheck(cudaGraphExecDestroy(d->graph[i]));
     free(d);
 }
 
-template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool to_host) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool to_the_host) {
+    CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    if (!to_host) to_device(d->state, s->state.data, s->state.n_elements, c->stream);
-    else
-        cudaCheck(cudaMemcpyAsync(s->state.data, d->state, s->state.n_elements * sizeof(float),
-                                  cudaMemcpyDeviceToHost, c->stream));
+    if (to_the_host) to_host(s->state.data, d->state, s->state.n_elements, c->stream);
+    else to_device(d->state, s->state.data, s->state.n_elements, c->stream);
+    cudaCheck(cudaStreamSynchronize(c->stream));
+}
+
+// decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token; they
+// stay in d->logits
+template <typename X>
+static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size_t T, bool logits) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    CudaSession<X>* d = (CudaSession<X>*)s->device;
+    WorkCuda<X>* w = &d->work;
+    size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
+    to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
+    CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
+    if (T == 1 && row0 == 0 && logits &&
+        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, &s->state, d->logits))
+        return;
+    model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, &s->state, row0);
+    for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
+        size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
+        const X* last = w->f + r * D;
+        if (T > 1) {          // the last token of each row, side by side
+            cudaCheck(cudaMemcpy2DAsync(w->scratch.delta, D * sizeof(X), w->f + (r * T + T - 1) * D,
+                                        T * D * sizeof(X), D * sizeof(X), n, cudaMemcpyDeviceToDevice,
+                                        c->stream));
+            last = w->scratch.delta;
+        }
+        matmul_forward_cuda(&c->matmul, w->logits, Vp, last, D, c->model.head_x, (const float*)NULL, n, D, Vp,
+                            c->stream);
+        cast_cuda(d->logits + r * Vp, w->logits, n * Vp, c->stream);
+    }
+}
+
+// A token for every sequence, the usual case, is recorded as a graph the second time it comes.
+template <typename X, typename Launch>
+static void decode_run(Backend* b, Session* s, const int* tokens, size_t n, int kind, bool usual, Launch launch) {
+    CudaBackend<X>* c = cuda_of<X>(b);
+    CudaSession<X>* d = (CudaSession<X>*)s->device;
+    memcpy(d->host_tokens, tokens, n * sizeof(int));
+    if (!usual || d->decoded[kind]++ == 0) {
+        launch();
+    } else {
+        if (!d->graph[kind]) d->graph[kind] = graph_record(c->stream, launch);
+        cudaCheck(cudaGraphLaunch(d->graph[kind], c->stream));
+    }
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
 template <typename X>
 static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                         real* logits) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    const Model* m = b->model;
-    size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
-    to_device(d->work.tokens, tokens, rows * T, c->stream);
-    CudaRun<X> run = run_of<X>(b, NULL, rows, T);
-    model_forward_cuda(m, &c->model, &d->work, &run, d->state, d->state, &s->state, row0);
-    if (!logits) return;
-    for (size_t r = 0; r < rows; r += CLASSIFIER_ROWS_CUDA) {
-        size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
-        // the last token of each row, side by side
-        cudaCheck(cudaMemcpy2DAsync(d->work.scratch.delta, D * sizeof(X), d->work.f + (r * T + T - 1) * D,
-                                    T * D * sizeof(X), D * sizeof(X), n, cudaMemcpyDeviceToDevice,
-                                    c->stream));
-        matmul_forward_cuda(&c->matmul, d->work.logits, Vp, d->work.scratch.delta, D, c->model.head_x,
-                            (const float*)NULL, n, D, Vp, c->stream);
-        cast_cuda(d->logits, d->work.logits, n * Vp, c->stream);
-        cudaCheck(cudaMemcpyAsync(logits + r * Vp, d->logits, n * Vp * sizeof(float), cudaMemcpyDeviceToHost,
-                                  c->stream));
-    }
-    cudaCheck(cudaStreamSynchronize(c->stream));
+    size_t n = rows * (size_t)b->model->config.vocab_padded;
+    decode_run<X>(b, s, tokens, rows * T, 0, T == 1 && rows == s->rows && logits, [&] {
+        decode_launch<X>(b, s, row0, rows, T, logits != NULL);
+        if (logits) to_host(d->host_logits, d->logits, n, cuda_of<X>(b)->stream);
+    });
+    if (logits) memcpy(logits, d->host_logits, n * sizeof(float));
 }
 
+template <typename X>
+static void cuda_decode_greedy(Backend* b, Session* s, const int* tokens, int* next) {
+    CudaSession<X>* d = (CudaSession<X>*)s->device;
+    decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
+        cudaStream_t stream = cuda_of<X>(b)->stream;
+        decode_launch<X>(b, s, 0, s->rows, 1, true);
+        argmax_kernel<<<(unsigned)s->rows, 1024, 0, stream>>>(d->work.batch.targets, d->logits,
+                                                              (size_t)b->model->config.vocab_padded,
+                                                              (int)b->model->config.vocab_size);
+        cudaCheck(cudaGetLastError());
+        to_host(d->host_tokens, d->work.batch.targets, s->rows, stream);
+    });
+    memcpy(next, d->host_tokens, s->rows * sizeof(int));
+}
+
+// --- beginning and end
+
 template <typename X> static void cuda_destroy(Backend* b) {
-    CudaBackend<X>* c = (CudaBackend<X>*)b->device;
+    CudaBackend<X>* c = cuda_of<X>(b);
+    cudaCheck(cudaStreamSynchronize(c->stream));
+    for (int i = 0; i < MAX_QUEUE; i++) {
+        if (!c->slot[i].out) continue;
+        cudaCheck(cudaFreeHost(c->slot[i].batch.base));
+        cudaCheck(cudaFreeHost(c->slot[i].out));
+        cudaCheck(cudaEventDestroy(c->slot[i].done));
+    }
+    if (c->graph) cudaCheck(cudaGraphExecDestroy(c->graph));
     if (c->work.memory) work_free(&c->work);
     model_cuda_free(&c->model);
-    cudaCheck(cudaFree(c->matmul.workspace));
-    cudaCheck(cudaFree(c->state_in));
-    cudaCheck(cudaFree(c->state_out));
+    if (c->side.stream) {
+        cudaCheck(cudaStreamDestroy(c->side.stream));
+        cudaCheck(cudaEventDestroy(c->side.ready));
+        cudaCheck(cudaEventDestroy(c->side.done));
+        cudaCheck(cudaFree(c->side.matmul.workspace));
+        free(c->side.matmul.plan);
+    }
+    void* memory[] = {c->matmul.workspace, c->carry_in, c->carry_out, c->field, c->out};
+    for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) cudaCheck(cudaFree(memory[i]));
     cublasCheck(cublasLtDestroy(c->matmul.handle));
     free(c->matmul.plan);
     cudaCheck(cudaStreamDestroy(c->stream));
     free(c);
+    device_bytes = 0;
     workspace_free(&b->work);
     state_free(&b->none);
 }
 
+// memory_print: what the device's memory is used for; the rows add up to what was allocated
+template <typename X> static void memory_print(Backend* b) {
+    const CudaBackend<X>* c = cuda_of<X>(b);
+    const Model* m = b->model;
+    const WorkCuda<X>* w = &c->work;
+    size_t n = m->n_elements * sizeof(float), available, total, carried = 2 * c->micros * c->n_state * sizeof(float);
+    struct { const char* what; size_t bytes; } row[] = {
+        {"parameters, fp32", n},
+        {"parameters, bf16 copy", sizeof(X) == 2 ? m->n_elements * sizeof(X) : 0},
+        {"gradients, fp32", n},
+        {"AdamW moments, fp32", 2 * n},
+        {"activations kept for backward", w->saved_bytes},
+        {"logits and scratch", w->bytes - w->saved_bytes - w->batch.bytes},
+        {"batches", w->batch.bytes},
+        {"carried states", carried},
+        {"matmul workspaces", 2 * MATMUL_WORKSPACE},
+    };
+    size_t sum = 0, rows = sizeof row / sizeof row[0];
+    for (size_t i = 0; i < rows; i++) sum += row[i].bytes;
+    cudaCheck(cudaMemGetInfo(&available, &total));
+    printf("memory on the GPU:\n");
+    for (size_t i = 0; i < rows; i++)
+        if (row[i].bytes) printf("  %-32s %10.1f MiB\n", row[i].what, mib((double)row[i].bytes));
+    if (device_bytes > sum)
+        printf("  %-32s %10.1f MiB\n", "small tables", mib((double)(device_bytes - sum)));
+    printf("  %-32s %10.1f MiB, %.1f MiB of %.1f MiB are left\n", "sum", mib((double)device_bytes),
+           mib((double)available), mib((double)total));
+    printf("  largest --batch-size that would fit: %zu\n",
+           work_largest<X>(m, w->T, w->micros, w->recompute, w->bytes + available));
+}
+
+// paths_print: which kernels serve this model, the fast ones or those for any shape
+template <typename X> static void paths_print(const Backend* b) {
+    const Config* c = &b->model->config;
+    size_t E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank, ldbc = R + 2 * N;
+    const X* base = NULL;
+    const char* scan = selective_scan_path_cuda(base, base + R, base + R + N, ldbc, base + E, 2 * E, 1, 1, E, N);
+    bool conv = c->d_conv == 4 && E * sizeof(X) % 8 == 0, norm = c->d_model % 4 == 0 && c->d_model <= 4096,
+         logits = (size_t)c->vocab_padded * sizeof(X) % 16 == 0;
+    printf("kernels: scan %s, convolution %s, norm %s, classifier %s%s\n", scan, conv ? "fast" : "general",
+           norm ? "fast" : "general", logits ? "fast" : "general",
+           strcmp(scan, "fast") && sizeof(X) == 2 ? " (the fast scan needs --d-state 16, E % 32 = 0, R % 8 = 0)" : "");
+}
+
+// device_peak: dense matmuls per second in bf16, from the data sheets; fp32 matmuls are exact, on the ordinary
+// units: two operations per lane and clock
+static double device_peak(bool bf16_) {
+    static const struct { const char* name; double peak; } known[] = {
+        {"H200", 989.4e12}, {"H100 PCIe", 756e12}, {"H100", 989.4e12}, {"H800", 989.4e12}, {"A100", 312e12},
+        {"A800", 312e12},   {"L40S", 362e12},      {"4090", 165.2e12}, {"3090", 71e12},
+    };
+    cudaDeviceProp prop;
+    int clock;
+    cudaCheck(cudaGetDeviceProperties(&prop, 0));
+    cudaCheck(cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, 0));
+    if (!bf16_) return 2.0 * (prop.major == 8 && prop.minor == 0 ? 64 : 128) * prop.multiProcessorCount * clock * 1e3;
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
+        if (strstr(prop.name, known[i].name)) return known[i].peak;
+    return 0;
+}
+
 template <typename X>
-static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, bool recompute) {
+static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, int recompute, size_t micros = 1,
+                               bool carry = false) {
     Backend b;
     memset(&b, 0, sizeof b);
     b.name = sizeof(X) == 2 ? "cuda, bf16" : "cuda, fp32";
@@ -3793,18 +4819,38 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, bool
     b.none = state_none(m);
     CudaBackend<X>* c = (CudaBackend<X>*)xcalloc(1, sizeof(CudaBackend<X>));
     b.device = c;
-    cudaCheck(cudaStreamCreate(&c->stream));
+    cudaCheck(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
     cublasCheck(cublasLtCreate(&c->matmul.handle));
     c->matmul.workspace = device_calloc(MATMUL_WORKSPACE, 1);
+    if (training) {
+        cudaCheck(cudaStreamCreateWithFlags(&c->side.stream, cudaStreamNonBlocking));
+        cudaCheck(cudaEventCreateWithFlags(&c->side.ready, cudaEventDisableTiming));
+        cudaCheck(cudaEventCreateWithFlags(&c->side.done, cudaEventDisableTiming));
+        c->side.matmul.handle = c->matmul.handle;
+        c->side.matmul.workspace = device_calloc(MATMUL_WORKSPACE, 1);
+    }
+    c->out = (StepOutput*)device_calloc(1, sizeof(StepOutput));
     c->model = model_cuda_create<X>(m, training);
-    if (B) c->work = work_create<X>(m, B, T, training, recompute);
+    if (carry) carry_reserve<X>(&b, micros, B);
+    if (B) c->work = work_create<X>(m, B, T, micros, training, recompute);
+    for (int i = 0; training && i < MAX_QUEUE; i++) {
+        char* base = (char*)host_pinned(c->work.batch.bytes);
+        batch_plan(&c->slot[i].batch, micros, B, T, base);
+        c->slot[i].out = (StepOutput*)host_pinned(sizeof(StepOutput));
+        cudaCheck(cudaEventCreateWithFlags(&c->slot[i].done, cudaEventDisableTiming));
+    }
     b.activation_bytes = c->work.bytes;
     b.forward = cuda_forward<X>;
     b.backward = cuda_backward<X>;
     b.zero_gradients = cuda_zero_gradients<X>;
     b.gradient_norm = cuda_gradient_norm<X>;
     b.update = cuda_update<X>;
+    b.queue = 1;
+    b.peak_flops = device_peak(sizeof(X) == 2);
+    b.step_begin = cuda_step_begin<X>;
+    b.step_end = cuda_step_end<X>;
     b.decode = cuda_decode<X>;
+    b.decode_greedy = cuda_decode_greedy<X>;
     b.download = cuda_download<X>;
     b.upload = cuda_upload<X>;
     b.session_open = cuda_session_open<X>;
@@ -3815,10 +4861,19 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, bool
 }
 
 // backend_cuda: --device cuda, in the precision asked for
-Backend backend_cuda(const Options* o, Model* m, size_t B, size_t T, bool training, bool recompute) {
+template <typename X>
+static Backend backend_cuda_from(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
+    size_t micros = training ? (size_t)o->grad_accum : 1;
+    Backend b = backend_cuda_of<X>(m, B, T, training, recompute, micros, training && o->carry_state);
+    if (training) memory_print<X>(&b);
+    if (training) paths_print<X>(&b);
+    return b;
+}
+
+Backend backend_cuda(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
     device_require();
-    if (strcmp(o->precision, "fp32") == 0) return backend_cuda_of<float>(m, B, T, training, recompute);
-    return backend_cuda_of<__nv_bfloat16>(m, B, T, training, recompute);
+    return strcmp(o->precision, "fp32") == 0 ? backend_cuda_from<float>(o, m, B, T, training, recompute)
+                                             : backend_cuda_from<bf16>(o, m, B, T, training, recompute);
 }
 
 // ---------------------------------------------------------------------------------------------------
