@@ -68,7 +68,7 @@ __global__ void states_kernel(float* states, const bf16* x, const float* dt32, c
 // RUNG 1: states (B,T,E,N) are read.   2: 16 are recomputed from a saved one, hs (B,T/16,E,N).
 // 1, 2: dBC (B,T,2N) is added to by all channels, atomically.
 // 3: the 16 channels of a block are summed in shared memory, dBC (blocks,B,T,2N) has a place for every block.
-// 2 and 3 buy memory and equal results in every run, not time: a thread that owns one state reads dt, x, g,
+// 2 buys memory and 3 the same bits in every run, not time: a thread that owns one state reads dt, x, g,
 // Bt and Ct again for every single update.
 template <int RUNG>
 __global__ void __launch_bounds__(256)
