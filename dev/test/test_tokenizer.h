@@ -430,8 +430,8 @@ void test_hostile_tokenizers(void) {
         n += (size_t)sprintf(many + n, "{\"id\":%d,\"content\":\"t\"},", i % 10);
     bad += run_tokenizer_case("a million added tokens", many, n, "at most 65536", NULL);
     n = (size_t)sprintf(many, "{" N_MODEL "\"vocab\":{");
-    for (int i = 0; i < 1 << 20; i++) n += (size_t)sprintf(many + n, "\"t%d\":%d,", i, i);
-    bad += run_tokenizer_case("a million entries, and the end is missing", many, n, "expected JSON", NULL);
+    for (int i = 0; i < 300000; i++) n += (size_t)sprintf(many + n, "\"t%d\":%d,", i, i);
+    bad += run_tokenizer_case("300,000 entries, and the end is missing", many, n, "expected JSON", NULL);
     memset(many, '[', 1 << 20);
     bad += run_tokenizer_case("nesting", many, 1 << 20, "expected JSON", NULL);
     memcpy(many, "{\"normalizer\":", 14);
