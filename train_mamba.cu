@@ -4192,11 +4192,22 @@ __global__ void __launch_bounds__(1024) argmax_kernel(int* token, const float* l
     if (threadIdx.x == 0) token[blockIdx.x] = bad || index == INT_MAX ? -1 : index;
 }
 
+// is_best_kernel: each target becomes 1 when none of the V logits of its row is larger than its own, else 0. One
+// block per row.
+template <typename X> __global__ void __launch_bounds__(256) is_best_kernel(int* target, const X* logits, size_t V) {
+    const X* row = logits + blockIdx.x * V;
+    int id = target[blockIdx.x];
+    bool larger = id < 0;
+    for (size_t v = threadIdx.x; id >= 0 && v < V; v += 256) larger = larger || !(to_float(row[v]) <= to_float(row[id]));
+    larger = __syncthreads_or(larger);               // also: every thread has read the target
+    if (threadIdx.x == 0) target[blockIdx.x] = !larger;
+}
+
 // model_loss_cuda: losses of `targets` into w->losses; with backward also w->df and the head's gradient,
-// scaled by *scale
+// scaled by *scale. best: NULL or `targets`, which then become 0 or 1, see is_best_kernel
 template <typename X>
 void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                     const int* targets, const float* scale, bool backward) {
+                     const int* targets, const float* scale, bool backward, int* best = NULL) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     for (size_t m0 = 0; m0 < M; m0 += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, M - m0);
@@ -4204,6 +4215,7 @@ void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, cons
                             Vp, run->stream);
         crossentropy_cuda(w->losses + m0, backward ? w->logits : (X*)NULL, w->logits, targets + m0, scale, n,
                           Vp, run->stream);
+        if (best) is_best_kernel<<<(unsigned)n, 256, 0, run->stream>>>(best + m0, w->logits, Vp);
         if (backward)
             matmul_backward_cuda(run->matmul, w->df + m0 * D, D, false, d->dhead, (float*)NULL, w->logits, Vp,
                                  w->f + m0 * D, D, d->head_x, (float*)NULL, n, D, Vp, run->stream,
@@ -4418,7 +4430,10 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     if (doc) to_device(batch->doc, doc, M, c->stream);
     CudaRun<X> run = run_of<X>(b, micro, doc ? batch->doc : NULL, B, T, w->recompute);
     model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, host, 0);
-    model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0);
+    model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0,
+                    b->token_best ? batch->targets : (int*)NULL);
+    if (b->token_loss) to_host(b->token_loss, w->losses, M, c->stream);
+    if (b->token_best) to_host(b->token_best, batch->targets, M, c->stream);
     loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, true);
     cudaCheck(cudaGetLastError());
     double sum;
