@@ -1824,6 +1824,7 @@ typedef struct {
     real* (*scratch)[MAX_FIELDS];     // [kind][field]
     real *f, *f_rstd;                 // final norm (B,T,D), (B,T)
     real *logits, *losses, *dres, *df;
+    int* best;                        // (B,T): see Backend.token_best; usually NULL
 } Workspace;
 
 enum { CLASSIFIER_ROWS = 256 };       // logits exist for this many tokens at a time
@@ -1950,6 +1951,13 @@ void model_forward(const Model* m, Workspace* w, const int* tokens, const int* d
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
 }
 
+// is_best: 1 when none of the V logits is larger than the target's, else 0
+static int is_best(const real* z, int target, size_t V) {
+    int best = target >= 0;
+    for (size_t v = 0; best && v < V; v++) best = z[v] <= z[target];
+    return best;
+}
+
 // model_loss: the classifier and the loss over `M` tokens of w->f, in pieces so that a whole logits array
 // never exists.
 //   logits = f W_head^T (M,Vp)
@@ -1967,6 +1975,8 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
         if (backward)
             matmul_backward(w->df + m0 * D, D, m->dhead, NULL, w->logits, Vp, f, D, m->head, n, D, Vp);
         for (size_t i = m0; i < m0 + n; i++) sum += (double)w->losses[i];
+        for (size_t i = m0; w->best && !backward && i < m0 + n; i++)
+            w->best[i] = is_best(w->logits + (i - m0) * Vp, targets[i], Vp);
     }
     return sum;
 }
@@ -2305,6 +2315,10 @@ struct Backend {
     // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
     // sum.
     //   micro: the micro-batch whose carried state is used, -1 for none
+    //   token_loss, token_best (B,T), unless NULL: also what it says of each token: its loss, and (scale 0 only)
+    //   whether it is the most likely one, 1 or 0
+    real* token_loss;
+    int* token_best;
     double (*forward)(Backend*, int micro, const int* tokens, const int* targets, const int* doc, size_t B,
                       size_t T, double scale);
     void (*backward)(Backend*, int micro, const int* tokens, const int* doc, size_t B,
@@ -2338,8 +2352,11 @@ static double cpu_forward(Backend* b, int micro, const int* tokens, const int* t
     const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
     const State* sT = b->carry_in && micro >= 0 ? &b->carry_out[micro] : &b->none;
     b->work.dropout = dropout_of(b, micro, B, T);
+    b->work.best = b->token_best;
     model_forward(b->model, &b->work, tokens, doc, B, T, s0, sT);
-    return model_loss(b->model, &b->work, targets, B * T, scale > 0, (real)scale);
+    double sum = model_loss(b->model, &b->work, targets, B * T, scale > 0, (real)scale);
+    if (b->token_loss) memcpy(b->token_loss, b->work.losses, B * T * sizeof(real));
+    return sum;
 }
 
 static void cpu_backward(Backend* b, int micro, const int* tokens, const int* doc, size_t B, size_t T) {
@@ -3405,6 +3422,9 @@ int generate_main(Settings* s) {
     return stop_signal ? 128 + (int)stop_signal : 0;
 }
 
+// defines: eval_check, eval_text, items_open, eval_items, results_write
+#include "data/evaluation.h"
+
 // dump_logits: inputs and logits of the first batch, for comparison with other implementations.
 static bool dump_logits(Backend* b, const Loader* loader, size_t B, size_t T, const char* path, Error* err) {
     const Model* m = b->model;
@@ -3430,40 +3450,62 @@ static bool dump_logits(Backend* b, const Loader* loader, size_t B, size_t T, co
     return ok;
 }
 
-int eval_main(Settings* s) {
-    Model m;
-    Data data;
-    Error err;
-    char dir[4096];
-    const Options* o = &s->o;
-    memset(&data, 0, sizeof data);
-    set_threads(o->threads);
-    model_open(&m, &data.tokenizer, s, dir);
-    const char* list = o->data;
-    if (!list[0]) list = data.default_list = default_data();
-    if (!open_list(&data.train, list, &data.tokenizer, &err)) die("%s", err.text);
+// eval_loss: --task loss
+static bool eval_loss(Backend* b, const Data* data, const Options* o, json_t* results, Error* err) {
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
-    if (!workspace_fits(&m, o->batch_size, o->seq_len))
-        die("--batch-size x --seq-len x model does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, B, T, false, RECOMPUTE_NONE, true);
-    double bytes = (double)measured.bytes + 3.0 * sizeof(int) * (double)(B * T);
-    workspace_free(&measured);
-    if (!check_memory(bytes, "try a smaller --batch-size or --seq-len", &err)) die("%s", err.text);
-    Backend backend = backend_create(o, &m, B, T, false, false);
-    backend.upload(&backend);
-    Loader loader = {&data.train, o->seq_len, o->seed, false, 0, data.tokenizer.eos, 0, 1};
+    Loader loader = {&data->train, o->seq_len, o->seed, false, 0, data->tokenizer.eos, 0, 1};
     Evaluation result;
-    catch_signals(false);
-    if (o->dump_logits[0] && !dump_logits(&backend, &loader, B, T, o->dump_logits, &err)) die("%s", err.text);
+    if (o->dump_logits[0] && !dump_logits(b, &loader, B, T, o->dump_logits, err)) return false;
     double start = seconds_now();
-    if (!evaluate(&backend, &loader, B, T, o->eval_batches, o->reset_documents, &stop_signal, &result, &err))
-        die("%s", err.text);
+    if (!evaluate(b, &loader, B, T, o->eval_batches, o->reset_documents, &stop_signal, &result, err)) return false;
     double seconds = seconds_now() - start;
     char bpb[32];
-    bits_per_byte(&data.tokenizer, result.loss, bpb);
+    bits_per_byte(&data->tokenizer, result.loss, bpb);
     printf("tokens %lld | loss %.6f | perplexity %.4f | bits per byte %s | %.0f tok/s\n",
            (long long)result.targets, result.loss, exp(result.loss), bpb[0] ? bpb : "-",
            (double)result.targets / seconds);
+    json_object_set_new(results, "tokens", json_integer(result.targets));
+    json_object_set_new(results, "loss", json_finite(result.loss));
+    return true;
+}
+
+int eval_main(Settings* s) {
+    Model m;
+    Data data;
+    Items items;
+    Error err;
+    char dir[4096];
+    const Options* o = &s->o;
+    int task = task_of(o);
+    memset(&data, 0, sizeof data);
+    memset(&items, 0, sizeof items);
+    set_threads(o->threads);
+    if (!eval_check(s, &err)) die("%s", err.text);
+    model_open(&m, &data.tokenizer, s, dir);
+    // rows and tokens of a call: a text with its state carried is one long row
+    int64_t B = o->batch_size, T = o->window ? o->window : o->seq_len;
+    if (task == TASK_TEXT && !o->window) T = B > INT64_MAX / T ? INT64_MAX : B * T, B = 1;
+    const char* list = o->data;
+    if (!list[0]) list = data.default_list = default_data();
+    if (task & TASK_ITEMS ? !items_open(&items, &data.tokenizer, o, &T, &err)
+                          : !open_list(&data.train, list, &data.tokenizer, &err))
+        die("%s", err.text);
+    if (!workspace_fits(&m, B, T)) die("--batch-size x length of the rows x model does not fit in 63 bits");
+    Workspace measured = workspace_alloc(&m, (size_t)B, (size_t)T, false, RECOMPUTE_NONE, true);
+    double bytes = (double)measured.bytes + 5.0 * sizeof(int) * (double)(B * T);
+    workspace_free(&measured);
+    if (!check_memory(bytes, "try a smaller --batch-size, --seq-len or --window", &err)) die("%s", err.text);
+    Backend backend = backend_create(o, &m, (size_t)B, (size_t)T, false, false);
+    backend.upload(&backend);
+    catch_signals(false);
+    json_t* results = json_pack("{s:s, s:s, s:s}", "task", o->task, "model", dir, "device", backend.name);
+    bool ok = task == TASK_LOSS   ? eval_loss(&backend, &data, o, results, &err)
+              : task == TASK_TEXT ? eval_text(&backend, &data, o, B, T, results, &err)
+                                  : eval_items(&backend, &items, B, T, results, &err);
+    if (ok && o->results[0] && !stop_signal) ok = results_write(o->results, results, &err);
+    if (!ok) die("%s", err.text);
+    json_decref(results);
+    items_close(&items);
     backend.destroy(&backend);
     data_close_all(&data);
     model_free(&m);

@@ -1697,8 +1697,8 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 //   shapes:   x, dt_raw, s, y (B,T,E)   Bt, Ct (B,T,N), row stride ldbc   z (B,T,E), row stride ldz
 //             A_log (E,N)   Dskip, dt_bias (E)   h0, hT (B,E,N)   doc (B,T)
 //   saved:    s, and hs (B, T/spacing, E, N): the state before tokens 0, spacing, 2 spacing, ...; the rest is
-//             recomputed. spacing 8 is fastest, 16 needs half the memory (backward, H200, B8 T2048 E1536 bf16:
-//             BACK8 and BACK16 ms)
+//             recomputed. Spacing 8 is faster, 16 needs half the memory (backward 0.431 and 0.475 ms: H200,
+//             B8 T2048 E1536, bf16, cold cache)
 // Mamba paper (arXiv 2312.00752), section 3.2 and algorithm 2. Oracle: selective_scan_forward/_backward of
 // train_mamba.c.
 //
@@ -1706,11 +1706,11 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 //   general   any N, E, T, strides, X = float or bf16, accurate to float rounding
 //   fast      N = 16, E a multiple of 32, rows that start on 16-byte boundaries; the backward only for bf16
 // selective_scan_path_cuda() says which one serves given arguments. In both, a block of threads owns
-// SCAN_CHANNELS channels of one sequence and walks through time, so that the state never leaves the chip; the
-// grid is (E / 32, B). No sum depends on the order in which threads happen to run: results repeat bitwise.
+// neighbouring channels of one sequence and walks through time, so that the state never leaves the chip. No
+// sum depends on the order in which threads happen to run: results repeat bitwise.
 
-// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SPACING: tokens between two saved states as
-// training uses it; launchers take 8 or 16. SCAN_GROUP: states that a block's four warps hold at once.
+// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SPACING: tokens between two saved states
+// that training normally uses; launchers take 8 or 16. SCAN_GROUP: states that a block's four warps hold.
 enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SPACING = 8, SCAN_GROUP = 16, SCAN_THREADS = 128 };
 
 #define SCAN_LOG2E 1.44269504f
@@ -2006,7 +2006,8 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                     decay[k] = A2[n0 + k][lane];
                     dA_n[k] = dA[n0 + k][lane];
                 }
-                for (int j = (int)(state * spacing - t0); j < j0; j++) {         // to the state before token j0
+                // from the saved state to that before token j0
+                for (int j = (int)(state * spacing - t0); j < j0; j++) {
                     const float* B_t = bc + j * 2 * padded + n0;
                     float dt = tile.decay_dt[j][lane], dtx = tile.dtx[j][lane];
                     #pragma unroll
@@ -2336,9 +2337,9 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
             decay[n] = scan_decay(A_log[(e0 + ch) * 16 + S * g + n]);
             h[n] = h0 ? h0[state + n] : 0.0f;
         }
-        const size_t next = E * 16;
-        X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;  // next state to save
-        int left = hs ? (int)states : 0;                       // how many there are
+        const size_t next = E * 16 * SCAN_STEPS / spacing;     // what 8 tokens mean in hs
+        X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;
+        int left = hs ? (int)T : 0;                            // tokens with states to save
         float* sums = &sh.sum[sh.sum_at(g, ch)];
         auto store_sums = [](float* to, const float* sum) {
             *(float4*)to = *(const float4*)sum;
@@ -2369,11 +2370,7 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
                 load_bc(0);
                 if (t0 == SCAN_STEPS && i > 0) scan_wait(&sh.stored, (i - 1) & 1);
                 if (t0 > 0) store_sums(sums + t0 - SCAN_STEPS, sum);
-                if (t0 % spacing == 0) {
-                    scan_save<S>(left > 0, saved, h);
-                    saved += next;
-                    left--;
-                }
+                scan_save<S>(left > t0 && (t0 & (spacing - 1)) == 0, saved + t0 / SCAN_STEPS * next, h);
                 #pragma unroll
                 for (int j = 0; j < SCAN_STEPS; j++) {
                     if (j > 0) load_bc(j);
@@ -2385,6 +2382,8 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
                 }
             }
             store_sums(sums + TOKENS - SCAN_STEPS, sum);
+            saved += TOKENS / SCAN_STEPS * next;
+            left -= TOKENS;
             scan_arrive_warp(&sh.scanned[i & 1]);
         }
         #pragma unroll
@@ -2727,7 +2726,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             h[1] = scan_high(start.x);
             h[2] = scan_low(start.y);
             h[3] = scan_high(start.y);
-            if (SPACING == 16 && k & 1) {                                       // the state was saved 8 tokens earlier
+            if (SPACING == 16 && (k & 1)) {                    // the state was saved 8 tokens earlier
                 const ScanBackwardChunk& left = sh.chunk[k - 1];
                 #pragma unroll
                 for (int f = 0; f < 2; f++) {
@@ -3658,7 +3657,8 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                         stream);
     selective_scan_forward_cuda<X>(w->y, a->s, a->hs, stateT[1], a->x, a->dt_raw, L->p[P_DT_BIAS],
                                    L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                   2 * E, state0[1], run->doc, B, T, E, N, scan_spacing(run->recompute), stream);
+                                   2 * E, state0[1], run->doc, B, T, E, N, scan_spacing(run->recompute),
+                                   stream);
     matmul_forward_cuda(run->matmul, w->delta, D, w->y, E, L->px[P_OUT], L->p[P_OUT_BIAS], M, E, D, stream);
 }
 
@@ -3687,7 +3687,8 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                     L->grad[P_DT_BIAS], w->drbc + R, w->drbc + R + N, RBC, (float*)NULL,
                                     w->dy, (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, L->p[P_DT_BIAS],
                                     L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                    2 * E, run->doc, w->sums, B, T, E, N, scan_spacing(run->recompute), stream);
+                                    2 * E, run->doc, w->sums, B, T, E, N, scan_spacing(run->recompute),
+                                    stream);
     linear_backward_weight(run, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E, w->sums, E, D);
     linear_backward_weight(run, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC, w->sums, R, E);
     matmul_backward_cuda(mm, w->drbc, RBC, false, (float*)NULL, (float*)NULL, w->ddt, E, (const X*)NULL, 0,
@@ -4191,11 +4192,22 @@ __global__ void __launch_bounds__(1024) argmax_kernel(int* token, const float* l
     if (threadIdx.x == 0) token[blockIdx.x] = bad || index == INT_MAX ? -1 : index;
 }
 
+// is_best_kernel: each target becomes 1 when none of the V logits of its row is larger than its own, else 0. One
+// block per row.
+template <typename X> __global__ void __launch_bounds__(256) is_best_kernel(int* target, const X* logits, size_t V) {
+    const X* row = logits + blockIdx.x * V;
+    int id = target[blockIdx.x];
+    bool larger = id < 0;
+    for (size_t v = threadIdx.x; id >= 0 && v < V; v += 256) larger = larger || !(to_float(row[v]) <= to_float(row[id]));
+    larger = __syncthreads_or(larger);               // also: every thread has read the target
+    if (threadIdx.x == 0) target[blockIdx.x] = !larger;
+}
+
 // model_loss_cuda: losses of `targets` into w->losses; with backward also w->df and the head's gradient,
-// scaled by *scale
+// scaled by *scale. best: NULL or `targets`, which then become 0 or 1, see is_best_kernel
 template <typename X>
 void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, const CudaRun<X>* run,
-                     const int* targets, const float* scale, bool backward) {
+                     const int* targets, const float* scale, bool backward, int* best = NULL) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     for (size_t m0 = 0; m0 < M; m0 += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, M - m0);
@@ -4203,6 +4215,7 @@ void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, cons
                             Vp, run->stream);
         crossentropy_cuda(w->losses + m0, backward ? w->logits : (X*)NULL, w->logits, targets + m0, scale, n,
                           Vp, run->stream);
+        if (best) is_best_kernel<<<(unsigned)n, 256, 0, run->stream>>>(best + m0, w->logits, Vp);
         if (backward)
             matmul_backward_cuda(run->matmul, w->df + m0 * D, D, false, d->dhead, (float*)NULL, w->logits, Vp,
                                  w->f + m0 * D, D, d->head_x, (float*)NULL, n, D, Vp, run->stream,
@@ -4417,7 +4430,10 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     if (doc) to_device(batch->doc, doc, M, c->stream);
     CudaRun<X> run = run_of<X>(b, micro, doc ? batch->doc : NULL, B, T, w->recompute);
     model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, host, 0);
-    model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0);
+    model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0,
+                    b->token_best ? batch->targets : (int*)NULL);
+    if (b->token_loss) to_host(b->token_loss, w->losses, M, c->stream);
+    if (b->token_best) to_host(b->token_best, batch->targets, M, c->stream);
     loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, true);
     cudaCheck(cudaGetLastError());
     double sum;

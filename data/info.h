@@ -70,6 +70,7 @@ int convert_main(Settings* s) {
     int dtype = strcmp(o->dtype, "f32") == 0 ? ST_F32 : strcmp(o->dtype, "f16") == 0 ? ST_F16 : ST_BF16;
     if (!checkpoint_export(&m, dir[0] ? dir : NULL, o->out, dialect, dtype, &err)) die("%s", err.text);
     printf("wrote %s: %zu parameters, %s, matrices %s\n", o->out, m.n_params, o->dialect, o->dtype);
+    tokenizer_free(&tok);
     model_free(&m);
     return 0;
 }

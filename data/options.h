@@ -33,7 +33,8 @@ typedef struct {
     double temperature, top_p, min_p, repetition_penalty;
     bool raw;
     // evaluation
-    const char* dump_logits;
+    const char *dump_logits, *task, *results;
+    int64_t window, stride;
 } Options;
 
 enum { FROM_DEFAULT, FROM_PRESET, FROM_CHECKPOINT, FROM_USER };     // where a value comes from, weakest first
@@ -181,6 +182,14 @@ static const Option options[] = {
     {NULL, 0, 0, WORD_EVAL, NULL, 0, 0, NULL, "Evaluation"},
     {"dump-logits", 's', OPT(dump_logits), WORD_EVAL, "", 0, 0, NULL,
      "write inputs and logits of the first batch to a safetensors file"},
+    {"task", 'c', OPT(task), WORD_EVAL, "loss", 0, 0, "loss text lambada choice",
+     "loss of rows as in training; of a whole text, each token after all before it; last words or multiple choice "
+     "from JSON lines in --data, see data/evaluation.h"},
+    {"window", 'i', OPT(window), WORD_EVAL, "0", 0, 1e8, NULL,
+     "task text: tokens per window; 0: the state is carried over the whole text"},
+    {"stride", 'i', OPT(stride), WORD_EVAL, "0", 0, 1e8, NULL,
+     "tokens from window to window, the last ones of each, which it scores; 0: all"},
+    {"results", 's', OPT(results), WORD_EVAL, "", 0, 0, NULL, "write what was measured to a new JSON file"},
 };
 enum { N_OPTIONS = sizeof(options) / sizeof(options[0]) };
 

@@ -646,8 +646,8 @@ template <typename X> void check_scan(const ScanShape* s, int spacing) {
     const int* g_doc = d ? gpu(doc) : NULL;
     const X *g_Bt = g_rbc + R, *g_z = g_xz + E;
     snprintf(shape, sizeof shape, "%s B%zu T%zu E%zu N%zu R%zu spacing %d%s%s%s",
-             selective_scan_path_cuda<X>(g_x, g_Bt, g_Bt + N, ld, g_z, ldz, B, T, E, N), B, T, E, N, R, spacing,
-             s->docs < 0 ? "" : " doc", s->state ? " state" : "", s->note);
+             selective_scan_path_cuda<X>(g_x, g_Bt, g_Bt + N, ld, g_z, ldz, B, T, E, N), B, T, E, N, R,
+             spacing, s->docs < 0 ? "" : " doc", s->state ? " state" : "", s->note);
     selective_scan_forward_cuda<X>(y, s_, g_hs, g_hT, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N, ld, g_D, g_z,
                                    ldz, g_h0, g_doc, B, T, E, N, spacing, 0);
     Vec got_y = from_gpu(y, M * E);
