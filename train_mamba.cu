@@ -3173,9 +3173,9 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 enum { DECODE_WARPS = 8, DECODE_ROWS = 64 };     // DECODE_ROWS: the most sequences
 
 // DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias
-//   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in: other
-//   blocks still read it). With conv_weight the first E outputs go through the causal convolution and SiLU;
-//   conv_state (rows,taps-1,E) holds its last inputs.
+//   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in:
+//   other blocks still read it). With conv_weight the first E outputs go through the causal convolution and
+//   SiLU; conv_state (rows,taps-1,E) holds its last inputs.
 typedef struct {
     const bf16* weight;                // (O,K)
     const float* bias;                 // (O) or NULL
@@ -3197,9 +3197,9 @@ typedef struct {
     size_t E;
 } DecodeLinear;
 
-// decode_linear: a block makes 16 outputs of all sequences, its eight warps share the sum over k: warp w takes
-// the chunks w, w + 8, ... of 32. The tensor core multiplies weights (16 outputs x 16 k) with inputs (16 k x 8
-// sequences). The order of k within a chunk does not matter as long as both sides have the same, so lane
+// decode_linear: a block makes 16 outputs of all sequences, its eight warps share the sum over k: warp w
+// takes the chunks w, w + 8, ... of 32. The tensor core multiplies weights (16 outputs x 16 k) with inputs
+// (16 k x 8 sequences). The order of k within a chunk does not matter as long as both sides have the same, so lane
 // (g, q) simply takes k = 8q..8q+7 of its row, 16 bytes, for two multiplications.
 // TILES: groups of 8 sequences.   bytes: 2 per weight
 template <int TILES, bool NORM>
@@ -3243,8 +3243,8 @@ decode_linear_kernel(const DecodeLinear a) {
         }
         __syncthreads();
     }
-    // the inputs of the sequence that this lane loads in each tile; beyond the last one the last again, what comes
-    // of it is not stored
+    // the inputs of the sequence that this lane loads in each tile; beyond the last one the last again, what
+    // comes of it is not stored
     const bf16* input[TILES];
     #pragma unroll
     for (int t = 0; t < TILES; t++) {
@@ -3262,7 +3262,8 @@ decode_linear_kernel(const DecodeLinear a) {
             if (c >= chunks) break;
             #pragma unroll
             for (int t = 0; t < TILES; t++)
-                if (c + DECODE_WARPS < chunks) v_next[t] = *(const uint4*)(input[t] + 32 * (c + DECODE_WARPS));
+                if (c + DECODE_WARPS < chunks)
+                    v_next[t] = *(const uint4*)(input[t] + 32 * (c + DECODE_WARPS));
             const uint32_t first[4] = {w_low[i].x, w_high[i].x, w_low[i].y, w_high[i].y},
                            second[4] = {w_low[i].z, w_high[i].z, w_low[i].w, w_high[i].w};
             #pragma unroll
@@ -3326,8 +3327,8 @@ static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
     cudaCheck(cudaGetLastError());
 }
 
-// decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to (F8)
-// of 4.9).   y (rows,E)   x, z (rows,E), row stride ldz   rbc (rows,R+2N)   h (rows,E,N)
+// decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to
+// (F8) of 4.9).   y (rows,E)   x, z (rows,E), row stride ldz   rbc (rows,R+2N)   h (rows,E,N)
 // Four lanes share a channel; a block has 32 channels of `each` sequences, one after the other.
 // bytes: 2 per weight, 8 per state
 __global__ void __launch_bounds__(4 * WARP)
@@ -3349,7 +3350,8 @@ decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16
         decay[i] = 4 * l + i < N ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
         state[i] = 4 * l + i < N ? h[(n0 * E + e) * N + 4 * l + i] : 0.0f;
     }
-    for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP) rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
+    for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP)
+        rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
     __syncthreads();
     for (int n = n0; n < n1; n++, rbc_n += RBC) {
         float dt = 0, sum = 0, x_e = to_float(x[n * ldz + e]);
@@ -3385,8 +3387,8 @@ static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, 
     size_t each = rows > 16 ? 8 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
     scan_allow_shared(decode_scan_kernel, shared);
     dim3 grid((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each));
-    decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z, ldz,
-                                                           (int)rows, (int)each, E, (int)N, (int)R);
+    decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z,
+                                                           ldz, (int)rows, (int)each, E, (int)N, (int)R);
     cudaCheck(cudaGetLastError());
 }
 
@@ -3591,8 +3593,8 @@ template <typename X> struct CudaRun {
     SideCuda* side;
 };
 
-// side_fork: the side stream goes on behind what the main one has been given so far. side_join: the main stream
-// waits for the side, whose inputs it may then overwrite.
+// side_fork: the side stream goes on behind what the main one has been given so far. side_join: the main
+// stream waits for the side, whose inputs it may then overwrite.
 template <typename X> static void side_fork(const CudaRun<X>* run) {
     cudaCheck(cudaEventRecord(run->side->ready, run->stream));
     cudaCheck(cudaStreamWaitEvent(run->side->stream, run->side->ready, 0));
@@ -3602,8 +3604,8 @@ template <typename X> static void side_join(const CudaRun<X>* run) {
     cudaCheck(cudaStreamWaitEvent(run->stream, run->side->done, 0));
 }
 
-// linear_backward_weight: dweight (O,I) = or += dout^T inp on the side stream, dbias += sum of dout on the main
-// one.   dout (M,O), inp (M,I), row strides lddo, ldi
+// linear_backward_weight: dweight (O,I) = or += dout^T inp on the side stream, dbias += sum of dout on the
+// main one.   dout (M,O), inp (M,I), row strides lddo, ldi
 template <typename X>
 static void linear_backward_weight(const CudaRun<X>* run, float* dweight, float* dbias, const X* dout,
                                    size_t lddo, const X* inp, size_t ldi, float* sums, size_t I, size_t O) {
@@ -3703,12 +3705,14 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                          L->px[P_IN], w->sums, M, D, 2 * E, stream);
     side_join(run);                                // dres_x, and with cheap u, are written again
     if (!cheap)
-        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D, 2 * E);
+        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D,
+                               2 * E);
     X* dres_x = run->dropout.place ? w->dres_x : NULL;       // the first sub-layer has no other before it
     rmsnorm_backward_cuda(w->dres, dres_x, cheap ? a->u : NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM],
                           a->rstd, w->sums, M, D, stream, run->dropout);
     if (cheap)
-        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D, 2 * E);
+        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D,
+                               2 * E);
 }
 
 template <typename X>
@@ -3739,10 +3743,12 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
     matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dh, 2 * F, (const X*)NULL, 0,
                          L->px[P_FC1], w->sums, M, D, 2 * F, run->stream);
     side_join(run);
-    if (!cheap) linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
+    if (!cheap)
+        linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
     rmsnorm_backward_cuda(w->dres, w->dres_x, cheap ? a->u : NULL, L->grad[P_MLP_NORM], w->du, a->res,
                           L->p[P_MLP_NORM], a->rstd, w->sums, M, D, run->stream, run->dropout);
-    if (cheap) linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
+    if (cheap)
+        linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
 }
 
 // Blocks with one token of each sequence (section 4.10). res_in and delta_in as above; the residual stream
@@ -3753,7 +3759,8 @@ static bool decode_is_fast(const Config* c, size_t rows) {
 
 // norm, then the first matmul of a block: up to 8 sequences in one kernel
 static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const ActsCuda<bf16>* acts,
-                                float* res_out, const float* res_in, const bf16* delta_in, const float* norm) {
+                                float* res_out, const float* res_in, const bf16* delta_in,
+                                const float* norm) {
     size_t D = (size_t)run->config->d_model;
     a.K = D;
     a.rows = (int)run->B;
@@ -3827,7 +3834,8 @@ typedef struct {
     uint64_t dropout_key;    // Dropout.key
 } StepCuda;
 
-// BatchCuda: what the host sends for one step, in one piece: the numbers, then the tokens of all micro-batches
+// BatchCuda: what the host sends for one step, in one piece: the numbers, then the tokens of all
+// micro-batches
 typedef struct {
     char* base;
     StepCuda* step;
@@ -4017,15 +4025,15 @@ template <typename X> static float* float_of(const ModelCuda<X>* d, const Model*
     return host ? d->params + (host - m->params) : NULL;
 }
 
-// by_matmul: whether the gradient of a tensor comes from matmuls alone, which can write instead of add; that of
-// a tied embedding begins with the head's
+// by_matmul: whether the gradient of a tensor comes from matmuls alone, which can write instead of add; that
+// of a tied embedding begins with the head's
 static bool by_matmul(const Model* m, const Tensor* t) {
-    return t->ndim == 2 && (t->spec->flags & DECAY) && (t->spec->init != INIT_EMBEDDING || m->config.tie_embeddings);
+    return t->ndim == 2 && (t->spec->flags & DECAY) &&
+           (t->spec->init != INIT_EMBEDDING || m->config.tie_embeddings);
 }
 
 // pieces_create: a list of pieces on the device: of the tensors that are updated; of those whose gradient is
-// always
-// added to; of those that --freeze names
+// always added to; of those that --freeze names
 enum { PIECES_UPDATED, PIECES_ADDED_TO, PIECES_FROZEN };
 static AdamWPiece* pieces_create(const Model* m, int which, size_t* n) {
     AdamWPiece *piece = NULL, *device;
@@ -4103,7 +4111,8 @@ static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device
                    row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
 }
 
-// model_forward_cuda: tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or NULL
+// model_forward_cuda: tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or
+// NULL
 template <typename X>
 void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
                         const int* tokens, float* state0, float* stateT, const State* host, size_t row0) {
@@ -4141,7 +4150,8 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
         float* fields[MAX_FIELDS];
         state_fields(fields, m, state, host, l, 0);
         if (m->layer[l].kind->letter == 'm')
-            mlp_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2], delta);
+            mlp_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
+                                  delta);
         else
             mamba1_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
                                      delta, fields);
@@ -4184,7 +4194,10 @@ __global__ void __launch_bounds__(1024) argmax_kernel(int* token, const float* l
             if (other > best || (other == best && other_index < index)) { best = other; index = other_index; }
         }
         if (pass == 1) break;
-        if (threadIdx.x % WARP == 0) { best_of[threadIdx.x / WARP] = best; index_of[threadIdx.x / WARP] = index; }
+        if (threadIdx.x % WARP == 0) {
+            best_of[threadIdx.x / WARP] = best;
+            index_of[threadIdx.x / WARP] = index;
+        }
         __syncthreads();
         best = best_of[threadIdx.x % WARP];
         index = index_of[threadIdx.x % WARP];
@@ -4192,13 +4205,15 @@ __global__ void __launch_bounds__(1024) argmax_kernel(int* token, const float* l
     if (threadIdx.x == 0) token[blockIdx.x] = bad || index == INT_MAX ? -1 : index;
 }
 
-// is_best_kernel: each target becomes 1 when none of the V logits of its row is larger than its own, else 0. One
-// block per row.
-template <typename X> __global__ void __launch_bounds__(256) is_best_kernel(int* target, const X* logits, size_t V) {
+// is_best_kernel: each target becomes 1 when none of the V logits of its row is larger than its own, else 0.
+// One block per row.
+template <typename X>
+__global__ void __launch_bounds__(256) is_best_kernel(int* target, const X* logits, size_t V) {
     const X* row = logits + blockIdx.x * V;
     int id = target[blockIdx.x];
     bool larger = id < 0;
-    for (size_t v = threadIdx.x; id >= 0 && v < V; v += 256) larger = larger || !(to_float(row[v]) <= to_float(row[id]));
+    for (size_t v = threadIdx.x; id >= 0 && v < V; v += 256)
+        larger = larger || !(to_float(row[v]) <= to_float(row[id]));
     larger = __syncthreads_or(larger);               // also: every thread has read the target
     if (threadIdx.x == 0) target[blockIdx.x] = !larger;
 }
@@ -4260,7 +4275,8 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
 // 6.1 The small kernels of a step
 
 // loss_sum: *sum += the sum of the losses, in double; `first`: *sum = it.   One block, a fixed order
-__global__ void __launch_bounds__(1024) loss_sum_kernel(double* sum, const float* losses, size_t M, bool first) {
+__global__ void __launch_bounds__(1024)
+    loss_sum_kernel(double* sum, const float* losses, size_t M, bool first) {
     double acc = 0;
     for (size_t i = threadIdx.x; i < M; i += 1024) acc += (double)losses[i];
     acc = block_sum_double(acc);
@@ -4274,8 +4290,8 @@ typedef struct {
     int halted;              // some step was not taken; until the host clears this no other is
 } StepOutput;
 
-// step_judge: a step is taken when its loss and the norm of its gradient are finite and none before it failed.
-// Otherwise *norm becomes NaN, with which adamw and state_commit do nothing.
+// step_judge: a step is taken when its loss and the norm of its gradient are finite and none before it
+// failed. Otherwise *norm becomes NaN, with which adamw and state_commit do nothing.
 __global__ void step_judge_kernel(StepOutput* out, double* norm) {
     out->norm = *norm;
     out->taken = !out->halted && isfinite(out->loss) && isfinite(*norm);
@@ -4516,7 +4532,8 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
             cudaCheck(cudaGetLastError());
         }
         const int* tokens = batch->tokens + micro * M;
-        CudaRun<X> run = run_of<X>(b, (int)micro, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
+        CudaRun<X> run =
+            run_of<X>(b, (int)micro, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
         run.add = micro > 0;
         model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, host, 0);
         model_loss_cuda(b->model, d, w, &run, batch->targets + micro * M, &batch->step->scale, true);
@@ -4541,7 +4558,8 @@ template <typename X> static void cuda_step_begin(Backend* b, const Step* s) {
     CudaBackend<X>* c = cuda_of<X>(b);
     SlotCuda* slot = &c->slot[c->begun % MAX_QUEUE];
     size_t n = s->accum * s->B * s->T;
-    assert(c->begun - c->ended < MAX_QUEUE && s->accum == c->work.micros && s->B * s->T <= c->work.B * c->work.T);
+    assert(c->begun - c->ended < MAX_QUEUE && s->accum == c->work.micros &&
+           s->B * s->T <= c->work.B * c->work.T);
     slot->accum = s->accum;
     slot->B = s->B;
     slot->T = s->T;
@@ -4662,8 +4680,8 @@ template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
-// decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token; they
-// stay in d->logits
+// decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token;
+// they stay in d->logits
 template <typename X>
 static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size_t T, bool logits) {
     CudaBackend<X>* c = cuda_of<X>(b);
@@ -4693,7 +4711,8 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
 
 // A token for every sequence, the usual case, is recorded as a graph the second time it comes.
 template <typename X, typename Launch>
-static void decode_run(Backend* b, Session* s, const int* tokens, size_t n, int kind, bool usual, Launch launch) {
+static void decode_run(Backend* b, Session* s, const int* tokens, size_t n, int kind, bool usual,
+                       Launch launch) {
     CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     memcpy(d->host_tokens, tokens, n * sizeof(int));
@@ -4770,7 +4789,8 @@ template <typename X> static void memory_print(Backend* b) {
     const CudaBackend<X>* c = cuda_of<X>(b);
     const Model* m = b->model;
     const WorkCuda<X>* w = &c->work;
-    size_t n = m->n_elements * sizeof(float), available, total, carried = 2 * c->micros * c->n_state * sizeof(float);
+    size_t n = m->n_elements * sizeof(float), available, total,
+           carried = 2 * c->micros * c->n_state * sizeof(float);
     struct { const char* what; size_t bytes; } row[] = {
         {"parameters, fp32", n},
         {"parameters, bf16 copy", sizeof(X) == 2 ? m->n_elements * sizeof(X) : 0},
@@ -4801,16 +4821,19 @@ template <typename X> static void paths_print(const Backend* b) {
     const Config* c = &b->model->config;
     size_t E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank, ldbc = R + 2 * N;
     const X* base = NULL;
-    const char* scan = selective_scan_path_cuda(base, base + R, base + R + N, ldbc, base + E, 2 * E, 1, 1, E, N);
+    const char* scan =
+        selective_scan_path_cuda(base, base + R, base + R + N, ldbc, base + E, 2 * E, 1, 1, E, N);
     bool conv = c->d_conv == 4 && E * sizeof(X) % 8 == 0, norm = c->d_model % 4 == 0 && c->d_model <= 4096,
          logits = (size_t)c->vocab_padded * sizeof(X) % 16 == 0;
     printf("kernels: scan %s, convolution %s, norm %s, classifier %s%s\n", scan, conv ? "fast" : "general",
            norm ? "fast" : "general", logits ? "fast" : "general",
-           strcmp(scan, "fast") && sizeof(X) == 2 ? " (the fast scan needs --d-state 16, E % 32 = 0, R % 8 = 0)" : "");
+           strcmp(scan, "fast") && sizeof(X) == 2
+               ? " (the fast scan needs --d-state 16, E % 32 = 0, R % 8 = 0)"
+               : "");
 }
 
-// device_peak: dense matmuls per second in bf16, from the data sheets; fp32 matmuls are exact, on the ordinary
-// units: two operations per lane and clock
+// device_peak: dense matmuls per second in bf16, from the data sheets; fp32 matmuls are exact, on the
+// ordinary units: two operations per lane and clock
 static double device_peak(bool bf16_) {
     static const struct { const char* name; double peak; } known[] = {
         {"H200", 989.4e12}, {"H100 PCIe", 756e12}, {"H100", 989.4e12}, {"H800", 989.4e12}, {"A100", 312e12},
@@ -4820,7 +4843,8 @@ static double device_peak(bool bf16_) {
     int clock;
     cudaCheck(cudaGetDeviceProperties(&prop, 0));
     cudaCheck(cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, 0));
-    if (!bf16_) return 2.0 * (prop.major == 8 && prop.minor == 0 ? 64 : 128) * prop.multiProcessorCount * clock * 1e3;
+    if (!bf16_)
+        return 2.0 * (prop.major == 8 && prop.minor == 0 ? 64 : 128) * prop.multiProcessorCount * clock * 1e3;
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
         if (strstr(prop.name, known[i].name)) return known[i].peak;
     return 0;
@@ -4879,7 +4903,8 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, int 
 
 // backend_cuda: --device cuda, in the precision asked for
 template <typename X>
-static Backend backend_cuda_from(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
+static Backend backend_cuda_from(const Options* o, Model* m, size_t B, size_t T, bool training,
+                                 int recompute) {
     size_t micros = training ? (size_t)o->grad_accum : 1;
     Backend b = backend_cuda_of<X>(m, B, T, training, recompute, micros, training && o->carry_state);
     if (training) memory_print<X>(&b);

@@ -34,8 +34,9 @@ int info_main(Settings* s) {
     if (dir[0]) print_files(dir, &st);
     print_model(&m);
     if (tok.kind == TOKENIZER_BPE)
-        printf("tokenizer: byte-level BPE, %lld ids, %lld merges%s, end token %d\n", (long long)tok.bpe->n_ids,
-               (long long)tok.bpe->n_merges, tok.bpe->nfc ? ", normal form C" : "", tok.eos);
+        printf("tokenizer: byte-level BPE, %lld ids, %lld merges%s, end token %d\n",
+               (long long)tok.bpe->n_ids, (long long)tok.bpe->n_merges, tok.bpe->nfc ? ", normal form C" : "",
+               tok.eos);
     else printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
     tokenizer_free(&tok);
     printf("%-44s %-18s %12s  %-5s %-6s  %s\n", "tensor", "shape", "parameters", "decay", "dtype", "file");

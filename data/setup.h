@@ -1,5 +1,5 @@
-// From options to data and model: files, tokenizer and configuration, for a new model or that of a checkpoint.
-// Part of section 11 of train_mamba.c: it uses what stands there before it.
+// From options to data and model: files, tokenizer and configuration, for a new model or that of a
+// checkpoint. Part of section 11 of train_mamba.c: it uses what stands there before it.
 
 typedef struct {
     Tokenizer tokenizer;
@@ -95,9 +95,9 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
 // tokenizer_fit: takes the model's word for its token ids and the end token
 static bool tokenizer_fit(Tokenizer* tok, const char* from, const Config* c, Error* err) {
     if (tok->kind != TOKENIZER_NONE && tok->vocab_size > c->vocab_padded)
-        return fail(err,
-                    "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
-                    from, (long long)tok->vocab_size, (long long)c->vocab_padded);
+        return fail(
+            err, "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
+            from, (long long)tok->vocab_size, (long long)c->vocab_padded);
     if (tok->kind == TOKENIZER_BYTES) return true;
     tok->vocab_size = c->vocab_size;
     if (tok->kind == TOKENIZER_NONE || c->eos_token >= 0) tok->eos = (int)c->eos_token;
@@ -238,8 +238,8 @@ static double mib(double bytes) { return bytes / 1048576.0; }
 // Flop: floating-point operations per token of a training step (forward and twice as much backward)
 //   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
 //            head (of a tied embedding the head alone; looking up a row computes nothing)
-//   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and add
-//            C h), 18 backward (the forward's again, and 11 for the gradients)
+//   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and
+//   add C h), 18 backward (the forward's again, and 11 for the gradients)
 // The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
 // figure 6 N per token that others quote counts every parameter N, the embedding too.
 typedef struct { double matmul, scan; } Flop;

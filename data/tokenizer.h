@@ -8,7 +8,7 @@
 // defines: Bpe, what a tokenizer.json says; bpe_encode
 #include "bpe.h"
 
-enum { TOKENIZER_NONE, TOKENIZER_BYTES, TOKENIZER_BPE };     // NONE: ids without a text form, shown as numbers
+enum { TOKENIZER_NONE, TOKENIZER_BYTES, TOKENIZER_BPE };    // NONE: ids without a text form, shown as numbers
 // bytes that one call of tokenizer_decode can write: a token of invalid bytes, and what was pending
 enum { TOKENIZER_MAX_TEXT = 3 * BPE_MAX_TOKEN + 8 };
 

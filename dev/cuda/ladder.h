@@ -184,7 +184,8 @@ static const size_t LADDER_FLUSH = (size_t)512 << 20;
 // Reads, not writes: what is written stays in the cache as a debt, and the kernel that is timed would pay it.
 __global__ void flush_kernel(const uint4* p, size_t n, uint4* nowhere) {
     uint4 sum = make_uint4(0, 0, 0, 0);
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x) {
         sum.x ^= p[i].x; sum.y ^= p[i].y; sum.z ^= p[i].z; sum.w ^= p[i].w;
     }
     if ((sum.x & sum.y & sum.z & sum.w) == 0x12345678) *nowhere = sum;       // never: so that the loop stays

@@ -152,7 +152,7 @@ static void fuzz_zip(const unsigned char* data, size_t n) {
     Zip zip = {memory_fd, put_memory(data, n), n, 0, NULL, NULL, 0};
     bool ok = zip_open(&zip, &err);
     one_line_error(ok, &err);
-    for (int i = 0; ok && i < zip.n; i++) {      // header and bytes of an entry: in the file, and nobody else's
+    for (int i = 0; ok && i < zip.n; i++) {    // header and bytes of an entry: in the file, and nobody else's
         const ZipEntry *e = zip.entry + i, *other = zip.entry;
         must(e->header < e->at && (wide)e->at + e->size <= n);
         for (; other < zip.entry + zip.n; other++)

@@ -342,7 +342,7 @@ template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
                                      drop.cuda);
     if (drops) claim<X>("rmsnorm forward res, dropout", from_gpu(res_out, M * D), sum, 1e-7, 1e-7);
     else if (has_delta) claim<X>("rmsnorm forward res", from_gpu(res_out, M * D), sum, 0, 0);
-    if (has_delta) sum = from_gpu(res_out, M * D);           // with dropout the addition is rounded once, not twice
+    if (has_delta) sum = from_gpu(res_out, M * D);    // with dropout the addition is rounded once, not twice
     oracle::rmsnorm_forward(y.data(), rstd.data(), sum.data(), weight.data(), M, D, 1e-5);
     claim<X>("rmsnorm forward y", from_gpu(g_y, M * D), y, 1e-6, 4e-3);
     claim<X>("rmsnorm forward rstd", from_gpu(g_rstd, M), rstd, 1e-6, 1e-6);
@@ -944,7 +944,10 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     cpu.dropout.key = random_bits(1337, STREAM_DROPOUT, 3);
     double loss = gradients_of(&cpu, want, tokens, targets, doc, B, T, 2), loss_cuda = 0;
     for (int k = 0; k < RUNS; k++) {
-        Backend b = backend_cuda_of<X>(&m, B, T, true, k < 2 ? RECOMPUTE_NONE : k == 2 ? RECOMPUTE_CHEAP : RECOMPUTE_ALL);
+        Backend b = backend_cuda_of<X>(&m, B, T, true,
+                                       k < 2    ? RECOMPUTE_NONE
+                                       : k == 2 ? RECOMPUTE_CHEAP
+                                                : RECOMPUTE_ALL);
         b.upload(&b);
         if (carry) { b.carry_in = s0; b.carry_out = sG; }
         b.dropout = cpu.dropout;
@@ -1013,7 +1016,8 @@ template <typename X> void check_lengths(const CudaShape* s, size_t longest) {
     model_free(&m);
 }
 
-// ten optimizer steps with clipping: losses against the CPU's, and the parameters of two runs. freeze: every third
+// ten optimizer steps with clipping: losses against the CPU's, and the parameters of two runs. freeze: every
+// third
 // tensor keeps the bits it began with, and the norms, which the CPU takes without its gradient, still agree
 template <typename X> void check_training(const CudaShape* s, int recompute, bool freeze = false) {
     enum { STEPS = 10 };
@@ -1117,14 +1121,26 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
         states[k] = (real*)test_alloc(MICROS * n_state, sizeof(real));
         memcpy(params[k], m.params, n * sizeof(real));
         for (int i = 0; i < MICROS; i++)
-            memcpy(states[k] + (size_t)i * n_state, (carry ? b.carry_in : in)[i].data, n_state * sizeof(real));
+            memcpy(states[k] + (size_t)i * n_state, (carry ? b.carry_in : in)[i].data,
+                   n_state * sizeof(real));
         if (k == 1) {
-            // two steps under way with a broken parameter: neither is taken, nothing changes, the bad tensor and
-            // the gradients are in the host's arrays; whole again, training goes on
+            // two steps under way with a broken parameter: neither is taken, nothing changes, the bad tensor
+            // and the gradients are in the host's arrays; whole again, training goes on
             size_t bad = m.tensor[1].offset;
             float value = m.params[bad], nan = NAN;
             float* device = cuda_of<X>(&b)->model.params + bad;
-            Step st = {tokens, targets, doc, fresh, MICROS, B, T, M, {0.9, 0.95, 1e-8, 0.1}, 2e-3, clip, STEPS + 1,
+            Step st = {tokens,
+                       targets,
+                       doc,
+                       fresh,
+                       MICROS,
+                       B,
+                       T,
+                       M,
+                       {0.9, 0.95, 1e-8, 0.1},
+                       2e-3,
+                       clip,
+                       STEPS + 1,
                        {s->dropout, 99, 0, 0}};
             cudaCheck(cudaMemcpy(device, &nan, sizeof nan, cudaMemcpyHostToDevice));
             b.step_begin(&b, &st);
@@ -1141,7 +1157,8 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
             r = b.step_end(&b);
             b.download(&b);
             claim_value(name + " after a broken step: not taken", !r.taken, 0);
-            claim_value(name + " after a broken step: nothing changes", !bits_differ(m.params, params[1], n), 0);
+            claim_value(name + " after a broken step: nothing changes", !bits_differ(m.params, params[1], n),
+                        0);
         }
         for (int i = 0; i < MICROS; i++) { state_free(&in[i]); state_free(&out[i]); }
         b.carry_in = b.carry_out = NULL;
@@ -1149,15 +1166,22 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
         model_free(&m);
     }
     for (int i = 0; i < STEPS; i++) {
-        claim_value(name + " graph = one by one: losses", fabs(result[1][i].loss / result[0][i].loss - 1), 1e-6);
-        claim_value(name + " graph = one by one: norms", fabs(result[1][i].norm / result[0][i].norm - 1), 1e-6);
+        claim_value(name + " graph = one by one: losses", fabs(result[1][i].loss / result[0][i].loss - 1),
+                    1e-6);
+        claim_value(name + " graph = one by one: norms", fabs(result[1][i].norm / result[0][i].norm - 1),
+                    1e-6);
         claim_value(name + " graph = one by one: step not taken", !result[1][i].taken, 0);
     }
     // the factor of clipping is rounded differently
-    if (clip > 0) claim_value(name + " graph = one by one, clipped: parameters", real_relative(params[1], params[0], n), 1e-4);
-    else claim_value(name + " graph = one by one: bits of parameters", bits_differ(params[1], params[0], n), 0);
+    if (clip > 0)
+        claim_value(name + " graph = one by one, clipped: parameters", real_relative(params[1], params[0], n),
+                    1e-4);
+    else
+        claim_value(name + " graph = one by one: bits of parameters", bits_differ(params[1], params[0], n),
+                    0);
     if (carry && clip == 0)
-        claim_value(name + " graph = one by one: bits of carried states", bits_differ(states[1], states[0], MICROS * n_state), 0);
+        claim_value(name + " graph = one by one: bits of carried states",
+                    bits_differ(states[1], states[0], MICROS * n_state), 0);
 }
 
 template <typename X> void check_model(void) {
@@ -1206,7 +1230,8 @@ void cuda_logits(Backend* b, real* logits, const int* tokens, size_t n, size_t c
 // CPU, which reads each sequence in one piece
 void check_decoding(Worst* worst, Worst* twice) {
     enum { STEPS = 21, MOST = 70 };
-    const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257), toy_config("1", 3, 96, 192, 5, 2, 7, 100),
+    const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
+                              toy_config("1", 3, 96, 192, 5, 2, 7, 100),
                               toy_config("11m", 1, 64, 1600, 40, 4, 4, 100)};
     const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
     for (int k = 0; k < 3; k++) {
@@ -1218,7 +1243,8 @@ void check_decoding(Worst* worst, Worst* twice) {
         Backend b = backend_cuda_of<bf16>(&m, 0, 0, false, RECOMPUTE_NONE);
         b.upload(&b);
         real* want = (real*)test_alloc(MOST * Vp, sizeof(real));
-        real* got[2] = {(real*)test_alloc(MOST * Vp, sizeof(real)), (real*)test_alloc(MOST * Vp, sizeof(real))};
+        real* got[2] = {(real*)test_alloc(MOST * Vp, sizeof(real)),
+                        (real*)test_alloc(MOST * Vp, sizeof(real))};
         int ids[MOST][STEPS], step_ids[MOST];
         for (size_t r = 0; r < MOST; r++) {
             for (size_t t = 0; t < STEPS; t++) ids[r][t] = (int)(random_bits(40, r, t) % V);
@@ -1345,10 +1371,11 @@ void test_cuda_resume(void) {
     char text[2048], straight[240], stopped[240], a[300], b[300];
     other_backend = backend_cuda;
     write_data();
-    const char* cases_[] = {"--precision fp32 --carry-state --reset-documents --grad-accum 1",
-                            "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
-                            "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
-                            "--dropout 0.3"};
+    const char* cases_[] = {
+        "--precision fp32 --carry-state --reset-documents --grad-accum 1",
+        "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
+        "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
+        "--dropout 0.3"};
     for (int k = 0; k < 3; k++) {
         TrainRun run;
         memset(&run, 0, sizeof run);
