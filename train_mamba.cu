@@ -3,8 +3,9 @@
 // This file includes train_mamba.c: configuration, tensor table, files, data, training loop, generation,
 // command line and the CPU oracle exist once. Sections have the numbers and names of their counterparts
 // there.
-//   bf16  activations and matmuls, fp32 parameters (masters), residual stream, scan state, decay and every
-//   reduction fp32  everything, for exact comparison (--precision fp32)
+//   --precision bf16  bf16 activations and matmuls; fp32 parameters (masters), residual stream, scan state,
+//                     decay and every reduction
+//   --precision fp32  everything in fp32, for exact comparison with the CPU
 // Hardware terms: a kernel is a function that runs on the GPU, launched as a grid of blocks; a block is a
 // group of threads that share a small fast memory; a warp is 32 threads of a block that step together; a
 // stream is a queue of kernels that run one after the other.
