@@ -2913,7 +2913,7 @@ char* written(Model* m, const char* prompt, const char* options) {
     backend.upload(&backend);
     Prompt source = prompt_open(&tok, prompt, NULL);
     FILE* f = open_memstream(&text, &size);
-    bool ok = generate(&backend, &tok, &s.o, &source, f, &stats, &no, &written_error);
+    bool ok = generate(&backend, &tok, &s.o, &source, 1, f, &stats, &no, &written_error);
     prompt_close(&source);
     fclose(f);
     char* copy_of_text = (char*)test_alloc(size + 1, 1);
@@ -3025,6 +3025,8 @@ void test_generate(void) {
 // defines: test_cuda_resume, test_cuda_layers, test_cuda_scan, test_cuda_matmul, test_cuda_model, ...
 #include "dev/test/test_cuda.h"
 #endif
+// defines: test_eval, with a GPU test_cuda_eval
+#include "dev/test/test_eval.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 10. List of cases, main
@@ -3123,6 +3125,7 @@ const Case cases[] = {
     { "cli", test_cli },
     { "models", test_models },
     { "tokenizer", test_tokenizer },
+    { "eval", test_eval },
 #ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
     { "cuda faults", test_cuda_faults },
@@ -3131,6 +3134,7 @@ const Case cases[] = {
     { "cuda matmul", test_cuda_matmul },
     { "cuda model", test_cuda_model },
     { "cuda generate", test_cuda_generate },
+    { "cuda eval", test_cuda_eval },
     { "cuda large", test_cuda_large },
     { "cuda kernels", test_cuda_kernels },
 #endif

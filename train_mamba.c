@@ -2497,6 +2497,9 @@ void session_free(Backend* b, Session* s) {
     state_free(&s->view);
 }
 
+// defines: PromptList, prompts_read, Written
+#include "data/generation.h"
+
 // Prompt: a source of tokens of any length; text comes from memory or, piece by piece, from an open file.
 typedef struct {
     Encoder encoder;
@@ -2600,126 +2603,213 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     return ok;
 }
 
-// generate: reads the prompt in chunks, then writes o->num_samples continuations to `out`, one token at a
-// time with constant memory. A single sample is streamed; several are decoded as one batch and written one
-// after the other.
-bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* out,
-              GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
-    const Model* m = backend->model;
-    size_t rows = (size_t)o->num_samples, V = (size_t)m->config.vocab_size,
-           Vp = (size_t)m->config.vocab_padded;
-    Sampler sampler = {o->temperature, o->top_k, o->top_p, o->min_p, o->repetition_penalty, o->seed};
-    Session s = session_create(backend, rows, (size_t)o->chunk);
-    real* logits = (real*)xcalloc(rows * Vp, sizeof(real));
-    real* seen_real = (real*)xcalloc(Vp, sizeof(real));
-    unsigned char* seen = (unsigned char*)xcalloc(rows * Vp, 1);
-    Candidate* candidates = (Candidate*)xcalloc(V, sizeof(Candidate));
-    int *piece = (int*)xcalloc((size_t)o->chunk, sizeof(int)), *last = (int*)xcalloc(rows, sizeof(int));
-    Utf8Stream* utf8 = (Utf8Stream*)xcalloc(rows, sizeof(Utf8Stream));
-    bool* done = (bool*)xcalloc(rows, sizeof(bool));
-    char** text = (char**)xcalloc(rows, sizeof(char*));
-    size_t* length = (size_t*)xcalloc(rows, sizeof(size_t));
-    memset(stats, 0, sizeof *stats);
-    bool ok = true;
+// Generation: sequences side by side, each with all that it has read and written.
+typedef struct {
+    Backend* backend;
+    const Tokenizer* tok;
+    const Options* o;
+    Session s;
+    size_t rows;
+    real* logits;              // (rows,Vp) after the last token of each
+    unsigned char* seen;       // (rows,Vp)
+    int64_t* position;         // tokens so far
+    int* last;                 // the newest one
+    bool *unread, *done;       // the state has not seen `last`; the sequence has ended
+    Utf8Stream* utf8;
+    Written* text;
+    Candidate* candidates;
+    int* piece;                // (chunk)
+    GenerateStats stats;
+} Generation;
 
-    // the context: a saved state, then the prompt; an empty one starts a document
+Generation generation_open(Backend* backend, const Tokenizer* tok, const Options* o, size_t rows) {
+    size_t V = (size_t)backend->model->config.vocab_size, Vp = (size_t)backend->model->config.vocab_padded;
+    Generation g;
+    memset(&g, 0, sizeof g);
+    g.backend = backend;
+    g.tok = tok;
+    g.o = o;
+    g.rows = rows;
+    g.s = session_create(backend, rows, (size_t)o->chunk);
+    g.logits = (real*)xcalloc(rows * Vp, sizeof(real));
+    g.seen = (unsigned char*)xcalloc(rows * Vp, 1);
+    g.position = (int64_t*)xcalloc(rows, sizeof(int64_t));
+    g.last = (int*)xcalloc(rows, sizeof(int));
+    g.unread = (bool*)xcalloc(rows, sizeof(bool));
+    g.done = (bool*)xcalloc(rows, sizeof(bool));
+    g.utf8 = (Utf8Stream*)xcalloc(rows, sizeof(Utf8Stream));
+    g.text = (Written*)xcalloc(rows, sizeof(Written));
+    g.candidates = (Candidate*)xcalloc(V, sizeof(Candidate));
+    g.piece = (int*)xcalloc((size_t)o->chunk, sizeof(int));
+    return g;
+}
+
+void generation_close(Generation* g) {
+    session_free(g->backend, &g->s);
+    for (size_t r = 0; r < g->rows; r++) { free(g->text[r].kept.data); free(g->text[r].waiting.data); }
+    free(g->logits); free(g->seen); free(g->position); free(g->last); free(g->unread); free(g->done);
+    free(g->utf8); free(g->text); free(g->candidates); free(g->piece);
+    memset(g, 0, sizeof *g);
+}
+
+// generation_read: sequence r reads a prompt in chunks; one that has read nothing at all starts a document
+bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomic_t* interrupted, Error* err) {
+    const Config* c = &g->backend->model->config;
+    size_t Vp = (size_t)c->vocab_padded;
     double start = seconds_now();
-    int64_t position = 0;
-    if (o->load_state[0]) ok = state_load(m, &s.state, logits, seen_real, &position, o->load_state, err);
-    if (o->load_state[0]) backend->session_sync(backend, &s, false);
-    for (size_t n; ok && (ok = prompt_read(prompt, piece, (size_t)o->chunk, &n, err)) && n > 0;
-         position += (int64_t)n) {
-        for (size_t i = 0; i < n && ok; i++) {
-            if ((size_t)piece[i] >= Vp)
-                ok = fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", piece[i],
-                          Vp - 1);
-            else seen_real[piece[i]] = 1;
+    bool ok = true;
+    if (g->unread[r]) g->backend->decode(g->backend, &g->s, r, 1, &g->last[r], 1, g->logits + r * Vp);
+    g->unread[r] = false;
+    for (size_t n; (ok = prompt_read(prompt, g->piece, (size_t)g->o->chunk, &n, err)) && n > 0;) {
+        for (size_t i = 0; i < n; i++) {
+            if ((size_t)g->piece[i] >= Vp)
+                return fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", g->piece[i], Vp - 1);
+            g->seen[r * Vp + (size_t)g->piece[i]] = 1;
         }
-        if (ok) backend->decode(backend, &s, 0, 1, piece, n, logits);
-        stats->prompt_tokens += (int64_t)n;
+        g->backend->decode(g->backend, &g->s, r, 1, g->piece, n, g->logits + r * Vp);
+        g->stats.prompt_tokens += (int64_t)n;
+        g->position[r] += (int64_t)n;
         if (*interrupted) break;
     }
-    if (ok && position == 0) {
-        int begin = m->config.eos_token >= 0 && m->config.eos_token < m->config.vocab_size
-                        ? (int)m->config.eos_token
-                        : 0;
-        backend->decode(backend, &s, 0, 1, &begin, 1, logits);
-        position = 1;
+    if (ok && g->position[r] == 0) {
+        int begin = c->eos_token >= 0 && c->eos_token < c->vocab_size ? (int)c->eos_token : 0;
+        g->backend->decode(g->backend, &g->s, r, 1, &begin, 1, g->logits + r * Vp);
+        g->position[r] = 1;
     }
-    stats->prefill_seconds = seconds_now() - start;
-    if (rows > 1 || o->save_state[0]) backend->session_sync(backend, &s, true);
-    if (ok && o->save_state[0]) ok = state_save(m, &s.state, logits, seen_real, position, o->save_state, err);
-    for (size_t r = 0; ok && r < rows; r++) {
-        if (r) state_copy_row(m, &s.state, r, &s.state, 0);
-        if (r) memcpy(logits + r * Vp, logits, Vp * sizeof(real));
-        for (size_t v = 0; v < Vp; v++) seen[r * Vp + v] = seen_real[v] != 0;
-        utf8[r].raw = o->raw;
-    }
-    if (rows > 1) backend->session_sync(backend, &s, false);
+    g->stats.prefill_seconds += seconds_now() - start;
+    return ok;
+}
 
-    start = seconds_now();
-    size_t active = rows;
-    bool greedy =
-        backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
-    for (int64_t i = 0; ok && i < o->max_tokens && active > 0 && !*interrupted; i++) {
-        for (size_t r = 0; r < rows && ok; r++) {
-            if (done[r]) {
-                if (last[r] < 0) last[r] = 0;
+// generation_copy: the `count` - 1 sequences behind r continue what r has read
+static void generation_copy(Generation* g, size_t r, size_t count) {
+    const Model* m = g->backend->model;
+    size_t Vp = (size_t)m->config.vocab_padded;
+    for (size_t to = r + 1; to < r + count; to++) {
+        state_copy_row(m, &g->s.state, to, &g->s.state, r);
+        memcpy(g->logits + to * Vp, g->logits + r * Vp, Vp * sizeof(real));
+        memcpy(g->seen + to * Vp, g->seen + r * Vp, Vp);
+        g->position[to] = g->position[r];
+    }
+}
+
+// generation_write: every sequence goes on, one token at a time with constant memory, until its end token, --stop or
+// --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
+bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* err) {
+    const Options* o = g->o;
+    Backend* backend = g->backend;
+    const Config* c = &backend->model->config;
+    size_t V = (size_t)c->vocab_size, Vp = (size_t)c->vocab_padded, active = g->rows;
+    Sampler sampler = {o->temperature, o->top_k, o->top_p, o->min_p, o->repetition_penalty, o->seed};
+    bool greedy = backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
+    double start = seconds_now();
+    for (size_t r = 0; r < g->rows; r++) g->done[r] = false;
+    for (int64_t i = 0; i < o->max_tokens && active > 0 && !*interrupted; i++) {
+        if (i && greedy) backend->decode_greedy(backend, &g->s, g->last, g->last);
+        else if (i) backend->decode(backend, &g->s, 0, g->rows, g->last, 1, g->logits);
+        for (size_t r = 0; r < g->rows; r++) {
+            if (g->done[r]) {
+                if (g->last[r] < 0) g->last[r] = 0;
                 continue;
             }
-            if (!greedy || i == 0)
-                ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
-                                  candidates, &last[r], err);
-            else if (last[r] < 0)
-                ok = fail(err, "a logit is not finite: the model has diverged or its file is damaged");
-            if (!ok) break;
-            stats->new_tokens++;
-            if (last[r] == m->config.eos_token) {
-                done[r] = true;
-                active--;
-                continue;
+            if (!greedy || i == 0) {
+                if (!sample_token(&sampler, g->logits + r * Vp, g->seen + r * Vp, V, r % (size_t)o->num_samples,
+                                  (uint64_t)g->position[r], g->candidates, &g->last[r], err))
+                    return false;
+            } else if (g->last[r] < 0) {
+                return fail(err, "a logit is not finite: the model has diverged or its file is damaged");
             }
-            seen[r * Vp + (size_t)last[r]] = 1;
-            char bytes[TOKENIZER_MAX_TEXT];
-            size_t n = tokenizer_decode(tok, &utf8[r], last[r], bytes);
-            if (rows == 1) {
-                if (fwrite(bytes, 1, n, out) != n || fflush(out) != 0) {
-                    ok = fail(err, "could not write the text: %s", strerror(errno));
-                    break;
-                }
-            } else {
-                text[r] = (char*)xrealloc(text[r], length[r] + n, 1);
-                memcpy(text[r] + length[r], bytes, n);
-                length[r] += n;
+            g->stats.new_tokens++;
+            g->position[r]++;
+            g->unread[r] = true;
+            g->done[r] = g->last[r] == c->eos_token;
+            if (!g->done[r]) {
+                g->seen[r * Vp + (size_t)g->last[r]] = 1;
+                char bytes[TOKENIZER_MAX_TEXT];
+                size_t n = tokenizer_decode(g->tok, &g->utf8[r], g->last[r], bytes);
+                g->done[r] = written_add(&g->text[r], bytes, n, o->stop);
+                if (g->done[r]) g->utf8[r].n = 0;            // a character begun after it
+                if (g->text[r].stream && (ferror(g->text[r].stream) || fflush(g->text[r].stream) != 0))
+                    return fail(err, "could not write the text: %s", strerror(errno));
             }
-        }
-        if (ok && active > 0 && i + 1 < o->max_tokens) {
-            if (greedy) backend->decode_greedy(backend, &s, last, last);
-            else backend->decode(backend, &s, 0, rows, last, 1, logits);
+            active -= g->done[r];
         }
     }
-    stats->decode_seconds = seconds_now() - start;
-    for (size_t r = 0; r < rows; r++) {
+    g->stats.decode_seconds += seconds_now() - start;
+    for (size_t r = 0; r < g->rows; r++) {
         char bytes[TOKENIZER_MAX_TEXT];
-        if (rows > 1) fprintf(out, "--- sample %zu\n", r + 1);
-        if (length[r]) fwrite(text[r], 1, length[r], out);
-        fwrite(bytes, 1, tokenizer_flush(&utf8[r], bytes), out);
+        written_add(&g->text[r], bytes, tokenizer_flush(&g->utf8[r], bytes), o->stop);
+        written_end(&g->text[r]);
+    }
+    return true;
+}
+
+// generate: for each of n prompts o->num_samples continuations, all in one batch. A single one is streamed to `out`,
+// several are written one after the other.
+bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, size_t n, FILE* out,
+              GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
+    const Model* m = backend->model;
+    size_t samples = (size_t)o->num_samples, rows = n * samples, Vp = (size_t)m->config.vocab_padded;
+    Generation g = generation_open(backend, tok, o, rows);
+    real* seen = (real*)xcalloc(Vp, sizeof(real));               // as the state file has it
+    bool ok = true;
+    for (size_t r = 0; r < rows; r++) g.utf8[r].raw = o->raw;
+    if (rows == 1) g.text[0].stream = out;
+    if (o->load_state[0]) {
+        ok = state_load(m, &g.s.state, g.logits, seen, &g.position[0], o->load_state, err);
+        for (size_t v = 0; v < Vp; v++) g.seen[v] = seen[v] != 0;
+        backend->session_sync(backend, &g.s, false);
+    }
+    for (size_t i = 0; ok && i < n && !*interrupted; i++)
+        ok = generation_read(&g, i * samples, &prompt[i], interrupted, err);
+    if (samples > 1 || o->save_state[0]) backend->session_sync(backend, &g.s, true);
+    if (ok && o->save_state[0]) {
+        for (size_t v = 0; v < Vp; v++) seen[v] = g.seen[v];
+        ok = state_save(m, &g.s.state, g.logits, seen, g.position[0], o->save_state, err);
+    }
+    for (size_t i = 0; i < n; i++) generation_copy(&g, i * samples, samples);
+    if (samples > 1) backend->session_sync(backend, &g.s, false);
+    ok = ok && generation_write(&g, interrupted, err);
+    for (size_t r = 0; r < rows; r++) {
+        if (rows > 1 && n > 1) fprintf(out, "--- prompt %zu", r / samples + 1);
+        if (rows > 1 && samples > 1) fprintf(out, "%ssample %zu", n > 1 ? ", " : "--- ", r % samples + 1);
+        if (rows > 1) fputc('\n', out);
+        if (g.text[r].kept.n) fwrite(g.text[r].kept.data, 1, g.text[r].kept.n, out);
         if (!o->raw || rows > 1) fputc('\n', out);
-        free(text[r]);
+        if (g.text[r].kept.failed || g.text[r].waiting.failed) ok = fail(err, "out of memory for the text");
     }
     if (ok && (fflush(out) != 0 || ferror(out)))
         ok = fail(err, "could not write the text: %s", strerror(errno));
-    session_free(backend, &s);
-    free(logits);
-    free(seen_real);
+    *stats = g.stats;
     free(seen);
-    free(candidates);
-    free(piece);
-    free(last);
-    free(utf8);
-    free(done);
-    free(text);
-    free(length);
+    generation_close(&g);
+    return ok;
+}
+
+// generate_turns: --interactive: reads the prompt, then line by line from `in`, and goes on after each line, with the
+// state of all that came before
+bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* in, FILE* out,
+                    GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
+    Generation g = generation_open(backend, tok, o, 1);
+    char* line = NULL;
+    size_t room = 0;
+    g.utf8[0].raw = o->raw;
+    g.text[0].stream = out;
+    bool ok = (!o->prompt[0] && !prompt->file) || generation_read(&g, 0, prompt, interrupted, err);
+    while (ok) {
+        if (isatty(fileno(in))) fprintf(stderr, "> ");
+        ssize_t n = getline(&line, &room, in);
+        if (n < 0) break;
+        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) n--;
+        Prompt turn = prompt_open(tok, line, NULL);
+        turn.left = (size_t)n;
+        ok = generation_read(&g, 0, &turn, interrupted, err) && generation_write(&g, interrupted, err);
+        prompt_close(&turn);
+        if (ok && (fputc('\n', out) == EOF || fflush(out) != 0))
+            ok = fail(err, "could not write the text: %s", strerror(errno));
+    }
+    *stats = g.stats;
+    free(line);
+    generation_close(&g);
     return ok;
 }
 
@@ -2878,7 +2968,7 @@ static bool trainer_sample(Trainer* t, Error* err) {
     if (stop_signal) return true;
     printf("--- sample at step %lld\n", (long long)t->progress.step);
     Prompt prompt = prompt_open(&t->data.tokenizer, o->prompt, NULL);
-    bool ok = generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err);
+    bool ok = generate(&t->backend, &t->data.tokenizer, o, &prompt, 1, stdout, &stats, &stop_signal, err);
     prompt_close(&prompt);
     if (!ok) return false;
     printf("---\n");
@@ -3380,14 +3470,21 @@ int generate_main(Settings* s) {
     model_open(&m, &tok, s, dir);
     Backend backend = backend_create(o, &m, 0, 0, false, false);
     backend.upload(&backend);
-    double rows = (double)o->num_samples, Vp = (double)m.config.vocab_padded;
-    int64_t tokens = o->chunk > o->num_samples ? o->chunk : o->num_samples;
-    if (!workspace_fits(&m, 1, tokens)) die("--num-samples or --chunk: the memory does not fit in 63 bits");
+    PromptList list = {NULL, NULL, 0};
+    if (o->prompts[0] && (o->prompt[0] || o->prompt_file[0] || o->load_state[0] || o->save_state[0] || o->interactive))
+        die("--prompts: leave out --prompt, --prompt-file, --interactive and the saved states, which are for one text");
+    if (o->prompts[0] && !prompts_read(&list, o->prompts, &err)) die("%s", err.text);
+    if (o->interactive && (o->num_samples > 1 || strcmp(o->prompt, "-") == 0 || o->load_state[0] || o->save_state[0]))
+        die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from standard input");
+    size_t n = o->prompts[0] ? list.n : 1;
+    double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
+    int64_t tokens = (double)o->chunk > rows ? o->chunk : (int64_t)rows;
+    if (!workspace_fits(&m, 1, tokens)) die("--prompts, --num-samples or --chunk: the memory does not fit in 63 bits");
     Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
     double bytes =
         (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
     workspace_free(&measured);
-    if (!check_memory(bytes, "try a smaller --num-samples or --chunk", &err)) die("%s", err.text);
+    if (!check_memory(bytes, "try fewer --prompts, a smaller --num-samples or --chunk", &err)) die("%s", err.text);
     Prompt prompt = prompt_open(&tok, o->prompt, NULL);
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
     bool from_stdin = strcmp(o->prompt, "-") == 0;
@@ -3397,10 +3494,9 @@ int generate_main(Settings* s) {
     struct stat info;
     if (o->prompt_file[0] && fstat(fileno(prompt.file), &info) == 0 && S_ISDIR(info.st_mode))
         die("%s: expected a text file, found a directory", o->prompt_file);
-    if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file))
-        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with "
-            "--tokenizer");
-    if (!prompt.file && o->prompt[0] &&
+    if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file || o->prompts[0] || o->interactive))
+        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
+    if (!prompt.file && o->prompt[0] && !o->interactive &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
         Utf8Stream echo = {{0}, 0, o->raw, 0};
         char text[TOKENIZER_MAX_TEXT];
@@ -3408,10 +3504,20 @@ int generate_main(Settings* s) {
             fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
         fwrite(text, 1, tokenizer_flush(&echo, text), stdout);
     }
-    if (!prompt.file) catch_signals(false);      // waiting for a prompt, Ctrl-C simply ends it
+    if (!prompt.file && !o->interactive) catch_signals(false);      // waiting for a prompt, Ctrl-C simply ends it
     GenerateStats stats;
-    bool ok = generate(&backend, &tok, o, &prompt, stdout, &stats, &stop_signal, &err);
+    Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
+    for (size_t i = 0; i < list.n; i++) {
+        prompts[i] = prompt_open(&tok, list.text[i], NULL);
+        prompts[i].left = list.size[i];
+    }
+    bool ok = o->interactive
+                  ? generate_turns(&backend, &tok, o, &prompt, stdin, stdout, &stats, &stop_signal, &err)
+                  : generate(&backend, &tok, o, list.n ? prompts : &prompt, n, stdout, &stats, &stop_signal, &err);
     if (!ok) die("%s", err.text);
+    for (size_t i = 0; i < list.n; i++) prompt_close(&prompts[i]);
+    free(prompts);
+    prompts_free(&list);
     fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s\n",
             (long long)stats.prompt_tokens,
             stats.prompt_tokens ? (double)stats.prompt_tokens / stats.prefill_seconds : 0,

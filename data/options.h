@@ -28,10 +28,10 @@ typedef struct {
     int recompute;           // RECOMPUTE_NONE, _CHEAP, _ALL
     bool resume;
     // generation
-    const char *prompt, *prompt_file, *save_state, *load_state;
+    const char *prompt, *prompt_file, *prompts, *stop, *save_state, *load_state;
     int64_t num_samples, max_tokens, top_k, chunk;
     double temperature, top_p, min_p, repetition_penalty;
-    bool raw;
+    bool raw, interactive;
     // evaluation
     const char *dump_logits, *task, *results;
     int64_t window, stride;
@@ -158,7 +158,12 @@ static const Option options[] = {
      "text to continue, repeated in front of a single sample; none: the start of a document; - reads "
      "standard input (generate only)"},
     {"prompt-file", 's', OPT(prompt_file), WORD_GENERATE, "", 0, 0, NULL, "read the prompt from a file"},
-    {"num-samples", 'i', OPT(num_samples), WORD_GENERATE, "1", 1, 65536, NULL, "independent continuations"},
+    {"prompts", 's', OPT(prompts), WORD_GENERATE, "", 0, 0, NULL,
+     "continue many prompts at once: a file with one in each line, or JSON lines {\"prompt\": ...}"},
+    {"interactive", 'b', OPT(interactive), WORD_GENERATE, "off", 0, 0, NULL,
+     "after the prompt, read lines from standard input and go on after each, with the state of all before"},
+    {"stop", 's', OPT(stop), WORD_TRAIN | WORD_GENERATE, "", 0, 0, NULL, "a text that ends a sample, which does not contain it"},
+    {"num-samples", 'i', OPT(num_samples), WORD_GENERATE, "1", 1, 65536, NULL, "independent continuations of each prompt"},
     {"max-tokens", 'i', OPT(max_tokens), WORD_TRAIN | WORD_GENERATE, "400", 0, BIG, NULL,
      "new tokens per sample"},
     {"temperature", 'f', OPT(temperature), WORD_TRAIN | WORD_GENERATE, "0.8", 0, 1e30, NULL,
