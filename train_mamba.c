@@ -3495,7 +3495,7 @@ int generate_main(Settings* s) {
     if (o->prompt_file[0] && fstat(fileno(prompt.file), &info) == 0 && S_ISDIR(info.st_mode))
         die("%s: expected a text file, found a directory", o->prompt_file);
     if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file || o->prompts[0] || o->interactive))
-        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
+        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with --tokenizer");
     if (!prompt.file && o->prompt[0] && !o->interactive &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
         Utf8Stream echo = {{0}, 0, o->raw, 0};
