@@ -61,8 +61,8 @@ typedef struct {
 } Written;
 
 static void written_out(Written* w, const char* text, size_t n) {
-    if (w->stream) fwrite(text, 1, n, w->stream);
-    else text_append(&w->kept, text, n);
+    if (n && w->stream) fwrite(text, 1, n, w->stream);
+    else if (n) text_append(&w->kept, text, n);
 }
 
 // written_add: more of the text; true when `stop` (if not empty) has come, then it ends in front of it

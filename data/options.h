@@ -162,7 +162,7 @@ static const Option options[] = {
      "continue many prompts at once: a file with one in each line, or JSON lines {\"prompt\": ...}"},
     {"interactive", 'b', OPT(interactive), WORD_GENERATE, "off", 0, 0, NULL,
      "after the prompt, read lines from standard input and go on after each, with the state of all before"},
-    {"stop", 's', OPT(stop), WORD_TRAIN | WORD_GENERATE, "", 0, 0, NULL, "a text that ends a sample, which does not contain it"},
+    {"stop", 's', OPT(stop), WORD_GENERATE, "", 0, 0, NULL, "a text that ends a sample, which does not contain it"},
     {"num-samples", 'i', OPT(num_samples), WORD_GENERATE, "1", 1, 65536, NULL, "independent continuations of each prompt"},
     {"max-tokens", 'i', OPT(max_tokens), WORD_TRAIN | WORD_GENERATE, "400", 0, BIG, NULL,
      "new tokens per sample"},
@@ -458,7 +458,7 @@ void help_print(int word, bool markdown) {
                "usage: train_mamba [train|generate|eval|info|convert|tokenize] [options]\n"
                "  train      train a model (the default word; without options on this program's own source)\n"
                "  generate   write text with a trained model\n"
-               "  eval       loss of a trained model on files\n"
+               "  eval       loss, perplexity and accuracy of a model on texts and test items\n"
                "  info       what a checkpoint or a set of options describes\n"
                "  convert    write a model in a form that other programs load\n"
                "  tokenize   text into token shards\n");
