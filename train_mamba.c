@@ -2315,8 +2315,8 @@ struct Backend {
     // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
     // sum.
     //   micro: the micro-batch whose carried state is used, -1 for none
-    //   token_loss, token_best (B,T), unless NULL: also what it says of each token: its loss, and (scale 0 only)
-    //   whether it is the most likely one, 1 or 0
+    //   token_loss, token_best (B,T), unless NULL: also what it says of each token: its loss, and (scale 0
+    //   only) whether it is the most likely one, 1 or 0
     real* token_loss;
     int* token_best;
     double (*forward)(Backend*, int micro, const int* tokens, const int* targets, const int* doc, size_t B,
@@ -2328,8 +2328,8 @@ struct Backend {
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
-    // decode_greedy: one more token of every sequence, and the most likely next ones, -1 after a logit that is
-    // not finite; NULL: use decode
+    // decode_greedy: one more token of every sequence, and the most likely next ones, -1 after a logit that
+    // is not finite; NULL: use decode
     void (*decode_greedy)(Backend*, Session*, const int* tokens, int* next);
     void (*session_open)(Backend*, Session*);        // memory for decode
     void (*session_close)(Backend*, Session*);
@@ -2418,7 +2418,8 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
 
 // `rows` x 1 or 1 x `chunk` tokens
 static void cpu_session_open(Backend* b, Session* s) {
-    s->work = workspace_alloc(b->model, s->rows, (s->chunk + s->rows - 1) / s->rows, false, RECOMPUTE_NONE, false);
+    s->work =
+        workspace_alloc(b->model, s->rows, (s->chunk + s->rows - 1) / s->rows, false, RECOMPUTE_NONE, false);
 }
 static void cpu_session_close(Backend* b, Session* s) { (void)b; workspace_free(&s->work); }
 
@@ -3225,8 +3226,8 @@ static int train_loop(Trainer* t) {
     if (timed > 0) {
         Flop flop = flop_per_token(&t->model);
         double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
-        printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)", rate,
-               rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
+        printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)",
+               rate, rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
                6e-6 * (double)t->model.n_params);
         if (peak > 0)
             printf(", MFU %.1f %% of %.0f TFLOP/s", 100 * rate * flop.matmul / peak, peak * 1e-12);
@@ -3292,10 +3293,11 @@ static void trainer_create(Trainer* t, Settings* s) {
     set_threads(o->threads);
     const char* list = o->data;
     Tokenizer* tok = &t->data.tokenizer;
-    if (o->tokenizer[0] && (o->resume || o->from[0]))
-        die("--tokenizer %s: the model goes on with the tokenizer of its checkpoint; leave it out", o->tokenizer);
     if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
           : o->resume ? tokenizer_open(tok, dir, &config, &err) : tokenizer_choose(tok, s, list, &err)))
+        die("%s", err.text);
+    if ((o->from[0] || o->resume) &&
+        !tokenizer_given(tok, o->tokenizer, dir, o->from[0] ? &t->model.config : &config, &err))
         die("%s", err.text);
     if (o->from[0]) {
         config = t->model.config;
@@ -3331,7 +3333,8 @@ static void trainer_create(Trainer* t, Settings* s) {
     workspace_free(&measured);
     print_model(m);
     if (on_cpu(o))
-        printf("memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f MiB%s\n",
+        printf("memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f "
+               "MiB%s\n",
                mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
                o->recompute ? " (--recompute)" : "");
     if (!check_memory(4 * parameter_bytes + activation_bytes + batch_bytes + carried_bytes,
@@ -3427,6 +3430,8 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
             options[given].name, o->from[0] ? o->from : "out");
     if (given >= 0) {
+        if (o->tokenizer[0])
+            die("--tokenizer is for a trained model; --%s makes a new one", options[given].name);
         int64_t V = o->vocab_size ? o->vocab_size : 257;
         tokenizer_bytes(tok);
         if (V != tok->vocab_size) { tok->kind = TOKENIZER_NONE; tok->vocab_size = V; }
@@ -3443,7 +3448,9 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         return;
     }
     SafeTensors st;
-    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err)) die("%s", err.text);
+    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err) ||
+        !tokenizer_given(tok, o->tokenizer, dir, &m->config, &err))
+        die("%s", err.text);
     if (s->word != WORD_INFO) {
         if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
             die("%s", err.text);
@@ -3488,7 +3495,7 @@ int generate_main(Settings* s) {
     if (o->prompt_file[0] && fstat(fileno(prompt.file), &info) == 0 && S_ISDIR(info.st_mode))
         die("%s: expected a text file, found a directory", o->prompt_file);
     if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file || o->prompts[0] || o->interactive))
-        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
+        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with --tokenizer");
     if (!prompt.file && o->prompt[0] && !o->interactive &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
         Utf8Stream echo = {{0}, 0, o->raw, 0};
@@ -3559,7 +3566,8 @@ static bool eval_loss(Backend* b, const Data* data, const Options* o, json_t* re
     Evaluation result;
     if (o->dump_logits[0] && !dump_logits(b, &loader, B, T, o->dump_logits, err)) return false;
     double start = seconds_now();
-    if (!evaluate(b, &loader, B, T, o->eval_batches, o->reset_documents, &stop_signal, &result, err)) return false;
+    if (!evaluate(b, &loader, B, T, o->eval_batches, o->reset_documents, &stop_signal, &result, err))
+        return false;
     double seconds = seconds_now() - start;
     char bpb[32];
     bits_per_byte(&data->tokenizer, result.loss, bpb);
@@ -3630,7 +3638,8 @@ int ssm_main(int argc, char** argv) {
         word = 0;
         for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
         if (!word)
-            die("unknown word '%.40s'; expected train, generate, eval, info, convert or tokenize, then options; --help "
+            die("unknown word '%.40s'; expected train, generate, eval, info, convert or tokenize, then "
+                "options; --help "
                 "lists them",
                 argv[1]);
         skip = 2;

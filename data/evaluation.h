@@ -316,7 +316,8 @@ static bool items_open(Items* f, const Tokenizer* tok, const Options* o, int64_t
     free(names);
     free(copy);
     if (ok && tok->kind == TOKENIZER_NONE)
-        ok = fail(err, "this checkpoint has no tokenizer.json, so it cannot read the text of items");
+        ok = fail(err, "this checkpoint has no tokenizer.json, so it cannot read the text of items; "
+                       "give one with --tokenizer");
     *T = 0;
     for (Item item; ok && items_next(f, &item, err); item_free(&item))
         for (int i = 0; i < item.n; i++) {

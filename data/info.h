@@ -34,8 +34,9 @@ int info_main(Settings* s) {
     if (dir[0]) print_files(dir, &st);
     print_model(&m);
     if (tok.kind == TOKENIZER_BPE)
-        printf("tokenizer: byte-level BPE, %lld ids, %lld merges%s, end token %d\n", (long long)tok.bpe->n_ids,
-               (long long)tok.bpe->n_merges, tok.bpe->nfc ? ", normal form C" : "", tok.eos);
+        printf("tokenizer: byte-level BPE, %lld ids, %lld merges%s, end token %d\n",
+               (long long)tok.bpe->n_ids, (long long)tok.bpe->n_merges, tok.bpe->nfc ? ", normal form C" : "",
+               tok.eos);
     else printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
     tokenizer_free(&tok);
     printf("%-44s %-18s %12s  %-5s %-6s  %s\n", "tensor", "shape", "parameters", "decay", "dtype", "file");
@@ -70,6 +71,7 @@ int convert_main(Settings* s) {
     int dtype = strcmp(o->dtype, "f32") == 0 ? ST_F32 : strcmp(o->dtype, "f16") == 0 ? ST_F16 : ST_BF16;
     if (!checkpoint_export(&m, dir[0] ? dir : NULL, o->out, dialect, dtype, &err)) die("%s", err.text);
     printf("wrote %s: %zu parameters, %s, matrices %s\n", o->out, m.n_params, o->dialect, o->dtype);
+    tokenizer_free(&tok);
     model_free(&m);
     return 0;
 }

@@ -75,12 +75,13 @@ static const Option options[] = {
      "id of the end token in token shards; -1: that of the tokenizer, or the last of the vocabulary"},
     {"tie-embeddings", 'b', OPT(tie_embeddings), WORD_ALL, "on", 0, 0, NULL,
      "the head uses the embedding matrix"},
-    {NULL, 0, 0, WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Data"},
+    {NULL, 0, 0, WORD_TRAIN | WORD_GENERATE | WORD_EVAL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Data"},
     {"data", 'l', OPT(data), WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, "", 0, 0, NULL,
-     "text files (read as bytes without a tokenizer) or .bin token shards, patterns allowed; none: this program's "
-     "source"},
-    {"tokenizer", 's', OPT(tokenizer), WORD_TRAIN | WORD_TOKENIZE, "", 0, 0, NULL,
-     "a tokenizer.json or a directory with one; none: bytes for text, the tokenizer.json beside token shards"},
+     "text files (read as bytes without a tokenizer) or .bin token shards, patterns allowed; none: this "
+     "program's source"},
+    {"tokenizer", 's', OPT(tokenizer), WORD_TRAIN | WORD_GENERATE | WORD_EVAL | WORD_TOKENIZE, "", 0, 0, NULL,
+     "a tokenizer.json or a directory with one; none: that of the checkpoint; for a new model bytes for "
+     "text, the tokenizer.json beside token shards"},
     {"val-data", 'l', OPT(val_data), WORD_TRAIN, "", 0, 0, NULL,
      "validation files; none: the end of the training data"},
     {"val-fraction", 'f', OPT(val_fraction), WORD_TRAIN | WORD_TOKENIZE, "0.1", 0, 0.9, NULL,
@@ -137,7 +138,8 @@ static const Option options[] = {
     {"threads", 'i', OPT(threads), WORD_ALL | WORD_TOKENIZE, "0", 0, 4096, NULL,
      "CPU threads; 0: all. The results do not depend on it"},
     {"recompute", 'm', OPT(recompute), WORD_TRAIN, "off", 0, 0, "off cheap on",
-     "save memory in backward: cheap makes norm, conv and dt again, on keeps only the input of each layer and "
+     "save memory in backward: cheap makes norm, conv and dt again, on keeps only the input of each layer "
+     "and "
      "runs it again"},
     {"log-every", 'i', OPT(log_every), WORD_TRAIN, "10", 1, BIG, NULL, "steps between progress lines"},
     {"eval-every", 'i', OPT(eval_every), WORD_TRAIN, "100", 0, BIG, NULL,
@@ -186,7 +188,8 @@ static const Option options[] = {
     {"dump-logits", 's', OPT(dump_logits), WORD_EVAL, "", 0, 0, NULL,
      "write inputs and logits of the first batch to a safetensors file"},
     {"task", 'c', OPT(task), WORD_EVAL, "loss", 0, 0, "loss text lambada choice",
-     "loss of rows as in training; of a whole text, each token after all before it; last words or multiple choice "
+     "loss of rows as in training; of a whole text, each token after all before it; last words or multiple "
+     "choice "
      "from JSON lines in --data, see data/evaluation.h"},
     {"window", 'i', OPT(window), WORD_EVAL, "0", 0, 1e8, NULL,
      "task text: tokens per window; 0: the state is carried over the whole text"},

@@ -1,5 +1,5 @@
-// From options to data and model: files, tokenizer and configuration, for a new model or that of a checkpoint.
-// Part of section 11 of train_mamba.c: it uses what stands there before it.
+// From options to data and model: files, tokenizer and configuration, for a new model or that of a
+// checkpoint. Part of section 11 of train_mamba.c: it uses what stands there before it.
 
 typedef struct {
     Tokenizer tokenizer;
@@ -62,7 +62,8 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     tokenizer_bytes(tok);
     if (o->tokenizer[0] && !tokenizer_load(tok, o->tokenizer, err)) return false;
     if (!o->tokenizer[0] && shards) {
-        const char *end = strchr(list, '\n'), *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
+        const char *end = strchr(list, '\n'),
+                   *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
         snprintf(beside, sizeof beside, "%.*s", slash ? (int)(slash - list + 1) : 1, slash ? list : ".");
         if (!tokenizer_read(tok, beside, err)) return false;
         if (tok->kind != TOKENIZER_NONE) printf("tokenizer: that in %s\n", beside);
@@ -74,13 +75,15 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     }
     if (tok->kind == TOKENIZER_BPE && o->eos_token >= 0) tok->eos = (int)o->eos_token;
     if (tok->kind == TOKENIZER_BPE && tok->eos < 0)
-        warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token gives one");
+        warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token "
+             "gives one");
     if (tok->eos >= tok->vocab_size)
-        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos, (long long)tok->vocab_size - 1);
+        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos,
+                    (long long)tok->vocab_size - 1);
     if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
         if (tok->kind == TOKENIZER_BPE)
-            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids", (long long)o->vocab_size,
-                        (long long)tok->vocab_size);
+            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids",
+                        (long long)o->vocab_size, (long long)tok->vocab_size);
         return fail(
             err,
             "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
@@ -89,17 +92,31 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     return true;
 }
 
-// tokenizer_open: the tokenizer of a model's directory; without one, what the model says of its token ids
-static bool tokenizer_open(Tokenizer* tok, const char* dir, const Config* c, Error* err) {
-    if (!tokenizer_read(tok, dir, err)) return false;
+// tokenizer_fit: takes the model's word for its token ids and the end token
+static bool tokenizer_fit(Tokenizer* tok, const char* from, const Config* c, Error* err) {
     if (tok->kind != TOKENIZER_NONE && tok->vocab_size > c->vocab_padded)
-        return fail(err,
-                    "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
-                    dir, (long long)tok->vocab_size, (long long)c->vocab_padded);
+        return fail(
+            err, "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
+            from, (long long)tok->vocab_size, (long long)c->vocab_padded);
     if (tok->kind == TOKENIZER_BYTES) return true;
     tok->vocab_size = c->vocab_size;
     if (tok->kind == TOKENIZER_NONE || c->eos_token >= 0) tok->eos = (int)c->eos_token;
     return true;
+}
+
+// tokenizer_open: the tokenizer of a model's directory; without one, what the model says of its token ids
+static bool tokenizer_open(Tokenizer* tok, const char* dir, const Config* c, Error* err) {
+    return tokenizer_read(tok, dir, err) && tokenizer_fit(tok, dir, c, err);
+}
+
+// tokenizer_given: --tokenizer for a model of a directory without one (mamba_ssm publishes such)
+static bool tokenizer_given(Tokenizer* tok, const char* given, const char* dir, const Config* c, Error* err) {
+    if (!given[0]) return true;
+    if (tok->kind != TOKENIZER_NONE)
+        return fail(err,
+                    "--tokenizer %s: %s has a tokenizer.json, and the model goes on with it; leave it out",
+                    given, dir);
+    return tokenizer_load(tok, given, err) && tokenizer_fit(tok, given, c, err);
 }
 
 bool data_open_all(Data* data, const Settings* s, Error* err) {
@@ -221,8 +238,8 @@ static double mib(double bytes) { return bytes / 1048576.0; }
 // Flop: floating-point operations per token of a training step (forward and twice as much backward)
 //   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
 //            head (of a tied embedding the head alone; looking up a row computes nothing)
-//   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and add
-//            C h), 18 backward (the forward's again, and 11 for the gradients)
+//   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and
+//   add C h), 18 backward (the forward's again, and 11 for the gradients)
 // The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
 // figure 6 N per token that others quote counts every parameter N, the embedding too.
 typedef struct { double matmul, scan; } Flop;

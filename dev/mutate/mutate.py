@@ -234,8 +234,9 @@ class Suite:
 
     def __init__(self, root, base, args):
         self.root, self.base, self.args = root, base, args
-        jansson = subprocess.check_output(["pkg-config", "--cflags", "--libs", "jansson"], text=True)
-        self.libraries = jansson.split() + ["-lm"]
+        libraries = subprocess.check_output(["pkg-config", "--cflags", "--libs", "jansson", "libpcre2-8",
+                                             "libutf8proc"], text=True)
+        self.libraries = libraries.split() + ["-lm"]
         self.hash, self.seconds, self.killers, self.local = {}, {}, {}, threading.local()
         self.lock, self.n = threading.Lock(), 0
 

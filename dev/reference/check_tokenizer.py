@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
 """Compares our byte-level BPE with Hugging Face `tokenizers`: ids, then speed.
 
-usage: check_tokenizer.py [--program build/train_mamba] [--strings 100000] [--seconds 20] [--fixtures DIR] [FILE...]
+usage: check_tokenizer.py [--program build/train_mamba] [--strings 100000] [--seconds 20] [--text FILE]
+                          [--fixtures DIR] [FILE...]
 
-Without FILE two tokenizers are trained with that library on real text (tinyshakespeare, when it is there, and the
-sources of Python's standard library): one like GPT-NeoX's (NFC, GPT-2's expression, added runs of spaces), one like
-Llama 3's (its expression, ignore_merges, added tokens with every flag). FILE: a published tokenizer.json instead.
+Without FILE two tokenizers are trained with that library on real text (--text, and the sources of Python's
+standard library): one like GPT-NeoX's (NFC, GPT-2's expression, added runs of spaces), one like Llama 3's (its
+expression, ignore_merges, added tokens with every flag). FILE: a published tokenizer.json instead.
 
 For each, random strings go through `tokenize` as JSON lines, and the ids in the shards must equal
-Tokenizer.encode(text, add_special_tokens=False).ids with the end token in front of each string. The strings mix all
-Unicode planes, combining marks, runs of spaces, newlines, digits, code, real text and added tokens; a second set has
-invalid UTF-8, one file per document, which both sides replace (Python's errors="replace"). Then both encode the same
-real text on one thread, in turns.
+Tokenizer.encode(text, add_special_tokens=False).ids with the end token in front of each string. The strings mix
+all Unicode planes, combining marks, runs of spaces, newlines, digits, code, real text and added tokens; a second
+set has invalid UTF-8, one file per document, which both sides replace (Python's errors="replace"). Then both
+encode the same real text on one thread, in turns.
 
---fixtures DIR: only write the fixtures of dev/test/test_tokenizer.h: for two small tokenizers trained here, and for
-the part of FILE (a published GPT-NeoX tokenizer.json) that ten known texts need, DIR/NAME/tokenizer.json and
+--fixtures DIR: only write the fixtures of dev/test/test_tokenizer.h: for two small tokenizers trained here, and
+for the part of FILE (a published GPT-NeoX tokenizer.json) that ten known texts need, DIR/NAME/tokenizer.json and
 expected.jsonl with texts, their ids and what the ids decode to.
-Exit code 1 if an id differs. Needs the Python packages tokenizers and numpy.
+Exit code 1 if an id differs or ours is slower. Needs the Python packages tokenizers and numpy.
 """
 import argparse
 import glob
@@ -41,8 +42,8 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"]
 
 
-def real_text():
-    files = [f for f in ("/work/shared/data/tinyshakespeare.txt", "data/tinyshakespeare.txt") if os.path.exists(f)][:1]
+def real_text(path):
+    files = [path] if os.path.exists(path) else []
     files += sorted(glob.glob(sysconfig.get_paths()["stdlib"] + "/*.py"))
     return "".join(open(f, encoding="utf-8", errors="replace").read() for f in files)
 
@@ -62,6 +63,10 @@ def train(kind, text, vocab):
     tokenizer.train_from_iterator(text.splitlines(True), trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
+    if kind == "llama":                 # a word that no merge makes: only ignore_merges finds it
+        data = json.loads(tokenizer.to_str())
+        data["model"]["vocab"]["\u0120xyzzyq"] = len(data["model"]["vocab"])
+        tokenizer = Tokenizer.from_str(json.dumps(data))
     if kind == "neox":
         tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
     else:
@@ -69,8 +74,9 @@ def train(kind, text, vocab):
             AddedToken("<left>", lstrip=True), AddedToken("<right>", rstrip=True),
             AddedToken("<both>", lstrip=True, rstrip=True)])
         tokenizer.add_tokens([
-            AddedToken("word", single_word=True), AddedToken("<n>", normalized=False), AddedToken("<nn>", normalized=True),
-            AddedToken("<n", normalized=False), AddedToken("Ελλάς", normalized=True)])
+            AddedToken("word", single_word=True), AddedToken("<n>", normalized=False),
+            AddedToken("<nn>", normalized=True), AddedToken("<n", normalized=False),
+            AddedToken("Ελλάς", normalized=True)])
     return tokenizer
 
 
@@ -88,7 +94,8 @@ def random_string(rng, text, added):
         kind = rng.randrange(13)
         n = rng.randrange(1, 9)
         if kind == 0: parts.append(" " * rng.choice([1, 1, 2, 3, 4, 7, 8, 16, 23, 24, 25, 26, 49]))
-        elif kind == 1: parts.append("".join(rng.choice("\n\n\r\t \u00a0\u2003\u3000\u180e\u0085\u2028") for _ in range(n)))
+        elif kind == 1: parts.append("".join(rng.choice("\n\n\r\t \u00a0\u2003\u3000\u180e\u0085\u2028")
+                                             for _ in range(n)))
         elif kind == 2: parts.append("".join(rng.choice("0123456789²½٣Ⅷ৩") for _ in range(n)))
         elif kind == 3: parts.append("".join(random_character(rng) for _ in range(n)))
         elif kind == 4: parts.append("".join(rng.choice("aeiouAEcn") + chr(rng.randrange(0x300, 0x370)) *
@@ -118,10 +125,11 @@ def read_shards(directory, split="train"):
     return numpy.concatenate(ids)
 
 
-def our_ids(program, tokenizer_file, directory, files, threads):
+def our_ids(program, tokenizer_file, directory, files, threads=1, stderr=None):
     out = os.path.join(directory, "shards%d" % len(os.listdir(directory)))
-    subprocess.run([program, "tokenize", "--tokenizer", tokenizer_file, "--data", *files, "--out", out, "--val-fraction",
-                    "0", "--threads", str(threads)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([program, "tokenize", "--tokenizer", tokenizer_file, "--data", *files, "--out", out,
+                    "--val-fraction", "0", "--threads", str(threads)], check=True, stdout=subprocess.DEVNULL,
+                   stderr=stderr)
     assert open(out + "/tokenizer.json", "rb").read() == open(tokenizer_file, "rb").read()
     return read_shards(out)
 
@@ -135,7 +143,8 @@ def compare(name, ours, expected, texts):
     at, wrong = 0, 0
     for text, e in zip(texts, expected):
         if list(ours[at:at + len(e)]) != list(e):
-            print(f"  {name}: {text!r}\n    expected {e[:40]}\n    found    {ours[at:at + len(e)].tolist()[:40]}")
+            found = ours[at:at + len(e)].tolist()
+            print(f"  {name}: {text!r}\n    expected {e[:40]}\n    found    {found[:40]}")
             wrong += 1
             if wrong == 5: break
             at = at + len(e)
@@ -168,28 +177,22 @@ def check_ids(program, tokenizer, path, text, n, seed):
             with open(files[-1], "wb") as f: f.write(blobs[-1])
         texts = [b.decode("utf-8", errors="replace") for b in blobs]
         expected = [[end] + tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
-        found = numpy.concatenate([our_ids_quiet(program, path, directory, files[i:i + 500])
-                                   for i in range(0, len(files), 500)])
+        found = numpy.concatenate([
+            our_ids(program, path, directory, files[i:i + 500], stderr=subprocess.DEVNULL)
+            for i in range(0, len(files), 500)])
         ok &= compare("invalid UTF-8", found, expected, blobs)
-        long = os.path.join(directory, "long.txt")                       # many pieces, which must equal the whole
-        whole = text * (1 + 12000000 // len(text)) + "".join(random_string(rng, text, added) for _ in range(20000))
-        whole = whole.replace("\r", "")
+        long = os.path.join(directory, "long.txt")           # many pieces, which must equal the whole
+        whole = text * (1 + 12000000 // len(text))
+        whole += "".join(random_string(rng, text, added) for _ in range(20000))
         with open(long, "w", encoding="utf-8", newline="") as f: f.write(whole)
         ok &= compare("one long text", our_ids(program, path, directory, [long], 4),
                       [[end] + tokenizer.encode(whole, add_special_tokens=False).ids], [whole[:40]])
     return ok
 
 
-def our_ids_quiet(program, path, directory, files):
-    out = os.path.join(directory, "shards%d" % len(os.listdir(directory)))
-    subprocess.run([program, "tokenize", "--tokenizer", path, "--data", *files, "--out", out, "--val-fraction", "0"],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return read_shards(out)
-
-
 def check_speed(program, tokenizer, path, text, seconds):
-    """both in turns, one thread: theirs encodes the text as a list of documents of 4,096 characters, ours the same as JSON lines"""
-    texts = [text[i:i + 65536] for i in range(0, len(text), 4096)]
+    """both in turns, one thread, documents of 4,096 characters: theirs in memory, ours as JSON lines to a shard"""
+    texts = [text[i:i + 4096] for i in range(0, len(text), 4096)]
     size = len(text.encode())
     ours, theirs, start = [], [], time.time()
     with tempfile.TemporaryDirectory() as directory:
@@ -202,12 +205,13 @@ def check_speed(program, tokenizer, path, text, seconds):
             theirs.append(time.time() - begin)
             out = os.path.join(directory, f"speed{len(ours)}")
             begin = time.time()
-            subprocess.run([program, "tokenize", "--tokenizer", path, "--data", lines, "--out", out, "--val-fraction", "0",
-                            "--threads", "1"], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([program, "tokenize", "--tokenizer", path, "--data", lines, "--out", out,
+                            "--val-fraction", "0", "--threads", "1"], check=True, stdout=subprocess.DEVNULL)
             ours.append(time.time() - begin)
     ratio = sorted(t / o for t, o in zip(theirs, ours))
-    print(f"  speed, one thread, {size / 1e6:.1f} MB, {len(ours)} turns: ours {size / 1e6 / statistics.median(ours):.1f} MB/s "
-          f"(with start, files and fsync), tokenizers {size / 1e6 / statistics.median(theirs):.1f} MB/s, "
+    print(f"  speed, one thread, {size / 1e6:.1f} MB, {len(ours)} turns: "
+          f"ours {size / 1e6 / statistics.median(ours):.1f} MB/s (with start, files and fsync), "
+          f"tokenizers {size / 1e6 / statistics.median(theirs):.1f} MB/s, "
           f"ratio {statistics.median(ratio):.2f} ({ratio[0]:.2f} .. {ratio[-1]:.2f})")
     return statistics.median(ratio) >= 1
 
@@ -215,6 +219,16 @@ def check_speed(program, tokenizer, path, text, seconds):
 KNOWN = ["Hey how are you doing?", "Hello world", "  hello", "def f(x):\n    return x\n", "a" + " " * 25 + "b",
          "a" + " " * 26 + "b", "\n\n\nend", "It's 2024.", "na\u00efve \u00e9", "\u65e5\u672c\u8a9e",
          "My cat wrote all this CUDA code for a new language model and"]
+
+
+# white space between added tokens that take it; characters newer than the tables of PCRE2 and of the normal form,
+# and one that utf8proc loses; U+180E, which is no white space; a word that no merge makes
+EDGES = ["a <right>  <left> b", "<right>   <left>", "x \u00a0<both>\n\n y", "<left><right> \u3000<left> z",
+         " <left>", "sword word words\u0301 word", "a\u0301\u07fd\u0316\u0301", "q\u0316\u08d2\u0301 \u09fe\u093c",
+         "\uac00\u11a7\uac01\u11a7\u11a8",
+         "\U00011382\U000113c9", "\U000135bd's it", "\U000323aa\U0002ebf0x", "1\U00011f50\U00011f519",
+         "\U0001fae8 \U0001fae9!",
+         "\u180e'll x\u180e's", "say xyzzyq xyzzy", "<n<nn>nn><n", "\u0395\u03bb\u03bb\u03ac\u03c2\u03b1\u0301", ""]
 
 
 def part_of(path, texts):
@@ -248,12 +262,12 @@ def write_fixtures(directory, files, text):
         with open(f"{directory}/{name}/tokenizer.json", "w", encoding="utf-8") as f:
             f.write(json.dumps(data[name], ensure_ascii=False, separators=(",", ":")) + "\n")
         added = [t.content for t in tokenizer.get_added_tokens_decoder().values()]
-        texts = KNOWN if name == "neox-20b-part" else [random_string(rng, text, added) for _ in range(50)]
+        texts = KNOWN if name == "neox-20b-part" else EDGES + [random_string(rng, text, added) for _ in range(40)]
         with open(f"{directory}/{name}/expected.jsonl", "w", encoding="utf-8") as f:
             for t in texts:
                 ids = tokenizer.encode(t, add_special_tokens=False).ids
-                f.write(json.dumps({"text": t, "ids": ids, "decoded": tokenizer.decode(ids, skip_special_tokens=False)},
-                                   separators=(",", ":")) + "\n")
+                back = tokenizer.decode(ids, skip_special_tokens=False)
+                f.write(json.dumps({"text": t, "ids": ids, "decoded": back}, separators=(",", ":")) + "\n")
 
 
 def main():
@@ -262,10 +276,11 @@ def main():
     parser.add_argument("--strings", type=int, default=100000)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--text", default="data/tinyshakespeare.txt")
     parser.add_argument("--fixtures")
     parser.add_argument("file", nargs="*")
     args = parser.parse_args()
-    text = real_text()
+    text = real_text(args.text)
     ok = True
     if args.fixtures:
         write_fixtures(args.fixtures, args.file, text)

@@ -98,11 +98,6 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
 }
-cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
-cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
-    mark_launched(function);
-    return __real_cudaLaunchKernelExC(config, function, args);
-}
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
     mark_launched(function);
@@ -347,7 +342,7 @@ template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
                                      drop.cuda);
     if (drops) claim<X>("rmsnorm forward res, dropout", from_gpu(res_out, M * D), sum, 1e-7, 1e-7);
     else if (has_delta) claim<X>("rmsnorm forward res", from_gpu(res_out, M * D), sum, 0, 0);
-    if (has_delta) sum = from_gpu(res_out, M * D);           // with dropout the addition is rounded once, not twice
+    if (has_delta) sum = from_gpu(res_out, M * D);    // with dropout the addition is rounded once, not twice
     oracle::rmsnorm_forward(y.data(), rstd.data(), sum.data(), weight.data(), M, D, 1e-5);
     claim<X>("rmsnorm forward y", from_gpu(g_y, M * D), y, 1e-6, 4e-3);
     claim<X>("rmsnorm forward rstd", from_gpu(g_rstd, M), rstd, 1e-6, 1e-6);
@@ -602,13 +597,14 @@ static const ScanShape scan_shapes[] = {
     {2, 100, 64, 16, 8, 0, true, 1, 2, 6, " decay underflows"},
     {2, 100, 64, 9, 8, 0, true, 1, 2, 6, " decay underflows"},
     {1, 8192, 32, 16, 8, 0, true, 1, -3, 0, ""},
+    {210, 150, 32, 16, 8, 0, true, 1, -3, 0, " many sequences"},
 };
 
 static std::string scan_claim(const char* what, bool slow) {
     return std::string(slow ? "scan, slow decay " : "scan ") + what;
 }
 
-template <typename X> void check_scan(const ScanShape* s) {
+template <typename X> void check_scan(const ScanShape* s, int spacing) {
     size_t B = s->B, T = s->T, E = s->E, N = s->N, R = s->R, M = B * T, ld = R + 2 * N, ldz = 2 * E;
     size_t states = B * E * N;
     Vec x = normal_vec<X>(M * E), dt_raw = normal_vec<X>(M * E, s->dt_scale, s->dt_mean);
@@ -643,17 +639,17 @@ template <typename X> void check_scan(const ScanShape* s) {
 
     X *g_x = gpu<X>(x), *g_dt = gpu<X>(dt_raw), *g_rbc = gpu<X>(rbc), *g_xz = gpu<X>(xz), *g_dy = gpu<X>(dy);
     X *y = gpu_nan<X>(M * E), *s_ = gpu_nan<X>(M * E);
-    X* g_hs = gpu_nan<X>(selective_scan_saved_cuda(B, T, E, N));
+    X* g_hs = gpu_nan<X>(selective_scan_saved_cuda(B, T, E, N, spacing));
     float *g_bias = gpu<float>(bias), *g_A = gpu<float>(A_log), *g_D = gpu<float>(D);
     float *g_h0 = s->state ? gpu<float>(h0) : NULL, *g_hT = gpu_nan<float>(states);
     float* g_dhT = s->state ? gpu<float>(dhT) : NULL;
     const int* g_doc = d ? gpu(doc) : NULL;
     const X *g_Bt = g_rbc + R, *g_z = g_xz + E;
-    snprintf(shape, sizeof shape, "%s B%zu T%zu E%zu N%zu R%zu%s%s%s",
+    snprintf(shape, sizeof shape, "%s B%zu T%zu E%zu N%zu R%zu spacing %d%s%s%s",
              selective_scan_path_cuda<X>(g_x, g_Bt, g_Bt + N, ld, g_z, ldz, B, T, E, N), B, T, E, N, R,
-             s->docs < 0 ? "" : " doc", s->state ? " state" : "", s->note);
+             spacing, s->docs < 0 ? "" : " doc", s->state ? " state" : "", s->note);
     selective_scan_forward_cuda<X>(y, s_, g_hs, g_hT, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N, ld, g_D, g_z,
-                                   ldz, g_h0, g_doc, B, T, E, N, 0);
+                                   ldz, g_h0, g_doc, B, T, E, N, spacing, 0);
     Vec got_y = from_gpu(y, M * E);
     // a_t, just below 1, is rounded at every token, and the state remembers all 2000: measured 1.2e-5
     const bool slow = s->decay < -5;
@@ -665,13 +661,14 @@ template <typename X> void check_scan(const ScanShape* s) {
     X* y2 = gpu_nan<X>(M * E);
     float* inplace = s->state ? gpu<float>(h0) : gpu<float>(Vec(states));
     selective_scan_forward_cuda<X>(y2, (X*)NULL, (X*)NULL, inplace, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N,
-                                   ld, g_D, g_z, ldz, inplace, g_doc, B, T, E, N, 0);
+                                   ld, g_D, g_z, ldz, inplace, g_doc, B, T, E, N, spacing, 0);
     claim_zero<X>("scan in inference: bits", differing(from_gpu(y2, M * E).data(), got_y.data(), M * E));
     claim<X>(scan_claim("hT = h0", slow).c_str(), from_gpu(inplace, states), hT, out, 1e-4);
     if (!s->state) {
         y2 = gpu_nan<X>(M * E);
         selective_scan_forward_cuda<X>(y2, (X*)NULL, (X*)NULL, (float*)NULL, g_x, g_dt, g_bias, g_A, g_Bt,
-                                       g_Bt + N, ld, g_D, g_z, ldz, (float*)NULL, g_doc, B, T, E, N, 0);
+                                       g_Bt + N, ld, g_D, g_z, ldz, (float*)NULL, g_doc, B, T, E, N, spacing,
+                                       0);
         claim_zero<X>("scan without states: bits",
                       differing(from_gpu(y2, M * E).data(), got_y.data(), M * E));
     }
@@ -687,7 +684,7 @@ template <typename X> void check_scan(const ScanShape* s) {
         selective_scan_backward_cuda<X>(g_dx, g_ddt, g_dxz + E, ldz, again, g_dA, g_dD, g_dbias, g_drbc + R,
                                         g_drbc + R + N, ld, g_dh0, g_dy, g_dhT, g_hs, s_, g_x, g_dt, g_bias,
                                         g_A, g_Bt, g_Bt + N, ld, g_D, g_z, ldz, g_doc, scratch, B, T, E, N,
-                                        0);
+                                        spacing, 0);
         Vec got_dx = from_gpu(g_dx, M * E), got_dA = from_gpu(g_dA, E * N), drbc = from_gpu(g_drbc, M * ld);
         Vec all = got_dx, BC = gathered(drbc, 2 * N, ld, R);
         all.insert(all.end(), got_dA.begin(), got_dA.end());
@@ -721,8 +718,8 @@ void test_cuda_scan(void) {
     use_threads(8);
     for (size_t i = 0; i < sizeof scan_shapes / sizeof scan_shapes[0]; i++) {
         if (only_small() && scan_shapes[i].T > 400) continue;
-        check_scan<float>(&scan_shapes[i]);
-        check_scan<bf16>(&scan_shapes[i]);
+        check_scan<float>(&scan_shapes[i], i % 2 ? 16 : 8);
+        for (int spacing = 8; spacing <= 16; spacing += 8) check_scan<bf16>(&scan_shapes[i], spacing);
     }
     use_threads(1);
     claims_report();
@@ -843,12 +840,6 @@ template <typename X> void check_matmuls(void) {
                                 {64, 96, 128, 8}, {130, 257, 65, 1}, {33, 768, 80, 0}, {257, 48, 300, 32},
                                 {8, 300, 1000, 0}};
     for (int i = 0; i < 10; i++) check_matmul<X>(&mm, shapes[i][0], shapes[i][1], shapes[i][2], shapes[i][3]);
-    // short sums, forward and (O and I swapped) in the gradient of the input; ragged rows and columns
-    const size_t few[][2] = {{24, 264}, {48, 520}, {56, 72}, {80, 256}, {96, 104}};
-    for (int i = 0; i < 5; i++) {
-        check_matmul<X>(&mm, SHORT_MIN_TOKENS + 3, few[i][0], few[i][1], i % 2 ? 8 : 0);
-        check_matmul<X>(&mm, SHORT_MIN_TOKENS + SHORT_ROWS, few[i][1], few[i][0], i % 2 ? 0 : 8);
-    }
     const size_t tokens[] = {1, 2, 37, 512, 16384};
     for (int i = 0; i < (only_small() ? 3 : 5); i++) {
         check_ones_model<X>(&mm, tokens[i], 37, 74, 7, 5, 53, 101);
@@ -953,7 +944,10 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     cpu.dropout.key = random_bits(1337, STREAM_DROPOUT, 3);
     double loss = gradients_of(&cpu, want, tokens, targets, doc, B, T, 2), loss_cuda = 0;
     for (int k = 0; k < RUNS; k++) {
-        Backend b = backend_cuda_of<X>(&m, B, T, true, k < 2 ? RECOMPUTE_NONE : k == 2 ? RECOMPUTE_CHEAP : RECOMPUTE_ALL);
+        Backend b = backend_cuda_of<X>(&m, B, T, true,
+                                       k < 2    ? RECOMPUTE_NONE
+                                       : k == 2 ? RECOMPUTE_CHEAP
+                                                : RECOMPUTE_ALL);
         b.upload(&b);
         if (carry) { b.carry_in = s0; b.carry_out = sG; }
         b.dropout = cpu.dropout;
@@ -982,8 +976,10 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
             claim_value(name + " final states", real_relative(sG[k].data, sT[k].data, sT[k].n_elements),
                         sizeof(X) == 4 ? 1e-5 : 1e-2);               // measured 3e-7, 4e-3
     claim_value(name + " again: bits", bits_differ(got[0], got[1], m.n_elements), 0);
-    for (int k = 2; k < RUNS; k++)
-        claim_value(name + " with recompute: bits", bits_differ(got[0], got[k], m.n_elements), 0);
+    claim_value(name + " with recompute: bits", bits_differ(got[0], got[3], m.n_elements), 0);
+    // cheap walks from every second saved state, which bf16 has rounded
+    claim_value(name + " with recompute cheap: gradients", real_relative(got[2], got[0], m.n_elements),
+                sizeof(X) == 4 ? 0 : 1e-2);
     for (int k = 0; k < 2; k++) { state_free(&s0[k]); state_free(&sT[k]); state_free(&sG[k]); }
     cpu.destroy(&cpu);
     model_free(&m);
@@ -1020,7 +1016,8 @@ template <typename X> void check_lengths(const CudaShape* s, size_t longest) {
     model_free(&m);
 }
 
-// ten optimizer steps with clipping: losses against the CPU's, and the parameters of two runs. freeze: every third
+// ten optimizer steps with clipping: losses against the CPU's, and the parameters of two runs. freeze: every
+// third
 // tensor keeps the bits it began with, and the norms, which the CPU takes without its gradient, still agree
 template <typename X> void check_training(const CudaShape* s, int recompute, bool freeze = false) {
     enum { STEPS = 10 };
@@ -1040,7 +1037,7 @@ template <typename X> void check_training(const CudaShape* s, int recompute, boo
         real* before = (real*)test_alloc(n, sizeof(real));
         memcpy(before, m.params, n * sizeof(real));
         Backend b = k == 0 ? backend_cpu(&m, B, T, true, false)
-                           : backend_cuda_of<X>(&m, B, T, true, k == 2 ? recompute : 0);
+                           : backend_cuda_of<X>(&m, B, T, true, k ? recompute : RECOMPUTE_NONE);
         b.upload(&b);
         for (int step = 0; step < STEPS; step++) {
             cuda_batch(tokens, targets, M, 100 + (uint64_t)step % 2, s->V);
@@ -1124,14 +1121,26 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
         states[k] = (real*)test_alloc(MICROS * n_state, sizeof(real));
         memcpy(params[k], m.params, n * sizeof(real));
         for (int i = 0; i < MICROS; i++)
-            memcpy(states[k] + (size_t)i * n_state, (carry ? b.carry_in : in)[i].data, n_state * sizeof(real));
+            memcpy(states[k] + (size_t)i * n_state, (carry ? b.carry_in : in)[i].data,
+                   n_state * sizeof(real));
         if (k == 1) {
-            // two steps under way with a broken parameter: neither is taken, nothing changes, the bad tensor and
-            // the gradients are in the host's arrays; whole again, training goes on
+            // two steps under way with a broken parameter: neither is taken, nothing changes, the bad tensor
+            // and the gradients are in the host's arrays; whole again, training goes on
             size_t bad = m.tensor[1].offset;
             float value = m.params[bad], nan = NAN;
             float* device = cuda_of<X>(&b)->model.params + bad;
-            Step st = {tokens, targets, doc, fresh, MICROS, B, T, M, {0.9, 0.95, 1e-8, 0.1}, 2e-3, clip, STEPS + 1,
+            Step st = {tokens,
+                       targets,
+                       doc,
+                       fresh,
+                       MICROS,
+                       B,
+                       T,
+                       M,
+                       {0.9, 0.95, 1e-8, 0.1},
+                       2e-3,
+                       clip,
+                       STEPS + 1,
                        {s->dropout, 99, 0, 0}};
             cudaCheck(cudaMemcpy(device, &nan, sizeof nan, cudaMemcpyHostToDevice));
             b.step_begin(&b, &st);
@@ -1148,7 +1157,8 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
             r = b.step_end(&b);
             b.download(&b);
             claim_value(name + " after a broken step: not taken", !r.taken, 0);
-            claim_value(name + " after a broken step: nothing changes", !bits_differ(m.params, params[1], n), 0);
+            claim_value(name + " after a broken step: nothing changes", !bits_differ(m.params, params[1], n),
+                        0);
         }
         for (int i = 0; i < MICROS; i++) { state_free(&in[i]); state_free(&out[i]); }
         b.carry_in = b.carry_out = NULL;
@@ -1156,15 +1166,22 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
         model_free(&m);
     }
     for (int i = 0; i < STEPS; i++) {
-        claim_value(name + " graph = one by one: losses", fabs(result[1][i].loss / result[0][i].loss - 1), 1e-6);
-        claim_value(name + " graph = one by one: norms", fabs(result[1][i].norm / result[0][i].norm - 1), 1e-6);
+        claim_value(name + " graph = one by one: losses", fabs(result[1][i].loss / result[0][i].loss - 1),
+                    1e-6);
+        claim_value(name + " graph = one by one: norms", fabs(result[1][i].norm / result[0][i].norm - 1),
+                    1e-6);
         claim_value(name + " graph = one by one: step not taken", !result[1][i].taken, 0);
     }
     // the factor of clipping is rounded differently
-    if (clip > 0) claim_value(name + " graph = one by one, clipped: parameters", real_relative(params[1], params[0], n), 1e-4);
-    else claim_value(name + " graph = one by one: bits of parameters", bits_differ(params[1], params[0], n), 0);
+    if (clip > 0)
+        claim_value(name + " graph = one by one, clipped: parameters", real_relative(params[1], params[0], n),
+                    1e-4);
+    else
+        claim_value(name + " graph = one by one: bits of parameters", bits_differ(params[1], params[0], n),
+                    0);
     if (carry && clip == 0)
-        claim_value(name + " graph = one by one: bits of carried states", bits_differ(states[1], states[0], MICROS * n_state), 0);
+        claim_value(name + " graph = one by one: bits of carried states",
+                    bits_differ(states[1], states[0], MICROS * n_state), 0);
 }
 
 template <typename X> void check_model(void) {
@@ -1213,7 +1230,8 @@ void cuda_logits(Backend* b, real* logits, const int* tokens, size_t n, size_t c
 // CPU, which reads each sequence in one piece
 void check_decoding(Worst* worst, Worst* twice) {
     enum { STEPS = 21, MOST = 70 };
-    const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257), toy_config("1", 3, 96, 192, 5, 2, 7, 100),
+    const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
+                              toy_config("1", 3, 96, 192, 5, 2, 7, 100),
                               toy_config("11m", 1, 64, 1600, 40, 4, 4, 100)};
     const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
     for (int k = 0; k < 3; k++) {
@@ -1225,7 +1243,8 @@ void check_decoding(Worst* worst, Worst* twice) {
         Backend b = backend_cuda_of<bf16>(&m, 0, 0, false, RECOMPUTE_NONE);
         b.upload(&b);
         real* want = (real*)test_alloc(MOST * Vp, sizeof(real));
-        real* got[2] = {(real*)test_alloc(MOST * Vp, sizeof(real)), (real*)test_alloc(MOST * Vp, sizeof(real))};
+        real* got[2] = {(real*)test_alloc(MOST * Vp, sizeof(real)),
+                        (real*)test_alloc(MOST * Vp, sizeof(real))};
         int ids[MOST][STEPS], step_ids[MOST];
         for (size_t r = 0; r < MOST; r++) {
             for (size_t t = 0; t < STEPS; t++) ids[r][t] = (int)(random_bits(40, r, t) % V);
@@ -1352,10 +1371,11 @@ void test_cuda_resume(void) {
     char text[2048], straight[240], stopped[240], a[300], b[300];
     other_backend = backend_cuda;
     write_data();
-    const char* cases_[] = {"--precision fp32 --carry-state --reset-documents --grad-accum 1",
-                            "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
-                            "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
-                            "--dropout 0.3"};
+    const char* cases_[] = {
+        "--precision fp32 --carry-state --reset-documents --grad-accum 1",
+        "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
+        "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
+        "--dropout 0.3"};
     for (int k = 0; k < 3; k++) {
         TrainRun run;
         memset(&run, 0, sizeof run);
@@ -1744,13 +1764,13 @@ static void check_large_block(size_t times) {
     Twice<bf16> drbc = twice_nan<bf16>(tokens * LD, times), again = twice_nan<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
         const bf16 *z = xz[big] + E, *Bt = rbc[big] + R;
-        bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N)), *dBt = drbc[big] + R;
+        bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N, 8)), *dBt = drbc[big] + R;
         selective_scan_forward_cuda<bf16>(y[big], s[big], hs, none, x[big], dt[big], bias, A, Bt, Bt + N, LD,
-                                          D, z, 2 * E, none, no_doc, B[big], T, E, N, 0);
+                                          D, z, 2 * E, none, no_doc, B[big], T, E, N, 8, 0);
         selective_scan_backward_cuda<bf16>(dx[big], ddt[big], dxz[big] + E, 2 * E, again[big], dA[big],
                                            dD[big], ddt_bias[big], dBt, dBt + N, LD, none, x[big], none, hs,
                                            s[big], x[big], dt[big], bias, A, Bt, Bt + N, LD, D, z, 2 * E,
-                                           no_doc, scratch, B[big], T, E, N, 0);
+                                           no_doc, scratch, B[big], T, E, N, 8, 0);
     }
     claim_rows("2^31: scan forward, y", y[1], y[0], E, E, tokens, times, 4e-3);
     claim_rows("2^31: scan forward, s", s[1], s[0], E, E, tokens, times, 4e-3);
