@@ -1,41 +1,51 @@
 // `eval`: what a model makes of texts and of test items.
 //   --task loss     as training evaluates: rows of --seq-len tokens, each from a state of zero
-//   --task text     every token of a text once, with all that stands before it: the state is carried over the whole
-//                   file, in passes of constant memory; or with --window W in windows of W tokens that move by
-//                   --stride S, each scoring its last S tokens (the first one all of its tokens)
+//   --task text     every token of a text once, with all that stands before it: the state is carried over the
+//                   whole file, in passes of constant memory; or with --window W in windows of W tokens that
+//                   move by --stride S, each scoring its last S tokens (the first one all of its tokens)
 //   --task lambada  JSON lines {"text": ...}: its last word, predicted from what stands before it
-//   --task choice   JSON lines {"context": ..., "choices": [..., ...], "gold": number of the right one, from 0}
+//   --task choice   JSON lines {"context": ..., "choices": [..., ...], "gold": number of the right one}:
+//                   multiple choice; gold counts from 0
 // The definitions are those of lm-evaluation-harness (EleutherAI), so that numbers compare:
-//   text      starts after an end token, which is no text and never scored; perplexity = exp(loss per token), bits
-//             per byte = loss in bits / bytes of the scored tokens. Windows are its get_rolling_token_windows
-//             with context_len = W - S + 1
-//   pairs     a blank joins context and choice, white space at the end of a context belongs to the choice, and the
-//             tokens of a choice are those of the joint text beyond the number of tokens of the context
+//   text      starts after an end token, which is no text and never scored; perplexity = exp(loss per token),
+//             bits per byte = loss in bits / bytes of the scored tokens. Windows are its
+//             get_rolling_token_windows with context_len = W - S + 1
+//   pairs     a blank joins context and choice, white space at the end of a context belongs to the choice,
+//             and the tokens of a choice are those of the joint text beyond the number of tokens of the
+//             context
 //   lambada   the last word is what follows the last blank; acc: no token has a larger logit than any of its
 //             tokens; perplexity = exp(-mean log-likelihood of the word)
-//   choice    acc: the right choice has the largest log-likelihood, acc_norm: per character, acc_bytes: per byte
-// Files of items are read twice: first all of them are checked and the longest row is found, then they are scored in
-// groups of similar length. Padding at the end of a row changes nothing, because the model is causal.
+//   choice    acc: the right choice has the largest log-likelihood, acc_norm: the largest
+//             per character, acc_bytes: per byte
+// Files of items are read twice: first all of them are checked and the longest row is found, then they are
+// scored in groups of similar length. Padding at the end of a row changes nothing, because the model is
+// causal.
 
-enum { TASK_LOSS = 1, TASK_TEXT = 2, TASK_LAMBADA = 4, TASK_CHOICE = 8, TASK_ITEMS = TASK_LAMBADA | TASK_CHOICE };
+enum { TASK_LOSS = 1, TASK_TEXT = 2, TASK_LAMBADA = 4, TASK_CHOICE = 8,
+       TASK_ITEMS = TASK_LAMBADA | TASK_CHOICE };
 
 static int task_of(const Options* o) { return 1 << choice_of(options[option_find("task")].choices, o->task); }
 
-// eval_check: options that the task does not know, and a results file that exists, before anything is computed
+// eval_check: options that the task does not know, and a results file that exists, before
+// anything is computed
 static bool eval_check(const Settings* s, Error* err) {
     static const struct { const char* name; int tasks; } uses[] = {
-        {"seq-len", TASK_LOSS | TASK_TEXT}, {"reset-documents", TASK_LOSS | TASK_TEXT}, {"dump-logits", TASK_LOSS},
-        {"eval-batches", TASK_LOSS | TASK_TEXT}, {"window", TASK_TEXT}, {"stride", TASK_TEXT} };
+        {"seq-len", TASK_LOSS | TASK_TEXT}, {"reset-documents", TASK_LOSS | TASK_TEXT},
+        {"eval-batches", TASK_LOSS | TASK_TEXT}, {"dump-logits", TASK_LOSS}, {"window", TASK_TEXT},
+        {"stride", TASK_TEXT} };
     const Options* o = &s->o;
     struct stat st;
     for (size_t i = 0; i < sizeof uses / sizeof *uses; i++)
         if (!(uses[i].tasks & task_of(o)) && settings_origin(s, uses[i].name) == FROM_USER)
             return fail(err, "--%s has no meaning for --task %s; leave it out", uses[i].name, o->task);
     if (o->window && settings_origin(s, "seq-len") == FROM_USER)
-        return fail(err, "--seq-len has no meaning with --window, which is the length of the rows; leave it out");
-    if (o->stride && !o->window) return fail(err, "--stride needs --window, the length of the windows that it moves");
+        return fail(err,
+                    "--seq-len has no meaning with --window, which is the length of the rows; leave it out");
+    if (o->stride && !o->window)
+        return fail(err, "--stride needs --window, the length of the windows that it moves");
     if (o->stride > o->window)
-        return fail(err, "--stride %lld is larger than --window %lld: tokens between the windows would not be scored",
+        return fail(err,
+                    "--stride %lld is larger than --window %lld: tokens between windows would not be scored",
                     (long long)o->stride, (long long)o->window);
     if ((task_of(o) & TASK_ITEMS) && !o->data[0])
         return fail(err, "--task %s needs --data, JSON lines files of items", o->task);
@@ -66,8 +76,10 @@ static int64_t token_bytes(const Tokenizer* t, int id) {
 
 typedef struct { double loss; int64_t tokens, bytes; } TextScore;      // sums over the scored tokens
 
-// text_rows: the next rows of T tokens from target *at on, which moves: without windows a single one. Returns how many.
-static int64_t text_rows(const Loader* loader, const Options* o, int64_t* at, int64_t T, int* inputs, int* targets,
+// text_rows: the next rows of T tokens from target *at on, which moves: without windows a single one. Returns
+// how many.
+static int64_t text_rows(const Loader* loader, const Options* o, int64_t* at, int64_t T, int* inputs,
+                         int* targets,
                          int* doc, Error* err) {
     int64_t all = loader->data->n_tokens - 1, rows = 0, most = o->window ? o->batch_size : 1;
     for (; rows < most && *at < all; rows++) {
@@ -75,7 +87,8 @@ static int64_t text_rows(const Loader* loader, const Options* o, int64_t* at, in
         if (n > all - *at) n = all - *at;
         int64_t end = *at + n, begin = end > T ? end - T : 0;
         if (!o->window) begin = *at;
-        if (!loader_row(loader, begin, end - begin, inputs + rows * T, targets + rows * T, doc + rows * T, err))
+        if (!loader_row(loader, begin, end - begin, inputs + rows * T, targets + rows * T, doc + rows * T,
+                        err))
             return -1;
         for (int64_t i = 0; i < end - begin - n; i++) targets[rows * T + i] = -1;
         *at = end;
@@ -84,7 +97,8 @@ static int64_t text_rows(const Loader* loader, const Options* o, int64_t* at, in
 }
 
 // evaluate_text: the backend has room for B rows of T tokens
-static bool evaluate_text(Backend* b, const Data* data, const Options* o, int64_t B, int64_t T, TextScore* score,
+static bool evaluate_text(Backend* b, const Data* data, const Options* o, int64_t B, int64_t T,
+                          TextScore* score,
                           Error* err) {
     const Tokenizer* tok = &data->tokenizer;
     Loader loader = {&data->train, T, 0, false, 0, tok->eos, 0, 1};
@@ -100,7 +114,8 @@ static bool evaluate_text(Backend* b, const Data* data, const Options* o, int64_
     for (int64_t pass = 0; ok && (!o->eval_batches || pass < o->eval_batches) && !stop_signal; pass++) {
         int64_t rest = loader.data->n_tokens - 1 - at, rows;
         if (rest == 0) break;
-        if (rest < T && (!o->window || at == 0)) loader.seq_len = T = rest;      // a short row needs no padding
+        // a short row needs no padding
+        if (rest < T && (!o->window || at == 0)) loader.seq_len = T = rest;
         rows = text_rows(&loader, o, &at, T, inputs, targets, doc, err);
         if (!(ok = rows > 0)) break;
         for (int64_t i = 0; i < rows * T; i++) {
@@ -123,7 +138,8 @@ static bool evaluate_text(Backend* b, const Data* data, const Options* o, int64_
     return ok;
 }
 
-static bool eval_text(Backend* b, const Data* data, const Options* o, int64_t B, int64_t T, json_t* results, Error* err) {
+static bool eval_text(Backend* b, const Data* data, const Options* o, int64_t B, int64_t T, json_t* results,
+                      Error* err) {
     TextScore s;
     double start = seconds_now();
     if (!evaluate_text(b, data, o, B, T, &s, err)) return false;
@@ -179,11 +195,12 @@ static void item_free(Item* item) {
     memset(item, 0, sizeof *item);
 }
 
-// space_before: bytes of the white space character that ends before text[n], 0: there is none. The characters are
-// those that Python's str.rstrip removes.
+// space_before: bytes of the white space character that ends before text[n], 0: there is none. The characters
+// are those that Python's str.rstrip removes.
 static size_t space_before(const char* text, size_t n) {
     static const char* const wide[] = {
-        "\xC2\x85", "\xC2\xA0", "\xE1\x9A\x80", "\xE2\x80\x80", "\xE2\x80\x81", "\xE2\x80\x82", "\xE2\x80\x83",
+        "\xC2\x85", "\xC2\xA0", "\xE1\x9A\x80", "\xE2\x80\x80", "\xE2\x80\x81", "\xE2\x80\x82",
+        "\xE2\x80\x83",
         "\xE2\x80\x84", "\xE2\x80\x85", "\xE2\x80\x86", "\xE2\x80\x87", "\xE2\x80\x88", "\xE2\x80\x89",
         "\xE2\x80\x8A", "\xE2\x80\xA8", "\xE2\x80\xA9", "\xE2\x80\xAF", "\xE2\x81\x9F", "\xE3\x80\x80" };
     if (n && strchr(" \t\n\v\f\r\x1c\x1d\x1e\x1f", text[n - 1]) && text[n - 1]) return 1;
@@ -195,7 +212,8 @@ static size_t space_before(const char* text, size_t n) {
 }
 
 // item_choice: adds a choice: `blank` and the text, after a context of n bytes
-static bool item_choice(Items* f, Item* item, const char* context, size_t n, const char* text, size_t size, Error* err) {
+static bool item_choice(Items* f, Item* item, const char* context, size_t n, const char* text, size_t size,
+                        Error* err) {
     size_t kept = n, length = item->context.n;
     for (size_t k; (k = space_before(context, kept)) > 0;) kept -= k;
     if (item->n == 0) {
@@ -212,7 +230,8 @@ static bool item_choice(Items* f, Item* item, const char* context, size_t n, con
     bool begun = item->n > 1 && kept == 0;           // the end token of an empty context is there already
     int eos = f->encoder.tokenizer->eos;
     if (kept == 0 && !begun) {
-        if (eos < 0) return fail(err, "nothing stands before the text that is to be scored, and the model has no end "
+        if (eos < 0)
+            return fail(err, "nothing stands before the text that is to be scored, and the model has no end "
                                  "token to begin with");
         token_add(&item->context, eos);
     }
@@ -227,10 +246,11 @@ static bool item_choice(Items* f, Item* item, const char* context, size_t n, con
 
 static bool item_parse(Items* f, const json_t* root, Item* item, Error* err) {
     bool lambada = f->task == TASK_LAMBADA;
-    const char* fields[] = {lambada ? "text" : "context", lambada ? NULL : "choices", lambada ? NULL : "gold"};
-    if (!json_is_object(root)) return fail(err, "expected an object such as %s, found something else",
-                                           lambada ? "{\"text\": \"...\"}" : "{\"context\": \"...\", \"choices\": "
-                                                                             "[\"...\", \"...\"], \"gold\": 0}");
+    const char* fields[] = {lambada ? "text" : "context", lambada ? NULL : "choices", "gold"};
+    if (!json_is_object(root))
+        return fail(err, "expected an object such as {%s}, found something else",
+                    lambada ? "\"text\": \"...\""
+                            : "\"context\": \"...\", \"choices\": [\"...\", \"...\"], \"gold\": 0");
     for (int i = 0; i < 3 && fields[i]; i++)
         if (!json_object_get(root, fields[i])) return fail(err, "\"%s\" is missing", fields[i]);
     const json_t *text = json_object_get(root, fields[0]), *choices = json_object_get(root, "choices"),
@@ -241,14 +261,16 @@ static bool item_parse(Items* f, const json_t* root, Item* item, Error* err) {
     if (lambada) {
         const char* blank = (const char*)memrchr(context, ' ', n);
         size_t start = blank ? (size_t)(blank - context) + 1 : 0;
-        if (start == n) return fail(err, "\"text\": expected a word at the end, found %s", n ? "a blank" : "no text");
+        if (start == n)
+            return fail(err, "\"text\": expected a word at the end, found %s", n ? "a blank" : "no text");
         item->choice = (Choice*)xcalloc(1, sizeof(Choice));
         return item_choice(f, item, context, start ? start - 1 : 0, context + start, n - start, err);
     }
     if (!json_is_array(choices) || count < 2 || count > MAX_CHOICES)
         return fail(err, "\"choices\": expected a list of 2 to %d strings, found %s", MAX_CHOICES,
                     !json_is_array(choices) ? "another type" : count > MAX_CHOICES ? "more" : "fewer");
-    if (!json_is_integer(gold) || json_integer_value(gold) < 0 || json_integer_value(gold) >= (json_int_t)count)
+    if (!json_is_integer(gold) || json_integer_value(gold) < 0 ||
+        json_integer_value(gold) >= (json_int_t)count)
         return fail(err, "\"gold\": expected the number of the right choice, 0 to %zu, found %s", count - 1,
                     json_is_integer(gold) ? "another number" : "another type");
     item->gold = (int)json_integer_value(gold);
@@ -258,7 +280,8 @@ static bool item_parse(Items* f, const json_t* root, Item* item, Error* err) {
         if (!json_is_string(choice) || json_string_length(choice) == 0)
             return fail(err, "\"choices\": choice %zu: expected a string, found %s", i,
                         json_is_string(choice) ? "an empty one" : "another type");
-        if (!item_choice(f, item, context, n, json_string_value(choice), json_string_length(choice), err)) return false;
+        if (!item_choice(f, item, context, n, json_string_value(choice), json_string_length(choice), err))
+            return false;
     }
     return true;
 }
@@ -291,7 +314,8 @@ static bool items_next(Items* f, Item* item, Error* err) {
         if (p == f->line + n) continue;
         json_error_t where;
         Error why;
-        json_t* root = json_loadb(f->line, (size_t)n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL | JSON_DECODE_ANY, &where);
+        json_t* root = json_loadb(f->line, (size_t)n,
+                                  JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL | JSON_DECODE_ANY, &where);
         bool ok = root ? item_parse(f, root, item, &why) : fail(&why, "expected JSON, found: %s", where.text);
         json_decref(root);
         if (ok) return true;
@@ -346,8 +370,8 @@ static int compare_choices(const void* a, const void* b) {
     return (x < y) - (x > y);
 }
 
-// choices_score: log-likelihoods of up to B rows by one call; they are padded to the longest, the first. inputs,
-// targets, best: room for B rows of T
+// choices_score: log-likelihoods of up to B rows by one call; they are padded to the longest, the first.
+// inputs, targets, best: room for B rows of T
 static bool choices_score(Backend* b, Choice** row, size_t rows, int* inputs, int* targets, Error* err) {
     size_t T = choice_length(row[0]);
     for (size_t r = 0; r < rows; r++) {
@@ -390,7 +414,8 @@ static bool is_gold(const Item* item, int norm) {
 }
 
 // evaluate_items: scores all items; the log-likelihoods of each go into `scores`
-static bool evaluate_items(Backend* b, Items* f, size_t B, size_t T, Metrics* sum, json_t* scores, Error* err) {
+static bool evaluate_items(Backend* b, Items* f, size_t B, size_t T, Metrics* sum, json_t* scores,
+                           Error* err) {
     int *inputs = (int*)xcalloc(B * T, sizeof(int)), *targets = (int*)xcalloc(B * T, sizeof(int));
     size_t most = GROUP_ROWS * B + MAX_CHOICES, n_rows = 0, n_items = 0;
     Choice** row = (Choice**)xcalloc(most, sizeof(Choice*));
@@ -410,7 +435,8 @@ static bool evaluate_items(Backend* b, Items* f, size_t B, size_t T, Metrics* su
                 it->choice[i].context = &it->context;           // the item has moved
                 row[n_rows++] = &it->choice[i];
                 if (choice_length(&it->choice[i]) > T)
-                    ok = fail_line(err, "%s: line %lld: longer than before; the file has changed", f->files[f->file],
+                    ok = fail_line(err, "%s: line %lld: longer than before; the file has changed",
+                                   f->files[f->file],
                                    (long long)f->number);
             }
         }
@@ -419,7 +445,8 @@ static bool evaluate_items(Backend* b, Items* f, size_t B, size_t T, Metrics* su
             ok = choices_score(b, row + at, min_size(B, n_rows - at), inputs, targets, err);
         for (size_t i = 0; i < n_items; i++) {
             json_t* list = json_array();
-            for (int k = 0; k < item[i].n; k++) json_array_append_new(list, json_real(item[i].choice[k].score));
+            for (int k = 0; k < item[i].n; k++)
+                json_array_append_new(list, json_real(item[i].choice[k].score));
             json_array_append_new(scores, list);
             sum->items++;
             sum->score += item[i].choice[0].score;
@@ -452,7 +479,8 @@ static bool eval_items(Backend* b, Items* f, int64_t B, int64_t T, json_t* resul
     double start = seconds_now();
     bool ok = evaluate_items(b, f, (size_t)B, (size_t)T, &m, scores, err);
     if (ok && m.items) {
-        double rate = (double)m.items / (seconds_now() - start), acc = set_accuracy(results, "acc", m.acc, m.items);
+        double rate = (double)m.items / (seconds_now() - start);
+        double acc = set_accuracy(results, "acc", m.acc, m.items);
         json_object_set_new(results, "items", json_integer(m.items));
         printf("items %lld | acc %.4f", (long long)m.items, acc);
         if (f->task == TASK_LAMBADA) {
@@ -461,7 +489,8 @@ static bool eval_items(Backend* b, Items* f, int64_t B, int64_t T, json_t* resul
             printf(" | perplexity %.4f", perplexity);
         } else {
             double norm = set_accuracy(results, "acc_norm", m.acc_norm, m.items);
-            printf(" | acc_norm %.4f | acc_bytes %.4f", norm, set_accuracy(results, "acc_bytes", m.acc_bytes, m.items));
+            printf(" | acc_norm %.4f | acc_bytes %.4f", norm,
+                   set_accuracy(results, "acc_bytes", m.acc_bytes, m.items));
         }
         printf(" | %.1f items/s\n", rate);
         json_object_set(results, "loglikelihoods", scores);

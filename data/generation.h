@@ -1,6 +1,7 @@
 // Around generation: prompts from a file, and where a text ends. Part of section 10 of train_mamba.c.
 
-// PromptList: --prompts: a text file with a prompt in every line, or JSON lines {"prompt": ...}. Empty lines are none.
+// PromptList: --prompts: a text file with a prompt in every line, or JSON lines {"prompt": ...}. Empty lines
+// are none.
 typedef struct {
     char** text;
     size_t* size;
@@ -40,7 +41,9 @@ static bool prompts_read(PromptList* list, const char* path, Error* err) {
         json_error_t where;
         json_t* root = json_loadb(line, (size_t)n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &where);
         const json_t* text = json_object_get(root, "prompt");
-        if (!root) ok = fail_line(err, "%s: line %lld: expected JSON, found: %s", path, (long long)number, where.text);
+        if (!root)
+            ok = fail_line(err, "%s: line %lld: expected JSON, found: %s", path, (long long)number,
+                           where.text);
         else if (!json_is_string(text))
             ok = fail_line(err, "%s: line %lld: expected an object with a string \"prompt\", found %s", path,
                            (long long)number, text ? "another type" : "none of that name");
@@ -73,7 +76,8 @@ static bool written_add(Written* w, const char* text, size_t n, const char* stop
         return false;
     }
     text_append(&w->waiting, text, n);
-    const char* found = w->waiting.n ? (const char*)memmem(w->waiting.data, w->waiting.n, stop, length) : NULL;
+    const Text* t = &w->waiting;
+    const char* found = t->n ? (const char*)memmem(t->data, t->n, stop, length) : NULL;
     for (size_t k = 1; !found && k < length && k <= w->waiting.n; k++)
         if (memcmp(w->waiting.data + w->waiting.n - k, stop, k) == 0) keep = k;
     size_t ready = found ? (size_t)(found - w->waiting.data) : w->waiting.n - keep;

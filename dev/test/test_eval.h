@@ -1,13 +1,15 @@
 // ---------------------------------------------------------------------------------------------------
-// test_eval.h: data/evaluation.h. Texts and windows against a definition of one row per token, items against rows
-// computed alone, metrics with numbers made by hand, and the program: results, refusals. That the definitions are
-// those of lm-evaluation-harness is checked by dev/reference/check_eval.py. Then data/generation.h: many prompts in one
-// batch, stop texts, turns.
+// test_eval.h: data/evaluation.h. Texts and windows against a definition of one row per token, items against
+// rows computed alone, metrics with numbers made by hand, and the program: results, refusals. That the
+// definitions are those of lm-evaluation-harness is checked by dev/reference/check_eval.py. Then
+// data/generation.h: many prompts in one batch, stop texts, turns.
 
-// the most that a sum may differ when it is made in rows of another length; on the CPU only its own rounding does
+// the most that a sum may differ when it is made in rows of another length; on the CPU only its own rounding
+// does
 double eval_limit;
 
-// loss_at: the loss of token `at` of the ids after those from `begin` on, by a row of its own; *best: see token_best
+// loss_at: the loss of token `at` of the ids after those from `begin` on, by a row of its own; *best: see
+// token_best
 double loss_at(Backend* b, const int* ids, size_t begin, size_t at, int* best) {
     static int targets[4096];
     static real loss[4096];
@@ -34,8 +36,8 @@ Settings* eval_options(const char* text) {
     return &s;
 }
 
-// Catches: a token scored twice or never, a window one too long, a state that is lost or kept too long, end tokens
-// that count, bytes of tokens that are not scored.
+// Catches: a token scored twice or never, a window one too long, a state that is lost or kept too long, end
+// tokens that count, bytes of tokens that are not scored.
 void test_eval_text(Backend* (*make)(Model*, size_t, size_t)) {
     enum { N = 97 };
     Config c = toy_config("1m", 2, 12, 18, 5, 4, 2, 257);
@@ -49,10 +51,12 @@ void test_eval_text(Backend* (*make)(Model*, size_t, size_t)) {
     Worst carried = {0, ""}, windows = {0, ""};
     double counted = 0;
     char options_text[200];
-    const int window[][2] = {{0, 1}, {0, 7}, {0, 64}, {0, 500}, {200, 0}, {97, 5}, {96, 96}, {40, 13}, {16, 1}, {1, 1}};
+    const int window[][2] = {{0, 1}, {0, 7}, {0, 64}, {0, 500}, {200, 0}, {97, 5}, {96, 96}, {40, 13},
+                             {16, 1}, {1, 1}};
     for (int k = 0; k < COUNT_OF(window); k++) {
         int W = window[k][0], S = window[k][1] ? window[k][1] : W;
-        if (W) snprintf(options_text, sizeof options_text, "--task text --batch-size 3 --window %d --stride %d", W, window[k][1]);
+        if (W) snprintf(options_text, sizeof options_text,
+                        "--task text --batch-size 3 --window %d --stride %d", W, window[k][1]);
         else snprintf(options_text, sizeof options_text, "--task text --batch-size 1 --seq-len %d", S);
         Settings* s = eval_options(options_text);
         Error err;
@@ -71,7 +75,8 @@ void test_eval_text(Backend* (*make)(Model*, size_t, size_t)) {
             size_t begin = W && end > (size_t)W ? end - (size_t)W : 0;
             expected += loss_at(rows, ids, begin, at, NULL);
         }
-        worst_add(W ? &windows : &carried, fabs(score.loss - expected) / expected, "window %d, stride %d", W, S);
+        worst_add(W ? &windows : &carried, fabs(score.loss - expected) / expected, "window %d, stride %d", W,
+                  S);
         counted += score.tokens != N || score.bytes != N;
         own->destroy(own);
         dataset_close(&data.train);
@@ -86,7 +91,8 @@ void test_eval_text(Backend* (*make)(Model*, size_t, size_t)) {
     must(open_list(&data.train, list, &data.tokenizer, &err), &err);
     TextScore score;
     double expected = 0;
-    must(evaluate_text(b, &data, &eval_options("--task text --batch-size 1 --seq-len 50")->o, 1, 50, &score, &err), &err);
+    must(evaluate_text(b, &data, &eval_options("--task text --batch-size 1 --seq-len 50")->o, 1, 50, &score,
+                       &err), &err);
     for (size_t at = 1; at <= N; at++) expected += loss_at(rows, ids, 0, at, NULL) * (at <= 30 ? 2 : 1);
     worst_add(&carried, fabs(score.loss - expected) / expected, "two files");
     counted += score.tokens != N + 30 || score.bytes != N + 30;
@@ -106,13 +112,16 @@ void test_eval_items(Backend* (*make)(Model*, size_t, size_t)) {
     // what the context and the choice become: white space at the end of the context goes to the choice
     static const struct { const char *line, *context, *choice; } pair[] = {
         {"{\"context\": \"ab\", \"choices\": [\"xyz\", \"p\"], \"gold\": 0}", "ab", " xyz"},
-        {"{\"context\": \"ab \\n\\u3000\", \"choices\": [\"x\", \"p\"], \"gold\": 1}", "ab", " \n\xE3\x80\x80 x"},
+        {"{\"context\": \"ab \\n\\u3000\", \"choices\": [\"x\", \"p\"], \"gold\": 1}", "ab",
+         " \n\xE3\x80\x80 x"},
         {"{\"context\": \"\", \"choices\": [\"x\", \"long enough\"], \"gold\": 0}", "", " x"},
-        {"{\"context\": \" \\u00e9\", \"choices\": [\"\\u00e9\\u0000\", \"e\"], \"gold\": 0}", " \xC3\xA9", " \xC3\xA9"},
-        {"{\"context\": \"a longer context than the others have\", \"choices\": [\"x\", \" y\", \"z\"], \"gold\": 2}",
-         "a longer context than the others have", " x"} };
+        {"{\"context\": \" \\u00e9\", \"choices\": [\"\\u00e9\\u0000\", \"e\"], \"gold\": 0}", " \xC3\xA9",
+         " \xC3\xA9"},
+        {"{\"context\": \"a longer context than others have\", \"choices\": [\"x\", \" y\"], \"gold\": 1}",
+         "a longer context than others have", " x"} };
     static const struct { const char *line, *context, *choice; } last[] = {
-        {"{\"text\": \"one two  three.\"}", "one two", "  three."}, {"{\"text\": \"word\", \"id\": 3}", "", " word"},
+        {"{\"text\": \"one two  three.\"}", "one two", "  three."},
+        {"{\"text\": \"word\", \"id\": 3}", "", " word"},
         {"{\"text\": \"two\\nlines here\"}", "two\nlines", " here"} };
     Backend* alone = make(&m, 1, 200);
     for (int lambada = 0; lambada < 2; lambada++) {
@@ -145,7 +154,8 @@ void test_eval_items(Backend* (*make)(Model*, size_t, size_t)) {
                 for (size_t k = 0; k < json_array_size(json_array_get(first, (size_t)i)); k++) {
                     double x = json_real_value(json_array_get(json_array_get(first, (size_t)i), k)),
                            y = json_real_value(json_array_get(json_array_get(scores, (size_t)i), k));
-                    worst_add(&batches, fabs(x - y) / fabs(x), "item %d, choice %zu, batches of %zu", i, k, B);
+                    worst_add(&batches, fabs(x - y) / fabs(x), "item %d, choice %zu, batches of %zu", i, k,
+                              B);
                 }
             if (B == 1) {
                 f.file = 0;
@@ -156,7 +166,8 @@ void test_eval_items(Backend* (*make)(Model*, size_t, size_t)) {
                     const char *context = lambada ? last[i].context : pair[i].context,
                                *choice = lambada ? last[i].choice : pair[i].choice;
                     int ids[200] = {256}, all = 1;
-                    size_t k = strlen(context) ? strlen(context) : 1, e = strlen(choice) + (i == 3 && !lambada);
+                    size_t k = strlen(context) ? strlen(context) : 1;
+                    size_t e = strlen(choice) + (i == 3 && !lambada);
                     for (size_t j = 0; context[j]; j++) ids[j] = (unsigned char)context[j];
                     for (size_t j = 0; j < e; j++) ids[k + j] = (unsigned char)choice[j];
                     if (i == 3 && !lambada) split += item.choice[0].chars != 2 || item.choice[0].bytes != 3;
@@ -182,7 +193,8 @@ void test_eval_items(Backend* (*make)(Model*, size_t, size_t)) {
             items_close(&f);
         }
         json_decref(first);
-        worst_report(lambada ? "last words: log-likelihoods = one row per token" : "choices: log-likelihoods = one row per token",
+        worst_report(lambada ? "last words: log-likelihoods = one row per token"
+                             : "choices: log-likelihoods = one row per token",
                      &w, eval_limit);
         report("contexts or choices cut elsewhere; greedy matches that differ", split + fabs(best), 0);
         worst_report("batches of 1 to 10 rows: log-likelihoods differ", &batches, eval_limit);
@@ -197,13 +209,15 @@ void test_eval_items(Backend* (*make)(Model*, size_t, size_t)) {
         for (int v = 0; v < 264; v++) {
             ids[2] = v;
             least = fmin(least, loss_at(alone, ids, 0, 2, NULL));
-            if (t % 50) break;                   // one target has to be the best of all; the others, some of them
+            // one target has to be the best of all; the others, some of them
+            if (t % 50) break;
         }
         if (t % 50 == 0) wrong += is != (loss <= least);
         n_best += is;
     }
     report("most likely tokens: wrong, or not one of 264", wrong + (n_best != 1), 0);
-    // a row counts as most likely when all of its tokens do. Row k has another token than that at k, the last row none
+    // a row counts as most likely when all of its tokens do. Row k has another token than that at k, the last
+    // row none
     int greedy[4][6] = {{1, 2}, {1, 2}, {1, 2}, {1, 2}};
     TokenList context = {ids, 2, 2};
     Choice row[4], *order[4];
@@ -213,7 +227,10 @@ void test_eval_items(Backend* (*make)(Model*, size_t, size_t)) {
     for (int k = 0; k < 4; k++) {
         for (size_t at = 2; at < 5; at++) {
             int is = 0, best = -1;
-            for (int v = 0; v < 264 && !is; v++) greedy[k][at] = best = v, loss_at(alone, greedy[k], 0, at, &is);
+            for (int v = 0; v < 264 && !is; v++) {
+                greedy[k][at] = best = v;
+                loss_at(alone, greedy[k], 0, at, &is);
+            }
             if ((int)at - 2 == k) greedy[k][at] = (best + 1) % 257;
         }
         row[k].ids.id = greedy[k] + 2;
@@ -237,18 +254,24 @@ void test_eval_metrics(void) {
     Choice choice[3];
     memset(choice, 0, sizeof choice);
     const double score[3] = {-6, -8, -9}, chars[3] = {2, 4, 3}, bytes[3] = {2, 4, 9};
-    for (int i = 0; i < 3; i++) { choice[i].score = score[i]; choice[i].chars = chars[i]; choice[i].bytes = bytes[i]; }
+    for (int i = 0; i < 3; i++) {
+        choice[i].score = score[i];
+        choice[i].chars = chars[i];
+        choice[i].bytes = bytes[i];
+    }
     Item item = {{NULL, 0, 0}, choice, 3, 0};
     const int winner[3] = {0, 1, 2};             // -6 | -3, -2, -3 | -3, -2, -1
     double wrong = 0;
     for (int norm = 0; norm < 3; norm++)
-        for (item.gold = 0; item.gold < 3; item.gold++) wrong += is_gold(&item, norm) != (winner[norm] == item.gold);
+        for (item.gold = 0; item.gold < 3; item.gold++)
+            wrong += is_gold(&item, norm) != (winner[norm] == item.gold);
     choice[1].score = -6;                        // of equal ones the first
     item.gold = 1;
     wrong += is_gold(&item, 0);
     json_t* results = json_object();
     wrong += set_accuracy(results, "acc", 3, 4) != 0.75;
-    wrong += fabs(json_real_value(json_object_get(results, "acc_stderr")) - 0.25) > 1e-12;   // of 1, 1, 1, 0: 0.5 / 2
+    // of 1, 1, 1, 0: 0.5 / 2
+    wrong += fabs(json_real_value(json_object_get(results, "acc_stderr")) - 0.25) > 1e-12;
     json_decref(results);
     report("acc, acc_norm, acc_bytes, standard error: wrong", wrong, 0);
 }
@@ -265,16 +288,22 @@ static const struct { const char *line, *task, *words; } eval_bad[] = {
     {"{\"choices\": [\"a\", \"b\"], \"gold\": 0}", "choice", "line 2: \"context\" is missing"},
     {"{\"context\": \"a\", \"gold\": 0}", "choice", "line 2: \"choices\" is missing"},
     {"{\"context\": \"a\", \"choices\": [\"a\", \"b\"]}", "choice", "line 2: \"gold\" is missing"},
-    {"{\"context\": 3, \"choices\": [\"a\", \"b\"], \"gold\": 0}", "choice", "\"context\": expected a string"},
-    {"{\"context\": \"a\", \"choices\": \"ab\", \"gold\": 0}", "choice", "\"choices\": expected a list of 2 to 1000 strings, found another"},
+    {"{\"context\": 3, \"choices\": [\"a\", \"b\"], \"gold\": 0}", "choice",
+     "\"context\": expected a string"},
+    {"{\"context\": \"a\", \"choices\": \"ab\", \"gold\": 0}", "choice",
+     "\"choices\": expected a list of 2 to 1000 strings, found another"},
     {"{\"context\": \"a\", \"choices\": [\"a\"], \"gold\": 0}", "choice", "found fewer"},
-    {"{\"context\": \"a\", \"choices\": [\"a\", 5], \"gold\": 0}", "choice", "choice 1: expected a string, found another type"},
-    {"{\"context\": \"a\", \"choices\": [\"a\", \"\"], \"gold\": 0}", "choice", "choice 1: expected a string, found an empty one"},
-    {"{\"context\": \"a\", \"choices\": [\"a\", \"b\"], \"gold\": 2}", "choice", "\"gold\": expected the number of the right choice, 0 to 1, found another number"},
+    {"{\"context\": \"a\", \"choices\": [\"a\", 5], \"gold\": 0}", "choice",
+     "choice 1: expected a string, found another type"},
+    {"{\"context\": \"a\", \"choices\": [\"a\", \"\"], \"gold\": 0}", "choice",
+     "choice 1: expected a string, found an empty one"},
+    {"{\"context\": \"a\", \"choices\": [\"a\", \"b\"], \"gold\": 2}", "choice",
+     "\"gold\": expected the number of the right choice, 0 to 1, found another number"},
     {"{\"context\": \"a\", \"choices\": [\"a\", \"b\"], \"gold\": -1}", "choice", "found another number"},
     {"{\"context\": \"a\", \"choices\": [\"a\", \"b\"], \"gold\": \"0\"}", "choice", "found another type"},
     {"{\"context\": \"a\", \"choices\": [\"a\", \"b\"], \"gold\": true}", "choice", "found another type"},
-    {"{\"context\": \"a\", \"context\": \"b\", \"choices\": [\"a\", \"b\"], \"gold\": 0}", "choice", "line 2: expected JSON"},
+    {"{\"context\": \"a\", \"context\": \"b\", \"choices\": [\"a\", \"b\"], \"gold\": 0}", "choice",
+     "line 2: expected JSON"},
     {"{\"id\": 1}", "lambada", "line 2: \"text\" is missing"},
     {"{\"text\": null}", "lambada", "\"text\": expected a string"},
     {"{\"text\": \"\"}", "lambada", "expected a word at the end, found no text"},
@@ -287,9 +316,11 @@ static const CliRow eval_options_bad[] = {
     {"eval --from run --task choice --data nowhere.jsonl", NULL, 1, "nowhere.jsonl: cannot open"},
     {"eval --from run --task choice --data d_empty", NULL, 1, "expected a regular file, found a directory"},
     {"eval --from run --task choice --data fifo", NULL, 1, "found a FIFO"},
-    {"eval --from run --task text --data a.txt --window 8 --stride 9", NULL, 1, "--stride 9 is larger than --window 8"},
+    {"eval --from run --task text --data a.txt --window 8 --stride 9", NULL, 1,
+     "--stride 9 is larger than --window 8"},
     {"eval --from run --task text --data a.txt --stride 9", NULL, 1, "--stride needs --window"},
-    {"eval --from run --task text --data a.txt --window 8 --seq-len 9", NULL, 1, "--seq-len has no meaning with --window"},
+    {"eval --from run --task text --data a.txt --window 8 --seq-len 9", NULL, 1,
+     "--seq-len has no meaning with --window"},
     {"eval --from run --data a.txt --window 8", NULL, 1, "--window has no meaning for --task loss"},
     {ITEMS "lambada --eval-batches 2", NULL, 1, "--eval-batches has no meaning for --task lambada"},
     {ITEMS "choice --seq-len 9", NULL, 1, "--seq-len has no meaning for --task choice"},
@@ -302,14 +333,16 @@ static const CliRow eval_options_bad[] = {
 
 void test_eval_program(void) {
     cli_prepare();
-    const char good[] = "{\"text\": \"fine words\", \"context\": \"a\", \"choices\": [\"b\", \"c\"], \"gold\": 1}\n";
+    const char good[] = "{\"text\": \"fine words\", \"context\": \"a\", "
+                        "\"choices\": [\"b\", \"c\"], \"gold\": 1}\n";
     for (int i = 0; i < COUNT_OF(eval_bad); i++) {
         char args[200];
         cli_write("items.jsonl", good, eval_bad[i].line[0] > ' ' ? strlen(good) : 0, "wb");
         cli_write("items.jsonl", eval_bad[i].line, strlen(eval_bad[i].line), "ab");
         snprintf(args, sizeof args, ITEMS "%s --results fresh.json", eval_bad[i].task);
         Finished f = cli_run(args);
-        cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, eval_bad[i].words) && !cli_exists("fresh.json") &&
+        cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, eval_bad[i].words) &&
+                  !cli_exists("fresh.json") &&
                   f.out_size == 0, eval_bad[i].words, &f);
     }
     cli_group("items: each fault one line, no results file", COUNT_OF(eval_bad));
@@ -327,7 +360,8 @@ void test_eval_program(void) {
         char temporary[40];
         snprintf(temporary, sizeof temporary, "%s.tmp", name);
         cli_check(f.code == 0 && f.err_size == 0 && json_is_number(json_object_get(results, keys[i])) &&
-                  strcmp(json_string_value(json_object_get(results, "task")), tasks[i]) == 0 && !cli_exists(temporary),
+                  strcmp(json_string_value(json_object_get(results, "task")), tasks[i]) == 0 &&
+                  !cli_exists(temporary),
                   args, &f);
         json_decref(results);
     }
@@ -353,19 +387,21 @@ void write_all_of(Generation* g) {
     must(generation_write(g, &no, &err), &err);
 }
 
-// Catches: padding that a short prompt sees, random numbers of another row, a row that goes on after its end, a stop
-// text found only inside one token, a turn that forgets the one before.
+// Catches: padding that a short prompt sees, random numbers of another row, a row that goes on after its end,
+// a stop text found only inside one token, a turn that forgets the one before.
 void test_generation(Backend* (*make)(Model*, size_t, size_t)) {
     Config c = toy_config("1m", 2, 12, 18, 5, 4, 2, 257);
     Model m = toy_model(&c, false, 6);
-    for (size_t i = 0; i < 257 * 12; i++) m.embedding[i] *= 20;          // so that the text depends on what was read
+    // so that the text depends on what was read
+    for (size_t i = 0; i < 257 * 12; i++) m.embedding[i] *= 20;
     Backend* b = make(&m, 0, 0);
     Tokenizer tok;
     tokenizer_bytes(&tok);
     unsigned char text[400];
     for (int i = 0; i < 400; i++) text[i] = (unsigned char)('!' + random_bits(41, 0, (uint64_t)i) % 90);
     static Settings s[4];
-    const char* const how[] = {"--temperature 0", "--temperature 1 --repetition-penalty 1.2", "--temperature 1 --stop @",
+    const char* const how[] = {"--temperature 0", "--temperature 1 --repetition-penalty 1.2",
+                               "--temperature 1 --stop @",
                                "--top-k 40 --chunk 7"};
     const size_t length[] = {1, 300, 0, 17, 64, 2, 256, 33};
     double differ = 0, bits = 0;
@@ -384,7 +420,8 @@ void test_generation(Backend* (*make)(Model*, size_t, size_t)) {
                 read_ids(&one, 0, text + r, length[r]);
                 write_all_of(&one);
                 const Text *x = &all.text[r].kept, *y = &one.text[0].kept;
-                differ += x->n != y->n || (x->n && memcmp(x->data, y->data, x->n)) || all.position[r] != one.position[0];
+                differ += x->n != y->n || (x->n && memcmp(x->data, y->data, x->n)) ||
+                    all.position[r] != one.position[0];
                 size_t Vp = (size_t)c.vocab_padded;      // after as many steps, unless one of them went on
                 if (!all.done[r] && !one.done[0] && (k > 0 || !b->decode_greedy))
                     bits += memcmp(all.logits + r * Vp, one.logits, Vp * sizeof(real)) != 0;
@@ -422,10 +459,12 @@ void test_generation(Backend* (*make)(Model*, size_t, size_t)) {
     for (int k = 0; k < 4; k++) settings_free(&s[k]);
 }
 
-// Stop texts over any pieces. Catches: one that begins in one token and ends in another, its overlap with itself.
+// Stop texts over any pieces. Catches: one that begins in one token and ends in another, its overlap with
+// itself.
 void test_stop(void) {
     static const struct { const char *text, *stop, *expected; } row[] = {
-        {"one END two", "END", "one "}, {"aaab", "aab", "a"}, {"ababac", "abac", "ab"}, {"no stop EN", "END", "no stop EN"},
+        {"one END two", "END", "one "}, {"aaab", "aab", "a"}, {"ababac", "abac", "ab"},
+        {"no stop EN", "END", "no stop EN"},
         {"END", "END", ""}, {"abc", "", "abc"}, {"x", "long stop text", "x"} };
     double wrong = 0;
     for (int i = 0; i < COUNT_OF(row); i++)
@@ -438,7 +477,8 @@ void test_stop(void) {
                 found = written_add(&w, row[i].text + at, min_size(piece, n - at), row[i].stop);
             written_end(&w);
             wrong += found != (row[i].stop[0] && strstr(row[i].text, row[i].stop) != NULL);
-            wrong += w.kept.n != strlen(row[i].expected) || (w.kept.n && memcmp(w.kept.data, row[i].expected, w.kept.n));
+            wrong += w.kept.n != strlen(row[i].expected) ||
+                (w.kept.n && memcmp(w.kept.data, row[i].expected, w.kept.n));
             free(w.kept.data);
             free(w.waiting.data);
         }
@@ -451,7 +491,8 @@ static const CliRow generate_bad[] = {
     {"generate --from run --prompts newlines.txt", NULL, 1, "found none"},
     {"generate --from run --prompts d_empty", NULL, 1, "found a directory"},
     {"generate --from run --prompts bad.jsonl", NULL, 1, "bad.jsonl: line 2: expected JSON"},
-    {"generate --from run --prompts field.jsonl", NULL, 1, "line 1: expected an object with a string \"prompt\", found none"},
+    {"generate --from run --prompts field.jsonl", NULL, 1,
+     "line 1: expected an object with a string \"prompt\", found none"},
     {"generate --from run --prompts type.jsonl", NULL, 1, "found another type"},
     {"generate --from run --prompts a.txt --prompt x", NULL, 1, "--prompts: leave out"},
     {"generate --from run --prompts a.txt --save-state s", NULL, 1, "--prompts: leave out"},
@@ -463,7 +504,8 @@ static const CliRow generate_bad[] = {
 // lines_of: how many lines begin with this
 int lines_of(const char* text, const char* start) {
     int n = 0;
-    for (const char* p = text; p; p = strchr(p, '\n') ? strchr(p, '\n') + 1 : NULL) n += strncmp(p, start, strlen(start)) == 0;
+    for (const char* p = text; p; p = strchr(p, '\n') ? strchr(p, '\n') + 1 : NULL)
+        n += strncmp(p, start, strlen(start)) == 0;
     return n;
 }
 
@@ -476,7 +518,8 @@ void test_generate_program(void) {
     cli_rows("prompts, turns: wrong options and files", generate_bad, COUNT_OF(generate_bad));
     Finished a = cli_run("generate --from run --prompts p.jsonl --max-tokens 20 --num-samples 2"),
              b = cli_run("generate --from run --prompts p.txt --max-tokens 20 --num-samples 2");
-    cli_check(a.code == 0 && a.out_size > 60 && a.out_size == b.out_size && memcmp(a.out, b.out, a.out_size) == 0 &&
+    cli_check(a.code == 0 && a.out_size > 60 && a.out_size == b.out_size &&
+              memcmp(a.out, b.out, a.out_size) == 0 &&
               lines_of(a.out, "--- prompt 2, sample 2") == 1 && strstr(a.err, "prompt: 24 tokens"),
               "the same prompts in a text and in JSON lines", &a);
     Launch l;
@@ -488,7 +531,8 @@ void test_generate_program(void) {
               strstr(a.err, "new: 15 tokens"), "turns from a pipe: three lines, ends with the input", &a);
     l.output = "/dev/full";
     a = cli_wait(cli_start(&l), 5);
-    cli_check(a.code == 1 && cli_one_line(&a) && strstr(a.err, "No space"), "turns into /dev/full: one line", &a);
+    cli_check(a.code == 1 && cli_one_line(&a) && strstr(a.err, "No space"), "turns into /dev/full: one line",
+              &a);
     cli_group("prompts and turns of the program", 3);
 }
 
