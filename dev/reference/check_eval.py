@@ -1,19 +1,20 @@
 """Does `eval` measure what lm-evaluation-harness measures?
 
-    python dev/reference/check_eval.py [--binary build/train_mamba] [--device cpu] [checkpoint directory of ours]
+    python dev/reference/check_eval.py [--binary build/train_mamba] [checkpoint directory of ours]
+                                       [--options '--device cuda --precision fp32']
 
-Needs `pip install lm-eval accelerate peft`. Makes a small set of texts and items, lets our program and the harness (its HFLM over
-transformers' MambaForCausalLM in float32, on the CPU) score them, and compares:
+Needs `pip install lm-eval accelerate peft`. Makes a small set of texts and items, lets our program and the
+harness (its HFLM over transformers' MambaForCausalLM in float32, on the CPU) score them, and compares:
 
-  text      loss, bits per byte: loglikelihood_rolling with windows as long as the text, and strided windows as
-            its get_rolling_token_windows cuts them; JSON lines too
+  text      loss, bits per byte: loglikelihood_rolling with windows as long as the text, and strided windows
+            as its get_rolling_token_windows cuts them; JSON lines too
   lambada   every log-likelihood, acc, perplexity of its task lambada_openai
-  choice    every log-likelihood, acc, acc_norm, acc_bytes of its multiple_choice tasks
+  choice    every log-likelihood, acc, acc_norm, acc_bytes of its multiple_choice tasks, and standard errors
 
-The items come through the harness's own ConfigurableTask (YAML below), so that the splitting of contexts, the
-metrics and their aggregation are the harness's, not ours. Without a directory a random model of transformers with
-the tokenizer in dev/reference/fixtures/tokenizers/neox is used, and once more with byte tokens. Limit: 1e-4, relative. Exit code 1
-on failure.
+The items come through the harness's own tasks (their fields are in tasks()), so that the splitting of
+contexts, the metrics and their aggregation are the harness's, not ours. Without a directory a random model of
+transformers with the tokenizer in dev/reference/fixtures/tokenizers/neox is used, then a model of bytes that our program
+trains. Limit: 1e-4, relative. Exit code 1 on failure.
 """
 import argparse
 import json
@@ -26,6 +27,7 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+import numpy as np
 import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
@@ -57,7 +59,8 @@ def make_files(directory):
     for i in range(40):
         n = 2 + i % 4
         context = words(rng, i) + ["", " ", "\n\n", "\u3000 "][i % 4] if i else ""
-        choice.append({"context": context, "choices": [words(rng, 1 + (i + k) % 7) for k in range(n)], "gold": i % n})
+        choice.append({"context": context, "gold": i % n,
+                       "choices": [words(rng, 1 + (i + k) % 7) for k in range(n)]})
     with open(os.path.join(directory, "text.txt"), "w") as file:
         file.write("\n".join(texts))
     for name, rows in (("documents", [{"text": t} for t in texts]), ("lambada", lambada), ("choice", choice)):
@@ -68,12 +71,16 @@ def make_files(directory):
 
 def tasks(directory):
     """The harness's lambada_openai and multiple choice with our files as their data set"""
-    data = lambda name: dict(dataset_path="json", dataset_kwargs={"data_files": {"test": os.path.join(directory, name)}},
-                             test_split="test")
+    def data(name):
+        files = {"test": os.path.join(directory, name)}
+        return dict(dataset_path="json", dataset_kwargs={"data_files": files}, test_split="test")
+
     return {
         "lambada": dict(task="lambada", output_type="loglikelihood", **data("lambada.jsonl"),
-                        doc_to_text="{{text.split(' ')[:-1]|join(' ')}}", doc_to_target="{{' '+text.split(' ')[-1]}}",
-                        metric_list=[dict(metric="perplexity", aggregation="perplexity", higher_is_better=False),
+                        doc_to_text="{{text.split(' ')[:-1]|join(' ')}}",
+                        doc_to_target="{{' '+text.split(' ')[-1]}}",
+                        metric_list=[dict(metric="perplexity", aggregation="perplexity",
+                                          higher_is_better=False),
                                      dict(metric="acc", aggregation="mean", higher_is_better=True)]),
         "choice": dict(task="choice", output_type="multiple_choice", **data("choice.jsonl"),
                        doc_to_text="{{context}}", doc_to_target="gold", doc_to_choice="{{choices}}",
@@ -85,8 +92,8 @@ def ours(binary, checkpoint, scratch, *options):
     out = os.path.join(scratch, "results.json")
     if os.path.exists(out):
         os.remove(out)
-    done = subprocess.run([binary, "eval", "--from", checkpoint, "--results", out, *options], capture_output=True,
-                          text=True)
+    done = subprocess.run([binary, "eval", "--from", checkpoint, "--results", out, *options],
+                          capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{binary} eval {' '.join(options)}: {done.stderr.strip()}")
     with open(out) as file:
@@ -101,7 +108,8 @@ class Rows:
         if len(ours) != len(theirs):
             error = math.inf
         Rows.failed |= not error <= LIMIT
-        print(f"{'ok  ' if error <= LIMIT else 'FAIL'} {claim:58} {len(ours):5} numbers   worst {error:.1e}", flush=True)
+        print(f"{'ok  ' if error <= LIMIT else 'FAIL'} {claim:58} {len(ours):5} numbers   worst {error:.1e}",
+              flush=True)
 
 
 def check(rows, name, binary, checkpoint, extra, scratch):
@@ -110,7 +118,8 @@ def check(rows, name, binary, checkpoint, extra, scratch):
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=os.path.join(checkpoint, "tokenizer.json"),
                                         eos_token="<|endoftext|>", bos_token="<|endoftext|>")
     model = MambaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=1 << 20, batch_size=1, device="cpu")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=1 << 20, batch_size=1,
+              device="cpu")
 
     run = lambda *options: ours(binary, checkpoint, scratch, *extra, *options)
     ids = lm.tok_encode(text)
@@ -126,30 +135,34 @@ def check(rows, name, binary, checkpoint, extra, scratch):
     theirs = expected(rolling([text]), len(ids), [text])
     for chunk in (7, 256):
         rows.add(f"{name}: text, state carried, passes of {chunk}",
-                 per_byte(run("--task", "text", "--data", at("text.txt"), "--seq-len", str(chunk), "--batch-size", "1")), theirs)
-    if not name.startswith("bytes"):             # a byte tokenizer has no documents in JSON lines
-        rows.add(f"{name}: documents in JSON lines", per_byte(run("--task", "text", "--data", at("documents.jsonl"))),
+                 per_byte(run("--task", "text", "--data", at("text.txt"), "--seq-len", str(chunk),
+                              "--batch-size", "1")), theirs)
+    if len(tokenizer) > 257:                     # a byte tokenizer has no documents in JSON lines
+        rows.add(f"{name}: documents in JSON lines",
+                 per_byte(run("--task", "text", "--data", at("documents.jsonl"))),
                  expected(rolling(documents), sum(len(lm.tok_encode(t)) for t in documents), documents))
     for window, stride in ((64, 64), (64, 16), (21, 8), (1 << 14, 7)):
         windows = get_rolling_token_windows(ids, lm.prefix_token_id, window, window - stride + 1)
-        scores = lm._loglikelihood_tokens([((None, None), *pair) for pair in
-                                           (lm_window(w) for w in windows)], disable_tqdm=True)
+        requests = [((None, None), *lm_window(w)) for w in windows]
+        scores = lm._loglikelihood_tokens(requests, disable_tqdm=True)
         rows.add(f"{name}: text, windows of {window} by {stride}",
-                 per_byte(run("--task", "text", "--data", at("text.txt"), "--window", str(window), "--stride", str(stride))),
+                 per_byte(run("--task", "text", "--data", at("text.txt"), "--window", str(window), "--stride",
+                              str(stride))),
                  expected(-sum(s[0] for s in scores), len(ids), [text]))
 
     manager = TaskManager(include_defaults=False)
-    result = evaluator.simple_evaluate(lm, tasks=list(tasks(scratch).values()), task_manager=manager, log_samples=True,
-                                       bootstrap_iters=0, cache_requests=False)
-    for task, metrics in (("lambada", ("acc", "perplexity")), ("choice", ("acc", "acc_norm", "acc_bytes", "acc_stderr",
-                                                                           "acc_norm_stderr"))):
+    result = evaluator.simple_evaluate(lm, tasks=list(tasks(scratch).values()), task_manager=manager,
+                                       log_samples=True, bootstrap_iters=2, cache_requests=False)
+    for task, metrics in (("lambada", ("acc", "perplexity", "acc_stderr")),
+                          ("choice", ("acc", "acc_norm", "acc_bytes", "acc_stderr", "acc_norm_stderr"))):
         mine = run("--task", task, "--data", at(task + ".jsonl"), "--batch-size", "5")
         got = result["results"][task]
         known = [m for m in metrics if isinstance(got.get(m + ",none"), (int, float))]
         print("    ", ", ".join(f"{m} {got[m + ',none']:.4f}" for m in known))
-        rows.add(f"{name}: {task}: {', '.join(known)}", [mine[m] for m in known], [got[m + ",none"] for m in known])
+        rows.add(f"{name}: {task}: {len(known)} metrics", [mine[m] for m in known],
+                 [got[m + ",none"] for m in known])
         samples = sorted(result["samples"][task], key=lambda s: s["doc_id"])
-        theirs = [[float(r[0][0]) if isinstance(r[0], (list, tuple)) else float(r[0]) for r in s["resps"]] for s in samples]
+        theirs = [[float(np.ravel(r[0])[0]) for r in s["resps"]] for s in samples]
         rows.add(f"{name}: {task}: log-likelihoods", sum(mine["loglikelihoods"], []), sum(theirs, []))
 
 
@@ -161,15 +174,17 @@ def lm_window(window):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--binary", default="build/train_mamba")
-    parser.add_argument("--options", default="", help="more options of our program, such as '--device cuda --precision fp32'")
+    parser.add_argument("--options", default="", help="more options of our program")
     args = parser.parse_args()
     rows, extra = Rows(), args.options.split()
     with tempfile.TemporaryDirectory() as scratch:
         if args.checkpoint:
-            check(rows, os.path.basename(args.checkpoint.rstrip("/")), args.binary, args.checkpoint, extra, scratch)
+            check(rows, os.path.basename(args.checkpoint.rstrip("/")), args.binary, args.checkpoint, extra,
+                  scratch)
         else:
             fixture = os.path.join(HERE, "fixtures", "tokenizers", "neox", "tokenizer.json")
             with open(fixture) as file:
@@ -180,9 +195,11 @@ def main():
             model.save_pretrained(directory)
             shutil.copy(fixture, directory)
             check(rows, "neox", args.binary, directory, extra, scratch)
-            subprocess.run([args.binary, "train", "--data", os.path.join(scratch, "text.txt"), "--steps", "300",
-                            "--d-model", "32", "--n-layer", "2", "--seq-len", "64", "--val-fraction", "0", "--max-tokens", "0", "--out",
-                            os.path.join(scratch, "run")], check=True, capture_output=True)
+            subprocess.run([args.binary, "train", "--data", os.path.join(scratch, "text.txt"), "--steps",
+                            "300",
+                            "--d-model", "32", "--n-layer", "2", "--seq-len", "64", "--val-fraction", "0",
+                            "--max-tokens", "0", "--out", os.path.join(scratch, "run")],
+                           check=True, capture_output=True)
             check(rows, "bytes, trained", args.binary, os.path.join(scratch, "run", "last"), extra, scratch)
     sys.exit(Rows.failed)
 
