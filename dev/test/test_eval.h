@@ -69,7 +69,7 @@ void test_eval_text(Backend* (*make)(Model*, size_t, size_t)) {
         must(evaluate_text(own, &data, &s->o, W ? 3 : 1, W ? W : S, &score, &err), &err);
         double expected = 0;
         for (size_t at = 1, done = 0; at <= N; at++) {          // token at - 1 of the text, in which window?
-            size_t first = min_size(W ? (size_t)W : N, N);
+            size_t first = min_size(W ? (size_t)W : (size_t)N, N);
             if (at > first && (at - first - 1) % (size_t)S == 0) done = at - 1;
             size_t end = at <= first ? first : min_size(done + (size_t)S, N);
             size_t begin = W && end > (size_t)W ? end - (size_t)W : 0;
