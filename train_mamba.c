@@ -2569,6 +2569,20 @@ bool state_save(const Model* m, const State* s, const real* logits, const real* 
     return ok;
 }
 
+// state_replaceable: --save-state writes a new file, or over an older state, but over nothing else
+static bool state_replaceable(const char* path, Error* err) {
+    SafeTensors st;
+    struct stat info;
+    Error ignored;
+    if (lstat(path, &info) != 0) return true;
+    bool state = safetensors_open(&st, path, &ignored);
+    if (state) {
+        state = safetensors_metadata(&st, "model") && safetensors_find(&st, "state");
+        safetensors_close(&st);
+    }
+    return state || fail_line(err, "%s: exists and is no saved state; choose another --save-state", path);
+}
+
 bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tokens, const char* path,
                 Error* err) {
     SafeTensors st;
@@ -2653,7 +2667,8 @@ void generation_close(Generation* g) {
 }
 
 // generation_read: sequence r reads a prompt in chunks; one that has read nothing at all starts a document
-bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomic_t* interrupted, Error* err) {
+bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomic_t* interrupted,
+                     Error* err) {
     const Config* c = &g->backend->model->config;
     size_t Vp = (size_t)c->vocab_padded;
     double start = seconds_now();
@@ -2663,7 +2678,8 @@ bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomi
     for (size_t n; (ok = prompt_read(prompt, g->piece, (size_t)g->o->chunk, &n, err)) && n > 0;) {
         for (size_t i = 0; i < n; i++) {
             if ((size_t)g->piece[i] >= Vp)
-                return fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", g->piece[i], Vp - 1);
+                return fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", g->piece[i],
+                            Vp - 1);
             g->seen[r * Vp + (size_t)g->piece[i]] = 1;
         }
         g->backend->decode(g->backend, &g->s, r, 1, g->piece, n, g->logits + r * Vp);
@@ -2692,15 +2708,16 @@ static void generation_copy(Generation* g, size_t r, size_t count) {
     }
 }
 
-// generation_write: every sequence goes on, one token at a time with constant memory, until its end token, --stop or
-// --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
+// generation_write: every sequence goes on, one token at a time with constant memory, until its end token,
+// --stop or --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
 bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* err) {
     const Options* o = g->o;
     Backend* backend = g->backend;
     const Config* c = &backend->model->config;
     size_t V = (size_t)c->vocab_size, Vp = (size_t)c->vocab_padded, active = g->rows;
     Sampler sampler = {o->temperature, o->top_k, o->top_p, o->min_p, o->repetition_penalty, o->seed};
-    bool greedy = backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
+    bool greedy =
+        backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
     double start = seconds_now();
     for (size_t r = 0; r < g->rows; r++) g->done[r] = false;
     for (int64_t i = 0; i < o->max_tokens && active > 0 && !*interrupted; i++) {
@@ -2712,8 +2729,9 @@ bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* 
                 continue;
             }
             if (!greedy || i == 0) {
-                if (!sample_token(&sampler, g->logits + r * Vp, g->seen + r * Vp, V, r % (size_t)o->num_samples,
-                                  (uint64_t)g->position[r], g->candidates, &g->last[r], err))
+                if (!sample_token(&sampler, g->logits + r * Vp, g->seen + r * Vp, V,
+                                  r % (size_t)o->num_samples, (uint64_t)g->position[r], g->candidates,
+                                  &g->last[r], err))
                     return false;
             } else if (g->last[r] < 0) {
                 return fail(err, "a logit is not finite: the model has diverged or its file is damaged");
@@ -2743,8 +2761,8 @@ bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* 
     return true;
 }
 
-// generate: for each of n prompts o->num_samples continuations, all in one batch. A single one is streamed to `out`,
-// several are written one after the other.
+// generate: for each of n prompts o->num_samples continuations, all in one batch. A single one is streamed to
+// `out`, several are written one after the other.
 bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, size_t n, FILE* out,
               GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
     const Model* m = backend->model;
@@ -2785,10 +2803,10 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     return ok;
 }
 
-// generate_turns: --interactive: reads the prompt, then line by line from `in`, and goes on after each line, with the
-// state of all that came before
-bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* in, FILE* out,
-                    GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
+// generate_turns: --interactive: reads the prompt, then line by line from `in`, and goes on after each line,
+// with the state of all that came before
+bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* in,
+                    FILE* out, GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
     Generation g = generation_open(backend, tok, o, 1);
     char* line = NULL;
     size_t room = 0;
@@ -3279,6 +3297,10 @@ static void trainer_create(Trainer* t, Settings* s) {
         if (lstat(path, &info) == 0)
             die("%s already holds a run; --resume continues it, --out DIR starts another one elsewhere",
                 o->out);
+        snprintf(path, sizeof path, "%s/config.json", o->out);
+        if (lstat(path, &info) == 0)
+            warn("%s holds a model; from now on --from %s means the last checkpoint of this run", o->out,
+                 o->out);
         if (checkpoint_any(o->out))
             die("%s holds checkpoints (step_*) but no link `last`; `ln -s step_<number> last` there and "
                 "--resume, or choose "
@@ -3336,7 +3358,7 @@ static void trainer_create(Trainer* t, Settings* s) {
         printf("memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f "
                "MiB%s\n",
                mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
-               o->recompute ? " (--recompute)" : "");
+               o->recompute == RECOMPUTE_ALL ? " (--recompute)" : o->recompute ? " (--recompute cheap)" : "");
     if (!check_memory(4 * parameter_bytes + activation_bytes + batch_bytes + carried_bytes,
                       "try a smaller --batch-size, --seq-len or model, or --recompute", &err))
         die("%s", err.text);
@@ -3357,6 +3379,10 @@ static void trainer_create(Trainer* t, Settings* s) {
         safetensors_close(&weights);
         safetensors_close(&st);
         printf("resumed: %s, step %lld\n", dir, (long long)t->progress.step);
+        if (s->validation_changed) {
+            t->progress.best_loss = INFINITY;
+            printf("validation is measured in another way now: the best loss starts anew\n");
+        }
     } else if (o->from[0]) {
         if (!model_load_tensors(m, &source, &err)) die("%s", err.text);
         safetensors_close(&source);
@@ -3468,23 +3494,30 @@ int generate_main(Settings* s) {
     const Options* o = &s->o;
     set_threads(o->threads);
     model_open(&m, &tok, s, dir);
+    if (o->save_state[0] && !state_replaceable(o->save_state, &err)) die("%s", err.text);
     Backend backend = backend_create(o, &m, 0, 0, false, false);
     backend.upload(&backend);
     PromptList list = {NULL, NULL, 0};
-    if (o->prompts[0] && (o->prompt[0] || o->prompt_file[0] || o->load_state[0] || o->save_state[0] || o->interactive))
-        die("--prompts: leave out --prompt, --prompt-file, --interactive and the saved states, which are for one text");
+    if (o->prompts[0] &&
+        (o->prompt[0] || o->prompt_file[0] || o->load_state[0] || o->save_state[0] || o->interactive))
+        die("--prompts: leave out --prompt, --prompt-file, --interactive and the saved states, which are for "
+            "one text");
     if (o->prompts[0] && !prompts_read(&list, o->prompts, &err)) die("%s", err.text);
-    if (o->interactive && (o->num_samples > 1 || strcmp(o->prompt, "-") == 0 || o->load_state[0] || o->save_state[0]))
-        die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from standard input");
+    if (o->interactive &&
+        (o->num_samples > 1 || strcmp(o->prompt, "-") == 0 || o->load_state[0] || o->save_state[0]))
+        die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from "
+            "standard input");
     size_t n = o->prompts[0] ? list.n : 1;
     double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
     int64_t tokens = (double)o->chunk > rows ? o->chunk : (int64_t)rows;
-    if (!workspace_fits(&m, 1, tokens)) die("--prompts, --num-samples or --chunk: the memory does not fit in 63 bits");
+    if (!workspace_fits(&m, 1, tokens))
+        die("--prompts, --num-samples or --chunk: the memory does not fit in 63 bits");
     Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
     double bytes =
         (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
     workspace_free(&measured);
-    if (!check_memory(bytes, "try fewer --prompts, a smaller --num-samples or --chunk", &err)) die("%s", err.text);
+    if (!check_memory(bytes, "try fewer --prompts, a smaller --num-samples or --chunk", &err))
+        die("%s", err.text);
     Prompt prompt = prompt_open(&tok, o->prompt, NULL);
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
     bool from_stdin = strcmp(o->prompt, "-") == 0;
@@ -3495,7 +3528,8 @@ int generate_main(Settings* s) {
     if (o->prompt_file[0] && fstat(fileno(prompt.file), &info) == 0 && S_ISDIR(info.st_mode))
         die("%s: expected a text file, found a directory", o->prompt_file);
     if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file || o->prompts[0] || o->interactive))
-        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with --tokenizer");
+        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with "
+            "--tokenizer");
     if (!prompt.file && o->prompt[0] && !o->interactive &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
         Utf8Stream echo = {{0}, 0, o->raw, 0};
@@ -3504,16 +3538,18 @@ int generate_main(Settings* s) {
             fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
         fwrite(text, 1, tokenizer_flush(&echo, text), stdout);
     }
-    if (!prompt.file && !o->interactive) catch_signals(false);      // waiting for a prompt, Ctrl-C simply ends it
+    if (!prompt.file && !o->interactive)
+        catch_signals(false);    // waiting for a prompt, Ctrl-C simply ends it
     GenerateStats stats;
     Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
     for (size_t i = 0; i < list.n; i++) {
         prompts[i] = prompt_open(&tok, list.text[i], NULL);
         prompts[i].left = list.size[i];
     }
-    bool ok = o->interactive
-                  ? generate_turns(&backend, &tok, o, &prompt, stdin, stdout, &stats, &stop_signal, &err)
-                  : generate(&backend, &tok, o, list.n ? prompts : &prompt, n, stdout, &stats, &stop_signal, &err);
+    bool ok =
+        o->interactive
+            ? generate_turns(&backend, &tok, o, &prompt, stdin, stdout, &stats, &stop_signal, &err)
+            : generate(&backend, &tok, o, list.n ? prompts : &prompt, n, stdout, &stats, &stop_signal, &err);
     if (!ok) die("%s", err.text);
     for (size_t i = 0; i < list.n; i++) prompt_close(&prompts[i]);
     free(prompts);
@@ -3572,7 +3608,7 @@ static bool eval_loss(Backend* b, const Data* data, const Options* o, json_t* re
     char bpb[32];
     bits_per_byte(&data->tokenizer, result.loss, bpb);
     printf("tokens %lld | loss %.6f | perplexity %.4f | bits per byte %s | %.0f tok/s\n",
-           (long long)result.targets, result.loss, exp(result.loss), bpb[0] ? bpb : "-",
+           (long long)result.targets, result.loss, exp(result.loss), bpb[0] ? bpb : "(--task text)",
            (double)result.targets / seconds);
     json_object_set_new(results, "tokens", json_integer(result.targets));
     json_object_set_new(results, "loss", json_finite(result.loss));

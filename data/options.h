@@ -162,8 +162,10 @@ static const Option options[] = {
      "continue many prompts at once: a file with one in each line, or JSON lines {\"prompt\": ...}"},
     {"interactive", 'b', OPT(interactive), WORD_GENERATE, "off", 0, 0, NULL,
      "after the prompt, read lines from standard input and go on after each, with the state of all before"},
-    {"stop", 's', OPT(stop), WORD_GENERATE, "", 0, 0, NULL, "a text that ends a sample, which does not contain it"},
-    {"num-samples", 'i', OPT(num_samples), WORD_GENERATE, "1", 1, 65536, NULL, "independent continuations of each prompt"},
+    {"stop", 's', OPT(stop), WORD_GENERATE, "", 0, 0, NULL,
+     "a text that ends a sample, which does not contain it"},
+    {"num-samples", 'i', OPT(num_samples), WORD_GENERATE, "1", 1, 65536, NULL,
+     "independent continuations of each prompt"},
     {"max-tokens", 'i', OPT(max_tokens), WORD_TRAIN | WORD_GENERATE, "400", 0, BIG, NULL,
      "new tokens per sample"},
     {"temperature", 'f', OPT(temperature), WORD_TRAIN | WORD_GENERATE, "0.8", 0, 1e30, NULL,
@@ -223,6 +225,7 @@ typedef struct {
     Options o;
     char* text[N_OPTIONS];
     int origin[N_OPTIONS];
+    bool validation_changed;           // a resumed run measures its validation loss in another way
 } Settings;
 
 // edit_distance: Levenshtein, to name the option that was probably meant
@@ -375,16 +378,15 @@ bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
                 memcpy(list + length, argv[a], m + 1);
                 length += m;
             }
-            if (!list) return fail(err, "--%s expects at least one file", opt->name);
+            if (!list) return fail(err, "--%s expects at least one %s", opt->name,
+                                   strcmp(opt->name, "freeze") == 0 ? "name" : "file");
             bool ok = option_set(s, i, list, origin, err);
             free(list);
             if (!ok) return false;
             continue;
         }
-        if ((opt->type == 'b' || opt->type == 'm') && !value) {
-            const char* positions = opt->type == 'b' ? "off on" : opt->choices;
-            value = a + 1 < argc && choice_of(positions, argv[a + 1]) >= 0 ? argv[++a] : "on";
-        }
+        if ((opt->type == 'b' || opt->type == 'm') && !value)
+            value = a + 1 < argc && strncmp(argv[a + 1], "--", 2) != 0 ? argv[++a] : "on";
         if (!value) {
             if (a + 1 >= argc || strncmp(argv[a + 1], "--", 2) == 0)
                 return fail(err, "--%s expects a value", opt->name);
@@ -445,7 +447,7 @@ void settings_print(const Settings* s) {
 static const char* option_argument(const Option* opt) {
     switch (opt->type) {
         case 'b': return " [on/off]";
-        case 'l': return " FILE...";
+        case 'l': return strcmp(opt->name, "freeze") == 0 ? " NAME..." : " FILE...";
         case 'i': case 'f': case 'u': return " N";
     }
     return " TEXT";

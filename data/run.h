@@ -21,6 +21,14 @@ static bool option_is_fixed(const Option* opt) {
     return false;
 }
 
+// What a validation loss is measured on: losses before and after a change do not compare
+static bool option_is_validation(const Option* opt) {
+    static const char* const names[] = {"val-data", "val-fraction", "seq-len", "batch-size", "eval-batches"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (strcmp(opt->name, names[i]) == 0) return true;
+    return false;
+}
+
 // save: writes a checkpoint with everything that a resume needs. A failure is a warning: training goes on.
 static void trainer_save(Trainer* t, bool best) {
     const Options* o = &t->settings->o;
@@ -77,6 +85,7 @@ static bool resume_settings(Settings* s, const SafeTensors* st, Error* err) {
                             options[i].name, s->text[i], s->o.out, value);
             printf("changed: --%s %s, was %s\n", options[i].name, s->text[i][0] ? s->text[i] : "-",
                    value[0] ? value : "-");
+            if (option_is_validation(&options[i])) s->validation_changed = true;
         }
         if (!option_set(s, i, value, FROM_CHECKPOINT, err)) return false;
     }

@@ -61,12 +61,22 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     char beside[4096];
     tokenizer_bytes(tok);
     if (o->tokenizer[0] && !tokenizer_load(tok, o->tokenizer, err)) return false;
-    if (!o->tokenizer[0] && shards) {
+    if (shards) {
         const char *end = strchr(list, '\n'),
                    *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
         snprintf(beside, sizeof beside, "%.*s", slash ? (int)(slash - list + 1) : 1, slash ? list : ".");
-        if (!tokenizer_read(tok, beside, err)) return false;
-        if (tok->kind != TOKENIZER_NONE) printf("tokenizer: that in %s\n", beside);
+        Tokenizer own;
+        if (!tokenizer_read(&own, beside, err)) return false;
+        if (o->tokenizer[0] && own.kind != TOKENIZER_NONE && !tokenizer_same(&own, tok))
+            return fail(err,
+                        "--tokenizer %s is not the one that made the shards, %s/tokenizer.json; leave it out",
+                        o->tokenizer, beside);
+        if (!o->tokenizer[0]) {
+            *tok = own;
+            if (tok->kind != TOKENIZER_NONE) printf("tokenizer: that in %s\n", beside);
+        } else {
+            tokenizer_free(&own);
+        }
     }
     if (tok->kind == TOKENIZER_NONE) {
         tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;

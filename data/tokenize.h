@@ -114,21 +114,50 @@ static bool tokenize_files(ShardWriter* w, char** files, int n, const Tokenizer*
     return ok && shard_finish(w, err);
 }
 
-// tokenize_clear: removes what an earlier run left in DIR.tmp, but not the lock on it
-static bool tokenize_clear(const char* dir, Error* err) {
-    DIR* list = opendir(dir);
-    if (!list) return fail_line(err, "%s: %s", dir, strerror(errno));
-    int n = 0;
-    for (struct dirent* entry; (entry = readdir(list)) != NULL;) {
-        char path[4352];
-        bool ours = strcmp(entry->d_name, "tokenizer.json") == 0 ||
-                    ((strncmp(entry->d_name, "train_", 6) == 0 || strncmp(entry->d_name, "val_", 4) == 0) &&
-                     ends_with(entry->d_name, ".bin"));
-        if (ours && join_path(path, sizeof path, dir, entry->d_name, err) && unlink(path) == 0) n++;
+// tokenize_made: is this a name that tokenize gives a file in DIR.tmp?
+static bool tokenize_made(const char* name) {
+    const char* digits = strncmp(name, "train_", 6) == 0 ? name + 6
+                         : strncmp(name, "val_", 4) == 0 ? name + 4
+                                                         : NULL;
+    return strcmp(name, "tokenizer.json") == 0 ||
+           (digits && strspn(digits, "0123456789") >= 6 &&
+            strcmp(digits + strspn(digits, "0123456789"), ".bin") == 0);
+}
+
+// tokenize_own: makes sure that DIR.tmp, if it is there, was made by an earlier run: a directory, no link,
+// with a lock and nothing else that tokenize would not have put there
+static bool tokenize_own(const char* dir, Error* err) {
+    struct stat st;
+    if (lstat(dir, &st) != 0) return true;
+    bool locked = false, foreign = !S_ISDIR(st.st_mode);
+    DIR* list = foreign ? NULL : opendir(dir);
+    for (struct dirent* entry; list && (entry = readdir(list)) != NULL;) {
+        const char* name = entry->d_name;
+        if (strcmp(name, ".lock") == 0) locked = true;
+        else if (strcmp(name, ".") != 0 && strcmp(name, "..") != 0 && !tokenize_made(name)) foreign = true;
     }
-    closedir(list);
-    if (n) printf("removed %d files of an unfinished run from %s\n", n, dir);
-    return true;
+    if (list) closedir(list);
+    return (locked && !foreign) ||
+           fail_line(
+               err,
+               "%s is in the way: expected nothing, or what an unfinished tokenize left; move it away or "
+               "choose another --out",
+               dir);
+}
+
+// tokenize_clear: removes what an earlier run left in DIR.tmp, but not the lock on it; returns how many files
+static int tokenize_clear(const char* dir) {
+    DIR* list = opendir(dir);
+    int n = 0;
+    for (struct dirent* entry; list && (entry = readdir(list)) != NULL;) {
+        char path[4352];
+        Error ignored;
+        if (tokenize_made(entry->d_name) && join_path(path, sizeof path, dir, entry->d_name, &ignored) &&
+            unlink(path) == 0)
+            n++;
+    }
+    if (list) closedir(list);
+    return n;
 }
 
 int tokenize_main(Settings* s) {
@@ -142,7 +171,7 @@ int tokenize_main(Settings* s) {
     signal(SIGXFSZ, SIG_IGN);            // a file size limit becomes an ordinary write error
     if (!o->tokenizer[0]) die("tokenize needs --tokenizer, a tokenizer.json or the directory that holds one");
     if (!o->data[0]) die("tokenize needs --data, text or .jsonl files");
-    if (settings_origin(s, "out") == FROM_DEFAULT)
+    if (settings_origin(s, "out") == FROM_DEFAULT || !o->out[0])
         die("tokenize needs --out, a directory to be made for the shards");
     for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
         names = (char**)xrealloc(names, (size_t)n_names + 1, sizeof(char*));
@@ -176,9 +205,9 @@ int tokenize_main(Settings* s) {
     if (lstat(parent, &st) == 0)
         die("%s is already there; tokenize makes a new directory, choose another --out", parent);
     snprintf(dir, sizeof dir, "%.4090s.tmp", parent);
-    if (!checkpoint_make_dir(dir, &err)) die("%s", err.text);
-    int lock = lock_run(dir);
-    if (!tokenize_clear(dir, &err)) die("%s", err.text);
+    if (!tokenize_own(dir, &err) || !checkpoint_make_dir(dir, &err)) die("%s", err.text);
+    int lock = lock_run(dir), left = tokenize_clear(dir);
+    if (left) printf("removed what an unfinished run left in %s (files: %d)\n", dir, left);
 
     w.dir = dir;
     w.fd = -1;
@@ -196,8 +225,7 @@ int tokenize_main(Settings* s) {
     ok = ok && tokenizer_write(&tok, dir, &err);
     if (!ok) {                           // what was made is of no use
         if (w.fd >= 0) close(w.fd);
-        Error ignored;
-        tokenize_clear(dir, &ignored);
+        tokenize_clear(dir);
     }
     char lock_path[4352];
     snprintf(lock_path, sizeof lock_path, "%s/.lock", dir);

@@ -43,6 +43,11 @@ bool data_read(int fd, void* out, size_t n, int64_t offset, const char* path, Er
 
 // ---- tokenizer.json
 
+// tokenizer_same: do both come from the same tokenizer.json?
+bool tokenizer_same(const Tokenizer* a, const Tokenizer* b) {
+    return a->kind == b->kind && (a->kind != TOKENIZER_BPE || strcmp(a->bpe->file, b->bpe->file) == 0);
+}
+
 // tokenizer_write: tokenizer.json: the file it came from, or one for a byte tokenizer; nothing for
 // TOKENIZER_NONE. Hugging Face `tokenizers` gives the same ids with it for any UTF-8 text, except that it
 // turns the literal text `<|endoftext|>` into 256 with a byte tokenizer too.

@@ -19,7 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SECTIONS = ["Matmul", "Layers", "Blocks", "Model", "Optimizer", "Sampling"]     # the mathematics
 NEEDED = 0.98
 # cases about files and about the harness itself: they do not judge the mathematics
-SKIPPED_CASES = {"harness", "basics", "files", "data", "cli", "checkpoint", "resume"}
+SKIPPED_CASES = {"harness", "basics", "files", "data", "cli", "models", "tokenizer", "eval", "checkpoint", "resume"}
 
 # What is never mutated, and why
 EXCLUDED = [

@@ -327,6 +327,9 @@ static const CliRow eval_options_bad[] = {
     {"eval --from run --task text --data empty.txt", NULL, 1, "the text has 1 tokens"},
     {"eval --from run --task text --data a.txt --results b.txt", NULL, 1, "b.txt: exists already"},
     {"eval --from run --task text --data a.txt --results nowhere/x.json", NULL, 1, "nowhere/x.json"},
+    {"eval --from run --data a.txt --dump-logits b.txt", NULL, 1, "b.txt: exists already"},
+    {"generate --from run --save-state b.txt --max-tokens 1", NULL, 1, "b.txt: exists and is no saved state"},
+    {"--recompute maybe --steps 1", NULL, 1, "--recompute expects one of: off cheap on"},
     {"eval --from d_nan --task text --data a.txt", NULL, 1, "NaN"},
     {"eval --from run --task text --data a.txt --window 100000 --batch-size 1000000", NULL, 1, "memory"},
 };

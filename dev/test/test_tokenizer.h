@@ -711,7 +711,14 @@ void test_tokenize_program(void) {
     f = cli_run(args);
     cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "leave it out"),
               "a model with one, given another", &f);
-    cli_group("training and generating with a tokenizer", 12);
+    snprintf(args, sizeof args,
+             "tokenize --tokenizer %s/neox --data a.txt --val-fraction 0 --out two", fixture);
+    cli_run(args);
+    snprintf(args, sizeof args, TOY "--data two/train_000000.bin --tokenizer %s/llama --out other", fixture);
+    f = cli_run(args);
+    cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "is not the one that made the shards"),
+              "shards of another tokenizer", &f);
+    cli_group("training and generating with a tokenizer", 13);
 
     // ended at any moment: no DIR, or a whole one; the next run says what it removes
     snprintf(args, sizeof args, "tokenize --tokenizer %s/neox --data a.txt --out killed", fixture);
@@ -731,7 +738,7 @@ void test_tokenize_program(void) {
     }
     f = cli_run(args);
     cli_check(f.code == 0 && cli_exists("killed/val_000000.bin"), "after all that it runs", &f);
-    cli_shell("mkdir held.tmp && touch held.tmp/.lock held.tmp/train_000000.bin held.tmp/mine", "", "");
+    cli_shell("mkdir held.tmp && touch held.tmp/.lock held.tmp/train_000000.bin", "", "");
     int lock = open(scratch("held.tmp/.lock"), O_RDWR);
     if (lock < 0 || flock(lock, LOCK_EX) != 0) die("test: lock");
     snprintf(args, sizeof args, "tokenize --tokenizer %s/neox --data a.txt --out held", fixture);
@@ -740,9 +747,20 @@ void test_tokenize_program(void) {
         f.code == 1 && cli_one_line(&f) && strstr(f.err, "in use") && cli_exists("held.tmp/train_000000.bin"),
         "a second run at the same time", &f);
     close(lock);
+    // what tokenize did not make it leaves alone: a file of somebody's, a directory without a lock, a link
+    const char* foreign[] = {"touch held.tmp/mine", "rm held.tmp/mine held.tmp/.lock",
+                             "mv held.tmp theirs && touch theirs/.lock && ln -s theirs held.tmp"};
+    for (int i = 0; i < 3; i++) {
+        cli_shell(foreign[i], "", "");
+        f = cli_run(args);
+        cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "is in the way") && !cli_exists("held") &&
+                  cli_exists("held.tmp/train_000000.bin"), foreign[i], &f);
+    }
+    cli_shell("rm held.tmp && mv theirs held.tmp", "", "");
     f = cli_run(args);
-    cli_check(f.code == 0 && strstr(f.out, "removed 1 files of an unfinished run") && cli_exists("held/mine"),
-              "what a killed run left is removed, nothing else", &f);
+    cli_check(f.code == 0 && strstr(f.out, "removed what an unfinished run left") &&
+                  cli_exists("held/tokenizer.json"),
+              "what a killed run left is removed", &f);
     char command[14000];                                 // a full disk: one line, nothing left
     snprintf(command, sizeof command,
              "cd %s && (ulimit -f 50; %s tokenize --tokenizer %s/neox --data a.txt --out full "
@@ -751,7 +769,7 @@ void test_tokenize_program(void) {
     ok = system(command) == 0;
     f.err = cli_read("err.txt", &f.err_size);
     cli_check(ok && cli_one_line(&f) && strstr(f.err, "cannot write: File too large"), "a full disk", &f);
-    cli_group("tokenize: killed, twice at once, a full disk", 24);
+    cli_group("tokenize: killed, twice at once, a full disk", 27);
     free(whole);
     tokenizer_free(&t);
 }
