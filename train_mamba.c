@@ -2304,12 +2304,12 @@ struct Backend {
     void* device;                      // what another backend keeps for itself
     double norm;                       // of the last gradient_norm
     StepResult result;                 // of the last step
+    Dropout dropout;                   // of the step at hand; see dropout_of
+    double peak_flops;                 // of the device, in matmuls of this precision; 0: not known
     // step_begin starts a step, step_end waits for the oldest one begun. At most `queue` may be under way
     // when the next begins: a GPU computes one step while the host prepares the next. After a step that was
     // not taken the host's arrays hold its parameters and gradients.
-    Dropout dropout;                   // of the step at hand; see dropout_of
     int queue;
-    double peak_flops;                 // of the device, in matmuls of this precision; 0: not known
     void (*step_begin)(Backend*, const Step*);
     StepResult (*step_end)(Backend*);
     // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
@@ -2938,7 +2938,7 @@ typedef struct {
 
 // Record: what the log says of one step
 typedef struct {
-    int64_t step, samples;            // its number; the sample counter before it
+    int64_t step, samples, targets;   // its number; the sample counter before it; what the loss is a mean of
     double lr, loss, norm, rate;      // rate: tokens per second
 } Record;
 
@@ -3026,7 +3026,7 @@ static void step_start(Trainer* t, double lr) {
               step_dropout(o, p->step + 1)};
     for (size_t i = 0; i < s.accum * s.B * s.T; i++) s.n_targets += t->targets[i] >= 0;
     t->backend.step_begin(&t->backend, &s);
-    Record r = {p->step + 1, p->samples, lr, (double)s.n_targets, 0, 0};     // loss: divided by it later
+    Record r = {p->step + 1, p->samples, (int64_t)s.n_targets, lr, 0, 0, 0};
     t->queue[t->queued++] = r;
     p->step++;
     p->samples += (int64_t)(s.accum * s.B);
@@ -3041,7 +3041,7 @@ static bool step_finish(Trainer* t, Record* r, Error* err) {
     StepResult result = b->step_end(b);
     *r = t->queue[0];
     memmove(t->queue, t->queue + 1, (size_t)--t->queued * sizeof(Record));
-    r->loss = r->loss > 0 ? result.loss / r->loss : 0;
+    r->loss = r->targets > 0 ? result.loss / (double)r->targets : 0;
     r->norm = result.norm;
     t->progress.train_loss = r->loss;
     if (result.taken) return true;
