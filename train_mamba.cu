@@ -3393,6 +3393,175 @@ static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, 
     cudaCheck(cudaGetLastError());
 }
 
+// --------------------------------------------------------------------------------------------------
+// 4.11 State space duality (SSD): forward
+//
+// ssd on the GPU: the recurrence of Mamba-2, with one decay per head and a state of P x N numbers per head.
+//   (S2) dt_t = clip(softplus(dt_raw_t + dt_bias), lo, hi)       (S3) a_t = exp(dt_t A), A = -exp(A_log)
+//   (S4) h_t = a_t h_{t-1} + dt_t x_t Bt_t^T      y_t = h_t Ct_t + Dskip x_t
+//        a_t := 0 where a document begins: where its id differs from the id before (0 before the first token)
+//   shapes:   x (B,T,H,P), row stride ldx   Bt, Ct (B,T,G,N), row stride ldbc; head h uses group h G / H
+//             y (B,T,H,P)   dt (B,H,T) float   A_log (H)   Dskip (H), or (H,P) with D_has_hdim
+//             h0, hT (B,H,P,N) float   doc (B,T)
+//   saved:    states (B, ceil(T / SSD_SPACING), H, P, N) in X: the state before tokens 0, 256, 512, ..
+//             (before token 0: h0 or 0). A document that begins at such a token has not yet cleared it.
+// Mamba-2 paper (arXiv 2405.21060), sections 3 and 6. Oracle: ssd_recurrent_forward of train_mamba.c.
+
+enum { SSD_SPACING = 256 };
+
+// elements of X that forward saves in states
+size_t ssd_saved_cuda(size_t B, size_t T, size_t H, size_t P, size_t N) {
+    return B * ((T + SSD_SPACING - 1) / SSD_SPACING) * H * P * N;
+}
+
+// floats of forward's scratch
+size_t ssd_forward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    (void)B; (void)T; (void)H; (void)P; (void)G; (void)N;
+    return 0;
+}
+
+// --- dt -----------------------------------------------------------------------------------------------
+
+// ssd_dt_forward: formula (S2), dt_raw (B,T,H) with row stride ld to dt (B,H,T). A block turns 32 tokens of
+// 32 heads around in shared memory: neighbours are the heads of a token before, the tokens of a head after.
+template <typename X>
+__global__ void __launch_bounds__(8 * WARP)
+ssd_dt_forward_kernel(float* dt, const X* dt_raw, size_t ld, const float* dt_bias, float lo, float hi,
+                      size_t T, size_t H) {
+    __shared__ float tile[WARP][WARP + 1];
+    const size_t blocks = (T + WARP - 1) / WARP, b = blockIdx.x / blocks, t0 = blockIdx.x % blocks * WARP;
+    const size_t h0 = (size_t)blockIdx.y * WARP, h = h0 + threadIdx.x, t = t0 + threadIdx.x;
+    for (size_t i = threadIdx.y; i < WARP; i += 8) {
+        if (t0 + i >= T || h >= H) continue;
+        float v = scan_softplus(to_float(dt_raw[(b * T + t0 + i) * ld + h]) + dt_bias[h]);
+        tile[i][threadIdx.x] = v < lo ? lo : v > hi ? hi : v;  // NaN stays NaN
+    }
+    __syncthreads();
+    for (size_t i = threadIdx.y; i < WARP; i += 8)
+        if (h0 + i < H && t < T) dt[(b * H + h0 + i) * T + t] = tile[threadIdx.x][i];
+}
+
+template <typename X>
+void ssd_dt_forward_cuda(float* dt, const X* dt_raw, size_t ld, const float* dt_bias, float lo, float hi,
+                         size_t B, size_t T, size_t H, cudaStream_t stream) {
+    dim3 grid((unsigned)(B * ((T + WARP - 1) / WARP)), (unsigned)((H + WARP - 1) / WARP));
+    ssd_dt_forward_kernel<X><<<grid, dim3(WARP, 8), 0, stream>>>(dt, dt_raw, ld, dt_bias, lo, hi, T, H);
+    cudaCheck(cudaGetLastError());
+}
+
+// --- general path -------------------------------------------------------------------------------------
+// The recurrence itself, 8 tokens at a time. A block owns 32 channels of one head, lane l channel l. Warp w
+// works on states 4w..4w+3 of a group of 16; the groups follow one another, and the states of those that
+// rest are in shared memory.
+
+enum { SSD_STEPS = 8, SSD_CHANNELS = 32, SSD_GROUP = 16 };
+
+struct alignas(16) SsdTile {
+    float dt[SSD_STEPS], a[SSD_STEPS];            // a: 0 where a document begins; 1 beyond the last token
+    bool reset[SSD_STEPS];
+    float x[SSD_STEPS][SSD_CHANNELS];
+    float part[4][SSD_STEPS][SSD_CHANNELS];       // sums over the states of one warp
+};
+
+// ssd_forward_kernel: formula (S4). states, hT, h0, doc may be NULL.
+//   shared memory behind the tile: bc (8,2,Np), state (Np,32); Np = N rounded up to 16
+template <typename X>
+__global__ void __launch_bounds__(4 * WARP)
+ssd_forward_kernel(X* y, X* states, float* hT, const X* x, size_t ldx, const float* dt, const float* A_log,
+                   const X* Bt, const X* Ct, size_t ldbc, const float* Dskip, bool D_has_hdim,
+                   const float* h0, const int* doc, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    extern __shared__ __align__(128) char shared[];
+    SsdTile& tile = *(SsdTile*)shared;
+    const int padded = (int)(N + SSD_GROUP - 1) / SSD_GROUP * SSD_GROUP;
+    float* bc = (float*)(&tile + 1);
+    float (*state)[SSD_CHANNELS] = (float (*)[SSD_CHANNELS])(bc + SSD_STEPS * 2 * padded);
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const size_t blocks = (P + SSD_CHANNELS - 1) / SSD_CHANNELS;
+    const size_t p = blockIdx.x % blocks * SSD_CHANNELS + lane;
+    const size_t b = blockIdx.x / blocks / H, h = blockIdx.x / blocks % H;
+    const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    const bool channel = p < P;
+    const float A2 = scan_decay(A_log[h]), D = channel ? Dskip[D_has_hdim ? h * P + p : h] : 0.0f;
+    Bt += h * G / H * N;
+    Ct += h * G / H * N;
+    const size_t row = (b * H + h) * P + p;                    // of h0 and hT
+    for (int n = w; n < padded; n += 4)
+        state[n][lane] = channel && n < (int)N && h0 ? h0[row * N + n] : 0.0f;
+    for (size_t t0 = 0; t0 < T; t0 += SSD_STEPS) {
+        __syncthreads();
+        if (states && t0 % SSD_SPACING == 0 && channel) {
+            X* save = states + (((b * saved + t0 / SSD_SPACING) * H + h) * P + p) * N;
+            for (int n = w; n < (int)N; n += 4) save[n] = from_float<X>(state[n][lane]);
+        }
+        if (tid < SSD_STEPS) {
+            bool inside = t0 + tid < T;
+            float dt_t = inside ? dt[(b * H + h) * T + t0 + tid] : 0.0f;
+            tile.dt[tid] = dt_t;
+            tile.reset[tid] = inside && scan_resets_cuda(doc, b, t0 + tid, T);
+            tile.a[tid] = exp2f(dt_t * A2);
+        }
+        for (int i = w; i < SSD_STEPS; i += 4)
+            tile.x[i][lane] = channel && t0 + i < T ? to_float(x[(b * T + t0 + i) * ldx + h * P + p]) : 0.0f;
+        scan_load_bc(bc, Bt, Ct, ldbc, b, t0, T, N, padded);
+        __syncthreads();
+        float sum[SSD_STEPS] = {};
+        for (int n0 = 4 * w; n0 < padded; n0 += SSD_GROUP) {
+            float s[4];
+            #pragma unroll
+            for (int j = 0; j < 4; j++) s[j] = state[n0 + j][lane];
+            #pragma unroll
+            for (int i = 0; i < SSD_STEPS; i++) {
+                float B_t[4], C_t[4];
+                *(float4*)B_t = *(float4*)&bc[i * 2 * padded + n0];
+                *(float4*)C_t = *(float4*)&bc[(i * 2 + 1) * padded + n0];
+                const float dtx = tile.dt[i] * tile.x[i][lane];
+                #pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    s[j] = fmaf(dtx, B_t[j], tile.reset[i] ? 0.0f : tile.a[i] * s[j]);
+                    sum[i] = fmaf(s[j], C_t[j], sum[i]);
+                }
+            }
+            #pragma unroll
+            for (int j = 0; j < 4; j++) state[n0 + j][lane] = s[j];
+        }
+        #pragma unroll
+        for (int i = 0; i < SSD_STEPS; i++) tile.part[w][i][lane] = sum[i];
+        __syncthreads();
+        for (int i = w; i < SSD_STEPS; i += 4) {
+            if (!channel || t0 + i >= T) continue;
+            float v = D * tile.x[i][lane];
+            #pragma unroll
+            for (int k = 0; k < 4; k++) v += tile.part[k][i][lane];
+            y[((b * T + t0 + i) * H + h) * P + p] = from_float<X>(v);
+        }
+    }
+    __syncthreads();
+    if (hT && channel)
+        for (int n = w; n < (int)N; n += 4) hT[row * N + n] = state[n][lane];
+}
+
+// --- launcher -----------------------------------------------------------------------------------------
+
+// ssd_forward_cuda: formula (S4), layouts at the top of this section.
+//   y, states, hT written   states: NULL in inference   hT, h0: may be NULL, may be one array
+//   doc: NULL, or ids of which only changes count; h0 belongs to document 0
+//   scratch: ssd_forward_scratch_cuda() floats
+template <typename X>
+const char* ssd_forward_cuda(X* y, X* states, float* hT, const X* x, size_t ldx, const float* dt,
+                             const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
+                             bool D_has_hdim, const float* h0, const int* doc, float* scratch, size_t B,
+                             size_t T, size_t H, size_t P, size_t G, size_t N, cudaStream_t stream) {
+    (void)scratch;
+    size_t padded = (N + SSD_GROUP - 1) / SSD_GROUP * SSD_GROUP;
+    size_t bytes = sizeof(SsdTile) + (2 * SSD_STEPS + SSD_CHANNELS) * padded * sizeof(float);
+    scan_allow_shared(ssd_forward_kernel<X>, bytes);
+    unsigned grid = (unsigned)(B * H * ((P + SSD_CHANNELS - 1) / SSD_CHANNELS));
+    ssd_forward_kernel<X><<<grid, 4 * WARP, bytes, stream>>>(y, states, hT, x, ldx, dt, A_log, Bt, Ct, ldbc,
+                                                             Dskip, D_has_hdim, h0, doc, T, H, P, G, N);
+    cudaCheck(cudaGetLastError());
+    return "general";
+}
+
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW
 
