@@ -1199,6 +1199,236 @@ void gate_backward(real* dy, size_t lddy, real* dz, size_t lddz, const real* dou
     }
 }
 
+// dt_softplus_forward: the step size of Mamba-2, one number per token and head.
+//   (S2) dt = clip(softplus(dt_raw + dt_bias), lo, hi)        lo = 0, hi = infinity: no limit
+//   dt_raw (M,H), row stride ldr (columns of the input projection)   dt_bias (H)   dt (M,H), M = B*T
+//   saved for backward: nothing, softplus is made again        Mamba-2 code, argument dt_limit
+void dt_softplus_forward(real* dt, const real* dt_raw, size_t ldr, const real* dt_bias, real lo, real hi,
+                         size_t M, size_t H) {
+    #pragma omp parallel for if (M * H > 4096)
+    for (size_t m = 0; m < M; m++) {
+        #pragma omp simd
+        for (size_t h = 0; h < H; h++) {
+            real s = softplus_real(dt_raw[m * ldr + h] + dt_bias[h]);
+            s = s < lo ? lo : s;
+            dt[m * H + h] = s > hi ? hi : s;
+        }
+    }
+}
+
+// s = softplus(p), p = dt_raw + dt_bias  =>  ddt_raw += ddt (1 - exp(-s)), nothing where s was clipped
+//                                            ddt_bias += sum_m of the same
+void dt_softplus_backward(real* ddt_raw, size_t lddr, real* ddt_bias, const real* ddt, const real* dt_raw,
+                          size_t ldr, const real* dt_bias, real lo, real hi, size_t M, size_t H) {
+    #pragma omp parallel for
+    for (size_t h0 = 0; h0 < H; h0 += CHANNEL_TILE) {
+        size_t n = min_size(CHANNEL_TILE, H - h0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *raw = dt_raw + m * ldr + h0, *bias = dt_bias + h0, *ddt_m = ddt + m * H + h0;
+            real* draw = ddt_raw + m * lddr + h0;
+            #pragma omp simd
+            for (size_t h = 0; h < n; h++) {
+                real s = softplus_real(raw[h] + bias[h]);
+                real dp = s < lo || s > hi ? 0 : -ddt_m[h] * expm1_neg_real(-s);
+                draw[h] += dp;
+                sum[h] += dp;
+            }
+        }
+        for (size_t h = 0; h < n; h++) ddt_bias[h0 + h] += sum[h];
+    }
+}
+
+// ssd_rate: A = -exp(A_log) of a head, finite (see SCAN_MAX_DECAY)
+static inline real ssd_rate(real A_log) {
+    real rate = exp_real(A_log);
+    return -(rate > SCAN_MAX_DECAY ? SCAN_MAX_DECAY : rate);
+}
+
+// ssd_decay: (S3) a_t = exp(dt_t A); 0 where a document begins, which hides from it all that was before
+static inline real ssd_decay(real A, real dt, const int* doc_b, size_t t) {
+    return scan_resets(doc_b, t) ? 0 : exp_real(dt * A);
+}
+
+enum { SSD_MAX_STATES = 256 };      // config_check's limit of N
+
+// ssd_recurrent_forward: the recurrence of Mamba-2 (SSD: state space duality). A head has P channels, each
+// with a state of length N; all of them decay by one number. The heads of a group share Bt and Ct.
+//   (S3) a_t = exp(dt_t A),  A = -exp(A_log)     one number per token and head; 0 where a document begins
+//   (S4) H_t = a_t H_{t-1} + dt_t x_t Bt_t^T     (P,N) per head
+//        y_t = H_t Ct_t + Dskip x_t
+//   x (B,T,H,P), row stride ldx   dt (B,T,H)   A_log (H)   Bt, Ct (B,T,G,N), row stride ldbc; head h is of
+//   group h G / H   Dskip (H), or (H,P) with D_has_hdim   y (B,T,H,P)
+//   h0, hT (B,H,P,N), each may be NULL, may be one array   doc (B,T) or NULL: ids; h0 is of document 0
+// It is what generation runs, and what the chunked form (ssd_forward) is proven against.
+//   Mamba-2 paper (arXiv 2405.21060), section 3.1
+void ssd_recurrent_forward(real* y, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                           const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                           const real* h0, const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G,
+                           size_t N) {
+    #pragma omp parallel for collapse(2) if (B * T * H * P * N > 8192)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < H; h++) {
+            const int* doc_b = doc ? doc + b * T : NULL;
+            size_t group = h * G / H * N;
+            real A = ssd_rate(A_log[h]), state[SSD_MAX_STATES];
+            for (size_t p = 0; p < P; p++) {            // the rows of H_t do not see each other
+                size_t row = ((b * H + h) * P + p) * N;
+                real D_p = Dskip[D_has_hdim ? h * P + p : h];
+                for (size_t n = 0; n < N; n++) state[n] = h0 ? h0[row + n] : 0;
+                for (size_t t = b * T; t < b * T + T; t++) {
+                    const real *B_t = Bt + t * ldbc + group, *C_t = Ct + t * ldbc + group;
+                    real x_t = x[t * ldx + h * P + p], dtx = dt[t * H + h] * x_t, sum = 0;
+                    real a = ssd_decay(A, dt[t * H + h], doc_b, t - b * T);
+                    #pragma omp simd reduction(+:sum)
+                    for (size_t n = 0; n < N; n++) {
+                        state[n] = a * state[n] + dtx * B_t[n];
+                        sum += C_t[n] * state[n];
+                    }
+                    y[(t * H + h) * P + p] = sum + D_p * x_t;
+                }
+                for (size_t n = 0; hT && n < N; n++) hT[row + n] = state[n];
+            }
+        }
+    }
+}
+
+// ssd_recurrent_backward: with lambda_t = dLoss/dH_t, from the last token to the first, row by row of H
+//   forward y_t = H_t C_t + D x_t        lambda_t = dy_t C_t^T + a_{t+1} lambda_{t+1}, the last is dhT
+//                                        dC_t += H_t^T dy_t     dx_t += D dy_t     dD += dy_t x_t
+//   forward H_t = a_t H_{t-1} + dt x B   dx_t += dt lambda_t B_t     dB_t += dt lambda_t^T x_t
+//                                        ddt_t += x_t^T lambda_t B_t     dh0 += a_0 lambda_0
+//   forward a_t = exp(dt_t A)            dalpha = a_t <lambda_t, H_{t-1}>, alpha = dt_t A
+//                                        ddt_t += A dalpha     dA_log += A dt_t dalpha
+//   shapes as in forward; dy (B,T,H,P)   dx, dBt, dCt with row strides lddx, lddbc   dh0, dhT may be NULL
+void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt,
+                            size_t lddbc, real* dDskip, real* dh0, const real* dy, const real* dhT,
+                            const real* x, size_t ldx, const real* dt, const real* A_log, const real* Bt,
+                            const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim, const real* h0,
+                            const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t g = 0; g < G; g++) {                    // no two groups add to one sum
+        real* states = (real*)xcalloc((T + 1) * N, sizeof(real));      // H_{t-1}[p,:] at t*N
+        for (size_t row = 0; row < B * H * P; row++) {
+            size_t b = row / (H * P), h = row / P % H, p = row % P;
+            if (h * G / H != g) continue;
+            const int* doc_b = doc ? doc + b * T : NULL;
+            real A = ssd_rate(A_log[h]), lambda[SSD_MAX_STATES], dA = 0, dD = 0;
+            size_t skip = D_has_hdim ? h * P + p : h;
+            for (size_t n = 0; n < N; n++) states[n] = h0 ? h0[row * N + n] : 0;
+            for (size_t n = 0; n < N; n++) lambda[n] = dhT ? dhT[row * N + n] : 0;
+            for (size_t t = 0; t < T; t++) {
+                size_t i = b * T + t;
+                real a = ssd_decay(A, dt[i * H + h], doc_b, t), dtx = dt[i * H + h] * x[i * ldx + h * P + p];
+                for (size_t n = 0; n < N; n++)
+                    states[(t + 1) * N + n] = a * states[t * N + n] + dtx * Bt[i * ldbc + g * N + n];
+            }
+            for (size_t t = T; t-- > 0;) {
+                size_t i = b * T + t;
+                const real *B_t = Bt + i * ldbc + g * N, *C_t = Ct + i * ldbc + g * N, *H_t = states + t * N;
+                real *dB_t = dBt + i * lddbc + g * N, *dC_t = dCt + i * lddbc + g * N;
+                real x_t = x[i * ldx + h * P + p], dt_t = dt[i * H + h], dy_t = dy[(i * H + h) * P + p];
+                real a = ssd_decay(A, dt_t, doc_b, t), lambda_B = 0, lambda_H = 0;
+                #pragma omp simd reduction(+:lambda_B, lambda_H)
+                for (size_t n = 0; n < N; n++) {
+                    real l = dy_t * C_t[n] + lambda[n];
+                    dC_t[n] += dy_t * H_t[N + n];
+                    dB_t[n] += dt_t * x_t * l;
+                    lambda_B += l * B_t[n];
+                    lambda_H += l * H_t[n];
+                    lambda[n] = a * l;
+                }
+                dx[i * lddx + h * P + p] += dt_t * lambda_B + Dskip[skip] * dy_t;
+                ddt[i * H + h] += x_t * lambda_B + A * (a * lambda_H);
+                dA += dt_t * (a * lambda_H);
+                dD += dy_t * x_t;
+            }
+            dA_log[h] += A * dA;
+            dDskip[skip] += dD;
+            for (size_t n = 0; dh0 && n < N; n++) dh0[row * N + n] += lambda[n];
+        }
+        free(states);
+    }
+}
+
+// gated_rmsnorm_forward: the norm of Mamba-2, over groups of S channels, with the gate before or behind it.
+//   norm_before_gate = false:  w = y silu(z);   out = weight * w * rstd(w)          (all released models)
+//   norm_before_gate = true:   out = weight * y * rstd(y) * silu(z)
+//   rstd = (mean over the group of the squares + eps)^(-1/2)
+//   y, out (M,E)   z (M,E), row stride ldz   weight (E)   E a multiple of S
+//   saved for backward: rstd (M,E/S)        Mamba-2 paper (arXiv 2405.21060), section 7.2
+void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, size_t ldz,
+                           const real* weight, size_t M, size_t E, size_t S, real eps,
+                           bool norm_before_gate) {
+    #pragma omp parallel for if (M > 16)
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0;
+            real *out_m = out + m * E + e0, sum = 0;
+            #pragma omp simd reduction(+:sum)
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), w = norm_before_gate ? y_m[s] : y_m[s] * gate;
+                sum += w * w;
+                out_m[s] = weight[e0 + s] * y_m[s] * gate;
+            }
+            real r = 1 / (real)sqrt((double)(sum / (real)S + eps));
+            if (r == 0) r = (real)NAN;        // as in rmsnorm_forward
+            for (size_t s = 0; s < S; s++) out_m[s] *= r;
+            rstd[m * (E / S) + e0 / S] = r;
+        }
+    }
+}
+
+// With w = what is normalized, xhat = w rstd(w), q = the gradient of xhat:
+//   xhat = w rstd(w)            =>  dw += rstd (q - xhat mean_s(q xhat)), mean over the group
+//   gate first:  out = weight xhat, w = y silu(z)  =>  q = weight dout          dweight += dout xhat
+//                                                      dy += dw silu(z)         dz += dw y silu'(z)
+//   norm first:  out = weight xhat silu(z), w = y  =>  q = weight dout silu(z)  dweight += dout silu(z) xhat
+//                                                      dy += dw                 dz += dout weight xhat silu'(z)
+// In both cases q xhat and the summand of dweight hold the same product: dout y silu(z) rstd.
+void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, const real* dout, const real* y,
+                            const real* z, size_t ldz, const real* weight, const real* rstd, size_t M,
+                            size_t E, size_t S, bool norm_before_gate) {
+    #pragma omp parallel for
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            const real* weight_g = weight + e0;
+            real *dy_m = dy + m * E + e0, *dz_m = dz + m * lddz + e0;
+            real r = rstd[m * (E / S) + e0 / S], dot = 0;
+            #pragma omp simd reduction(+:dot)
+            for (size_t s = 0; s < S; s++) dot += weight_g[s] * dout_m[s] * (y_m[s] * silu_real(z_m[s]));
+            real mean = dot * r / (real)S;
+            #pragma omp simd
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), dgate = silu_grad_real(z_m[s]), q = weight_g[s] * dout_m[s];
+                if (norm_before_gate) {
+                    dy_m[s] += r * (q * gate - y_m[s] * r * mean);
+                    dz_m[s] += q * y_m[s] * r * dgate;
+                } else {
+                    real dw = r * (q - y_m[s] * gate * r * mean);
+                    dy_m[s] += dw * gate;
+                    dz_m[s] += dw * y_m[s] * dgate;
+                }
+            }
+        }
+    }
+    size_t tiles = (S + CHANNEL_TILE - 1) / CHANNEL_TILE;              // of a group
+    #pragma omp parallel for
+    for (size_t i = 0; i < E / S * tiles; i++) {
+        size_t group = i / tiles, s0 = i % tiles * CHANNEL_TILE, e0 = group * S + s0;
+        size_t n = min_size(CHANNEL_TILE, S - s0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            real r = rstd[m * (E / S) + group];
+            #pragma omp simd
+            for (size_t e = 0; e < n; e++) sum[e] += dout_m[e] * (y_m[e] * silu_real(z_m[e])) * r;
+        }
+        for (size_t e = 0; e < n; e++) dweight[e0 + e] += sum[e];
+    }
+}
+
 // crossentropy: the loss of each position and, unless dlogits is NULL, the gradient of scale * sum(losses).
 //   losses[m] = logsumexp_v(logits[m,v]) - logits[m,target]
 //   dlogits = scale * (softmax(logits) - onehot(target))
