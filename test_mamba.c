@@ -1122,7 +1122,7 @@ void test_packed(void) {
     check_packed(&scan_layer, scan_shapes, COUNT_OF(scan_shapes));
 }
 
-// defines: test_dt_softplus, test_ssd_recurrent, test_gated_rmsnorm
+// defines: test_dt_softplus, test_ssd_recurrent, test_ssd, test_gated_rmsnorm
 #include "dev/test/test_mamba2.h"
 
 // ---------------------------------------------------------------------------------------------------
@@ -3104,6 +3104,7 @@ const Case cases[] = {
     { "gate", test_gate },
     { "dt_softplus", test_dt_softplus },
     { "ssd recurrent", test_ssd_recurrent },
+    { "ssd", test_ssd },
     { "gated rmsnorm", test_gated_rmsnorm },
     { "crossentropy", test_crossentropy },
     { "split", test_split },

@@ -1351,6 +1351,279 @@ void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real
     }
 }
 
+// The chunked form of SSD, with which training and prefill run: Q tokens at a time, all inner loops are small
+// matrix products. With i and j counting the q <= Q tokens of chunk c, H_c (P,N) the state that enters it, and
+//   L_ij = a_{j+1} .. a_i  for j <= i, else 0       how much of token j's input is left at token i
+//   in_i = a_0 .. a_i,  out_j = a_{j+1} .. a_{q-1}  the same from the entering state, and to the chunk's end
+//   M_ij = (C_i . B_j) L_ij dt_j                    attention whose softmax is a mask of decays
+// the recurrence is, without a loop over tokens,
+//   y_i = sum_{j<=i} M_ij x_j + in_i H_c C_i + D x_i      H_{c+1} = in_{q-1} H_c + sum_j out_j dt_j x_j B_j^T
+// L, in and out are products of factors between 0 and 1, made one factor at a time: exact to rounding, where
+// the exponential of a difference of cumulative sums loses digits to their size. A document's first a is 0,
+// so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
+// on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
+enum { SSD_MAX_CHUNK = 256 };       // the largest Q
+enum { SSD_CHUNK = 64 };            // the fastest one here; the result depends on Q by rounding only
+
+typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
+
+// ssd_times: NaN passes
+static inline real ssd_times(real a, real b) { return a * b < (real)1e-30 ? 0 : a * b; }
+
+// ssd_load_decay: the numbers of one head for q tokens from token t0 of a sequence; dt: at that token and head
+static void ssd_load_decay(SsdDecay* d, const real* dt, size_t H, real A, const int* doc_b, size_t t0,
+                           size_t q) {
+    for (size_t i = 0; i < q; i++) {
+        d->dt[i] = dt[i * H];
+        d->a[i] = ssd_decay(A, d->dt[i], doc_b, t0 + i);
+        d->in[i] = i ? ssd_times(d->in[i - 1], d->a[i]) : d->a[0];
+    }
+    for (size_t j = q; j-- > 0;) d->out[j] = j + 1 < q ? ssd_times(d->out[j + 1], d->a[j + 1]) : 1;
+}
+
+// ssd_load_mask: L (q,q)
+static void ssd_load_mask(real* L, const real* a, size_t q) {
+    memset(L, 0, q * q * sizeof(real));
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j < i; j++) L[i * q + j] = ssd_times(a[i], L[(i - 1) * q + j]);
+        L[i * q + i] = 1;
+    }
+}
+
+// ssd_scale_rows: out[i,:] = scale[i] dt[i] x[i,:], dt NULL: 1.   x (q,P), row stride ldx   out (q,P)
+static void ssd_scale_rows(real* out, const real* scale, const real* dt, const real* x, size_t ldx, size_t q,
+                           size_t P) {
+    for (size_t i = 0; i < q; i++) {
+        real s = dt ? scale[i] * dt[i] : scale[i];
+        for (size_t p = 0; p < P; p++) out[i * P + p] = s * x[i * ldx + p];
+    }
+}
+
+// matmul_one: matmul_add by the calling thread alone; `fill`: C starts at 0
+static void matmul_one(real* C, size_t ldc, bool fill, const real* A, size_t ai, size_t al, const real* B,
+                       size_t bl, size_t bj, size_t M, size_t N, size_t L) {
+    for (size_t i = 0; fill && i < M; i++) memset(C + i * ldc, 0, N * sizeof(real));
+    for (size_t i = 0; i < M; i += BLOCK_ROWS)
+        matmul_block(C + i * ldc, ldc, A + i * ai, ai, al, B, bl, bj, min_size(BLOCK_ROWS, M - i), N, L);
+}
+
+static inline real dot_real(const real* a, const real* b, size_t n) {
+    real sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Sizes of arrays that serve every call with at most B sequences and B*T tokens in all.
+static size_t ssd_most_chunks(size_t B, size_t T, size_t Q) { return B * T / Q + B; }
+
+// saved: the state (H,P,N) that enters each chunk
+size_t ssd_saved(size_t B, size_t T, size_t H, size_t P, size_t N, size_t Q) {
+    return ssd_most_chunks(B, T, Q) * H * P * N;
+}
+
+size_t ssd_forward_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t Q) {
+    return ssd_most_chunks(B, T, Q) * G * Q * (2 * Q + P) + B * H * Q * P;
+}
+
+// backward has also the gradients of the states, and dA_log and dDskip of every chunk
+size_t ssd_backward_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    size_t states = H * P * N, parts = H + H * P, work = G * Q * (4 * Q + 2 * P + N);
+    return ssd_most_chunks(B, T, Q) * (states + parts + work) + B * H * Q * P;
+}
+
+// ssd_forward: as ssd_recurrent_forward, Q <= SSD_MAX_CHUNK tokens at a time.
+//   first the states, chunk after chunk, each head by itself; then y, each chunk and group by itself
+//   saved for backward: hs, ssd_saved() elements   scratch: ssd_forward_scratch() elements
+void ssd_forward(real* y, real* hs, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                 const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                 const real* h0, const int* doc, real* scratch, size_t B, size_t T, size_t H, size_t P,
+                 size_t G, size_t N, size_t Q) {
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* B_g = Bt + b * T * ldbc + h / heads * N;
+        real *xs = scratch + bh * Q * P, *state = hs + (b * chunks * H + h) * size;
+        for (size_t n = 0; n < size; n++) state[n] = h0 ? h0[bh * size + n] : 0;
+        for (size_t c = 0; c < chunks; c++, state += H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* next = c + 1 < chunks ? state + H * size : hT ? hT + bh * size : NULL;
+            SsdDecay d;
+            if (!next) continue;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(xs, d.out, d.dt, x + row * ldx + h * P, ldx, q, P);
+            for (size_t n = 0; n < size; n++) next[n] = d.in[q - 1] * state[n];
+            matmul_one(next, N, false, xs, 1, P, B_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *CB = scratch + task * Q * (2 * Q + P), *M = CB + Q * Q, *CH = M + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            const real *x_c = x + row * ldx + h * P, *state = hs + ((b * chunks + c) * H + h) * size;
+            real* y_c = y + (row * H + h) * P;
+            bool has_state = c > 0 || h0;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            if (has_state) matmul_one(CH, P, true, C_c, ldbc, 1, state, 1, N, q, P, N);
+            ssd_load_mask(M, d.a, q);
+            for (size_t i = 0; i < q; i++) {
+                for (size_t j = 0; j <= i; j++) M[i * q + j] *= CB[i * q + j] * d.dt[j];
+                for (size_t p = 0; p < P; p++) {
+                    y_c[i * H * P + p] = Dskip[D_has_hdim ? h * P + p : h] * x_c[i * ldx + p];
+                    if (has_state) y_c[i * H * P + p] += d.in[i] * CH[i * P + p];
+                }
+            }
+            matmul_one(y_c, H * P, false, M, q, 1, x_c, ldx, 1, q, P, q);
+        }
+    }
+}
+
+// ssd_chunk_backward: one chunk of one head, given the state H_c that enters it and the gradient lambda of
+// the state that leaves it (each NULL: zero). i and j count tokens from the chunk's first; CB_ij = C_i . B_j.
+//   forward y_i = sum_{j<=i} M_ij x_j + D x_i      Z_ij = dM_ij = dy_i . x_j     v_j = sum_i CB_ij L_ij dy_i
+//   forward M_ij = CB_ij L_ij dt_j                 dCB_ij += L_ij dt_j Z_ij      W_ij = M_ij Z_ij
+//   forward H_{c+1} = .. + sum_j out_j dt_j x_j B_j^T           v_j += out_j lambda B_j
+//                                                               dB_j += out_j dt_j lambda^T x_j
+//   forward y_i = .. + in_i H_c C_i                             dC_i += in_i H_c^T dy_i
+//   dx_j += dt_j v_j + D dy_j     ddt_j += v_j . x_j     dD += dy_i x_i
+// L, in and out are products of a_m = exp(alpha_m), alpha_m = dt_m A. What holds a_m as a factor counts in
+//   dalpha_m = sum_{i>=m, j<m} W_ij + sum_{j<m} e_j + sum_{i>=m} f_i + in_{q-1} <lambda, H_c>
+//   e_j = out_j dt_j x_j^T lambda B_j     f_i = in_i dy_i^T H_c C_i
+// and ddt_m += A dalpha_m, dA += dt_m dalpha_m. (The shorter way, y . dy - dt ddt summed backward in time,
+// subtracts numbers that are nearly equal: with |A| = 16 none of its digits is right in float.)
+// Adds to the first arguments and returns A dA.
+static real ssd_chunk_backward(real* dx, size_t lddx, real* ddt, real* dB, real* dC, size_t lddbc, real* dCB,
+                               real* dD, const real* dy, const real* lambda, const real* state, const real* x,
+                               size_t ldx, const SsdDecay* d, real A, const real* B_c, const real* C_c,
+                               size_t ldbc, const real* CB, const real* D_h, size_t D_step, real* work,
+                               size_t q, size_t H, size_t P, size_t N) {
+    real *L = work, *Z = L + q * q, *v = Z + q * q, *xs = v + q * P, *dyH = xs + q * P, dA = 0;
+    real e[SSD_MAX_CHUNK] = {0}, f[SSD_MAX_CHUNK] = {0}, S[SSD_MAX_CHUNK] = {0}, kappa = 0;
+    size_t ldy = H * P;
+    ssd_load_mask(L, d->a, q);
+    matmul_one(Z, q, true, dy, ldy, 1, x, 1, ldx, q, q, P);
+    if (lambda) {
+        matmul_one(v, P, true, B_c, ldbc, 1, lambda, 1, N, q, P, N);
+        ssd_scale_rows(v, d->out, NULL, v, P, q, P);
+        for (size_t j = 0; j < q; j++) e[j] = d->dt[j] * dot_real(x + j * ldx, v + j * P, P);
+        ssd_scale_rows(xs, d->out, d->dt, x, ldx, q, P);
+        matmul_one(dB, lddbc, false, xs, P, 1, lambda, N, 1, q, N, P);
+    } else {
+        memset(v, 0, q * P * sizeof(real));
+    }
+    if (state) {
+        matmul_one(dyH, N, true, dy, ldy, 1, state, N, 1, q, N, P);
+        for (size_t i = 0; i < q; i++) {
+            f[i] = d->in[i] * dot_real(dyH + i * N, C_c + i * ldbc, N);
+            for (size_t n = 0; n < N; n++) dC[i * lddbc + n] += d->in[i] * dyH[i * N + n];
+        }
+    }
+    if (state && lambda) kappa = d->in[q - 1] * dot_real(state, lambda, P * N);
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j <= i; j++) {
+            size_t ij = i * q + j;
+            real dCB_ij = L[ij] * d->dt[j] * Z[ij];
+            dCB[ij] += dCB_ij;
+            Z[ij] = dCB_ij * CB[ij];                   // W
+            L[ij] *= CB[ij];
+        }
+    }
+    matmul_one(v, P, false, L, 1, q, dy, ldy, 1, q, P, q);
+    for (size_t j = 0; j < q; j++) {
+        ddt[j * H] += dot_real(v + j * P, x + j * ldx, P);
+        for (size_t p = 0; p < P; p++) {
+            real dy_p = dy[j * ldy + p];
+            dx[j * lddx + p] += d->dt[j] * v[j * P + p] + D_h[p * D_step] * dy_p;
+            dD[p] += dy_p * x[j * ldx + p];
+        }
+    }
+    for (size_t j = 1; j < q; j++) e[j] += e[j - 1];   // sums of e up to j, of f from i on
+    for (size_t i = q - 1; i-- > 0;) f[i] += f[i + 1];
+    for (size_t m = q; m-- > 0;) {                     // S_j = sum_{i>=m} W_ij
+        real dalpha = kappa + f[m] + (m ? e[m - 1] : 0);
+        for (size_t j = 0; j < m; j++) S[j] += Z[m * q + j];
+        #pragma omp simd reduction(+:dalpha)
+        for (size_t j = 0; j < m; j++) dalpha += S[j];
+        ddt[m * H] += A * dalpha;
+        dA += d->dt[m] * dalpha;
+    }
+    return A * dA;
+}
+
+// ssd_backward: first the gradients of the states, from the last chunk to the first, each head by itself:
+//   forward y_i = .. + in_i H_c C_i,  H_{c+1} = in_{q-1} H_c + ..
+//     =>  lambda_c = in_{q-1} lambda_{c+1} + sum_i in_i dy_i C_i^T,  the last is dhT,  dh0 += lambda_0
+// then everything else, each chunk and group by itself (ssd_chunk_backward). The heads of a group add to the
+// same dB, dC and dCB, one after the other; at last
+//   forward CB_ij = C_i . B_j         =>  dC_i += sum_j dCB_ij B_j,  dB_j += sum_i dCB_ij C_i
+//   hs: as forward left it   scratch: ssd_backward_scratch() elements   all else as in the recurrent form
+void ssd_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt, size_t lddbc,
+                  real* dDskip, real* dh0, const real* dy, const real* dhT, const real* hs, const real* x,
+                  size_t ldx, const real* dt, const real* A_log, const real* Bt, const real* Ct, size_t ldbc,
+                  const real* Dskip, bool D_has_hdim, const real* h0, const int* doc, real* scratch, size_t B,
+                  size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G, work_size = Q * (4 * Q + 2 * P + N);
+    real* lambdas = scratch;                            // (B,chunks,H,P,N)
+    real* dA_part = lambdas + B * chunks * H * size;    // (B,chunks,H)
+    real* dD_part = dA_part + B * chunks * H;           // (B,chunks,H,P)
+    real* work = dD_part + B * chunks * H * P;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* C_g = Ct + b * T * ldbc + h / heads * N;
+        real *dys = work + bh * Q * P, *lambda = lambdas + ((b * chunks + chunks - 1) * H + h) * size;
+        for (size_t n = 0; n < size; n++) lambda[n] = dhT ? dhT[bh * size + n] : 0;
+        for (size_t c = chunks; c-- > 0; lambda -= H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* before = c ? lambda - H * size : dh0 ? dh0 + bh * size : NULL;
+            SsdDecay d;
+            if (!before) break;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(dys, d.in, NULL, dy + (row * H + h) * P, H * P, q, P);
+            for (size_t n = 0; n < size; n++) before[n] = (c ? 0 : before[n]) + d.in[q - 1] * lambda[n];
+            matmul_one(before, N, false, dys, 1, P, C_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *dB_c = dBt + row * lddbc + g * N, *dC_c = dCt + row * lddbc + g * N;
+        real *CB = work + task * work_size, *dCB = CB + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        memset(dCB, 0, q * q * sizeof(real));
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            size_t chunk = (b * chunks + c) * H + h;
+            real A = ssd_rate(A_log[h]), *dD = dD_part + chunk * P;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, A, doc ? doc + b * T : NULL, t0, q);
+            memset(dD, 0, P * sizeof(real));
+            dA_part[chunk] = ssd_chunk_backward(
+                dx + row * lddx + h * P, lddx, ddt + row * H + h, dB_c, dC_c, lddbc, dCB, dD,
+                dy + (row * H + h) * P, c + 1 < chunks || dhT ? lambdas + chunk * size : NULL,
+                c > 0 || h0 ? hs + chunk * size : NULL, x + row * ldx + h * P, ldx, &d, A, B_c, C_c, ldbc, CB,
+                Dskip + (D_has_hdim ? h * P : h), D_has_hdim, dCB + Q * Q, q, H, P, N);
+        }
+        matmul_one(dC_c, lddbc, false, dCB, q, 1, B_c, ldbc, 1, q, N, q);
+        matmul_one(dB_c, lddbc, false, dCB, 1, q, C_c, ldbc, 1, q, N, q);
+    }
+    #pragma omp parallel for if (H > 64)
+    for (size_t h = 0; h < H; h++) {
+        for (size_t bc = 0; bc < B * chunks; bc++) {
+            dA_log[h] += dA_part[bc * H + h];
+            for (size_t p = 0; p < P; p++)
+                dDskip[D_has_hdim ? h * P + p : h] += dD_part[(bc * H + h) * P + p];
+        }
+    }
+}
+
 // gated_rmsnorm_forward: the norm of Mamba-2, over groups of S channels, with the gate before or behind it.
 //   norm_before_gate = false:  w = y silu(z);   out = weight * w * rstd(w)          (all released models)
 //   norm_before_gate = true:   out = weight * y * rstd(y) * silu(z)
@@ -1383,8 +1656,8 @@ void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, 
 //   xhat = w rstd(w)            =>  dw += rstd (q - xhat mean_s(q xhat)), mean over the group
 //   gate first:  out = weight xhat, w = y silu(z)  =>  q = weight dout          dweight += dout xhat
 //                                                      dy += dw silu(z)         dz += dw y silu'(z)
-//   norm first:  out = weight xhat silu(z), w = y  =>  q = weight dout silu(z)  dweight += dout silu(z) xhat
-//                                                      dy += dw                 dz += dout weight xhat silu'(z)
+//   norm first:  out = weight xhat silu(z), w = y  =>  q = weight dout silu(z)  dweight += dout xhat silu(z)
+//                                                      dy += dw         dz += weight dout xhat silu'(z)
 // In both cases q xhat and the summand of dweight hold the same product: dout y silu(z) rstd.
 void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, const real* dout, const real* y,
                             const real* z, size_t ldz, const real* weight, const real* rstd, size_t M,

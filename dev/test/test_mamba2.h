@@ -123,6 +123,75 @@ void ssd_formula(const Problem* p, double** in, double** out) {
 const LayerTest ssd_recurrent_layer = {
     "ssd_recurrent", ssd_make, ssd_fwd, ssd_bwd, ssd_formula, SSD_H0, false, false
 };
+
+void ssd_chunked_make(Problem* p) {
+    ssd_make(p);
+    size_t backward = ssd_backward_scratch(p->B, p->T, p->H, p->P, p->G, p->N, p->Q);
+    p->saved_size = ssd_saved(p->B, p->T, p->H, p->P, p->N, p->Q);
+    p->scratch_size = ssd_forward_scratch(p->B, p->T, p->H, p->P, p->G, p->Q);
+    if (p->scratch_size < backward) p->scratch_size = backward;
+}
+void ssd_chunked_fwd(Problem* p) {
+    const Operand* in = p->in;
+    ssd_forward(p->out[0].value, p->saved, p->out[1].value, in[SSD_X].value, in[SSD_X].ld, in[SSD_DT].value,
+                in[SSD_A].value, in[SSD_B].value, in[SSD_C].value, in[SSD_B].ld, in[SSD_D].value, ssd_hdim(p),
+                in[SSD_H0].value, p->doc, p->scratch, p->B, p->T, p->H, p->P, p->G, p->N, p->Q);
+}
+void ssd_chunked_bwd(Problem* p) {
+    const Operand* in = p->in;
+    ssd_backward(in[SSD_X].grad, in[SSD_X].ld, in[SSD_DT].grad, in[SSD_A].grad, in[SSD_B].grad,
+                 in[SSD_C].grad, in[SSD_B].ld, in[SSD_D].grad, in[SSD_H0].grad, p->out[0].grad,
+                 p->out[1].grad, p->saved, in[SSD_X].value, in[SSD_X].ld, in[SSD_DT].value, in[SSD_A].value,
+                 in[SSD_B].value, in[SSD_C].value, in[SSD_B].ld, in[SSD_D].value, ssd_hdim(p),
+                 in[SSD_H0].value, p->doc, p->scratch, p->B, p->T, p->H, p->P, p->G, p->N, p->Q);
+}
+const LayerTest ssd_layer = {
+    "ssd", ssd_chunked_make, ssd_chunked_fwd, ssd_chunked_bwd, ssd_formula, SSD_H0, false, true
+};
+void test_ssd(void) {
+    const char* const shapes[] = {
+        "B3 T7 H2 P3 G1 N5 Q3", "B3 T7 H4 P3 G2 N5 Q7 state final", "B2 T37 H3 P2 G3 N1 Q7 final hdim",
+        "B3 T7 H6 P5 G2 N7 Q2 state hdim", "B1 T1 H1 P1 G1 N1 Q1 state final", "B1 T1 H4 P3 G2 N33 Q64",
+        "B3 T8 H4 P3 G2 N5 Q4 state final", "B2 T9 H4 P3 G2 N5 Q1 state final documents0",
+        "B3 T37 H4 P1 G2 N3 Q7 state final documents0", "B8 T7 H2 P2 G1 N2 Q3 state documents0",
+        "B3 T37 H6 P2 G3 N4 Q8 state final hdim documents2", "B2 T30 H2 P3 G1 N2 Q5 state final documents6",
+        "B2 T67 H2 P5 G1 N17 Q64 state final big documents0",
+        "B8 T67 H4 P7 G2 N33 Q16 state final big documents0",
+        "B1 T300 H2 P65 G1 N3 Q256 final big", "B1 T256 H2 P3 G2 N129 Q128 state big" };
+    check_layer(&ssd_layer, shapes, COUNT_OF(shapes));
+    const char* const pieces[] = {
+        "B1 T40 H6 P3 G1 N5 Q7 state final", "B1 T40 H6 P3 G2 N5 Q16 state final documents1",
+        "B1 T7 H2 P3 G1 N5 Q2 state final documents4" };
+    check_split(&ssd_layer, pieces, COUNT_OF(pieces));
+    const char* const packed[] = {
+        "B8 T67 H4 P3 G2 N5 Q16 state final documents0", "B8 T67 H2 P3 G1 N2 Q7 state final documents0" };
+    check_packed(&ssd_layer, packed, COUNT_OF(packed));
+
+    // The chunk length does not matter: all equal the recurrence. Catches: a chunk edge in the wrong place.
+    const char* const same[] = {
+        "B2 T257 H4 P5 G2 N6 Q1 state final documents3", "B2 T257 H4 P5 G2 N6 Q7 state final documents3",
+        "B2 T257 H4 P5 G2 N6 Q64 state final documents3", "B2 T257 H4 P5 G2 N6 Q256 state final documents3" };
+    Worst forward = { 0, "" }, backward = { 0, "" };
+    for (int s = 0; s < COUNT_OF(same); s++) {
+        Problem p;
+        random_stream = 1 << 20;                    // the same inputs
+        problem_make(&p, &ssd_layer, same[s]);
+        run_forward(&p);
+        run_backward(&p, 0, false);
+        size_t n, outputs = count(&p.out[0]) + count(&p.out[1]);
+        double* chunked = snapshot(&p, &n);
+        p.layer = &ssd_recurrent_layer;
+        run_forward(&p);
+        run_backward(&p, 0, false);
+        double* recurrent = snapshot(&p, &n);
+        worst_add(&forward, relative_l2(chunked, recurrent, outputs), "%s", same[s]);
+        for (size_t i = 0, at = outputs; i < (size_t)p.n_in; at += count(&p.in[i++]))
+            worst_add(&backward, relative_l2(chunked + at, recurrent + at, count(&p.in[i])), "d%s, %s",
+                      p.in[i].name, same[s]);
+    }
+    worst_report("Q = 1, 7, 64, 256: outputs = recurrent form", &forward, limit(3e-6, 1e-14));
+    worst_report("Q = 1, 7, 64, 256: gradients = recurrent form", &backward, limit(3e-6, 1e-14));
+}
 void test_ssd_recurrent(void) {
     const char* const shapes[] = {
         "B3 T7 H2 P3 G1 N5", "B3 T7 H4 P3 G2 N5 state final", "B2 T37 H3 P2 G3 N1 final hdim",
