@@ -50,14 +50,25 @@ void cublas_check(cublasStatus_t status, const char* file, int line) {
         die("%s:%d: cuBLASLt: %s", file, line, cublasLtGetStatusString(status));
 }
 
-// device_calloc: zeroed memory on the device; `device_bytes` counts what has been asked for
+// device_calloc: zeroed memory on the device; `device_bytes` counts what has been asked for. The program's
+// streams do not wait for the default stream, in which cudaMemset and cudaMemcpy work and from which both
+// return early: without the wait for it, a busy GPU clears the memory after its first use.
 static size_t device_bytes;
 
 void* device_calloc(size_t count, size_t size) {
     void* p;
     cudaCheck(cudaMalloc(&p, count > 0 && size > 0 ? count * size : 1));
     cudaCheck(cudaMemset(p, 0, count * size));
+    cudaCheck(cudaStreamSynchronize(0));
     device_bytes += count * size;
+    return p;
+}
+
+// device_copy: n numbers of the host in new memory on the device
+template <typename Y> static Y* device_copy(const Y* host, size_t n) {
+    Y* p = (Y*)device_calloc(n, sizeof(Y));
+    cudaCheck(cudaMemcpy(p, host, n * sizeof(Y), cudaMemcpyHostToDevice));
+    cudaCheck(cudaStreamSynchronize(0));
     return p;
 }
 
@@ -4037,7 +4048,7 @@ static bool by_matmul(const Model* m, const Tensor* t) {
 // always added to; of those that --freeze names
 enum { PIECES_UPDATED, PIECES_ADDED_TO, PIECES_FROZEN };
 static AdamWPiece* pieces_create(const Model* m, int which, size_t* n) {
-    AdamWPiece *piece = NULL, *device;
+    AdamWPiece* piece = NULL;
     for (int pass = 0; pass < 2; pass++) {
         if (pass) piece = (AdamWPiece*)xcalloc(*n, sizeof(AdamWPiece));
         *n = 0;
@@ -4047,8 +4058,7 @@ static AdamWPiece* pieces_create(const Model* m, int which, size_t* n) {
                 *n = adamw_pieces(piece, *n, t->offset, t->count, t->spec->flags & DECAY);
         }
     }
-    device = (AdamWPiece*)device_calloc(*n, sizeof(AdamWPiece));
-    cudaCheck(cudaMemcpy(device, piece, *n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
+    AdamWPiece* device = device_copy(piece, *n);
     free(piece);
     return device;
 }
@@ -4416,8 +4426,7 @@ template <typename X> static void carry_reserve(Backend* b, size_t micros, size_
             field[c->n_fields++] = f;
             offset += B * f.count;
         }
-    c->field = (StateField*)device_calloc((size_t)c->n_fields, sizeof(StateField));
-    cudaCheck(cudaMemcpy(c->field, field, (size_t)c->n_fields * sizeof(StateField), cudaMemcpyHostToDevice));
+    c->field = device_copy(field, (size_t)c->n_fields);
     free(field);
 }
 
@@ -4595,7 +4604,7 @@ template <typename X> static StepResult cuda_step_end(Backend* b) {
     if (r.taken) return r;
     // the step once more, without the update: its gradients, and the micro-batch where it goes wrong
     int halted = 0;
-    double sum = 0;
+    double sum = 0, scale = s->n_targets ? 1.0 / (double)s->n_targets : 0;
     to_device(&c->out->halted, &halted, 1, c->stream);
     Dropout next = b->dropout;
     b->dropout = s->dropout;
@@ -4605,7 +4614,7 @@ template <typename X> static StepResult cuda_step_end(Backend* b) {
         size_t at = micro * s->B * s->T;
         const int* doc = s->has_doc ? s->batch.doc + at : NULL;
         sum += cuda_forward<X>(b, (int)micro, s->batch.tokens + at, s->batch.targets + at, doc, s->B, s->T,
-                               1.0 / (double)s->n_targets);
+                               scale);
         if (!isfinite(sum)) {
             r.micro = (int)micro;
             break;
