@@ -98,7 +98,7 @@ $(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
 $(BUILD)/test_mambacu: $(TESTS) train_mamba.cu $(SOURCES) $(BUILD)/oracle.o Makefile
 	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
 	$(NVCC) -x cu $(CUDA_FLAGS) -c test_mamba.c -o $@.o
-	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker --wrap=cudaLaunchKernel,--wrap=__cudaGetKernel,--wrap=__cudaRegisterFunction -o $@ $(CUDA_LIBS)
+	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker --wrap=cudaLaunchKernel,--wrap=cudaLaunchKernelExC,--wrap=__cudaGetKernel,--wrap=__cudaRegisterFunction -o $@ $(CUDA_LIBS)
 
 $(BUILD)/dev/%: dev/cuda/%.cu dev/cuda/ladder.h train_mamba.cu $(SOURCES) Makefile
 	@mkdir -p $(BUILD)/dev
