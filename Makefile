@@ -23,8 +23,15 @@ ifeq (,$(filter help clean,$(MAKECMDGOALS)))
   ifneq ($(shell $(PKG_CONFIG) --exists jansson 2>/dev/null && echo yes),yes)
     $(error Jansson (JSON) not found. On Debian or Ubuntu: sudo apt-get install gcc make pkg-config libjansson-dev)
   endif
-  JANSSON_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson)
+  ifneq ($(shell $(PKG_CONFIG) --exists libpcre2-8 2>/dev/null && echo yes),yes)
+    $(error PCRE2 (regular expressions of tokenizers) not found. On Debian or Ubuntu: sudo apt-get install libpcre2-dev)
+  endif
+  ifneq ($(shell $(PKG_CONFIG) --exists libutf8proc 2>/dev/null && echo yes),yes)
+    $(error utf8proc (Unicode normal form of tokenizers) not found. On Debian or Ubuntu: sudo apt-get install libutf8proc-dev)
+  endif
+  JANSSON_CFLAGS := $(shell $(PKG_CONFIG) --cflags jansson libpcre2-8 libutf8proc)
   JANSSON_LIBS := $(shell $(PKG_CONFIG) --libs jansson)
+  TOKENIZER_LIBS := $(shell $(PKG_CONFIG) --libs libpcre2-8 libutf8proc)
   ifneq ($(call try,typedef float v __attribute__((vector_size(16)));int main(void){v a={0};a=__builtin_shufflevector(a$(COMMA)a$(COMMA)0$(COMMA)1$(COMMA)2$(COMMA)3);return (int)a[0];},),yes)
     $(error $(CC) does not compile __builtin_shufflevector: gcc 12 or newer, or clang, is needed; try make CC=clang)
   endif
@@ -44,11 +51,11 @@ ifeq (,$(filter help clean,$(MAKECMDGOALS)))
 endif
 
 C_FLAGS = -std=gnu11 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS)
-LIBS = $(JANSSON_LIBS) -lm
+LIBS = $(JANSSON_LIBS) $(TOKENIZER_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
 TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
-.PHONY: readme cuda ladders all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
+.PHONY: readme ladders-readme cuda ladders all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
 
 all: $(BUILD)/train_mamba ## build the trainer (the default)
 
@@ -80,9 +87,11 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 CUDA_FLAGS = -O3 -std=c++17 $(ARCH) -Xcompiler $(subst $(space),$(comma),$(strip $(HOST_FLAGS))) $(JANSSON_CFLAGS)
-CUDA_LIBS = -cudart static -lcublasLt $(CUDA_JANSSON) -lm
-# CUDA_JANSSON=-l:libjansson.a links it in, for a GPU machine without it
+CUDA_LIBS = -cudart static -lcublasLt $(CUDA_JANSSON) $(CUDA_TOKENIZER) -lm
+# CUDA_JANSSON=-l:libjansson.a CUDA_TOKENIZER='-l:libpcre2-8.a -l:libutf8proc.a' link them in, for a GPU machine
+# without them
 CUDA_JANSSON ?= $(JANSSON_LIBS)
+CUDA_TOKENIZER ?= $(TOKENIZER_LIBS)
 
 cuda: $(BUILD)/train_mambacu ## build the trainer for NVIDIA GPUs
 $(BUILD)/train_mambacu: train_mamba.cu $(SOURCES) Makefile
@@ -90,7 +99,8 @@ $(BUILD)/train_mambacu: train_mamba.cu $(SOURCES) Makefile
 	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
 	$(NVCC) $(CUDA_FLAGS) train_mamba.cu -o $@ $(CUDA_LIBS)
 
-# the double oracle of the GPU tests; --wrap: dev/test/test_cuda.h counts which kernels were launched
+# the double oracle of the GPU tests; --wrap: calls that dev/test/test_cuda.h counts, or lets fail
+CUDA_WRAPPED = cudaLaunchKernel cudaLaunchKernelExC __cudaGetKernel __cudaRegisterFunction cudaMalloc cudaDeviceGetAttribute
 $(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
 	@mkdir -p $(BUILD)
 	$(CXX) -std=c++17 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) -c $< -o $@
@@ -98,7 +108,7 @@ $(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
 $(BUILD)/test_mambacu: $(TESTS) train_mamba.cu $(SOURCES) $(BUILD)/oracle.o Makefile
 	@command -v $(NVCC) >/dev/null || { echo "nvcc not found: install the CUDA toolkit 12 or newer, or give NVCC=/usr/local/cuda/bin/nvcc"; exit 1; }
 	$(NVCC) -x cu $(CUDA_FLAGS) -c test_mamba.c -o $@.o
-	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker --wrap=cudaLaunchKernel,--wrap=cudaLaunchKernelExC,--wrap=__cudaGetKernel,--wrap=__cudaRegisterFunction -o $@ $(CUDA_LIBS)
+	$(NVCC) $(CUDA_FLAGS) $@.o $(BUILD)/oracle.o -Xlinker $(subst $(space),$(comma),$(addprefix --wrap=,$(CUDA_WRAPPED))) -o $@ $(CUDA_LIBS)
 
 $(BUILD)/dev/%: dev/cuda/%.cu dev/cuda/ladder.h train_mamba.cu $(SOURCES) Makefile
 	@mkdir -p $(BUILD)/dev
@@ -128,7 +138,12 @@ CUDA_LADDERS = $(patsubst dev/cuda/%.cu,$(BUILD)/dev/%,$(wildcard dev/cuda/*.cu)
 dev: $(patsubst dev/cpu/%.c,$(BUILD)/dev/cpu_%,$(wildcard dev/cpu/*.c)) $(patsubst dev/bench/%.c,$(BUILD)/dev/%,$(wildcard dev/bench/*.c)) $(if $(shell command -v $(NVCC)),$(CUDA_LADDERS)) ## kernel ladders and benchmarks
 
 ladders: $(CUDA_LADDERS) ## the table of all GPU kernels, on the GPU of this machine
-	@for ladder in $^; do ./$$ladder || exit 1; done
+	@date +%F; for ladder in $^; do ./$$ladder || exit 1; done
+
+ladders-readme: ## write build/ladders.txt, what `make ladders` printed, into dev/README.md
+	@test -s $(BUILD)/ladders.txt || { echo "run make ladders > $(BUILD)/ladders.txt first, on a GPU"; exit 1; }
+	@{ sed '/<!-- ladders: begin/q' dev/README.md; echo '```'; sed '/^OpenMP/d;/^OpenBLAS/d' $(BUILD)/ladders.txt; echo '```'; sed -n '/<!-- ladders: end/,$$p' dev/README.md; } > $(BUILD)/README.md
+	@mv $(BUILD)/README.md dev/README.md
 
 readme: all ## write the table of options into README.md
 	@{ sed '/<!-- options: begin/q' README.md; $(BUILD)/train_mamba --help=markdown; sed -n '/<!-- options: end/,$$p' README.md; } > $(BUILD)/README.md

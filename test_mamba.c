@@ -1347,7 +1347,7 @@ typedef struct {
     real scale;
 } Toy;
 
-void toy_make(Toy* toy, const Config* config, size_t B, size_t T, int doc_pattern, bool recompute) {
+void toy_make(Toy* toy, const Config* config, size_t B, size_t T, int doc_pattern, int recompute) {
     memset(toy, 0, sizeof *toy);
     Model* m = &toy->m;
     *m = toy_model(config, true, 3);
@@ -1621,23 +1621,27 @@ typedef struct {
     bool tie, bias, conv_bias;
     size_t B, T;
     int docs;                // pattern of documents, -1: none
+    double dropout;
 } ToyShape;
 const ToyShape toy_shapes[] = {
-    { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1 },
-    { "1", 2, 7, 9, 5, 2, 3, 11, false, true, false, 3, 7, 0 },
-    { "1m", 2, 5, 6, 3, 3, 2, 9, true, true, true, 3, 37, 1 },
-    { "11m", 2, 7, 5, 5, 4, 1, 8, false, false, true, 3, 7, 2 },
-    { "1m", 1, 5, 7, 5, 2, 1, 11, false, true, true, 3, 37, 4 },
-    { "1", 2, 3, 5, 5, 3, 2, 7, true, false, false, 3, 37, -1 },
-    { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1 },
+    { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0 },
+    { "1", 2, 7, 9, 5, 2, 3, 11, false, true, false, 3, 7, 0, 0 },
+    { "1m", 2, 5, 6, 3, 3, 2, 9, true, true, true, 3, 37, 1, 0 },
+    { "11m", 2, 7, 5, 5, 4, 1, 8, false, false, true, 3, 7, 2, 0.3 },
+    { "1m", 2, 8, 6, 3, 3, 2, 9, true, true, true, 2, 9, 1, 0.6 },
+    { "1m", 1, 5, 7, 5, 2, 1, 11, false, true, true, 3, 37, 4, 0 },
+    { "1", 2, 3, 5, 5, 3, 2, 7, true, false, false, 3, 37, -1, 0 },
+    { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0 },
 };
 
-void toy_from_shape(Toy* toy, const ToyShape* s, bool recompute) {
+void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     c.tie_embeddings = s->tie;
     c.bias = s->bias;
     c.conv_bias = s->conv_bias;
     toy_make(toy, &c, s->B, s->T, s->docs, recompute);
+    Dropout drop = { s->dropout, random_bits(6, STREAM_DROPOUT, 2), 5, 0 };
+    toy->w.dropout = drop;
 }
 
 // numeric_gradient: (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / (12 h), truncation h^4, rounding 2^-53 / h
@@ -1659,17 +1663,23 @@ void numeric_gradient(Toy* toy, real* x, double* numeric, size_t n) {
 // layers put together wrongly (an activation overwritten too early, the residual counted twice, a state of
 // a wrong row).
 void test_model_gradient(void) {
-    Worst params = { 0, "" }, states = { 0, "" }, recompute = { 0, "" }, padding = { 0, "" };
+    Worst params = { 0, "" }, states = { 0, "" }, recompute = { 0, "" }, padding = { 0, "" },
+        memory = { 0, "" };
     for (int k = 0; k < COUNT_OF(toy_shapes); k++) {
         const ToyShape* shape = &toy_shapes[k];
         Toy toy, again;
-        toy_from_shape(&toy, shape, false);
+        toy_from_shape(&toy, shape, RECOMPUTE_NONE);
         toy_gradients(&toy);
-        toy_from_shape(&again, shape, true);
-        toy_gradients(&again);
-        worst_add(&recompute, bits_differ(toy.m.grads, again.m.grads, toy.m.n_elements) +
-                  states_differ(&toy.ds0, &again.ds0), "shape %d", k);
-        toy_free(&again);
+        size_t bytes = toy.w.bytes;
+        for (int level = RECOMPUTE_CHEAP; level <= RECOMPUTE_ALL; level++) {
+            toy_from_shape(&again, shape, level);
+            toy_gradients(&again);
+            worst_add(&recompute, bits_differ(toy.m.grads, again.m.grads, toy.m.n_elements) +
+                      states_differ(&toy.ds0, &again.ds0), "shape %d, level %d", k, level);
+            worst_add(&memory, toy.m.n_layers > 2 && again.w.bytes >= bytes, "shape %d, level %d", k, level);
+            bytes = again.w.bytes;
+            toy_free(&again);
+        }
         for (int i = 0; REAL_IS_DOUBLE && i < toy.m.n_tensors; i++) {
             const Tensor* t = &toy.m.tensor[i];
             double* numeric = (double*)test_alloc(t->count, sizeof(double));
@@ -1699,7 +1709,81 @@ void test_model_gradient(void) {
     if (REAL_IS_DOUBLE) worst_report("parameters: gradient = central differences", &params, 1e-6);
     if (REAL_IS_DOUBLE) worst_report("initial states: gradient = central differences", &states, 1e-6);
     worst_report("recompute: bits differ", &recompute, 0);
+    worst_report("recompute: a higher level needs no less memory", &memory, 0);
     worst_report("padding between gradients touched", &padding, 0);
+}
+
+// dropout_mask: which of M x D ones are kept, with the value they then have
+real* dropout_mask(double rate, uint64_t step, size_t first, int place, size_t M, size_t D) {
+    Dropout drop = { rate, random_bits(6, STREAM_DROPOUT, step), first, place };
+    real* mask = (real*)test_alloc(M * D, sizeof(real));
+    for (size_t i = 0; i < M * D; i++) mask[i] = 1;
+    dropout(mask, mask, &drop, M, D);
+    return mask;
+}
+
+// Catches: elements scaled wrongly, a rate that is not the one asked for, masks that repeat from place to
+// place, step to step or token to token, that depend on the threads or on how a batch is divided, dropout in
+// an evaluation. (Its gradients: model gradient. That CPU and GPU agree: cuda layers, cuda model.)
+void test_dropout(void) {
+    enum { M = 301, D = 67, N = M * D };
+    const double rates[] = { 0.1, 0.5, 0.9 };
+    Worst rate_error = { 0, "" }, value = { 0, "" }, dependent = { 0, "" };
+    for (int k = 0; k < COUNT_OF(rates); k++) {
+        double rate = floor(rates[k] * 65536 + 0.5) / 65536, error = sqrt(rate * (1 - rate) / N), zeros = 0;
+        real* mask = dropout_mask(rates[k], 3, 0, 1, M, D);
+        const real* other[] = { dropout_mask(rates[k], 4, 0, 1, M, D),
+                                dropout_mask(rates[k], 3, M, 1, M, D),
+                                dropout_mask(rates[k], 3, 0, 2, M, D),
+                                mask + 1, mask + 2, mask + 4, mask + D };
+        for (size_t i = 0; i < N; i++) {
+            zeros += mask[i] == 0;
+            if (mask[i] != 0) worst_add(&value, fabs((double)mask[i] * (1 - rate) - 1), "rate %g", rate);
+        }
+        worst_add(&rate_error, fabs(zeros / N - rate) / error, "rate %g", rate);
+        for (int j = 0; j < COUNT_OF(other); j++) {
+            double both = 0, n = j < 3 ? N : N - D;
+            for (size_t i = 0; i < (size_t)n; i++) both += mask[i] == 0 && other[j][i] == 0;
+            // an element of a shifted mask is in two of the products, hence the second term
+            double both_error = sqrt((rate * rate * (1 - rate * rate) + 2 * pow(rate, 3) * (1 - rate)) / n);
+            worst_add(&dependent, fabs(both / n - rate * rate) / both_error, "rate %g, mask %d", rate, j);
+        }
+    }
+    worst_report("kept values: 1 / (1 - rate)", &value, limit(1e-7, 1e-15));
+    worst_report("part of zeros, in standard errors", &rate_error, 4);
+    worst_report("zero in both of two masks, in standard errors", &dependent, 4);
+
+    real *whole = dropout_mask(0.3, 3, 0, 1, M, D), *part = dropout_mask(0.3, 3, 100, 1, 50, D);
+    real inp[8] = { 1 };
+    double unlike = 0;                  // the definition, element by element
+    for (size_t e = 100 * D; e < 150 * D; e++) {
+        uint64_t hash = mix64(mix64(random_bits(6, STREAM_DROPOUT, 3) + 1) + e / 4);
+        unlike += (part[e - 100 * D] == 0) != ((hash >> (16 * (e % 4))) % 65536 < 19661);    // 0.3 of 65536
+    }
+    report("kept: not as defined", unlike, 0);
+    report("tokens 100 to 149 by themselves: bits differ", bits_differ(part, whole + 100 * D, 50 * D), 0);
+    use_threads(4);
+    report("4 threads: bits differ", bits_differ(dropout_mask(0.3, 3, 0, 1, M, D), whole, N), 0);
+    use_threads(1);
+    Dropout off = { 0, 1, 0, 0 };
+    report("rate 0: not the input itself", dropout(NULL, inp, &off, 2, 4) != inp, 0);
+
+    // a backend drops in training steps only, and differently in each step and micro-batch
+    Toy toy;
+    toy_from_shape(&toy, &toy_shapes[2], false);
+    Backend b = backend_cpu(&toy.m, toy.B, toy.T, true, false);
+    double loss[6];
+    for (int k = 0; k < 6; k++) {       // none; evaluation; step 0; again; its second micro-batch; step 1
+        b.dropout.rate = k ? 0.3 : 0;
+        b.dropout.key = random_bits(6, STREAM_DROPOUT, k == 5);
+        loss[k] = b.forward(&b, k == 1 ? -1 : k == 4, toy.tokens, toy.targets, NULL, toy.B, toy.T, 1);
+    }
+    report("evaluation: the loss differs from that without dropout", loss[1] != loss[0], 0);
+    report("the same step: the loss differs", loss[3] != loss[2], 0);
+    report("training, other micro-batch, other step: the loss is the same",
+           (loss[2] == loss[0]) + (loss[4] == loss[2]) + (loss[5] == loss[2]) + (loss[5] == loss[4]), 0);
+    b.destroy(&b);
+    toy_free(&toy);
 }
 
 // guarded: memory of its own for one field, NaN at first, as much again behind it that nobody may write
@@ -1718,9 +1802,9 @@ void test_guards(void) {
     Worst written = { 0, "" }, gradients = { 0, "" };
     for (int k = 0; k < COUNT_OF(toy_shapes); k++) {
         Toy plain, toy;
-        toy_from_shape(&plain, &toy_shapes[k], false);
+        toy_from_shape(&plain, &toy_shapes[k], RECOMPUTE_NONE);
         toy_gradients(&plain);
-        toy_from_shape(&toy, &toy_shapes[k], false);
+        toy_from_shape(&toy, &toy_shapes[k], RECOMPUTE_NONE);
         const Config* c = &toy.m.config;
         real* fields[MAX];
         size_t counts[MAX], n = 0, M = toy.B * toy.T, D = (size_t)c->d_model;
@@ -1766,7 +1850,7 @@ void test_mlp(void) {
     toy_make(&toy, &c, 1, M, -1, false);
     const Layer* layer = &toy.m.layer[1];
     const MlpParams* p = (const MlpParams*)layer->params;
-    Run run = { &c, 1, M, NULL };
+    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 } };
     real res[M * D], out[M * D];
     double want[M * D];
     for (size_t i = 0; i < M * D; i++) res[i] = (real)test_uniform(-0.01, 0.01, 81, i);     // eps counts
@@ -2118,7 +2202,7 @@ double refused(bool ok, const Error* err, const char* words) {
 // or read into another, weights of one save used with the moments of another, damage that goes unnoticed.
 void test_checkpoint(void) {
     Config c = toy_config("1m", 2, 7, 14, 5, 4, 2, 19);
-    Tokenizer tok = { TOKENIZER_NONE, 19, -1 };
+    Tokenizer tok = { TOKENIZER_NONE, 19, -1, NULL };
     Error err;
     Toy toy;
     Model back;
@@ -2213,7 +2297,7 @@ void test_checkpoint(void) {
 }
 
 // TrainRun: a training run in a child process, with hooks in its backend. The stop is exact: the signal is
-// raised inside the update of step stop_at, so the loop finishes this step, saves and leaves.
+// raised when step stop_at has begun, so the loop finishes this step, saves and leaves.
 enum { PLANT_NONE, PLANT_PARAM, PLANT_GRADIENT, PLANT_HUGE };
 typedef struct {
     char options[1024];
@@ -2231,7 +2315,7 @@ uint64_t train_stream;
 double (*train_forward)(Backend*, int, const int*, const int*, const int*, size_t, size_t, double);
 void (*train_backward)(Backend*, int, const int*, const int*, size_t, size_t);
 void (*train_zero)(Backend*);
-void (*train_update)(Backend*, const AdamW*, double, double, int64_t);
+void (*train_step_begin)(Backend*, const Step*);
 
 // carried_error: the loss of this window, computed by one forward without states over everything that its
 // stream
@@ -2281,9 +2365,9 @@ void hooked_zero(Backend* b) {           // called once at the start of each ste
     train_zero(b);
 }
 
-void hooked_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
-    train_update(b, opt, lr, scale, step);
-    if (step == train_run->stop_at) raise(SIGTERM);
+void hooked_step_begin(Backend* b, const Step* s) {
+    train_step_begin(b, s);
+    if (s->number == train_run->stop_at) raise(SIGTERM);
 }
 
 int split_words(char* text, char* argv[64]) {
@@ -2306,11 +2390,11 @@ void* train_thread(void* unused) {       // as train_main, without the plot
     train_forward = t.backend.forward;
     train_backward = t.backend.backward;
     train_zero = t.backend.zero_gradients;
-    train_update = t.backend.update;
+    train_step_begin = t.backend.step_begin;
     t.backend.forward = hooked_forward;
     t.backend.backward = hooked_backward;
     t.backend.zero_gradients = hooked_zero;
-    t.backend.update = hooked_update;
+    t.backend.step_begin = hooked_step_begin;
     int code = train_loop(&t);
     if (train_run->print_stream)
         fprintf(stderr, "%016llx %.17g", (unsigned long long)train_stream, t.progress.train_loss);
@@ -2360,14 +2444,15 @@ void test_resume(void) {
     char text[2048], straight[64], stopped[64], a[240], b[240];
     write_data();
     for (int k = 0; k < 32; k++) {
-        bool accum = k & 1, carry = k & 2, documents = k & 4, recompute = k & 8, at_end = k & 16;
+        bool accum = k & 1, carry = k & 2, documents = k & 4, at_end = k & 16;
+        const char* recompute = k & 8 ? (k & 4 ? "cheap" : "on") : "off";
         int64_t stop = accum ? (at_end ? 2 : 3) : (at_end ? 6 : 4);       // 2 or 6 rows a step, 12 an epoch
         TrainRun run;
         memset(&run, 0, sizeof run);
         char options[200];
         snprintf(options, sizeof options, "--batch-size 2 --grad-accum %d --steps %d --threads 1 "
-                 "--%scarry-state --%sreset-documents --%srecompute", accum ? 3 : 1, (int)stop + 3,
-                 carry ? "" : "no-", documents ? "" : "no-", recompute ? "" : "no-");
+                 "--%scarry-state --%sreset-documents --recompute %s --dropout %g", accum ? 3 : 1,
+                 (int)stop + 3, carry ? "" : "no-", documents ? "" : "no-", recompute, k % 3 ? 0.3 : 0);
         snprintf(straight, sizeof straight, "straight%d", k);
         snprintf(stopped, sizeof stopped, "stopped%d", k);
         int code = train(&run, text, sizeof text, "%s --out %s", options, scratch(straight));
@@ -2407,16 +2492,16 @@ void test_resume(void) {
     report("carried states = one long row, 14 steps: loss", code == 0 && *text ? atof(text) : NAN, 1e-12);
 
     // The batch does not depend on how it is divided. Catches: a loss averaged per micro-batch, rows dealt
-    // differently.
-    double loss[3] = { 0, 0, 0 };
-    unsigned long long stream[3] = { 0, 0, 0 };
-    for (int k = 0; k < 3; k++) {
+    // differently, dropout of another token.
+    double loss[4] = { 0, 0, 0, 0 };
+    unsigned long long stream[4] = { 0, 0, 0, 0 };
+    for (int k = 0; k < 4; k++) {
         TrainRun run;
         memset(&run, 0, sizeof run);
         run.print_stream = true;
         snprintf(straight, sizeof straight, "split%d", k);
-        train(&run, text, sizeof text, "--batch-size %d --grad-accum %d --steps 4 --out %s", 8 >> k, 1 << k,
-              scratch(straight));
+        train(&run, text, sizeof text, "--batch-size %d --grad-accum %d --steps 4 --dropout %g --out %s",
+              8 >> k % 3, 1 << k % 3, k < 3 ? 0.3 : 0, scratch(straight));
         if (sscanf(text, "%llx %lf", &stream[k], &loss[k]) != 2) printf("%s\n", text);
     }
     bool same = stream[0] && stream[0] == stream[1] && stream[0] == stream[2];
@@ -2424,6 +2509,7 @@ void test_resume(void) {
     // measured 1.4e-9, 2e-16
     report("batches 8x1, 4x2: loss of step 4", fabs(loss[1] / loss[0] - 1), 1e-6);
     report("batches 8x1, 2x4: loss of step 4", fabs(loss[2] / loss[0] - 1), 1e-6);
+    report("--dropout does not change the loss", !(fabs(loss[3] / loss[0] - 1) > 1e-4), 0);
 }
 
 // NaN, infinity and overflow stop the run before the update, name step, layer and tensor, and leave the
@@ -2524,7 +2610,7 @@ void test_find_nonfinite(void) {
         char text[256] = "";
         toy_make(&toy, &c, B, T, -1, false);
         Model* m = &toy.m;
-        Workspace w = workspace_alloc(m, B + 1, T + 30, true, k % 2 == 1, false);
+        Workspace w = workspace_alloc(m, B + 1, T + 30, true, k % 3, false);
         for (size_t i = 0; i < w.bytes / sizeof(real); i++) w.data[i] = (real)NAN;
         for (int i = 0; i < B * T; i++) toy.tokens[i] %= V - 1;
         toy.tokens[B * T - 1] = V - 1;                      // the only token of its kind, at the very end
@@ -2825,9 +2911,10 @@ char* written(Model* m, const char* prompt, const char* options) {
     if (m->config.vocab_size != 257) tok.kind = TOKENIZER_NONE;
     Backend backend = backend_create(&s.o, m, 0, 0, false, false);
     backend.upload(&backend);
-    Prompt source = { &tok, prompt, strlen(prompt), NULL };
+    Prompt source = prompt_open(&tok, prompt, NULL);
     FILE* f = open_memstream(&text, &size);
     bool ok = generate(&backend, &tok, &s.o, &source, f, &stats, &no, &written_error);
+    prompt_close(&source);
     fclose(f);
     char* copy_of_text = (char*)test_alloc(size + 1, 1);
     memcpy(copy_of_text, text, size);
@@ -2930,6 +3017,10 @@ void test_generate(void) {
 #include "dev/test/test_data.h"
 // defines: test_cli
 #include "dev/test/test_cli.h"
+// defines: test_models
+#include "dev/test/test_models.h"
+// defines: test_tokenizer
+#include "dev/test/test_tokenizer.h"
 #ifdef __CUDACC__
 // defines: test_cuda_resume, test_cuda_layers, test_cuda_scan, test_cuda_matmul, test_cuda_model, ...
 #include "dev/test/test_cuda.h"
@@ -3010,6 +3101,7 @@ const Case cases[] = {
     { "rows", test_rows },
     { "initialization", test_init },
     { "model gradient", test_model_gradient },
+    { "dropout", test_dropout },
     { "guards", test_guards },
     { "mlp", test_mlp },
     { "accumulation", test_accumulation },
@@ -3029,13 +3121,17 @@ const Case cases[] = {
     { "files", test_files },
     { "data", test_data },
     { "cli", test_cli },
-#ifdef __CUDACC__                        // resume first, its children use the GPU before this process does
+    { "models", test_models },
+    { "tokenizer", test_tokenizer },
+#ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
+    { "cuda faults", test_cuda_faults },
     { "cuda layers", test_cuda_layers },
     { "cuda scan", test_cuda_scan },
     { "cuda matmul", test_cuda_matmul },
     { "cuda model", test_cuda_model },
     { "cuda generate", test_cuda_generate },
+    { "cuda large", test_cuda_large },
     { "cuda kernels", test_cuda_kernels },
 #endif
 };

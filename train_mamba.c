@@ -35,6 +35,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <fnmatch.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -143,9 +144,16 @@ void* xrealloc(void* old, size_t count, size_t size) {
 // value can be recomputed, and nothing depends on the number of threads. Streams keep the uses apart.
 //   mix(x): the finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection on 64 bits
 //   bits   = mix( mix( mix(seed) + stream ) + counter )
-enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_SAMPLE = 1 << 20, STREAM_INIT = 1 << 21 };
+enum { STREAM_SHUFFLE = 1, STREAM_OFFSET = 2, STREAM_DROPOUT = 3, STREAM_SAMPLE = 1 << 20,
+       STREAM_INIT = 1 << 21 };
 
-uint64_t mix64(uint64_t x) {
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__    // also callable in the kernels of train_mamba.cu
+#else
+#define HOST_DEVICE
+#endif
+
+HOST_DEVICE static inline uint64_t mix64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -289,6 +297,10 @@ bool config_check(const Config* c, Error* err) {
 
 // defines: SafeTensors and its reader and writer, checkpoint directories, config_read, config_write
 #include "data/safetensors.h"
+// defines: pickle_open, pickle_write: pytorch_model.bin
+#include "data/pickle.h"
+// defines: weights_open: a model in one file or in several
+#include "data/shards.h"
 // defines: Tokenizer, streaming decode
 #include "data/tokenizer.h"
 // defines: Dataset, Loader
@@ -680,6 +692,44 @@ void embedding_backward(real* dweight, const real* dout, const int* tokens, size
             for (size_t d = 0; d < n; d++) dw[d] += dout_m[d];
         }
     }
+}
+
+// Dropout: which elements a training step zeroes. A mask is nowhere stored: whether an element is kept is a
+// function of (seed, step, place, element), so the backward, --recompute and a resumed run make it again.
+//   place: 0 the embedding, l + 1 what sub-layer l adds    element: (first + m) * D + d
+typedef struct {
+    double rate;         // the part that is zeroed; 0: no dropout
+    uint64_t key;        // random_bits(seed, STREAM_DROPOUT, step)
+    size_t first;        // tokens of this step in the micro-batches before this one
+    int place;
+} Dropout;
+
+// Four neighbouring elements share the 64 bits of mix(mix(key + place) + element / 4); each is zeroed when
+// its 16 bits are below the threshold.
+static inline uint32_t dropout_threshold(double rate) { return (uint32_t)(rate * 65536 + 0.5); }
+static inline double dropout_scale(uint32_t threshold) { return 65536.0 / (65536.0 - threshold); }
+HOST_DEVICE static inline bool dropout_keeps(uint64_t bits, size_t element, uint32_t threshold) {
+    return (bits >> element % 4 * 16 & 0xffff) >= threshold;
+}
+
+// dropout: out = keep ? inp / (1 - rate) : 0, so that the mean stays.   inp, out (M,D), may be the same
+// Returns out, or inp when there is nothing to do. It is linear, each element for itself, so the backward is
+// the same function of the gradient.    Srivastava et al. (2014), Journal of Machine Learning Research 15
+const real* dropout(real* out, const real* inp, const Dropout* drop, size_t M, size_t D) {
+    uint32_t threshold = dropout_threshold(drop->rate);
+    uint64_t key = mix64(drop->key + (uint64_t)drop->place);
+    real scale = (real)dropout_scale(threshold);
+    if (threshold == 0) return inp;
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++) {
+        uint64_t bits = 0;
+        for (size_t d = 0; d < D; d++) {
+            size_t element = (drop->first + m) * D + d;
+            if (d == 0 || element % 4 == 0) bits = mix64(key + element / 4);
+            out[m * D + d] = dropout_keeps(bits, element, threshold) ? inp[m * D + d] * scale : 0;
+        }
+    }
+    return out;
 }
 
 // rmsnorm_forward: divides each token's vector by its root mean square.
@@ -1230,7 +1280,12 @@ enum {
     IF_BIAS = 2,        // exists only with config.bias
     BACKWARD_ONLY = 8,    // scratch that inference does not need
     IF_CONV_BIAS = 4,   // exists only with config.conv_bias
+    CHEAP = 16,         // activation that backward can make again at little cost from the others
 };
+
+// What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
+// of each layer, by running its forward again
+enum { RECOMPUTE_NONE, RECOMPUTE_CHEAP, RECOMPUTE_ALL };      // the positions of --recompute
 
 // TensorSpec: one row of a kind's table. Parameters have a full shape; activations and scratch are per token,
 // (B*T) times the shape; state is per sequence, (B) times the shape. The rows stand in the order of the
@@ -1246,6 +1301,8 @@ typedef struct {
     const Config* config;
     size_t B, T;
     const int* doc;      // (B,T) document ids, or NULL: one document per row
+    int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
+    Dropout dropout;     // of what this sub-layer adds
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -1280,11 +1337,11 @@ typedef struct { real *rstd, *u, *xz, *x, *rbc, *dt, *hs, *s; } Mamba1Acts;
 
 static const TensorSpec mamba1_acts[] = {
     {"rstd", {DIM_1}, 0, 0},           // of the norm
-    {"u",    {DIM_D}, 0, 0},           // normalized input
+    {"u",    {DIM_D}, 0, CHEAP},       // normalized input
     {"xz",   {DIM_2E}, 0, 0},          // x before the conv, gate z
-    {"x",    {DIM_E}, 0, 0},           // after conv and SiLU
+    {"x",    {DIM_E}, 0, CHEAP},       // after conv and SiLU
     {"rbc",  {DIM_R2N}, 0, 0},         // r, B, C
-    {"dt",   {DIM_E}, 0, 0},           // step size, after softplus
+    {"dt",   {DIM_E}, 0, CHEAP},       // step size, after softplus
     {"hs",   {DIM_SCAN_SAVED}, 0, 0},  // state at the start of each chunk
     {"s",    {DIM_E}, 0, 0},           // scan output, before the gate
 };
@@ -1344,7 +1401,7 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
     matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 // mamba1_block_backward: the lines of the forward in reverse order. dres (B,T,D) holds the gradient of
@@ -1366,6 +1423,13 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     real *dxz = w->dxz, *dz = w->dxz + E, *dx = w->dx, *drbc = w->drbc, *dBt = w->drbc + R,
          *dCt = w->drbc + R + N;
     real* dy = w->ddt;         // the gradient of y is consumed before ddt is needed
+    if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
+                              E, K);
+        matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
+        softplus_forward(a->dt, a->dt, M * E);
+    }
     // every backward function adds to its outputs, so they start from zero
     zero_real(dy, M * E);
     zero_real(w->ds, M * E);
@@ -1375,8 +1439,9 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     zero_real(w->du, M * D);
 
     // (F8) out = W_out y, y = s silu(z); the residual passes dres on unchanged
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dres, D, w->y, E, p->out_proj, M, E, D);
+    matmul_backward(dy, E, dp->out_proj, dp->out_proj_bias, dout, D, w->y, E, p->out_proj, M, E, D);
     gate_backward(w->ds, E, dz, 2 * E, dy, a->s, E, z, 2 * E, M, E);
     // (F5) to (F7): the first contribution to dx
     zero_real(w->ddt, M * E);
@@ -1413,7 +1478,7 @@ typedef struct { real *rstd, *u, *h; } MlpActs;
 
 static const TensorSpec mlp_acts[] = {
     {"rstd", {DIM_1}, 0, 0},
-    {"u",    {DIM_D}, 0, 0},
+    {"u",    {DIM_D}, 0, CHEAP},
     {"h",    {DIM_2F}, 0, 0},          // up, gate
 };
 
@@ -1440,7 +1505,7 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
-    residual_forward(res_out, res_in, w->out, M * D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
 void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
@@ -1451,12 +1516,15 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
     const MlpScratch* w = (const MlpScratch*)scratch;
     (void)state0; (void)dstate0; (void)dstateT;
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    if (run->recompute == RECOMPUTE_CHEAP)
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
     zero_real(w->dm, M * F);
     zero_real(w->dh, M * 2 * F);
     zero_real(w->du, M * D);
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // out = W_2 m, m = up silu(gate)
-    matmul_backward(w->dm, F, dp->fc2, NULL, dres, D, w->m, F, p->fc2, M, F, D);
+    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
     gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
     // [up; gate] = W_1 u, u = RMSNorm(res_in)
     matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
@@ -1516,6 +1584,7 @@ typedef struct {
     int ndim;
     int64_t shape[3];
     size_t count, offset;     // elements; the offset is a multiple of 16
+    bool frozen;              // --freeze: no update, no decay, not in the gradient norm
 } Tensor;
 
 typedef struct {
@@ -1745,7 +1814,9 @@ static size_t state_count(const Model* m) {
 // and the activations are reused from layer to layer.
 typedef struct {
     size_t B, T;
-    bool training, recompute;
+    bool training;
+    int recompute;
+    Dropout dropout;                  // of the call at hand; rate 0 unless a training step sets it
     size_t bytes;                     // of everything below
     real* data;
     real** res;                       // [n_layers + 1] residual stream before each sub-layer, (B,T,D)
@@ -1787,7 +1858,9 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             for (int i = 0; i < kinds[k].n_acts; i++) {
                 if (!w->training && kinds[k].acts[i].dim[0] == DIM_SCAN_SAVED)
                     continue;    // stays NULL: nothing is saved
-                bool own = first < 0 || (w->training && !w->recompute);
+                bool made_again = w->recompute == RECOMPUTE_ALL ||
+                                  (w->recompute == RECOMPUTE_CHEAP && (kinds[k].acts[i].flags & CHEAP));
+                bool own = first < 0 || (w->training && !made_again);
                 w->acts[l][i] =
                     own ? plan(p, activation_count(&kinds[k].acts[i], c, w->B, w->T)) : w->acts[first][i];
             }
@@ -1820,7 +1893,7 @@ static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
 }
 
 // workspace_alloc: with measure_only the bytes are computed and nothing is kept.
-Workspace workspace_alloc(const Model* m, size_t B, size_t T, bool training, bool recompute,
+Workspace workspace_alloc(const Model* m, size_t B, size_t T, bool training, int recompute,
                           bool measure_only) {
     Workspace w;
     memset(&w, 0, sizeof w);
@@ -1855,20 +1928,24 @@ void workspace_free(Workspace* w) {
 static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, const State* s0,
                           const State* sT) {
     const Layer* layer = &m->layer[l];
-    layer->kind->forward(run, w->res[l + 1], w->res[l], layer->params, w->acts[l],
+    Run here = *run;
+    here.dropout.place = l + 1;
+    layer->kind->forward(&here, w->res[l + 1], w->res[l], layer->params, w->acts[l],
                          w->scratch[layer->kind - kinds], s0->field[l], sT->field[l]);
 }
 
 // model_forward: tokens (B,T) to the final normalized residual stream w->f (B,T,D).
 //   res_0 = embedding[tokens]     res_{l+1} = res_l + layer_l(RMSNorm(res_l))     f = RMSNorm(res_last)
+//   with dropout (w->dropout) on the embedding and on what each layer adds
 //   doc (B,T) or NULL; s0 and sT: states before and after, see state_none; in inference they may be the same
 //   state
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model;
     embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
 }
@@ -1899,18 +1976,20 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
     rmsnorm_backward(w->dres, m->dnorm_f, w->df, w->res[m->n_layers], m->norm_f, w->f_rstd, M, D);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         const Layer* layer = &m->layer[l];
-        if (w->recompute) layer_forward(m, w, &run, l, s0, &none);
+        if (w->recompute == RECOMPUTE_ALL) layer_forward(m, w, &run, l, s0, &none);
+        run.dropout.place = l + 1;
         layer->kind->backward(&run, w->dres, w->res[l], layer->grads, layer->params, w->acts[l],
                               w->scratch[layer->kind - kinds], s0->field[l], ds0->field[l], dsT->field[l]);
     }
-    embedding_backward(m->dembedding, w->dres, tokens, M, D);
+    run.dropout.place = 0;
+    embedding_backward(m->dembedding, dropout(w->dres, w->dres, &run.dropout, M, D), tokens, M, D);
     state_free(&none);
 }
 
@@ -1936,13 +2015,14 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
     for (int l = 0; l < m->n_layers && !found; l++) {
         const Layer* layer = &m->layer[l];
         if (l == 0) embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+        if (l == 0) dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
         layer_forward(m, w, &run, l, s0, &none);
         for (int i = 0; i < layer->kind->n_acts && !found; i++) {
             if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T)))
@@ -1969,10 +2049,13 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW, learning rate schedules
 
-// gradient_norm: the L2 norm of all gradients together. Sums of fixed blocks in double, added in order: the
-// result does not depend on the number of threads.
-double gradient_norm(const Model* m) {
+// gradient_norm: the L2 norm of all gradients together; those of frozen tensors are set to zero. Sums of
+// fixed
+// blocks in double, added in order: the result does not depend on the number of threads.
+double gradient_norm(Model* m) {
     enum { BLOCK = 65536 };
+    for (int i = 0; i < m->n_tensors; i++)
+        if (m->tensor[i].frozen) zero_real(m->grads + m->tensor[i].offset, m->tensor[i].count);
     size_t blocks = (m->n_elements + BLOCK - 1) / BLOCK;
     double *partial = (double*)xcalloc(blocks, sizeof(double)), sum = 0;
     #pragma omp parallel for
@@ -1997,7 +2080,9 @@ double clip_scale(double norm, double clip) {
 
 typedef struct { double beta1, beta2, eps, weight_decay; } AdamW;
 
-// adamw_update: step number `step` (from 1) on every tensor; tensors without the DECAY flag are not decayed.
+// adamw_update: step number `step` (from 1) on every tensor that is not frozen; tensors without the DECAY
+// flag
+// are not decayed.
 //   g = scale * grad     m = beta1 m + (1-beta1) g     v = beta2 v + (1-beta2) g^2
 //   p = p (1 - lr wd) - lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)
 //   Loshchilov, Hutter (1711.05101)
@@ -2007,6 +2092,7 @@ void adamw_update(Model* model, const AdamW* opt, double lr, double scale, int64
     real v_scale = (real)(1 / sqrt(1 - pow(opt->beta2, (double)step)));
     for (int i = 0; i < model->n_tensors; i++) {
         const Tensor* t = &model->tensor[i];
+        if (t->frozen) continue;
         real *p = model->params + t->offset, *m = model->m + t->offset, *v = model->v + t->offset;
         const real* grad = model->grads + t->offset;
         real keep = t->spec->flags & DECAY ? (real)(1 - lr * opt->weight_decay) : 1;
@@ -2178,6 +2264,25 @@ typedef struct {
     void* device;            // of another one
 } Session;
 
+// Step: one optimizer step, and what comes out of it
+typedef struct {
+    const int *inputs, *targets;       // (accum,B,T): `accum` micro-batches
+    const int* doc;                    // the same, or NULL: one document per row
+    const bool* fresh;                 // (accum,B): rows whose carried state starts from zero
+    size_t accum, B, T, n_targets;
+    AdamW opt;
+    double lr, clip;
+    int64_t number;                    // from 1
+    Dropout dropout;
+} Step;
+
+typedef struct {
+    double loss;                       // sum over the targets
+    double norm;                       // of the gradient, before clipping
+    bool taken;                        // false: loss or norm is not finite, and nothing was updated
+    int micro;                         // then: the first micro-batch with such a loss, or 0
+} StepResult;
+
 typedef struct Backend Backend;
 struct Backend {
     const char* name;
@@ -2188,6 +2293,15 @@ struct Backend {
     size_t activation_bytes;
     void* device;                      // what another backend keeps for itself
     double norm;                       // of the last gradient_norm
+    StepResult result;                 // of the last step
+    // step_begin starts a step, step_end waits for the oldest one begun. At most `queue` may be under way
+    // when the next begins: a GPU computes one step while the host prepares the next. After a step that was
+    // not taken the host's arrays hold its parameters and gradients.
+    Dropout dropout;                   // of the step at hand; see dropout_of
+    int queue;
+    double peak_flops;                 // of the device, in matmuls of this precision; 0: not known
+    void (*step_begin)(Backend*, const Step*);
+    StepResult (*step_end)(Backend*);
     // forward: the sum of the losses of (B,T) tokens; with scale > 0 also prepares the gradient of scale *
     // sum.
     //   micro: the micro-batch whose carried state is used, -1 for none
@@ -2200,6 +2314,9 @@ struct Backend {
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
+    // decode_greedy: one more token of every sequence, and the most likely next ones, -1 after a logit that is
+    // not finite; NULL: use decode
+    void (*decode_greedy)(Backend*, Session*, const int* tokens, int* next);
     void (*session_open)(Backend*, Session*);        // memory for decode
     void (*session_close)(Backend*, Session*);
     void (*session_sync)(Backend*, Session*, bool to_host);      // Session.state: host -> device, or back
@@ -2208,10 +2325,19 @@ struct Backend {
     void (*destroy)(Backend*);
 };
 
+// dropout_of: that of one micro-batch of a training step; evaluation and generation (micro -1) have none
+static Dropout dropout_of(const Backend* b, int micro, size_t B, size_t T) {
+    Dropout drop = b->dropout;
+    if (micro < 0) drop.rate = 0;
+    else drop.first = (size_t)micro * B * T;
+    return drop;
+}
+
 static double cpu_forward(Backend* b, int micro, const int* tokens, const int* targets, const int* doc,
                           size_t B, size_t T, double scale) {
     const State* s0 = b->carry_in && micro >= 0 ? &b->carry_in[micro] : &b->none;
     const State* sT = b->carry_in && micro >= 0 ? &b->carry_out[micro] : &b->none;
+    b->work.dropout = dropout_of(b, micro, B, T);
     model_forward(b->model, &b->work, tokens, doc, B, T, s0, sT);
     return model_loss(b->model, &b->work, targets, B * T, scale > 0, (real)scale);
 }
@@ -2226,6 +2352,38 @@ static double cpu_gradient_norm(Backend* b) { return gradient_norm(b->model); }
 static void cpu_update(Backend* b, const AdamW* opt, double lr, double scale, int64_t step) {
     adamw_update(b->model, opt, lr, scale, step);
 }
+
+// step_begin, step_end of backends that do everything at once
+void plain_step_begin(Backend* b, const Step* s) {
+    StepResult r = {0, NAN, false, 0};
+    double scale = s->n_targets ? 1.0 / (double)s->n_targets : 0;
+    b->dropout = s->dropout;
+    b->zero_gradients(b);
+    for (int micro = 0; micro < (int)s->accum; micro++) {
+        size_t at = (size_t)micro * s->B * s->T;
+        const int* doc = s->doc ? s->doc + at : NULL;
+        for (size_t row = 0; b->carry_in && row < s->B; row++)
+            if (s->fresh[(size_t)micro * s->B + row])
+                state_copy_row(b->model, &b->carry_in[micro], row, NULL, 0);
+        r.loss += b->forward(b, micro, s->inputs + at, s->targets + at, doc, s->B, s->T, scale);
+        if (!isfinite(r.loss)) {
+            r.micro = micro;
+            break;
+        }
+        if (scale > 0) b->backward(b, micro, s->inputs + at, doc, s->B, s->T);
+    }
+    if (isfinite(r.loss)) r.norm = b->gradient_norm(b);
+    r.taken = isfinite(r.norm);
+    if (r.taken) b->update(b, &s->opt, s->lr, clip_scale(r.norm, s->clip), s->number);
+    for (size_t i = 0; r.taken && b->carry_in && i < s->accum; i++) {
+        State swap = b->carry_in[i];
+        b->carry_in[i] = b->carry_out[i];
+        b->carry_out[i] = swap;
+    }
+    b->result = r;
+}
+
+StepResult plain_step_end(Backend* b) { return b->result; }
 
 static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                        real* logits) {
@@ -2243,7 +2401,7 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
 
 // `rows` x 1 or 1 x `chunk` tokens
 static void cpu_session_open(Backend* b, Session* s) {
-    s->work = workspace_alloc(b->model, s->rows, (s->chunk + s->rows - 1) / s->rows, false, false, false);
+    s->work = workspace_alloc(b->model, s->rows, (s->chunk + s->rows - 1) / s->rows, false, RECOMPUTE_NONE, false);
 }
 static void cpu_session_close(Backend* b, Session* s) { (void)b; workspace_free(&s->work); }
 
@@ -2257,7 +2415,7 @@ static void cpu_destroy(Backend* b) {
 }
 
 // backend_cpu: B, T: the largest call of forward (0: decoding only)
-Backend backend_cpu(Model* m, size_t B, size_t T, bool training, bool recompute) {
+Backend backend_cpu(Model* m, size_t B, size_t T, bool training, int recompute) {
     Backend b;
     memset(&b, 0, sizeof b);
     b.name = "cpu";
@@ -2269,6 +2427,8 @@ Backend backend_cpu(Model* m, size_t B, size_t T, bool training, bool recompute)
     b.zero_gradients = cpu_zero_gradients;
     b.gradient_norm = cpu_gradient_norm;
     b.update = cpu_update;
+    b.step_begin = plain_step_begin;
+    b.step_end = plain_step_end;
     b.decode = cpu_decode;
     b.activation_bytes = b.work.bytes;
     b.session_open = cpu_session_open;
@@ -2281,13 +2441,22 @@ Backend backend_cpu(Model* m, size_t B, size_t T, bool training, bool recompute)
 }
 
 // other_backend: makes the backend of --device cuda; set by the main of train_mamba.cu
-Backend (*other_backend)(const Options*, Model*, size_t B, size_t T, bool training, bool recompute) = NULL;
+Backend (*other_backend)(const Options*, Model*, size_t B, size_t T, bool training, int recompute) = NULL;
 
 static bool on_cpu(const Options* o) { return !other_backend || strcmp(o->device, "cpu") == 0; }
 
-Backend backend_create(const Options* o, Model* m, size_t B, size_t T, bool training, bool recompute) {
-    return on_cpu(o) ? backend_cpu(m, B, T, training, recompute)
-                     : other_backend(o, m, B, T, training, recompute);
+Backend backend_create(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
+    Backend b = on_cpu(o) ? backend_cpu(m, B, T, training, recompute)
+                          : other_backend(o, m, B, T, training, recompute);
+    if (!training || !o->carry_state) return b;
+    size_t accum = (size_t)o->grad_accum;
+    b.carry_in = (State*)xcalloc(accum, sizeof(State));
+    b.carry_out = (State*)xcalloc(accum, sizeof(State));
+    for (size_t i = 0; i < accum; i++) {
+        b.carry_in[i] = state_alloc(m, B);
+        b.carry_out[i] = state_alloc(m, B);
+    }
+    return b;
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -2312,29 +2481,48 @@ void session_free(Backend* b, Session* s) {
 
 // Prompt: a source of tokens of any length; text comes from memory or, piece by piece, from an open file.
 typedef struct {
-    const Tokenizer* tokenizer;
+    Encoder encoder;
     const char* text;
     size_t left;
     FILE* file;
+    TokenList ready;         // made, and given out up to `given`
+    size_t given;
+    bool ended;
 } Prompt;
 
-// prompt_read: up to `max` more tokens; 0 at the end.
-static size_t prompt_read(Prompt* p, int* tokens, size_t max) {
+Prompt prompt_open(const Tokenizer* tok, const char* text, FILE* file) {
+    Prompt p;
+    memset(&p, 0, sizeof p);
+    encoder_open(&p.encoder, tok);
+    p.text = text;
+    p.left = strlen(text);
+    p.file = file;
+    return p;
+}
+
+void prompt_close(Prompt* p) {
+    encoder_close(&p->encoder);
+    free(p->ready.id);
+    memset(p, 0, sizeof *p);
+}
+
+// prompt_read: *count: up to `max` more tokens; 0 at the end
+static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
     char piece[4096];
-    size_t n = min_size(max, sizeof piece);
-    if (p->file) {
-        n = fread(piece, 1, n, p->file);
-    } else {
-        n = min_size(n, p->left);
-        if (n) memcpy(piece, p->text, n);
-        p->text += n;
-        p->left -= n;
+    while (p->given == p->ready.n && !p->ended) {
+        size_t n = p->file ? fread(piece, 1, sizeof piece, p->file) : min_size(sizeof piece, p->left);
+        p->ended = n == 0;
+        p->ready.n = p->given = 0;
+        if (!encoder_add(&p->encoder, p->file ? piece : p->text, n, p->ended, &p->ready, err)) return false;
+        if (!p->file) { p->text += n; p->left -= n; }
+        if (p->ended && p->encoder.utf8.replaced)
+            warn("the prompt has invalid UTF-8, %lld times replaced by U+FFFD, first at byte %lld",
+                 (long long)p->encoder.utf8.replaced, (long long)p->encoder.first_replaced);
     }
-    size_t count;
-    int* ids = tokenizer_encode(p->tokenizer, piece, n, &count);
-    if (count) memcpy(tokens, ids, count * sizeof(int));
-    free(ids);
-    return count;
+    *count = min_size(max, p->ready.n - p->given);
+    if (*count) memcpy(tokens, p->ready.id + p->given, *count * sizeof(int));
+    p->given += *count;
+    return true;
 }
 
 typedef struct {
@@ -2421,7 +2609,8 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     int64_t position = 0;
     if (o->load_state[0]) ok = state_load(m, &s.state, logits, seen_real, &position, o->load_state, err);
     if (o->load_state[0]) backend->session_sync(backend, &s, false);
-    for (size_t n; ok && (n = prompt_read(prompt, piece, (size_t)o->chunk)) > 0; position += (int64_t)n) {
+    for (size_t n; ok && (ok = prompt_read(prompt, piece, (size_t)o->chunk, &n, err)) && n > 0;
+         position += (int64_t)n) {
         for (size_t i = 0; i < n && ok; i++) {
             if ((size_t)piece[i] >= Vp)
                 ok = fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", piece[i],
@@ -2452,11 +2641,18 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 
     start = seconds_now();
     size_t active = rows;
+    bool greedy = backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
     for (int64_t i = 0; ok && i < o->max_tokens && active > 0 && !*interrupted; i++) {
         for (size_t r = 0; r < rows && ok; r++) {
-            if (done[r]) continue;
-            ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
-                              candidates, &last[r], err);
+            if (done[r]) {
+                if (last[r] < 0) last[r] = 0;
+                continue;
+            }
+            if (!greedy || i == 0)
+                ok = sample_token(&sampler, logits + r * Vp, seen + r * Vp, V, r, (uint64_t)(position + i),
+                                  candidates, &last[r], err);
+            else if (last[r] < 0)
+                ok = fail(err, "a logit is not finite: the model has diverged or its file is damaged");
             if (!ok) break;
             stats->new_tokens++;
             if (last[r] == m->config.eos_token) {
@@ -2478,7 +2674,10 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
                 length[r] += n;
             }
         }
-        if (ok && active > 0 && i + 1 < o->max_tokens) backend->decode(backend, &s, 0, rows, last, 1, logits);
+        if (ok && active > 0 && i + 1 < o->max_tokens) {
+            if (greedy) backend->decode_greedy(backend, &s, last, last);
+            else backend->decode(backend, &s, 0, rows, last, 1, logits);
+        }
     }
     stats->decode_seconds = seconds_now() - start;
     for (size_t r = 0; r < rows; r++) {
@@ -2567,139 +2766,8 @@ static bool check_memory(double bytes, const char* advice, Error* err) {
                 available / 1073741824.0, advice);
 }
 
-// ------------------------------------------------------------------------------------------------
-// 11.1 From options to data and model
-
-typedef struct {
-    Tokenizer tokenizer;
-    Dataset train, val;
-    bool has_val;
-    char* default_list;        // the file list when --data is not given
-} Data;
-
-// The default data: the source files of this project, from the current directory or from beside the
-// executable.
-static char* default_data(void) {
-    static const char* const names[] = {"train_mamba.c", "train_mamba.cu", "test_mamba.c",
-                                        "data/safetensors.h", "data/checkpoint.h", "data/tokenizer.h",
-                                        "data/dataloader.h", "data/options.h"};
-    char root[4096] = ".", *list = (char*)xcalloc(1, 1);
-    if (access("train_mamba.c", R_OK) != 0) {
-        ssize_t n = readlink("/proc/self/exe", root, sizeof root - 1);
-        root[n > 0 ? n : 0] = 0;
-        for (int up = 0; up < 2 && strrchr(root, '/'); up++) *strrchr(root, '/') = 0;
-    }
-    size_t length = 0;
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
-        char path[4352];
-        snprintf(path, sizeof path, "%s%s%s", strcmp(root, ".") ? root : "", strcmp(root, ".") ? "/" : "",
-                 names[i]);
-        if (access(path, R_OK) != 0) continue;
-        list = (char*)xrealloc(list, length + strlen(path) + 2, 1);
-        length += (size_t)sprintf(list + length, "%s%s", length ? "\n" : "", path);
-    }
-    if (!length)
-        die("no --data given, and this program's source files (the default data) are not here; give --data "
-            "FILE...");
-    return list;
-}
-
-static bool open_list(Dataset* d, const char* list, const Tokenizer* tok, Error* err) {
-    char *copy = strdup(list), **paths = NULL, *rest = NULL;
-    int n = 0;
-    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
-        paths = (char**)xrealloc(paths, (size_t)n + 1, sizeof(char*));
-        paths[n++] = p;
-    }
-    bool ok = dataset_open(d, paths, n, tok, err);
-    free(paths);
-    free(copy);
-    return ok;
-}
-
-static bool ends_with(const char* text, const char* end) {
-    size_t n = strlen(text), m = strlen(end);
-    return n >= m && strcmp(text + n - m, end) == 0;
-}
-
-// tokenizer_choose: bytes for text; token shards (.bin) only have ids.
-static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list, Error* err) {
-    const Options* o = &s->o;
-    bool shards = ends_with(list, ".bin");
-    tokenizer_bytes(tok);
-    if (shards) {
-        tok->kind = TOKENIZER_NONE;
-        tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;
-        tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : tok->vocab_size - 1);
-    } else if (o->vocab_size && o->vocab_size < tok->vocab_size &&
-               settings_origin(s, "vocab-size") == FROM_USER) {
-        return fail(
-            err,
-            "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
-            (long long)o->vocab_size, (long long)tok->vocab_size);
-    }
-    return true;
-}
-
-bool data_open_all(Data* data, const Settings* s, Error* err) {
-    const Options* o = &s->o;
-    const char* list = o->data;
-    if (!list[0]) list = data->default_list = default_data();
-    if (!open_list(&data->train, list, &data->tokenizer, err)) return false;
-    if (o->val_data[0]) {
-        if (!open_list(&data->val, o->val_data, &data->tokenizer, err)) return false;
-        data->has_val = true;
-    } else if (o->val_fraction > 0) {
-        data->has_val = dataset_split(&data->train, o->val_fraction, &data->val) && data->val.n_tokens > 1;
-        if (!data->has_val)
-            return fail(
-                err,
-                "data has %lld tokens, too few to keep a fraction of %g for validation; give more data or "
-                "--val-fraction 0",
-                (long long)data->train.n_tokens, o->val_fraction);
-    }
-    return true;
-}
-
-void data_close_all(Data* data) {
-    if (data->has_val) dataset_close(&data->val);
-    dataset_close(&data->train);
-    free(data->default_list);
-}
-
-// config_from_options: the Config that the model options describe, for a vocabulary of V tokens.
-Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
-    const Options* o = &s->o;
-    Config c;
-    memset(&c, 0, sizeof c);
-    memcpy(c.pattern, o->pattern,
-           min_size(strlen(o->pattern) + 1, sizeof c.pattern));    // too long: no end, refused
-    c.n_layer = o->n_layer;
-    c.d_model = o->d_model;
-    c.d_inner = o->expand * o->d_model;
-    c.d_state = o->d_state;
-    c.d_conv = o->d_conv;
-    c.dt_rank = o->dt_rank ? o->dt_rank : (o->d_model + 15) / 16;
-    if (strchr(o->pattern, 'm')) {
-        c.d_intermediate = o->d_intermediate ? o->d_intermediate : (8 * o->d_model + 2) / 3;
-        c.d_intermediate = (c.d_intermediate + 127) / 128 * 128;
-    }
-    c.vocab_size = V;
-    c.vocab_padded = (V + 7) / 8 * 8;
-    c.tie_embeddings = o->tie_embeddings;
-    c.conv_bias = true;
-    c.rescale_prenorm_residual = true;
-    c.norm_eps = 1e-5;
-    c.dt_min = 1e-3;
-    c.dt_max = 1e-1;
-    c.dt_init_floor = 1e-4;
-    c.dt_scale = 1;
-    c.initializer_range = 0.02;
-    c.eos_token = eos;
-    return c;
-}
-
-static double mib(double bytes) { return bytes / 1048576.0; }
+// defines: Data, default data, which tokenizer, which configuration, frozen tensors
+#include "data/setup.h"
 
 // ------------------------------------------------------------------------------------------------
 // 11.2 Evaluation
@@ -2741,6 +2809,14 @@ typedef struct {
     double train_loss;           // of the last step
 } Progress;
 
+// Record: what the log says of one step
+typedef struct {
+    int64_t step, samples;            // its number; the sample counter before it
+    double lr, loss, norm, rate;      // rate: tokens per second
+} Record;
+
+enum { MAX_QUEUE = 2 };
+
 typedef struct {
     Settings* settings;
     Model model;
@@ -2750,130 +2826,14 @@ typedef struct {
     Progress progress;
     int *inputs, *targets, *doc;      // one optimizer step: (grad_accum * B, T)
     bool* fresh;
+    Record queue[MAX_QUEUE];          // steps begun whose loss is not known yet, oldest first
+    int queued;
     bool save_failed;
     FILE* log;
 } Trainer;
 
-// Options that a resumed run takes from its checkpoint. The first group may not change, the rest is listed
-// when it does.
-static bool option_is_saved(const Option* opt) {
-    static const char* const not_saved[] = {"preset", "out", "resume", "from", "threads", "force-data"};
-    if (!opt->name || !(opt->words & WORD_TRAIN)) return false;
-    for (size_t i = 0; i < sizeof not_saved / sizeof not_saved[0]; i++)
-        if (strcmp(opt->name, not_saved[i]) == 0) return false;
-    return true;
-}
-
-static bool option_is_fixed(const Option* opt) {
-    static const char* const fixed[] = {"pattern",    "n-layer",   "d-model",        "expand",
-                                        "d-state",    "d-conv",    "dt-rank",        "d-intermediate",
-                                        "vocab-size", "eos-token", "tie-embeddings", "carry-state"};
-    for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++)
-        if (strcmp(opt->name, fixed[i]) == 0) return true;
-    return false;
-}
-
-// save: writes a checkpoint with everything that a resume needs. A failure is a warning: training goes on.
-static void trainer_save(Trainer* t, bool best) {
-    const Options* o = &t->settings->o;
-    Progress* p = &t->progress;
-    const char* meta[MAX_META];
-    static char names[N_OPTIONS][64];
-    char text[4][64];
-    int n = 0;
-    t->backend.download(&t->backend);
-    snprintf(text[0], 64, "%lld", (long long)p->samples);
-    snprintf(text[1], 64, "%.17g", p->best_loss);
-    snprintf(text[2], 64, "%lld", (long long)p->best_step);
-    snprintf(text[3], 64, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
-    const char* fixed[] = {"ssm_c_format", "1",     "samples", text[0], "best_loss",  text[1],
-                           "best_step", text[2], "data", text[3]};
-    for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) meta[n++] = fixed[i];
-    for (int i = 0; i < N_OPTIONS; i++) {
-        if (!option_is_saved(&options[i])) continue;
-        snprintf(names[i], sizeof names[i], "option.%s", options[i].name);
-        meta[n++] = names[i];
-        meta[n++] = t->settings->text[i];
-    }
-    meta[n] = NULL;
-    Error err;
-    int n_carry = o->carry_state ? (int)o->grad_accum : 0;
-    bool ok = checkpoint_save(&t->model, &t->data.tokenizer, o->out, p->step, meta, t->backend.carry_in,
-                              n_carry, &err);
-    if (ok && best) ok = checkpoint_mark_best(o->out, p->step, &err);
-    if (ok) {
-        checkpoint_prune(o->out, (int)o->keep);
-        printf("saved %s/step_%08lld%s\n", o->out, (long long)p->step, best ? " (best)" : "");
-    } else {
-        warn("could not save step %lld: %s; the previous checkpoint is whole, training goes on",
-             (long long)p->step, err.text);
-    }
-    t->save_failed = !ok;
-}
-
-// resume_settings: the settings of the checkpoint below those given by the user.
-static bool resume_settings(Settings* s, const SafeTensors* st, Error* err) {
-    const char* format = safetensors_metadata(st, "ssm_c_format");
-    if (!format || strcmp(format, "1") != 0)
-        return fail(err, "%s: its format is %s, this program reads format 1; use the program that wrote it",
-                    st->path, format ? format : "unknown");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        char name[80];
-        if (!option_is_saved(&options[i])) continue;
-        snprintf(name, sizeof name, "option.%s", options[i].name);
-        const char* value = safetensors_metadata(st, name);
-        if (!value) continue;
-        if (s->origin[i] == FROM_USER && strcmp(value, s->text[i]) != 0) {
-            if (option_is_fixed(&options[i]))
-                return fail(err, "--%s %s: the run in %s has %s, which cannot change when it resumes",
-                            options[i].name, s->text[i], s->o.out, value);
-            printf("changed: --%s %s, was %s\n", options[i].name, s->text[i][0] ? s->text[i] : "-",
-                   value[0] ? value : "-");
-        }
-        if (!option_set(s, i, value, FROM_CHECKPOINT, err)) return false;
-    }
-    return true;
-}
-
-static bool resume_progress(Trainer* t, const SafeTensors* st, Error* err) {
-    const Options* o = &t->settings->o;
-    static const char* const keys[] = {"step", "samples", "best_loss", "best_step", "data"};
-    const char* value[5];
-    for (int i = 0; i < 5; i++)
-        if (!(value[i] = safetensors_metadata(st, keys[i])))
-            return fail(err, "%s: metadata '%s' is missing", st->path, keys[i]);
-    t->progress.step = atoll(value[0]);
-    t->progress.samples = atoll(value[1]);
-    t->progress.best_loss = atof(value[2]);
-    t->progress.best_step = atoll(value[3]);
-    char print[32];
-    snprintf(print, sizeof print, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
-    if (strcmp(print, value[4]) != 0 && !o->force_data)
-        return fail(err,
-                    "the training data changed since %s was saved (fingerprint %s, was %s); --force-data "
-                    "goes on all the same",
-                    st->path, print, value[4]);
-    if (t->progress.step >= o->steps)
-        return fail(err, "the run in %s is finished: step %lld of %lld; give a larger --steps to continue it",
-                    o->out, (long long)t->progress.step, (long long)o->steps);
-    return true;
-}
-
-// log_open: out/log.csv; a resumed run first drops the rows after its checkpoint.
-static bool log_open(Trainer* t, bool resume, Error* err) {
-    char path[4352], fresh[4352], line[512];
-    snprintf(path, sizeof path, "%s/log.csv", t->settings->o.out);
-    snprintf(fresh, sizeof fresh, "%s/log.csv.tmp", t->settings->o.out);
-    FILE *old = resume ? fopen(path, "r") : NULL, *f = fopen(fresh, "w");
-    if (!f) return fail(err, "%s: %s", fresh, strerror(errno));
-    fprintf(f, "step,loss,lr,grad_norm,tokens_per_second,val_loss,val_bpb\n");
-    while (old && fgets(line, sizeof line, old))
-        if (isdigit((unsigned char)line[0]) && atoll(line) <= t->progress.step) fputs(line, f);
-    if (old) fclose(old);
-    if (fflush(f) != 0 || rename(fresh, path) != 0) return fail(err, "%s: %s", path, strerror(errno));
-    t->log = f;
-    return true;
-}
+// defines: trainer_save, resume_settings, resume_progress, log_open, plot_loss, lock_run
+#include "data/run.h"
 
 // bits per byte, when a token is a byte
 static void bits_per_byte(const Tokenizer* tok, double loss, char text[32]) {
@@ -2894,73 +2854,139 @@ static bool trainer_evaluate(Trainer* t, double* loss, Error* err) {
 
 static bool trainer_sample(Trainer* t, Error* err) {
     const Options* o = &t->settings->o;
-    Prompt prompt = {&t->data.tokenizer, o->prompt, strlen(o->prompt), NULL};
     GenerateStats stats;
     if (o->max_tokens == 0) return true;
     if (stop_signal) return true;
     printf("--- sample at step %lld\n", (long long)t->progress.step);
-    if (!generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err))
-        return false;
+    Prompt prompt = prompt_open(&t->data.tokenizer, o->prompt, NULL);
+    bool ok = generate(&t->backend, &t->data.tokenizer, o, &prompt, stdout, &stats, &stop_signal, err);
+    prompt_close(&prompt);
+    if (!ok) return false;
     printf("---\n");
     return true;
 }
 
-// train_step: one optimizer step. Returns false with a description when a loss or the gradient is not finite;
-// then nothing was updated.
-static bool train_step(Trainer* t, double lr, double* loss, double* norm, Error* err) {
+static void step_batch(Trainer* t, int64_t samples) {
+    const Options* o = &t->settings->o;
+    Error err;
+    if (!loader_batch(&t->loader, samples, o->batch_size * o->grad_accum, t->inputs, t->targets, t->doc,
+                      t->fresh, &err))
+        die("%s", err.text);
+}
+
+static Dropout step_dropout(const Options* o, int64_t number) {
+    Dropout drop = {o->dropout, random_bits(o->seed, STREAM_DROPOUT, (uint64_t)(number - 1)), 0, 0};
+    return drop;
+}
+
+// step_start: begins one optimizer step; its loss comes from step_finish.
+static void step_start(Trainer* t, double lr) {
+    const Options* o = &t->settings->o;
+    Progress* p = &t->progress;
+    step_batch(t, p->samples);
+    Step s = {t->inputs,
+              t->targets,
+              o->reset_documents ? t->doc : NULL,
+              t->fresh,
+              (size_t)o->grad_accum,
+              (size_t)o->batch_size,
+              (size_t)o->seq_len,
+              0,
+              {o->beta1, o->beta2, o->eps, o->weight_decay},
+              lr,
+              o->clip,
+              p->step + 1,
+              step_dropout(o, p->step + 1)};
+    for (size_t i = 0; i < s.accum * s.B * s.T; i++) s.n_targets += t->targets[i] >= 0;
+    t->backend.step_begin(&t->backend, &s);
+    Record r = {p->step + 1, p->samples, lr, (double)s.n_targets, 0, 0};     // loss: divided by it later
+    t->queue[t->queued++] = r;
+    p->step++;
+    p->samples += (int64_t)(s.accum * s.B);
+}
+
+// step_finish: waits for the oldest step that was begun. Returns false with a description when its loss or
+// gradient is not finite; then it was not taken.
+static bool step_finish(Trainer* t, Record* r, Error* err) {
     const Options* o = &t->settings->o;
     Backend* b = &t->backend;
-    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum;
-    if (!loader_batch(&t->loader, t->progress.samples, (int64_t)(B * accum), t->inputs, t->targets, t->doc,
-                      t->fresh, err))
-        die("%s", err->text);
-    int64_t targets = 0;
-    for (size_t i = 0; i < accum * B * T; i++) targets += t->targets[i] >= 0;
-    double scale = targets ? 1.0 / (double)targets : 0, sum = 0;
+    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
+    StepResult result = b->step_end(b);
+    *r = t->queue[0];
+    memmove(t->queue, t->queue + 1, (size_t)--t->queued * sizeof(Record));
+    r->loss = r->loss > 0 ? result.loss / r->loss : 0;
+    r->norm = result.norm;
+    t->progress.train_loss = r->loss;
+    if (result.taken) return true;
     char what[256] = "the loss itself";
-    int micro = 0;
-    bool finite = true;
+    size_t at = (size_t)result.micro * B * T;
+    const State* s0 = b->carry_in ? &b->carry_in[result.micro] : &b->none;
+    step_batch(t, r->samples);
+    if (!b->work.data)
+        b->work = workspace_alloc(&t->model, B, T, false, RECOMPUTE_NONE, false);    // the CPU looks for it
+    b->work.dropout = step_dropout(o, r->step);
+    b->work.dropout.first = at;
+    find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
+                   what, sizeof what);
+    bool starts;
+    return fail(err,
+                "step %lld: %s is not finite; first bad value in: %s; batch: samples %lld to %lld, from "
+                "token %lld of the data",
+                (long long)r->step, isfinite(result.loss) ? "the gradient" : "the loss", what,
+                (long long)r->samples, (long long)(r->samples + o->batch_size * o->grad_accum - 1),
+                (long long)loader_position(&t->loader, r->samples, &starts));
+}
+
+// trainer_check: the CPU as oracle of the device. The first CHECK_TOKENS tokens of the batch of step r go
+// forward and backward on the device and on the CPU, with the device's weights after that step. Prints the
+// relative L2 error of every tensor's gradient, of equal tensors of all layers the worst.
+enum { CHECK_TOKENS = 64 };
+
+static void trainer_check(Trainer* t, const Record* r) {
+    const Options* o = &t->settings->o;
+    Backend* b = &t->backend;
+    Model* m = &t->model;
+    size_t T = min_size(CHECK_TOKENS, (size_t)o->seq_len), n = 0;
+    step_batch(t, r->samples);
+    const int* doc = o->reset_documents ? t->doc : NULL;
+    for (size_t i = 0; i < T; i++) n += t->targets[i] >= 0;
+    double scale = n ? 1.0 / (double)n : 1;
     b->zero_gradients(b);
-    for (; micro < (int)accum && finite; micro++) {
-        size_t at = (size_t)micro * B * T;
-        const int* doc = o->reset_documents ? t->doc + at : NULL;
-        for (size_t r = 0; b->carry_in && r < B; r++)
-            if (t->fresh[(size_t)micro * B + r]) state_copy_row(&t->model, &b->carry_in[micro], r, NULL, 0);
-        sum += b->forward(b, micro, t->inputs + at, t->targets + at, doc, B, T, scale);
-        finite = isfinite(sum);
-        if (finite && scale > 0) b->backward(b, micro, t->inputs + at, doc, B, T);
+    double loss = b->forward(b, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
+    b->backward(b, -1, t->inputs, doc, 1, T);
+    b->download(b);
+    real* device = (real*)xcalloc(m->n_elements, sizeof(real));
+    memcpy(device, m->grads, m->n_elements * sizeof(real));
+    Backend cpu = backend_cpu(m, 1, T, true, RECOMPUTE_NONE);
+    cpu.zero_gradients(&cpu);
+    double expected = cpu.forward(&cpu, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
+    cpu.backward(&cpu, -1, t->inputs, doc, 1, T);
+    printf("check of step %lld, %zu tokens: loss %.6f, on the CPU %.6f; relative errors of the gradients:\n",
+           (long long)r->step, T, loss, expected);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* first = &m->tensor[i];
+        double worst = -1;
+        int layer = 0;
+        bool shown = false;          // with an earlier tensor of the same kind
+        for (int j = 0; j < m->n_tensors; j++) {
+            const Tensor* u = &m->tensor[j];
+            if (u->spec != first->spec) continue;
+            if (j < i) { shown = true; break; }
+            double diff = 0, norm = 0;
+            for (size_t k = u->offset; k < u->offset + u->count; k++) {
+                double want = (double)m->grads[k], d = (double)device[k] - want;
+                diff += d * d;
+                norm += want * want;
+            }
+            double error = norm > 0 ? sqrt(diff / norm) : sqrt(diff);
+            if (!(error <= worst)) { worst = error; layer = u->layer; }
+        }
+        if (shown) continue;
+        if (first->layer < 0) printf("  %-32s %.1e\n", first->spec->name, worst);
+        else printf("  %-32s %.1e, in layer %d\n", first->spec->name, worst, layer);
     }
-    *loss = targets ? sum / (double)targets : 0;
-    *norm = finite ? b->gradient_norm(b) : NAN;
-    if (!isfinite(*norm)) {
-        micro = finite ? 0 : micro - 1;
-        size_t at = (size_t)micro * B * T;
-        const State* s0 = b->carry_in ? &b->carry_in[micro] : &b->none;
-        b->download(b);
-        if (!b->work.data)
-            b->work = workspace_alloc(&t->model, B, T, false, false, false);    // the CPU looks for it
-        find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
-                       what, sizeof what);
-        bool starts;
-        return fail(err,
-                    "step %lld: %s is not finite; first bad value in: %s; batch: samples %lld to %lld, from "
-                    "token %lld of the data",
-                    (long long)t->progress.step + 1, finite ? "the gradient" : "the loss", what,
-                    (long long)t->progress.samples,
-                    (long long)(t->progress.samples + (int64_t)(B * accum) - 1),
-                    (long long)loader_position(&t->loader, t->progress.samples, &starts));
-    }
-    AdamW opt = {o->beta1, o->beta2, o->eps, o->weight_decay};
-    b->update(b, &opt, lr, clip_scale(*norm, o->clip), t->progress.step + 1);
-    for (size_t i = 0; b->carry_in && i < accum; i++) {
-        State swap = b->carry_in[i];
-        b->carry_in[i] = b->carry_out[i];
-        b->carry_out[i] = swap;
-    }
-    t->progress.train_loss = *loss;
-    t->progress.step++;
-    t->progress.samples += (int64_t)(B * accum);
-    return true;
+    cpu.destroy(&cpu);
+    free(device);
 }
 
 // Spike: watches a number that should change slowly (loss, gradient norm). A value more than 6 standard
@@ -2994,6 +3020,8 @@ static int train_loop(Trainer* t) {
     double tokens_per_step = (double)(o->batch_size * o->grad_accum * o->seq_len);
     double start = seconds_now(), since = start,
            other = 0;    // other: evaluation, saving, sampling since the last line
+    double timed_seconds = 0;          // of `timed` steps, without the first and without what is in `other`
+    int64_t timed = 0;
     int64_t first = p->step, shown = p->step;
     int bad_in_a_row = 0;
     Spike losses, norms;
@@ -3004,37 +3032,49 @@ static int train_loop(Trainer* t) {
     if (strcmp(o->schedule, "linear") == 0) schedule = SCHEDULE_LINEAR;
     if (strcmp(o->schedule, "cosine") == 0) schedule = SCHEDULE_COSINE;
     if (strcmp(o->schedule, "wsd") == 0) schedule = SCHEDULE_WSD;
-    while (p->step < o->steps && !stop_signal) {
-        double loss, norm, lr = lr_at(schedule, p->step, o->steps, o->warmup, decay, o->lr, o->min_lr);
-        if (!train_step(t, lr, &loss, &norm, &err)) {
+    int queue = strcmp(o->on_nan, "skip") == 0 ? 0 : t->backend.queue;   // skipping needs to know at once
+    double last_finish = 0;
+    bool drain = false;      // before the model is evaluated, saved or sampled, every step begun is finished
+    while ((p->step < o->steps && !stop_signal) || t->queued > 0) {
+        bool going_on = p->step < o->steps && !stop_signal;
+        if (t->queued == 0) drain = false;
+        if (going_on && !drain)
+            step_start(t, lr_at(schedule, p->step, o->steps, o->warmup, decay, o->lr, o->min_lr));
+        bool last = p->step == o->steps;
+        bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
+        bool save_now = last || (o->save_every && p->step % o->save_every == 0);
+        bool sample_now = !last && o->sample_every && p->step % o->sample_every == 0;
+        drain = evaluate_now || save_now || sample_now || (o->check && p->step % o->check == 0);
+        if (going_on && !drain && t->queued <= queue) continue;
+        Record r;
+        if (!step_finish(t, &r, &err)) {
             if (strcmp(o->on_nan, "skip") == 0 && ++bad_in_a_row <= 3) {
                 warn("%s; skipped (%d in a row)", err.text, bad_in_a_row);
-                p->samples += o->batch_size * o->grad_accum;
-                p->step++;
                 continue;
             }
             fflush(stdout);
             fprintf(stderr,
                     "error: %s; this step was not taken, earlier checkpoints are untouched; try a lower --lr "
                     "(now %g) or --clip\n",
-                    err.text, lr);
+                    err.text, r.lr);
             return 1;
         }
         bad_in_a_row = 0;
-        if (spike_score(&losses, loss) > 6)
-            warn("step %lld: the loss jumped to %.4f", (long long)p->step, loss);
-        if (spike_score(&norms, log(norm + 1e-12)) > 6)      // norms are spread over factors, not over sums
-            warn("step %lld: the norm of the gradient jumped to %.3f", (long long)p->step, norm);
-        bool last = p->step == o->steps;
-        bool evaluate_now = t->data.has_val && (last || (o->eval_every && p->step % o->eval_every == 0));
-        double now = seconds_now(),
-               rate = tokens_per_step * (double)(p->step - shown) / (now - since - other);
-        if (last || evaluate_now || p->step % o->log_every == 0 || p->step == first + 1) {
+        if (spike_score(&losses, r.loss) > 6)
+            warn("step %lld: the loss jumped to %.4f", (long long)r.step, r.loss);
+        if (spike_score(&norms, log(r.norm + 1e-12)) > 6)    // norms are spread over factors, not over sums
+            warn("step %lld: the norm of the gradient jumped to %.3f", (long long)r.step, r.norm);
+        bool newest = t->queued == 0;
+        evaluate_now = evaluate_now && newest;
+        double now = seconds_now();
+        if (last_finish > 0) { timed_seconds += now - last_finish; timed++; }
+        r.rate = tokens_per_step * (double)(r.step - shown) / (now - since - other);
+        if (r.step == o->steps || evaluate_now || r.step % o->log_every == 0 || r.step == first + 1) {
             char left[32];
-            format_time((now - start) / (double)(p->step - first) * (double)(o->steps - p->step), left);
+            format_time((now - start) / (double)(r.step - first) * (double)(o->steps - r.step), left);
             printf("step %6lld/%lld | loss %7.4f | lr %.2e | norm %7.3f | %8.0f tok/s | left %s\n",
-                   (long long)p->step, (long long)o->steps, loss, lr, norm, rate, left);
-            shown = p->step;
+                   (long long)r.step, (long long)o->steps, r.loss, r.lr, r.norm, r.rate, left);
+            shown = r.step;
             since = seconds_now();
             other = 0;
         }
@@ -3050,14 +3090,16 @@ static int train_loop(Trainer* t) {
             printf("step %6lld/%lld | validation loss %.4f%s%s%s\n", (long long)p->step, (long long)o->steps,
                    val_loss, bpb[0] ? " | bits per byte " : "", bpb, best ? " | best so far" : "");
         }
-        fprintf(t->log, "%lld,%.6f,%.6e,%.6f,%.1f,%s,%s\n", (long long)p->step, loss, lr, norm, rate,
+        fprintf(t->log, "%lld,%.6f,%.6e,%.6f,%.1f,%s,%s\n", (long long)r.step, r.loss, r.lr, r.norm, r.rate,
                 val_text, bpb);
         fflush(t->log);
-        if (best || last || (o->save_every && p->step % o->save_every == 0)) trainer_save(t, best);
-        if (!last && o->sample_every && p->step % o->sample_every == 0 && !trainer_sample(t, &err))
+        if (best || (save_now && newest)) trainer_save(t, best);
+        if (sample_now && newest && !trainer_sample(t, &err))
             warn("%s", err.text);       // a full disk under stdout must not end the run
+        if (o->check && r.step % o->check == 0) trainer_check(t, &r);
         fflush(stdout);
-        other += seconds_now() - pause;
+        last_finish = seconds_now();
+        other += last_finish - pause;
     }
     if (stop_signal) {
         printf("stopped by signal %d at step %lld\n", (int)stop_signal, (long long)p->step);
@@ -3072,39 +3114,18 @@ static int train_loop(Trainer* t) {
     if (t->data.has_val)
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
+    if (timed > 0) {
+        Flop flop = flop_per_token(&t->model);
+        double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
+        printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)", rate,
+               rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
+               6e-6 * (double)t->model.n_params);
+        if (peak > 0)
+            printf(", MFU %.1f %% of %.0f TFLOP/s", 100 * rate * flop.matmul / peak, peak * 1e-12);
+        printf("\n");
+    }
     if (!trainer_sample(t, &err)) warn("%s", err.text);
     return t->save_failed ? 1 : 0;
-}
-
-// plot_loss: a picture of the log, when gnuplot is there. It never delays or fails a run by more than 20
-// seconds.
-static void plot_loss(const char* out) {
-    if (strchr(out, '\'')) return;      // gnuplot's quote
-    if (system("command -v gnuplot >/dev/null 2>&1") != 0) return;
-    FILE* g = popen("timeout 20 gnuplot 2>/dev/null", "w");
-    if (!g) return;
-    fprintf(g,
-            "set terminal png size 900,500\nset output '%s/loss.png'\nset datafile separator ','\nset grid\n"
-            "set xlabel 'step'\nset ylabel 'loss (nats per token)'\n"
-            "plot '%s/log.csv' using 1:2 with lines title 'training', '' using 1:6 with linespoints title "
-            "'validation'\n",
-            out, out);
-    if (pclose(g) == 0) printf("plot: %s/loss.png\n", out);
-}
-
-static int lock_run(const char* out) {
-    char path[4352], holder[64] = "another process";
-    snprintf(path, sizeof path, "%s/.lock", out);
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-    if (fd < 0) die("%s: %s", path, strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
-        ssize_t n = read(fd, holder, sizeof holder - 1);
-        if (n > 0) holder[n] = 0;
-        die("%s is in use by a running train_mamba (%s); wait for it or choose another --out", out, holder);
-    }
-    int n = snprintf(holder, sizeof holder, "pid %d", (int)getpid());
-    if (ftruncate(fd, 0) != 0 || write(fd, holder, (size_t)n) != n) warn("%s: %s", path, strerror(errno));
-    return fd;      // the kernel releases the lock when the process ends, however it ends
 }
 
 static void print_model(const Model* m) {
@@ -3121,12 +3142,18 @@ static void print_model(const Model* m) {
 static void trainer_create(Trainer* t, Settings* s) {
     Error err;
     char dir[4096], path[4352];
-    SafeTensors st;
+    SafeTensors st, source;
     memset(t, 0, sizeof *t);
     t->settings = s;
     const Options* o = &s->o;
     t->progress.best_loss = INFINITY;
     Config config;
+    if (o->from[0] && o->resume)
+        die("--resume continues the run in %s, --from starts a new one with the weights of a model; give one",
+            o->out);
+    if (o->from[0] && model_option_given(s) >= 0)
+        die("--%s describes a new model, but the model comes from %s; leave it out",
+            options[model_option_given(s)].name, o->from);
     if (o->resume) {
         if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
         if (strcmp(dir, o->out) == 0)
@@ -3153,11 +3180,24 @@ static void trainer_create(Trainer* t, Settings* s) {
         if (settings_origin(s, "min-lr") == FROM_USER) die("--min-lr %g is above --lr %g", o->min_lr, o->lr);
         s->o.min_lr = o->lr;        // the default, for a small --lr
     }
+    if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
     set_threads(o->threads);
     const char* list = o->data;
-    if (!tokenizer_choose(&t->data.tokenizer, s, list, &err) || !data_open_all(&t->data, s, &err))
+    Tokenizer* tok = &t->data.tokenizer;
+    if (o->tokenizer[0] && (o->resume || o->from[0]))
+        die("--tokenizer %s: the model goes on with the tokenizer of its checkpoint; leave it out", o->tokenizer);
+    if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
+          : o->resume ? tokenizer_open(tok, dir, &config, &err) : tokenizer_choose(tok, s, list, &err)))
         die("%s", err.text);
-    if (!o->resume) {
+    if (o->from[0]) {
+        config = t->model.config;
+        settings_from_config(s, &config);
+        model_free(&t->model);       // described again below, with the others
+        if (tok->kind == TOKENIZER_NONE && (!list[0] || !ends_with(list, ".bin")))
+            die("%s has no tokenizer.json, so it trains on token shards only: --data FILE.bin", dir);
+    }
+    if (!data_open_all(&t->data, s, &err)) die("%s", err.text);
+    if (!o->resume && !o->from[0]) {
         int64_t V = t->data.tokenizer.vocab_size;
         if (settings_origin(s, "vocab-size") == FROM_USER && o->vocab_size > V) V = o->vocab_size;
         config = config_from_options(s, V, t->data.tokenizer.eos);
@@ -3165,6 +3205,7 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!config_check(&config, &err)) die("%s", err.text);
     model_describe(&t->model, &config);
     Model* m = &t->model;
+    if (!freeze_tensors(m, o->freeze, &err)) die("%s", err.text);
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
     int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
     if (!checked_size(4, dims, 1, &step_size))
@@ -3181,10 +3222,10 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (o->carry_state) carried_bytes = 2.0 * (double)(accum * B) * (double)state_count(m) * sizeof(real);
     workspace_free(&measured);
     print_model(m);
-    printf(
-        "memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f MiB%s\n",
-        mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
-        o->recompute ? " (recompute)" : "");
+    if (on_cpu(o))
+        printf("memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f MiB%s\n",
+               mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
+               o->recompute ? " (--recompute)" : "");
     if (!check_memory(4 * parameter_bytes + activation_bytes + batch_bytes + carried_bytes,
                       "try a smaller --batch-size, --seq-len or model, or --recompute", &err))
         die("%s", err.text);
@@ -3195,15 +3236,6 @@ static void trainer_create(Trainer* t, Settings* s) {
     model_alloc(m, true);
     t->backend = backend_create(o, m, B, T, true, o->recompute);
     if (on_cpu(o)) assert(t->backend.activation_bytes == (size_t)activation_bytes);
-    else printf("memory on the device: activations %.1f MiB\n", mib((double)t->backend.activation_bytes));
-    if (o->carry_state) {
-        t->backend.carry_in = (State*)xcalloc(accum, sizeof(State));
-        t->backend.carry_out = (State*)xcalloc(accum, sizeof(State));
-        for (size_t i = 0; i < accum; i++) {
-            t->backend.carry_in[i] = state_alloc(m, B);
-            t->backend.carry_out[i] = state_alloc(m, B);
-        }
-    }
     if (o->resume) {
         SafeTensors weights;
         snprintf(path, sizeof path, "%s/model.safetensors", dir);
@@ -3214,6 +3246,10 @@ static void trainer_create(Trainer* t, Settings* s) {
         safetensors_close(&weights);
         safetensors_close(&st);
         printf("resumed: %s, step %lld\n", dir, (long long)t->progress.step);
+    } else if (o->from[0]) {
+        if (!model_load_tensors(m, &source, &err)) die("%s", err.text);
+        safetensors_close(&source);
+        printf("weights: %s\n", dir);
     } else {
         model_init(m, o->seed);
     }
@@ -3277,13 +3313,11 @@ int train_main(Settings* s) {
 static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
     Error err;
     const Options* o = &s->o;
-    int first = option_find("preset"), last = option_find("tie-embeddings"),
-        given = -1;    // the model options
-    for (int i = first; i <= last; i++) if (s->origin[i] == FROM_USER) given = i;
+    int given = model_option_given(s);
     bool from = settings_origin(s, "from") != FROM_DEFAULT;
     if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
         die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
-            options[given].name, o->from);
+            options[given].name, o->from[0] ? o->from : "out");
     if (given >= 0) {
         int64_t V = o->vocab_size ? o->vocab_size : 257;
         tokenizer_bytes(tok);
@@ -3300,13 +3334,15 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         model_init(m, o->seed);
         return;
     }
-    if (!checkpoint_resolve(o->from, dir, 4096, &err) || !model_load(m, dir, false, &err))
-        die("%s", err.text);
-    if (!tokenizer_read(tok, dir, &err)) die("%s", err.text);
-    if (tok->kind == TOKENIZER_NONE) {
-        tok->vocab_size = m->config.vocab_size;
-        tok->eos = (int)m->config.eos_token;
+    SafeTensors st;
+    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err)) die("%s", err.text);
+    if (s->word != WORD_INFO) {
+        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
+            die("%s", err.text);
+        model_alloc(m, false);
+        if (!model_load_tensors(m, &st, &err)) die("%s", err.text);
     }
+    safetensors_close(&st);
 }
 
 int generate_main(Settings* s) {
@@ -3322,12 +3358,12 @@ int generate_main(Settings* s) {
     double rows = (double)o->num_samples, Vp = (double)m.config.vocab_padded;
     int64_t tokens = o->chunk > o->num_samples ? o->chunk : o->num_samples;
     if (!workspace_fits(&m, 1, tokens)) die("--num-samples or --chunk: the memory does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, false, true);
+    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
     double bytes =
         (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
     workspace_free(&measured);
     if (!check_memory(bytes, "try a smaller --num-samples or --chunk", &err)) die("%s", err.text);
-    Prompt prompt = {&tok, o->prompt, strlen(o->prompt), NULL};
+    Prompt prompt = prompt_open(&tok, o->prompt, NULL);
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
     bool from_stdin = strcmp(o->prompt, "-") == 0;
     if (from_stdin) prompt.file = stdin;
@@ -3340,7 +3376,7 @@ int generate_main(Settings* s) {
         die("this checkpoint has no tokenizer.json, so it cannot take a text prompt");
     if (!prompt.file && o->prompt[0] &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
-        Utf8Stream echo = {{0}, 0, o->raw};
+        Utf8Stream echo = {{0}, 0, o->raw, 0};
         char text[TOKENIZER_MAX_TEXT];
         for (const char* p = o->prompt; *p; p++)
             fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
@@ -3356,6 +3392,8 @@ int generate_main(Settings* s) {
             (long long)stats.new_tokens,
             stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0);
     if (prompt.file && prompt.file != stdin) fclose(prompt.file);
+    prompt_close(&prompt);
+    tokenizer_free(&tok);
     backend.destroy(&backend);
     model_free(&m);
     return stop_signal ? 128 + (int)stop_signal : 0;
@@ -3401,7 +3439,7 @@ int eval_main(Settings* s) {
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
     if (!workspace_fits(&m, o->batch_size, o->seq_len))
         die("--batch-size x --seq-len x model does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, B, T, false, false, true);
+    Workspace measured = workspace_alloc(&m, B, T, false, RECOMPUTE_NONE, true);
     double bytes = (double)measured.bytes + 3.0 * sizeof(int) * (double)(B * T);
     workspace_free(&measured);
     if (!check_memory(bytes, "try a smaller --batch-size or --seq-len", &err)) die("%s", err.text);
@@ -3426,27 +3464,10 @@ int eval_main(Settings* s) {
     return stop_signal ? 128 + (int)stop_signal : 0;
 }
 
-int info_main(Settings* s) {
-    Model m;
-    Tokenizer tok;
-    char dir[4096], shape[96];
-    model_open(&m, &tok, s, dir);
-    if (dir[0]) printf("checkpoint: %s\n", dir);
-    print_model(&m);
-    printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
-    printf("%-44s %-18s %12s  %s\n", "tensor", "shape", "parameters", "AdamW decay");
-    for (int i = 0; i < m.n_tensors; i++) {
-        const Tensor* t = &m.tensor[i];
-        printf("%-44s %-18s %12zu  %s\n", t->name, shape_text(shape, sizeof shape, t->ndim, t->shape),
-               t->count, t->spec->flags & DECAY ? "yes" : "-");
-    }
-    size_t state = state_count(&m);
-    printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state,
-           mib((double)state * sizeof(real)));
-    printf("training memory without activations: %.1f MiB\n", mib(4.0 * (double)m.n_elements * sizeof(real)));
-    model_free(&m);
-    return 0;
-}
+// defines: info_main, convert_main
+#include "data/info.h"
+// defines: tokenize_main
+#include "data/tokenize.h"
 
 int ssm_main(int argc, char** argv) {
     // A closed stdin, stdout or stderr would lend its number to the next file opened, and messages would go
@@ -3457,10 +3478,10 @@ int ssm_main(int argc, char** argv) {
     int word = WORD_TRAIN, skip = 1;
     if (argc > 1 && argv[1][0] != '-') {
         word = 0;
-        for (int i = 0; i < 4; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
+        for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
         if (!word)
-            die("unknown word '%.40s'; expected train, generate, eval or info, then options; --help lists "
-                "them",
+            die("unknown word '%.40s'; expected train, generate, eval, info, convert or tokenize, then options; --help "
+                "lists them",
                 argv[1]);
         skip = 2;
     }
@@ -3480,6 +3501,8 @@ int ssm_main(int argc, char** argv) {
         case WORD_GENERATE: code = generate_main(&settings); break;
         case WORD_EVAL: code = eval_main(&settings); break;
         case WORD_INFO: code = info_main(&settings); break;
+        case WORD_CONVERT: code = convert_main(&settings); break;
+        case WORD_TOKENIZE: code = tokenize_main(&settings); break;
     }
     settings_free(&settings);
     return code;

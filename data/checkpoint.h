@@ -82,7 +82,7 @@ bool checkpoint_save(const Model* m, const Tokenizer* tok, const char* out, int6
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) meta[n++] = fixed[i];
     meta[n] = NULL;
     if (!checkpoint_begin(out, step, dir, sizeof dir, err)) return false;
-    if (!config_write(&m->config, dir, err)) return false;
+    if (!config_write(&m->config, -1, "float32", dir, err)) return false;
     if (tok->kind != TOKENIZER_NONE && !tokenizer_write(tok, dir, err)) return false;
     snprintf(path, sizeof path, "%s/model.safetensors", dir);
     SafeTensorOut* tensors = model_file_tensors(m, strchr(m->config.pattern, 'm') != NULL);
@@ -104,44 +104,78 @@ bool checkpoint_save(const Model* m, const Tokenizer* tok, const char* out, int6
     return ok && checkpoint_commit(out, step, err);
 }
 
-// model_load_tensors: every parameter from a file, or one line that lists all that does not fit. Accepts both
-// published names of the embedding, and a head beside a tied embedding when it is the same matrix.
-bool model_load_tensors(Model* m, const SafeTensors* st, Error* err) {
+// file_tensor: where tensor i of the model is in the files
+static const SafeTensor* file_tensor(const Model* m, const SafeTensors* st, int i) {
+    const SafeTensor* other_name = i == 0 ? safetensors_find(st, "backbone.embedding.weight") : NULL;
+    return other_name ? other_name : safetensors_find(st, m->tensor[i].name);
+}
+
+// model_expect: the files hold the tensors of this model and no others, or one line that lists all that does
+// not
+// fit. Accepts both published names of the embedding, and a head beside a tied embedding.
+static bool model_expect(const Model* m, const SafeTensors* st, Error* err) {
     SafeTensorOut* want = model_file_tensors(m, safetensors_find(st, "backbone.embedding.weight") != NULL);
-    const SafeTensor* tied_head = m->config.tie_embeddings ? safetensors_find(st, "lm_head.weight") : NULL;
-    if (tied_head) {
+    const SafeTensor *embedding = file_tensor(m, st, 0), *head = safetensors_find(st, "lm_head.weight");
+    bool tied = m->config.tie_embeddings && head;
+    if (tied) {
         want[m->n_tensors] = want[0];
         want[m->n_tensors].name = "lm_head.weight";
     }
-    bool ok = safetensors_expect(st, want, m->n_tensors + (tied_head != NULL), err);
-    for (int i = 0; ok && i < m->n_tensors; i++) {
-        const Tensor* t = &m->tensor[i];
-        ok = safetensors_read_real(st, safetensors_find(st, want[i].name), m->params + t->offset, err);
-        if (ok && !all_finite(m->params + t->offset, t->count))
-            ok = fail(err, "%s: %s holds NaN or infinity; the file is damaged or the model had diverged",
-                      st->path, t->name);
-    }
-    if (ok && tied_head) {
-        real* copy = (real*)xcalloc(m->tensor[0].count, sizeof(real));
-        ok = safetensors_read_real(st, tied_head, copy, err);
-        if (ok && memcmp(copy, m->embedding, m->tensor[0].count * sizeof(real)) != 0)
-            ok = fail(err, "%s: lm_head.weight differs from the embedding, but config.json ties them; "
-                           "set tie_word_embeddings to false there", st->path);
-        free(copy);
-    }
+    bool ok = safetensors_expect(st, want, m->n_tensors + tied, err);
     free(want);
+    if (ok && !tied && head && head->part == embedding->part && head->begin == embedding->begin)
+        ok = fail(err, "%s: lm_head.weight and embedding are the same bytes, but config.json unties them: "
+                  "set tie_word_embeddings to true there", st->path);
     return ok;
 }
 
-// model_load: describes and allocates the model of a checkpoint directory and reads its parameters.
-bool model_load(Model* m, const char* dir, bool training, Error* err) {
+// model_load_tensors: every parameter from the files; a head beside a tied embedding must be the same matrix.
+bool model_load_tensors(Model* m, const SafeTensors* st, Error* err) {
+    if (!model_expect(m, st, err)) return false;
+    const SafeTensor* tied_head = m->config.tie_embeddings ? safetensors_find(st, "lm_head.weight") : NULL;
+    int first = m->n_tensors;
+    // the first tensor that failed: the message does not depend on the threads
+    #pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        Error why;
+        bool ok = safetensors_read_real(st, file_tensor(m, st, i), m->params + t->offset, &why);
+        if (ok && !all_finite(m->params + t->offset, t->count))
+            ok = fail(&why, "%s: %s holds NaN or infinity; the file is damaged or the model had diverged",
+                      st->path, t->name);
+        #pragma omp critical
+        if (!ok && i < first) {
+            first = i;
+            *err = why;
+        }
+    }
+    if (first < m->n_tensors) return false;
+    bool differs = false;
+    if (tied_head && !read_or_compare(st, tied_head, m->embedding, &differs, err)) return false;
+    return !differs || fail(err, "%s: lm_head.weight differs from the embedding, but config.json ties them; "
+                            "set tie_word_embeddings to false there", st->path);
+}
+
+// checkpoint_open: the description of the model in a checkpoint directory, and its opened files, which hold
+// exactly
+// its tensors. Nothing is allocated for them yet: what config.json says is only believed when the files
+// agree.
+bool checkpoint_open(Model* m, SafeTensors* st, const char* dir, Error* err) {
     Config config;
-    char path[4352];
-    SafeTensors st;
-    if (!config_read(&config, dir, err)) return false;
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    if (!safetensors_open(&st, path, err)) return false;
+    if (!config_read(&config, dir, err) || !weights_open(st, dir, err)) return false;
     model_describe(m, &config);
+    if (model_expect(m, st, err)) return true;
+    safetensors_close(st);
+    model_free(m);
+    return false;
+}
+
+// model_load: the same, and the parameters are read. They are the only memory of their size: the files are
+// read
+// in pieces, each converted into its place.
+bool model_load(Model* m, const char* dir, bool training, Error* err) {
+    SafeTensors st;
+    if (!checkpoint_open(m, &st, dir, err)) return false;
     model_alloc(m, training);
     bool ok = model_load_tensors(m, &st, err);
     safetensors_close(&st);
@@ -168,4 +202,82 @@ bool optimizer_load(Model* m, const SafeTensors* model_file, const SafeTensors* 
     free(want);
     free(names);
     return ok;
+}
+
+// ---- converting: the forms that other programs load
+
+// copy_file: one small file of a checkpoint as it is; a missing one is no error
+static bool copy_file(const char* from, const char* to, const char* name, Error* err) {
+    char path[4096], piece[1 << 16];
+    struct stat info;
+    if (!join_path(path, sizeof path, from, name, err)) return false;
+    if (stat(path, &info) != 0) return true;
+    int in = open_regular(path, &info, err);
+    if (in < 0) return false;
+    int out = join_path(path, sizeof path, to, name, err) ? open_retry(path, O_WRONLY | O_CREAT | O_TRUNC)
+        : -1;
+    bool ok = out >= 0;
+    for (uint64_t at = 0, n; ok && at < (uint64_t)info.st_size; at += n) {
+        n = min_size(sizeof piece, (uint64_t)info.st_size - at);
+        errno = 0;
+        ok = read_exact(in, piece, n, at) && write_all(out, piece, n);
+    }
+    int error = errno;
+    if (out >= 0 && ok) ok = sync_close(out), error = errno;
+    else if (out >= 0) close(out);
+    close(in);
+    return ok || fail_line(err, "%s: cannot copy %s: %s", to, name, error ? strerror(error) : "it changed");
+}
+
+// checkpoint_export: a new directory `out` with the model in a published form. Matrices get the dtype; norms,
+// biases, A_log, D and the convolution, less than 1 % of the numbers, stay F32: bfloat16 has too few bits for
+// A_log and dt.
+//   DIALECT_HF      config.json of transformers, model.safetensors
+//   DIALECT_MAMBA   config.json of mamba_ssm, pytorch_model.bin, which holds a tied head a second time by
+// name
+// from: the directory whose tokenizer files are copied, or NULL. Everything is written to out.tmp, which then
+// gets its name.
+bool checkpoint_export(const Model* m, const char* from, const char* out, int dialect, int dtype,
+                       Error* err) {
+    static const char* const torch_names[] = {"float64", "float32", "float16", "bfloat16"};   // ST_F64, ...
+    static const char* const copied[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                                         "generation_config.json"};
+    char dir[4096], parent[4096], path[4352];
+    const char* meta[] = {"format", "pt", NULL};
+    struct stat info;
+    if (lstat(out, &info) == 0)
+        return fail_line(err, "%s: exists already; remove it or choose another --out", out);
+    if (!checkpoint_make_dir(out, err)) return false;      // those above it; its own name comes at the end
+    rmdir(out);
+    snprintf(parent, sizeof parent, "%s", out);
+    for (size_t n = strlen(parent); n > 1 && parent[n - 1] == '/';) parent[--n] = 0;
+    snprintf(dir, sizeof dir, "%.4000s.tmp", parent);
+    if (mkdir(dir, 0777) < 0) return
+        fail_line(err, "%s: cannot create the directory: %s", dir, strerror(errno));
+    SafeTensorOut* tensors = model_file_tensors(m, dialect == DIALECT_MAMBA);
+    int n = m->n_tensors;
+    for (int i = 0; i < n; i++) tensors[i].dtype = m->tensor[i].spec->flags & DECAY ? dtype : ST_F32;
+    bool ok = true;
+    for (int i = 0; i < n; i++)
+        for (size_t j = 0; j < m->tensor[i].count && ok && tensors[i].dtype == ST_F16; j++)
+            if (!(fabs((double)tensors[i].data[j]) < 65520))      // what rounds to at most 65504
+                ok = fail(err, "%s has a value of %g, beyond f16; try --dtype bf16", tensors[i].name,
+                          (double)tensors[i].data[j]);
+    ok = ok && config_write(&m->config, dialect, torch_names[dtype], dir, err);
+    for (int i = 0; from && ok && i < (int)(sizeof copied / sizeof *copied); i++)
+        ok = copy_file(from, dir, copied[i], err);
+    snprintf(path, sizeof path, "%s/%s", dir, weight_files[dialect == DIALECT_MAMBA ? 2 : 0]);
+    if (dialect == DIALECT_MAMBA && m->config.tie_embeddings) {
+        tensors[n] = tensors[0];
+        tensors[n++].name = "lm_head.weight";
+    }
+    ok = ok && (dialect == DIALECT_MAMBA ? pickle_write(path, tensors, n, err)
+                                         : safetensors_write(path, tensors, n, meta, err));
+    free(tensors);
+    ok = ok && sync_dir(dir, err);
+    if (ok && rename(dir, parent) < 0) ok =
+        fail_line(err, "%s: cannot rename to %s: %s", dir, out, strerror(errno));
+    if (!ok) remove_dir(dir);
+    snprintf(path, sizeof path, "%s/..", parent);
+    return ok && sync_dir(path, err);
 }

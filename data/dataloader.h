@@ -1,5 +1,6 @@
 // What a model reads: text files and token shards seen as one sequence of tokens, and batches cut from it.
-//   text file: its bytes, with the end token in front, the first token of the document that it opens
+//   text file: its bytes, or their ids by a BPE tokenizer, with the end token in front, the first token of the
+//     document that it opens; JSON lines (.jsonl) with a BPE tokenizer: each line's "text" is a document
 //   token shard `.bin` (llm.c's format): 256 int32 (magic, version, number of tokens, zeros), then tokens:
 //     magic 20240520, version 1: 16-bit unsigned        magic 20240801, version 7: 32-bit unsigned
 // Batches are a pure function of one number, the sample counter: nothing else needs to be saved to resume.
@@ -17,8 +18,8 @@ typedef struct {
     unsigned char* bytes;    // the tokens as stored, `width` bytes each, or NULL when the file stays open
     int64_t payload;         // offset of the first stored token in the file
     int64_t size;            // bytes of the file
-    int width;               // bytes per stored token: 1 text, 2 or 4 shards
-    int front;               // tokens put in front: 1 for text (the end token), 0 for shards
+    int width;               // bytes per stored token: 1 text as bytes, 2 or 4 shards and ids of a BPE tokenizer
+    int front;               // tokens put in front: 1 for text as bytes (the end token), otherwise 0
     int64_t begin, count;
 } DataSource;
 
@@ -30,7 +31,7 @@ typedef struct {
     int64_t begin, end, n_tokens;
     int64_t vocab_size;
     int eos;
-    int kind;                // of the tokenizer: TOKENIZER_NONE, TOKENIZER_BYTES
+    const Tokenizer* tokenizer;    // while the sources are opened
 } Dataset;
 
 void dataset_close(Dataset* d) {
@@ -85,6 +86,48 @@ bool dataset_read(const Dataset* d, int64_t pos, int64_t count, int* out, Error*
     return true;
 }
 
+static bool is_utf16(const unsigned char* start, size_t n) {
+    return n >= 2 && ((start[0] == 0xFF && start[1] == 0xFE) || (start[0] == 0xFE && start[1] == 0xFF));
+}
+
+// source_append, source_encode: the ids of a text file by a BPE tokenizer, all of them in memory, stored as a
+// shard would store them
+static bool source_append(void* to, const int* ids, size_t n, int64_t at, Error* err) {
+    DataSource* s = (DataSource*)to;
+    (void)at; (void)err;
+    if ((s->count + (int64_t)n) * s->width > s->size) {
+        s->size = (s->count + (int64_t)n) * s->width;
+        s->size += s->size / 2;
+        s->bytes = (unsigned char*)xrealloc(s->bytes, (size_t)s->size, 1);
+    }
+    for (size_t i = 0; i < n; i++) {
+        uint16_t id16 = (uint16_t)ids[i];
+        memcpy(s->bytes + (s->count + (int64_t)i) * s->width, s->width == 2 ? (void*)&id16 : (void*)&ids[i],
+               (size_t)s->width);
+    }
+    s->count += (int64_t)n;
+    return true;
+}
+
+static bool source_encode(DataSource* s, const Dataset* d, Error* err) {
+    TextFile f;
+    memset(&f, 0, sizeof f);
+    f.tokenizer = d->tokenizer;
+    f.eos = d->eos;
+    f.fd = s->fd;
+    f.path = s->path;
+    f.size = s->size;
+    f.json_lines = is_json_lines(s->path);
+    s->width = d->tokenizer->vocab_size <= 65536 ? 2 : 4;
+    s->size = 0;
+    bool ok = text_file_tokens(&f, source_append, s, err);
+    close(s->fd);
+    s->fd = -1;
+    s->size = s->count * s->width;
+    s->bytes = (unsigned char*)xrealloc(s->bytes, (size_t)s->size, 1);
+    return ok;
+}
+
 // source_format: decides what the file is and checks its header against its size.
 bool source_format(DataSource* s, const Dataset* d, Error* err) {
     uint32_t header[SHARD_HEADER / 4] = { 0 };
@@ -97,12 +140,13 @@ bool source_format(DataSource* s, const Dataset* d, Error* err) {
     if (!shard) {
         if (head >= 4 && (u16 || u32))
             return fail(err, "%s: expected text, found a token shard; its name must end in .bin", s->path);
-        if (head >= 2 && ((start[0] == 0xFF && start[1] == 0xFE) || (start[0] == 0xFE && start[1] == 0xFF)))
+        if (is_utf16(start, head))
             return fail(err, "%s: expected UTF-8 text, found a UTF-16 byte order mark; convert it: "
                         "iconv -f UTF-16 -t UTF-8", s->path);
-        if (d->kind != TOKENIZER_BYTES)
+        if (d->tokenizer->kind == TOKENIZER_NONE)
             return fail(err, "%s: no tokenizer.json that can encode text with this model; use token shards",
                         s->path);
+        if (d->tokenizer->kind == TOKENIZER_BPE) return source_encode(s, d, err);
         s->width = 1;
         s->front = d->eos >= 0;
         s->count = s->size + s->front;
@@ -145,7 +189,7 @@ bool dataset_add(Dataset* d, const char* path, Error* err) {
     if (__builtin_add_overflow(d->end, kept->count, &d->end))
         return fail(err, "%s: more than 2^63 tokens", path);
     d->n_tokens = d->end;
-    if (kept->size <= DATA_IN_MEMORY) {
+    if (kept->fd >= 0 && kept->size <= DATA_IN_MEMORY) {
         size_t bytes = (size_t)(kept->size - kept->payload);
         kept->bytes = (unsigned char*)xcalloc(bytes, 1);
         if (!data_read(kept->fd, kept->bytes, bytes, kept->payload, path, err)) return false;
@@ -156,31 +200,48 @@ bool dataset_add(Dataset* d, const char* path, Error* err) {
     return dataset_read(d, kept->begin, kept->count < 1024 ? kept->count : 1024, first, err);
 }
 
-// dataset_open: files in the order given; a pattern such as 'data/*.txt' stands for the matching files,
-// sorted by name. On failure nothing stays open.
+void files_free(char** files, int n) {
+    for (int i = 0; i < n; i++) free(files[i]);
+    free(files);
+}
+
+// files_of: the names in the order given; a pattern such as 'data/*.txt' stands for the matching files, sorted by
+// name. To be freed with files_free, on failure too.
+bool files_of(char** paths, int n, char*** files, int* n_files, Error* err) {
+    *files = NULL;
+    *n_files = 0;
+    bool ok = n > 0 || fail(err, "no data: give at least one text file or token shard");
+    for (int i = 0; ok && i < n; i++) {
+        struct stat st;
+        glob_t found;
+        bool plain = !strpbrk(paths[i], "*?[") || stat(paths[i], &st) == 0;
+        int status = plain ? 0 : glob(paths[i], 0, NULL, &found);
+        if (status == GLOB_NOMATCH || (!plain && status == 0 && found.gl_pathc == 0)) {
+            ok = fail(err, "%s: no file matches this pattern", paths[i]);
+        } else if (status != 0) {
+            ok = fail(err, "%s: cannot list the files of this pattern", paths[i]);
+        }
+        size_t more = plain ? 1 : ok ? found.gl_pathc : 0;
+        *files = (char**)xrealloc(*files, (size_t)*n_files + more, sizeof(char*));
+        for (size_t k = 0; k < more; k++) (*files)[(*n_files)++] = strdup(plain ? paths[i] : found.gl_pathv[k]);
+        if (!plain && status == 0) globfree(&found);
+    }
+    return ok;
+}
+
+// dataset_open: all files that the names stand for. On failure nothing stays open.
 bool dataset_open(Dataset* d, char** paths, int n, const Tokenizer* tok, Error* err) {
     memset(d, 0, sizeof *d);
     d->owner = true;
     d->vocab_size = tok->vocab_size;
     d->eos = tok->eos;
-    d->kind = tok->kind;
-    bool ok = n > 0 || fail(err, "no data: give at least one text file or token shard");
-    for (int i = 0; ok && i < n; i++) {
-        struct stat st;
-        if (!strpbrk(paths[i], "*?[") || stat(paths[i], &st) == 0) {
-            ok = dataset_add(d, paths[i], err);
-            continue;
-        }
-        glob_t found;
-        int status = glob(paths[i], 0, NULL, &found);
-        if (status == GLOB_NOMATCH || (status == 0 && found.gl_pathc == 0)) {
-            ok = fail(err, "%s: no file matches this pattern", paths[i]);
-        } else if (status != 0) {
-            ok = fail(err, "%s: cannot list the files of this pattern", paths[i]);
-        }
-        for (size_t k = 0; ok && k < found.gl_pathc; k++) ok = dataset_add(d, found.gl_pathv[k], err);
-        if (status == 0) globfree(&found);
-    }
+    d->tokenizer = tok;
+    char** files;
+    int n_files;
+    bool ok = files_of(paths, n, &files, &n_files, err);
+    for (int i = 0; ok && i < n_files; i++) ok = dataset_add(d, files[i], err);
+    files_free(files, n_files);
+    d->tokenizer = NULL;
     if (!ok) dataset_close(d);
     return ok;
 }

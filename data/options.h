@@ -1,7 +1,10 @@
 // Options: one table for the parser, the help, the settings print and the table in README.
 
-enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_ALL = 15 };
-static const char* const words[] = {"train", "generate", "eval", "info"};
+// WORD_ALL: those that have a model
+enum { WORD_TRAIN = 1, WORD_GENERATE = 2, WORD_EVAL = 4, WORD_INFO = 8, WORD_CONVERT = 16, WORD_ALL = 31,
+       WORD_TOKENIZE = 32 };
+static const char* const words[] = {"train", "generate", "eval", "info", "convert", "tokenize"};
+enum { N_WORDS = sizeof words / sizeof *words };
 
 typedef struct {
     // model
@@ -9,20 +12,21 @@ typedef struct {
     int64_t d_model, n_layer, expand, d_state, d_conv, dt_rank, d_intermediate, vocab_size, eos_token;
     bool tie_embeddings;
     // data
-    const char *data, *val_data;
+    const char *data, *val_data, *tokenizer;
     double val_fraction;
     int64_t seq_len, batch_size, grad_accum;
     bool carry_state, reset_documents, force_data;
     // optimizer
     int64_t steps, warmup, decay_steps;
     const char* schedule;
-    double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
+    double lr, min_lr, weight_decay, dropout, beta1, beta2, eps, clip;
     // run
     uint64_t seed;
-    const char *out, *from, *on_nan;
+    const char *out, *from, *on_nan, *dialect, *dtype, *freeze;
     const char *device, *precision;
-    int64_t threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
-    bool recompute, resume;
+    int64_t check, threads, log_every, eval_every, eval_batches, save_every, keep, sample_every;
+    int recompute;           // RECOMPUTE_NONE, _CHEAP, _ALL
+    bool resume;
     // generation
     const char *prompt, *prompt_file, *save_state, *load_state;
     int64_t num_samples, max_tokens, top_k, chunk;
@@ -34,8 +38,9 @@ typedef struct {
 
 enum { FROM_DEFAULT, FROM_PRESET, FROM_CHECKPOINT, FROM_USER };     // where a value comes from, weakest first
 
-// Option: one row. type: i integer, f number, s text, c one of the choices in `choices`, b switch, l list of
-// texts. A list is stored as its items separated by newlines.
+// Option: one row. type: i integer, f number, s text, c one of the choices in `choices`, b switch, m switch
+// with the positions in `choices` (stored as their number), l list of texts. A list is stored as its items
+// separated by newlines.
 typedef struct {
     const char* name;
     char type;
@@ -65,16 +70,19 @@ static const Option options[] = {
      "hidden width of the gated MLP, rounded up to 128; 0: 8/3 D"},
     {"vocab-size", 'i', OPT(vocab_size), WORD_ALL, "0", 0, 1e9, NULL,
      "tokens; 0: 257 for text (bytes and the end token), 50257 for token shards"},
-    {"eos-token", 'i', OPT(eos_token), WORD_ALL, "-1", -1, 1e9, NULL,
-     "id of the end token in token shards; -1: the last of the vocabulary"},
+    {"eos-token", 'i', OPT(eos_token), WORD_ALL | WORD_TOKENIZE, "-1", -1, 1e9, NULL,
+     "id of the end token in token shards; -1: that of the tokenizer, or the last of the vocabulary"},
     {"tie-embeddings", 'b', OPT(tie_embeddings), WORD_ALL, "on", 0, 0, NULL,
      "the head uses the embedding matrix"},
-    {NULL, 0, 0, WORD_TRAIN | WORD_EVAL, NULL, 0, 0, NULL, "Data"},
-    {"data", 'l', OPT(data), WORD_TRAIN | WORD_EVAL, "", 0, 0, NULL,
-     "text files (read as bytes) or .bin token shards, patterns allowed; none: this program's source"},
+    {NULL, 0, 0, WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Data"},
+    {"data", 'l', OPT(data), WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, "", 0, 0, NULL,
+     "text files (read as bytes without a tokenizer) or .bin token shards, patterns allowed; none: this program's "
+     "source"},
+    {"tokenizer", 's', OPT(tokenizer), WORD_TRAIN | WORD_TOKENIZE, "", 0, 0, NULL,
+     "a tokenizer.json or a directory with one; none: bytes for text, the tokenizer.json beside token shards"},
     {"val-data", 'l', OPT(val_data), WORD_TRAIN, "", 0, 0, NULL,
      "validation files; none: the end of the training data"},
-    {"val-fraction", 'f', OPT(val_fraction), WORD_TRAIN, "0.1", 0, 0.9, NULL,
+    {"val-fraction", 'f', OPT(val_fraction), WORD_TRAIN | WORD_TOKENIZE, "0.1", 0, 0.9, NULL,
      "part of the data, at its end, that is used for validation only"},
     {"seq-len", 'i', OPT(seq_len), WORD_TRAIN | WORD_EVAL, "256", 1, 1e8, NULL, "tokens per row, T"},
     {"batch-size", 'i', OPT(batch_size), WORD_TRAIN | WORD_EVAL, "8", 1, 1e6, NULL,
@@ -98,26 +106,38 @@ static const Option options[] = {
      "wsd only: steps of decay at the end; 0: a fifth of all"},
     {"weight-decay", 'f', OPT(weight_decay), WORD_TRAIN, "0.1", 0, 1e3, NULL,
      "AdamW, on embedding and projection weights only"},
+    {"dropout", 'f', OPT(dropout), WORD_TRAIN, "0", 0, 0.9, NULL,
+     "part of the embedding and of what each layer adds that a training step zeroes, against overfitting"},
     {"beta1", 'f', OPT(beta1), WORD_TRAIN, "0.9", 0, 0.999999, NULL, "AdamW"},
     {"beta2", 'f', OPT(beta2), WORD_TRAIN, "0.95", 0, 0.999999999, NULL, "AdamW"},
     {"eps", 'f', OPT(eps), WORD_TRAIN, "1e-8", 0, 1, NULL, "AdamW"},
+    {"freeze", 'l', OPT(freeze), WORD_TRAIN, "", 0, 0, NULL,
+     "names of tensors that stay as they are, such as '*.mixer.A_log' (`info` lists the names)"},
     {"clip", 'f', OPT(clip), WORD_TRAIN, "1", 0, 1e9, NULL, "largest norm of the gradient; 0: no clipping"},
-    {NULL, 0, 0, WORD_ALL, NULL, 0, 0, NULL, "Run"},
-    {"out", 's', OPT(out), WORD_TRAIN, "out", 0, 0, NULL, "directory of checkpoints, log and plot"},
+    {NULL, 0, 0, WORD_ALL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Run"},
+    {"out", 's', OPT(out), WORD_TRAIN | WORD_CONVERT | WORD_TOKENIZE, "out", 0, 0, NULL,
+     "directory of checkpoints, log and plot; of the converted model; of the shards"},
     {"resume", 'b', OPT(resume), WORD_TRAIN, "off", 0, 0, NULL,
      "continue from out/last, with its settings unless given anew"},
-    {"from", 's', OPT(from), WORD_GENERATE | WORD_EVAL | WORD_INFO, "out", 0, 0, NULL,
-     "checkpoint directory, or a run's directory for its last checkpoint"},
+    {"from", 's', OPT(from), WORD_ALL, "", 0, 0, NULL,
+     "model directory: published, or a run's for its last checkpoint; none: out, for train a new model"},
+    {"dialect", 'c', OPT(dialect), WORD_CONVERT, "hf", 0, 0, "hf mamba_ssm",
+     "form of the converted model: that of transformers, or of mamba_ssm"},
+    {"dtype", 'c', OPT(dtype), WORD_CONVERT, "f32", 0, 0, "f32 f16 bf16",
+     "of its matrices; everything else stays f32"},
     {"seed", 'u', OPT(seed), WORD_ALL, "1337", 0, 0, NULL, "of initialization, data order and sampling"},
 #ifdef __CUDACC__
     {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},
     {"precision", 'c', OPT(precision), WORD_ALL, "bf16", 0, 0, "bf16 fp32",
      "of activations and matmuls on the GPU; parameters, residual stream, state and sums are fp32"},
+    {"check", 'i', OPT(check), WORD_TRAIN, "0", 0, BIG, NULL,
+     "steps between comparisons of the GPU with the CPU, on a few tokens of the batch; 0: none"},
 #endif
-    {"threads", 'i', OPT(threads), WORD_ALL, "0", 0, 4096, NULL,
+    {"threads", 'i', OPT(threads), WORD_ALL | WORD_TOKENIZE, "0", 0, 4096, NULL,
      "CPU threads; 0: all. The results do not depend on it"},
-    {"recompute", 'b', OPT(recompute), WORD_TRAIN, "off", 0, 0, NULL,
-     "keep only the input of each layer and run it again in the backward pass"},
+    {"recompute", 'm', OPT(recompute), WORD_TRAIN, "off", 0, 0, "off cheap on",
+     "save memory in backward: cheap makes norm, conv and dt again, on keeps only the input of each layer and "
+     "runs it again"},
     {"log-every", 'i', OPT(log_every), WORD_TRAIN, "10", 1, BIG, NULL, "steps between progress lines"},
     {"eval-every", 'i', OPT(eval_every), WORD_TRAIN, "100", 0, BIG, NULL,
      "steps between evaluations; 0: at the end only"},
@@ -169,6 +189,9 @@ static const Preset presets[] = {
     {"shakespeare-cpu", "nanoGPT's CPU setting: 0.7M parameters, batch 12, context 64, 2000 steps",
      "--data data/tinyshakespeare.txt --n-layer 6 --d-model 128 --batch-size 12 --seq-len 64 --steps 2000 "
      "--lr 2e-3 --warmup 100 --eval-every 250"},
+    {"shakespeare-gpu", "9.7M parameters, context 256, 4 epochs with dropout; seconds on a GPU",
+     "--data data/tinyshakespeare.txt --n-layer 10 --d-model 384 --batch-size 8 --seq-len 256 --steps 1900 "
+     "--lr 3e-3 --warmup 80 --weight-decay 1 --beta2 0.99 --dropout 0.2 --eval-every 200"},
     {"mamba-130m", "published size", "--n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
     {"mamba-370m", "published size", "--n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
     {"mamba-790m", "published size", "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
@@ -200,6 +223,15 @@ static int edit_distance(const char* a, const char* b) {
         }
     }
     return row[n];
+}
+
+// choice_of: the position of `value` in a list of words, -1: not there
+static int choice_of(const char* choices, const char* value) {
+    size_t n = strlen(value);
+    int i = 0;
+    for (const char* c = choices; *c; c += strcspn(c, " "), c += *c == ' ', i++)
+        if (strcspn(c, " ") == n && strncmp(c, value, n) == 0) return i;
+    return -1;
 }
 
 static int option_find(const char* name) {
@@ -263,13 +295,11 @@ bool option_set(Settings* s, int i, const char* value, int origin, Error* err) {
             *(bool*)field = on;
             break;
         }
-        case 'c': {
-            size_t n = strlen(value);
-            bool found = false;
-            for (const char* c = opt->choices; *c && !found; c += strcspn(c, " "), c += *c == ' ')
-                found = strcspn(c, " ") == n && strncmp(c, value, n) == 0;
-            if (!found)
+        case 'c': case 'm': {
+            int choice = choice_of(opt->choices, value);
+            if (choice < 0)
                 return fail(err, "--%s expects one of: %s; found '%.40s'", opt->name, opt->choices, value);
+            if (opt->type == 'm') *(int*)field = choice;
             break;
         }
     }
@@ -298,7 +328,7 @@ bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
         const char* value = equals ? equals + 1 : NULL;
         if (i < 0 && strncmp(name, "no-", 3) == 0 && !value) {
             i = option_find(name + 3);
-            if (i >= 0 && options[i].type == 'b') value = "off";
+            if (i >= 0 && (options[i].type == 'b' || options[i].type == 'm')) value = "off";
             else i = -1;
         }
         if (i < 0) {
@@ -310,7 +340,7 @@ bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
         const Option* opt = &options[i];
         if (!(opt->words & s->word) && origin == FROM_USER) {
             char of[64] = "";
-            for (int w = 0; w < 4; w++)
+            for (int w = 0; w < N_WORDS; w++)
                 if (opt->words & (1 << w))
                     snprintf(of + strlen(of), sizeof of - strlen(of), "%s'%s'", of[0] ? ", " : "", words[w]);
             return fail(err, "--%s is an option of %s, not of '%s'", opt->name, of,
@@ -334,9 +364,9 @@ bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
             if (!ok) return false;
             continue;
         }
-        if (opt->type == 'b' && !value) {
-            bool next = a + 1 < argc && (strcmp(argv[a + 1], "on") == 0 || strcmp(argv[a + 1], "off") == 0);
-            value = next ? argv[++a] : "on";
+        if ((opt->type == 'b' || opt->type == 'm') && !value) {
+            const char* positions = opt->type == 'b' ? "off on" : opt->choices;
+            value = a + 1 < argc && choice_of(positions, argv[a + 1]) >= 0 ? argv[++a] : "on";
         }
         if (!value) {
             if (a + 1 >= argc || strncmp(argv[a + 1], "--", 2) == 0)
@@ -408,11 +438,13 @@ static const char* option_argument(const Option* opt) {
 void help_print(int word, bool markdown) {
     if (!markdown)
         printf("train_mamba: Mamba language models in plain C.\n\n"
-               "usage: train_mamba [train|generate|eval|info] [options]\n"
+               "usage: train_mamba [train|generate|eval|info|convert|tokenize] [options]\n"
                "  train      train a model (the default word; without options on this program's own source)\n"
                "  generate   write text with a trained model\n"
                "  eval       loss of a trained model on files\n"
-               "  info       what a checkpoint or a set of options describes\n");
+               "  info       what a checkpoint or a set of options describes\n"
+               "  convert    write a model in a form that other programs load\n"
+               "  tokenize   text into token shards\n");
     for (int i = 0; i < N_OPTIONS; i++) {
         const Option* opt = &options[i];
         if (word && !(opt->words & word)) continue;

@@ -145,15 +145,21 @@ static const SafeType st_dtype[ST_DTYPES] = {{"F64", 8},  {"F32", 4},     {"F16"
 enum { ST_MAX_DIMS = 8, ST_MAX_HEADER = 8 << 20, ST_MAX_ENTRY = 64 << 10, ST_MAX_VALUE = 1 << 20,
        ST_MAX_METADATA = 1 << 16, ST_PIECE = 1 << 16 };
 
+// SafeTensors: the tensors of one file, or of the several files that one index names (shards.h). A
+// pytorch_model.bin is described by the same table (pickle.h), so that everything below reads all of them.
+typedef struct SafeTensors SafeTensors;
+
 typedef struct {
     char* name;                      // points into the header
     int dtype, ndim;
     int64_t shape[ST_MAX_DIMS];
     uint64_t begin, end;             // bytes after data_start
     size_t count;                    // elements
+    const SafeTensors* part;         // the file that holds it; NULL: the one that lists it
+    uint32_t crc;                    // CRC-32 of its bytes; 0: not known
 } SafeTensor;
 
-typedef struct {
+struct SafeTensors {
     int fd;
     char* path;
     uint64_t data_start;             // 8 + length of the header
@@ -163,9 +169,13 @@ typedef struct {
     char** meta;                     // key, value, key, value, ...: 2 * n_meta strings in the header
     char* header;
     struct stat info;                // as the file was when it was opened
-} SafeTensors;
+    int n_parts;
+    SafeTensors* parts;              // of an index: the files that it names
+};
 
 void safetensors_close(SafeTensors* st) {
+    for (int i = 0; i < st->n_parts; i++) safetensors_close(st->parts + i);
+    free(st->parts);
     if (st->path && st->fd >= 0) close(st->fd);
     free(st->path);
     free(st->tensor);
@@ -356,7 +366,7 @@ static const char* what_else(const char* head) {
     static const char* const kinds[][2] = {
         {"version https://git-lfs", "this is a Git LFS pointer: run git lfs pull"},
         {"<", "this is an HTML or XML page, not the file: download it again, perhaps after logging in"},
-        {"PK", "this is a zip file (pytorch_model.bin?): convert it to safetensors"},
+        {"PK", "this is a zip file; a model saved by PyTorch is named pytorch_model.bin"},
         {"GGUF", "this is a GGUF file, expected safetensors"},
         {"{", "this is a JSON file; model.safetensors.index.json only lists the files of a model"} };
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
@@ -449,10 +459,43 @@ static uint16_t narrow_float(double value, int e, int m) {
     return (uint16_t)(sign | kept);
 }
 
+// crc32_add: the CRC-32 of zip files (polynomial 0xedb88320, bits reversed) of what came before and n more
+// bytes, eight at a time: table[k][b] is the CRC of byte b and k zeros after it.
+typedef struct { uint32_t table[8][256]; } Crc32;
+static void crc32_init(Crc32* c) {
+    for (uint32_t b = 0; b < 256; b++) {
+        uint32_t r = b;
+        for (int i = 0; i < 8; i++) r = r >> 1 ^ (r & 1 ? 0xedb88320u : 0);
+        c->table[0][b] = r;
+    }
+    for (int k = 1; k < 8; k++)
+        for (int b = 0; b < 256; b++)
+            c->table[k][b] = c->table[k - 1][b] >> 8 ^ c->table[0][c->table[k - 1][b] & 255];
+}
+
+static uint32_t crc32_add(const Crc32* c, uint32_t crc, const void* data, size_t n) {
+    const unsigned char* p = (const unsigned char*)data;
+    crc = ~crc;
+    for (; n >= 8; n -= 8, p += 8) {
+        uint64_t word;
+        memcpy(&word, p, 8);
+        word ^= crc;
+        crc = 0;
+        for (int k = 0; k < 8; k++) crc ^= c->table[7 - k][word >> 8 * k & 255];
+    }
+    for (; n; n--, p++) crc = crc >> 8 ^ c->table[0][(crc ^ *p) & 255];
+    return ~crc;
+}
+
+// file_of: the file that a tensor is in
+static const SafeTensors* file_of(const SafeTensors* st, const SafeTensor* t) { return t->part ? t->part
+                                                                               : st; }
+
 // read_piece: elements [from, from + n) of a tensor as they are in the file
 static bool read_piece(const SafeTensors* st, const SafeTensor* t, size_t from, size_t n, void* out,
                        Error* err) {
     size_t size = st_dtype[t->dtype].size;
+    st = file_of(st, t);
     return read_exact(st->fd, out, n * size, st->data_start + t->begin + from * size) ||
            fail_line(err, "%s: tensor %.200s: cannot read: %s", st->path, t->name,
                      errno ? strerror(errno) : "the file changed while reading (it became shorter)");
@@ -468,36 +511,58 @@ static bool unchanged(const SafeTensors* st, Error* err) {
                      st->path);
 }
 
+// widen_piece: n elements as they are in the file -> real
+static void widen_piece(int dtype, const void* piece, size_t n, real* out) {
+    for (size_t i = 0; i < n; i++) {
+        double f64;
+        float f32;
+        uint16_t u16;
+        if (dtype == ST_F64) {
+            memcpy(&f64, (const char*)piece + 8 * i, 8);
+            out[i] = (real)f64;
+            continue;
+        }
+        if (dtype == ST_F32) memcpy(&f32, (const char*)piece + 4 * i, 4);
+        else {
+            memcpy(&u16, (const char*)piece + 2 * i, 2);
+            uint32_t upper = (uint32_t)u16 << 16;
+            if (dtype == ST_F16) f32 = widen_f16(u16);
+            else memcpy(&f32, &upper, 4);
+        }
+        out[i] = (real)f32;
+    }
+}
+
+// read_or_compare: a floating-point tensor as `real`: into out, or, with `differs`, compared with out
+static bool read_or_compare(const SafeTensors* st, const SafeTensor* t, real* out, bool* differs,
+                            Error* err) {
+    if (t->dtype > ST_BF16)
+        return fail_line(err, "%s: tensor %.200s is %s, expected F32, F64, F16 or BF16", file_of(st, t)->path,
+                         t->name, st_dtype[t->dtype].name);
+    uint64_t piece[ST_PIECE / 8];
+    real wide[ST_PIECE / 2];         // only when comparing
+    size_t size = st_dtype[t->dtype].size;
+    uint32_t crc = 0;
+    Crc32 table;
+    if (t->crc) crc32_init(&table);
+    if (differs) *differs = false;
+    for (size_t from = 0, n; from < t->count; from += n) {
+        n = ST_PIECE / size < t->count - from ? ST_PIECE / size : t->count - from;
+        if (!read_piece(st, t, from, n, piece, err)) return false;
+        if (t->crc) crc = crc32_add(&table, crc, piece, n * size);
+        widen_piece(t->dtype, piece, n, differs ? wide : out + from);
+        if (differs && memcmp(wide, out + from, n * sizeof(real)) != 0) *differs = true;
+    }
+    if (crc != t->crc)
+        return fail_line(err, "%s: tensor %.200s: its bytes do not match the checksum (CRC %08x, expected "
+                         "%08x): download or copy the file again", file_of(st, t)->path, t->name, crc,
+                             t->crc);
+    return unchanged(file_of(st, t), err);
+}
+
 // safetensors_read_real: a floating-point tensor as `real`; out has t->count elements
 bool safetensors_read_real(const SafeTensors* st, const SafeTensor* t, real* out, Error* err) {
-    if (t->dtype > ST_BF16)
-        return fail_line(err, "%s: tensor %.200s is %s, expected F32, F64, F16 or BF16", st->path, t->name,
-                         st_dtype[t->dtype].name);
-    uint64_t piece[ST_PIECE / 8];
-    for (size_t from = 0, n; from < t->count; from += n) {
-        n = ST_PIECE / st_dtype[t->dtype].size;
-        if (n > t->count - from) n = t->count - from;
-        if (!read_piece(st, t, from, n, piece, err)) return false;
-        for (size_t i = 0; i < n; i++) {
-            double f64;
-            float f32;
-            uint16_t u16;
-            if (t->dtype == ST_F64) {
-                memcpy(&f64, (char*)piece + 8 * i, 8);
-                out[from + i] = (real)f64;
-                continue;
-            }
-            if (t->dtype == ST_F32) memcpy(&f32, (char*)piece + 4 * i, 4);
-            else {
-                memcpy(&u16, (char*)piece + 2 * i, 2);
-                uint32_t upper = (uint32_t)u16 << 16;
-                if (t->dtype == ST_F16) f32 = widen_f16(u16);
-                else memcpy(&f32, &upper, 4);
-            }
-            out[from + i] = (real)f32;
-        }
-    }
-    return unchanged(st, err);
+    return read_or_compare(st, t, out, NULL, err);
 }
 
 // safetensors_read_int: an integer tensor; out has t->count elements
@@ -522,7 +587,7 @@ bool safetensors_read_int(const SafeTensors* st, const SafeTensor* t, int64_t* o
                                  from + i);
         }
     }
-    return unchanged(st, err);
+    return unchanged(file_of(st, t), err);
 }
 
 // A tensor to be written, or one that is expected in a file (then data is not used).
@@ -576,8 +641,8 @@ static int order_for_writing(const void* a, const void* b) {
     return strcmp(s->name, t->name);
 }
 
-// write_tensor: the values, converted piece by piece
-static bool write_tensor(int fd, const SafeTensorOut* t, size_t count) {
+// write_tensor: the values, converted piece by piece; table, crc: also adds to their CRC-32, unless NULL
+static bool write_tensor(int fd, const SafeTensorOut* t, size_t count, const Crc32* table, uint32_t* crc) {
     uint64_t piece[ST_PIECE / 8];
     size_t size = st_dtype[t->dtype].size;
     for (size_t from = 0, n; from < count; from += n) {
@@ -594,6 +659,7 @@ static bool write_tensor(int fd, const SafeTensorOut* t, size_t count) {
                 memcpy((char*)piece + 2 * i, &u16, 2);
             }
         }
+        if (crc) *crc = crc32_add(table, *crc, piece, n * size);
         if (!write_all(fd, piece, n * size)) return false;
     }
     return true;
@@ -633,40 +699,50 @@ static bool header_text(Text* text, const SafeTensorOut* t, int n, const char** 
                      path, ST_MAX_HEADER);
 }
 
-// safetensors_write: writes path.tmp, syncs it and renames it to path, so that path is never half written
-// (and may be the file that the tensors were read from). meta: key, value, ..., NULL; or NULL.
-bool safetensors_write(const char* path, const SafeTensorOut* tensor, int n, const char** meta, Error* err) {
-    Text text = {NULL, 0, 0, false};
+// write_replacing: path.tmp is written by write_file(fd, arg), synced and renamed to path, so that path is
+// never
+// half written (and may be the file that the tensors were read from).
+static bool write_replacing(const char* path, bool (*write_file)(int, void*), void* arg, Error* err) {
     char temporary[4096];
-    size_t name_length = (size_t)snprintf(temporary, sizeof temporary, "%s.tmp", path);
+    if (snprintf(temporary, sizeof temporary, "%s.tmp", path) >= (int)sizeof temporary)
+        return fail_line(err, "%.200s: the path is too long", path);
+    int fd = open_retry(temporary, O_WRONLY | O_CREAT | O_TRUNC);
+    if (fd < 0) return fail_line(err, "%s: cannot create: %s", temporary, strerror(errno));
+    bool ok = write_file(fd, arg);
+    int error = errno;
+    if (ok) ok = sync_close(fd) && rename(temporary, path) == 0, error = errno;
+    else close(fd);
+    if (ok) return true;
+    unlink(temporary);
+    return fail_line(err, "%s: cannot write: %s", path, strerror(error));
+}
+
+typedef struct { const SafeTensorOut* sorted; int n; Text header; } SafeTensorsOut;
+static bool safetensors_put(int fd, void* arg) {
+    const SafeTensorsOut* out = (const SafeTensorsOut*)arg;
+    uint64_t length = out->header.n;
+    bool ok = write_all(fd, &length, 8) && write_all(fd, out->header.data, out->header.n);
+    for (int i = 0; ok && i < out->n; i++) {
+        size_t count = 0;
+        ok = checked_size(out->sorted[i].ndim, out->sorted[i].shape, 1, &count) &&
+             write_tensor(fd, out->sorted + i, count, NULL, NULL);
+    }
+    return ok;
+}
+
+// safetensors_write: replaces path when all is written. meta: key, value, ..., NULL; or NULL.
+bool safetensors_write(const char* path, const SafeTensorOut* tensor, int n, const char** meta, Error* err) {
     SafeTensorOut* sorted = (SafeTensorOut*)malloc((size_t)(n + 1) * sizeof(SafeTensorOut));
-    bool ok = (sorted && name_length < sizeof temporary) ||
-              fail_line(err, "%.200s: out of memory, or the path is too long", path);
+    SafeTensorsOut out = {sorted, n, {NULL, 0, 0, false}};
+    bool ok = sorted || fail_line(err, "%.200s: out of memory", path);
     if (ok && n) {
         memcpy(sorted, tensor, (size_t)n * sizeof(SafeTensorOut));
         qsort(sorted, (size_t)n, sizeof(SafeTensorOut), order_for_writing);
     }
-    ok = ok && header_text(&text, sorted, n, meta, path, err);
-    int fd = ok ? open_retry(temporary, O_WRONLY | O_CREAT | O_TRUNC) : -1;
-    if (ok && fd < 0) ok = fail_line(err, "%s: cannot create: %s", temporary, strerror(errno));
-    if (fd >= 0) {
-        uint64_t length = text.n;
-        ok = write_all(fd, &length, 8) && write_all(fd, text.data, text.n);
-        for (int i = 0; ok && i < n; i++) {
-            size_t count = 0;
-            ok = checked_size(sorted[i].ndim, sorted[i].shape, 1, &count) &&
-                 write_tensor(fd, sorted + i, count);
-        }
-        int error = errno;
-        if (ok) ok = sync_close(fd) && rename(temporary, path) == 0, error = errno;
-        else close(fd);
-        if (!ok) {
-            unlink(temporary);
-            fail_line(err, "%s: cannot write: %s", path, strerror(error));
-        }
-    }
+    ok = ok && header_text(&out.header, sorted, n, meta, path, err) &&
+         write_replacing(path, safetensors_put, &out, err);
     free(sorted);
-    free(text.data);
+    free(out.header.data);
     return ok;
 }
 
@@ -904,8 +980,20 @@ void checkpoint_prune(const char* out, int keep) {
     free(steps);
 }
 
-// checkpoint_resolve: the directory that holds model.safetensors: path itself, or the step that path/last
-// leads to
+// weights_form: which of these a directory has, in this order (shards.h says what they are); -1: none
+static const char* const weight_files[4] = {"model.safetensors", "model.safetensors.index.json",
+                                            "pytorch_model.bin", "pytorch_model.bin.index.json"};
+int weights_form(const char* dir) {
+    char path[4096];
+    struct stat info;
+    Error unused;
+    for (int i = 0; i < 4; i++)
+        if (join_path(path, sizeof path, dir, weight_files[i], &unused) && stat(path, &info) == 0) return i;
+    return -1;
+}
+
+// checkpoint_resolve: the directory that holds the model: the step that path/last leads to, or else path
+// itself
 bool checkpoint_resolve(const char* path, char* dir, size_t size, Error* err) {
     char file[4096], target[256];
     struct stat info;
@@ -913,14 +1001,15 @@ bool checkpoint_resolve(const char* path, char* dir, size_t size, Error* err) {
         return fail_line(err, "%s: cannot open the checkpoint: %s", path, strerror(errno));
     if (!S_ISDIR(info.st_mode))
         return fail_line(err, "%s: expected a checkpoint directory, found a file", path);
-    if (!join_path(file, sizeof file, path, "model.safetensors", err)) return false;
-    if (stat(file, &info) == 0) {
-        int n = snprintf(dir, size, "%s", path);
-        return (n >= 0 && (size_t)n < size) || fail_line(err, "%.200s: the path is too long", path);
-    }
     if (!join_path(file, sizeof file, path, "last", err)) return false;
-    if (lstat(file, &info) < 0)
-        return fail_line(err, "%s: holds neither model.safetensors nor a link `last` to a checkpoint", path);
+    if (lstat(file, &info) < 0) {
+        int n = snprintf(dir, size, "%s", path);
+        if (n < 0 || (size_t)n >= size) return fail_line(err, "%.200s: the path is too long", path);
+        return weights_form(path) >= 0 ||
+               fail_line(err,
+                         "%s: holds neither a model (%s, %s, or an index of either) nor a link `last` to a "
+                         "checkpoint", path, weight_files[0], weight_files[2]);
+    }
     ssize_t n = S_ISLNK(info.st_mode) ? readlink(file, target, sizeof target - 1) : -1;
     if (n < 0)
         return fail_line(err, "%s: expected a link to a checkpoint, found %s; name the checkpoint itself",
@@ -929,10 +1018,8 @@ bool checkpoint_resolve(const char* path, char* dir, size_t size, Error* err) {
     if (step_of(target, "") < 0)
         return fail_line(err, "%s: points to %s, expected step_<number>; name the checkpoint itself", file,
                          target);
-    if (!join_path(dir, size, path, target, err) ||
-        !join_path(file, sizeof file, dir, "model.safetensors", err))
-        return false;
-    return stat(file, &info) == 0 ||
+    if (!join_path(dir, size, path, target, err)) return false;
+    return weights_form(dir) >= 0 ||
            fail_line(err, "%s/last: points to %s, which %s; name another step_* of that directory", path,
                      target, stat(dir, &info) < 0 ? "does not exist" : "has no model.safetensors");
 }
@@ -961,6 +1048,7 @@ bool checkpoint_same_save(const SafeTensors* a, const SafeTensors* b, Error* err
 // own files come back exactly.
 
 enum { CONFIG_INT, CONFIG_REAL, CONFIG_BOOL };
+enum { DIALECT_MAMBA, DIALECT_MAMBA2, DIALECT_HF, DIALECT_HF2 };     // of mamba_ssm and of Hugging Face
 enum { MAX_CONFIG = 128 << 10 };
 
 // One row per field of Config that is written as it is. NULL: the dialect has no such key, and the value goes
@@ -1051,21 +1139,35 @@ static bool config_value(const ConfigField* f, const json_t* value, const char* 
                      f->kind == CONFIG_BOOL ? "true or false" : "a finite number");
 }
 
-// config_refuse: keys that mean an architecture which is not this one
-static bool config_refuse(const json_t* root, const char* path, Error* err) {
+// config_dialect: which of the four this is: model_type names those of Hugging Face, ssm_cfg.layer those of
+// mamba_ssm (absent: Mamba-1)
+static bool config_dialect(const json_t* root, int* dialect, const char* path, Error* err) {
     const json_t* type = json_object_get(root, "model_type");
     const json_t* ssm = json_object_get(root, "ssm_cfg");
     const json_t* layer = json_object_get(ssm, "layer");
-    if (type && (!json_is_string(type) || strcmp(json_string_value(type), "mamba") != 0))
-        return fail_line(err, "%s: \"model_type\" is \"%.60s\", expected \"mamba\" (Mamba-1)", path,
-                         json_is_string(type) ? json_string_value(type) : "not a string");
     if (!type && !json_object_get(root, "d_model"))
         return fail_line(err, "%s: neither \"model_type\" nor \"d_model\": not the config of a Mamba model",
                          path);
     if (ssm && !json_is_object(ssm)) return fail_line(err, "%s: \"ssm_cfg\" is not an object", path);
-    if (layer && (!json_is_string(layer) || strcmp(json_string_value(layer), "Mamba1") != 0))
-        return fail_line(err, "%s: \"ssm_cfg.layer\" is \"%.60s\", expected \"Mamba1\"", path,
-                         json_is_string(layer) ? json_string_value(layer) : "not a string");
+    const char* key = type ? "model_type" : "ssm_cfg.layer";
+    const char* word = type ? json_string_value(type) : layer ? json_string_value(layer) : "Mamba1";
+    static const struct { const char* word; int dialect; } words[] = {
+        {"mamba", DIALECT_HF}, {"mamba2", DIALECT_HF2}, {"Mamba1", DIALECT_MAMBA},
+            {"Mamba2", DIALECT_MAMBA2}};
+    *dialect = -1;
+    for (int i = type ? 0 : 2; i < (type ? 2 : 4) && word; i++)
+        if (strcmp(word, words[i].word) == 0) *dialect = words[i].dialect;
+    if (*dialect < 0)
+        return fail_line(err, "%s: \"%s\" is \"%.60s\", expected \"%s\" (Mamba-1)", path, key,
+                         word ? word : "not a string", type ? "mamba" : "Mamba1");
+    if (*dialect == DIALECT_MAMBA2 || *dialect == DIALECT_HF2)
+        return fail_line(err, "%s: \"%s\" is \"%s\": Mamba-2 is not supported yet, only Mamba-1", path, key,
+                         word);
+    return true;
+}
+
+// config_refuse: keys that mean an architecture which is not this one
+static bool config_refuse(const json_t* root, const char* path, Error* err) {
     if (json_array_size(json_object_get(root, "attn_layer_idx")) > 0)
         return fail_line(err, "%s: \"attn_layer_idx\" is not empty: attention layers are not supported",
                          path);
@@ -1135,8 +1237,9 @@ static bool config_special(Config* c, const json_t* root, bool hf, const char* p
 // config_parse: the parsed file into c; the defaults are those of the class that wrote the dialect
 static bool config_parse(Config* c, const json_t* root, const char* path, Error* err) {
     if (!json_is_object(root)) return fail_line(err, "%s: expected a JSON object", path);
-    if (!config_refuse(root, path, err)) return false;
-    bool hf = json_object_get(root, "model_type") != NULL;
+    int dialect = 0;
+    if (!config_dialect(root, &dialect, path, err) || !config_refuse(root, path, err)) return false;
+    bool hf = dialect == DIALECT_HF;
     memset(c, 0, sizeof *c);
     c->n_layer = c->d_model = c->d_inner = c->dt_rank = -1;
     c->d_state = 16;
@@ -1194,11 +1297,15 @@ static void add_real(Text* text, double value) {
     text_add(text, "%s%s", digits, strpbrk(digits, ".en") ? "" : ".0");
 }
 
-// add_fields: one group of rows: in (0) the top of a dialect, (1) its ssm_cfg, (2) ssm_c
-static void add_fields(Text* text, const Config* c, bool hf, int group) {
+// add_fields: one group of rows: in (0) the top of a dialect, (1) its ssm_cfg, (2) ssm_c. plain: without the
+// keys that mamba_ssm before 2.2 does not know, where their default is meant
+static void add_fields(Text* text, const Config* c, bool hf, bool plain, int group) {
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField* f = config_fields + i;
         const char* key = hf ? f->hf : f->mamba;
+        if (plain && ((f->offset == offsetof(Config, d_intermediate) && !c->d_intermediate) ||
+                      (f->offset == offsetof(Config, tie_embeddings) && c->tie_embeddings)))
+            continue;
         bool nested = key && strncmp(key, "ssm_cfg.", 8) == 0,
              exact = group == 2 && strcmp(f->name, "d_intermediate") == 0;
         if (!exact && group != (!key ? 2 : nested)) continue;
@@ -1210,10 +1317,30 @@ static void add_fields(Text* text, const Config* c, bool hf, int group) {
     }
 }
 
-// config_to_json: Hugging Face's dialect when every sub-layer is a Mamba-1 mixer, mamba_ssm's when there are
-// MLPs. The text is to be freed; NULL when memory is out.
-char* config_to_json(const Config* c) {
-    bool hf = strspn(c->pattern, "1") == strlen(c->pattern);
+// config_fits: can this dialect say all of the configuration that the result of the model depends on?
+static bool config_fits(const Config* c, int dialect, Error* err) {
+    bool plain = strspn(c->pattern, "1") == strlen(c->pattern);
+    if (dialect == DIALECT_HF)
+        return plain ||
+            fail(err, "pattern %s: transformers has no Mamba with MLPs; try --dialect mamba_ssm", c->pattern);
+    if (!plain && strcmp(c->pattern, "1m") != 0)
+        return fail(err, "pattern %s: mamba_ssm has an MLP in every block or in none", c->pattern);
+    if (c->d_intermediate % 128 != 0)
+        return fail(err, "d_intermediate is %lld, mamba_ssm only has multiples of 128",
+                    (long long)c->d_intermediate);
+    return c->norm_eps == 1e-5 ||
+        fail(err, "norm_eps is %g, mamba_ssm only has 1e-5; try --dialect hf", c->norm_eps);
+}
+
+// config_to_json: without a dialect (-1), for our own checkpoints, Hugging Face's when every sub-layer is a
+// Mamba-1 mixer, mamba_ssm's when there are MLPs, and ssm_c with what they have no word for. DIALECT_MAMBA:
+// the
+// keys of mamba_ssm alone, because it refuses all others. dtype: of the weights, as PyTorch calls it. The
+// text is
+// to be freed; NULL when memory is out.
+char* config_to_json(const Config* c, int dialect, const char* dtype) {
+    bool hf = dialect == DIALECT_HF || (dialect < 0 && strspn(c->pattern, "1") == strlen(c->pattern));
+    bool strict = dialect == DIALECT_MAMBA;
     Text text = {NULL, 0, 0, false};
     char eos[32] = "null";
     if (c->eos_token >= 0) snprintf(eos, sizeof eos, "%lld", (long long)c->eos_token);
@@ -1225,13 +1352,13 @@ char* config_to_json(const Config* c) {
     if (multiple > 256) multiple = c->vocab_padded;
     if (hf) {
         text_add(&text, "{\n  \"architectures\": [\"MambaForCausalLM\"],\n  \"model_type\": \"mamba\"");
-        text_add(&text, ",\n  \"torch_dtype\": \"float32\",\n  \"vocab_size\": %lld",
+        text_add(&text, ",\n  \"torch_dtype\": \"%s\",\n  \"vocab_size\": %lld", dtype,
                  (long long)c->vocab_padded);
     } else {
         text_add(&text, "{\n  \"vocab_size\": %lld", (long long)c->vocab_size);
         text_add(&text, ",\n  \"pad_vocab_size_multiple\": %lld", (long long)multiple);
     }
-    add_fields(&text, c, hf, 0);
+    add_fields(&text, c, hf, strict, 0);
     const char* init = c->dt_init_constant ? "constant" : "random";
     if (hf) {
         text_add(&text, ",\n  \"expand\": ");
@@ -1243,27 +1370,32 @@ char* config_to_json(const Config* c) {
         text_add(&text, ",\n  \"rescale_prenorm_residual\": false");
         text_add(&text, ",\n  \"residual_in_fp32\": true,\n  \"use_cache\": true");
     } else {
-        text_add(&text, ",\n  \"ssm_cfg\": {\"layer\": \"Mamba1\", \"dt_init\": \"%s\", \"expand\": ", init);
+        text_add(&text, ",\n  \"ssm_cfg\": {\"dt_init\": \"%s\", \"expand\": ", init);
         if (c->d_inner % c->d_model == 0) text_add(&text, "%lld", (long long)(c->d_inner / c->d_model));
         else add_real(&text, expand);
-        add_fields(&text, c, hf, 1);
-        text_add(&text, "},\n  \"attn_layer_idx\": [],\n  \"attn_cfg\": {},\n  \"rms_norm\": true");
-        text_add(&text, ",\n  \"residual_in_fp32\": true,\n  \"fused_add_norm\": true");
+        add_fields(&text, c, hf, strict, 1);
+        text_add(&text,
+                 "},\n  \"rms_norm\": true,\n  \"residual_in_fp32\": true,\n  \"fused_add_norm\": true");
     }
-    text_add(&text, ",\n  \"bos_token_id\": %s,\n  \"eos_token_id\": %s,\n  \"pad_token_id\": %s", eos, eos,
-             eos);
-    text_add(&text, ",\n  \"ssm_c\": {\"pattern\": \"%s\", \"vocab_size\": %lld, \"eos_token_id\": %s",
-             c->pattern, (long long)c->vocab_size, eos);
-    add_fields(&text, c, hf, 2);
-    text_add(&text, "}\n}\n");
+    if (!strict) {
+        text_add(&text, ",\n  \"bos_token_id\": %s,\n  \"eos_token_id\": %s,\n  \"pad_token_id\": %s", eos,
+                 eos,
+                 eos);
+        text_add(&text, ",\n  \"ssm_c\": {\"pattern\": \"%s\", \"vocab_size\": %lld, \"eos_token_id\": %s",
+                 c->pattern, (long long)c->vocab_size, eos);
+        add_fields(&text, c, hf, strict, 2);
+        text_add(&text, "}");
+    }
+    text_add(&text, "\n}\n");
     if (text.failed) { free(text.data); return NULL; }
     return text.data;
 }
 
-bool config_write(const Config* c, const char* dir, Error* err) {
+bool config_write(const Config* c, int dialect, const char* dtype, const char* dir, Error* err) {
     Error why;
-    if (!config_check(c, &why)) return fail_line(err, "%s/config.json: not written: %s", dir, why.text);
-    char* text = config_to_json(c);
+    if (!config_check(c, &why) || (dialect >= 0 && !config_fits(c, dialect, &why)))
+        return fail_line(err, "%s/config.json: not written: %s", dir, why.text);
+    char* text = config_to_json(c, dialect, dtype);
     bool ok = text ? checkpoint_write_text(dir, "config.json", text, err)
                    : fail_line(err, "%s: out of memory", dir);
     free(text);

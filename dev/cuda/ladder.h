@@ -2,11 +2,12 @@
 // table. A ladder is one kernel in several versions ("rungs"), from the obvious one to the one that ships.
 //
 //   static const Rung rungs[] = {{"one thread per row", launch1, 0}, {"shipped", launch2, 0}};
-//   static void setup(int which) {...}    which 0: a small ragged problem, 1: the one that is timed. Makes the
+//   static void setup(int which) {...}    which 0: a small ragged problem, 1: the timed one. Makes the
 //                                         inputs (random_array), the outputs (nan_array) and, with the CPU
 //                                         functions of train_mamba.c, what is expected (expect).
 //   int main(int argc, char** argv) {
-//       const Ladder ladder = {"rmsnorm_forward", "B8 T2048 D768, bf16", rungs, COUNT(rungs), setup, bytes, 0, 0};
+//       const Ladder ladder = {"rmsnorm_forward", "B8 T2048 D768, bf16", rungs, COUNT(rungs), setup, bytes,
+//                              0, 0};
 //       return ladder_main(argc, argv, &ladder, 1);
 //   }
 //
@@ -17,6 +18,8 @@
 // minimum of 50. Floor: the time that the bytes need at the bandwidth of a copy measured in the same run, or
 // the one that the file gives (special functions, matmul). Error: the largest relative L2 difference of any
 // output from the CPU in both problems; outputs are NaN before each launch, so what is not written fails.
+// A problem of gigabytes repeats a smaller one (repeated_array, and expect with a count): the CPU computes
+// that once, and still every element is compared.
 #ifndef LADDER_H
 #define LADDER_H
 
@@ -47,7 +50,8 @@ typedef struct {
 // ------------------------------------------------------------------------------------------------
 // Arrays: the same numbers on both sides
 
-// Output: an array on the device, what it must be, and what it is before each launch (NULL: NaN)
+// Output: an array on the device, what it must be, and what it is before each launch (empty: NaN). When
+// expected and before are shorter than the array, they repeat.
 typedef struct {
     const char* name;
     void* device;
@@ -83,30 +87,50 @@ template <typename X> X* device_copy(const std::vector<X>& v) {
     return p;
 }
 
-// random_array: n normal numbers that are exact in X; *host receives them as floats
+// fill_repeated: `to` (bytes long) = a, a, a ..., each copy made of all those before it
+static void fill_repeated(void* to, size_t bytes, const void* a, size_t a_bytes) {
+    size_t done = a_bytes < bytes ? a_bytes : bytes;
+    cudaCheck(cudaMemcpy(to, a, done, cudaMemcpyHostToDevice));
+    while (done < bytes) {
+        size_t more = done < bytes - done ? done : bytes - done;
+        cudaCheck(cudaMemcpy((char*)to + done, to, more, cudaMemcpyDeviceToDevice));
+        done += more;
+    }
+}
+
+// repeated_array: n numbers; number i is random number i % period. *host receives those, `period` of them,
+// normally distributed, exact in X
 template <typename X>
-X* random_array(size_t n, double scale, double mean, std::vector<float>* host) {
+X* repeated_array(size_t n, size_t period, double scale, double mean, std::vector<float>* host) {
     static uint64_t stream = 1000;
     stream++;
-    std::vector<X> x(n);
-    host->resize(n);
+    std::vector<X> x(period);
+    host->resize(period);
     #pragma omp parallel for
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < period; i++) {
         host_store(&x[i], (float)(scale * random_normal(7, stream, i) + mean));
         (*host)[i] = host_float(x[i]);
     }
-    return device_copy(x);
+    X* p = device_array<X>(n);
+    fill_repeated(p, n * sizeof(X), x.data(), period * sizeof(X));
+    return p;
+}
+
+// random_array: n normal numbers that are exact in X; *host receives them as floats
+template <typename X>
+X* random_array(size_t n, double scale, double mean, std::vector<float>* host) {
+    return repeated_array<X>(n, n, scale, mean, host);
 }
 
 // nan_array: an output of n elements
 template <typename X> X* nan_array(size_t n) { return device_array<X>(n); }
 
 // expect: what the array must hold after a launch, compared by relative L2 error. `before`: what it holds
-// before, for outputs that are added to; empty: NaN
+// before, for outputs that are added to; empty: NaN. count: elements of the array, 0: as many as expected
 template <typename X>
 void expect(const char* name, X* device, const std::vector<float>& expected, double limit,
-            const std::vector<float>& before = std::vector<float>()) {
-    Output o = {name, device, expected.size(), sizeof(X), expected, before, limit};
+            const std::vector<float>& before = std::vector<float>(), size_t count = 0) {
+    Output o = {name, device, count ? count : expected.size(), sizeof(X), expected, before, limit};
     ladder_outputs.push_back(o);
 }
 
@@ -114,10 +138,10 @@ static void outputs_reset(void) {
     for (Output& o : ladder_outputs) {
         cudaCheck(cudaMemset(o.device, 0xff, o.count * o.width));
         if (o.before.empty()) continue;
-        std::vector<bf16> narrow(o.width == 2 ? o.count : 0);
+        std::vector<bf16> narrow(o.width == 2 ? o.before.size() : 0);
         for (size_t i = 0; i < narrow.size(); i++) host_store(&narrow[i], o.before[i]);
         const void* from = o.width == 2 ? (const void*)narrow.data() : (const void*)o.before.data();
-        cudaCheck(cudaMemcpy(o.device, from, o.count * o.width, cudaMemcpyHostToDevice));
+        fill_repeated(o.device, o.count * o.width, from, o.before.size() * o.width);
     }
 }
 
@@ -131,10 +155,12 @@ static double outputs_check(double limit, double* error, const char** worst_name
         host.resize(o.count * o.width);
         cudaCheck(cudaMemcpy(host.data(), o.device, host.size(), cudaMemcpyDeviceToHost));
         double diff = 0, norm = 0;
+        #pragma omp parallel for reduction(+ : diff, norm)
         for (size_t i = 0; i < o.count; i++) {
-            double d = (double)array_float(host.data(), o.width, i) - (double)o.expected[i];
+            double want = (double)o.expected[i % o.expected.size()];
+            double d = (double)array_float(host.data(), o.width, i) - want;
             diff += d * d;
-            norm += (double)o.expected[i] * (double)o.expected[i];
+            norm += want * want;
         }
         double e = norm > 0 ? sqrt(diff / norm) : sqrt(diff), ratio = e / (limit > 0 ? limit : o.limit);
         if (!(ratio <= worst)) { worst = ratio; *error = e; *worst_name = o.name; }
@@ -209,8 +235,10 @@ static int ladder_run(const Ladder* l, int only) {
     std::vector<double> error((size_t)l->n_rungs, 0), ratio((size_t)l->n_rungs, 0);
     std::vector<const char*> where((size_t)l->n_rungs, "");
     double floor_ms = l->floor_ms > 0 ? l->floor_ms : l->bytes / copy_bandwidth() * 1e3;
-    printf("%s, %s: floor %.4f ms (%.0f MB, copy %.2f TB/s)\n", l->name, l->shape, floor_ms, l->bytes / 1e6,
-           copy_bandwidth() / 1e12);
+    cudaDeviceProp prop;
+    cudaCheck(cudaGetDeviceProperties(&prop, 0));
+    printf("%s, %s: floor %.4f ms (%.0f MB, copy %.2f TB/s), %s\n", l->name, l->shape, floor_ms,
+           l->bytes / 1e6, copy_bandwidth() / 1e12, prop.name);
     printf("  %-4s %-64s %9s %9s %9s %7s %9s\n", "rung", "idea", "ms", "least", l->flop ? "TFLOP/s" : "GB/s",
            "floor", "error");
     for (int which = 0; which < 2; which++) {
@@ -251,9 +279,6 @@ static int ladder_main(int argc, char** argv, const Ladder* ladder, int n) {
         die("expected the number of one rung, 1 to %d, or nothing for all; found '%s'", most,
             argv[argc > 2 ? 2 : 1]);
     device_require();
-    cudaDeviceProp prop;
-    cudaCheck(cudaGetDeviceProperties(&prop, 0));
-    printf("%s\n", prop.name);
     for (int i = 0; i < n; i++) failed += ladder_run(&ladder[i], only);
     if (failed) printf("%d rungs failed\n", failed);
     return failed > 0;

@@ -72,7 +72,7 @@ static bool save(const char* out, int64_t step, Error* err) {
     static real values[VALUES];
     char dir[4096], path[4096], number[32], id[64];
     Config c = tiny_config();
-    if (!checkpoint_begin(out, step, dir, sizeof dir, err) || !config_write(&c, dir, err) ||
+    if (!checkpoint_begin(out, step, dir, sizeof dir, err) || !config_write(&c, -1, "float32", dir, err) ||
         !checkpoint_write_text(dir, "tokenizer.json", "{\"tokens\": []}\n", err)) return false;
     snprintf(number, sizeof number, "%lld", (long long)step);
     snprintf(id, sizeof id, "%016llx",

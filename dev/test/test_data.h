@@ -1,7 +1,7 @@
 // ---------------------------------------------------------------------------------------------------
-// test_data.h: data/dataloader.h and data/tokenizer.h. Which tokens a batch holds (each sample once per
+// test_data.h: data/dataloader.h and the byte tokenizer. Which tokens a batch holds (each sample once per
 // epoch, the same for any split into micro-batches and processes, streams that go on where they stopped),
-// data files of many sources and damaged ones, files beyond 4 GiB, bytes to text and back, tokenizer.json.
+// data files of many sources and damaged ones, files beyond 4 GiB, bytes to text and back.
 // Token shards whose token i has the value i show where every row was cut.
 
 // data_shard: header and n tokens, token i has the id i mod `modulus`; width 2 or 4
@@ -21,7 +21,7 @@ void data_shard(const char* name, int width, uint32_t n, uint32_t modulus) {
 }
 
 Tokenizer data_ids(int64_t vocab_size) {
-    Tokenizer t = { TOKENIZER_NONE, vocab_size, -1 };
+    Tokenizer t = { TOKENIZER_NONE, vocab_size, -1, NULL };
     return t;
 }
 
@@ -748,103 +748,6 @@ void test_utf8(void) {
     report("decode: end token, unknown ids, no tokenizer", other, 0);
 }
 
-// ---- tokenizer.json
-
-void test_tokenizer_file(void) {
-    double wrong = 0;
-    Tokenizer t, back = data_ids(77);
-    Error err;
-    back.eos = 3;
-    wrong += !tokenizer_read(&back, scratch_dir, &err) || back.kind != TOKENIZER_NONE ||
-             back.vocab_size != 77 || back.eos != 3;
-    wrong += !tokenizer_write(&back, scratch_dir, &err) || access(scratch("tokenizer.json"), F_OK) == 0;
-    tokenizer_bytes(&t);
-    wrong += !tokenizer_write(&t, scratch_dir, &err);
-    wrong += !tokenizer_read(&back, scratch_dir, &err) || back.kind != t.kind || back.vocab_size != 257 ||
-             back.eos != 256;
-    report("tokenizer.json: written and read, missing file", wrong, 0);
-
-    // GPT-2's symbols: U+0100 for 0, U+010A 10, U+0120 32, '!' 33, '~' 126, U+0121 127, U+0142 160, U+00A1
-    // 161, U+00AC 172, U+0143 173, U+00AE 174, U+00FF 255
-    const char* const golden[] = {
-        "\"\xC4\x80\": 0,", "\"\xC4\x8A\": 10,", "\"\xC4\xA0\": 32,", "\"!\": 33,", "\"~\": 126,",
-        "\"\xC4\xA1\": 127,", "\"\xC5\x82\": 160,", "\"\xC2\xA1\": 161,", "\"\xC2\xAC\": 172,",
-        "\"\xC5\x83\": 173,", "\"\xC2\xAE\": 174,", "\"\xC3\xBF\": 255"
-    };
-    FILE* f = fopen(scratch("tokenizer.json"), "rb");
-    static char base[1 << 16], text[1 << 16];
-    size_t size = f ? fread(base, 1, sizeof base - 1, f) : 0;
-    if (!f || fclose(f) != 0 || size == 0) die("test: no tokenizer.json that can encode");
-    const struct { const char* from; const char* to; const char* words;
-    } edit[] = {
-        {"\"merges\": []", "\"merges\": [\"a b\"]", "no \"merges\", found 1"},
-        {"\"merges\": []", "\"merges\": 7", "merges"},
-        {"\"type\": \"BPE\"", "\"type\": \"Unigram\"", "BPE"},
-        {"\"type\": \"BPE\"", "\"type\": \"BPE\", \"type\": \"BPE\"", "expected JSON"},
-        {"\"a\": 97", "\"a\": 98", "expected id 97 for byte 97, found another"},
-        {"\"a\": 97", "\"a\": 97.0", "expected id 97"},
-        {"\"a\": 97", "\"a\": 97, \"ab\": 256", "expected 256 entries in \"vocab\", found 257"},
-        {"\"a\": 97", "\"\xE2\x82\xAC\": 97", "found none"},
-        {"\"id\": 256", "\"id\": 300", "with id 256"},
-        {"\"id\": 256", "\"id\": 18446744073709551615", "expected JSON"},
-        {"<|endoftext|>", "</s>", "with id 256"},
-        {"\"added_tokens\": [", "\"added_tokens\": [{}, ", "found 2"},
-        {"\"added_tokens\": [", "\"added_tokens\": 1, \"x\": [", "list"},
-        {"\"add_prefix_space\": false", "\"add_prefix_space\": true", "prefix space"},
-        {"\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", "normalizer"},
-        {"\"post_processor\": null", "\"post_processor\": {\"type\": \"TemplateProcessing\"}",
-         "post_processor"},
-        {"\"continuing_subword_prefix\": null", "\"continuing_subword_prefix\": \"##\"",
-         "continuing_subword_prefix"},
-        {"\"version\": \"1.0\"", "\"version\": \"\n\"", "expected JSON"},
-        {"\"version\": \"1.0\"", "\"version\": \"\xFF\"", "expected JSON"},
-        {"{", "[", "expected JSON"},
-        {"{", "", "expected JSON"},
-        {"\"model\"", "\"modell\"", "\"model\""},
-    };
-    double refused = 0, missing = 0;
-    for (int i = 0; i < 12; i++) missing += !strstr(base, golden[i]);
-    report("tokenizer.json: symbols of bytes as in GPT-2", missing, 0);
-    for (size_t i = 0; i < sizeof edit / sizeof edit[0]; i++) {
-        const char* place = strstr(base, edit[i].from);
-        if (!place) die("test: tokenizer.json has no %s", edit[i].from);
-        size_t head = (size_t)(place - base);
-        snprintf(text, sizeof text, "%.*s%s%s", (int)head, base, edit[i].to, place + strlen(edit[i].from));
-        file_put(scratch("tokenizer.json"), text, strlen(text));
-        err.text[0] = '\0';
-        errno = ENOENT;
-        bool ok = !tokenizer_read(&back, scratch_dir, &err) && back.kind == TOKENIZER_NONE &&
-                  strstr(err.text, edit[i].words) && strstr(err.text, "tokenizer.json") &&
-                  !strchr(err.text, '\n');
-        if (!ok) fprintf(stderr, "  %s: found: %s\n", edit[i].to, err.text);
-        refused += !ok;
-    }
-    char* end_token = strstr(base, "\"added_tokens\": [");             // bytes alone, without an end token
-    char* list_end = end_token ? strstr(end_token, "],") : NULL;
-    if (!list_end) die("test: tokenizer.json has no list of added tokens");
-    snprintf(text, sizeof text, "%.*s\"added_tokens\": [%s", (int)(end_token - base), base, list_end);
-    file_put(scratch("tokenizer.json"), text, strlen(text));
-    refused += !tokenizer_read(&back, scratch_dir, &err) || back.vocab_size != 256 || back.eos != -1;
-    size_t cut_ok = 0;
-    for (size_t n = 0; n < size - 1; n += n < 300 ? 1 : 37) {      // the last byte: closing brace or newline
-        file_put(scratch("tokenizer.json"), base, n);
-        cut_ok += tokenizer_read(&back, scratch_dir, &err);
-    }
-    refused += (double)cut_ok;
-    char* nested = (char*)xcalloc(3 << 20, 1);
-    memset(nested, '[', 3 << 20);
-    file_put(scratch("tokenizer.json"), nested, 100000);
-    refused += tokenizer_read(&back, scratch_dir, &err);
-    file_put(scratch("tokenizer.json"), nested, 3 << 20);
-    refused +=
-        tokenizer_read(&back, scratch_dir, &err) || !strstr(err.text, "at most 1048576 bytes, found 3145728");
-    free(nested);
-    unlink(scratch("tokenizer.json"));
-    if (mkdir(scratch("tokenizer.json"), 0700) != 0) die("test: scratch");
-    refused += tokenizer_read(&back, scratch_dir, &err) || !strstr(err.text, "directory");
-    report("tokenizer.json: 22 edits, cuts, nesting, size, directory", refused, 0);
-}
-
 void test_data(void) {
     test_permute();
     test_shuffled();
@@ -856,5 +759,4 @@ void test_data(void) {
     test_hostile_data();
     test_large_data();
     test_utf8();
-    test_tokenizer_file();
 }

@@ -37,7 +37,7 @@ static bool one_line(const char* text, const char* words) {
 static bool read_all_tensors(const char* path, Error* err) {
     SafeTensors st;
     err->text[0] = 0;
-    if (!safetensors_open(&st, path, err)) return false;
+    if (!shard_open(&st, path, err)) return false;
     bool ok = true;
     for (int i = 0; ok && i < st.n; i++) {
         const SafeTensor* t = st.tensor + i;
@@ -815,7 +815,7 @@ static void test_config_files(void) {
         c.dt_scale = 0.1 + random_uniform(24, 7, i),
         c.initializer_range = i % 4 ? random_uniform(25, 7, i) : 0;
         memset(&d, 255, sizeof d);
-        failed += !config_write(&c, scratch_dir, &err);
+        failed += !config_write(&c, -1, "float32", scratch_dir, &err);
         // other programs compute E = int(expand * D) in double precision
         json_t* root = json_load_file(path, 0, NULL);
         const json_t* expand =

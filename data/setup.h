@@ -1,0 +1,241 @@
+// From options to data and model: files, tokenizer and configuration, for a new model or that of a checkpoint.
+// Part of section 11 of train_mamba.c: it uses what stands there before it.
+
+typedef struct {
+    Tokenizer tokenizer;
+    Dataset train, val;
+    bool has_val;
+    char* default_list;        // the file list when --data is not given
+} Data;
+
+// The default data: the source files of this project, from the current directory or from beside the
+// executable.
+static char* default_data(void) {
+    static const char* const names[] = {"train_mamba.c", "train_mamba.cu", "test_mamba.c",
+                                        "data/safetensors.h", "data/checkpoint.h", "data/tokenizer.h",
+                                        "data/dataloader.h", "data/options.h"};
+    char root[4096] = ".", *list = (char*)xcalloc(1, 1);
+    if (access("train_mamba.c", R_OK) != 0) {
+        ssize_t n = readlink("/proc/self/exe", root, sizeof root - 1);
+        root[n > 0 ? n : 0] = 0;
+        for (int up = 0; up < 2 && strrchr(root, '/'); up++) *strrchr(root, '/') = 0;
+    }
+    size_t length = 0;
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        char path[4352];
+        snprintf(path, sizeof path, "%s%s%s", strcmp(root, ".") ? root : "", strcmp(root, ".") ? "/" : "",
+                 names[i]);
+        if (access(path, R_OK) != 0) continue;
+        list = (char*)xrealloc(list, length + strlen(path) + 2, 1);
+        length += (size_t)sprintf(list + length, "%s%s", length ? "\n" : "", path);
+    }
+    if (!length)
+        die("no --data given, and this program's source files (the default data) are not here; give --data "
+            "FILE...");
+    return list;
+}
+
+static bool open_list(Dataset* d, const char* list, const Tokenizer* tok, Error* err) {
+    char *copy = strdup(list), **paths = NULL, *rest = NULL;
+    int n = 0;
+    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
+        paths = (char**)xrealloc(paths, (size_t)n + 1, sizeof(char*));
+        paths[n++] = p;
+    }
+    bool ok = dataset_open(d, paths, n, tok, err);
+    free(paths);
+    free(copy);
+    return ok;
+}
+
+static bool ends_with(const char* text, const char* end) {
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
+
+// tokenizer_choose: for a new model: --tokenizer; the one beside token shards
+// (.bin), which have only ids without it; otherwise bytes.
+static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list, Error* err) {
+    const Options* o = &s->o;
+    bool shards = ends_with(list, ".bin");
+    char beside[4096];
+    tokenizer_bytes(tok);
+    if (o->tokenizer[0] && !tokenizer_load(tok, o->tokenizer, err)) return false;
+    if (!o->tokenizer[0] && shards) {
+        const char *end = strchr(list, '\n'), *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
+        snprintf(beside, sizeof beside, "%.*s", slash ? (int)(slash - list + 1) : 1, slash ? list : ".");
+        if (!tokenizer_read(tok, beside, err)) return false;
+        if (tok->kind != TOKENIZER_NONE) printf("tokenizer: that in %s\n", beside);
+    }
+    if (tok->kind == TOKENIZER_NONE) {
+        tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;
+        tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : tok->vocab_size - 1);
+        return true;
+    }
+    if (tok->kind == TOKENIZER_BPE && o->eos_token >= 0) tok->eos = (int)o->eos_token;
+    if (tok->kind == TOKENIZER_BPE && tok->eos < 0)
+        warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token gives one");
+    if (tok->eos >= tok->vocab_size)
+        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos, (long long)tok->vocab_size - 1);
+    if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
+        if (tok->kind == TOKENIZER_BPE)
+            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids", (long long)o->vocab_size,
+                        (long long)tok->vocab_size);
+        return fail(
+            err,
+            "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",
+            (long long)o->vocab_size, (long long)tok->vocab_size);
+    }
+    return true;
+}
+
+// tokenizer_open: the tokenizer of a model's directory; without one, what the model says of its token ids
+static bool tokenizer_open(Tokenizer* tok, const char* dir, const Config* c, Error* err) {
+    if (!tokenizer_read(tok, dir, err)) return false;
+    if (tok->kind != TOKENIZER_NONE && tok->vocab_size > c->vocab_padded)
+        return fail(err,
+                    "%s: tokenizer.json has %lld tokens, the model %lld rows; one of them is of another model",
+                    dir, (long long)tok->vocab_size, (long long)c->vocab_padded);
+    if (tok->kind == TOKENIZER_BYTES) return true;
+    tok->vocab_size = c->vocab_size;
+    if (tok->kind == TOKENIZER_NONE || c->eos_token >= 0) tok->eos = (int)c->eos_token;
+    return true;
+}
+
+bool data_open_all(Data* data, const Settings* s, Error* err) {
+    const Options* o = &s->o;
+    const char* list = o->data;
+    if (!list[0]) list = data->default_list = default_data();
+    if (!open_list(&data->train, list, &data->tokenizer, err)) return false;
+    if (o->val_data[0]) {
+        if (!open_list(&data->val, o->val_data, &data->tokenizer, err)) return false;
+        data->has_val = true;
+    } else if (o->val_fraction > 0) {
+        data->has_val = dataset_split(&data->train, o->val_fraction, &data->val) && data->val.n_tokens > 1;
+        if (!data->has_val)
+            return fail(
+                err,
+                "data has %lld tokens, too few to keep a fraction of %g for validation; give more data or "
+                "--val-fraction 0",
+                (long long)data->train.n_tokens, o->val_fraction);
+    }
+    return true;
+}
+
+void data_close_all(Data* data) {
+    tokenizer_free(&data->tokenizer);
+    if (data->has_val) dataset_close(&data->val);
+    dataset_close(&data->train);
+    free(data->default_list);
+}
+
+// config_from_options: the Config that the model options describe, for a vocabulary of V tokens.
+Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
+    const Options* o = &s->o;
+    Config c;
+    memset(&c, 0, sizeof c);
+    memcpy(c.pattern, o->pattern,
+           min_size(strlen(o->pattern) + 1, sizeof c.pattern));    // too long: no end, refused
+    c.n_layer = o->n_layer;
+    c.d_model = o->d_model;
+    c.d_inner = o->expand * o->d_model;
+    c.d_state = o->d_state;
+    c.d_conv = o->d_conv;
+    c.dt_rank = o->dt_rank ? o->dt_rank : (o->d_model + 15) / 16;
+    if (strchr(o->pattern, 'm')) {
+        c.d_intermediate = o->d_intermediate ? o->d_intermediate : (8 * o->d_model + 2) / 3;
+        c.d_intermediate = (c.d_intermediate + 127) / 128 * 128;
+    }
+    c.vocab_size = V;
+    c.vocab_padded = (V + 7) / 8 * 8;
+    c.tie_embeddings = o->tie_embeddings;
+    c.conv_bias = true;
+    c.rescale_prenorm_residual = true;
+    c.norm_eps = 1e-5;
+    c.dt_min = 1e-3;
+    c.dt_max = 1e-1;
+    c.dt_init_floor = 1e-4;
+    c.dt_scale = 1;
+    c.initializer_range = 0.02;
+    c.eos_token = eos;
+    return c;
+}
+
+// model_from_checkpoint: the opened model of a directory, its tokenizer, nothing read yet. dir: in --from,
+// out its
+// checkpoint
+static bool model_from_checkpoint(Model* m, SafeTensors* st, Tokenizer* tok, const char* from, char dir[4096],
+                                  Error* err) {
+    return checkpoint_resolve(from, dir, 4096, err) && checkpoint_open(m, st, dir, err) &&
+           tokenizer_open(tok, dir, &m->config, err);
+}
+
+// model_option_given: the first option that describes a new model and was given by the user, -1: none
+static int model_option_given(const Settings* s) {
+    int first = option_find("preset"), last = option_find("tie-embeddings");
+    for (int i = first; i <= last; i++) if (s->origin[i] == FROM_USER) return i;
+    return -1;
+}
+
+// settings_from_config: shows, and saves for a resumed run, what --from says of the model. E / D is no option
+// when it is not whole.
+static void settings_from_config(Settings* s, const Config* c) {
+    const struct { const char* name; int64_t value; } number[] = {
+        {"n-layer", c->n_layer}, {"d-model", c->d_model}, {"d-state", c->d_state}, {"d-conv", c->d_conv},
+        {"dt-rank", c->dt_rank}, {"d-intermediate", c->d_intermediate}, {"vocab-size", c->vocab_size},
+        {"eos-token", c->eos_token}, {"expand", c->d_inner / c->d_model} };
+    Error unused;
+    char text[32];
+    for (size_t i = 0; i < sizeof number / sizeof *number; i++) {
+        snprintf(text, sizeof text, "%lld", (long long)number[i].value);
+        option_set(s, option_find(number[i].name), text, FROM_CHECKPOINT, &unused);
+    }
+    option_set(s, option_find("pattern"), c->pattern, FROM_CHECKPOINT, &unused);
+    option_set(s, option_find("tie-embeddings"), c->tie_embeddings ? "on" : "off", FROM_CHECKPOINT, &unused);
+}
+
+// freeze_tensors: marks the tensors whose names match one of the patterns of --freeze (`*` is any text)
+bool freeze_tensors(Model* m, const char* list, Error* err) {
+    char *copy = strdup(list), *rest = NULL;
+    size_t count = 0;
+    int n = 0;
+    bool ok = true;
+    for (char* p = strtok_r(copy, "\n", &rest); p && ok; p = strtok_r(NULL, "\n", &rest)) {
+        int matches = 0;
+        for (int i = 0; i < m->n_tensors; i++)
+            if (fnmatch(p, m->tensor[i].name, 0) == 0) m->tensor[i].frozen = true, matches++;
+        if (!matches)
+            ok = fail(err, "--freeze '%.100s' matches no tensor; names are such as %s, `info` lists them, "
+                      "and * stands for any text", p, m->tensor[m->n_tensors / 2].name);
+    }
+    free(copy);
+    for (int i = 0; i < m->n_tensors; i++) if (m->tensor[i].frozen) n++, count += m->tensor[i].count;
+    if (ok && n == m->n_tensors) ok = fail(err, "--freeze: all tensors are frozen, nothing is left to train");
+    if (ok && n) printf("frozen: %d of %d tensors, %zu of %zu parameters\n", n, m->n_tensors, count,
+                        m->n_params);
+    return ok;
+}
+
+static double mib(double bytes) { return bytes / 1048576.0; }
+
+// Flop: floating-point operations per token of a training step (forward and twice as much backward)
+//   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
+//            head (of a tied embedding the head alone; looking up a row computes nothing)
+//   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and add
+//            C h), 18 backward (the forward's again, and 11 for the gradients)
+// The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
+// figure 6 N per token that others quote counts every parameter N, the embedding too.
+typedef struct { double matmul, scan; } Flop;
+
+Flop flop_per_token(const Model* m) {
+    Flop f = {0, 0};
+    const Config* c = &m->config;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        bool lookup = t->spec->init == INIT_EMBEDDING && !c->tie_embeddings;
+        if (t->ndim == 2 && (t->spec->flags & DECAY) && !lookup) f.matmul += 6.0 * (double)t->count;
+        if (t->spec->init == INIT_A_LOG) f.scan += 25.0 * (double)t->count;
+    }
+    return f;
+}
+
