@@ -55,7 +55,7 @@ LIBS = $(JANSSON_LIBS) $(TOKENIZER_LIBS) -lm
 SOURCES = train_mamba.c $(wildcard data/*.h)
 TESTS = test_mamba.c $(wildcard dev/test/*.h)
 
-.PHONY: readme ladders-readme cuda ladders all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
+.PHONY: fuzz readme ladders-readme cuda ladders all test test-cuda test-float test-double faults mutate mutate-all check-cxx dev clean help
 
 all: $(BUILD)/train_mamba ## build the trainer (the default)
 
@@ -100,7 +100,7 @@ $(BUILD)/train_mambacu: train_mamba.cu $(SOURCES) Makefile
 	$(NVCC) $(CUDA_FLAGS) train_mamba.cu -o $@ $(CUDA_LIBS)
 
 # the double oracle of the GPU tests; --wrap: calls that dev/test/test_cuda.h counts, or lets fail
-CUDA_WRAPPED = cudaLaunchKernel cudaLaunchKernelExC __cudaGetKernel __cudaRegisterFunction cudaMalloc cudaDeviceGetAttribute
+CUDA_WRAPPED = cudaLaunchKernel __cudaGetKernel __cudaRegisterFunction cudaMalloc cudaDeviceGetAttribute
 $(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
 	@mkdir -p $(BUILD)
 	$(CXX) -std=c++17 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) -c $< -o $@
@@ -120,6 +120,24 @@ test-cuda: $(BUILD)/train_mamba $(BUILD)/test_mambacu ## the suite compiled by n
 test: $(BUILD)/test_mamba $(BUILD)/test_mamba_double ## float and double test suites (SANITIZE=1: under sanitizers)
 	$(BUILD)/test_mamba
 	$(BUILD)/test_mamba_double
+
+# changed inputs for the readers of files, under sanitizers: by clang's libFuzzer where there is one (make CC=clang),
+# otherwise by the program's own changes. FUZZ_SECONDS for each reader
+FUZZ_SECONDS ?= 20
+FUZZ_FLAGS = -std=gnu11 -O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+             $(WARNINGS) -Wno-unknown-pragmas $(JANSSON_CFLAGS)
+$(BUILD)/fuzz: dev/fuzz/fuzz.c $(SOURCES) Makefile
+	@mkdir -p $(BUILD)
+	$(CC) $(FUZZ_FLAGS) -fsanitize-coverage=trace-pc $< -o $@ $(LIBS)
+$(BUILD)/libfuzzer: dev/fuzz/fuzz.c $(SOURCES) Makefile
+	$(CC) $(FUZZ_FLAGS) -DLIBFUZZER -fsanitize=fuzzer $< -o $@ $(LIBS)
+
+fuzz: $(BUILD)/fuzz $(if $(findstring clang,$(shell $(CC) --version)),$(BUILD)/libfuzzer) ## random changes of files for every reader: none may crash, hang or lie
+	@cd $(BUILD) && for name in $$(./fuzz); do \
+	    if test -x libfuzzer; then mkdir -p corpus/$$name && ./fuzz $$name 0 corpus/$$name && \
+	        { FUZZ=$$name ./libfuzzer -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=2 corpus/$$name > $$name.log 2>&1 \
+	          && echo "$$name: $$(tail -n 1 $$name.log)" || { tail -n 50 $$name.log; exit 1; }; }; \
+	    else ./fuzz $$name $(FUZZ_SECONDS); fi || exit 1; done
 
 faults: ## a save under kills, full disks, failing calls and power loss
 	CC='$(CC)' dev/faults/run.sh

@@ -86,22 +86,17 @@ void device_require(void) {
 //
 // A linear layer is y = x W^T + b. cuBLASLt thinks in columns: a row-major (M,K) matrix is its column-major
 // (K,M) matrix, so out (M,O) is computed as out^T (O,M) = W (O,I) inp^T (I,M). Products of the activation
-// type X, sums in fp32. The algorithm is fixed per shape by a rule, with a workspace of fixed size and no
-// reduction in place: the same shape gives the same bits, whatever else uses the GPU.
+// type X, sums in fp32. The algorithm is fixed per shape, with a workspace of fixed size and no reduction in
+// place: the same shape gives the same bits, whatever else uses the GPU.
 //
-// The rule: the first algorithm that the heuristic proposes, but on Hopper (compute capability 9) and for
-// outputs of many tiles the kernel with tiles of 128 x 128 instead (matmul_overlap_output). The heuristic
-// likes larger tiles, on which all warps of a block work together and then together write the result, and the
-// tensor cores wait. With the smaller ones two groups of warps take turns: one writes while the other
-// computes. Our sums are short (768 to 1536 terms), so the writing counts. Milliseconds of all matmuls of a
-// step on one H200 (cuBLASLt 13.1, each matmul alone and its inputs not in the cache; dev/cuda/matmul.cu):
-//                                          first proposal   this rule   fastest of 8   of 400 timed   floor
-//   mamba-130m, 8 x 2048 tokens                 22.1           20.9         21.4           20.7        17.1
-//   mamba-130m, 32 x 2048, without the head     62.2           58.3         57.9           57.5        49.6
-//   12 x 384 characters, 64 x 256 tokens         3.5            3.5          3.4            3.3         1.8
-// Timing the proposals at the start would thus gain little, at the price of a choice that differs from run to
-// run. It would be allowed to: what changes the bits is only into how many parts the sum over K is split, and
-// all algorithms with the same split, thousands, agreed in every bit of every shape.
+// The algorithm is the first that the heuristic of cuBLASLt proposes. Others win when each matmul is timed
+// alone: on one H200 (cuBLASLt 13.1) all matmuls of a step of mamba-130m, 8 x 2048 tokens, take 22.1 ms with
+// the first, 21.4 with the fastest of eight proposals, 20.7 with the fastest of 400 algorithms; 17.1 is the
+// floor. In the step itself that gain is gone, within 0.3 %: training holds the GPU at the limit of its power
+// (690 of 700 W, the clock at 1.7 to 1.8 of 1.98 GHz), and a kernel that is busier lowers the clock. So there
+// is nothing to time at the start, and every run makes the same choice. (A choice by time would not have
+// changed the bits: only the number of parts into which a sum is split does. All algorithms with the same
+// split, hundreds for each shape, agreed in every bit.)
 
 enum { MATMUL_WORKSPACE = 64 << 20 };
 
@@ -129,16 +124,6 @@ typedef struct {
 template <typename X> struct CudaType;
 template <> struct CudaType<float> { static const cudaDataType_t value = CUDA_R_32F; };
 template <> struct CudaType<__nv_bfloat16> { static const cudaDataType_t value = CUDA_R_16BF; };
-
-// the SMs of the GPU, each of which runs a few blocks at a time
-static size_t processor_count(void) {
-    static int count = 0;
-    int device;
-    if (count) return (size_t)count;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return (size_t)count;
-}
 
 static uint32_t pointer_alignment(const void* p) {
     uintptr_t bits = (uintptr_t)p;
@@ -205,46 +190,6 @@ static int matmul_candidates(Matmul* mm, MatmulPlan* p, cublasLtMatmulHeuristicR
     return found;
 }
 
-// one property of an algorithm
-static int32_t matmul_config(const cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t name) {
-    int32_t value = 0;
-    size_t written;
-    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(algo, name, &value, sizeof value, &written));
-    return value;
-}
-
-// matmul_overlap_output: the rule above. Changes p->algo when there are at least four 128 x 128 tiles for
-// each SM and the sum is not split; leaves it when the library does not have that kernel.
-enum { MATMUL_TILE = 128, MATMUL_HOPPER = 66 };        // number of the family of kernels for Hopper
-static void matmul_overlap_output(const Matmul* mm, MatmulPlan* p) {
-    size_t tiles = (p->key.M + MATMUL_TILE - 1) / MATMUL_TILE * ((p->key.N + MATMUL_TILE - 1) / MATMUL_TILE);
-    if (p->key.type_ab != CUDA_R_16BF || tiles < 4 * processor_count() ||
-        matmul_config(&p->algo, CUBLASLT_ALGO_CONFIG_ID) != MATMUL_HOPPER ||
-        matmul_config(&p->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1)
-        return;
-    cublasLtMatmulAlgo_t algo = p->algo;
-    cublasLtMatmulHeuristicResult_t result;
-    const uint32_t tile = CUBLASLT_MATMUL_TILE_128x128, taking_turns = 1;
-    const uint16_t cluster = CUBLASLT_CLUSTER_SHAPE_2x1x1;        // two neighbours share what they load
-    const struct {
-        cublasLtMatmulAlgoConfigAttributes_t name;
-        const void* value;
-        size_t size;
-    } config[] = {
-        {CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof tile},
-        {CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, &taking_turns, sizeof taking_turns},
-        {CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &cluster, sizeof cluster},
-    };
-    for (size_t i = 0; i < sizeof config / sizeof config[0]; i++)
-        if (cublasLtMatmulAlgoConfigSetAttribute(&algo, config[i].name, config[i].value, config[i].size) !=
-            CUBLAS_STATUS_SUCCESS)
-            return;
-    if (cublasLtMatmulAlgoCheck(mm->handle, p->desc, p->a, p->b, p->c, p->c, &algo, &result) ==
-            CUBLAS_STATUS_SUCCESS &&
-        result.workspaceSize <= MATMUL_WORKSPACE)
-        p->algo = algo;
-}
-
 // matmul_plan: the description and algorithm for one shape, made at its first use.
 static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     for (int i = 0; i < mm->n_plans; i++)
@@ -256,7 +201,6 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     cublasLtMatmulHeuristicResult_t result;
     matmul_candidates(mm, p, &result, 1);
     p->algo = result.algo;
-    matmul_overlap_output(mm, p);
     return p;
 }
 
@@ -278,6 +222,7 @@ static void gemm(Matmul* mm, C* c, size_t ldc, const X* a, size_t lda, bool tran
 }
 
 // bias_forward_cuda: out[m,o] += bias[o].   out (M,O), row stride ldo
+// cuBLASLt could add it while it writes out, but wants a bias in the type of out, and ours is float.
 template <typename X> __global__ void bias_forward_kernel(X* out, size_t ldo, const float* bias, size_t O) {
     X* out_m = out + (size_t)blockIdx.x * ldo;
     for (size_t o = threadIdx.x; o < O; o += blockDim.x) out_m[o] = (X)((float)out_m[o] + bias[o]);
@@ -294,19 +239,12 @@ template <typename X>
 void bias_backward_cuda(float* dbias, const X* dout, size_t ldo, size_t M, size_t O, float* scratch,
                         cudaStream_t stream);
 
-// the kernel for short sums, in section 4: out (M,O) = inp (M,K) W, added to out with `add`. Returns false
-// when it has no version for this matmul.
-template <typename X>
-bool short_matmul_cuda(X* out, size_t ldo, const X* inp, size_t ldi, const X* weight, bool weight_is_ok,
-                       bool add, size_t M, size_t K, size_t O, cudaStream_t stream);
-
 // matmul_forward_cuda: out (M,O) = inp (M,I) weight^T + bias.   row strides ldo, ldi   weight (O,I)
 // bias (O) float or NULL
 template <typename X>
 void matmul_forward_cuda(Matmul* mm, X* out, size_t ldo, const X* inp, size_t ldi, const X* weight,
                          const float* bias, size_t M, size_t I, size_t O, cudaStream_t stream) {
-    if (!short_matmul_cuda(out, ldo, inp, ldi, weight, true, false, M, I, O, stream))
-        gemm(mm, out, ldo, weight, I, true, inp, ldi, false, O, M, I, 0.0f, stream);
+    gemm(mm, out, ldo, weight, I, true, inp, ldi, false, O, M, I, 0.0f, stream);
     if (bias) bias_forward_cuda(out, ldo, bias, M, O, stream);
 }
 
@@ -317,7 +255,7 @@ void matmul_backward_cuda(Matmul* mm, X* dinp, size_t lddi, bool add_dinp, float
                           const X* dout, size_t lddo, const X* inp, size_t ldi, const X* weight,
                           float* scratch, size_t M, size_t I, size_t O, cudaStream_t stream,
                           bool add_dweight = true) {
-    if (dinp && !short_matmul_cuda(dinp, lddi, dout, lddo, weight, false, add_dinp, M, O, I, stream))
+    if (dinp)
         gemm(mm, dinp, lddi, weight, I, false, dout, lddo, false, I, M, O, add_dinp ? 1.0f : 0.0f, stream);
     if (dweight)
         gemm(mm, dweight, I, inp, ldi, false, dout, lddo, true, I, O, M, add_dweight ? 1.0f : 0.0f, stream);
@@ -1772,155 +1710,6 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 }
 
 // --------------------------------------------------------------------------------------------------
-// 4.7 Matmuls with short sums
-
-// short_matmul: out (M,O) = inp (M,K) W for K of at most 96, added to what out holds with `add`. In the model:
-// the forward pass of dt_proj (W[k,o] = weight[o,k], WEIGHT_OK) and the gradient of the input of x_proj
-// (W[k,o] = weight[k,o]).   row strides ldo, ldi   weight (O,K) or (K,O)
-// With so few terms there is nothing to compute: it is a copy into (M,O), or an addition to it. A warp keeps
-// the W of its 32 columns in registers, in the layout that the tensor core wants, and marches down the tokens
-// of its block, 32 at a time; what it will add to is on its way to shared memory three steps ahead.
-//
-// mma.m16n8k16 multiplies a 16 x 16 piece of inp by 16 x 8 of W. Of its result, the lane 4 g + t of a warp
-// holds columns 2 t and 2 t + 1 in rows g and g + 8. Which columns of out these are is ours to say: in four
-// mma together, lane t gets columns 8 t .. 8 t + 7 of the warp's 32, which are one store of 16 bytes.
-//   bytes: 2 per element of out, 4 with add.   H200, M 16384: x_proj 80 -> 1536 with add 38 us (cuBLASLt 44,
-//   bytes alone 25), dt_proj 48 -> 1536 20 us (22, 13); of the model with E 768: 22 us (25, 13), 12 us (14, 6)
-enum { SHORT_ROWS = 32, SHORT_STAGES = 4, SHORT_WARPS = 8, SHORT_TERMS = 96, SHORT_MIN_TOKENS = 512 };
-enum { SHORT_COLUMNS = 32 * SHORT_WARPS, SHORT_THREADS = WARP * SHORT_WARPS };
-
-// row stride of inp in shared memory: eight rows, one 16-byte piece of each, lie in different banks
-__host__ __device__ constexpr int short_stride(int steps) { return steps * 16 + 8; }
-
-// the 16 x 16 piece at p (row stride in elements) for mma
-__device__ __forceinline__ void load_matrix(uint32_t* a, const bf16* p, int stride) {
-    int lane = (int)threadIdx.x % WARP;
-    unsigned from = (unsigned)__cvta_generic_to_shared(p + lane % 16 * stride + lane / 16 * 8);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from));
-}
-__device__ __forceinline__ void mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// STEPS: K / 16, rounded up.   tokens: of a block
-template <int STEPS, bool WEIGHT_OK>
-__global__ void __launch_bounds__(SHORT_THREADS, 2)
-short_matmul_kernel(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf16* weight, bool add, int M,
-                    int K, int O, int tokens) {
-    const int LD = short_stride(STEPS);
-    extern __shared__ uint4 short_shared[];                     // 16 bytes each
-    uint4* before = short_shared;                               // [SHORT_STAGES][4][SHORT_THREADS], with add
-    bf16* rows = (bf16*)(short_shared + (add ? SHORT_STAGES * 4 * SHORT_THREADS : 0));
-    // rows [SHORT_STAGES][SHORT_ROWS][LD]
-    int tid = (int)threadIdx.x, g = tid % WARP / 4, t = tid % 4;
-    int column0 = (int)blockIdx.x * SHORT_COLUMNS + tid / WARP * 32;
-    int m_begin = (int)blockIdx.y * tokens, m_end = min(M, m_begin + tokens), pieces = K / 8;
-    bool mine = column0 + 8 * t < O;
-    bf16* out_t = out + column0 + 8 * t;
-
-    auto copy = [&](int m0, int stage) {
-        for (int i = tid; m0 < m_end && i < SHORT_ROWS * pieces; i += SHORT_THREADS) {
-            int r = i / pieces, piece = i - r * pieces;
-            copy_async<16>(rows + (stage * SHORT_ROWS + r) * LD + piece * 8,
-                           inp + (size_t)min(m0 + r, M - 1) * ldi + piece * 8);
-        }
-        #pragma unroll
-        for (int q = 0; q < 4; q++)
-            if (add && mine && m0 + g + 8 * q < m_end)
-                copy_async<16>(before + (stage * 4 + q) * SHORT_THREADS + tid,
-                               out_t + (size_t)(m0 + g + 8 * q) * ldo);
-        copy_async_commit();
-    };
-    // the terms that round K up to 16: zeros, so that they are not NaN
-    for (int i = tid; K % 16 && i < SHORT_STAGES * SHORT_ROWS; i += SHORT_THREADS)
-        *(uint4*)(rows + i * LD + K) = make_uint4(0, 0, 0, 0);
-    for (int s = 0; s < SHORT_STAGES - 1; s++) copy(m_begin + s * SHORT_ROWS, s);
-
-    uint32_t w[STEPS][4][2];                                    // W[k], W[k+1] of column o
-    #pragma unroll
-    for (int i = 0; i < STEPS * 8; i++) {
-        int step = i / 8, j = i / 2 % 4, k = step * 16 + i % 2 * 8 + 2 * t;
-        int o = column0 + 8 * (g / 2) + 2 * j + g % 2;
-        uint32_t pair = 0;
-        if (o < O && k < K && WEIGHT_OK) pair = *(const uint32_t*)(weight + (size_t)o * K + k);
-        if (o < O && k < K && !WEIGHT_OK)
-            pair = *(const uint16_t*)(weight + (size_t)k * O + o) |
-                   (uint32_t)*(const uint16_t*)(weight + (size_t)(k + 1) * O + o) << 16;
-        w[step][j][i % 2] = pair;
-    }
-    int stage = 0;
-    for (int m0 = m_begin; m0 < m_end; m0 += SHORT_ROWS) {
-        copy_async_wait(SHORT_STAGES - 2);
-        __syncthreads();                                       // all are done with the stage filled next
-        copy(m0 + (SHORT_STAGES - 1) * SHORT_ROWS, (stage + SHORT_STAGES - 1) % SHORT_STAGES);
-        float sum[2][4][4] = {};
-        #pragma unroll
-        for (int i = 0; i < STEPS * 2; i++) {
-            uint32_t a[4];
-            load_matrix(a, rows + (stage * SHORT_ROWS + i % 2 * 16) * LD + i / 2 * 16, LD);
-            #pragma unroll
-            for (int j = 0; j < 4; j++) mma_bf16(sum[i % 2][j], a, w[i / 2][j][0], w[i / 2][j][1]);
-        }
-        #pragma unroll
-        for (int q = 0; q < 4; q++) {                           // row g + 8 q
-            int m = m0 + g + 8 * q;
-            if (!mine || m >= m_end) continue;
-            float v[8], was[8];
-            #pragma unroll
-            for (int j = 0; j < 8; j++) v[j] = sum[q / 2][j / 2][q % 2 * 2 + j % 2];
-            if (add) {
-                unpack<8>(was, load_pack<8>((const bf16*)(before + (stage * 4 + q) * SHORT_THREADS + tid)));
-                #pragma unroll
-                for (int j = 0; j < 8; j++) v[j] += was[j];
-            }
-            store_pack<8>(out_t + (size_t)m * ldo, v);
-        }
-        stage = (stage + 1) % SHORT_STAGES;
-    }
-}
-
-template <int STEPS, bool WEIGHT_OK>
-static void short_matmul_launch(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf16* weight,
-                                bool add, size_t M, size_t K, size_t O, cudaStream_t stream) {
-    size_t slices = (O + SHORT_COLUMNS - 1) / SHORT_COLUMNS, parts = 2 * processor_count() / slices;
-    size_t tokens = parts ? (M + parts - 1) / parts : M;
-    tokens = (tokens + SHORT_ROWS - 1) / SHORT_ROWS * SHORT_ROWS;
-    size_t bytes = SHORT_ROWS * short_stride(STEPS) * sizeof(bf16) + (add ? 4 * 16 * SHORT_THREADS : 0);
-    bytes *= SHORT_STAGES;
-    cudaCheck(cudaFuncSetAttribute(short_matmul_kernel<STEPS, WEIGHT_OK>,
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    dim3 grid((unsigned)slices, (unsigned)((M + tokens - 1) / tokens));
-    short_matmul_kernel<STEPS, WEIGHT_OK><<<grid, SHORT_THREADS, bytes, stream>>>(
-        out, ldo, inp, ldi, weight, add, (int)M, (int)K, (int)O, (int)tokens);
-    cudaCheck(cudaGetLastError());
-}
-
-template <typename X>
-bool short_matmul_cuda(X* out_x, size_t ldo, const X* inp_x, size_t ldi, const X* weight_x, bool weight_is_ok,
-                       bool add, size_t M, size_t K, size_t O, cudaStream_t stream) {
-    bf16* out = (bf16*)(void*)out_x;
-    const bf16 *inp = (const bf16*)(const void*)inp_x, *weight = (const bf16*)(const void*)weight_x;
-    if (sizeof(X) != sizeof(bf16) || M < SHORT_MIN_TOKENS || M > INT32_MAX / 2 || K > SHORT_TERMS || O <= K ||
-        K % 8 != 0 || O % 8 != 0 || !is_aligned(out, 16, ldo * sizeof(bf16)) ||
-        !is_aligned(inp, 16, ldi * sizeof(bf16)) || !is_aligned(weight, 4, 0))
-        return false;
-    #define SHORT_MATMUL(steps)                                                                              \
-        (weight_is_ok ? short_matmul_launch<steps, true> : short_matmul_launch<steps, false>)(               \
-            out, ldo, inp, ldi, weight, add, M, K, O, stream)
-    if (K <= 32) SHORT_MATMUL(2);
-    else if (K <= 48) SHORT_MATMUL(3);
-    else if (K <= 64) SHORT_MATMUL(4);
-    else if (K <= 80) SHORT_MATMUL(5);
-    else SHORT_MATMUL(6);
-    #undef SHORT_MATMUL
-    return true;
-}
-
-// --------------------------------------------------------------------------------------------------
 // 4.9 Selective scan
 //
 // selective scan on the GPU: the Mamba-1 recurrence with softplus, skip and gate fused, for training.
@@ -1929,20 +1718,22 @@ bool short_matmul_cuda(X* out_x, size_t ldo, const X* inp_x, size_t ldi, const X
 //             (F8) y_t = s_t silu(z_t)                    a_t := 0 where a document begins
 //   shapes:   x, dt_raw, s, y (B,T,E)   Bt, Ct (B,T,N), row stride ldbc   z (B,T,E), row stride ldz
 //             A_log (E,N)   Dskip, dt_bias (E)   h0, hT (B,E,N)   doc (B,T)
-//   saved:    s, and hs (B, T/16, E, N): the state before tokens 0, 16, 32, ...; the rest is recomputed
+//   saved:    s, and hs (B, T/spacing, E, N): the state before tokens 0, spacing, 2 spacing, ...; the rest is
+//             recomputed. spacing 8 is fastest, 16 needs half the memory (backward, H200, B8 T2048 E1536 bf16:
+//             BACK8 and BACK16 ms)
 // Mamba paper (arXiv 2312.00752), section 3.2 and algorithm 2. Oracle: selective_scan_forward/_backward of
 // train_mamba.c.
 //
 // Two pairs of kernels with the same meaning:
 //   general   any N, E, T, strides, X = float or bf16, accurate to float rounding
-//   fast      bf16, N = 16, E a multiple of 32, rows that start on 16-byte boundaries
+//   fast      N = 16, E a multiple of 32, rows that start on 16-byte boundaries; the backward only for bf16
 // selective_scan_path_cuda() says which one serves given arguments. In both, a block of threads owns
 // SCAN_CHANNELS channels of one sequence and walks through time, so that the state never leaves the chip; the
 // grid is (E / 32, B). No sum depends on the order in which threads happen to run: results repeat bitwise.
 
-// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SAVED: tokens between two saved states.
-// SCAN_GROUP: states that a block's four warps hold at once.
-enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SAVED = 16, SCAN_GROUP = 16, SCAN_THREADS = 128 };
+// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SPACING: tokens between two saved states as
+// training uses it; launchers take 8 or 16. SCAN_GROUP: states that a block's four warps hold at once.
+enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SPACING = 8, SCAN_GROUP = 16, SCAN_THREADS = 128 };
 
 #define SCAN_LOG2E 1.44269504f
 #define SCAN_LN2 0.69314718f
@@ -1950,12 +1741,11 @@ enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SAVED = 16, SCAN_GROUP = 16, SCA
 #define SCAN_RESET 3e38f
 
 static inline size_t scan_blocks_cuda(size_t E) { return (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS; }
-static inline size_t scan_states_cuda(size_t T) { return (T + SCAN_SAVED - 1) / SCAN_SAVED; }
 static inline size_t scan_padded_cuda(size_t T) { return (T + 31) / 32 * 32; }
 
 // elements of X that forward saves in hs
-size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N) {
-    return B * scan_states_cuda(T) * E * N;
+size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N, int spacing) {
+    return B * ((T + spacing - 1) / spacing) * E * N;
 }
 
 // Where the channels of all sequences are too few blocks to fill the chip, the fast backward cuts time into
@@ -1979,13 +1769,7 @@ size_t selective_scan_scratch_cuda(size_t B, size_t T, size_t E, size_t N) {
 
 // --- small pieces -------------------------------------------------------------------------------------
 
-// log2 x and tanh x, like exp2_unit: one instruction each of the special function unit (16 results per clock
-// and SM)
-__device__ __forceinline__ float scan_log2(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+// tanh x, like exp2_unit: one instruction of the special function unit (16 results per clock and SM)
 __device__ __forceinline__ float scan_tanh(float x) {
     float y;
     asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -2060,7 +1844,7 @@ __global__ void __launch_bounds__(SCAN_THREADS)
 selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw, const float* dt_bias,
                               const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
                               const X* z, size_t ldz, const float* h0, const int* doc,
-                              size_t T, size_t E, size_t N) {
+                              size_t T, size_t E, size_t N, int spacing) {
     extern __shared__ __align__(128) char shared[];
     ScanTile& tile = *(ScanTile*)shared;
     const int padded = (int)(N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
@@ -2070,7 +1854,7 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
     const size_t blocks = (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS, chunks = (T + 7) / SCAN_STEPS;
     const size_t b = blockIdx.x / blocks, e = blockIdx.x % blocks * SCAN_CHANNELS + lane;
-    const size_t states = (chunks + 1) / 2;                    // saved ones, every second chunk
+    const size_t every = spacing / SCAN_STEPS, states = (chunks + every - 1) / every;      // saved states
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
     for (int n = w; n < padded; n += 4) {
@@ -2094,8 +1878,8 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
             for (int k = 0; k < 4; k++) {
                 state[k] = h[n0 + k][lane];
                 decay[k] = A2[n0 + k][lane];
-                if (hs && chunk % 2 == 0 && channel && n0 + k < (int)N)
-                    scan_store(hs + ((b * states + chunk / 2) * E + e) * N + n0 + k, state[k]);
+                if (hs && chunk % every == 0 && channel && n0 + k < (int)N)
+                    scan_store(hs + ((b * states + chunk / every) * E + e) * N + n0 + k, state[k]);
             }
             #pragma unroll
             for (int j = 0; j < SCAN_STEPS; j++) {
@@ -2129,11 +1913,12 @@ selective_scan_forward_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X*
     for (int n = w; hT && channel && n < (int)N; n += 4) hT[(b * E + e) * N + n] = h[n][lane];
 }
 
-// ScanBackwardTile: 16 tokens, from one saved state to the next, in shared memory
+// ScanBackwardTile: 16 tokens in shared memory
+enum { SCAN_PAIR = 2 * SCAN_STEPS };
 struct ScanBackwardTile {
-    float dt[SCAN_SAVED][SCAN_CHANNELS], decay_dt[SCAN_SAVED][SCAN_CHANNELS];      // as in ScanTile
-    float dtx[SCAN_SAVED][SCAN_CHANNELS], g[SCAN_SAVED][SCAN_CHANNELS];
-    float part[4][2][SCAN_SAVED][SCAN_CHANNELS];               // <lambda, Bt>, <lambda, A2 m> of every warp
+    float dt[SCAN_PAIR][SCAN_CHANNELS], decay_dt[SCAN_PAIR][SCAN_CHANNELS];      // as in ScanTile
+    float dtx[SCAN_PAIR][SCAN_CHANNELS], g[SCAN_PAIR][SCAN_CHANNELS];
+    float part[4][2][SCAN_PAIR][SCAN_CHANNELS];               // <lambda, Bt>, <lambda, A2 m> of every warp
     float sum[4][16][36];                                      // scan_sum_channels of every warp
 };
 
@@ -2154,7 +1939,7 @@ __device__ __forceinline__ float scan_sum_channels(const float (*row)[36], int l
 
 // selective_scan_backward_kernel: from the last 16 tokens to the first. The states of 8 tokens are recomputed
 // from the saved one, then lambda = dLoss/dh_t runs backward; `carry` is what a token hands to the previous.
-// The way to the second 8 tokens leads through the first 8.
+// If only every second chunk has a saved state, the way to the others leads through 8 tokens.
 //   forward (F8) y = s silu(z)          (B2)  g = dy silu(z)          dz = dy s silu'(z)
 //   forward (F7) s = <Ct, h> + D x      (B4)  lambda = g Ct + carry   (B5) dCt = sum_e g h
 //                                       (B3)  dx = D g + ..           dDskip = sum g x
@@ -2172,17 +1957,17 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                                float* de_part, const X* dy, const float* dhT, const X* hs, const X* s,
                                const X* x, const X* dt_raw, const float* dt_bias, const float* A_log,
                                const X* Bt, const X* Ct, size_t ldbc, const float* Dskip, const X* z,
-                               size_t ldz, const int* doc, size_t T, size_t E, size_t N) {
+                               size_t ldz, const int* doc, size_t T, size_t E, size_t N, int spacing) {
     extern __shared__ __align__(128) char shared[];
     ScanBackwardTile& tile = *(ScanBackwardTile*)shared;
     const int padded = (int)(N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
     float* bc = (float*)(&tile + 1);
-    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc + SCAN_SAVED * 2 * padded);
+    float (*carry)[SCAN_CHANNELS] = (float (*)[SCAN_CHANNELS])(bc + SCAN_PAIR * 2 * padded);
     float (*A2)[SCAN_CHANNELS] = carry + padded;
     float (*dA)[SCAN_CHANNELS] = A2 + padded;
     const int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
     const size_t blocks = (E + SCAN_CHANNELS - 1) / SCAN_CHANNELS, b = blockIdx.x / blocks;
-    const size_t e = blockIdx.x % blocks * SCAN_CHANNELS + lane, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
+    const size_t e = blockIdx.x % blocks * SCAN_CHANNELS + lane, states = (T + spacing - 1) / spacing;
     const bool channel = e < E;
     const float bias = channel ? dt_bias[e] : 0.0f, D = channel ? Dskip[e] : 0.0f;
     float dD = 0.0f, dbias = 0.0f;
@@ -2194,8 +1979,8 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
         carry[n][lane] = inside && dhT ? dhT[(b * E + e) * N + n] : 0.0f;
         dA[n][lane] = 0.0f;
     }
-    for (size_t state = states; state-- > 0;) {
-        const size_t t0 = state * SCAN_SAVED;
+    for (size_t pair = (T + SCAN_PAIR - 1) / SCAN_PAIR; pair-- > 0;) {
+        const size_t t0 = pair * SCAN_PAIR;
         float x_t[4] = {0}, p[4] = {0}, z_t[4] = {0}, dy_t[4] = {0}, s_t[4] = {0};
         #pragma unroll
         for (int k = 0; k < 4; k++) {                          // all loads first: they are under way together
@@ -2231,18 +2016,19 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
             float q[SCAN_STEPS] = {0}, r[SCAN_STEPS] = {0};              // <lambda, Bt>, <lambda, A2 m>
             for (int n0 = 4 * w; n0 < padded; n0 += SCAN_GROUP) {
                 float h[4], lambda[4], decay[4], dA_n[4], a[SCAN_STEPS][4], m[SCAN_STEPS][4];
+                const size_t state = (t0 + j0) / spacing;
                 // lanes 2i, 2i+1 get the sums over channels for state i % 4 of token i / 4 of 4 tokens
                 const size_t t = t0 + j0 + (lane >> 3), n = (size_t)(n0 + (lane >> 1) % 4);
                 const bool store = n < N && lane % 2 == 0;
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    bool inside = channel && n0 + k < (int)N;
+                    bool inside = channel && n0 + k < (int)N && state < states;
                     h[k] = inside ? to_float(hs[((b * states + state) * E + e) * N + n0 + k]) : 0.0f;
                     lambda[k] = carry[n0 + k][lane];
                     decay[k] = A2[n0 + k][lane];
                     dA_n[k] = dA[n0 + k][lane];
                 }
-                for (int j = 0; j < j0; j++) {                 // to the state before token j0
+                for (int j = (int)(state * spacing - t0); j < j0; j++) {         // to the state before token j0
                     const float* B_t = bc + j * 2 * padded + n0;
                     float dt = tile.decay_dt[j][lane], dtx = tile.dtx[j][lane];
                     #pragma unroll
@@ -2351,7 +2137,7 @@ selective_scan_reduce_kernel(float* dA_log, float* dDskip, float* ddt_bias, X* d
 // bytes): vector v of a tile is token v / 4, channels 8 (v % 4) .. +7, 128 vectors in all. Tokens beyond T
 // are read as zeros, with dt = 0: they leave the state and its gradient alone, and nothing of them is stored.
 
-enum { SCAN_TILE_STEPS = 32, SCAN_VECTORS = SCAN_TILE_STEPS * SCAN_CHANNELS / 8 };
+enum { SCAN_TILE_STEPS = 32 };
 
 // A pair of bf16 lives in one 32-bit register. bf16 is the upper half of a float: unpacking moves bits.
 __device__ __forceinline__ uint32_t scan_pack(float low, float high) {
@@ -2414,9 +2200,9 @@ struct ScanSpecial {
     }
 };
 
-// softplus from x2 = x log2(e): max(x, 0) + log(1 + e^-|x|). The logarithm is a polynomial (relative error below
-// 1e-5): the special function unit is what the scan waits for, and the polynomial stays exact where e^x is
-// small and 1 + e^x would lose its digits.
+// softplus from x2 = x log2(e): max(x, 0) + log(1 + e^-|x|). The logarithm is a polynomial (relative error
+// below 1e-5): the special function unit is what the scan waits for, and the polynomial stays exact where e^x
+// is small and 1 + e^x would lose its digits.
 __device__ __forceinline__ float scan_softplus_fast(float x2) {
     float e = exp2_unit(-fabsf(x2)), p = -0.0238691047f;
     p = fmaf(p, e, 0.101222165f);
@@ -2469,9 +2255,31 @@ __device__ __forceinline__ void scan_store_row(float* p, const float* v) {
     *(float4*)(p + 4) = *(const float4*)(v + 4);
 }
 
-// softplus(x + bias) and silu(z) as exact as X: bf16 needs no more than four digits. The bias comes multiplied
-// by scan_dt_unit, which saves an instruction.
-template <typename X> __device__ __forceinline__ float scan_dt_unit() { return sizeof(X) == 2 ? SCAN_LOG2E : 1.0f; }
+// scan_save: stores a thread's S states if `condition`, without a jump: the compiler starts no load before a
+// jump that stands before it.
+__device__ __forceinline__ void scan_store_if(bool condition, void* p, uint32_t v) {
+    asm volatile("{ .reg .pred q; setp.ne.u32 q, %2, 0; @q st.global.b32 [%0], %1; }"
+                 :: "l"(p), "r"(v), "r"((uint32_t)condition) : "memory");
+}
+__device__ __forceinline__ void scan_store_if(bool condition, void* p, uint32_t v0, uint32_t v1) {
+    asm volatile("{ .reg .pred q; setp.ne.u32 q, %3, 0; @q st.global.v2.b32 [%0], {%1, %2}; }"
+                 :: "l"(p), "r"(v0), "r"(v1), "r"((uint32_t)condition) : "memory");
+}
+template <int S> __device__ __forceinline__ void scan_save(bool condition, bf16* p, const float* h) {
+    if (S == 4) scan_store_if(condition, p, scan_pack(h[0], h[1]), scan_pack(h[S - 2], h[S - 1]));
+    else scan_store_if(condition, p, scan_pack(h[0], h[1]));
+}
+template <int S> __device__ __forceinline__ void scan_save(bool condition, float* p, const float* h) {
+    #pragma unroll
+    for (int n = 0; n < S; n += 2)
+        scan_store_if(condition, p + n, __float_as_uint(h[n]), __float_as_uint(h[n + 1]));
+}
+
+// softplus(x + bias) and silu(z) as exact as X: bf16 needs no more than four digits. The bias comes
+// multiplied by scan_bias_unit, which saves an instruction.
+template <typename X> __device__ __forceinline__ float scan_bias_unit() {
+    return sizeof(X) == 2 ? SCAN_LOG2E : 1.0f;
+}
 template <typename X> __device__ __forceinline__ float scan_dt(float x, float bias) {
     return sizeof(X) == 2 ? scan_softplus_fast(fmaf(x, SCAN_LOG2E, bias)) : scan_softplus(x + bias);
 }
@@ -2487,8 +2295,11 @@ template <typename X, int S> struct ScanForwardShared {
     enum { TOKENS = SCAN_TILE_STEPS, CHANNELS = 8 * S, HELPERS = TOKENS * CHANNELS / 8, GROUPS = 16 / S };
     enum { DT_ROW = 2 * TOKENS + 4, SUM_ROW = TOKENS + 4, GAP = 32 / S,
            SUM_GROUP = CHANNELS * SUM_ROW + CHANNELS / 8 * GAP + 16 };
-    struct { X dt_raw[TOKENS][CHANNELS], bc[TOKENS][32]; int doc[2][HELPERS]; } raw[2];   // as in memory; doc of t, t-1
-    struct { X x[TOKENS][CHANNELS], z[TOKENS][CHANNELS]; } rows[4];                       // needed until the end
+    struct {
+        X dt_raw[TOKENS][CHANNELS], bc[TOKENS][32];
+        int doc[2][HELPERS];                                   // document of token t and of token t-1
+    } raw[2];
+    struct { X x[TOKENS][CHANNELS], z[TOKENS][CHANNELS]; } rows[4];    // needed until the end
     struct {
         float dt_dtx[CHANNELS * DT_ROW + CHANNELS / 8 * GAP];  // (dt, dt x) of a channel's tokens, see dt_at
         float bc[TOKENS][32];                                  // bc[t][n ^ 4 (t % 8)]: Bt_t, then Ct_t
@@ -2504,8 +2315,8 @@ template <typename X, int S> struct ScanForwardShared {
 // selective_scan_forward_fast_kernel: the general kernel's function. The first four warps run the recurrence,
 // the others do everything element-wise, around it:
 //   prepare tile i+1 (softplus, dt x) | load tile i+3 | store tile i (skip, gate) || time loop of tile i
-// The two kinds of work fill each other's gaps, and no one waits for the whole block: `ready` says that a tile
-// is prepared, `scanned` that its sums are there, `stored` that these have been read.
+// The two kinds of work fill each other's gaps, and no one waits for the whole block: `ready` says that a
+// tile is prepared, `scanned` that its sums are there, `stored` that these have been read.
 // Time loop: a thread owns states S g .. S g + S - 1 of one channel. Its sums over these states go to shared
 // memory, the element-wise warps add the 16 / S of them.
 // S: 4 is the most efficient. 2 makes twice as many threads, for few channels and sequences.
@@ -2514,7 +2325,7 @@ __global__ void __launch_bounds__(SCAN_THREADS + ScanForwardShared<X, S>::HELPER
 selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
                                    const float* dt_bias, const float* A_log, const X* Bt, const X* Ct,
                                    size_t ldbc, const float* Dskip, const X* z, size_t ldz, const float* h0,
-                                   const int* doc, size_t T, size_t E) {
+                                   const int* doc, size_t T, size_t E, int spacing) {
     extern __shared__ __align__(128) char shared[];
     typedef ScanForwardShared<X, S> Shared;
     enum { TOKENS = Shared::TOKENS, CHANNELS = Shared::CHANNELS, HELPERS = Shared::HELPERS };
@@ -2533,11 +2344,12 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
     // the number of the warp, taken from lane 0: so the compiler knows that a warp never divides here
     const int w = __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0);
     if (w < SCAN_THREADS / WARP) {   // ---- the recurrence
-        // bits of the lane: g, c, c, g, then c (S = 4) or g (S = 2). Any four neighbouring lanes then touch two
-        // channels and two state groups only, and a shared load with few distinct addresses takes half the time.
-        const int g = (lane & 1) | ((lane >> 2) & (S == 4 ? 2 : 6)), c = ((lane >> 1) & 3) | ((lane >> 2) & (S == 4 ? 4 : 0));
-        const int ch = w * 2 * S + c;
-        const size_t state = (b * E + e0 + ch) * 16 + S * g, states = (T + SCAN_SAVED - 1) / SCAN_SAVED;
+        // bits of the lane: g, c, c, g, then c (S = 4) or g (S = 2). Any four neighbouring lanes then touch
+        // two channels and two state groups only, and a shared load with few distinct addresses takes half
+        // the time.
+        const int g = (lane & 1) | ((lane >> 2) & (S == 4 ? 2 : 6));
+        const int ch = w * 2 * S + (((lane >> 1) & 3) | ((lane >> 2) & (S == 4 ? 4 : 0)));
+        const size_t state = (b * E + e0 + ch) * 16 + S * g, states = (T + spacing - 1) / spacing;
         float decay[S], h[S];
         #pragma unroll
         for (int n = 0; n < S; n++) {
@@ -2548,36 +2360,51 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
         X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;  // next state to save
         int left = hs ? (int)states : 0;                       // how many there are
         float* sums = &sh.sum[sh.sum_at(g, ch)];
+        auto store_sums = [](float* to, const float* sum) {
+            *(float4*)to = *(const float4*)sum;
+            *(float4*)(to + 4) = *(const float4*)(sum + 4);
+        };
         #pragma unroll 1
         for (int i = 0; i < tiles; i++) {
             auto& tile = sh.tile[i & 1];
             scan_wait(&sh.ready[i & 1], (i >> 1) & 1);
             const float *dt_dtx = &tile.dt_dtx[sh.dt_at(ch)], *bc[4];
             #pragma unroll
-            for (int m = 0; m < 4; m++) bc[m] = &tile.bc[m][(S * g) ^ (4 * m)];        // of tokens m, m + 4, ..
+            for (int m = 0; m < 4; m++) bc[m] = &tile.bc[m][(S * g) ^ (4 * m)];      // tokens m, m + 4, ..
+            float sum[SCAN_STEPS];
             #pragma unroll
             for (int t0 = 0; t0 < TOKENS; t0 += SCAN_STEPS) {
-                if (t0 % SCAN_SAVED == 0 && left > t0 / SCAN_SAVED)
-                    store_pack<S>(saved + t0 / SCAN_SAVED * next, h);
-                float sum[8];
+                // The first loads for these 8 tokens come before the stores for the last 8: the compiler
+                // keeps their order, and otherwise the warp would wait for the loads here.
+                float2 d[SCAN_STEPS];                          // dt, dt x
+                Pack<float, S> B_t[SCAN_STEPS], C_t[SCAN_STEPS];
+                auto load_bc = [&](int j) {                    // tokens 4..7: Bt and Ct are exchanged, see bc
+                    const float* row = bc[j & 3] + (t0 + (j & 4)) * 32;
+                    B_t[j] = load_pack<S>(row + (j & 4) * 4);
+                    C_t[j] = load_pack<S>(row + 16 - (j & 4) * 4);
+                };
+                #pragma unroll
+                for (int j = 0; j < SCAN_STEPS; j += 2)
+                    *(float4*)&d[j] = *(const float4*)(dt_dtx + 2 * (t0 + j));
+                load_bc(0);
+                if (t0 == SCAN_STEPS && i > 0) scan_wait(&sh.stored, (i - 1) & 1);
+                if (t0 > 0) store_sums(sums + t0 - SCAN_STEPS, sum);
+                if (t0 % spacing == 0) {
+                    scan_save<S>(left > 0, saved, h);
+                    saved += next;
+                    left--;
+                }
                 #pragma unroll
                 for (int j = 0; j < SCAN_STEPS; j++) {
-                    // the exclusive-or with 4 (t % 8) exchanges Bt and Ct of tokens 4..7
-                    const float* row = bc[j & 3] + (t0 + (j & 4)) * 32;
-                    Pack<float, S> B_t = load_pack<S>(row + (j & 4) * 4), C_t = load_pack<S>(row + 16 - (j & 4) * 4);
-                    float2 d = *(const float2*)(dt_dtx + 2 * (t0 + j));
+                    if (j > 0) load_bc(j);
                     #pragma unroll
                     for (int n = 0; n < S; n++) {
-                        h[n] = fmaf(exp2_unit(d.x * decay[n]), h[n], d.y * B_t.v[n]);
-                        sum[j] = n == 0 ? h[0] * C_t.v[0] : fmaf(h[n], C_t.v[n], sum[j]);
+                        h[n] = fmaf(exp2_unit(d[j].x * decay[n]), h[n], d[j].y * B_t[j].v[n]);
+                        sum[j] = n == 0 ? h[0] * C_t[j].v[0] : fmaf(h[n], C_t[j].v[n], sum[j]);
                     }
                 }
-                if (t0 == 0 && i > 0) scan_wait(&sh.stored, (i - 1) & 1);
-                *(float4*)(sums + t0) = *(float4*)sum;
-                *(float4*)(sums + t0 + 4) = *(float4*)(sum + 4);
             }
-            saved += TOKENS / SCAN_SAVED * next;
-            left -= TOKENS / SCAN_SAVED;
+            store_sums(sums + TOKENS - SCAN_STEPS, sum);
             scan_arrive_warp(&sh.scanned[i & 1]);
         }
         #pragma unroll
@@ -2591,18 +2418,21 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
     const int v = threadIdx.x - SCAN_THREADS, r = v / (CHANNELS / 8), c = v % (CHANNELS / 8) * 8;
     float bias[8], D[8];
     #pragma unroll
-    for (int k = 0; k < 8; k++) { bias[k] = dt_bias[e0 + c + k] * scan_dt_unit<X>(); D[k] = Dskip[e0 + c + k]; }
+    for (int k = 0; k < 8; k++) {
+        bias[k] = dt_bias[e0 + c + k] * scan_bias_unit<X>();
+        D[k] = Dskip[e0 + c + k];
+    }
     // what the next load reads and the next store writes; both go forward one tile at a time
     const size_t row = b * T + r, at = row * E + e0 + c;
     const X *next_x = x + at, *next_dt = dt_raw + at, *next_z = z + row * ldz + e0 + c;
     X *next_y = y + at, *next_s = s + at;
-    const int n0 = c * 4 / S, swizzle = 4 * (r & 7);           // a thread also has 32 / S of the 32 Bt_t, Ct_t
+    const int n0 = c * 4 / S, swizzle = 4 * (r & 7);           // of the 32 Bt_t, Ct_t: the 32 / S from n0 on
     const X* next_bc = (n0 < 16 ? Bt + n0 : Ct + n0 - 16) + row * ldbc;
     const int* next_doc = doc + row;
 
     auto load = [&](int i) {
-        auto &raw = sh.raw[i & 1];
-        auto &rows = sh.rows[i & 3];
+        auto& raw = sh.raw[i & 1];
+        auto& rows = sh.rows[i & 3];
         const bool inside = i * TOKENS + r < (int)T;
         scan_copy_row(&rows.x[r][c], next_x, inside);
         scan_copy_row(&rows.z[r][c], next_z, inside);
@@ -2620,8 +2450,8 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
         next_doc += TOKENS;
     };
     auto prepare = [&](int i) {
-        const auto &raw = sh.raw[i & 1];
-        auto &tile = sh.tile[i & 1];
+        const auto& raw = sh.raw[i & 1];
+        auto& tile = sh.tile[i & 1];
         float dt[8], dtx[8], bc_r[8];
         scan_load_row(dtx, &sh.rows[i & 3].x[r][c]);
         scan_load_row(dt, &raw.dt_raw[r][c]);
@@ -2736,7 +2566,7 @@ struct ScanBackwardShared {
     // tile as loaded; read by the threads that loaded it
     bf16 z[32][32], s[32][32], dy[32][32], bc[32][32];
     bf16 x[2][32][32], dt[2][32][32];
-    uint2 hs[2][2][SCAN_THREADS];  // saved states, read by the thread that loads them
+    uint2 hs[2][4][SCAN_THREADS];  // saved states, read by the thread that loads them
     int doc[32][2];
     float bias2[32];
 };
@@ -2750,8 +2580,9 @@ __device__ __forceinline__ void scan_store4(bf16* p, size_t i, float4 v) {
 // selective_scan_backward_fast_kernel: the general kernel's formulas. A block of four warps walks tiles of 32
 // tokens, four chunks each, from right to left. A warp owns 8 channels x 16 states as one tensor core matrix:
 // lane (g, q) holds states 4q..4q+3 of channel g, v[0], v[1] = row g, columns 2q, 2q+1, v[2], v[3] = row g+8.
-// In a chunk, 8 steps forward keep a_t and m_t in registers; 8 steps in reverse use them. States are saved
-// every second chunk; before the other chunks come 8 steps that only lead there.
+// In a chunk, 8 steps forward keep a_t and m_t in registers (one exponential per update in all of backward);
+// 8 steps in reverse use them. With SPACING 16 only every second chunk has a saved state; before the others
+// come 8 steps that only lead there.
 //   dtx x Bt, g x Ct   (every channel times every state)  tf32: the A operand holds two steps of dtx, the
 //                      one-hot B operand picks one; g and dtx are rounded to 10 bits, Bt and Ct are exact
 //   q = <lambda, Bt>   lambda as bf16 is an A operand as it lies: rows g are the even, rows g+8 the odd step
@@ -2761,7 +2592,7 @@ __device__ __forceinline__ void scan_store4(bf16* p, size_t i, float4 v) {
 // One block per 32 channels, segment of time (`each` tiles) and sequence; lambda enters a segment as
 // selective_scan_carry_kernel says.
 // P: type of the partial sums in dBC_part (B, blocks, T/32 tiles, 4 chunks, {dBt, dCt}, 32 lanes, 4).
-template <typename P>
+template <typename P, int SPACING>
 __global__ void __launch_bounds__(SCAN_THREADS, 3)
     selective_scan_backward_fast_kernel(bf16* dx, bf16* ddt_raw, bf16* dz, uint32_t lddz,
                                         bf16* y, float* dh0, P* dBC_part, float* de_part,
@@ -2817,10 +2648,11 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             bool known = inside && (c0 == 0 || t > 0);
             scan_copy4(&sh.doc[r0][c0 >> 3], doc + row - (c0 >> 3), known);
         }
-        const int states = (int)((T + SCAN_SAVED - 1) / SCAN_SAVED);
-        const bf16* state = hs + ((size_t)(b * states + i * 2) * E + e0 + ch) * 16 + 4 * q;
-        scan_copy8(&sh.hs[i & 1][0][tid], state, true);
-        scan_copy8(&sh.hs[i & 1][1][tid], state + (size_t)E * 16, i * 2 + 1 < states);
+        const int states = (int)((T + SPACING - 1) / SPACING), state = i * (32 / SPACING);
+        const bf16* from = hs + ((size_t)(b * states + state) * E + e0 + ch) * 16 + 4 * q;
+        #pragma unroll
+        for (int k = 0; k < 32 / SPACING; k++, from += (size_t)E * 16)
+            scan_copy8(&sh.hs[i & 1][k][tid], from, state + k < states);
         copy_async_commit();
     };
     auto prepare = [&](int i) {
@@ -2910,12 +2742,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             const float* pdtx = &chunk.dtx[chunk.at(ch) + 2 * (q >> 1)];
             const float* pg = &chunk.g[chunk.at(ch) + 2 * (q >> 1)];
             float h[4], a[8][4], m[8][4], dt[8], dB[4] = {0, 0, 0, 0}, dC[4] = {0, 0, 0, 0};
-            uint2 start = sh.hs[i & 1][k >> 1][tid];
+            uint2 start = sh.hs[i & 1][k / (SPACING / 8)][tid];
             h[0] = scan_low(start.x);
             h[1] = scan_high(start.x);
             h[2] = scan_low(start.y);
             h[3] = scan_high(start.y);
-            if (k & 1) {                                       // the state was saved 8 tokens earlier
+            if (SPACING == 16 && k & 1) {                                       // the state was saved 8 tokens earlier
                 const ScanBackwardChunk& left = sh.chunk[k - 1];
                 #pragma unroll
                 for (int f = 0; f < 2; f++) {
@@ -3198,7 +3030,6 @@ __global__ void __launch_bounds__(256)
 
 // ScanPartial: type of the fast backward's partial sums (float works too). bf16 halves the traffic, 100 MB at
 // B=8 T=2048 E=1536: 0.430 instead of 0.45 ms (H200); dBt and dCt, errors up to 4e-3, get about 0.5e-3 worse.
-// Measured there: forward 0.175 ms, 0.169 without s and hs; copy bandwidth 4.17 TB/s in the same run.
 typedef bf16 ScanPartial;
 
 static inline bool scan_aligned(const void* p, size_t stride) {
@@ -3233,12 +3064,13 @@ static inline void scan_launch_forward_fast(X* y, X* s, X* hs, float* hT, const 
                                             const float* dt_bias, const float* A_log, const X* Bt,
                                             const X* Ct, size_t ldbc, const float* Dskip, const X* z,
                                             size_t ldz, const float* h0, const int* doc, size_t B, size_t T,
-                                            size_t E, cudaStream_t stream) {
+                                            size_t E, int spacing, cudaStream_t stream) {
     typedef ScanForwardShared<X, S> Shared;
     auto kernel = selective_scan_forward_fast_kernel<X, S>;
     scan_allow_shared(kernel, sizeof(Shared));
-    kernel<<<(unsigned)(B * (E / Shared::CHANNELS)), SCAN_THREADS + Shared::HELPERS, sizeof(Shared), stream>>>(
-        y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E);
+    const unsigned blocks = (unsigned)(B * (E / Shared::CHANNELS));
+    kernel<<<blocks, SCAN_THREADS + Shared::HELPERS, sizeof(Shared), stream>>>(
+        y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, spacing);
     cudaCheck(cudaGetLastError());
 }
 static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, size_t lddz,
@@ -3249,7 +3081,7 @@ static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, 
                                              const float* dt_bias, const float* A_log, const bf16* Bt,
                                              const bf16* Ct, size_t ldbc, const float* Dskip,
                                              const bf16* z, size_t ldz, const int* doc, float* scratch,
-                                             size_t B, size_t T, size_t E, size_t segments,
+                                             size_t B, size_t T, size_t E, int spacing, size_t segments,
                                              cudaStream_t stream) {
     const size_t blocks = scan_blocks_cuda(E), tiles = scan_padded_cuda(T) / 32;
     const size_t each = (tiles + segments - 1) / segments;
@@ -3257,7 +3089,8 @@ static inline void scan_launch_backward_fast(bf16* dx, bf16* ddt_raw, bf16* dz, 
     float* dt_sum = local + segments * B * E * 16;
     float* de_part = dt_sum + segments * B * E;
     ScanPartial* dBC_part = (ScanPartial*)scratch;
-    auto kernel = selective_scan_backward_fast_kernel<ScanPartial>;
+    auto kernel = spacing == 8 ? selective_scan_backward_fast_kernel<ScanPartial, 8>
+                               : selective_scan_backward_fast_kernel<ScanPartial, 16>;
     scan_allow_shared(kernel, sizeof(ScanBackwardShared));
     if (segments > 1) {
         selective_scan_carry_kernel<<<(unsigned)(blocks * (segments - 1) * B), SCAN_THREADS, 0, stream>>>(
@@ -3282,16 +3115,17 @@ static inline void scan_launch_backward_fast(float*, float*, float*, size_t, flo
                                              const float*, const float*, const float*, const float*,
                                              const float*, const float*, const float*, const float*, size_t,
                                              const float*, const float*, size_t, const int*, float*, size_t,
-                                             size_t, size_t, size_t, cudaStream_t) {}
+                                             size_t, size_t, int, size_t, cudaStream_t) {}
 
 // selective_scan_forward_cuda: formulas at the top of this section.
 //   y (B,T,E) written   s (B,T,E), hs selective_scan_saved_cuda() elements: for backward, NULL in inference
 //   hT, h0 (B,E,N) float, each may be NULL, may be one array   doc (B,T) or NULL; h0 is of document 0
+//   spacing: tokens between two states in hs, 8 or 16
 template <typename X>
 void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
                                  const float* dt_bias, const float* A_log, const X* Bt, const X* Ct,
                                  size_t ldbc, const float* Dskip, const X* z, size_t ldz, const float* h0,
-                                 const int* doc, size_t B, size_t T, size_t E, size_t N,
+                                 const int* doc, size_t B, size_t T, size_t E, size_t N, int spacing,
                                  cudaStream_t stream) {
     const size_t w = sizeof(X);
     if (N == 16 && E % SCAN_CHANNELS == 0 && B * T < (size_t)1 << 31 && is_aligned(x, 16, E * w) &&
@@ -3300,29 +3134,31 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
         is_aligned(hs, 16, E * w) && is_aligned(hT, 16, 16) && is_aligned(h0, 16, 16)) {
         int sms = 1;
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
-        auto launch = 2 * B * scan_blocks_cuda(E) > 3 * (size_t)sms ? scan_launch_forward_fast<X, 4>
-                                                                     : scan_launch_forward_fast<X, 2>;
-        launch(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, B, T, E, stream);
+        // few channels: blocks of half the size, as long as every processor has at most one of them
+        const bool few = B * E / 16 <= (size_t)sms;
+        auto launch = few ? scan_launch_forward_fast<X, 2> : scan_launch_forward_fast<X, 4>;
+        launch(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, B, T, E,
+               spacing, stream);
         return;
     }
     size_t bytes = scan_shared_bytes(sizeof(ScanTile), SCAN_STEPS, N, 2);
     scan_allow_shared(selective_scan_forward_kernel<X>, bytes);
     selective_scan_forward_kernel<X><<<(unsigned)(scan_blocks_cuda(E) * B), SCAN_THREADS, bytes, stream>>>(
-        y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, N);
+        y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, N, spacing);
     cudaCheck(cudaGetLastError());
 }
 
 // selective_scan_backward_cuda: formulas at selective_scan_backward_kernel. dy is the gradient of y.
 //   dx, ddt_raw (B,T,E), dz (row stride lddz), dBt, dCt (row stride lddbc), dh0, y: written
 //   dA_log (E,N), dDskip, ddt_bias (E): added to   dh0, dhT (B,E,N), doc: may be NULL
-//   hs, s: as forward left them   scratch: selective_scan_scratch_cuda() floats
+//   hs (with this spacing), s: as forward left them   scratch: selective_scan_scratch_cuda() floats
 template <typename X>
 void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, float* dA_log, float* dDskip,
                                   float* ddt_bias, X* dBt, X* dCt, size_t lddbc, float* dh0, const X* dy,
                                   const float* dhT, const X* hs, const X* s, const X* x, const X* dt_raw,
                                   const float* dt_bias, const float* A_log, const X* Bt, const X* Ct,
                                   size_t ldbc, const float* Dskip, const X* z, size_t ldz, const int* doc,
-                                  float* scratch, size_t B, size_t T, size_t E, size_t N,
+                                  float* scratch, size_t B, size_t T, size_t E, size_t N, int spacing,
                                   cudaStream_t stream) {
     if (scan_is_fast(x, Bt, Ct, ldbc, z, ldz, B, T, E, N) && scan_aligned(dx, E) &&
         scan_aligned(ddt_raw, E) && scan_aligned(dz, lddz) && scan_aligned(y, E) && scan_aligned(dh0, E) &&
@@ -3330,16 +3166,16 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
         scan_aligned(scratch, E)) {
         scan_launch_backward_fast(dx, ddt_raw, dz, lddz, y, dA_log, dDskip, ddt_bias, dBt, dCt, lddbc, dh0,
                                   dy, dhT, hs, s, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, doc,
-                                  scratch, B, T, E, scan_segments_cuda(B, T, E), stream);
+                                  scratch, B, T, E, spacing, scan_segments_cuda(B, T, E), stream);
         return;
     }
     size_t blocks = scan_blocks_cuda(E);
-    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3);
+    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_PAIR, N, 3);
     float* de_part = scratch + blocks * B * T * 2 * N;
     scan_allow_shared(selective_scan_backward_kernel<X>, bytes);
     selective_scan_backward_kernel<X><<<(unsigned)(blocks * B), SCAN_THREADS, bytes, stream>>>(
         dx, ddt_raw, dz, lddz, y, dh0, scratch, de_part, dy, dhT, hs, s, x, dt_raw, dt_bias, A_log, Bt, Ct,
-        ldbc, Dskip, z, ldz, doc, T, E, N);
+        ldbc, Dskip, z, ldz, doc, T, E, N, spacing);
     cudaCheck(cudaGetLastError());
     size_t results = B * T * 2 * N + E * (N + 2);
     selective_scan_reduce_kernel<X><<<(unsigned)((results + 255) / 256), 256, 0, stream>>>(
@@ -3351,11 +3187,9 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // 4.10 Decoding: one token of each of a few sequences
 //
 // With one token per sequence every weight is read to be used a few times: the time of a token is the time of
-// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what lies between the kernels. So a
-// Mamba-1 layer is four kernels,
+// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what lies between the kernels, about
+// 2.5 us for each. So a Mamba-1 layer is four kernels:
 //   norm + W_in + conv | W_x | W_dt + state + gate | W_out
-// and each begins before the one before it has ended: it loads its weights, which depend on nothing, into
-// registers, and then waits (programmatic dependent launch, from sm_90 on; without it they run in turn).
 
 enum { DECODE_WARPS = 8, DECODE_ROWS = 64 };     // DECODE_ROWS: the most sequences
 
@@ -3410,8 +3244,6 @@ decode_linear_kernel(const DecodeLinear a) {
         w_low[i] = __ldg((const uint4*)(low + 32 * c));
         w_high[i] = __ldg((const uint4*)(high + 32 * c));
     }
-    allow_next();
-    wait_for_previous();
     if (NORM) {
         // every block does it again, for at most 8 rows; 1/rms is a factor of the whole row and comes last
         for (int n = 0; n < a.rows; n++) {
@@ -3507,11 +3339,12 @@ static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
     if (!a.act) {
         size_t shared = 8 * (a.K + 32) * sizeof(bf16);
         scan_allow_shared(decode_linear_kernel<1, true>, shared);
-        launch_early(decode_linear_kernel<1, true>, blocks, threads, shared, stream, a);
-    } else if (a.rows <= 8) launch_early(decode_linear_kernel<1, false>, blocks, threads, 0, stream, a);
-    else if (a.rows <= 16) launch_early(decode_linear_kernel<2, false>, blocks, threads, 0, stream, a);
-    else if (a.rows <= 32) launch_early(decode_linear_kernel<4, false>, blocks, threads, 0, stream, a);
-    else launch_early(decode_linear_kernel<8, false>, blocks, threads, 0, stream, a);
+        decode_linear_kernel<1, true><<<blocks, threads, shared, stream>>>(a);
+    } else if (a.rows <= 8) decode_linear_kernel<1, false><<<blocks, threads, 0, stream>>>(a);
+    else if (a.rows <= 16) decode_linear_kernel<2, false><<<blocks, threads, 0, stream>>>(a);
+    else if (a.rows <= 32) decode_linear_kernel<4, false><<<blocks, threads, 0, stream>>>(a);
+    else decode_linear_kernel<8, false><<<blocks, threads, 0, stream>>>(a);
+    cudaCheck(cudaGetLastError());
 }
 
 // decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to (F8)
@@ -3537,8 +3370,6 @@ decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16
         decay[i] = 4 * l + i < N ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
         state[i] = 4 * l + i < N ? h[(n0 * E + e) * N + 4 * l + i] : 0.0f;
     }
-    allow_next();
-    wait_for_previous();
     for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP) rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
     __syncthreads();
     for (int n = n0; n < n1; n++, rbc_n += RBC) {
@@ -3574,9 +3405,10 @@ static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, 
                              size_t ldz, size_t rows, size_t E, size_t N, size_t R, cudaStream_t stream) {
     size_t each = rows > 16 ? 8 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
     scan_allow_shared(decode_scan_kernel, shared);
-    launch_early(decode_scan_kernel, dim3((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each)), 4 * WARP,
-                 shared, stream, y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z, ldz, (int)rows, (int)each, E,
-                 (int)N, (int)R);
+    dim3 grid((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each));
+    decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z, ldz,
+                                                           (int)rows, (int)each, E, (int)N, (int)R);
+    cudaCheck(cudaGetLastError());
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -3821,6 +3653,9 @@ enum { P_MLP_NORM, P_FC1, P_FC2 };    // MlpParams
 static_assert(FIELDS(Mamba1Params) == P_OUT_BIAS + 1 && FIELDS(MlpParams) == P_FC2 + 1,
               "the fields of train_mamba.c");
 
+// scan_spacing: tokens between two saved states; with --recompute cheap every second one is made again
+static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 16 : SCAN_SPACING; }
+
 // mamba1_block_forward_cuda: delta_out = Mamba(RMSNorm(res)), res = res_in + delta_in.
 // state: conv and ssm, float, NULL: zeros
 template <typename X>
@@ -3843,7 +3678,7 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                         stream);
     selective_scan_forward_cuda<X>(w->y, a->s, a->hs, stateT[1], a->x, a->dt_raw, L->p[P_DT_BIAS],
                                    L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                   2 * E, state0[1], run->doc, B, T, E, N, stream);
+                                   2 * E, state0[1], run->doc, B, T, E, N, scan_spacing(run->recompute), stream);
     matmul_forward_cuda(run->matmul, w->delta, D, w->y, E, L->px[P_OUT], L->p[P_OUT_BIAS], M, E, D, stream);
 }
 
@@ -3872,7 +3707,7 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                     L->grad[P_DT_BIAS], w->drbc + R, w->drbc + R + N, RBC, (float*)NULL,
                                     w->dy, (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, L->p[P_DT_BIAS],
                                     L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                    2 * E, run->doc, w->sums, B, T, E, N, stream);
+                                    2 * E, run->doc, w->sums, B, T, E, N, scan_spacing(run->recompute), stream);
     linear_backward_weight(run, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E, w->sums, E, D);
     linear_backward_weight(run, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC, w->sums, R, E);
     matmul_backward_cuda(mm, w->drbc, RBC, false, (float*)NULL, (float*)NULL, w->ddt, E, (const X*)NULL, 0,
@@ -4089,7 +3924,7 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
         TAKE(keep_cheap, dt_raw, M * E);
         if (!train) continue;
         TAKE(keep, s, M * E);
-        TAKE(keep, hs, selective_scan_saved_cuda(B, T, E, N));
+        TAKE(keep, hs, selective_scan_saved_cuda(B, T, E, N, scan_spacing(w->recompute)));
         #undef TAKE
     }
     arena_take(arena, &w->res_last, M * D);
@@ -4350,7 +4185,6 @@ static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<fl
 __global__ void __launch_bounds__(1024) argmax_kernel(int* token, const float* logits, size_t ld, int n) {
     __shared__ float best_of[WARP];
     __shared__ int index_of[WARP];
-    wait_for_previous();
     const float* row = logits + blockIdx.x * ld;
     float best = -INFINITY;
     int index = INT_MAX;
@@ -4894,8 +4728,10 @@ static void cuda_decode_greedy(Backend* b, Session* s, const int* tokens, int* n
     decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
         cudaStream_t stream = cuda_of<X>(b)->stream;
         decode_launch<X>(b, s, 0, s->rows, 1, true);
-        launch_early(argmax_kernel, (unsigned)s->rows, 1024, 0, stream, d->work.batch.targets, d->logits,
-                     (size_t)b->model->config.vocab_padded, (int)b->model->config.vocab_size);
+        argmax_kernel<<<(unsigned)s->rows, 1024, 0, stream>>>(d->work.batch.targets, d->logits,
+                                                              (size_t)b->model->config.vocab_padded,
+                                                              (int)b->model->config.vocab_size);
+        cudaCheck(cudaGetLastError());
         to_host(d->host_tokens, d->work.batch.targets, s->rows, stream);
     });
     memcpy(next, d->host_tokens, s->rows * sizeof(int));

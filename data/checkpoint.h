@@ -163,6 +163,12 @@ bool model_load_tensors(Model* m, const SafeTensors* st, Error* err) {
 bool checkpoint_open(Model* m, SafeTensors* st, const char* dir, Error* err) {
     Config config;
     if (!config_read(&config, dir, err) || !weights_open(st, dir, err)) return false;
+    if (config.n_layer > st->n) {    // before the table of so many layers is made
+        fail(err, "%s: config.json says %lld layers, but the weights are only %d tensors", dir,
+             (long long)config.n_layer, st->n);
+        safetensors_close(st);
+        return false;
+    }
     model_describe(m, &config);
     if (model_expect(m, st, err)) return true;
     safetensors_close(st);

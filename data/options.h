@@ -247,7 +247,7 @@ static const char* nearest_option(const char* name, int word) {
     for (int i = 0; i < N_OPTIONS && strlen(name) < 40; i++) {
         if (!options[i].name || !(options[i].words & word)) continue;
         char plain[40];                         // --learning_rate and the like
-        snprintf(plain, sizeof plain, "%s", name);
+        snprintf(plain, sizeof plain, "%.39s", name);
         for (char* p = plain; *p; p++) if (*p == '_') *p = '-';
         int distance = edit_distance(plain, options[i].name);
         if (distance < best_distance) { best_distance = distance; best = options[i].name; }

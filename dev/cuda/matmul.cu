@@ -94,6 +94,141 @@ static void cublas_timed(void) { run(&proposed, timed); }
 static int current;
 static void cublas_current(void) { run(&proposed, current); }
 
+// short_matmul: out (M,O) = inp (M,K) W, added to what out holds with `add`, for K of at most 96 that is a
+// multiple of 8: the forward pass of dt_proj (W[k,o] = weight[o,k], WEIGHT_OK), the gradient of the input of
+// x_proj (W[k,o] = weight[k,o]).   row strides ldo, ldi   weight (O,K) or (K,O)
+// With so few terms there is nothing to compute: it is a copy into (M,O), or an addition to it. A warp keeps
+// the W of its 32 columns in registers, in the layout that the tensor core wants, and marches down the tokens
+// of its block, 32 at a time; what it will add to is on its way to shared memory three steps ahead.
+//
+// mma.m16n8k16 multiplies a 16 x 16 piece of inp by 16 x 8 of W. Of its result, the lane 4 g + t of a warp
+// holds columns 2 t and 2 t + 1 in rows g and g + 8. Which columns of out these are is ours to say: in four
+// mma together, lane t gets columns 8 t .. 8 t + 7 of the warp's 32, which are one store of 16 bytes.
+// It does not ship: faster than cuBLASLt here (H200: x_proj dgrad 39 us for 44), but the step of mamba-130m
+// was not (see the table).
+enum { SHORT_ROWS = 32, SHORT_STAGES = 4, SHORT_WARPS = 8 };
+enum { SHORT_COLUMNS = 32 * SHORT_WARPS, SHORT_THREADS = WARP * SHORT_WARPS };
+
+// row stride of inp in shared memory: eight rows, one 16-byte piece of each, lie in different banks
+__host__ __device__ constexpr int short_stride(int steps) { return steps * 16 + 8; }
+
+// the 16 x 16 piece at p (row stride in elements) for mma
+__device__ __forceinline__ void load_matrix(uint32_t* a, const bf16* p, int stride) {
+    int lane = (int)threadIdx.x % WARP;
+    unsigned from = (unsigned)__cvta_generic_to_shared(p + lane % 16 * stride + lane / 16 * 8);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from));
+}
+__device__ __forceinline__ void mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// STEPS: K / 16, rounded up.   tokens: of a block
+template <int STEPS, bool WEIGHT_OK>
+__global__ void __launch_bounds__(SHORT_THREADS, 2)
+short_matmul_kernel(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf16* weight, bool add, int M,
+                    int K, int O, int tokens) {
+    const int LD = short_stride(STEPS);
+    extern __shared__ uint4 short_shared[];                     // 16 bytes each
+    uint4* before = short_shared;                               // [SHORT_STAGES][4][SHORT_THREADS], with add
+    bf16* rows = (bf16*)(short_shared + (add ? SHORT_STAGES * 4 * SHORT_THREADS : 0));
+    // rows [SHORT_STAGES][SHORT_ROWS][LD]
+    int tid = (int)threadIdx.x, g = tid % WARP / 4, t = tid % 4;
+    int column0 = (int)blockIdx.x * SHORT_COLUMNS + tid / WARP * 32;
+    int m_begin = (int)blockIdx.y * tokens, m_end = min(M, m_begin + tokens), pieces = K / 8;
+    bool mine = column0 + 8 * t < O;
+    bf16* out_t = out + column0 + 8 * t;
+
+    auto copy = [&](int m0, int stage) {
+        for (int i = tid; m0 < m_end && i < SHORT_ROWS * pieces; i += SHORT_THREADS) {
+            int r = i / pieces, piece = i - r * pieces;
+            copy_async<16>(rows + (stage * SHORT_ROWS + r) * LD + piece * 8,
+                           inp + (size_t)min(m0 + r, M - 1) * ldi + piece * 8);
+        }
+        #pragma unroll
+        for (int q = 0; q < 4; q++)
+            if (add && mine && m0 + g + 8 * q < m_end)
+                copy_async<16>(before + (stage * 4 + q) * SHORT_THREADS + tid,
+                               out_t + (size_t)(m0 + g + 8 * q) * ldo);
+        copy_async_commit();
+    };
+    // the terms that round K up to 16: zeros, so that they are not NaN
+    for (int i = tid; K % 16 && i < SHORT_STAGES * SHORT_ROWS; i += SHORT_THREADS)
+        *(uint4*)(rows + i * LD + K) = make_uint4(0, 0, 0, 0);
+    for (int s = 0; s < SHORT_STAGES - 1; s++) copy(m_begin + s * SHORT_ROWS, s);
+
+    uint32_t w[STEPS][4][2];                                    // W[k], W[k+1] of column o
+    #pragma unroll
+    for (int i = 0; i < STEPS * 8; i++) {
+        int step = i / 8, j = i / 2 % 4, k = step * 16 + i % 2 * 8 + 2 * t;
+        int o = column0 + 8 * (g / 2) + 2 * j + g % 2;
+        uint32_t pair = 0;
+        if (o < O && k < K && WEIGHT_OK) pair = *(const uint32_t*)(weight + (size_t)o * K + k);
+        if (o < O && k < K && !WEIGHT_OK)
+            pair = *(const uint16_t*)(weight + (size_t)k * O + o) |
+                   (uint32_t)*(const uint16_t*)(weight + (size_t)(k + 1) * O + o) << 16;
+        w[step][j][i % 2] = pair;
+    }
+    int stage = 0;
+    for (int m0 = m_begin; m0 < m_end; m0 += SHORT_ROWS) {
+        copy_async_wait(SHORT_STAGES - 2);
+        __syncthreads();                                       // all are done with the stage filled next
+        copy(m0 + (SHORT_STAGES - 1) * SHORT_ROWS, (stage + SHORT_STAGES - 1) % SHORT_STAGES);
+        float sum[2][4][4] = {};
+        #pragma unroll
+        for (int i = 0; i < STEPS * 2; i++) {
+            uint32_t a[4];
+            load_matrix(a, rows + (stage * SHORT_ROWS + i % 2 * 16) * LD + i / 2 * 16, LD);
+            #pragma unroll
+            for (int j = 0; j < 4; j++) mma_bf16(sum[i % 2][j], a, w[i / 2][j][0], w[i / 2][j][1]);
+        }
+        #pragma unroll
+        for (int q = 0; q < 4; q++) {                           // row g + 8 q
+            int m = m0 + g + 8 * q;
+            if (!mine || m >= m_end) continue;
+            float v[8], was[8];
+            #pragma unroll
+            for (int j = 0; j < 8; j++) v[j] = sum[q / 2][j / 2][q % 2 * 2 + j % 2];
+            if (add) {
+                unpack<8>(was, load_pack<8>((const bf16*)(before + (stage * 4 + q) * SHORT_THREADS + tid)));
+                #pragma unroll
+                for (int j = 0; j < 8; j++) v[j] += was[j];
+            }
+            store_pack<8>(out_t + (size_t)m * ldo, v);
+        }
+        stage = (stage + 1) % SHORT_STAGES;
+    }
+}
+
+template <int STEPS, bool WEIGHT_OK>
+static void short_matmul_launch(bf16* out, size_t ldo, const bf16* inp, size_t ldi, const bf16* weight,
+                                bool add, size_t M, size_t K, size_t O, cudaStream_t stream) {
+    int processors;
+    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
+    size_t slices = (O + SHORT_COLUMNS - 1) / SHORT_COLUMNS, parts = 2 * (size_t)processors / slices;
+    size_t tokens = parts ? (M + parts - 1) / parts : M;
+    tokens = (tokens + SHORT_ROWS - 1) / SHORT_ROWS * SHORT_ROWS;
+    size_t bytes = SHORT_ROWS * short_stride(STEPS) * sizeof(bf16) + (add ? 4 * 16 * SHORT_THREADS : 0);
+    bytes *= SHORT_STAGES;
+    cudaCheck(cudaFuncSetAttribute(short_matmul_kernel<STEPS, WEIGHT_OK>,
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    dim3 grid((unsigned)slices, (unsigned)((M + tokens - 1) / tokens));
+    short_matmul_kernel<STEPS, WEIGHT_OK><<<grid, SHORT_THREADS, bytes, stream>>>(
+        out, ldo, inp, ldi, weight, add, (int)M, (int)K, (int)O, (int)tokens);
+    cudaCheck(cudaGetLastError());
+}
+
+static void short_sums(void) {
+    if (pass == FORWARD)
+        short_matmul_launch<3, true>(out, lin.ldo, inp, lin.ldi, weight, false, lin.M, lin.I, lin.O, 0);
+    else
+        short_matmul_launch<5, false>(dinp, lin.ldi, dout, lin.ldo, weight, lin.add_dinp, lin.M, lin.O, lin.I,
+                                      0);
+}
+
 static void shipped(void) {
     if (pass == FORWARD)
         matmul_forward_cuda(&mm, out, lin.ldo, inp, lin.ldi, weight, (const float*)NULL, lin.M, lin.I, lin.O,
@@ -108,6 +243,13 @@ static const Rung rungs[] = {
     {"one thread per sum", naive, 0},
     {"cuBLASLt, the first of its proposals", cublas_first, 0},
     {"cuBLASLt, the fastest of its proposals", cublas_timed, 0},
+    {"shipped", shipped, 0},
+};
+static const Rung short_rungs[] = {
+    {"one thread per sum", naive, 0},
+    {"cuBLASLt, the first of its proposals", cublas_first, 0},
+    {"cuBLASLt, the fastest of its proposals", cublas_timed, 0},
+    {"the weight in registers", short_sums, 0},
     {"shipped", shipped, 0},
 };
 
@@ -275,8 +417,17 @@ __global__ void differ_kernel(unsigned* count, const unsigned* a, const unsigned
         if (a[i] != b[i]) atomicAdd(count, 1u);
 }
 
+// a property of proposal i, of 4 or 2 bytes
 static int algorithm(int i, cublasLtMatmulAlgoConfigAttributes_t name) {
-    return matmul_config(&proposed.candidate[i].algo, name);
+    const cublasLtMatmulAlgo_t* algo = &proposed.candidate[i].algo;
+    int32_t wide = 0;
+    uint16_t narrow = 0;
+    size_t written;
+    if (cublasLtMatmulAlgoConfigGetAttribute(algo, name, &wide, sizeof wide, &written) ==
+        CUBLAS_STATUS_SUCCESS)
+        return wide;
+    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(algo, name, &narrow, sizeof narrow, &written));
+    return narrow;
 }
 
 // table_row: the proposals of one matmul and what ships, timed in turn (one after the other would compare the
@@ -381,9 +532,9 @@ int main(int argc, char** argv) {
          0, 2 * T * E * 768, 2 * T * E * 768 / roof * 1e-9},
         {"x_proj forward", "M 16384, 1536 -> 80, bf16", rungs, COUNT(rungs), setup_x_forward,
          2 * (T * (E + 80) + E * 80), 0, 0},
-        {"x_proj dgrad", "M 16384, 80 -> 1536, bf16, added", rungs, COUNT(rungs), setup_x_dgrad,
+        {"x_proj dgrad", "M 16384, 80 -> 1536, bf16, added", short_rungs, COUNT(short_rungs), setup_x_dgrad,
          2 * (T * (E * 2 + 80) + E * 80), 0, 0},
-        {"dt_proj forward", "M 16384, 48 -> 1536, bf16", rungs, COUNT(rungs), setup_dt_forward,
+        {"dt_proj forward", "M 16384, 48 -> 1536, bf16", short_rungs, COUNT(short_rungs), setup_dt_forward,
          2 * (T * (E + 48) + E * 48), 0, 0},
         {"in_proj wgrad", "M 16384, 768 -> 3072, bf16, added to fp32", alone_rungs, 1, setup_in_wgrad,
          0, 2 * T * 768 * 2 * E, 2 * T * 768 * 2 * E / roof * 1e-9},

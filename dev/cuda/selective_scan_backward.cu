@@ -4,7 +4,7 @@
 // h again, lambda = dLoss/dh backward in time, and four sums:
 //   over channels   dBt_t[n] = sum_e lambda dt x    dCt_t[n] = sum_e g h         g = dy silu(z)
 //   over states     q = sum_n lambda B_n            r = sum_n lambda A_n m_n      m = a h_{t-1}
-// The floor is not memory (505 MB, 0.12 ms on an H200) but instructions. One update needs at least 12 of them
+// The floor is not memory (558 MB, 0.13 ms on an H200) but instructions. One update needs at least 12 of them
 // (dt A, exp, dt x B, h; lambda, q, a lambda, m, r, dA, dBt, dCt), and a GPU with 132 processors starts 128
 // per clock on each of them: 402.7M updates x 12 / (132 x 128 x 1.7 GHz) = 0.168 ms at B8 T2048 E1536. The
 // exponentials alone need 0.112 ms: the special function units make 16 per clock and processor.
@@ -13,8 +13,8 @@
 enum { N = 16, DIMS = 2 * N, LD = DIMS };                      // bc: Bt_t, then Ct_t
 static const size_t TIMED[2][3] = {{8, 2048, 1536}, {2, 32768, 1536}};
 static size_t B, T, E;
-// inputs and outputs as the launcher has them
-static bf16 *x, *dt_raw, *z, *dy, *bc, *y, *s, *hs, *dx, *ddt, *dz, *dBt, *dCt;
+// inputs and outputs as the launcher has them; hs: states saved every 16 tokens, hs8: every 8
+static bf16 *x, *dt_raw, *z, *dy, *bc, *y, *s, *hs, *hs8, *dx, *ddt, *dz, *dBt, *dCt;
 static float *dt_bias, *A_log, *Dskip, *dA_log, *dDskip, *ddt_bias, *scratch;
 static int* doc;
 // what single rungs need besides: dt and g as floats, every state, sums of dBt and dCt, sums of channels
@@ -320,25 +320,25 @@ static void launch_line(void) {
 
 static void launch_general(void) {
     size_t blocks = scan_blocks_cuda(E);
-    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_SAVED, N, 3);
+    size_t bytes = scan_shared_bytes(sizeof(ScanBackwardTile), SCAN_PAIR, N, 3);
     scan_allow_shared(selective_scan_backward_kernel<bf16>, bytes);
     selective_scan_backward_kernel<bf16><<<(unsigned)(blocks * B), SCAN_THREADS, bytes>>>(
         dx, ddt, dz, E, y, NULL, scratch, de, dy, NULL, hs, s, x, dt_raw, dt_bias, A_log, bc, bc + N, LD,
-        Dskip, z, E, doc, T, E, N);
+        Dskip, z, E, doc, T, E, N, 16);
     cudaCheck(cudaGetLastError());
     reduce(scratch, blocks);
 }
 
-static void launch_whole(void) {                               // one segment of time
-    scan_launch_backward_fast(dx, ddt, dz, E, y, dA_log, dDskip, ddt_bias, dBt, dCt, N, NULL, dy, NULL, hs, s,
-                              x, dt_raw, dt_bias, A_log, bc, bc + N, LD, Dskip, z, E, doc, scratch, B, T, E,
-                              1, 0);
+template <int SPACING> static void launch_whole(void) {         // one segment of time
+    scan_launch_backward_fast(dx, ddt, dz, E, y, dA_log, dDskip, ddt_bias, dBt, dCt, N, NULL, dy, NULL,
+                              SPACING == 8 ? hs8 : hs, s, x, dt_raw, dt_bias, A_log, bc, bc + N, LD, Dskip, z,
+                              E, doc, scratch, B, T, E, SPACING, 1, 0);
 }
 
 static void launch_shipped(void) {
     selective_scan_backward_cuda<bf16>(dx, ddt, dz, E, y, dA_log, dDskip, ddt_bias, dBt, dCt, N, (float*)NULL,
-                                       dy, (const float*)NULL, hs, s, x, dt_raw, dt_bias, A_log, bc, bc + N,
-                                       LD, Dskip, z, E, doc, scratch, B, T, E, N, 0);
+                                       dy, (const float*)NULL, hs8, s, x, dt_raw, dt_bias, A_log, bc, bc + N,
+                                       LD, Dskip, z, E, doc, scratch, B, T, E, N, 8, 0);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -366,12 +366,15 @@ static void setup_problem(const size_t* size, bool docs) {
     y = nan_array<bf16>(ME); s = nan_array<bf16>(ME); dx = nan_array<bf16>(ME); ddt = nan_array<bf16>(ME);
     dz = nan_array<bf16>(ME); dBt = nan_array<bf16>(M * N); dCt = nan_array<bf16>(M * N);
     dA_log = nan_array<float>(E * N); dDskip = nan_array<float>(E); ddt_bias = nan_array<float>(E);
-    hs = nan_array<bf16>(selective_scan_saved_cuda(B, T, E, N));
+    hs = nan_array<bf16>(selective_scan_saved_cuda(B, T, E, N, 16));
+    hs8 = nan_array<bf16>(selective_scan_saved_cuda(B, T, E, N, 8));
     scratch = nan_array<float>(selective_scan_scratch_cuda(B, T, E, N));
     dBC = nan_array<float>((E / 16) * M * DIMS);
     de = nan_array<float>(B * E * (N + 2));
-    selective_scan_forward_cuda<bf16>(y, s, hs, (float*)NULL, x, dt_raw, dt_bias, A_log, bc, bc + N, LD,
-                                      Dskip, z, E, (const float*)NULL, doc, B, T, E, N, 0);
+    for (int spacing = 8; spacing <= 16; spacing += 8)
+        selective_scan_forward_cuda<bf16>(y, s, spacing == 8 ? hs8 : hs, (float*)NULL, x, dt_raw, dt_bias, A_log,
+                                          bc, bc + N, LD, Dskip, z, E, (const float*)NULL, doc, B, T, E, N,
+                                          spacing, 0);
     if (T <= 2048) {                                           // rungs 1 to 4
         dt32 = nan_array<float>(ME);
         g32 = nan_array<float>(ME);
@@ -432,19 +435,20 @@ static const Rung wide[] = {
     {"dBt, dCt summed per block, no atomics", launch_state<3>, 0},
     {"as published: block = channel, parallel in time, atomics", launch_line, 0},
     {"lane = 4 states, 8 steps in registers (the general path)", launch_general, 0},
-    {"sums over channels and states by the tensor core", launch_whole, 0},
-    {"shipped", launch_shipped, 0},
+    {"sums over channels and states by the tensor core", launch_whole<16>, 0},
+    {"shipped: h saved every 8 tokens", launch_shipped, 0},
 };
 static const Rung longer[] = {
     {"lane = 4 states, 8 steps in registers (the general path)", launch_general, 0},
-    {"sums over channels and states by the tensor core", launch_whole, 0},
+    {"sums over channels and states by the tensor core", launch_whole<16>, 0},
+    {"h saved every 8 tokens", launch_whole<8>, 0},
     {"shipped: time in segments as well", launch_shipped, 0},
 };
 
 // read: x, dt_raw, z, s, dy, bc, hs; written: dx, ddt_raw, dz, y, dBt, dCt
 static double bytes_of(const size_t* size) {
     double M = (double)(size[0] * size[1]), Ed = (double)size[2];
-    return M * (9 * 2 * Ed + 2 * 2 * DIMS + 2 * Ed * N / SCAN_SAVED);
+    return M * (9 * 2 * Ed + 2 * 2 * DIMS + 2 * Ed * N / 8);
 }
 static double floor_of(const size_t* size) {                   // milliseconds, see the top
     return (double)(size[0] * size[1] * size[2] * N) * 12 / (132 * 128 * 1.7e9) * 1e3;

@@ -168,12 +168,10 @@ def read_dialect(directory, dialect, config):
     return {k.replace("embedding.", "embeddings."): v for k, v in tensors.items()}, keys
 
 
-# what MambaConfig of mamba_ssm 2.2 and later takes (mamba_ssm/models/config_mamba.py);
-any other key is an error
-MAMBA_SSM_KEYS =
-    {"d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg",
-                  "rms_norm", "residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple",
-                      "tie_embeddings"}
+# what MambaConfig of mamba_ssm 2.2 and later takes (models/config_mamba.py); any other key is an error
+MAMBA_SSM_KEYS = {"d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx",
+                  "attn_cfg", "rms_norm", "residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple",
+                  "tie_embeddings"}
 
 
 def matrix(binary):

@@ -98,11 +98,6 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
 }
-cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
-cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
-    mark_launched(function);
-    return __real_cudaLaunchKernelExC(config, function, args);
-}
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
     mark_launched(function);
@@ -602,13 +597,14 @@ static const ScanShape scan_shapes[] = {
     {2, 100, 64, 16, 8, 0, true, 1, 2, 6, " decay underflows"},
     {2, 100, 64, 9, 8, 0, true, 1, 2, 6, " decay underflows"},
     {1, 8192, 32, 16, 8, 0, true, 1, -3, 0, ""},
+    {210, 150, 32, 16, 8, 0, true, 1, -3, 0, " many sequences"},
 };
 
 static std::string scan_claim(const char* what, bool slow) {
     return std::string(slow ? "scan, slow decay " : "scan ") + what;
 }
 
-template <typename X> void check_scan(const ScanShape* s) {
+template <typename X> void check_scan(const ScanShape* s, int spacing) {
     size_t B = s->B, T = s->T, E = s->E, N = s->N, R = s->R, M = B * T, ld = R + 2 * N, ldz = 2 * E;
     size_t states = B * E * N;
     Vec x = normal_vec<X>(M * E), dt_raw = normal_vec<X>(M * E, s->dt_scale, s->dt_mean);
@@ -643,17 +639,17 @@ template <typename X> void check_scan(const ScanShape* s) {
 
     X *g_x = gpu<X>(x), *g_dt = gpu<X>(dt_raw), *g_rbc = gpu<X>(rbc), *g_xz = gpu<X>(xz), *g_dy = gpu<X>(dy);
     X *y = gpu_nan<X>(M * E), *s_ = gpu_nan<X>(M * E);
-    X* g_hs = gpu_nan<X>(selective_scan_saved_cuda(B, T, E, N));
+    X* g_hs = gpu_nan<X>(selective_scan_saved_cuda(B, T, E, N, spacing));
     float *g_bias = gpu<float>(bias), *g_A = gpu<float>(A_log), *g_D = gpu<float>(D);
     float *g_h0 = s->state ? gpu<float>(h0) : NULL, *g_hT = gpu_nan<float>(states);
     float* g_dhT = s->state ? gpu<float>(dhT) : NULL;
     const int* g_doc = d ? gpu(doc) : NULL;
     const X *g_Bt = g_rbc + R, *g_z = g_xz + E;
-    snprintf(shape, sizeof shape, "%s B%zu T%zu E%zu N%zu R%zu%s%s%s",
-             selective_scan_path_cuda<X>(g_x, g_Bt, g_Bt + N, ld, g_z, ldz, B, T, E, N), B, T, E, N, R,
+    snprintf(shape, sizeof shape, "%s B%zu T%zu E%zu N%zu R%zu spacing %d%s%s%s",
+             selective_scan_path_cuda<X>(g_x, g_Bt, g_Bt + N, ld, g_z, ldz, B, T, E, N), B, T, E, N, R, spacing,
              s->docs < 0 ? "" : " doc", s->state ? " state" : "", s->note);
     selective_scan_forward_cuda<X>(y, s_, g_hs, g_hT, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N, ld, g_D, g_z,
-                                   ldz, g_h0, g_doc, B, T, E, N, 0);
+                                   ldz, g_h0, g_doc, B, T, E, N, spacing, 0);
     Vec got_y = from_gpu(y, M * E);
     // a_t, just below 1, is rounded at every token, and the state remembers all 2000: measured 1.2e-5
     const bool slow = s->decay < -5;
@@ -665,13 +661,14 @@ template <typename X> void check_scan(const ScanShape* s) {
     X* y2 = gpu_nan<X>(M * E);
     float* inplace = s->state ? gpu<float>(h0) : gpu<float>(Vec(states));
     selective_scan_forward_cuda<X>(y2, (X*)NULL, (X*)NULL, inplace, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N,
-                                   ld, g_D, g_z, ldz, inplace, g_doc, B, T, E, N, 0);
+                                   ld, g_D, g_z, ldz, inplace, g_doc, B, T, E, N, spacing, 0);
     claim_zero<X>("scan in inference: bits", differing(from_gpu(y2, M * E).data(), got_y.data(), M * E));
     claim<X>(scan_claim("hT = h0", slow).c_str(), from_gpu(inplace, states), hT, out, 1e-4);
     if (!s->state) {
         y2 = gpu_nan<X>(M * E);
         selective_scan_forward_cuda<X>(y2, (X*)NULL, (X*)NULL, (float*)NULL, g_x, g_dt, g_bias, g_A, g_Bt,
-                                       g_Bt + N, ld, g_D, g_z, ldz, (float*)NULL, g_doc, B, T, E, N, 0);
+                                       g_Bt + N, ld, g_D, g_z, ldz, (float*)NULL, g_doc, B, T, E, N, spacing,
+                                       0);
         claim_zero<X>("scan without states: bits",
                       differing(from_gpu(y2, M * E).data(), got_y.data(), M * E));
     }
@@ -687,7 +684,7 @@ template <typename X> void check_scan(const ScanShape* s) {
         selective_scan_backward_cuda<X>(g_dx, g_ddt, g_dxz + E, ldz, again, g_dA, g_dD, g_dbias, g_drbc + R,
                                         g_drbc + R + N, ld, g_dh0, g_dy, g_dhT, g_hs, s_, g_x, g_dt, g_bias,
                                         g_A, g_Bt, g_Bt + N, ld, g_D, g_z, ldz, g_doc, scratch, B, T, E, N,
-                                        0);
+                                        spacing, 0);
         Vec got_dx = from_gpu(g_dx, M * E), got_dA = from_gpu(g_dA, E * N), drbc = from_gpu(g_drbc, M * ld);
         Vec all = got_dx, BC = gathered(drbc, 2 * N, ld, R);
         all.insert(all.end(), got_dA.begin(), got_dA.end());
@@ -721,8 +718,8 @@ void test_cuda_scan(void) {
     use_threads(8);
     for (size_t i = 0; i < sizeof scan_shapes / sizeof scan_shapes[0]; i++) {
         if (only_small() && scan_shapes[i].T > 400) continue;
-        check_scan<float>(&scan_shapes[i]);
-        check_scan<bf16>(&scan_shapes[i]);
+        check_scan<float>(&scan_shapes[i], i % 2 ? 16 : 8);
+        for (int spacing = 8; spacing <= 16; spacing += 8) check_scan<bf16>(&scan_shapes[i], spacing);
     }
     use_threads(1);
     claims_report();
@@ -843,12 +840,6 @@ template <typename X> void check_matmuls(void) {
                                 {64, 96, 128, 8}, {130, 257, 65, 1}, {33, 768, 80, 0}, {257, 48, 300, 32},
                                 {8, 300, 1000, 0}};
     for (int i = 0; i < 10; i++) check_matmul<X>(&mm, shapes[i][0], shapes[i][1], shapes[i][2], shapes[i][3]);
-    // short sums, forward and (O and I swapped) in the gradient of the input; ragged rows and columns
-    const size_t few[][2] = {{24, 264}, {48, 520}, {56, 72}, {80, 256}, {96, 104}};
-    for (int i = 0; i < 5; i++) {
-        check_matmul<X>(&mm, SHORT_MIN_TOKENS + 3, few[i][0], few[i][1], i % 2 ? 8 : 0);
-        check_matmul<X>(&mm, SHORT_MIN_TOKENS + SHORT_ROWS, few[i][1], few[i][0], i % 2 ? 0 : 8);
-    }
     const size_t tokens[] = {1, 2, 37, 512, 16384};
     for (int i = 0; i < (only_small() ? 3 : 5); i++) {
         check_ones_model<X>(&mm, tokens[i], 37, 74, 7, 5, 53, 101);
@@ -982,8 +973,10 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
             claim_value(name + " final states", real_relative(sG[k].data, sT[k].data, sT[k].n_elements),
                         sizeof(X) == 4 ? 1e-5 : 1e-2);               // measured 3e-7, 4e-3
     claim_value(name + " again: bits", bits_differ(got[0], got[1], m.n_elements), 0);
-    for (int k = 2; k < RUNS; k++)
-        claim_value(name + " with recompute: bits", bits_differ(got[0], got[k], m.n_elements), 0);
+    claim_value(name + " with recompute: bits", bits_differ(got[0], got[3], m.n_elements), 0);
+    // cheap walks from every second saved state, which bf16 has rounded
+    claim_value(name + " with recompute cheap: gradients", real_relative(got[2], got[0], m.n_elements),
+                sizeof(X) == 4 ? 0 : 1e-2);
     for (int k = 0; k < 2; k++) { state_free(&s0[k]); state_free(&sT[k]); state_free(&sG[k]); }
     cpu.destroy(&cpu);
     model_free(&m);
@@ -1508,7 +1501,7 @@ void test_cuda_faults(void) {
     unsetenv("CUDA_VISIBLE_DEVICES");
     code = in_child(no_kernel_image, NULL, text, sizeof text);
     worst_add(&refused, not_refused(code, text, "--device cpu"), "no kernel image: %.40s", text);
-    if (!gpu_present()) {
+    if (!gpu_present() || only_small()) {
         other_backend = NULL;
         worst_report("no GPU, wrong architecture: not one line and exit code 1", &refused, 0);
         worst_report("without a GPU: --device cpu does not train", &ends, 0);
@@ -1635,60 +1628,60 @@ void claim_rows(const char* what, const X* many, const X* few, size_t ld, size_t
 }
 
 // The head and the loss: 90036 x 50280 logits
-static void check_large_head(void) {
-    enum { ROWS = 61, TIMES = 1476, D = 768, V = 50280, ALL = V * D };
-    const size_t M[2] = {ROWS, ROWS * TIMES};
+static void check_large_head(size_t times) {
+    enum { ROWS = 61, D = 768, V = 50280, ALL = V * D };
+    const size_t M[2] = {ROWS, ROWS * times};
     snprintf(shape, sizeof shape, "M%zu D%d V%d", M[1], D, V);
     Matmul mm = matmul_open();
     Ints target(M[1]);
     for (size_t m = 0; m < M[1]; m++) target[m] = m % ROWS % 5 == 3 ? -1 : (int)(m % ROWS * 800);
     int* targets = gpu(target);
     float *scale = gpu<float>(Vec(1, 1e-2)), *dweight[2];
-    Twice<bf16> f = twice_normal<bf16>(ROWS * D, TIMES), df = twice_nan<bf16>(ROWS * D, TIMES);
-    Twice<bf16> weight = twice_normal<bf16>(V * D, 1, 0.05), z = twice_nan<bf16>((size_t)ROWS * V, TIMES);
-    Twice<float> losses = twice_nan<float>(ROWS, TIMES);
+    Twice<bf16> f = twice_normal<bf16>(ROWS * D, times), df = twice_nan<bf16>(ROWS * D, times);
+    Twice<bf16> weight = twice_normal<bf16>(V * D, 1, 0.05), z = twice_nan<bf16>((size_t)ROWS * V, times);
+    Twice<float> losses = twice_nan<float>(ROWS, times);
     for (int big = 0; big < 2; big++) {
         dweight[big] = gpu<float>(Vec(ALL));
         matmul_forward_cuda(&mm, z[big], V, f[big], D, weight[0], (const float*)NULL, M[big], D, V, 0);
     }
-    claim_rows("2^31: head, logits", z[1], z[0], V, V, ROWS, TIMES, 4e-3);
+    claim_rows("2^31: head, logits", z[1], z[0], V, V, ROWS, times, 4e-3);
     gpu_repeat(z[1], M[1] * V, z[0], M[0] * V);              // the same bits again
     for (int big = 0; big < 2; big++)
         crossentropy_cuda(losses[big], z[big], z[big], targets, scale, M[big], V, 0);
-    claim_rows("2^31: crossentropy, losses", losses[1], losses[0], 1, 1, ROWS, TIMES, 0);
-    claim_rows("2^31: crossentropy, dlogits", z[1], z[0], V, V, ROWS, TIMES, 0);
+    claim_rows("2^31: crossentropy, losses", losses[1], losses[0], 1, 1, ROWS, times, 0);
+    claim_rows("2^31: crossentropy, dlogits", z[1], z[0], V, V, ROWS, times, 0);
     for (int big = 0; big < 2; big++)
         matmul_backward_cuda(&mm, df[big], D, false, dweight[big], (float*)NULL, z[big], V, f[big], D,
                              weight[0], (float*)NULL, M[big], D, V, 0);
-    claim_rows("2^31: head, dinp", df[1], df[0], D, D, ROWS, TIMES, 4e-3);
-    claim_rows("2^31: head, dweight", dweight[1], dweight[0], ALL, ALL, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: head, dinp", df[1], df[0], D, D, ROWS, times, 4e-3);
+    claim_rows("2^31: head, dweight", dweight[1], dweight[0], ALL, ALL, 1, 1, 1e-3, times);
     gpu_release();
     matmul_close(&mm);
 }
 
 // Residual stream: 2800022 x 768
-static void check_large_residual(void) {
-    enum { ROWS = 61, TIMES = 45902, D = 768, V = 300 };
-    const size_t n = (size_t)ROWS * D, M[2] = {ROWS, (size_t)ROWS * TIMES};
+static void check_large_residual(size_t times) {
+    enum { ROWS = 61, D = 768, V = 300 };
+    const size_t n = (size_t)ROWS * D, M[2] = {ROWS, ROWS * times};
     snprintf(shape, sizeof shape, "M%zu D%d", M[1], D);
     float *weight = gpu<float>(normal_vec<float>(D, 0.3, 1)), *dweight[2], *dtable[2];
     float* scratch = gpu_nan<float>(rmsnorm_backward_scratch_cuda(M[1], D));
-    Twice<float> res = twice_normal<float>(n, TIMES), sum = twice_nan<float>(n, TIMES);
-    Twice<bf16> delta = twice_normal<bf16>(n, TIMES), y = twice_nan<bf16>(n, TIMES);
-    Twice<float> rstd = twice_nan<float>(ROWS, TIMES);
+    Twice<float> res = twice_normal<float>(n, times), sum = twice_nan<float>(n, times);
+    Twice<bf16> delta = twice_normal<bf16>(n, times), y = twice_nan<bf16>(n, times);
+    Twice<float> rstd = twice_nan<float>(ROWS, times);
     for (int big = 0; big < 2; big++)
         residual_rmsnorm_forward_cuda<bf16>(sum[big], y[big], rstd[big], res[big], delta[big], weight, M[big],
                                             D, 1e-5f, 0);
-    claim_rows("2^31: rmsnorm forward, res", sum[1], sum[0], D, D, ROWS, TIMES, 0);
-    claim_rows("2^31: rmsnorm forward, y", y[1], y[0], D, D, ROWS, TIMES, 0);
+    claim_rows("2^31: rmsnorm forward, res", sum[1], sum[0], D, D, ROWS, times, 0);
+    claim_rows("2^31: rmsnorm forward, y", y[1], y[0], D, D, ROWS, times, 0);
     for (int big = 0; big < 2; big++) {                      // dy: delta; dres: over res
         dweight[big] = gpu<float>(Vec(D));
         rmsnorm_backward_cuda<bf16>(res[big], y[big], (bf16*)NULL, dweight[big], delta[big], sum[big], weight,
                                     rstd[big], scratch, M[big], D, 0);
     }
-    claim_rows("2^31: rmsnorm backward, dres", res[1], res[0], D, D, ROWS, TIMES, 0);
-    claim_rows("2^31: rmsnorm backward, dres_x", y[1], y[0], D, D, ROWS, TIMES, 0);
-    claim_rows("2^31: rmsnorm backward, dweight", dweight[1], dweight[0], D, D, 1, 1, 1e-4, TIMES);
+    claim_rows("2^31: rmsnorm backward, dres", res[1], res[0], D, D, ROWS, times, 0);
+    claim_rows("2^31: rmsnorm backward, dres_x", y[1], y[0], D, D, ROWS, times, 0);
+    claim_rows("2^31: rmsnorm backward, dweight", dweight[1], dweight[0], D, D, 1, 1, 1e-4, times);
 
     Ints token(M[1]);
     for (size_t m = 0; m < M[1]; m++) token[m] = (int)(m % ROWS * 4 % V);
@@ -1699,16 +1692,16 @@ static void check_large_residual(void) {
         embedding_forward_cuda(sum[big], tokens, table, M[big], D, 0);
         embedding_backward_cuda(dtable[big], res[big], tokens, sort, M[big], D, V, 0);
     }
-    claim_rows("2^31: embedding forward", sum[1], sum[0], D, D, ROWS, TIMES, 0);
-    // a row is the sum of 45902 equal ones
-    claim_rows("2^31: embedding backward", dtable[1], dtable[0], V * D, V * D, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: embedding forward", sum[1], sum[0], D, D, ROWS, times, 0);
+    // a row is the sum of `times` equal ones, one by one
+    claim_rows("2^31: embedding backward", dtable[1], dtable[0], V * D, V * D, 1, 1, 1e-3, times);
     gpu_release();
 }
 
 // Conv, gate and scan: 690 x 2048 x 1536, x and z side by side
-static void check_large_block(void) {
-    enum { ROWS = 3, TIMES = 230, T = 2048, E = 1536, N = 16, K = 4, R = 48, LD = R + 2 * N };
-    const size_t B[2] = {ROWS, ROWS * TIMES}, tokens = (size_t)ROWS * T, n = tokens * E;
+static void check_large_block(size_t times) {
+    enum { ROWS = 3, T = 2048, E = 1536, N = 16, K = 4, R = 48, LD = R + 2 * N };
+    const size_t B[2] = {ROWS, ROWS * times}, tokens = (size_t)ROWS * T, n = tokens * E;
     snprintf(shape, sizeof shape, "B%zu T%d E%d N%d", B[1], T, E, N);
     float *weight = gpu<float>(normal_vec<float>(E * K, 0.6)), *bias = gpu<float>(normal_vec<float>(E));
     float *A = gpu<float>(normal_vec<float>(E * N, 0.2, 1)), *D = gpu<float>(normal_vec<float>(E));
@@ -1724,8 +1717,8 @@ static void check_large_block(void) {
     size_t scan_sums = selective_scan_scratch_cuda(B[1], T, E, N);
     float *scratch = gpu_nan<float>(conv_sums > scan_sums ? conv_sums : scan_sums), *none = NULL;
     const int* no_doc = NULL;
-    Twice<bf16> xz = twice_normal<bf16>(2 * n, TIMES), dxz = twice_nan<bf16>(2 * n, TIMES);
-    Twice<bf16> x = twice_nan<bf16>(n, TIMES), dx = twice_normal<bf16>(n, TIMES);
+    Twice<bf16> xz = twice_normal<bf16>(2 * n, times), dxz = twice_nan<bf16>(2 * n, times);
+    Twice<bf16> x = twice_nan<bf16>(n, times), dx = twice_normal<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
         causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T,
                                          E, K, 0);
@@ -1733,35 +1726,35 @@ static void check_large_block(void) {
                                           xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E,
                                           K, 0);
     }
-    claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, TIMES, 0);
-    claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, TIMES, 0);
-    claim_rows("2^31: conv backward, dweight", dweight[1], dweight[0], E * K, E * K, 1, 1, 1e-4, TIMES);
-    claim_rows("2^31: conv backward, dbias", dbias[1], dbias[0], E, E, 1, 1, 1e-4, TIMES);
+    claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, times, 0);
+    claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, times, 0);
+    claim_rows("2^31: conv backward, dweight", dweight[1], dweight[0], E * K, E * K, 1, 1, 1e-4, times);
+    claim_rows("2^31: conv backward, dbias", dbias[1], dbias[0], E, E, 1, 1, 1e-4, times);
 
     // on a GPU with more processors the scan of three rows may cut time differently: other bits. Measured 0
-    Twice<bf16> dt = twice_normal<bf16>(n, TIMES, 1, -3), rbc = twice_normal<bf16>(tokens * LD, TIMES);
-    Twice<bf16> y = twice_nan<bf16>(n, TIMES), s = twice_nan<bf16>(n, TIMES), ddt = twice_nan<bf16>(n, TIMES);
-    Twice<bf16> drbc = twice_nan<bf16>(tokens * LD, TIMES), again = twice_nan<bf16>(n, TIMES);
+    Twice<bf16> dt = twice_normal<bf16>(n, times, 1, -3), rbc = twice_normal<bf16>(tokens * LD, times);
+    Twice<bf16> y = twice_nan<bf16>(n, times), s = twice_nan<bf16>(n, times), ddt = twice_nan<bf16>(n, times);
+    Twice<bf16> drbc = twice_nan<bf16>(tokens * LD, times), again = twice_nan<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
         const bf16 *z = xz[big] + E, *Bt = rbc[big] + R;
-        bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N)), *dBt = drbc[big] + R;
+        bf16 *hs = gpu_nan<bf16>(selective_scan_saved_cuda(B[big], T, E, N, 8)), *dBt = drbc[big] + R;
         selective_scan_forward_cuda<bf16>(y[big], s[big], hs, none, x[big], dt[big], bias, A, Bt, Bt + N, LD,
-                                          D, z, 2 * E, none, no_doc, B[big], T, E, N, 0);
+                                          D, z, 2 * E, none, no_doc, B[big], T, E, N, 8, 0);
         selective_scan_backward_cuda<bf16>(dx[big], ddt[big], dxz[big] + E, 2 * E, again[big], dA[big],
                                            dD[big], ddt_bias[big], dBt, dBt + N, LD, none, x[big], none, hs,
                                            s[big], x[big], dt[big], bias, A, Bt, Bt + N, LD, D, z, 2 * E,
-                                           no_doc, scratch, B[big], T, E, N, 0);
+                                           no_doc, scratch, B[big], T, E, N, 8, 0);
     }
-    claim_rows("2^31: scan forward, y", y[1], y[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan forward, s", s[1], s[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, y again", again[1], again[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, dx", dx[1], dx[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, ddt", ddt[1], ddt[0], E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, dz", dxz[1] + E, dxz[0] + E, 2 * E, E, tokens, TIMES, 4e-3);
-    claim_rows("2^31: scan backward, dB and dC", drbc[1] + R, drbc[0] + R, LD, 2 * N, tokens, TIMES, 5e-3);
-    claim_rows("2^31: scan backward, dA", dA[1], dA[0], E * N, E * N, 1, 1, 1e-3, TIMES);
-    claim_rows("2^31: scan backward, dD", dD[1], dD[0], E, E, 1, 1, 1e-3, TIMES);
-    claim_rows("2^31: scan backward, ddt_bias", ddt_bias[1], ddt_bias[0], E, E, 1, 1, 1e-3, TIMES);
+    claim_rows("2^31: scan forward, y", y[1], y[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan forward, s", s[1], s[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, y again", again[1], again[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, dx", dx[1], dx[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, ddt", ddt[1], ddt[0], E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, dz", dxz[1] + E, dxz[0] + E, 2 * E, E, tokens, times, 4e-3);
+    claim_rows("2^31: scan backward, dB and dC", drbc[1] + R, drbc[0] + R, LD, 2 * N, tokens, times, 5e-3);
+    claim_rows("2^31: scan backward, dA", dA[1], dA[0], E * N, E * N, 1, 1, 1e-3, times);
+    claim_rows("2^31: scan backward, dD", dD[1], dD[0], E, E, 1, 1, 1e-3, times);
+    claim_rows("2^31: scan backward, ddt_bias", ddt_bias[1], ddt_bias[0], E, E, 1, 1, 1e-3, times);
 
     for (int big = 0; big < 2; big++) {                      // gate: y and z are the halves of xz, dout is x
         bf16 *u = xz[big], *du = dxz[big];
@@ -1769,15 +1762,15 @@ static void check_large_block(void) {
         gate_backward_cuda<bf16>(du, 2 * E, du + E, 2 * E, again[big], x[big], u, 2 * E, u + E, 2 * E,
                                  B[big] * T, E, 0);
     }
-    claim_rows("2^31: gate forward", s[1], s[0], E, E, tokens, TIMES, 0);
-    claim_rows("2^31: gate backward, out", again[1], again[0], E, E, tokens, TIMES, 0);
-    claim_rows("2^31: gate backward, dy and dz", dxz[1], dxz[0], 2 * E, 2 * E, tokens, TIMES, 0);
+    claim_rows("2^31: gate forward", s[1], s[0], E, E, tokens, times, 0);
+    claim_rows("2^31: gate backward, out", again[1], again[0], E, E, tokens, times, 0);
+    claim_rows("2^31: gate backward, dy and dz", dxz[1], dxz[0], 2 * E, 2 * E, tokens, times, 0);
     gpu_release();
 }
 
 // Parameters: 2^31 + 98305
-static void check_large_update(void) {
-    const size_t n = 65537, times = 32769, count[2] = {n, n * times};
+static void check_large_update(size_t times) {
+    const size_t n = 65537, count[2] = {n, n * times};
     snprintf(shape, sizeof shape, "n %zu", n * times);
     AdamW opt = {0.9, 0.95, 1e-8, 0.1};
     AdamWStep s = adamw_step_cuda(&opt, 6e-4, 0, 7);
@@ -1806,16 +1799,16 @@ static void check_large_update(void) {
 
 // Catches: an index or a size of 32 bits.
 void test_cuda_large(void) {
-    if (!gpu_present() || only_small()) return;
-    const struct { void (*check)(void); double gib; } checks[] = {
-        {check_large_head, 11}, {check_large_residual, 32}, {check_large_block, 66},
-        {check_large_update, 38}};
-    size_t available = 0, total = 0;
+    if (!gpu_present()) return;
+    const struct { void (*check)(size_t); size_t times; double gib; } checks[] = {
+        {check_large_head, 1476, 11}, {check_large_residual, 45902, 32}, {check_large_block, 230, 66},
+        {check_large_update, 32769, 38}};
     for (int i = 0; i < 4; i++) {
+        size_t available = 0, total = 0;
         cudaCheck(cudaMemGetInfo(&available, &total));
-        if ((double)available < checks[i].gib * 1073741824.0)
-            printf("part %d of 4 is left out: it needs %.0f GiB on the GPU\n", i + 1, checks[i].gib);
-        else checks[i].check();
+        bool enough = (double)available > checks[i].gib * 1073741824.0;
+        if (!enough) printf("part %d of 4 stays small: it needs %.0f GiB on the GPU\n", i + 1, checks[i].gib);
+        checks[i].check(enough && !only_small() ? checks[i].times : 2);
     }
     claims_report();
 }

@@ -634,6 +634,9 @@ static void test_export(void) {
     failed += model_load(&back, scratch("tied"), false, &err) ||
         !one_line(err.text, "layers.0.mixer.A_log is F") ||
               !strstr(err.text, "layers.1.mixer.x_proj.weight is F");
+    c.n_layer = 60000;
+    failed += !config_write(&c, -1, "float32", scratch("tied"), &err);
+    failed += model_load(&back, scratch("tied"), false, &err) || !one_line(err.text, "says 60000 layers");
     free(t);
     model_free(&m);
     report("export: refusals, tied heads, mismatches", failed, 0);
