@@ -379,40 +379,6 @@ template <int WARPS> __device__ __forceinline__ float group_sum(float x, float* 
     return sum;
 }
 
-// Between two kernels of a stream lie one or two microseconds, in which the first ends and the second starts.
-// The second can use them (programmatic dependent launch, from sm_90 on; without it they run in turn).
-// wait_for_previous: until all kernels before this one have ended and their results can be seen. allow_next:
-// the next kernel may start its preparations.
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void allow_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// launch_early: launches a kernel that calls wait_for_previous before it reads what others have written
-template <typename... P, typename... A>
-static void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                         A... args) {
-    static int major = 0;
-    if (!major) cudaCheck(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute early = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &early;
-    config.numAttrs = major >= 9 ? 1 : 0;
-    cudaCheck(cudaLaunchKernelEx(&config, kernel, P(args)...));
-}
-
 // sum_parts: the second stage of a sum.   out[i] += sum_p parts[p,i],  out2[i] += sum_p parts[p,n+i]
 //   parts (P,n+n2), row stride ld   out (n)   out2 (n2)
 // A block sums 32 columns, its 32 warps every 32nd part each; then one warp adds the 32 sums in order.
@@ -422,25 +388,24 @@ __global__ void __launch_bounds__(WARP * SUM_WARPS)
 sum_parts_kernel(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld) {
     __shared__ float sum[SUM_WARPS][WARP];
     size_t i = (size_t)blockIdx.x * WARP + threadIdx.x;
-    float acc = 0, *to = i < n ? out + i : out2 + (i - n);
-    bool last = threadIdx.y == 0 && i < n + n2;
-    float before = last ? *to : 0.0f;
-    wait_for_previous();
+    float acc = 0;
     #pragma unroll 8
     for (size_t p = threadIdx.y; p < P; p += SUM_WARPS) acc += i < n + n2 ? parts[p * ld + i] : 0.0f;
     sum[threadIdx.y][threadIdx.x] = acc;
     __syncthreads();
-    if (!last) return;
+    if (threadIdx.y > 0 || i >= n + n2) return;
     acc = 0;
     #pragma unroll
     for (int w = 0; w < SUM_WARPS; w++) acc += sum[w][threadIdx.x];
-    *to = before + acc;
+    if (i < n) out[i] += acc;
+    else out2[i - n] += acc;
 }
 
 void sum_parts_cuda(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld,
                     cudaStream_t stream) {
-    launch_early(sum_parts_kernel, dim3((unsigned)((n + n2 + WARP - 1) / WARP)), dim3(WARP, SUM_WARPS), 0,
-                 stream, out, out2, parts, P, n, n2, ld);
+    sum_parts_kernel<<<(unsigned)((n + n2 + WARP - 1) / WARP), dim3(WARP, SUM_WARPS), 0, stream>>>(
+        out, out2, parts, P, n, n2, ld);
+    cudaCheck(cudaGetLastError());
 }
 
 // cast: out = inp in another type, n elements.   bytes: sizeof(Y) + sizeof(X) per element
@@ -1031,8 +996,8 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // TAPS = K = 4 is the fast path. The general path has W = 1 and TAPS = 8; its first TAPS-K taps have the
 // weight 0.
 enum { CONV_ROWS = 4, CONV_THREADS = WARP * CONV_ROWS };
-enum { CONV_RING = 3 };                                // groups
-enum { CONV_STEPS = 32 };                              // the longest runs
+enum { CONV_FORWARD_RING = 3, CONV_BACKWARD_RING = 2 };        // groups
+enum { CONV_FORWARD_STEPS = 32, CONV_BACKWARD_STEPS = 128 };   // the longest runs
 
 // ConvGroup: the tokens of a group, each thread with a column of its own. A pack is one word: four bf16 that
 // wait as separate numbers would be loaded as separate numbers, and take a register each.
@@ -1133,7 +1098,7 @@ __device__ __forceinline__ void conv_sum(float* c, const ConvWindow<W, TAPS>& wi
 
 // conv_begins: bit j of begins[g]: a document begins at token j of group g, which is token t + g TAPS + j of
 // the sequence.   Called by whole warps
-typedef unsigned char ConvBegins[CONV_STEPS / 4 + 2];
+typedef unsigned char ConvBegins[CONV_BACKWARD_STEPS / 4 + 2];
 
 template <int TAPS>
 __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b, int t, int end) {
@@ -1166,7 +1131,7 @@ template <typename X, int W, int TAPS>
 __global__ void __launch_bounds__(CONV_THREADS, 6)
 causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
                              const float* bias, const int* doc, int T, size_t E, int K, int steps) {
-    __shared__ ConvGroup<X, W, TAPS> ring[CONV_RING];
+    __shared__ ConvGroup<X, W, TAPS> ring[CONV_FORWARD_RING];
     __shared__ ConvBegins begins[CONV_ROWS];
     size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
     int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
@@ -1175,7 +1140,7 @@ causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail
     int i = t0 > 0 ? -TAPS : 0;                  // the group: tokens t0+i ...; the first one fills the window
     inp += (b * T + t0 + i) * ldi + e;
     out += (b * T + t0 + i) * E + e;
-    for (int n = 0; n < CONV_RING; n++) {
+    for (int n = 0; n < CONV_FORWARD_RING; n++) {
         conv_copy(ring[n], inp, ldi, own - i - n * TAPS);
         copy_async_commit();
         inp += TAPS * ldi;
@@ -1183,7 +1148,7 @@ causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail
     ConvWindow<W, TAPS> win;
     conv_window(win, weight, bias, tail0 && t0 == 0 ? tail0 + b * (K - 1) * E + e : NULL, E, K, e);
     for (int slot = 0; i < own; i += TAPS) {
-        copy_async_wait(CONV_RING - 1);
+        copy_async_wait(CONV_FORWARD_RING - 1);
         int bits = doc ? begins[threadIdx.y][i / TAPS + 1] : 0;
         if (bits == 0 && i >= 0 && i + TAPS <= own) {
             #pragma unroll
@@ -1201,9 +1166,9 @@ causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail
                 conv_shift(win.x);
             }
         }
-        conv_copy(ring[slot], inp, ldi, own - i - CONV_RING * TAPS);
+        conv_copy(ring[slot], inp, ldi, own - i - CONV_FORWARD_RING * TAPS);
         copy_async_commit();
-        slot = slot + 1 < CONV_RING ? slot + 1 : 0;
+        slot = slot + 1 < CONV_FORWARD_RING ? slot + 1 : 0;
         inp += TAPS * ldi;
         out += TAPS * E;
     }
@@ -1229,15 +1194,15 @@ __global__ void causal_conv1d_tail_kernel(float* tailT, const X* inp, size_t ldi
 
 // conv_steps: the length of a run. Long runs repeat less work at their borders, but there must be enough of
 // them for the whole chip: at least 1536 warps of 128 channels (384 blocks), down to 16 tokens each.
-int conv_steps(size_t B, size_t T, size_t E) {
-    size_t tiles = (E + 127) / 128, steps = CONV_STEPS;
+int conv_steps(size_t B, size_t T, size_t E, int longest) {
+    size_t tiles = (E + 127) / 128, steps = (size_t)longest;
     while (steps > 16 && B * ((T + steps - 1) / steps) * tiles < 1536) steps /= 2;
     return (int)steps;
 }
 
-// the grid; W channels per thread
-dim3 conv_grid(size_t B, size_t T, size_t E, size_t W) {
-    size_t block = (size_t)conv_steps(B, T, E) * CONV_ROWS;
+// the grid, with W channels per thread
+dim3 conv_grid(size_t B, size_t T, size_t E, int steps, size_t W) {
+    size_t block = (size_t)steps * CONV_ROWS;
     return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((T + block - 1) / block),
                 (unsigned)B);
 }
@@ -1246,10 +1211,10 @@ template <typename X>
 const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_t ldi, const float* tail0,
                                        const float* weight, const float* bias, const int* doc, size_t B,
                                        size_t T, size_t E, size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(out, 8, E * sizeof(X)) &&
                 is_aligned(weight, 16, 16);
-    dim3 grid = conv_grid(B, T, E, fast ? W : 1), block(WARP, CONV_ROWS);
+    dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
     if (fast)
         causal_conv1d_forward_kernel<X, W, 4><<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias,
                                                                           doc, (int)T, E, 4, steps);
@@ -1342,17 +1307,16 @@ __device__ __forceinline__ void conv_put(const ConvRows<X>& rows, const float* v
 //   parts (blocks,K+1,E): the sums of a block for dweight in the order (E,K), then those for dbias (E)
 // bytes: 3 sizeof(X) per element
 template <typename X, int W, int TAPS>
-__global__ void __launch_bounds__(CONV_THREADS, 4)
+__global__ void __launch_bounds__(CONV_THREADS, 3)
 causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts, const X* dout,
                               const float* dtailT, const X* inp, size_t ldi, const float* tail0,
                               const float* weight, const float* bias, const int* doc, int T, size_t E, int K,
                               int steps) {
     __shared__ union {
-        ConvGroup<X, W, TAPS> ring[CONV_RING][2];                  // inp, dout
+        ConvGroup<X, W, TAPS> ring[CONV_BACKWARD_RING][2];                  // inp, dout
         float sums[CONV_ROWS][TAPS + 1][WARP * W];
     } shared;
     __shared__ ConvBegins begins[CONV_ROWS];
-    allow_next();
     size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W, tail = b * (K - 1) * E + e;
     int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
     ConvGradient<W, TAPS> grad = {};
@@ -1364,7 +1328,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
         inp += (b * T + t0 + i) * ldi + e;
         dout += (b * T + t0 + i) * E + e;
         dinp = rows.dinp + (ptrdiff_t)(i - (TAPS - 1)) * (ptrdiff_t)lddi;
-        for (int n = 0; n < CONV_RING; n++) {
+        for (int n = 0; n < CONV_BACKWARD_RING; n++) {
             conv_copy(shared.ring[n][0], inp, ldi, own - i - n * TAPS);
             conv_copy(shared.ring[n][1], dout, E, i + n * TAPS < -TAPS ? 0 : own - i - n * TAPS);
             copy_async_commit();
@@ -1376,7 +1340,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
         int first = 1 - TAPS;                    // the first row of this thread and document
         int plain = t0 > 0 ? 0 : 1;              // from this token on, all rows are of this document
         for (int slot = 0; i < own; i += TAPS) {
-            copy_async_wait(CONV_RING - 1);
+            copy_async_wait(CONV_BACKWARD_RING - 1);
             const ConvGroup<X, W, TAPS>&x = shared.ring[slot][0], &d = shared.ring[slot][1];
             int bits = doc ? begins[threadIdx.y][i / TAPS + 2] : 0;
             if (bits == 0 && i >= plain && i + TAPS <= own) {
@@ -1409,11 +1373,11 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
                     conv_shift(win.x);
                 }
             }
-            int left = own - i - CONV_RING * TAPS;
+            int left = own - i - CONV_BACKWARD_RING * TAPS;
             conv_copy(shared.ring[slot][0], inp, ldi, left);
             conv_copy(shared.ring[slot][1], dout, E, left);
             copy_async_commit();
-            slot = slot + 1 < CONV_RING ? slot + 1 : 0;
+            slot = slot + 1 < CONV_BACKWARD_RING ? slot + 1 : 0;
             inp += TAPS * ldi;
             dout += TAPS * E;
             dinp += TAPS * lddi;
@@ -1451,7 +1415,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
 
 // the scratch of causal_conv1d_backward_cuda, in floats
 size_t causal_conv1d_scratch_cuda(size_t B, size_t T, size_t E, size_t K) {
-    return B * conv_grid(B, T, E, 1).y * (K + 1) * E;
+    return B * conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_STEPS), 1).y * (K + 1) * E;
 }
 
 template <typename X>
@@ -1460,10 +1424,10 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                                         const float* tail0, const float* weight, const float* bias,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
                                         size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
                 is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
-    dim3 grid = conv_grid(B, T, E, fast ? W : 1), block(WARP, CONV_ROWS);
+    dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
     if (fast)
         causal_conv1d_backward_kernel<X, W, 4><<<grid, block, 0, stream>>>(
             dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, (int)T, E, 4,

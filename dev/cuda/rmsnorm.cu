@@ -210,7 +210,7 @@ static void backward3(void) {
 
 // the shipped kernel also adds the 4 warps of a block in shared memory: a quarter of the rows of `parts`
 static void backward_shipped(void) {
-    rmsnorm_backward_cuda<bf16>(dres, dres_x, dweight, dy, res, weight, rstd, scratch, M, D, 0);
+    rmsnorm_backward_cuda<bf16>(dres, dres_x, NULL, dweight, dy, res, weight, rstd, scratch, M, D, 0);
 }
 
 // --------------------------------------------------------------------------------------------------
