@@ -382,30 +382,56 @@ template <int WARPS> __device__ __forceinline__ float group_sum(float x, float* 
 // sum_parts: the second stage of a sum.   out[i] += sum_p parts[p,i],  out2[i] += sum_p parts[p,n+i]
 //   parts (P,n+n2), row stride ld   out (n)   out2 (n2)
 // A block sums 32 columns, its 32 warps every 32nd part each; then one warp adds the 32 sums in order.
+// Between two kernels of a stream lie one or two microseconds, in which the first ends and the second starts.
+// From sm_90 on this one uses them (programmatic dependent launch): it starts when the blocks of the kernel
+// before have ended or called allow_next, loads `out`, and then waits for the results of that kernel.
 enum { SUM_WARPS = 32 };
+
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 __global__ void __launch_bounds__(WARP * SUM_WARPS)
 sum_parts_kernel(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld) {
     __shared__ float sum[SUM_WARPS][WARP];
     size_t i = (size_t)blockIdx.x * WARP + threadIdx.x;
-    float acc = 0;
+    float acc = 0, *to = i < n ? out + i : out2 + (i - n);
+    bool last = threadIdx.y == 0 && i < n + n2;
+    float before = last ? *to : 0.0f;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
     #pragma unroll 8
     for (size_t p = threadIdx.y; p < P; p += SUM_WARPS) acc += i < n + n2 ? parts[p * ld + i] : 0.0f;
     sum[threadIdx.y][threadIdx.x] = acc;
     __syncthreads();
-    if (threadIdx.y > 0 || i >= n + n2) return;
+    if (!last) return;
     acc = 0;
     #pragma unroll
     for (int w = 0; w < SUM_WARPS; w++) acc += sum[w][threadIdx.x];
-    if (i < n) out[i] += acc;
-    else out2[i - n] += acc;
+    *to = before + acc;
 }
 
 void sum_parts_cuda(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld,
                     cudaStream_t stream) {
-    sum_parts_kernel<<<(unsigned)((n + n2 + WARP - 1) / WARP), dim3(WARP, SUM_WARPS), 0, stream>>>(
-        out, out2, parts, P, n, n2, ld);
-    cudaCheck(cudaGetLastError());
+    static int compiled = 0;                                 // for this compute capability, times 10
+    if (compiled == 0) {
+        cudaFuncAttributes kernel;
+        cudaCheck(cudaFuncGetAttributes(&kernel, sum_parts_kernel));
+        compiled = kernel.ptxVersion;
+    }
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)((n + n2 + WARP - 1) / WARP));
+    config.blockDim = dim3(WARP, SUM_WARPS);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = compiled >= 90;                        // compiled for less, it would not wait
+    cudaCheck(cudaLaunchKernelEx(&config, sum_parts_kernel, out, out2, parts, P, n, n2, ld));
 }
 
 // cast: out = inp in another type, n elements.   bytes: sizeof(Y) + sizeof(X) per element
@@ -1317,6 +1343,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
         float sums[CONV_ROWS][TAPS + 1][WARP * W];
     } shared;
     __shared__ ConvBegins begins[CONV_ROWS];
+    allow_next();
     size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W, tail = b * (K - 1) * E + e;
     int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
     ConvGradient<W, TAPS> grad = {};
