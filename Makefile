@@ -21,7 +21,7 @@ ifeq (,$(filter help clean,$(MAKECMDGOALS)))
   COMMA := ,
   try = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
   ifneq ($(shell $(PKG_CONFIG) --exists jansson 2>/dev/null && echo yes),yes)
-    $(error Jansson (JSON) not found. On Debian or Ubuntu: sudo apt-get install gcc make pkg-config libjansson-dev)
+    $(error Jansson (JSON) not found. On Debian or Ubuntu: sudo apt-get install gcc make pkg-config libjansson-dev libpcre2-dev libutf8proc-dev)
   endif
   ifneq ($(shell $(PKG_CONFIG) --exists libpcre2-8 2>/dev/null && echo yes),yes)
     $(error PCRE2 (regular expressions of tokenizers) not found. On Debian or Ubuntu: sudo apt-get install libpcre2-dev)
@@ -141,6 +141,7 @@ fuzz: $(BUILD)/fuzz $(if $(findstring clang,$(shell $(CC) --version)),$(BUILD)/l
 
 faults: ## a save under kills, full disks, failing calls and power loss
 	CC='$(CC)' dev/faults/run.sh
+	dev/faults/convert.sh
 
 mutate: ## plant bugs in the mathematics, a sample for five minutes: the tests must find 98 % of them
 	python3 dev/mutate/mutate.py

@@ -1710,8 +1710,8 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 //   shapes:   x, dt_raw, s, y (B,T,E)   Bt, Ct (B,T,N), row stride ldbc   z (B,T,E), row stride ldz
 //             A_log (E,N)   Dskip, dt_bias (E)   h0, hT (B,E,N)   doc (B,T)
 //   saved:    s, and hs (B, T/spacing, E, N): the state before tokens 0, spacing, 2 spacing, ...; the rest is
-//             recomputed. spacing 8 is fastest, 16 needs half the memory (backward, H200, B8 T2048 E1536 bf16:
-//             BACK8 and BACK16 ms)
+//             recomputed. Spacing 8 is faster, 16 needs half the memory (backward 0.431 and 0.475 ms: H200,
+//             B8 T2048 E1536, bf16, cold cache)
 // Mamba paper (arXiv 2312.00752), section 3.2 and algorithm 2. Oracle: selective_scan_forward/_backward of
 // train_mamba.c.
 //
@@ -1719,11 +1719,11 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 //   general   any N, E, T, strides, X = float or bf16, accurate to float rounding
 //   fast      N = 16, E a multiple of 32, rows that start on 16-byte boundaries; the backward only for bf16
 // selective_scan_path_cuda() says which one serves given arguments. In both, a block of threads owns
-// SCAN_CHANNELS channels of one sequence and walks through time, so that the state never leaves the chip; the
-// grid is (E / 32, B). No sum depends on the order in which threads happen to run: results repeat bitwise.
+// neighbouring channels of one sequence and walks through time, so that the state never leaves the chip. No
+// sum depends on the order in which threads happen to run: results repeat bitwise.
 
-// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SPACING: tokens between two saved states as
-// training uses it; launchers take 8 or 16. SCAN_GROUP: states that a block's four warps hold at once.
+// SCAN_STEPS: tokens that the kernels treat at once, a chunk. SCAN_SPACING: tokens between two saved states
+// that training normally uses; launchers take 8 or 16. SCAN_GROUP: states that a block's four warps hold.
 enum { SCAN_CHANNELS = 32, SCAN_STEPS = 8, SCAN_SPACING = 8, SCAN_GROUP = 16, SCAN_THREADS = 128 };
 
 #define SCAN_LOG2E 1.44269504f
@@ -2019,7 +2019,8 @@ selective_scan_backward_kernel(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, floa
                     decay[k] = A2[n0 + k][lane];
                     dA_n[k] = dA[n0 + k][lane];
                 }
-                for (int j = (int)(state * spacing - t0); j < j0; j++) {         // to the state before token j0
+                // from the saved state to that before token j0
+                for (int j = (int)(state * spacing - t0); j < j0; j++) {
                     const float* B_t = bc + j * 2 * padded + n0;
                     float dt = tile.decay_dt[j][lane], dtx = tile.dtx[j][lane];
                     #pragma unroll
@@ -2219,14 +2220,14 @@ __device__ __forceinline__ void scan_arrive_warp(uint64_t* signal) {
         asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
                      :: "r"((uint32_t)__cvta_generic_to_shared(signal)) : "memory");
 }
-__device__ __forceinline__ void scan_wait(uint64_t* signal, int parity) {
 #if __CUDA_ARCH__ >= 900
-    #define SCAN_TEST "try_wait"                               // sleeps a little before it says no
+#define SCAN_TEST "mbarrier.try_wait"                          // sleeps a little before it says no
 #else
-    #define SCAN_TEST "test_wait"
+#define SCAN_TEST "mbarrier.test_wait"
 #endif
-    asm volatile("{ .reg .pred done; again: mbarrier." SCAN_TEST ".parity.shared.b64 done, [%0], %1; "
-                 "@!done bra again; }"
+__device__ __forceinline__ void scan_wait(uint64_t* signal, int parity) {
+    asm volatile("{ .reg .pred done; "
+                 "again: " SCAN_TEST ".parity.shared.b64 done, [%0], %1; @!done bra again; }"
                  :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(parity) : "memory");
 }
 
@@ -2309,7 +2310,9 @@ template <typename X, int S> struct ScanForwardShared {
 // The two kinds of work fill each other's gaps, and no one waits for the whole block: `ready` says that a
 // tile is prepared, `scanned` that its sums are there, `stored` that these have been read.
 // Time loop: a thread owns states S g .. S g + S - 1 of one channel. Its sums over these states go to shared
-// memory, the element-wise warps add the 16 / S of them.
+// memory, the element-wise warps add the 16 / S of them. All that waits is taken off the time loop: with 18
+// special function instructions per token and channel and the rest of its instructions it keeps both the
+// special function unit and the instruction issue busy for two thirds of the time.
 // S: 4 is the most efficient. 2 makes twice as many threads, for few channels and sequences.
 template <typename X, int S>
 __global__ void __launch_bounds__(SCAN_THREADS + ScanForwardShared<X, S>::HELPERS, sizeof(X) == 2 ? 3 : 2)
@@ -2347,9 +2350,9 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
             decay[n] = scan_decay(A_log[(e0 + ch) * 16 + S * g + n]);
             h[n] = h0 ? h0[state + n] : 0.0f;
         }
-        const size_t next = E * 16;
-        X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;  // next state to save
-        int left = hs ? (int)states : 0;                       // how many there are
+        const size_t next = E * 16 * SCAN_STEPS / spacing;     // what 8 tokens mean in hs
+        X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;
+        int left = hs ? (int)T : 0;                            // tokens with states to save
         float* sums = &sh.sum[sh.sum_at(g, ch)];
         auto store_sums = [](float* to, const float* sum) {
             *(float4*)to = *(const float4*)sum;
@@ -2380,11 +2383,7 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
                 load_bc(0);
                 if (t0 == SCAN_STEPS && i > 0) scan_wait(&sh.stored, (i - 1) & 1);
                 if (t0 > 0) store_sums(sums + t0 - SCAN_STEPS, sum);
-                if (t0 % spacing == 0) {
-                    scan_save<S>(left > 0, saved, h);
-                    saved += next;
-                    left--;
-                }
+                scan_save<S>(left > t0 && (t0 & (spacing - 1)) == 0, saved + t0 / SCAN_STEPS * next, h);
                 #pragma unroll
                 for (int j = 0; j < SCAN_STEPS; j++) {
                     if (j > 0) load_bc(j);
@@ -2396,6 +2395,8 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
                 }
             }
             store_sums(sums + TOKENS - SCAN_STEPS, sum);
+            saved += TOKENS / SCAN_STEPS * next;
+            left -= TOKENS;
             scan_arrive_warp(&sh.scanned[i & 1]);
         }
         #pragma unroll
@@ -2738,7 +2739,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 3)
             h[1] = scan_high(start.x);
             h[2] = scan_low(start.y);
             h[3] = scan_high(start.y);
-            if (SPACING == 16 && k & 1) {                                       // the state was saved 8 tokens earlier
+            if (SPACING == 16 && (k & 1)) {                    // the state was saved 8 tokens earlier
                 const ScanBackwardChunk& left = sh.chunk[k - 1];
                 #pragma unroll
                 for (int f = 0; f < 2; f++) {
@@ -3669,7 +3670,8 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                         stream);
     selective_scan_forward_cuda<X>(w->y, a->s, a->hs, stateT[1], a->x, a->dt_raw, L->p[P_DT_BIAS],
                                    L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                   2 * E, state0[1], run->doc, B, T, E, N, scan_spacing(run->recompute), stream);
+                                   2 * E, state0[1], run->doc, B, T, E, N, scan_spacing(run->recompute),
+                                   stream);
     matmul_forward_cuda(run->matmul, w->delta, D, w->y, E, L->px[P_OUT], L->p[P_OUT_BIAS], M, E, D, stream);
 }
 
@@ -3698,7 +3700,8 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                     L->grad[P_DT_BIAS], w->drbc + R, w->drbc + R + N, RBC, (float*)NULL,
                                     w->dy, (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, L->p[P_DT_BIAS],
                                     L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                    2 * E, run->doc, w->sums, B, T, E, N, scan_spacing(run->recompute), stream);
+                                    2 * E, run->doc, w->sums, B, T, E, N, scan_spacing(run->recompute),
+                                    stream);
     linear_backward_weight(run, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E, w->sums, E, D);
     linear_backward_weight(run, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC, w->sums, R, E);
     matmul_backward_cuda(mm, w->drbc, RBC, false, (float*)NULL, (float*)NULL, w->ddt, E, (const X*)NULL, 0,

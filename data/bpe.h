@@ -1,13 +1,14 @@
-// Byte-level BPE, the tokenizer of GPT-2, GPT-NeoX (the published Mamba models), Llama 3, Qwen and others, read
-// from the tokenizer.json of Hugging Face `tokenizers`. The ids are those of that library with
+// Byte-level BPE, the tokenizer of GPT-2, GPT-NeoX (the published Mamba models), Llama 3, Qwen and others,
+// read from the tokenizer.json of Hugging Face `tokenizers`. The ids are those of that library with
 // add_special_tokens=False. A text becomes ids in these steps:
 //   1. added tokens with "normalized": false are found in the text, leftmost and longest first
 //   2. what lies between them is brought to Unicode's normal form C, if the file asks for it (utf8proc)
 //   3. the other added tokens are found in that
 //   4. the rest is split into words by the pre-tokenizer's regular expressions (PCRE2)
-//   5. the bytes of a word become one token each; then the adjacent pair with the lowest rank, the leftmost of
-//      several, is merged, until no pair of the word is in the list of merges
-// Sennrich, Haddow, Birch, Neural Machine Translation of Rare Words with Subword Units, 2016; GPT-2's byte form.
+//   5. the bytes of a word become one token each; then the adjacent pair with the lowest rank, the leftmost
+//      of several, is merged, until no pair of the word is in the list of merges
+// Sennrich, Haddow, Birch, Neural Machine Translation of Rare Words with Subword Units, 2016; GPT-2's byte
+// form.
 //
 // Not read, and refused by name: other models and normalizers, pre-tokenizers other than Split, Digits,
 // ByteLevel and sequences of them, prefix spaces, dropout, affixes of subwords, expressions that PCRE2 and
@@ -103,7 +104,8 @@ static const char* char_before(const char* p) {
 }
 
 // The property White_Space of Unicode, once for PCRE2 (whose own \s holds U+180E too) and once in C.
-#define WHITE_SPACE "\\t-\\r \\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
+#define WHITE_SPACE \
+    "\\t-\\r \\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
 static bool is_white_space(uint32_t c) {
     return (c >= 9 && c <= 13) || c == 32 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
            (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
@@ -120,7 +122,8 @@ static bool is_word(uint32_t c) {
         default: break;
     }
     return c == 0x200C || c == 0x200D || (c >= 0x24B6 && c <= 0x24E9) || (c >= 0x1F130 && c <= 0x1F149) ||
-           (c >= 0x1F150 && c <= 0x1F169) || (c >= 0x1F170 && c <= 0x1F189);      // circled letters and the like
+           (c >= 0x1F150 && c <= 0x1F169) ||
+           (c >= 0x1F170 && c <= 0x1F189);    // circled letters and the like
 }
 
 // byte_symbol: GPT-2's printable stand-in for a byte, as UTF-8. Bytes 33..126, 161..172 and 174..255 stand
@@ -215,19 +218,19 @@ static void text_append(Text* text, const char* data, size_t n) {
     text->n += to ? n : 0;
 }
 
-// Characters that stay where they are and combine with nothing: those that Unicode got after version 9, whose normal
-// form `tokenizers` uses, and whose order or composition newer versions (16 is considered) define; and U+11A7, which
-// utf8proc (2.8) loses behind a Hangul syllable.
+// Characters that stay where they are and combine with nothing: those that Unicode got after version 9, whose
+// normal form `tokenizers` uses, and whose order or composition newer versions (16 is considered) define; and
+// U+11A7, which utf8proc (2.8) loses behind a Hangul syllable.
 static const uint32_t nfc_alone[][2] = {
-    {0x7FD, 0x7FD}, {0x897, 0x89F}, {0x8CA, 0x8D3}, {0x9FE, 0x9FE}, {0xC3C, 0xC3C}, {0xD3B, 0xD3C}, {0xEBA, 0xEBA},
-    {0x11A7, 0x11A7}, {0x1715, 0x1715}, {0x1ABF, 0x1ACE}, {0x1DF6, 0x1DFA}, {0xA82C, 0xA82C}, {0x10D24, 0x10D27},
-    {0x10D69, 0x10D6D}, {0x10EAB, 0x10EAC}, {0x10EFC, 0x10EFF}, {0x10F46, 0x10F50}, {0x10F82, 0x10F85},
-    {0x11070, 0x11070}, {0x1133B, 0x1133B}, {0x11380, 0x113E2}, {0x1145E, 0x1145E}, {0x11839, 0x1183A},
-    {0x11930, 0x11930}, {0x11938, 0x11938}, {0x1193D, 0x1193E}, {0x11943, 0x11943}, {0x119E0, 0x119E0},
-    {0x11A34, 0x11A34}, {0x11A47, 0x11A47}, {0x11A99, 0x11A99}, {0x11D42, 0x11D42}, {0x11D44, 0x11D45},
-    {0x11D97, 0x11D97}, {0x11F41, 0x11F42}, {0x1611E, 0x1612F}, {0x16D63, 0x16D6A}, {0x16FF0, 0x16FF1},
-    {0x1E08F, 0x1E08F}, {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF},
-    {0x1E5EE, 0x1E5EF} };
+    {0x7FD, 0x7FD},     {0x897, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},     {0xC3C, 0xC3C},
+    {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x11A7, 0x11A7},   {0x1715, 0x1715},   {0x1ABF, 0x1ACE},
+    {0x1DF6, 0x1DFA},   {0xA82C, 0xA82C},   {0x10D24, 0x10D27}, {0x10D69, 0x10D6D}, {0x10EAB, 0x10EAC},
+    {0x10EFC, 0x10EFF}, {0x10F46, 0x10F50}, {0x10F82, 0x10F85}, {0x11070, 0x11070}, {0x1133B, 0x1133B},
+    {0x11380, 0x113E2}, {0x1145E, 0x1145E}, {0x11839, 0x1183A}, {0x11930, 0x11930}, {0x11938, 0x11938},
+    {0x1193D, 0x1193E}, {0x11943, 0x11943}, {0x119E0, 0x119E0}, {0x11A34, 0x11A34}, {0x11A47, 0x11A47},
+    {0x11A99, 0x11A99}, {0x11D42, 0x11D42}, {0x11D44, 0x11D45}, {0x11D97, 0x11D97}, {0x11F41, 0x11F42},
+    {0x1611E, 0x1612F}, {0x16D63, 0x16D6A}, {0x16FF0, 0x16FF1}, {0x1E08F, 0x1E08F}, {0x1E130, 0x1E136},
+    {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF}, {0x1E5EE, 0x1E5EF}};
 
 static bool is_nfc_alone(uint32_t c) {
     size_t low = 0, high = sizeof nfc_alone / sizeof *nfc_alone;
@@ -238,8 +241,8 @@ static bool is_nfc_alone(uint32_t c) {
     return low < sizeof nfc_alone / sizeof *nfc_alone && nfc_alone[low][0] <= c;
 }
 
-// nfc_append: a text in normal form C. ASCII characters do not combine with what is before them, and a character
-// below U+0300 changes only through what follows it, so most text is copied.
+// nfc_append: a text in normal form C. ASCII characters do not combine with what is before them, and a
+// character below U+0300 changes only through what follows it, so most text is copied.
 static bool nfc_append(Text* out, const char* text, size_t n) {
     size_t i = 0, step;
     while (i < n && !out->failed) {
@@ -263,8 +266,9 @@ static bool nfc_append(Text* out, const char* text, size_t n) {
             continue;
         }
         utf8proc_uint8_t* form = NULL;
-        utf8proc_ssize_t m = utf8proc_map((const utf8proc_uint8_t*)text + start, (utf8proc_ssize_t)(i - start),
-                                          &form, (utf8proc_option_t)(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+        utf8proc_ssize_t m =
+            utf8proc_map((const utf8proc_uint8_t*)text + start, (utf8proc_ssize_t)(i - start), &form,
+                         (utf8proc_option_t)(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
         if (m < 0) return false;
         text_append(out, (const char*)form, (size_t)m);
         free(form);
@@ -280,10 +284,13 @@ static const char* type_word(const json_t* object) {
     return type ? type : "none";
 }
 
-static bool json_is_type(const json_t* object, const char* type) { return strcmp(type_word(object), type) == 0; }
+static bool json_is_type(const json_t* object, const char* type) {
+    return strcmp(type_word(object), type) == 0;
+}
 
-// What versions 15 and 16 of Unicode added to the general categories. PCRE2 knows the version that was current when
-// it was built (10.42: 14), `tokenizers` knows 16; without these a text with a new emoji would get other ids.
+// What versions 15 and 16 of Unicode added to the general categories. PCRE2 knows the version that was
+// current when it was built (10.42: 14), `tokenizers` knows 16; without these a text with a new emoji would
+// get other ids.
 static const struct { const char *category, *added; } unicode_16[] = {
     {"Lu", "\\x{1c89}\\x{a7cb}-\\x{a7cc}\\x{a7da}\\x{a7dc}\\x{10d50}-\\x{10d65}"},
     {"Ll", "\\x{1c8a}\\x{a7cd}\\x{a7db}\\x{10d70}-\\x{10d85}\\x{1df25}-\\x{1df2a}"},
@@ -317,7 +324,8 @@ static const struct { const char *category, *added; } unicode_16[] = {
 static void add_category(Text* out, const char* name, bool inside) {
     text_add(out, "%s\\p{%s}", inside ? "" : "[", name);
     for (size_t i = 0; i < sizeof unicode_16 / sizeof *unicode_16; i++)
-        if (strncmp(unicode_16[i].category, name, strlen(name)) == 0) text_add(out, "%s", unicode_16[i].added);
+        if (strncmp(unicode_16[i].category, name, strlen(name)) == 0)
+            text_add(out, "%s", unicode_16[i].added);
     text_add(out, "%s", inside ? "" : "]");
 }
 
@@ -364,14 +372,18 @@ static bool pattern_translate(Text* out, const char* pattern, const char* path, 
 
 #define GPT2_PATTERN "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 
-// known_pattern: expressions of published tokenizers. No match of theirs holds an ASCII letter with a space or
-// a newline after it, and none looks behind: so a text cut there has the same words.
+// known_pattern: expressions of published tokenizers. No match of theirs holds an ASCII letter with a space
+// or a newline after it, and none looks behind: so a text cut there has the same words.
 static bool known_pattern(const char* pattern) {
     static const char* const known[] = {
         GPT2_PATTERN,
-        "\\p{N}", "\\p{N}+", "\\p{N}{1,3}", "[0-9][0-9][0-9]",
+        "\\p{N}",
+        "\\p{N}+",
+        "\\p{N}{1,3}",
+        "[0-9][0-9][0-9]",
         // Llama 3, Qwen 2, GPT-4, GPT-4o
-        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|"
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| "
+        "?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|"
         "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|"
         "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
@@ -379,7 +391,8 @@ static bool known_pattern(const char* pattern) {
         "\\s*[\\r\\n]|\\s+(?!\\S)|\\s+",
         "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+"
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+"
-        "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|"
+        "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\\p{N}{1,3}| "
+        "?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|"
         "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) if (strcmp(pattern, known[i]) == 0) return true;
@@ -387,7 +400,8 @@ static bool known_pattern(const char* pattern) {
 }
 
 // split_add: one more expression of the pre-tokenizer
-static bool split_add(Bpe* b, const char* pattern, bool literal, bool keep_match, bool keep_rest, Error* err) {
+static bool split_add(Bpe* b, const char* pattern, bool literal, bool keep_match, bool keep_rest,
+                      Error* err) {
     if (b->n_splits == BPE_MAX_SPLITS)
         return fail(err, "%s: expected at most %d expressions in \"pre_tokenizer\"", b->path, BPE_MAX_SPLITS);
     Text text = {NULL, 0, 0, false};
@@ -396,8 +410,10 @@ static bool split_add(Bpe* b, const char* pattern, bool literal, bool keep_match
     int code;
     PCRE2_SIZE at;
     // Oniguruma's ^ and $ are those of lines
-    uint32_t options = PCRE2_UTF | (literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C);
-    pcre2_code* compiled = pcre2_compile((PCRE2_SPTR)(text.data ? text.data : ""), text.n, options, &code, &at, NULL);
+    uint32_t options =
+        PCRE2_UTF | (literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C);
+    pcre2_code* compiled =
+        pcre2_compile((PCRE2_SPTR)(text.data ? text.data : ""), text.n, options, &code, &at, NULL);
     free(text.data);
     if (!compiled) {
         PCRE2_UCHAR words[120] = "";
@@ -421,35 +437,45 @@ static bool pre_tokenizer_read(Bpe* b, const json_t* pre, bool last, int depth, 
         if (n == 0 || depth > 4)
             return fail(err, "%s: \"pre_tokenizer\": expected a Sequence that ends in ByteLevel", b->path);
         for (size_t i = 0; i < n; i++)
-            if (!pre_tokenizer_read(b, json_array_get(list, i), last && i + 1 == n, depth + 1, err)) return false;
+            if (!pre_tokenizer_read(b, json_array_get(list, i), last && i + 1 == n, depth + 1, err))
+                return false;
         return true;
     }
     if (last != (strcmp(type, "ByteLevel") == 0))
-        return fail_line(err, "%s: expected \"pre_tokenizer\" ByteLevel as the last and only as the last, found "
-                         "%s%.60s", b->path, last ? "at the end " : "before the end ", type);
+        return fail_line(err,
+                         "%s: expected \"pre_tokenizer\" ByteLevel as the last and only as the last, found "
+                         "%s%.60s",
+                         b->path, last ? "at the end " : "before the end ", type);
     if (last) {
         const json_t* regex = json_object_get(pre, "use_regex");
         if (json_is_true(json_object_get(pre, "add_prefix_space")))
-            return fail(err, "%s: \"pre_tokenizer\": expected ByteLevel without prefix space (add_prefix_space "
-                        "false), found one that adds it", b->path);
+            return fail(err,
+                        "%s: \"pre_tokenizer\": expected ByteLevel without prefix space (add_prefix_space "
+                        "false), found one that adds it",
+                        b->path);
         return json_is_false(regex) || split_add(b, GPT2_PATTERN, false, true, true, err);
     }
     if (strcmp(type, "Digits") == 0)
-        return split_add(b, json_is_true(json_object_get(pre, "individual_digits")) ? "\\p{N}" : "\\p{N}+", false,
-                         true, true, err);
+        return split_add(b, json_is_true(json_object_get(pre, "individual_digits")) ? "\\p{N}" : "\\p{N}+",
+                         false, true, true, err);
     if (strcmp(type, "Split") != 0)
-        return fail_line(err, "%s: \"pre_tokenizer\": expected Split, Digits, ByteLevel or a Sequence of them, "
-                         "found %.60s", b->path, type);
+        return fail_line(err,
+                         "%s: \"pre_tokenizer\": expected Split, Digits, ByteLevel or a Sequence of them, "
+                         "found %.60s",
+                         b->path, type);
     const json_t* pattern = json_object_get(pre, "pattern");
     const char *regex = json_string_value(json_object_get(pattern, "Regex")),
                *string = json_string_value(json_object_get(pattern, "String")),
                *behavior = json_string_value(json_object_get(pre, "behavior"));
     if (!regex && !string)
-        return fail(err, "%s: \"pre_tokenizer\": expected \"Regex\" or \"String\" as the pattern of Split", b->path);
-    bool removed = behavior && strcmp(behavior, "Removed") == 0, invert = json_is_true(json_object_get(pre, "invert"));
+        return fail(err, "%s: \"pre_tokenizer\": expected \"Regex\" or \"String\" as the pattern of Split",
+                    b->path);
+    bool removed = behavior && strcmp(behavior, "Removed") == 0,
+         invert = json_is_true(json_object_get(pre, "invert"));
     if (!removed && !(behavior && strcmp(behavior, "Isolated") == 0))
-        return fail_line(err, "%s: \"pre_tokenizer\": expected Split with behavior Isolated or Removed, found %.60s",
-                         b->path, behavior ? behavior : "none");
+        return fail_line(
+            err, "%s: \"pre_tokenizer\": expected Split with behavior Isolated or Removed, found %.60s",
+            b->path, behavior ? behavior : "none");
     return split_add(b, regex ? regex : string, !regex, !removed || invert, !removed || !invert, err);
 }
 
@@ -463,17 +489,20 @@ static bool normalizer_read(Bpe* b, const json_t* normalizer, int depth, Error* 
         return true;
     }
     if (!json_is_type(normalizer, "NFC"))
-        return fail_line(err, "%s: expected \"normalizer\" NFC or none, found %.60s", b->path, type_word(normalizer));
+        return fail_line(err, "%s: expected \"normalizer\" NFC or none, found %.60s", b->path,
+                         type_word(normalizer));
     b->nfc = true;
     return true;
 }
 
 // processor_read: what only adds tokens around the ids, or changes offsets, is left out
 static bool processor_read(const Bpe* b, const json_t* post, int depth, Error* err) {
-    if (!post || json_is_null(post) || json_is_type(post, "ByteLevel") || json_is_type(post, "TemplateProcessing"))
+    if (!post || json_is_null(post) || json_is_type(post, "ByteLevel") ||
+        json_is_type(post, "TemplateProcessing"))
         return true;
     if (!json_is_type(post, "Sequence") || depth >= 4)
-        return fail_line(err, "%s: expected \"post_processor\" ByteLevel, TemplateProcessing or none, found %.60s",
+        return fail_line(err,
+                         "%s: expected \"post_processor\" ByteLevel, TemplateProcessing or none, found %.60s",
                          b->path, type_word(post));
     const json_t* list = json_object_get(post, "processors");
     for (size_t i = 0; i < json_array_size(list); i++)
@@ -509,8 +538,8 @@ static bool id_take(Bpe* b, json_int_t id, const char* text, Error* err) {
         return fail_line(err, "%s: the token \"%.60s\" has the id %lld, expected 0 .. %d", b->path, text,
                          (long long)id, BPE_MAX_IDS - 1);
     if (b->length[id])
-        return fail_line(err, "%s: two tokens have the id %lld: \"%.60s\" and \"%.60s\"", b->path, (long long)id,
-                         b->arena + b->place[id], text);
+        return fail_line(err, "%s: two tokens have the id %lld: \"%.60s\" and \"%.60s\"", b->path,
+                         (long long)id, b->arena + b->place[id], text);
     if (id >= b->n_ids) b->n_ids = id + 1;
     return true;
 }
@@ -522,7 +551,8 @@ static bool vocab_read(Bpe* b, const char** p, const char* end, Error* err) {
     bool done = false, ok = true;
     char* key;
     bool* literal = (bool*)xcalloc(BPE_MAX_IDS, sizeof(bool));
-    for (bool first = true; ok && (key = next_key(p, end, first, b->arena, &done, &e)) != NULL; first = false) {
+    for (bool first = true; ok && (key = next_key(p, end, first, b->arena, &done, &e)) != NULL;
+         first = false) {
         size_t n = strlen(key);
         json_t* value = json_piece(p, end, 32, &e);
         json_int_t id = json_integer_value(value);
@@ -530,7 +560,8 @@ static bool vocab_read(Bpe* b, const char** p, const char* end, Error* err) {
         json_decref(value);
         if (!value) break;
         ok = whole ? id_take(b, id, key, err)
-                   : fail_line(err, "%s: \"vocab\": expected a whole number as the id of \"%.60s\"", b->path, key);
+                   : fail_line(err, "%s: \"vocab\": expected a whole number as the id of \"%.60s\"", b->path,
+                               key);
         if (!ok) break;
         size_t bytes = symbols_to_bytes(key, n);
         literal[id] = bytes == SIZE_MAX;
@@ -554,7 +585,8 @@ static bool vocab_read(Bpe* b, const char** p, const char* end, Error* err) {
         const char* text = b->arena + b->place[id];
         int other = bpe_find(b, text, b->length[id]);
         if (other >= 0)
-            ok = fail(err, "%s: \"vocab\": the ids %d and %lld have the same text", b->path, other, (long long)id);
+            ok = fail(err, "%s: \"vocab\": the ids %d and %lld have the same text", b->path, other,
+                      (long long)id);
         uint32_t i = (uint32_t)hash_bytes(text, b->length[id]) & b->slot_mask;
         while (b->slot[i]) i = (i + 1) & b->slot_mask;
         b->slot[i] = (uint32_t)id + 1;
@@ -565,8 +597,11 @@ static bool vocab_read(Bpe* b, const char** p, const char* end, Error* err) {
         b->byte_id[byte] = bpe_find(b, &one, 1);
         bool possible = byte < 0xC0 || (byte > 0xC1 && byte < 0xF5);      // in UTF-8
         if (b->byte_id[byte] < 0 && possible)
-            ok = fail(err, "%s: \"vocab\": expected an entry for every byte, found none for byte %d; only byte-level "
-                      "BPE can be read", b->path, byte);
+            ok = fail(
+                err,
+                "%s: \"vocab\": expected an entry for every byte, found none for byte %d; only byte-level "
+                "BPE can be read",
+                b->path, byte);
     }
     return ok;
 }
@@ -601,8 +636,11 @@ static bool merges_read(Bpe* b, const char** p, const char* end, Error* err) {
         }
         if (!left || !right || strchr(right, ' ')) {
             free(list);
-            return fail(err, "%s: \"merges\": expected two entries of the vocabulary as merge %lld, found something "
-                        "else", b->path, (long long)b->n_merges);
+            return fail(
+                err,
+                "%s: \"merges\": expected two entries of the vocabulary as merge %lld, found something "
+                "else",
+                b->path, (long long)b->n_merges);
         }
         size_t n = strlen(left), m = strlen(right);
         char said[2][64];
@@ -621,9 +659,14 @@ static bool merges_read(Bpe* b, const char** p, const char* end, Error* err) {
         for (int i = 0; i < 3; i++) {
             if (id[i] >= 0) continue;
             free(list);
-            return fail_line(err, "%s: \"merges\": merge %lld is of \"%s\" and \"%s\"; expected both and what they "
-                             "make in \"vocab\", %s is not there", b->path, (long long)b->n_merges, said[0], said[1],
-                             i == 0 ? "the first" : i == 1 ? "the second" : "what they make");
+            return fail_line(
+                err,
+                "%s: \"merges\": merge %lld is of \"%s\" and \"%s\"; expected both and what they "
+                "make in \"vocab\", %s is not there",
+                b->path, (long long)b->n_merges, said[0], said[1],
+                i == 0   ? "the first"
+                : i == 1 ? "the second"
+                         : "what they make");
         }
         if ((size_t)b->n_merges == room) {
             room = room ? room + room / 2 : 4096;
@@ -664,11 +707,14 @@ static bool model_read(Bpe* b, const char** p, const char* end, Error* err) {
         const char* word = json_string_value(value);
         bool ok = true;
         if (k == TYPE && !(word && strcmp(word, "BPE") == 0))
-            ok = fail_line(err, "%s: expected \"model\" of type \"BPE\", found %.60s", b->path, word ? word : "another");
+            ok = fail_line(err, "%s: expected \"model\" of type \"BPE\", found %.60s", b->path,
+                           word ? word : "another");
         if ((k == PREFIX || k == SUFFIX) && word && *word)
-            ok = fail(err, "%s: expected no \"%s\", found one; only byte-level BPE can be read", b->path, keys[k]);
+            ok = fail(err, "%s: expected no \"%s\", found one; only byte-level BPE can be read", b->path,
+                      keys[k]);
         if (k == DROPOUT && json_number_value(value) != 0)
-            ok = fail(err, "%s: expected no \"dropout\", found %g; set it to null", b->path, json_number_value(value));
+            ok = fail(err, "%s: expected no \"dropout\", found %g; set it to null", b->path,
+                      json_number_value(value));
         if (k == IGNORE_MERGES) b->ignore_merges = json_is_true(value);
         json_decref(value);
         if (!ok) return false;
@@ -682,8 +728,10 @@ static bool model_read(Bpe* b, const char** p, const char* end, Error* err) {
     return b->slot || fail(err, "%s: expected \"vocab\" in \"model\", found none", b->path);
 }
 
-// added_list_read: "added_tokens". Their contents stay in the arena; ids are given once the vocabulary is known.
-static bool added_list_read(Bpe* b, const char** p, const char* end, AddedToken** list, size_t* n, Error* err) {
+// added_list_read: "added_tokens". Their contents stay in the arena; ids are given once the vocabulary is
+// known.
+static bool added_list_read(Bpe* b, const char** p, const char* end, AddedToken** list, size_t* n,
+                            Error* err) {
     json_error_t e;
     bool done;
     size_t room = 0;
@@ -694,19 +742,27 @@ static bool added_list_read(Bpe* b, const char** p, const char* end, AddedToken*
         const json_t* id = json_object_get(item, "id");
         const char* content = json_string_value(json_object_get(item, "content"));
         if (*n == BPE_MAX_ADDED || !json_is_integer(id) || !content || !*content ||
-            json_integer_value(id) < 0 || json_integer_value(id) >= BPE_MAX_IDS || strlen(content) > BPE_MAX_TOKEN) {
+            json_integer_value(id) < 0 || json_integer_value(id) >= BPE_MAX_IDS ||
+            strlen(content) > BPE_MAX_TOKEN) {
             json_decref(item);
             if (*n == BPE_MAX_ADDED)
-                return fail(err, "%s: expected at most %d of \"added_tokens\", found more", b->path, BPE_MAX_ADDED);
-            return fail(err, "%s: \"added_tokens\": expected an \"id\" 0 .. %d and a \"content\" of 1 .. %d bytes in "
-                        "item %zu", b->path, BPE_MAX_IDS - 1, BPE_MAX_TOKEN, *n);
+                return fail(err, "%s: expected at most %d of \"added_tokens\", found more", b->path,
+                            BPE_MAX_ADDED);
+            return fail(
+                err,
+                "%s: \"added_tokens\": expected an \"id\" 0 .. %d and a \"content\" of 1 .. %d bytes in "
+                "item %zu",
+                b->path, BPE_MAX_IDS - 1, BPE_MAX_TOKEN, *n);
         }
         const json_t* normalized = json_object_get(item, "normalized");
-        AddedToken t = {place, strlen(content), (int)json_integer_value(id),
-                        json_is_true(json_object_get(item, "single_word")),
-                        json_is_true(json_object_get(item, "lstrip")),
-                        json_is_true(json_object_get(item, "rstrip")),
-                        normalized ? json_is_true(normalized) : !json_is_true(json_object_get(item, "special"))};
+        AddedToken t = {
+            place,
+            strlen(content),
+            (int)json_integer_value(id),
+            json_is_true(json_object_get(item, "single_word")),
+            json_is_true(json_object_get(item, "lstrip")),
+            json_is_true(json_object_get(item, "rstrip")),
+            normalized ? json_is_true(normalized) : !json_is_true(json_object_get(item, "special"))};
         memcpy(place, content, t.n + 1);                 // the item is longer than its content
         json_decref(item);
         if (*n == room) {
@@ -736,22 +792,27 @@ static bool added_place(Bpe* b, const AddedToken* list, size_t n, Error* err) {
         int other = m == SIZE_MAX ? -1 : bpe_find(b, bytes, m);
         if ((int64_t)t.id < b->n_ids && b->length[t.id]) {            // an entry of the vocabulary, too
             if (b->length[t.id] != t.n || memcmp(b->arena + b->place[t.id], t.text, t.n) != 0)
-                return fail_line(err, "%s: \"added_tokens\": \"%.60s\" has the id %d, which is that of another token, "
-                                 "\"%.*s\"", b->path, t.text, t.id, b->length[t.id] < 60 ? b->length[t.id] : 60,
-                                 b->arena + b->place[t.id]);
+                return fail_line(
+                    err,
+                    "%s: \"added_tokens\": \"%.60s\" has the id %d, which is that of another token, "
+                    "\"%.*s\"",
+                    b->path, t.text, t.id, b->length[t.id] < 60 ? b->length[t.id] : 60,
+                    b->arena + b->place[t.id]);
         } else {
             if (other >= 0)
-                return fail_line(err, "%s: \"added_tokens\": \"%.60s\" has the id %d, but %d in \"vocab\"", b->path,
-                                 t.text, t.id, other);
+                return fail_line(err, "%s: \"added_tokens\": \"%.60s\" has the id %d, but %d in \"vocab\"",
+                                 b->path, t.text, t.id, other);
             if (!id_take(b, t.id, t.text, err)) return false;
             b->place[t.id] = (uint32_t)(t.text - b->arena);
             b->length[t.id] = (uint16_t)t.n;
         }
         // where a text must not be cut: inside of a token, or where a token looks across the cut
         bool letter = isalpha((unsigned char)t.text[t.n - 1]);
-        b->cuts = b->cuts && !(t.rstrip && letter) && !(t.single_word && (t.text[0] == ' ' || t.text[0] == '\n'));
+        b->cuts =
+            b->cuts && !(t.rstrip && letter) && !(t.single_word && (t.text[0] == ' ' || t.text[0] == '\n'));
         for (size_t k = 1; k < t.n; k++)
-            if (isalpha((unsigned char)t.text[k - 1]) && (t.text[k] == ' ' || t.text[k] == '\n')) b->cuts = false;
+            if (isalpha((unsigned char)t.text[k - 1]) && (t.text[k] == ' ' || t.text[k] == '\n'))
+                b->cuts = false;
         Text text = {NULL, 0, 0, false};
         if (t.normalized && b->nfc) nfc_append(&text, t.text, t.n);
         else text_append(&text, t.text, t.n);
@@ -766,8 +827,8 @@ static bool added_place(Bpe* b, const AddedToken* list, size_t n, Error* err) {
         qsort(sets[i]->token, sets[i]->n, sizeof(AddedToken), added_order);
         for (size_t k = 1; k < sets[i]->n; k++)
             if (added_order(&sets[i]->token[k - 1], &sets[i]->token[k]) == 0)
-                return fail_line(err, "%s: \"added_tokens\": the ids %d and %d have the same content", b->path,
-                                 sets[i]->token[k - 1].id, sets[i]->token[k].id);
+                return fail_line(err, "%s: \"added_tokens\": the ids %d and %d have the same content",
+                                 b->path, sets[i]->token[k - 1].id, sets[i]->token[k].id);
     }
     return true;
 }
@@ -782,7 +843,8 @@ static bool bpe_parse(Bpe* b, size_t size, Error* err) {
     bool done = false, ok = true, seen[N_KEYS + 1] = {false};
     AddedToken* added = NULL;
     size_t n_added = 0;
-    for (bool first = true; ok && (key = next_key(&p, end, first, b->arena, &done, &e)) != NULL; first = false) {
+    for (bool first = true; ok && (key = next_key(&p, end, first, b->arena, &done, &e)) != NULL;
+         first = false) {
         int k = 0;
         while (k < N_KEYS && strcmp(key, keys[k]) != 0) k++;
         if (seen[k] && k < N_KEYS) ok = fail(err, "%s: \"%s\" is there twice", b->path, keys[k]);
@@ -797,13 +859,15 @@ static bool bpe_parse(Bpe* b, size_t size, Error* err) {
             if (k == PRE) ok = pre_tokenizer_read(b, value, true, 0, err);
             if (k == POST) ok = processor_read(b, value, 0, err);
             if (k == DECODER && !json_is_type(value, "ByteLevel"))
-                ok = fail_line(err, "%s: expected \"decoder\" ByteLevel, found %.60s", b->path, type_word(value));
+                ok = fail_line(err, "%s: expected \"decoder\" ByteLevel, found %.60s", b->path,
+                               type_word(value));
             json_decref(value);
         }
     }
     if (ok && !done) ok = not_json(b, p, &e, err);
     skip_space(&p, end);
-    if (ok && p != end) ok = fail(err, "%s: expected the end of the file, found text after the JSON", b->path);
+    if (ok && p != end)
+        ok = fail(err, "%s: expected the end of the file, found text after the JSON", b->path);
     for (int k = MODEL; k <= PRE && ok; k += PRE - MODEL)
         if (!seen[k]) ok = fail(err, "%s: expected \"%s\", found none", b->path, keys[k]);
     if (ok) ok = added_place(b, added, n_added, err);
@@ -811,7 +875,8 @@ static bool bpe_parse(Bpe* b, size_t size, Error* err) {
     return ok;
 }
 
-// bpe_load: a tokenizer.json. NULL with a line when it is damaged or asks for something else than is read here.
+// bpe_load: a tokenizer.json. NULL with a line when it is damaged or asks for something else than is read
+// here.
 Bpe* bpe_load(const char* path, Error* err) {
     size_t size;
     char* file = read_text(path, BPE_MAX_FILE, &size, err);
@@ -839,7 +904,7 @@ typedef struct { int* id; size_t n, room; } TokenList;
 
 static void token_add(TokenList* list, int id) {
     if (list->n == list->room) {
-        list->room = list->room ? list->room + list->room / 2 : 256;
+        list->room += list->room / 2 + 256;
         list->id = (int*)xrealloc(list->id, list->room, sizeof(int));
     }
     list->id[list->n++] = id;
@@ -919,8 +984,8 @@ static void pair_push(BpeWork* w, int left) {
     if (m->left != UINT32_MAX) heap_push(w, (uint64_t)m->rank << 32 | (uint32_t)left);
 }
 
-// bpe_merge: step 5 for one word, in O(n log n). A pair in the heap is out of date when one of its symbols has
-// been merged since: then the pair at its place has another rank, or there is none.
+// bpe_merge: step 5 for one word, in O(n log n). A pair in the heap is out of date when one of its symbols
+// has been merged since: then the pair at its place has another rank, or there is none.
 static void bpe_merge(BpeWork* w, const char* word, size_t n) {
     const Bpe* b = w->bpe;
     if (n > w->room) {
@@ -973,7 +1038,8 @@ static void bpe_word(BpeWork* w, const char* word, size_t n) {
     memcpy(c->id, w->out->id + begin, ids * sizeof(int));
 }
 
-// bpe_split: step 4 from the expression `level` on: what it matches and what is between, each a text of its own
+// bpe_split: step 4 from the expression `level` on: what it matches and what is between, each a text of its
+// own
 static bool bpe_split(BpeWork* w, int level, const char* text, size_t n) {
     if (n == 0) return true;
     if (level == w->bpe->n_splits) {
@@ -982,9 +1048,10 @@ static bool bpe_split(BpeWork* w, int level, const char* text, size_t n) {
     }
     const Splitter* s = &w->bpe->split[level];
     const PCRE2_SIZE* range = pcre2_get_ovector_pointer(w->match[level]);
-    size_t rest = 0, at = 0, step;       // the text before `rest` is done, the next match begins at `at` or later
+    size_t rest = 0, at = 0, step;       // before `rest` all is done, the next match begins at `at` or later
     while (at < n) {
-        int code = pcre2_match(s->code, (PCRE2_SPTR)text, n, at, PCRE2_NO_UTF_CHECK, w->match[level], w->limits);
+        int code =
+            pcre2_match(s->code, (PCRE2_SPTR)text, n, at, PCRE2_NO_UTF_CHECK, w->match[level], w->limits);
         if (code == PCRE2_ERROR_NOMATCH) break;
         if (code < 0) {
             PCRE2_UCHAR words[120] = "";
@@ -997,7 +1064,8 @@ static bool bpe_split(BpeWork* w, int level, const char* text, size_t n) {
             utf8_code(text + at, &step);
             if (begin > at) at = begin;
             else at += step;
-            if (s->keep_rest && begin > rest && !bpe_split(w, level + 1, text + rest, begin - rest)) return false;
+            if (s->keep_rest && begin > rest && !bpe_split(w, level + 1, text + rest, begin - rest))
+                return false;
             if (begin > rest) rest = begin;
             continue;
         }
@@ -1035,7 +1103,8 @@ static bool bpe_added(BpeWork* w, bool normalized, const char* text, size_t n);
 static bool bpe_normalize(BpeWork* w, const char* text, size_t n) {
     if (!w->bpe->nfc) return bpe_added(w, true, text, n);
     w->form.n = 0;
-    if (!nfc_append(&w->form, text, n)) return fail(w->err, "%s: out of memory for the normal form", w->bpe->path);
+    if (!nfc_append(&w->form, text, n))
+        return fail(w->err, "%s: out of memory for the normal form", w->bpe->path);
     return bpe_added(w, true, w->form.data, w->form.n);
 }
 
@@ -1070,8 +1139,11 @@ static bool bpe_added(BpeWork* w, bool normalized, const char* text, size_t n) {
 // bpe_encode: appends the ids of a text of valid UTF-8, at most 1 GiB
 bool bpe_encode(BpeWork* w, const char* text, size_t n, TokenList* out, Error* err) {
     if (n > (size_t)1 << 30)
-        return fail(err, "%s: a text of %zu bytes is too long for this tokenizer, expected at most 1 GiB; give it in "
-                    "several documents", w->bpe->path, n);
+        return fail(
+            err,
+            "%s: a text of %zu bytes is too long for this tokenizer, expected at most 1 GiB; give it in "
+            "several documents",
+            w->bpe->path, n);
     w->out = out;
     w->err = err;
     return bpe_added(w, false, text, n);

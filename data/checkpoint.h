@@ -248,18 +248,17 @@ bool checkpoint_export(const Model* m, const char* from, const char* out, int di
     static const char* const torch_names[] = {"float64", "float32", "float16", "bfloat16"};   // ST_F64, ...
     static const char* const copied[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                                          "generation_config.json"};
-    char dir[4096], parent[4096], path[4352];
+    char dir[4096], path[4352];
     const char* meta[] = {"format", "pt", NULL};
     struct stat info;
+    size_t length = strlen(out);
+    while (length > 1 && out[length - 1] == '/') length--;
+    snprintf(dir, sizeof dir, "%.*s.tmp", length < 4000 ? (int)length : 4000, out);
     if (lstat(out, &info) == 0)
         return fail_line(err, "%s: exists already; remove it or choose another --out", out);
-    if (!checkpoint_make_dir(out, err)) return false;      // those above it; its own name comes at the end
-    rmdir(out);
-    snprintf(parent, sizeof parent, "%s", out);
-    for (size_t n = strlen(parent); n > 1 && parent[n - 1] == '/';) parent[--n] = 0;
-    snprintf(dir, sizeof dir, "%.4000s.tmp", parent);
-    if (mkdir(dir, 0777) < 0) return
-        fail_line(err, "%s: cannot create the directory: %s", dir, strerror(errno));
+    if (lstat(dir, &info) == 0)
+        return fail_line(err, "%s: exists already, left by an interrupted convert? Remove it", dir);
+    if (!checkpoint_make_dir(dir, err)) return false;
     SafeTensorOut* tensors = model_file_tensors(m, dialect == DIALECT_MAMBA);
     int n = m->n_tensors;
     for (int i = 0; i < n; i++) tensors[i].dtype = m->tensor[i].spec->flags & DECAY ? dtype : ST_F32;
@@ -281,9 +280,9 @@ bool checkpoint_export(const Model* m, const char* from, const char* out, int di
                                          : safetensors_write(path, tensors, n, meta, err));
     free(tensors);
     ok = ok && sync_dir(dir, err);
-    if (ok && rename(dir, parent) < 0) ok =
+    if (ok && rename(dir, out) < 0) ok =
         fail_line(err, "%s: cannot rename to %s: %s", dir, out, strerror(errno));
     if (!ok) remove_dir(dir);
-    snprintf(path, sizeof path, "%s/..", parent);
+    snprintf(path, sizeof path, "%s/..", out);
     return ok && sync_dir(path, err);
 }

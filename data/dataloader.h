@@ -1,6 +1,6 @@
 // What a model reads: text files and token shards seen as one sequence of tokens, and batches cut from it.
-//   text file: its bytes, or their ids by a BPE tokenizer, with the end token in front, the first token of the
-//     document that it opens; JSON lines (.jsonl) with a BPE tokenizer: each line's "text" is a document
+//   text file: its bytes, or their ids by a BPE tokenizer, with the end token in front, the first token of
+//     the document that it opens; JSON lines (.jsonl) with a BPE tokenizer: each line's "text" is a document
 //   token shard `.bin` (llm.c's format): 256 int32 (magic, version, number of tokens, zeros), then tokens:
 //     magic 20240520, version 1: 16-bit unsigned        magic 20240801, version 7: 32-bit unsigned
 // Batches are a pure function of one number, the sample counter: nothing else needs to be saved to resume.
@@ -18,7 +18,7 @@ typedef struct {
     unsigned char* bytes;    // the tokens as stored, `width` bytes each, or NULL when the file stays open
     int64_t payload;         // offset of the first stored token in the file
     int64_t size;            // bytes of the file
-    int width;               // bytes per stored token: 1 text as bytes, 2 or 4 shards and ids of a BPE tokenizer
+    int width;    // bytes per stored token: 1 text as bytes, 2 or 4 shards and ids of a BPE tokenizer
     int front;               // tokens put in front: 1 for text as bytes (the end token), otherwise 0
     int64_t begin, count;
 } DataSource;
@@ -205,8 +205,8 @@ void files_free(char** files, int n) {
     free(files);
 }
 
-// files_of: the names in the order given; a pattern such as 'data/*.txt' stands for the matching files, sorted by
-// name. To be freed with files_free, on failure too.
+// files_of: the names in the order given; a pattern such as 'data/*.txt' stands for the matching files,
+// sorted by name. To be freed with files_free, on failure too.
 bool files_of(char** paths, int n, char*** files, int* n_files, Error* err) {
     *files = NULL;
     *n_files = 0;
@@ -223,7 +223,8 @@ bool files_of(char** paths, int n, char*** files, int* n_files, Error* err) {
         }
         size_t more = plain ? 1 : ok ? found.gl_pathc : 0;
         *files = (char**)xrealloc(*files, (size_t)*n_files + more, sizeof(char*));
-        for (size_t k = 0; k < more; k++) (*files)[(*n_files)++] = strdup(plain ? paths[i] : found.gl_pathv[k]);
+        for (size_t k = 0; k < more; k++)
+            (*files)[(*n_files)++] = strdup(plain ? paths[i] : found.gl_pathv[k]);
         if (!plain && status == 0) globfree(&found);
     }
     return ok;

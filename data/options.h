@@ -76,10 +76,11 @@ static const Option options[] = {
      "the head uses the embedding matrix"},
     {NULL, 0, 0, WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, NULL, 0, 0, NULL, "Data"},
     {"data", 'l', OPT(data), WORD_TRAIN | WORD_EVAL | WORD_TOKENIZE, "", 0, 0, NULL,
-     "text files (read as bytes without a tokenizer) or .bin token shards, patterns allowed; none: this program's "
-     "source"},
+     "text files (read as bytes without a tokenizer) or .bin token shards, patterns allowed; none: this "
+     "program's source"},
     {"tokenizer", 's', OPT(tokenizer), WORD_TRAIN | WORD_TOKENIZE, "", 0, 0, NULL,
-     "a tokenizer.json or a directory with one; none: bytes for text, the tokenizer.json beside token shards"},
+     "a tokenizer.json or a directory with one; none: bytes for text, the tokenizer.json beside token "
+     "shards"},
     {"val-data", 'l', OPT(val_data), WORD_TRAIN, "", 0, 0, NULL,
      "validation files; none: the end of the training data"},
     {"val-fraction", 'f', OPT(val_fraction), WORD_TRAIN | WORD_TOKENIZE, "0.1", 0, 0.9, NULL,

@@ -62,7 +62,8 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     tokenizer_bytes(tok);
     if (o->tokenizer[0] && !tokenizer_load(tok, o->tokenizer, err)) return false;
     if (!o->tokenizer[0] && shards) {
-        const char *end = strchr(list, '\n'), *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
+        const char *end = strchr(list, '\n'),
+                   *slash = (const char*)memrchr(list, '/', end ? (size_t)(end - list) : strlen(list));
         snprintf(beside, sizeof beside, "%.*s", slash ? (int)(slash - list + 1) : 1, slash ? list : ".");
         if (!tokenizer_read(tok, beside, err)) return false;
         if (tok->kind != TOKENIZER_NONE) printf("tokenizer: that in %s\n", beside);
@@ -74,13 +75,15 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     }
     if (tok->kind == TOKENIZER_BPE && o->eos_token >= 0) tok->eos = (int)o->eos_token;
     if (tok->kind == TOKENIZER_BPE && tok->eos < 0)
-        warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token gives one");
+        warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token "
+             "gives one");
     if (tok->eos >= tok->vocab_size)
-        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos, (long long)tok->vocab_size - 1);
+        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos,
+                    (long long)tok->vocab_size - 1);
     if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
         if (tok->kind == TOKENIZER_BPE)
-            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids", (long long)o->vocab_size,
-                        (long long)tok->vocab_size);
+            return fail(err, "--vocab-size %lld is too small: the tokenizer has %lld ids",
+                        (long long)o->vocab_size, (long long)tok->vocab_size);
         return fail(
             err,
             "--vocab-size %lld is too small: text is read as bytes, which need %lld (256 and the end token)",

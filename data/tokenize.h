@@ -1,9 +1,9 @@
 // `tokenize`: text and JSON lines files into token shards for training, with the tokenizer beside them:
 //   DIR/train_000000.bin, ...    the documents up to the validation part, at most 10^8 tokens a file
-//   DIR/val_000000.bin, ...      the last --val-fraction of the bytes; with JSON lines it begins with a document
+//   DIR/val_000000.bin, ...      the last --val-fraction of the bytes; of JSON lines whole documents
 //   DIR/tokenizer.json           as it was given
-// The format of shards is in dataloader.h; every document begins with the end token. DIR appears, complete, by one
-// rename of DIR.tmp at the end; a DIR that exists is refused.
+// The format of shards is in dataloader.h; every document begins with the end token. DIR appears, complete,
+// by one rename of DIR.tmp at the end; a DIR that exists is refused.
 
 enum { TOKENS_PER_SHARD = 100000000 };
 
@@ -28,7 +28,8 @@ static bool shard_error(const ShardWriter* w, Error* err) {
 
 // shard_finish: the header, which tells the number of tokens, comes last
 static bool shard_finish(ShardWriter* w, Error* err) {
-    uint32_t header[SHARD_HEADER / 4] = {w->width == 2 ? 20240520u : 20240801u, w->width == 2 ? 1u : 7u, w->in_shard};
+    uint32_t header[SHARD_HEADER / 4] = {w->width == 2 ? 20240520u : 20240801u, w->width == 2 ? 1u : 7u,
+                                         w->in_shard};
     if (w->fd < 0) return true;
     bool ok = lseek(w->fd, 0, SEEK_SET) == 0 && write_all(w->fd, header, sizeof header);
     int error = errno, fd = w->fd;
@@ -69,8 +70,8 @@ static bool shard_append(void* to, const int* ids, size_t n, int64_t at, Error* 
         if (bytes > w->room) w->piece = (unsigned char*)xrealloc(w->piece, w->room = bytes, 1);
         for (size_t k = 0; k < m; k++) {
             uint16_t id16 = (uint16_t)ids[i + k];
-            memcpy(w->piece + k * (size_t)w->width, w->width == 2 ? (const void*)&id16 : (const void*)&ids[i + k],
-                   (size_t)w->width);
+            memcpy(w->piece + k * (size_t)w->width,
+                   w->width == 2 ? (const void*)&id16 : (const void*)&ids[i + k], (size_t)w->width);
         }
         if (!write_all(w->fd, w->piece, bytes)) return shard_error(w, err);
         w->in_shard += (uint32_t)m;
@@ -141,7 +142,8 @@ int tokenize_main(Settings* s) {
     signal(SIGXFSZ, SIG_IGN);            // a file size limit becomes an ordinary write error
     if (!o->tokenizer[0]) die("tokenize needs --tokenizer, a tokenizer.json or the directory that holds one");
     if (!o->data[0]) die("tokenize needs --data, text or .jsonl files");
-    if (settings_origin(s, "out") == FROM_DEFAULT) die("tokenize needs --out, a directory to be made for the shards");
+    if (settings_origin(s, "out") == FROM_DEFAULT)
+        die("tokenize needs --out, a directory to be made for the shards");
     for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
         names = (char**)xrealloc(names, (size_t)n_names + 1, sizeof(char*));
         names[n_names++] = p;
@@ -150,10 +152,11 @@ int tokenize_main(Settings* s) {
         die("%s", err.text);
     if (o->eos_token >= 0) tok.eos = (int)o->eos_token;
     if (tok.eos < 0)
-        die("%s: found none of the usual end tokens (such as %s); give the id of one with --eos-token", o->tokenizer,
-            END_TEXT);
+        die("%s: found none of the usual end tokens (such as %s); give the id of one with --eos-token",
+            o->tokenizer, END_TEXT);
     if (tok.eos >= tok.vocab_size)
-        die("--eos-token %d: the ids of %s end at %lld", tok.eos, o->tokenizer, (long long)tok.vocab_size - 1);
+        die("--eos-token %d: the ids of %s end at %lld", tok.eos, o->tokenizer,
+            (long long)tok.vocab_size - 1);
 
     ShardWriter w;
     memset(&w, 0, sizeof w);
@@ -166,10 +169,12 @@ int tokenize_main(Settings* s) {
     }
     size_t length = strlen(o->out);
     while (length > 1 && o->out[length - 1] == '/') length--;
-    if (length + 5 > sizeof dir) die("--out: the path has %zu characters, expected at most %zu", length, sizeof dir - 5);
+    if (length + 5 > sizeof dir)
+        die("--out: the path has %zu characters, expected at most %zu", length, sizeof dir - 5);
     snprintf(parent, sizeof parent, "%.*s", (int)length, o->out);
     struct stat st;
-    if (lstat(parent, &st) == 0) die("%s is already there; tokenize makes a new directory, choose another --out", parent);
+    if (lstat(parent, &st) == 0)
+        die("%s is already there; tokenize makes a new directory, choose another --out", parent);
     snprintf(dir, sizeof dir, "%.4090s.tmp", parent);
     if (!checkpoint_make_dir(dir, &err)) die("%s", err.text);
     int lock = lock_run(dir);
@@ -181,8 +186,10 @@ int tokenize_main(Settings* s) {
     w.border = o->val_fraction > 0 ? (int64_t)((double)w.total * (1 - o->val_fraction)) : INT64_MAX;
     w.start = w.shown = seconds_now();
     bool ok = tokenize_files(&w, files, n_files, &tok, &err);
-    if (ok && w.n_tokens[0] == 0) ok = fail(&err, "the files hold no text for training; give more, or a smaller "
-                                            "--val-fraction");
+    if (ok && w.n_tokens[0] == 0)
+        ok = fail(&err,
+                  "the files hold no text for training; give more, or a smaller "
+                  "--val-fraction");
     if (ok && o->val_fraction > 0 && w.n_tokens[1] == 0)
         ok = fail(&err, "no document begins in the last part of the files, which --val-fraction %g keeps for "
                   "validation; give more files or --val-fraction 0", o->val_fraction);
@@ -196,7 +203,8 @@ int tokenize_main(Settings* s) {
     snprintf(lock_path, sizeof lock_path, "%s/.lock", dir);
     unlink(lock_path);
     if (ok) ok = sync_dir(dir, &err);
-    if (ok && rename(dir, parent) != 0) ok = fail_line(&err, "%s: cannot become %s: %s", dir, parent, strerror(errno));
+    if (ok && rename(dir, parent) != 0)
+        ok = fail_line(&err, "%s: cannot become %s: %s", dir, parent, strerror(errno));
     if (!ok) {
         rmdir(dir);
         die("%s", err.text);

@@ -1,6 +1,6 @@
-// Text <-> token ids. Two kinds: bytes, ids 0..255 and one end token `<|endoftext|>`, id 256, which needs no file;
-// and byte-level BPE, read from a tokenizer.json (bpe.h). Both are written as the tokenizer.json of Hugging Face
-// `tokenizers`: a byte-level BPE without merges means "one id per byte".
+// Text <-> token ids. Two kinds: bytes, ids 0..255 and one end token `<|endoftext|>`, id 256, which needs no
+// file; and byte-level BPE, read from a tokenizer.json (bpe.h). Both are written as the tokenizer.json of
+// Hugging Face `tokenizers`: a byte-level BPE without merges means "one id per byte".
 
 // Uses safetensors.h: open_regular, read_exact, join_path, fail_line, checkpoint_write_text.
 
@@ -8,8 +8,8 @@
 // defines: Bpe, what a tokenizer.json says; bpe_encode
 #include "bpe.h"
 
-enum { TOKENIZER_NONE, TOKENIZER_BYTES, TOKENIZER_BPE };     // NONE: ids without a text form, printed as numbers
-// bytes that one call of tokenizer_decode can write: a token of nothing but invalid bytes, and what was pending
+enum { TOKENIZER_NONE, TOKENIZER_BYTES, TOKENIZER_BPE };     // NONE: ids without a text form, shown as numbers
+// bytes that one call of tokenizer_decode can write: a token of invalid bytes, and what was pending
 enum { TOKENIZER_MAX_TEXT = 3 * BPE_MAX_TOKEN + 8 };
 
 #define END_TEXT "<|endoftext|>"
@@ -44,8 +44,8 @@ bool data_read(int fd, void* out, size_t n, int64_t offset, const char* path, Er
 // ---- tokenizer.json
 
 // tokenizer_write: tokenizer.json: the file it came from, or one for a byte tokenizer; nothing for
-// TOKENIZER_NONE. Hugging Face `tokenizers` gives the same ids with it for any UTF-8 text, except that it turns
-// the literal text `<|endoftext|>` into 256 with a byte tokenizer too.
+// TOKENIZER_NONE. Hugging Face `tokenizers` gives the same ids with it for any UTF-8 text, except that it
+// turns the literal text `<|endoftext|>` into 256 with a byte tokenizer too.
 bool tokenizer_write(const Tokenizer* t, const char* dir, Error* err) {
     if (t->kind == TOKENIZER_NONE) return true;
     if (t->kind == TOKENIZER_BPE) return checkpoint_write_text(dir, "tokenizer.json", t->bpe->file, err);
@@ -78,13 +78,15 @@ bool tokenizer_write(const Tokenizer* t, const char* dir, Error* err) {
 // is_byte_tokenizer: what tokenizer_write writes for bytes
 static bool is_byte_tokenizer(const Bpe* b) {
     bool ok = b->n_vocab == 256 && b->n_merges == 0 && !b->nfc && b->raw.n == 1 && b->normalized.n == 0 &&
-              b->raw.token[0].id == 256 && strcmp(b->raw.token[0].text, END_TEXT) == 0;
+              b->raw.token[0].id == 256 && b->raw.token[0].n == strlen(END_TEXT) &&
+              memcmp(b->raw.token[0].text, END_TEXT, strlen(END_TEXT)) == 0;
     for (int i = 0; i < 256 && ok; i++) ok = b->byte_id[i] == i;
     return ok;
 }
 
-// tokenizer_load: a tokenizer.json, or the one in a directory. kind becomes TOKENIZER_NONE on failure. The file
-// does not say which token ends a text, so it is the first of the usual names, -1 when it has none of them.
+// tokenizer_load: a tokenizer.json, or the one in a directory. kind becomes TOKENIZER_NONE on failure. The
+// file does not say which token ends a text, so it is the first of the usual names, -1 when it has none of
+// them.
 bool tokenizer_load(Tokenizer* t, const char* path, Error* err) {
     static const char* const ends[] = {END_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"};
     char inside[4096];
@@ -194,7 +196,8 @@ size_t tokenizer_decode(const Tokenizer* t, Utf8Stream* s, int token, char out[T
     if (t->kind == TOKENIZER_BPE) {
         bool known = token >= 0 && token < t->bpe->n_ids && t->bpe->length[token] > 0;
         const char* text = known ? t->bpe->arena + t->bpe->place[token] : "";
-        for (int i = 0; known && i < t->bpe->length[token]; i++) n += utf8_push(s, (unsigned char)text[i], out + n);
+        for (int i = 0; known && i < t->bpe->length[token]; i++)
+            n += utf8_push(s, (unsigned char)text[i], out + n);
         return known ? n : tokenizer_flush(s, out);
     }
     if (token >= 0 && token < 256) return utf8_push(s, (unsigned char)token, out);
@@ -209,8 +212,8 @@ size_t tokenizer_decode(const Tokenizer* t, Utf8Stream* s, int token, char out[T
 // ---- encoding
 
 // Encoder: makes a text that comes in pieces into ids, the same as those of the whole text. Bytes are ids by
-// themselves. For BPE invalid UTF-8 becomes U+FFFD as in Python, and a piece is encoded up to the last place where
-// a cut changes nothing (bpe_cut); what is behind it waits. One thread uses an Encoder at a time.
+// themselves. For BPE invalid UTF-8 becomes U+FFFD as in Python, and a piece is encoded up to the last place
+// where a cut changes nothing (bpe_cut); what is behind it waits. One thread uses an Encoder at a time.
 typedef struct {
     const Tokenizer* tokenizer;
     BpeWork* work;
@@ -254,9 +257,9 @@ static void encoder_clean(Encoder* e, const char* text, size_t n) {
     out->n += m;
 }
 
-// encoder_add: the next n bytes of a text, whose end is reached with `end`; appends the ids that are certain. Any
-// bytes are allowed, NUL too. The literal text of an added token becomes that token, as in `tokenizers`; with
-// bytes the end token's text is not interpreted: there a document cannot end itself.
+// encoder_add: the next n bytes of a text, whose end is reached with `end`; appends the ids that are certain.
+// Any bytes are allowed, NUL too. The literal text of an added token becomes that token, as in `tokenizers`;
+// with bytes the end token's text is not interpreted: there a document cannot end itself.
 bool encoder_add(Encoder* e, const char* text, size_t n, bool end, TokenList* out, Error* err) {
     const Tokenizer* t = e->tokenizer;
     if (t->kind == TOKENIZER_BYTES) for (size_t i = 0; i < n; i++) token_add(out, (unsigned char)text[i]);
@@ -357,7 +360,8 @@ static bool text_file_next(TextFile* f, TextPiece* p, Error* err) {
 }
 
 // json_line_encode: the document of one line; an empty line holds none
-static bool json_line_encode(const TextFile* f, Encoder* e, const char* line, size_t n, TokenList* ids, Error* err) {
+static bool json_line_encode(const TextFile* f, Encoder* e, const char* line, size_t n, TokenList* ids,
+                             Error* err) {
     const char* p = line;
     skip_space(&p, line + n);
     if (p == line + n) return true;
@@ -397,8 +401,8 @@ static void text_piece_encode(const TextFile* f, TextPiece* p, Encoder* e) {
     p->first_replaced = e->first_replaced;
 }
 
-// text_file_tokens: gives the ids of a file, in order, to `emit`, with the place in the file where the piece that
-// they are from begins. Warns of bytes that were no UTF-8.
+// text_file_tokens: gives the ids of a file, in order, to `emit`, with the place in the file where the piece
+// that they are from begins. Warns of bytes that were no UTF-8.
 typedef bool TokenSink(void* to, const int* ids, size_t n, int64_t at, Error* err);
 static bool text_file_tokens(TextFile* f, TokenSink* emit, void* to, Error* err) {
     int threads = 1;
@@ -411,7 +415,8 @@ static bool text_file_tokens(TextFile* f, TokenSink* emit, void* to, Error* err)
     Encoder* encoder = (Encoder*)xcalloc((size_t)threads, sizeof(Encoder));
     for (int i = 0; i < threads; i++) encoder_open(&encoder[i], f->tokenizer);
     bool ok = true, more = true;
-    if (f->size == 0 && !f->json_lines && f->eos >= 0) ok = emit(to, &f->eos, 1, 0, err);     // an empty document
+    if (f->size == 0 && !f->json_lines && f->eos >= 0)
+        ok = emit(to, &f->eos, 1, 0, err);    // an empty document
     while (ok && more) {
         err->text[0] = 0;
         for (n = 0; n < room && more; n += more) more = text_file_next(f, &piece[n], err);
@@ -429,14 +434,15 @@ static bool text_file_tokens(TextFile* f, TokenSink* emit, void* to, Error* err)
             ok = p->ok && emit(to, p->ids.id, p->ids.n, p->at, p->ok ? err : &p->err);
             if (p->ok && p->replaced && first_replaced < 0) first_replaced = p->at + p->first_replaced;
             f->replaced += p->replaced;
-            if (!p->ok && f->json_lines) fail(err, "%s: line %lld: %s", f->path, (long long)(lines + p->lines), p->err.text);
+            if (!p->ok && f->json_lines)
+                fail(err, "%s: line %lld: %s", f->path, (long long)(lines + p->lines), p->err.text);
             else if (!p->ok) *err = p->err;
             lines += p->lines;
         }
     }
     if (ok && f->replaced)
-        warn("%s: %lld times invalid UTF-8 was replaced by U+FFFD, first at byte %lld", f->path, (long long)f->replaced,
-             (long long)first_replaced);
+        warn("%s: %lld times invalid UTF-8 was replaced by U+FFFD, first at byte %lld", f->path,
+             (long long)f->replaced, (long long)first_replaced);
     for (int i = 0; i < room; i++) { free(piece[i].text.data); free(piece[i].ids.id); }
     for (int i = 0; i < threads; i++) encoder_close(&encoder[i]);
     free(piece);

@@ -379,8 +379,7 @@ static void published(void) { scan_kernel_published<<<dim3(scan.E, scan.B), THRE
 static void shipped(void) {
     selective_scan_forward_cuda<bf16>(scan.y, scan.s, scan.hs, NULL, scan.x, scan.dt_raw, scan.dt_bias,
                                       scan.A_log, scan.Bt, scan.Ct, scan.ldbc, scan.Dskip, scan.z, scan.ldz,
-                                      NULL, NULL, scan.B, scan.T, scan.E, N, SCAN_SPACING,
-                                      0);
+                                      NULL, NULL, scan.B, scan.T, scan.E, N, SCAN_SPACING, 0);
 }
 
 template <int STATES> static void launch_states(void) {

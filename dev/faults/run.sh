@@ -25,7 +25,7 @@ if [ $# -gt 0 ]; then
     program=$(realpath "$1")
 else
     program=$build/save_once
-    libs=${LIBS:-$(pkg-config --cflags --libs jansson) -lm}
+    libs=${LIBS:-$(pkg-config --cflags --libs jansson libpcre2-8 libutf8proc) -lm}
     # shellcheck disable=SC2086
     $cc -std=gnu11 -O1 -o "$program" "$here/save_once.c" $libs || exit 1
 fi

@@ -136,10 +136,30 @@ static void fuzz_safetensors(const unsigned char* data, size_t n) {
     safetensors_close(&st);
 }
 
+// a header alone, so that changes need not match its length: 30 bytes of data follow it
+static void fuzz_header(const unsigned char* data, size_t n) {
+    static unsigned char file[8 + INPUT_MAX + 30];
+    uint64_t length = n;
+    memcpy(file, &length, 8);
+    memcpy(file + 8, data, n);
+    memset(file + 8 + n, 0, 30);
+    fuzz_safetensors(file, n + 38);
+}
+
 static void fuzz_zip(const unsigned char* data, size_t n) {
     SafeTensors st;
     Error err;
-    bool ok = pickle_open(&st, put_memory(data, n), &err);
+    Zip zip = {memory_fd, put_memory(data, n), n, 0, NULL, NULL, 0};
+    bool ok = zip_open(&zip, &err);
+    one_line_error(ok, &err);
+    for (int i = 0; ok && i < zip.n; i++) {      // header and bytes of an entry: in the file, and nobody else's
+        const ZipEntry *e = zip.entry + i, *other = zip.entry;
+        must(e->header < e->at && (wide)e->at + e->size <= n);
+        for (; other < zip.entry + zip.n; other++)
+            must(other == e || e->at + e->size <= other->header || other->at + other->size <= e->header);
+    }
+    zip_close(&zip);
+    ok = pickle_open(&st, memory_path, &err);
     one_line_error(ok, &err);
     if (!ok) return;
     check_tensors(&st, n, false);
@@ -166,7 +186,10 @@ static void fuzz_pickle(const unsigned char* data, size_t n) {
     st.fd = -1;
     st.path = strdup(fixed_zip.path);
     st.info.st_size = (off_t)fixed_zip.size;
-    bool ok = pickle_parse(&st, &fixed_zip, data, n, &err) && pickle_check(&st, &err);
+    unsigned char* text = (unsigned char*)malloc(n);         // of this size, so that a read behind it is seen
+    memcpy(text, data, n);
+    bool ok = pickle_parse(&st, &fixed_zip, text, n, &err) && pickle_check(&st, &err);
+    free(text);
     one_line_error(ok, &err);
     if (ok) check_tensors(&st, 0, false);
     for (int i = 0; ok && i < st.n; i++) {       // inside one storage
@@ -219,6 +242,52 @@ static void fuzz_config(const unsigned char* data, size_t n) {
          c.vocab_padded == again.vocab_padded && c.eos_token == again.eos_token);
 }
 
+static void fuzz_tokenizer(const unsigned char* data, size_t n) {
+    static const char* const texts[] = {"", "abc ab  a", "It's 20.\n\n  na\xc3\xafve <|endoftext|> \xcc\x81",
+                                        "\xff\xc3 \xe2\x82"};
+    Tokenizer t;
+    Error err;
+    memset(&t, 0, sizeof t);
+    put_named("tokenizer.json", data, n);
+    bool ok = tokenizer_read(&t, directory, &err);
+    one_line_error(ok, &err);
+    for (int i = 0; ok && i < 4; i++) {
+        char piece[TOKENIZER_MAX_TEXT];
+        Utf8Stream stream;
+        Encoder e;
+        TokenList list = {NULL, 0, 0};
+        memset(&stream, 0, sizeof stream);
+        encoder_open(&e, &t);
+        one_line_error(encoder_add(&e, texts[i], strlen(texts[i]), true, &list, &err), &err);
+        for (size_t k = 0; k < list.n; k++) {
+            must(list.id[k] >= 0 && list.id[k] < t.vocab_size);
+            must(tokenizer_decode(&t, &stream, list.id[k], piece) <= sizeof piece);
+        }
+        encoder_close(&e);
+        free(list.id);
+    }
+    if (ok) tokenizer_free(&t);
+}
+
+static void fuzz_shard(const unsigned char* data, size_t n) {
+    static int tokens[INPUT_MAX];
+    Tokenizer t;
+    Dataset d;
+    Error err;
+    tokenizer_bytes(&t);
+    char* paths[] = {strdup(put_named("tokens.bin", data, n))};
+    bool ok = dataset_open(&d, paths, 1, &t, &err);
+    one_line_error(ok, &err);
+    if (ok) {
+        must(1024 + 2 * (wide)d.n_tokens == n || 1024 + 4 * (wide)d.n_tokens == n);
+        ok = dataset_read(&d, 0, d.n_tokens, tokens, &err);
+        one_line_error(ok, &err);
+        for (int64_t i = 0; ok && i < d.n_tokens; i++) must(tokens[i] >= 0 && tokens[i] < t.vocab_size);
+        dataset_close(&d);
+    }
+    free(paths[0]);
+}
+
 // --- the readers, with words that their changes insert
 
 typedef struct {
@@ -229,6 +298,8 @@ typedef struct {
 static const Target targets[] = {
     {"safetensors", fuzz_safetensors,
      "\"dtype\":\"BF16\" \"shape\":[2,3] \"data_offsets\":[0,24] \"__metadata__\":{} "
+     "9223372036854775807 -1 0 [ ] { } , : \" \\u0000 4294967296 F64 U8 I64 1e3"},
+    {"header", fuzz_header, "\"dtype\":\"BF16\" \"shape\":[2,3] \"data_offsets\":[0,24] \"__metadata__\":{} "
      "9223372036854775807 -1 0 [ ] { } , : \" \\u0000 4294967296 F64 U8 I64 1e3"},
     {"zip", fuzz_zip, "PK\1\2 PK\3\4 PK\5\6 PK\6\6 PK\6\7 \377\377\377\377 ../ m/data/0 data.pkl"},
     {"pickle", fuzz_pickle,
@@ -243,6 +314,11 @@ static const Target targets[] = {
      "Infinity NaN -1 0 1e999 9223372036854775807 \"ssm_c\":{ \"pattern\":\"1m\" \"d_intermediate\": null "
      "true \"auto\" \"vocab_size\": \"pad_vocab_size_multiple\": \"eos_token_id\": \"norm_eps\": "
      "\"tie_word_embeddings\": [ ]"},
+    {"tokenizer", fuzz_tokenizer, "\"merges\": \"vocab\": \"a\" \"ab\" \"type\": \"Split\" \"Regex\": "
+     "\"Sequence\" \"NFC\" "
+     "\"added_tokens\": \"id\": \"content\": { } [ ] , : 0 256 257 -1 1e9 true null \"(a+)+b\" "
+     "\"\\\\p{L}+\" \\u0120"},
+    {"shard", fuzz_shard, "\1 \2 \377\377 \7 20240520"},
 };
 enum { N_TARGETS = sizeof targets / sizeof *targets };
 
@@ -358,8 +434,10 @@ static size_t change(unsigned char* data, size_t n, const Target* t) {
                 uint64_t value = 0;
                 if (at + bytes > n) break;
                 memcpy(&value, data + at, bytes);
+                bool twice = at + 2 * bytes <= n && memcmp(data + at, data + at + bytes, bytes) == 0;
                 value = random_below(2) ? values[random_below(14)] : value + random_below(17) - 8;
                 memcpy(data + at, &value, bytes);
+                if (twice && random_below(2)) memcpy(data + at + bytes, &value, bytes);      // stay equal
                 break;
             }
             case 4:                  // remove
@@ -429,14 +507,43 @@ static void keep_text(const char* text) { keep((const unsigned char*)text, strle
 static void seeds(const Target* t) {
     if (t->run == fuzz_safetensors) keep_file("all.safetensors"), keep_file("m-2.safetensors");
     if (t->run == fuzz_zip) keep_file("all.bin");
+    if (t->run == fuzz_header)
+        keep_text("{\"__metadata__\":{\"format\":\"pt\"},\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],"
+                  "\"data_offsets\":[0,24]},\"b\":{\"dtype\":\"BF16\",\"shape\":[2],\"data_offsets\":[24,28]"
+                  "},\"c\":{\"dtype\":\"F16\",\"shape\":[],\"data_offsets\":[28,30]}}");
     if (t->run == fuzz_pickle) {
         const ZipEntry* e = zip_find(&fixed_zip, "data.pkl", "", 0);
         unsigned char* text = (unsigned char*)malloc(e->size);
         if (!read_exact(fixed_zip.fd, text, e->size, e->at)) die("fuzz: no pickle");
         keep(text, e->size);
-        keep(text, 120);
+        keep_text("\x80\2ccollections\nOrderedDict\n)Rq\1.");
         free(text);
     }
+    if (t->run == fuzz_tokenizer) {      // bytes, and bytes with two merges
+        Tokenizer bytes;
+        Error err;
+        memset(&bytes, 0, sizeof bytes);
+        tokenizer_bytes(&bytes);
+        if (!tokenizer_write(&bytes, directory, &err)) die("fuzz: %s", err.text);
+        keep_file("tokenizer.json");
+        char *text = (char*)kept[n_kept - 1].data, *more = (char*)calloc(kept[n_kept - 1].n + 200, 1);
+        text[kept[n_kept - 1].n] = 0;
+        char *vocab = strstr(text, "\"vocab\": {"), *merges = strstr(text, "\"merges\": []");
+        if (!vocab || !merges || merges < vocab) die("fuzz: tokenizer.json is written otherwise");
+        sprintf(more, "%.*s\"ab\": 257, \"abc\": 258, %.*s\"merges\": [\"a b\", \"ab c\"]%s",
+                (int)(vocab + 10 - text), text, (int)(merges - vocab - 10), vocab + 10, merges + 12);
+        keep_text(more);
+        free(more);
+    }
+    if (t->run == fuzz_shard) {
+        int32_t shard[256 + 8] = {20240801, 7, 8};
+        keep((unsigned char*)shard, sizeof shard);
+        shard[0] = 20240520, shard[1] = 1;
+        keep((unsigned char*)shard, sizeof shard - 16);
+    }
+    if (t->run == fuzz_index)
+        keep_text("{\"weight_map\":{\"\":\"\",\"\":\"\",\"\":\"\",\"\":\"\",\"\":\"\","
+                  "\"\":\"\",\"\":\"\",\"\":\"\"}}");
     if (t->run == fuzz_index)
         keep_text("{\"metadata\": {\"total_size\": 24}, \"weight_map\": {\"a\": \"m-1.safetensors\", \"b\": "
                   "\"m-2.safetensors\", \"c\": \"m-2.safetensors\"}}");

@@ -189,7 +189,7 @@ def our_ids_quiet(program, path, directory, files):
 
 def check_speed(program, tokenizer, path, text, seconds):
     """both in turns, one thread: theirs encodes the text as a list of documents of 4,096 characters, ours the same as JSON lines"""
-    texts = [text[i:i + 65536] for i in range(0, len(text), 4096)]
+    texts = [text[i:i + 4096] for i in range(0, len(text), 4096)]
     size = len(text.encode())
     ours, theirs, start = [], [], time.time()
     with tempfile.TemporaryDirectory() as directory:

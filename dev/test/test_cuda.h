@@ -651,8 +651,8 @@ template <typename X> void check_scan(const ScanShape* s, int spacing) {
     const int* g_doc = d ? gpu(doc) : NULL;
     const X *g_Bt = g_rbc + R, *g_z = g_xz + E;
     snprintf(shape, sizeof shape, "%s B%zu T%zu E%zu N%zu R%zu spacing %d%s%s%s",
-             selective_scan_path_cuda<X>(g_x, g_Bt, g_Bt + N, ld, g_z, ldz, B, T, E, N), B, T, E, N, R, spacing,
-             s->docs < 0 ? "" : " doc", s->state ? " state" : "", s->note);
+             selective_scan_path_cuda<X>(g_x, g_Bt, g_Bt + N, ld, g_z, ldz, B, T, E, N), B, T, E, N, R,
+             spacing, s->docs < 0 ? "" : " doc", s->state ? " state" : "", s->note);
     selective_scan_forward_cuda<X>(y, s_, g_hs, g_hT, g_x, g_dt, g_bias, g_A, g_Bt, g_Bt + N, ld, g_D, g_z,
                                    ldz, g_h0, g_doc, B, T, E, N, spacing, 0);
     Vec got_y = from_gpu(y, M * E);
@@ -1038,7 +1038,7 @@ template <typename X> void check_training(const CudaShape* s, int recompute, boo
         real* before = (real*)test_alloc(n, sizeof(real));
         memcpy(before, m.params, n * sizeof(real));
         Backend b = k == 0 ? backend_cpu(&m, B, T, true, false)
-                           : backend_cuda_of<X>(&m, B, T, true, k == 2 ? recompute : 0);
+                           : backend_cuda_of<X>(&m, B, T, true, k ? recompute : RECOMPUTE_NONE);
         b.upload(&b);
         for (int step = 0; step < STEPS; step++) {
             cuda_batch(tokens, targets, M, 100 + (uint64_t)step % 2, s->V);

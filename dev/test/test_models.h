@@ -175,6 +175,14 @@ static void test_pickles(void) {
         failed += run_open_case(pickle_rows[i].name, path, pickle_rows[i].words);
         free(words);
     }
+    for (int over = 0; over < 2; over++) {       // the last index that is possible, and the next
+        char* words = replace_text(base_pickle, "x71 x00", "r xee xee xee xee");
+        size_t n = assemble(words, bytes), index = n / 2 + (size_t)over;
+        memcpy(memmem(bytes, n, "\xee\xee\xee\xee", 4), &index, 4);
+        put_bin(path, bytes, n);
+        failed += run_open_case("memo index at the limit", path, over ? "expected less than" : NULL);
+        free(words);
+    }
     report("pickle: edited programs", failed, 0);
 
     // floods: many values, tuples, names; a stack of marks
@@ -324,6 +332,23 @@ static void test_zips(void) {
         failed += run_open_case(others[i].name, path, others[i].words);
     }
     report("zip: edited records, other files", failed, 0);
+
+    // 13: cut, longer or written again between open and read
+    failed = 0;
+    for (int how = 0; how < 3; how++) {
+        SafeTensors st;
+        Error err;
+        real out[6];
+        struct timespec old[2] = {{1, 0}, {1, 0}};
+        file_put(path, base, n);
+        if (!pickle_open(&st, path, &err)) { failed++; continue; }
+        failed += how == 0 ? truncate(path, 600) != 0 : how == 1 ? truncate(path, 9000) != 0
+                                                               : utimensat(AT_FDCWD, path, old, 0) != 0;
+        failed += safetensors_read_real(&st, safetensors_find(&st, "a"), out, &err) ||
+                  !one_line(err.text, "changed while reading");
+        safetensors_close(&st);
+    }
+    report("zip: file changed while reading", failed, 0);
 
     // every prefix is refused; every byte of a record changed is refused or changes nothing that counts
     failed = 0;

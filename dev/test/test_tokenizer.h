@@ -1,8 +1,8 @@
 // ---------------------------------------------------------------------------------------------------
-// test_tokenizer.h: data/bpe.h, data/tokenizer.h and data/tokenize.h. Ids of Hugging Face `tokenizers` (fixtures
-// written by dev/reference/check_tokenizer.py), merges against a definition of ten lines, texts that come in
-// pieces, decode(encode(x)) = x, tokenizer.json edited in every way that can be wrong, and the program: tokenize,
-// training on text with a tokenizer, prompts.
+// test_tokenizer.h: data/bpe.h, data/tokenizer.h and data/tokenize.h. Ids of Hugging Face `tokenizers`
+// (fixtures written by dev/reference/check_tokenizer.py), merges against a definition of ten lines, texts
+// that come in pieces, decode(encode(x)) = x, tokenizer.json edited in every way that can be wrong, and the
+// program: tokenize, training on text with a tokenizer, prompts.
 
 #define TOKENIZER_FIXTURES "dev/reference/fixtures/tokenizers/"
 
@@ -28,7 +28,9 @@ TokenList encode_pieces(const Tokenizer* t, const char* text, size_t n, size_t m
     return list;
 }
 
-bool same_ids(const int* a, size_t n, const int* b, size_t m) { return n == m && (n == 0 || memcmp(a, b, n * 4) == 0); }
+bool same_ids(const int* a, size_t n, const int* b, size_t m) {
+    return n == m && (n == 0 || memcmp(a, b, n * 4) == 0);
+}
 
 // ---- ids of the library, and what they decode to
 
@@ -102,7 +104,7 @@ void test_merges(void) {
         char word[64];
         int id[64];
         size_t n = 0, room = 1 + random_bits(21, trial, 0) % 60;
-        for (uint64_t i = 1; n < room; i++) {            // texts of random tokens: many merges, many that compete
+        for (uint64_t i = 1; n < room; i++) {    // texts of random tokens: many merges, many that compete
             int token = (int)(random_bits(21, trial, i) % (uint64_t)t.bpe->n_ids);
             size_t k = min_size(t.bpe->length[token], room - n);
             memcpy(word + n, t.bpe->arena + t.bpe->place[token], k);
@@ -135,8 +137,25 @@ void test_merges(void) {
 
 // any_text: random bytes (valid: only whole characters) with much that tokenizers treat apart
 size_t any_text(uint64_t trial, bool valid, char* text, size_t room) {
-    static const char* const bits[] = {" ", "  ", "\n", "\r\n", "'s", "'LL", "word", "<n>", "<nn>", "<|end_of_text|>", "12345",
-                                       "\xC2\xA0", "e\xCC\x81", "\xE6\x97\xA5", "\xF0\x9F\x98\x80", "The", " the", "\t", "_"};
+    static const char* const bits[] = {" ",
+                                       "  ",
+                                       "\n",
+                                       "\r\n",
+                                       "'s",
+                                       "'LL",
+                                       "word",
+                                       "<n>",
+                                       "<nn>",
+                                       "<|end_of_text|>",
+                                       "12345",
+                                       "\xC2\xA0",
+                                       "e\xCC\x81",
+                                       "\xE6\x97\xA5",
+                                       "\xF0\x9F\x98\x80",
+                                       "The",
+                                       " the",
+                                       "\t",
+                                       "_"};
     size_t n = 0;
     for (uint64_t i = 0; n + 32 < room; i++) {
         uint64_t r = random_bits(22, trial, i);
@@ -162,7 +181,8 @@ void test_round_trip(void) {
     enum { ROOM = 200 };
     Tokenizer t = tokenizer_or_die(TOKENIZER_FIXTURES "llama");
     double wrong = 0, broken = 0, pieces = 0, replaced = 0;
-    unsigned char *out = (unsigned char*)test_alloc(8 * ROOM, 1), *expected = (unsigned char*)test_alloc(8 * ROOM, 1);
+    unsigned char *out = (unsigned char*)test_alloc(8 * ROOM, 1),
+                  *expected = (unsigned char*)test_alloc(8 * ROOM, 1);
     for (uint64_t trial = 0; trial < 4000; trial++) {
         char text[ROOM];
         size_t n = any_text(trial, trial % 2 == 0, text, ROOM);
@@ -171,11 +191,13 @@ void test_round_trip(void) {
         TokenList whole = {NULL, 0, 0};
         encoder_open(&e, &t);
         if (!encoder_add(&e, text, n, true, &whole, &err)) die("%s", err.text);
-        size_t m = decode_all(&t, whole.id, whole.n, false, out, &broken), k = utf8_replace((unsigned char*)text, n, expected);
+        size_t m = decode_all(&t, whole.id, whole.n, false, out, &broken),
+               k = utf8_replace((unsigned char*)text, n, expected);
         wrong += m != k || memcmp(out, expected, k) != 0;
         // where the first byte was replaced: the text before it is whole
         bool same = k == n && memcmp(expected, text, n) == 0;
-        replaced += same ? e.utf8.replaced != 0 : e.utf8.replaced < 1 || e.first_replaced < 0 || e.first_replaced >= (int64_t)n;
+        replaced += same ? e.utf8.replaced != 0
+                         : e.utf8.replaced < 1 || e.first_replaced < 0 || e.first_replaced >= (int64_t)n;
         TokenList piece = encode_pieces(&t, text, n, 1 + trial % 20, trial);
         pieces += !same_ids(piece.id, piece.n, whole.id, whole.n);
         free(piece.id);
@@ -190,7 +212,8 @@ void test_round_trip(void) {
     // a tokenizer that allows no cut waits for the end of the text
     size_t size;
     char* base = file_bytes(TOKENIZER_FIXTURES "llama/tokenizer.json", &size);
-    char* edited = replace_text(base, "\"special\":true}", "\"special\":true},{\"id\":5000,\"content\":\"to be\"}");
+    char* edited =
+        replace_text(base, "\"special\":true}", "\"special\":true},{\"id\":5000,\"content\":\"to be\"}");
     file_put(scratch("tokenizer.json"), edited, strlen(edited));
     t = tokenizer_or_die(scratch_dir);
     TokenList list = encode_pieces(&t, "not to be or to be", 18, 1, 1);
@@ -206,18 +229,25 @@ void test_round_trip(void) {
 
 #define N_ADDED "\"added_tokens\":["
 #define N_MODEL "\"model\":{"
-#define N_PRE "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true}"
-#define SPLIT(regex) "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" \
-    regex "\"},\"behavior\":\"Isolated\",\"invert\":false},{\"type\":\"ByteLevel\",\"use_regex\":false}]}"
+#define N_PRE                                                                                           \
+    "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_" \
+    "regex\":true}"
+#define SPLIT(regex)                                                                                \
+    "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{" \
+    "\"Regex\":\"" regex                                                                            \
+    "\"},\"behavior\":\"Isolated\",\"invert\":false},{\"type\":\"ByteLevel\",\"use_regex\":false}]}"
 
 static const EditRow tokenizer_rows[] = {
     {"unchanged", "{", "{", NULL},
     {"cut inside a merge", "\"merges\":[", "\"merges\":[[", "\"merges\""},
     // 16: merges and ids
     {"merge of an unknown piece", "\"merges\":[", "\"merges\":[[\"qqqq\",\"a\"],", "the first is not there"},
-    {"merge with an unknown second", "\"merges\":[", "\"merges\":[[\"a\",\"qqqq\"],", "the second is not there"},
-    {"merge that makes nothing known", "\"merges\":[", "\"merges\":[[\"q\",\"z\"],", "what they make is not there"},
-    {"merge of an empty piece (a cycle)", "\"merges\":[", "\"merges\":[[\"\",\"a\"],", "the first is not there"},
+    {"merge with an unknown second", "\"merges\":[", "\"merges\":[[\"a\",\"qqqq\"],",
+     "the second is not there"},
+    {"merge that makes nothing known", "\"merges\":[", "\"merges\":[[\"q\",\"z\"],",
+     "what they make is not there"},
+    {"merge of an empty piece (a cycle)", "\"merges\":[", "\"merges\":[[\"\",\"a\"],",
+     "the first is not there"},
     {"merge as text with two blanks", "\"merges\":[", "\"merges\":[\"a b c\",", "expected two entries"},
     {"merge as text without a blank", "\"merges\":[", "\"merges\":[\"ab\",", "expected two entries"},
     {"merge that is a number", "\"merges\":[", "\"merges\":[7,", "expected two entries"},
@@ -244,10 +274,11 @@ static const EditRow tokenizer_rows[] = {
     {"added token without content", N_ADDED, N_ADDED "{\"id\":9000},", "in item 0"},
     {"added token, empty", N_ADDED, N_ADDED "{\"id\":9000,\"content\":\"\"},", "in item 0"},
     {"added token, NUL", N_ADDED, N_ADDED "{\"id\":9000,\"content\":\"\\u0000\"},", "\\u0000"},
-    {"added token with the id of another", N_ADDED, N_ADDED "{\"id\":9,\"content\":\"xyzzy\"},", "that of another token"},
+    {"added token with the id of another", N_ADDED, N_ADDED "{\"id\":9,\"content\":\"xyzzy\"},",
+     "that of another token"},
     {"added token with two ids", N_ADDED, N_ADDED "{\"id\":9000,\"content\":\"a\"},", "but "},
-    {"added token twice", N_ADDED, N_ADDED "{\"id\":9000,\"content\":\"x y\"},{\"id\":9001,\"content\":\"x y\"},",
-     "have the same content"},
+    {"added token twice", N_ADDED,
+     N_ADDED "{\"id\":9000,\"content\":\"x y\"},{\"id\":9001,\"content\":\"x y\"},", "have the same content"},
     {"added token with id 2^31", N_ADDED, N_ADDED "{\"id\":2147483648,\"content\":\"x y\"},", "in item 0"},
     {"added tokens no list", N_ADDED, "\"added_tokens\":7,\"x\":[", "expected ["},
     // kinds that are not read
@@ -258,36 +289,56 @@ static const EditRow tokenizer_rows[] = {
     {"dropout", "\"dropout\":null", "\"dropout\":0.1", "no \"dropout\""},
     {"prefix of subwords", "\"continuing_subword_prefix\":null", "\"continuing_subword_prefix\":\"##\"",
      "continuing_subword_prefix"},
-    {"suffix of words", "\"end_of_word_suffix\":null", "\"end_of_word_suffix\":\"</w>\"", "end_of_word_suffix"},
+    {"suffix of words", "\"end_of_word_suffix\":null", "\"end_of_word_suffix\":\"</w>\"",
+     "end_of_word_suffix"},
     {"normalizer NFKC", "\"type\":\"NFC\"", "\"type\":\"NFKC\"", "found NFKC"},
     {"normalizers in a sequence", "{\"type\":\"NFC\"}",
-     "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"},{\"type\":\"Lowercase\"}]}", "found Lowercase"},
-    {"normalizer in a sequence", "{\"type\":\"NFC\"}", "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"}]}", NULL},
-    {"normalizer twice", "\"normalizer\":", "\"normalizer\":null,\"normalizer\":", "\"normalizer\" is there twice"},
-    {"pre-tokenizer Metaspace", N_PRE, "\"pre_tokenizer\":{\"type\":\"Metaspace\"}", "found at the end Metaspace"},
-    {"pre-tokenizer Punctuation", N_PRE, "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":"
-     "\"Punctuation\"},{\"type\":\"ByteLevel\"}]}", "found Punctuation"},
-    {"pre-tokenizer ByteLevel first", N_PRE, "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":"
-     "\"ByteLevel\"},{\"type\":\"Digits\"}]}", "before the end ByteLevel"},
-    {"pre-tokenizer empty sequence", N_PRE, "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[]}", "Sequence that ends"},
+     "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"},{\"type\":\"Lowercase\"}]}",
+     "found Lowercase"},
+    {"normalizer in a sequence", "{\"type\":\"NFC\"}",
+     "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"}]}", NULL},
+    {"normalizer twice",
+     "\"normalizer\":", "\"normalizer\":null,\"normalizer\":", "\"normalizer\" is there twice"},
+    {"pre-tokenizer Metaspace", N_PRE, "\"pre_tokenizer\":{\"type\":\"Metaspace\"}",
+     "found at the end Metaspace"},
+    {"pre-tokenizer Punctuation", N_PRE,
+     "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":"
+     "\"Punctuation\"},{\"type\":\"ByteLevel\"}]}",
+     "found Punctuation"},
+    {"pre-tokenizer ByteLevel first", N_PRE,
+     "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":"
+     "\"ByteLevel\"},{\"type\":\"Digits\"}]}",
+     "before the end ByteLevel"},
+    {"pre-tokenizer empty sequence", N_PRE, "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[]}",
+     "Sequence that ends"},
     {"pre-tokenizer none", N_PRE, "\"pre_tokenizer\":null", "found at the end none"},
     {"no pre-tokenizer", "\"pre_tokenizer\"", "\"pre_tokenizr\"", "expected \"pre_tokenizer\", found none"},
     {"prefix space", "\"add_prefix_space\":false", "\"add_prefix_space\":true", "without prefix space"},
-    {"digits", N_PRE, "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Digits\",\"individual_digits\":"
-     "true},{\"type\":\"ByteLevel\"}]}", NULL},
-    {"split, behavior MergedWithNext", N_PRE, "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\","
-     "\"pattern\":{\"String\":\" \"},\"behavior\":\"MergedWithNext\"},{\"type\":\"ByteLevel\"}]}", "found MergedWithNext"},
-    {"split without a pattern", N_PRE, "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\"},"
-     "{\"type\":\"ByteLevel\"}]}", "as the pattern of Split"},
-    {"template processing", "\"post_processor\":null", "\"post_processor\":{\"type\":\"TemplateProcessing\"}", NULL},
-    {"post-processor of BERT", "\"post_processor\":null", "\"post_processor\":{\"type\":\"BertProcessing\"}", "BertProcessing"},
-    {"decoder of WordPiece", "\"decoder\":{\"type\":\"ByteLevel\"", "\"decoder\":{\"type\":\"WordPiece\"", "found WordPiece"},
+    {"digits", N_PRE,
+     "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Digits\",\"individual_digits\":"
+     "true},{\"type\":\"ByteLevel\"}]}",
+     NULL},
+    {"split, behavior MergedWithNext", N_PRE,
+     "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\","
+     "\"pattern\":{\"String\":\" \"},\"behavior\":\"MergedWithNext\"},{\"type\":\"ByteLevel\"}]}",
+     "found MergedWithNext"},
+    {"split without a pattern", N_PRE,
+     "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\"},"
+     "{\"type\":\"ByteLevel\"}]}",
+     "as the pattern of Split"},
+    {"template processing", "\"post_processor\":null", "\"post_processor\":{\"type\":\"TemplateProcessing\"}",
+     NULL},
+    {"post-processor of BERT", "\"post_processor\":null", "\"post_processor\":{\"type\":\"BertProcessing\"}",
+     "BertProcessing"},
+    {"decoder of WordPiece", "\"decoder\":{\"type\":\"ByteLevel\"", "\"decoder\":{\"type\":\"WordPiece\"",
+     "found WordPiece"},
     // 16: expressions
     {"expression that is open", N_PRE, SPLIT("(a"), "regular expression, found \"(a\""},
     {"expression with a set that is open", N_PRE, SPLIT("[a"), "regular expression"},
     {"expression with a wrong range", N_PRE, SPLIT("a{9,1}"), "regular expression"},
     {"expression with an unknown property", N_PRE, SPLIT("\\\\p{Nonsense}"), "regular expression"},
-    {"expression with a group that repeats a million times", N_PRE, SPLIT("((((a{1,999}){1,999}){1,999}){1,999}"), "regular"},
+    {"expression with a group that repeats a million times", N_PRE,
+     SPLIT("((((a{1,999}){1,999}){1,999}){1,999}"), "regular"},
     {"expression with \\w", N_PRE, SPLIT("\\\\w+"), "\"\\w+\""},
     {"expression with \\b", N_PRE, SPLIT("a\\\\b"), "\"\\b\""},
     {"expression with \\h", N_PRE, SPLIT("\\\\h"), "\"\\h\""},
@@ -324,11 +375,13 @@ static void tokenizer_case(void* arg) {
     double seconds = seconds_now() - start;
     bool right = c->words ? !ok && one_line(err.text, c->words) && strstr(err.text, c->path) : ok;
     if (right && seconds < (SANITIZED ? 20 : 1)) return;
-    fprintf(stderr, "%.2f s, expected \"%s\", found \"%s\"\n", seconds, c->words ? c->words : "loads", ok ? "loads" : err.text);
+    fprintf(stderr, "%.2f s, expected \"%s\", found \"%s\"\n", seconds, c->words ? c->words : "loads",
+            ok ? "loads" : err.text);
     exit(1);
 }
 
-static int run_tokenizer_case(const char* name, const char* text, size_t n, const char* words, const char* encode) {
+static int run_tokenizer_case(const char* name, const char* text, size_t n, const char* words,
+                              const char* encode) {
     char said[4096] = "";
     const char* path = scratch("hostile.json");
     file_put(path, text, n);
@@ -345,15 +398,18 @@ void test_hostile_tokenizers(void) {
     int bad = 0;
     for (int i = 0; i < COUNT_OF(tokenizer_rows); i++) {
         char* edited = replace_text(base, tokenizer_rows[i].find, tokenizer_rows[i].by);
-        bad += run_tokenizer_case(tokenizer_rows[i].name, edited, strlen(edited), tokenizer_rows[i].words, "a 1 b");
+        bad += run_tokenizer_case(tokenizer_rows[i].name, edited, strlen(edited), tokenizer_rows[i].words,
+                                  "a 1 b");
         free(edited);
     }
-    snprintf(claim, sizeof claim, "tokenizer.json, %d edits: rows that are not one line, or refused", COUNT_OF(tokenizer_rows));
+    snprintf(claim, sizeof claim, "tokenizer.json, %d edits: rows that are not one line, or refused",
+             COUNT_OF(tokenizer_rows));
     report(claim, bad, 0);
 
     // what is big: expressions that explode, tokens, lists, nesting, files
     bad = 0;
-    char *edited = replace_text(base, N_PRE, SPLIT("(a|aa|aaa)+$")), *many = (char*)test_alloc((32 << 20) + 64, 1);
+    char *edited = replace_text(base, N_PRE, SPLIT("(a|aa|aaa)+$")),
+         *many = (char*)test_alloc((32 << 20) + 64, 1);
     memset(many, 'a', 4000);
     strcpy(many + 4000, "b");
     bad += run_tokenizer_case("expression that explodes", edited, strlen(edited), "cannot be matched", many);
@@ -370,7 +426,8 @@ void test_hostile_tokenizers(void) {
     many[n] = 0;
     bad += run_tokenizer_case("a million added tokens, empty", many, n, "in item 0", NULL);
     n = (size_t)sprintf(many, "{" N_ADDED);
-    for (int i = 0; i < 1000000; i++) n += (size_t)sprintf(many + n, "{\"id\":%d,\"content\":\"t\"},", i % 10);
+    for (int i = 0; i < 1000000; i++)
+        n += (size_t)sprintf(many + n, "{\"id\":%d,\"content\":\"t\"},", i % 10);
     bad += run_tokenizer_case("a million added tokens", many, n, "at most 65536", NULL);
     n = (size_t)sprintf(many, "{" N_MODEL "\"vocab\":{");
     for (int i = 0; i < 1 << 20; i++) n += (size_t)sprintf(many + n, "\"t%d\":%d,", i, i);
@@ -383,7 +440,8 @@ void test_hostile_tokenizers(void) {
     if (truncate(scratch("hostile.json"), (off_t)BPE_MAX_FILE + 1) != 0) die("truncate: %s", strerror(errno));
     Tokenizer t;
     Error err;
-    bad += tokenizer_load(&t, scratch("hostile.json"), &err) || !one_line(err.text, "expected at most 67108864");
+    bad +=
+        tokenizer_load(&t, scratch("hostile.json"), &err) || !one_line(err.text, "expected at most 67108864");
     bad += tokenizer_load(&t, "/dev/zero", &err) || !one_line(err.text, "/dev/zero");
     bad += tokenizer_load(&t, "/nonexistent", &err) || !one_line(err.text, "/nonexistent");
     unlink(scratch("tokenizer.json"));
@@ -462,7 +520,8 @@ void test_tokenizer_file(void) {
         size_t n;
         other += !tokenizer_read(&back, scratch_dir, &err) || back.kind != TOKENIZER_BPE ||
                  back.vocab_size != edit[i].vocab || back.eos != edit[i].eos;
-        int* ids = tokenizer_encode(&back, "abc\xC3", 4, &n);        // the last is no character: U+FFFD, three bytes
+        int* ids =
+            tokenizer_encode(&back, "abc\xC3", 4, &n);    // the last is no character: U+FFFD, three bytes
         other += n != 6 || ids[1] != 'b' || ids[3] != 0xEF;
         free(ids);
         tokenizer_free(&back);
@@ -471,7 +530,8 @@ void test_tokenizer_file(void) {
     report("tokenizer.json of bytes: what makes it another one", other, 0);
     unlink(scratch("tokenizer.json"));
     if (mkdir(scratch("tokenizer.json"), 0700) != 0) die("test: scratch");
-    report("tokenizer.json that is a directory", tokenizer_read(&back, scratch_dir, &err) || !strstr(err.text, "directory"), 0);
+    report("tokenizer.json that is a directory",
+           tokenizer_read(&back, scratch_dir, &err) || !strstr(err.text, "directory"), 0);
     rmdir(scratch("tokenizer.json"));
 
     // a checkpoint carries the file as it came
@@ -509,7 +569,8 @@ void test_tokenize_program(void) {
     ssize_t length = readlink("/proc/self/exe", cli_program, sizeof cli_program - 20);
     cli_program[length > 0 ? length : 0] = 0;
     *(strrchr(cli_program, '/') + 1) = 0;
-    if (strstr(cli_program, "sanitize/") == NULL || access(cli_program, X_OK) == 0) strcat(cli_program, "train_mamba");
+    if (strstr(cli_program, "sanitize/") == NULL || access(cli_program, X_OK) == 0)
+        strcat(cli_program, "train_mamba");
     scratch("x");                                        // makes the directory
 
     // texts: two documents of JSON lines and one file, the last part for validation
@@ -541,9 +602,12 @@ void test_tokenize_program(void) {
               memcmp(train + 1, whole, (n - 1) * 4) == 0 && memcmp(val, whole + n - 1, m * 4) == 0;
     cli_check(ok && m > count / 12 && m < count / 8, "a text file: its ids, the last tenth apart", &f);
     cli_check(files_differ(scratch("made/tokenizer.json"), TOKENIZER_FIXTURES "neox/tokenizer.json") == 0 &&
-              !cli_exists("made.tmp") && !cli_exists("made/.lock"), "the tokenizer beside, nothing else left", &f);
-    snprintf(args, sizeof args, "tokenize --tokenizer %s/neox/tokenizer.json --data b.jsonl c.txt --out lines/ --val-fraction 0 "
-             "--eos-token 1", fixture);
+                  !cli_exists("made.tmp") && !cli_exists("made/.lock"),
+              "the tokenizer beside, nothing else left", &f);
+    snprintf(args, sizeof args,
+             "tokenize --tokenizer %s/neox/tokenizer.json --data b.jsonl c.txt --out lines/ --val-fraction 0 "
+             "--eos-token 1",
+             fixture);
     f = cli_run(args);
     train = shard_ids("lines/train_000000.bin", &n);
     int expected[64], k = 0;
@@ -554,11 +618,14 @@ void test_tokenize_program(void) {
         for (size_t j = 0; j < count; j++) expected[k++] = ids[j];
         free(ids);
     }
-    cli_check(f.code == 0 && train && same_ids(train, n, expected, (size_t)k) && !cli_exists("lines/val_000000.bin") &&
-              strstr(f.err, "c.txt: 1 times invalid UTF-8 was replaced by U+FFFD, first at byte 3"),
+    cli_check(f.code == 0 && train && same_ids(train, n, expected, (size_t)k) &&
+                  !cli_exists("lines/val_000000.bin") &&
+                  strstr(f.err, "c.txt: 1 times invalid UTF-8 was replaced by U+FFFD, first at byte 3"),
               "JSON lines, an end token of one's own, invalid UTF-8", &f);
-    const struct { const char *args, *words; } refused[] = {
-        {"--data a.txt --out x", "needs --tokenizer"}, {"--tokenizer %s/neox --out x", "needs --data"},
+    const struct { const char *args, *words;
+    } refused[] = {
+        {"--data a.txt --out x", "needs --tokenizer"},
+        {"--tokenizer %s/neox --out x", "needs --data"},
         {"--tokenizer %s/neox --data a.txt", "needs --out"},
         {"--tokenizer %s/neox --data a.txt --out there", "there is already there"},
         {"--tokenizer %s/neox --data a.txt --out dangling", "dangling is already there"},
@@ -568,7 +635,8 @@ void test_tokenize_program(void) {
         {"--tokenizer %s/neox --data none.txt --out x", "none.txt"},
         {"--tokenizer %s/neox --data there --out x", "directory"},
         {"--tokenizer %s/neox --data z*.txt --out x", "no file matches"},
-        {"--tokenizer %s/neox --data bad.jsonl --out x", "bad.jsonl: line 3: expected an object with a string \"text\""},
+        {"--tokenizer %s/neox --data bad.jsonl --out x",
+         "bad.jsonl: line 3: expected an object with a string \"text\""},
         {"--tokenizer %s/neox --data open.jsonl --out x", "open.jsonl: line 3: expected JSON"},
         {"--tokenizer %s/neox --data list.jsonl --out x", "line 1"},
         {"--tokenizer %s/neox --data utf16.txt --out x", "UTF-16"},
@@ -583,31 +651,38 @@ void test_tokenize_program(void) {
         snprintf(rest, sizeof rest, refused[i].args, fixture);
         snprintf(args, sizeof args, "tokenize %s", rest);
         f = cli_run(args);
-        cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, refused[i].words) && !cli_exists("x") && !cli_exists("x.tmp"),
+        cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, refused[i].words) && !cli_exists("x") &&
+                      !cli_exists("x.tmp"),
                   refused[i].args, &f);
     }
     cli_group("tokenize: shards, and what it refuses", 3 + COUNT_OF(refused));
 
     // trained on text, on shards, resumed, prompted
-    snprintf(args, sizeof args, TOY "--data a.txt --tokenizer %s/neox --out bpe --steps 4 --save-every 2", fixture);
+    snprintf(args, sizeof args, TOY "--data a.txt --tokenizer %s/neox --out bpe --steps 4 --save-every 2",
+             fixture);
     f = cli_run(args);
-    cli_check(f.code == 0 && files_differ(scratch("bpe/last/tokenizer.json"), TOKENIZER_FIXTURES "neox/tokenizer.json") == 0,
+    cli_check(f.code == 0 && files_differ(scratch("bpe/last/tokenizer.json"),
+                                          TOKENIZER_FIXTURES "neox/tokenizer.json") == 0,
               "trained on text, the checkpoint has the tokenizer", &f);
     f = cli_run(TOY "--data made/train_000000.bin --val-data made/val_000000.bin --out beside --steps 2");
-    cli_check(f.code == 0 && files_differ(scratch("beside/last/tokenizer.json"), scratch("made/tokenizer.json")) == 0,
+    cli_check(f.code == 0 &&
+                  files_differ(scratch("beside/last/tokenizer.json"), scratch("made/tokenizer.json")) == 0,
               "trained on shards, the tokenizer beside them is found", &f);
     f = cli_run("--out bpe --resume --steps 6");
-    cli_check(f.code == 0 && strstr(f.out, "step_00000004, step 4"), "resumed with the checkpoint's tokenizer", &f);
+    cli_check(f.code == 0 && strstr(f.out, "step_00000004, step 4"),
+              "resumed with the checkpoint's tokenizer", &f);
     snprintf(args, sizeof args, "--out bpe --resume --steps 7 --tokenizer %s/llama", fixture);
     f = cli_run(args);
-    cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "leave it out"), "resumed with another tokenizer", &f);
+    cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "leave it out"),
+              "resumed with another tokenizer", &f);
     f = cli_run("info --from bpe");
     cli_check(f.code == 0 && strstr(f.out, "byte-level BPE, 723 ids"), "info names it", &f);
     f = cli_run("eval --from bpe --data a.txt --seq-len 64");
     cli_check(f.code == 0 && strstr(f.out, "loss"), "eval of text", &f);
     f = cli_run("generate --from bpe --max-tokens 300 --temperature 1 --prompt It's\t2\xC3");
-    cli_check(f.code == 0 && cli_utf8(f.out, f.out_size) && strstr(f.err, "replaced by U+FFFD, first at byte 6"),
-              "text that is valid, a prompt that is not", &f);
+    cli_check(
+        f.code == 0 && cli_utf8(f.out, f.out_size) && strstr(f.err, "replaced by U+FFFD, first at byte 6"),
+        "text that is valid, a prompt that is not", &f);
     Launch l;
     memset(&l, 0, sizeof l);
     l.args = "generate --from bpe --max-tokens 2 --chunk 7 --prompt-file a.txt";
@@ -616,10 +691,12 @@ void test_tokenize_program(void) {
     free(whole);
     whole = tokenizer_encode(&t, text, SIZE, &count);
     snprintf(words, sizeof words, "prompt: %zu tokens", count);
-    cli_check(f.code == 0 && strstr(f.err, words), "a prompt of 200 kB in pieces has the tokens of the whole", &f);
+    cli_check(f.code == 0 && strstr(f.err, words), "a prompt of 200 kB in pieces has the tokens of the whole",
+              &f);
     snprintf(args, sizeof args, TOY "--data a.txt --tokenizer %s/neox --out small --vocab-size 300", fixture);
     f = cli_run(args);
-    cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "the tokenizer has 723 ids"), "a vocabulary too small", &f);
+    cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "the tokenizer has 723 ids"),
+              "a vocabulary too small", &f);
     cli_group("training and generating with a tokenizer", 9);
 
     // ended at any moment: no DIR, or a whole one; the next run says what it removes
@@ -645,15 +722,18 @@ void test_tokenize_program(void) {
     if (lock < 0 || flock(lock, LOCK_EX) != 0) die("test: lock");
     snprintf(args, sizeof args, "tokenize --tokenizer %s/neox --data a.txt --out held", fixture);
     f = cli_run(args);
-    cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "in use") && cli_exists("held.tmp/train_000000.bin"),
-              "a second run at the same time", &f);
+    cli_check(
+        f.code == 1 && cli_one_line(&f) && strstr(f.err, "in use") && cli_exists("held.tmp/train_000000.bin"),
+        "a second run at the same time", &f);
     close(lock);
     f = cli_run(args);
     cli_check(f.code == 0 && strstr(f.out, "removed 1 files of an unfinished run") && cli_exists("held/mine"),
               "what a killed run left is removed, nothing else", &f);
     char command[14000];                                 // a full disk: one line, nothing left
-    snprintf(command, sizeof command, "cd %s && (ulimit -f 50; %s tokenize --tokenizer %s/neox --data a.txt --out full "
-             "> out.txt 2> err.txt; test $? = 1) && test ! -e full && test ! -e full.tmp", scratch_dir, cli_program, fixture);
+    snprintf(command, sizeof command,
+             "cd %s && (ulimit -f 50; %s tokenize --tokenizer %s/neox --data a.txt --out full "
+             "> out.txt 2> err.txt; test $? = 1) && test ! -e full && test ! -e full.tmp",
+             scratch_dir, cli_program, fixture);
     ok = system(command) == 0;
     f.err = cli_read("err.txt", &f.err_size);
     cli_check(ok && cli_one_line(&f) && strstr(f.err, "cannot write: File too large"), "a full disk", &f);
