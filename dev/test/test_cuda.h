@@ -98,6 +98,11 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
 }
+cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
+cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+    mark_launched(function);
+    return __real_cudaLaunchKernelExC(config, function, args);
+}
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
     mark_launched(function);
