@@ -205,13 +205,33 @@ void limit_spinning(char** argv) {
 // Config: everything needed to allocate a model. Symbols as in README: D = d_model, E = d_inner, N = d_state,
 // K = d_conv, R = dt_rank, F = d_intermediate, V = vocab_size, Vp = vocab_padded.
 typedef struct {
-    char pattern[64];        // one letter per residual sub-layer, repeated over the blocks: "1", "1m"
+    char pattern[512];       // one letter per residual sub-layer, repeated over the blocks: "1", "2m", "222a"
     int64_t n_layer;         // blocks: a mixer and, with `m`, its gated MLP
     int64_t d_model;         // D, width of the residual stream
     int64_t d_inner;         // E, usually 2 D
     int64_t d_state;         // N, state size per channel
     int64_t d_conv;          // K, taps of the causal convolution
-    int64_t dt_rank;         // R, rank of the projection that makes dt
+    int64_t dt_rank;         // R, rank of the projection that makes dt (Mamba-1)
+    // Mamba-2
+    int64_t d_ssm;           // Es <= E, channels that go through the SSM; the others form a gated MLP
+    int64_t headdim;         // P, channels per head; H = Es / P heads
+    int64_t ngroups;         // G, groups of heads that share B and C
+    int64_t chunk_size;      // Q, tokens per chunk of the chunked form
+    bool D_has_hdim;         // the skip D: one number per channel instead of one per head
+    bool rmsnorm;            // the gate is followed (or preceded) by an RMSNorm
+    bool norm_before_gate;
+    double dt_low, dt_high;  // dt is clipped to these
+    double A_low, A_high;    // A = -uniform(A_low, A_high) at init
+    double conv_init;        // the conv's weights start uniform in +-conv_init; 0: +-1/sqrt(K)
+    // attention
+    int64_t attn_heads, attn_heads_kv, attn_head_dim;        // Hq, Hkv, dh
+    int64_t attn_conv;       // taps of the convolution over q, k and v; 0: none
+    int64_t attn_mlp;        // width of [up; gate] of an MLP beside the heads; 0: none
+    int64_t rotary_dim;      // numbers of each head that rotary embedding turns; 0: none
+    double rotary_base, softmax_scale;                       // scale 0: 1/sqrt(dh)
+    bool rotary_interleaved; // pairs (2i, 2i+1) instead of (i, i + rotary_dim/2)
+    bool attn_in_bias, attn_out_bias;
+    int64_t context;         // tokens that the cache of keys and values holds; of a run, not of a model
     int64_t d_intermediate;  // F, hidden width of the gated MLP; 0 without `m`
     int64_t vocab_size;      // V, tokens that have a text
     int64_t vocab_padded;    // Vp >= V, rows of the embedding
@@ -235,20 +255,67 @@ static bool add_count(int64_t* total, int64_t a, int64_t b, int64_t c) {
     return *total < (int64_t)1 << 40;
 }
 
+typedef struct { const char* name; int64_t value, low, high; } Range;
+
+static bool check_ranges(const Range* range, size_t n, Error* err) {
+    for (size_t i = 0; i < n; i++)
+        if (range[i].value < range[i].low || range[i].value > range[i].high)
+            return fail(err, "%s is %lld, expected %lld .. %lld", range[i].name, (long long)range[i].value,
+                        (long long)range[i].low, (long long)range[i].high);
+    return true;
+}
+
+// what Mamba-2 layers rely on. Conditions on numbers with fractions are written so that NaN fails.
+static bool config_check_mamba2(const Config* c, Error* err) {
+    const Range range[] = {
+        {"d_ssm", c->d_ssm, 1, c->d_inner},   {"headdim", c->headdim, 1, c->d_ssm},
+        {"ngroups", c->ngroups, 1, c->d_ssm}, {"chunk_size", c->chunk_size, 1, 65536} };
+    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
+    if (c->d_ssm % c->headdim != 0)
+        return fail(err, "d_ssm is %lld, expected a multiple of headdim, %lld", (long long)c->d_ssm,
+                    (long long)c->headdim);
+    if (c->d_ssm / c->headdim % c->ngroups != 0)
+        return fail(err, "%lld heads (d_ssm %lld, headdim %lld) cannot be shared by %lld groups",
+                    (long long)(c->d_ssm / c->headdim), (long long)c->d_ssm, (long long)c->headdim,
+                    (long long)c->ngroups);
+    if (!(c->dt_low >= 0 && c->dt_low <= c->dt_high))
+        return fail(err, "dt_limit is %g .. %g, expected 0 <= low <= high", c->dt_low, c->dt_high);
+    if (!(c->A_low > 0 && c->A_low <= c->A_high && c->A_high <= 1e6))
+        return fail(err, "A_init_range is %g .. %g, expected 0 < low <= high <= 1e6", c->A_low, c->A_high);
+    return (c->conv_init >= 0 && c->conv_init <= 1000) ||
+           fail(err, "conv_init is %g, expected 0 .. 1000", c->conv_init);
+}
+
+static bool config_check_attention(const Config* c, Error* err) {
+    const Range range[] = {
+        {"attention heads", c->attn_heads, 1, 65536}, {"KV heads", c->attn_heads_kv, 1, c->attn_heads},
+        {"attention head_dim", c->attn_head_dim, 1, 65536},
+        {"attention d_conv", c->attn_conv, 0, 8},     {"attention mlp_dim", c->attn_mlp, 0, INT32_MAX},
+        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, INT32_MAX} };
+    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
+    if (c->attn_heads % c->attn_heads_kv != 0)
+        return fail(err, "%lld attention heads cannot share %lld KV heads", (long long)c->attn_heads,
+                    (long long)c->attn_heads_kv);
+    if (c->rotary_dim % 2 != 0 || c->attn_mlp % 2 != 0)
+        return fail(err, "rotary_emb_dim %lld and mlp_dim %lld: expected even numbers",
+                    (long long)c->rotary_dim, (long long)c->attn_mlp);
+    if (!(c->rotary_base > 0 && c->rotary_base <= 1e12))
+        return fail(err, "rotary_emb_base is %g, expected above 0, at most 1e12", c->rotary_base);
+    return (c->softmax_scale >= 0 && c->softmax_scale <= 1e6) ||
+           fail(err, "softmax_scale is %g, expected 0 (1/sqrt(head_dim)) .. 1e6", c->softmax_scale);
+}
+
 // config_check: every size that the rest of the program relies on, whether it came from options or from a
 // file.
 bool config_check(const Config* c, Error* err) {
-    const struct { const char* name; int64_t value, low, high; } range[] = {
+    const Range range[] = {
         {"n_layer", c->n_layer, 1, 65536},          {"d_model", c->d_model, 1, INT32_MAX},
         {"d_inner", c->d_inner, 1, INT32_MAX},      {"d_state", c->d_state, 1, 256},
         {"d_conv", c->d_conv, 1, 8},                {"dt_rank", c->dt_rank, 1, INT32_MAX},
         {"d_intermediate", c->d_intermediate, 0, INT32_MAX}, {"vocab_size", c->vocab_size, 1, INT32_MAX},
         {"vocab_padded", c->vocab_padded, c->vocab_size, INT32_MAX},
         {"eos_token", c->eos_token, -1, c->vocab_padded - 1} };
-    for (size_t i = 0; i < sizeof range / sizeof *range; i++)
-        if (range[i].value < range[i].low || range[i].value > range[i].high)
-            return fail(err, "%s is %lld, expected %lld .. %lld", range[i].name, (long long)range[i].value,
-                        (long long)range[i].low, (long long)range[i].high);
+    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
     // the pattern: mixers, each with at most one m after it
     size_t letters = strnlen(c->pattern, sizeof c->pattern);
     bool mlp = false;
@@ -257,11 +324,10 @@ bool config_check(const Config* c, Error* err) {
     for (size_t i = 0; i < letters; i++) {
         unsigned char letter = (unsigned char)c->pattern[i];
         mlp = mlp || letter == 'm';
-        if (letter != '1' && letter != 'm')
-            return fail(
-                err,
-                "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1) and m (gated MLP)",
-                letter > 32 && letter < 127 ? letter : '?', i);
+        if (!letter || !strchr("12am", letter))
+            return fail(err, "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1), "
+                        "2 (Mamba-2), a (attention) and m (gated MLP)",
+                        letter > 32 && letter < 127 ? letter : '?', i);
         if (letter == 'm' && (i == 0 || c->pattern[i - 1] == 'm'))
             return fail(err, "pattern \"%s\": an m must follow a mixer, like 1m", c->pattern);
     }
@@ -282,9 +348,19 @@ bool config_check(const Config* c, Error* err) {
         return fail(err, "dt_scale is %g, expected above 0, at most 1000", c->dt_scale);
     if (!(c->initializer_range >= 0 && c->initializer_range <= 1000))
         return fail(err, "initializer_range is %g, expected 0 .. 1000", c->initializer_range);
-    // parameters: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj, (E,R) dt_proj, (E,N) A_log,
-    // vectors; MLP 3DF
+    if ((strchr(c->pattern, '2') && !config_check_mamba2(c, err)) ||
+        (strchr(c->pattern, 'a') && !config_check_attention(c, err)))
+        return false;
+    // parameters of the largest block. Mamba-1: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj,
+    // (E,R) dt_proj, (E,N) A_log, vectors; Mamba-2: in_proj and conv grow by 2GN+H; attention; MLP 3DF
     int64_t D = c->d_model, E = c->d_inner, R = c->dt_rank, N = c->d_state, block = 0, total = 0;
+    if (strchr(c->pattern, '2') && !(add_count(&block, D + c->d_conv, 2 * c->ngroups, N) &&
+                                     add_count(&block, D, c->d_ssm, 1))) block = (int64_t)1 << 40;
+    if (strchr(c->pattern, 'a')) {
+        int64_t qkv = c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
+        if (!add_count(&block, D + c->attn_conv + 2, 2, qkv) || !add_count(&block, 2, D, c->attn_mlp))
+            block = (int64_t)1 << 40;
+    }
     bool fits = add_count(&block, 3, D, E) && add_count(&block, E, c->d_conv, 1) &&
                 add_count(&block, 2, R, E) && add_count(&block, 3, N, E) && add_count(&block, 5, E, 1) &&
                 add_count(&block, 3, D, 1) && add_count(&block, 3, D, c->d_intermediate) &&
@@ -1199,6 +1275,509 @@ void gate_backward(real* dy, size_t lddy, real* dz, size_t lddz, const real* dou
     }
 }
 
+// dt_softplus_forward: the step size of Mamba-2, one number per token and head.
+//   (S2) dt = clip(softplus(dt_raw + dt_bias), lo, hi)        lo = 0, hi = infinity: no limit
+//   dt_raw (M,H), row stride ldr (columns of the input projection)   dt_bias (H)   dt (M,H), M = B*T
+//   saved for backward: nothing, softplus is made again        Mamba-2 code, argument dt_limit
+void dt_softplus_forward(real* dt, const real* dt_raw, size_t ldr, const real* dt_bias, real lo, real hi,
+                         size_t M, size_t H) {
+    #pragma omp parallel for if (M * H > 4096)
+    for (size_t m = 0; m < M; m++) {
+        #pragma omp simd
+        for (size_t h = 0; h < H; h++) {
+            real s = softplus_real(dt_raw[m * ldr + h] + dt_bias[h]);
+            s = s < lo ? lo : s;
+            dt[m * H + h] = s > hi ? hi : s;
+        }
+    }
+}
+
+// s = softplus(p), p = dt_raw + dt_bias  =>  ddt_raw += ddt (1 - exp(-s)), nothing where s was clipped
+//                                            ddt_bias += sum_m of the same
+void dt_softplus_backward(real* ddt_raw, size_t lddr, real* ddt_bias, const real* ddt, const real* dt_raw,
+                          size_t ldr, const real* dt_bias, real lo, real hi, size_t M, size_t H) {
+    #pragma omp parallel for
+    for (size_t h0 = 0; h0 < H; h0 += CHANNEL_TILE) {
+        size_t n = min_size(CHANNEL_TILE, H - h0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *raw = dt_raw + m * ldr + h0, *bias = dt_bias + h0, *ddt_m = ddt + m * H + h0;
+            real* draw = ddt_raw + m * lddr + h0;
+            #pragma omp simd
+            for (size_t h = 0; h < n; h++) {
+                real s = softplus_real(raw[h] + bias[h]);
+                real dp = s < lo || s > hi ? 0 : -ddt_m[h] * expm1_neg_real(-s);
+                draw[h] += dp;
+                sum[h] += dp;
+            }
+        }
+        for (size_t h = 0; h < n; h++) ddt_bias[h0 + h] += sum[h];
+    }
+}
+
+// ssd_rate: A = -exp(A_log) of a head, finite (see SCAN_MAX_DECAY)
+static inline real ssd_rate(real A_log) {
+    real rate = exp_real(A_log);
+    return -(rate > SCAN_MAX_DECAY ? SCAN_MAX_DECAY : rate);
+}
+
+// ssd_decay: (S3) a_t = exp(dt_t A); 0 where a document begins, which hides from it all that was before
+static inline real ssd_decay(real A, real dt, const int* doc_b, size_t t) {
+    return scan_resets(doc_b, t) ? 0 : exp_real(dt * A);
+}
+
+enum { SSD_MAX_STATES = 256 };      // config_check's limit of N
+
+// ssd_recurrent_forward: the recurrence of Mamba-2 (SSD: state space duality). A head has P channels, each
+// with a state of length N; all of them decay by one number. The heads of a group share Bt and Ct.
+//   (S3) a_t = exp(dt_t A),  A = -exp(A_log)     one number per token and head; 0 where a document begins
+//   (S4) H_t = a_t H_{t-1} + dt_t x_t Bt_t^T     (P,N) per head
+//        y_t = H_t Ct_t + Dskip x_t
+//   x (B,T,H,P), row stride ldx   dt (B,T,H)   A_log (H)   Bt, Ct (B,T,G,N), row stride ldbc; head h is of
+//   group h G / H   Dskip (H), or (H,P) with D_has_hdim   y (B,T,H,P)
+//   h0, hT (B,H,P,N), each may be NULL, may be one array   doc (B,T) or NULL: ids; h0 is of document 0
+// It is what generation runs, and what the chunked form (ssd_forward) is proven against.
+//   Mamba-2 paper (arXiv 2405.21060), section 3.1
+void ssd_recurrent_forward(real* y, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                           const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                           const real* h0, const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G,
+                           size_t N) {
+    #pragma omp parallel for collapse(2) if (B * T * H * P * N > 8192)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < H; h++) {
+            const int* doc_b = doc ? doc + b * T : NULL;
+            size_t group = h * G / H * N;
+            real A = ssd_rate(A_log[h]), state[SSD_MAX_STATES];
+            for (size_t p = 0; p < P; p++) {            // the rows of H_t do not see each other
+                size_t row = ((b * H + h) * P + p) * N;
+                real D_p = Dskip[D_has_hdim ? h * P + p : h];
+                for (size_t n = 0; n < N; n++) state[n] = h0 ? h0[row + n] : 0;
+                for (size_t t = b * T; t < b * T + T; t++) {
+                    const real *B_t = Bt + t * ldbc + group, *C_t = Ct + t * ldbc + group;
+                    real x_t = x[t * ldx + h * P + p], dtx = dt[t * H + h] * x_t, sum = 0;
+                    real a = ssd_decay(A, dt[t * H + h], doc_b, t - b * T);
+                    #pragma omp simd reduction(+:sum)
+                    for (size_t n = 0; n < N; n++) {
+                        state[n] = a * state[n] + dtx * B_t[n];
+                        sum += C_t[n] * state[n];
+                    }
+                    y[(t * H + h) * P + p] = sum + D_p * x_t;
+                }
+                for (size_t n = 0; hT && n < N; n++) hT[row + n] = state[n];
+            }
+        }
+    }
+}
+
+// ssd_recurrent_backward: with lambda_t = dLoss/dH_t, from the last token to the first, row by row of H
+//   forward y_t = H_t C_t + D x_t        lambda_t = dy_t C_t^T + a_{t+1} lambda_{t+1}, the last is dhT
+//                                        dC_t += H_t^T dy_t     dx_t += D dy_t     dD += dy_t x_t
+//   forward H_t = a_t H_{t-1} + dt x B   dx_t += dt lambda_t B_t     dB_t += dt lambda_t^T x_t
+//                                        ddt_t += x_t^T lambda_t B_t     dh0 += a_0 lambda_0
+//   forward a_t = exp(dt_t A)            dalpha = a_t <lambda_t, H_{t-1}>, alpha = dt_t A
+//                                        ddt_t += A dalpha     dA_log += A dt_t dalpha
+//   shapes as in forward; dy (B,T,H,P)   dx, dBt, dCt with row strides lddx, lddbc   dh0, dhT may be NULL
+void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt,
+                            size_t lddbc, real* dDskip, real* dh0, const real* dy, const real* dhT,
+                            const real* x, size_t ldx, const real* dt, const real* A_log, const real* Bt,
+                            const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim, const real* h0,
+                            const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t g = 0; g < G; g++) {                    // no two groups add to one sum
+        real* states = (real*)xcalloc((T + 1) * N, sizeof(real));      // H_{t-1}[p,:] at t*N
+        for (size_t row = 0; row < B * H * P; row++) {
+            size_t b = row / (H * P), h = row / P % H, p = row % P;
+            if (h * G / H != g) continue;
+            const int* doc_b = doc ? doc + b * T : NULL;
+            real A = ssd_rate(A_log[h]), lambda[SSD_MAX_STATES], dA = 0, dD = 0;
+            size_t skip = D_has_hdim ? h * P + p : h;
+            for (size_t n = 0; n < N; n++) states[n] = h0 ? h0[row * N + n] : 0;
+            for (size_t n = 0; n < N; n++) lambda[n] = dhT ? dhT[row * N + n] : 0;
+            for (size_t t = 0; t < T; t++) {
+                size_t i = b * T + t;
+                real a = ssd_decay(A, dt[i * H + h], doc_b, t), dtx = dt[i * H + h] * x[i * ldx + h * P + p];
+                for (size_t n = 0; n < N; n++)
+                    states[(t + 1) * N + n] = a * states[t * N + n] + dtx * Bt[i * ldbc + g * N + n];
+            }
+            for (size_t t = T; t-- > 0;) {
+                size_t i = b * T + t;
+                const real *B_t = Bt + i * ldbc + g * N, *C_t = Ct + i * ldbc + g * N, *H_t = states + t * N;
+                real *dB_t = dBt + i * lddbc + g * N, *dC_t = dCt + i * lddbc + g * N;
+                real x_t = x[i * ldx + h * P + p], dt_t = dt[i * H + h], dy_t = dy[(i * H + h) * P + p];
+                real a = ssd_decay(A, dt_t, doc_b, t), lambda_B = 0, lambda_H = 0;
+                #pragma omp simd reduction(+:lambda_B, lambda_H)
+                for (size_t n = 0; n < N; n++) {
+                    real l = dy_t * C_t[n] + lambda[n];
+                    dC_t[n] += dy_t * H_t[N + n];
+                    dB_t[n] += dt_t * x_t * l;
+                    lambda_B += l * B_t[n];
+                    lambda_H += l * H_t[n];
+                    lambda[n] = a * l;
+                }
+                dx[i * lddx + h * P + p] += dt_t * lambda_B + Dskip[skip] * dy_t;
+                ddt[i * H + h] += x_t * lambda_B + A * (a * lambda_H);
+                dA += dt_t * (a * lambda_H);
+                dD += dy_t * x_t;
+            }
+            dA_log[h] += A * dA;
+            dDskip[skip] += dD;
+            for (size_t n = 0; dh0 && n < N; n++) dh0[row * N + n] += lambda[n];
+        }
+        free(states);
+    }
+}
+
+// The chunked form of SSD, with which training and prefill run: Q tokens at a time, all inner loops are small
+// matrix products. With i and j counting the q <= Q tokens of chunk c, H_c (P,N) the state that enters it, and
+//   L_ij = a_{j+1} .. a_i  for j <= i, else 0       how much of token j's input is left at token i
+//   in_i = a_0 .. a_i,  out_j = a_{j+1} .. a_{q-1}  the same from the entering state, and to the chunk's end
+//   M_ij = (C_i . B_j) L_ij dt_j                    attention whose softmax is a mask of decays
+// the recurrence is, without a loop over tokens,
+//   y_i = sum_{j<=i} M_ij x_j + in_i H_c C_i + D x_i      H_{c+1} = in_{q-1} H_c + sum_j out_j dt_j x_j B_j^T
+// L, in and out are products of factors between 0 and 1, made one factor at a time: exact to rounding, where
+// the exponential of a difference of cumulative sums loses digits to their size. A document's first a is 0,
+// so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
+// on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
+enum { SSD_MAX_CHUNK = 256 };       // the largest Q
+enum { SSD_CHUNK = 64 };            // the fastest one here; the result depends on Q by rounding only
+
+typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
+
+// ssd_times: NaN passes
+static inline real ssd_times(real a, real b) { return a * b < (real)1e-30 ? 0 : a * b; }
+
+// ssd_load_decay: the numbers of one head for q tokens from token t0 of a sequence; dt: at that token and head
+static void ssd_load_decay(SsdDecay* d, const real* dt, size_t H, real A, const int* doc_b, size_t t0,
+                           size_t q) {
+    for (size_t i = 0; i < q; i++) {
+        d->dt[i] = dt[i * H];
+        d->a[i] = ssd_decay(A, d->dt[i], doc_b, t0 + i);
+        d->in[i] = i ? ssd_times(d->in[i - 1], d->a[i]) : d->a[0];
+    }
+    for (size_t j = q; j-- > 0;) d->out[j] = j + 1 < q ? ssd_times(d->out[j + 1], d->a[j + 1]) : 1;
+}
+
+// ssd_load_mask: L (q,q)
+static void ssd_load_mask(real* L, const real* a, size_t q) {
+    memset(L, 0, q * q * sizeof(real));
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j < i; j++) L[i * q + j] = ssd_times(a[i], L[(i - 1) * q + j]);
+        L[i * q + i] = 1;
+    }
+}
+
+// ssd_scale_rows: out[i,:] = scale[i] dt[i] x[i,:], dt NULL: 1.   x (q,P), row stride ldx   out (q,P)
+static void ssd_scale_rows(real* out, const real* scale, const real* dt, const real* x, size_t ldx, size_t q,
+                           size_t P) {
+    for (size_t i = 0; i < q; i++) {
+        real s = dt ? scale[i] * dt[i] : scale[i];
+        for (size_t p = 0; p < P; p++) out[i * P + p] = s * x[i * ldx + p];
+    }
+}
+
+// matmul_one: matmul_add by the calling thread alone; `fill`: C starts at 0
+static void matmul_one(real* C, size_t ldc, bool fill, const real* A, size_t ai, size_t al, const real* B,
+                       size_t bl, size_t bj, size_t M, size_t N, size_t L) {
+    for (size_t i = 0; fill && i < M; i++) memset(C + i * ldc, 0, N * sizeof(real));
+    for (size_t i = 0; i < M; i += BLOCK_ROWS)
+        matmul_block(C + i * ldc, ldc, A + i * ai, ai, al, B, bl, bj, min_size(BLOCK_ROWS, M - i), N, L);
+}
+
+static inline real dot_real(const real* a, const real* b, size_t n) {
+    real sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Sizes of arrays that serve every call with at most B sequences and B*T tokens in all.
+static size_t ssd_most_chunks(size_t B, size_t T, size_t Q) { return B * T / Q + B; }
+
+// saved: the state (H,P,N) that enters each chunk
+size_t ssd_saved(size_t B, size_t T, size_t H, size_t P, size_t N, size_t Q) {
+    return ssd_most_chunks(B, T, Q) * H * P * N;
+}
+
+size_t ssd_forward_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t Q) {
+    return ssd_most_chunks(B, T, Q) * G * Q * (2 * Q + P) + B * H * Q * P;
+}
+
+// backward has also the gradients of the states, and dA_log and dDskip of every chunk
+size_t ssd_backward_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    size_t states = H * P * N, parts = H + H * P, work = G * Q * (4 * Q + 2 * P + N);
+    return ssd_most_chunks(B, T, Q) * (states + parts + work) + B * H * Q * P;
+}
+
+// ssd_forward: as ssd_recurrent_forward, Q <= SSD_MAX_CHUNK tokens at a time.
+//   first the states, chunk after chunk, each head by itself; then y, each chunk and group by itself
+//   saved for backward: hs, ssd_saved() elements   scratch: ssd_forward_scratch() elements
+void ssd_forward(real* y, real* hs, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                 const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                 const real* h0, const int* doc, real* scratch, size_t B, size_t T, size_t H, size_t P,
+                 size_t G, size_t N, size_t Q) {
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* B_g = Bt + b * T * ldbc + h / heads * N;
+        real *xs = scratch + bh * Q * P, *state = hs + (b * chunks * H + h) * size;
+        for (size_t n = 0; n < size; n++) state[n] = h0 ? h0[bh * size + n] : 0;
+        for (size_t c = 0; c < chunks; c++, state += H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* next = c + 1 < chunks ? state + H * size : hT ? hT + bh * size : NULL;
+            SsdDecay d;
+            if (!next) continue;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(xs, d.out, d.dt, x + row * ldx + h * P, ldx, q, P);
+            for (size_t n = 0; n < size; n++) next[n] = d.in[q - 1] * state[n];
+            matmul_one(next, N, false, xs, 1, P, B_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *CB = scratch + task * Q * (2 * Q + P), *M = CB + Q * Q, *CH = M + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            const real *x_c = x + row * ldx + h * P, *state = hs + ((b * chunks + c) * H + h) * size;
+            real* y_c = y + (row * H + h) * P;
+            bool has_state = c > 0 || h0;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            if (has_state) matmul_one(CH, P, true, C_c, ldbc, 1, state, 1, N, q, P, N);
+            ssd_load_mask(M, d.a, q);
+            for (size_t i = 0; i < q; i++) {
+                for (size_t j = 0; j <= i; j++) M[i * q + j] *= CB[i * q + j] * d.dt[j];
+                for (size_t p = 0; p < P; p++) {
+                    y_c[i * H * P + p] = Dskip[D_has_hdim ? h * P + p : h] * x_c[i * ldx + p];
+                    if (has_state) y_c[i * H * P + p] += d.in[i] * CH[i * P + p];
+                }
+            }
+            matmul_one(y_c, H * P, false, M, q, 1, x_c, ldx, 1, q, P, q);
+        }
+    }
+}
+
+// ssd_chunk_backward: one chunk of one head, given the state H_c that enters it and the gradient lambda of
+// the state that leaves it (each NULL: zero). i and j count tokens from the chunk's first; CB_ij = C_i . B_j.
+//   forward y_i = sum_{j<=i} M_ij x_j + D x_i      Z_ij = dM_ij = dy_i . x_j     v_j = sum_i CB_ij L_ij dy_i
+//   forward M_ij = CB_ij L_ij dt_j                 dCB_ij += L_ij dt_j Z_ij      W_ij = M_ij Z_ij
+//   forward H_{c+1} = .. + sum_j out_j dt_j x_j B_j^T           v_j += out_j lambda B_j
+//                                                               dB_j += out_j dt_j lambda^T x_j
+//   forward y_i = .. + in_i H_c C_i                             dC_i += in_i H_c^T dy_i
+//   dx_j += dt_j v_j + D dy_j     ddt_j += v_j . x_j     dD += dy_i x_i
+// L, in and out are products of a_m = exp(alpha_m), alpha_m = dt_m A. What holds a_m as a factor counts in
+//   dalpha_m = sum_{i>=m, j<m} W_ij + sum_{j<m} e_j + sum_{i>=m} f_i + in_{q-1} <lambda, H_c>
+//   e_j = out_j dt_j x_j^T lambda B_j     f_i = in_i dy_i^T H_c C_i
+// and ddt_m += A dalpha_m, dA += dt_m dalpha_m. (The shorter way, y . dy - dt ddt summed backward in time,
+// subtracts numbers that are nearly equal: with |A| = 16 none of its digits is right in float.)
+// Adds to the first arguments and returns A dA.
+static real ssd_chunk_backward(real* dx, size_t lddx, real* ddt, real* dB, real* dC, size_t lddbc, real* dCB,
+                               real* dD, const real* dy, const real* lambda, const real* state, const real* x,
+                               size_t ldx, const SsdDecay* d, real A, const real* B_c, const real* C_c,
+                               size_t ldbc, const real* CB, const real* D_h, size_t D_step, real* work,
+                               size_t q, size_t H, size_t P, size_t N) {
+    real *L = work, *Z = L + q * q, *v = Z + q * q, *xs = v + q * P, *dyH = xs + q * P, dA = 0;
+    real e[SSD_MAX_CHUNK] = {0}, f[SSD_MAX_CHUNK] = {0}, S[SSD_MAX_CHUNK] = {0}, kappa = 0;
+    size_t ldy = H * P;
+    ssd_load_mask(L, d->a, q);
+    matmul_one(Z, q, true, dy, ldy, 1, x, 1, ldx, q, q, P);
+    if (lambda) {
+        matmul_one(v, P, true, B_c, ldbc, 1, lambda, 1, N, q, P, N);
+        ssd_scale_rows(v, d->out, NULL, v, P, q, P);
+        for (size_t j = 0; j < q; j++) e[j] = d->dt[j] * dot_real(x + j * ldx, v + j * P, P);
+        ssd_scale_rows(xs, d->out, d->dt, x, ldx, q, P);
+        matmul_one(dB, lddbc, false, xs, P, 1, lambda, N, 1, q, N, P);
+    } else {
+        memset(v, 0, q * P * sizeof(real));
+    }
+    if (state) {
+        matmul_one(dyH, N, true, dy, ldy, 1, state, N, 1, q, N, P);
+        for (size_t i = 0; i < q; i++) {
+            f[i] = d->in[i] * dot_real(dyH + i * N, C_c + i * ldbc, N);
+            for (size_t n = 0; n < N; n++) dC[i * lddbc + n] += d->in[i] * dyH[i * N + n];
+        }
+    }
+    if (state && lambda) kappa = d->in[q - 1] * dot_real(state, lambda, P * N);
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j <= i; j++) {
+            size_t ij = i * q + j;
+            real dCB_ij = L[ij] * d->dt[j] * Z[ij];
+            dCB[ij] += dCB_ij;
+            Z[ij] = dCB_ij * CB[ij];                   // W
+            L[ij] *= CB[ij];
+        }
+    }
+    matmul_one(v, P, false, L, 1, q, dy, ldy, 1, q, P, q);
+    for (size_t j = 0; j < q; j++) {
+        ddt[j * H] += dot_real(v + j * P, x + j * ldx, P);
+        for (size_t p = 0; p < P; p++) {
+            real dy_p = dy[j * ldy + p];
+            dx[j * lddx + p] += d->dt[j] * v[j * P + p] + D_h[p * D_step] * dy_p;
+            dD[p] += dy_p * x[j * ldx + p];
+        }
+    }
+    for (size_t j = 1; j < q; j++) e[j] += e[j - 1];   // sums of e up to j, of f from i on
+    for (size_t i = q - 1; i-- > 0;) f[i] += f[i + 1];
+    for (size_t m = q; m-- > 0;) {                     // S_j = sum_{i>=m} W_ij
+        real dalpha = kappa + f[m] + (m ? e[m - 1] : 0);
+        for (size_t j = 0; j < m; j++) S[j] += Z[m * q + j];
+        #pragma omp simd reduction(+:dalpha)
+        for (size_t j = 0; j < m; j++) dalpha += S[j];
+        ddt[m * H] += A * dalpha;
+        dA += d->dt[m] * dalpha;
+    }
+    return A * dA;
+}
+
+// ssd_backward: first the gradients of the states, from the last chunk to the first, each head by itself:
+//   forward y_i = .. + in_i H_c C_i,  H_{c+1} = in_{q-1} H_c + ..
+//     =>  lambda_c = in_{q-1} lambda_{c+1} + sum_i in_i dy_i C_i^T,  the last is dhT,  dh0 += lambda_0
+// then everything else, each chunk and group by itself (ssd_chunk_backward). The heads of a group add to the
+// same dB, dC and dCB, one after the other; at last
+//   forward CB_ij = C_i . B_j         =>  dC_i += sum_j dCB_ij B_j,  dB_j += sum_i dCB_ij C_i
+//   hs: as forward left it   scratch: ssd_backward_scratch() elements   all else as in the recurrent form
+void ssd_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt, size_t lddbc,
+                  real* dDskip, real* dh0, const real* dy, const real* dhT, const real* hs, const real* x,
+                  size_t ldx, const real* dt, const real* A_log, const real* Bt, const real* Ct, size_t ldbc,
+                  const real* Dskip, bool D_has_hdim, const real* h0, const int* doc, real* scratch, size_t B,
+                  size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G, work_size = Q * (4 * Q + 2 * P + N);
+    real* lambdas = scratch;                            // (B,chunks,H,P,N)
+    real* dA_part = lambdas + B * chunks * H * size;    // (B,chunks,H)
+    real* dD_part = dA_part + B * chunks * H;           // (B,chunks,H,P)
+    real* work = dD_part + B * chunks * H * P;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* C_g = Ct + b * T * ldbc + h / heads * N;
+        real *dys = work + bh * Q * P, *lambda = lambdas + ((b * chunks + chunks - 1) * H + h) * size;
+        for (size_t n = 0; n < size; n++) lambda[n] = dhT ? dhT[bh * size + n] : 0;
+        for (size_t c = chunks; c-- > 0; lambda -= H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* before = c ? lambda - H * size : dh0 ? dh0 + bh * size : NULL;
+            SsdDecay d;
+            if (!before) break;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(dys, d.in, NULL, dy + (row * H + h) * P, H * P, q, P);
+            for (size_t n = 0; n < size; n++) before[n] = (c ? 0 : before[n]) + d.in[q - 1] * lambda[n];
+            matmul_one(before, N, false, dys, 1, P, C_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *dB_c = dBt + row * lddbc + g * N, *dC_c = dCt + row * lddbc + g * N;
+        real *CB = work + task * work_size, *dCB = CB + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        memset(dCB, 0, q * q * sizeof(real));
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            size_t chunk = (b * chunks + c) * H + h;
+            real A = ssd_rate(A_log[h]), *dD = dD_part + chunk * P;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, A, doc ? doc + b * T : NULL, t0, q);
+            memset(dD, 0, P * sizeof(real));
+            dA_part[chunk] = ssd_chunk_backward(
+                dx + row * lddx + h * P, lddx, ddt + row * H + h, dB_c, dC_c, lddbc, dCB, dD,
+                dy + (row * H + h) * P, c + 1 < chunks || dhT ? lambdas + chunk * size : NULL,
+                c > 0 || h0 ? hs + chunk * size : NULL, x + row * ldx + h * P, ldx, &d, A, B_c, C_c, ldbc, CB,
+                Dskip + (D_has_hdim ? h * P : h), D_has_hdim, dCB + Q * Q, q, H, P, N);
+        }
+        matmul_one(dC_c, lddbc, false, dCB, q, 1, B_c, ldbc, 1, q, N, q);
+        matmul_one(dB_c, lddbc, false, dCB, 1, q, C_c, ldbc, 1, q, N, q);
+    }
+    #pragma omp parallel for if (H > 64)
+    for (size_t h = 0; h < H; h++) {
+        for (size_t bc = 0; bc < B * chunks; bc++) {
+            dA_log[h] += dA_part[bc * H + h];
+            for (size_t p = 0; p < P; p++)
+                dDskip[D_has_hdim ? h * P + p : h] += dD_part[(bc * H + h) * P + p];
+        }
+    }
+}
+
+// gated_rmsnorm_forward: the norm of Mamba-2, over groups of S channels, with the gate before or behind it.
+//   norm_before_gate = false:  w = y silu(z);   out = weight * w * rstd(w)          (all released models)
+//   norm_before_gate = true:   out = weight * y * rstd(y) * silu(z)
+//   rstd = (mean over the group of the squares + eps)^(-1/2)
+//   y, out (M,E)   z (M,E), row stride ldz   weight (E)   E a multiple of S
+//   saved for backward: rstd (M,E/S)        Mamba-2 paper (arXiv 2405.21060), section 7.2
+void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, size_t ldz,
+                           const real* weight, size_t M, size_t E, size_t S, real eps,
+                           bool norm_before_gate) {
+    #pragma omp parallel for if (M > 16)
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0;
+            real *out_m = out + m * E + e0, sum = 0;
+            #pragma omp simd reduction(+:sum)
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), w = norm_before_gate ? y_m[s] : y_m[s] * gate;
+                sum += w * w;
+                out_m[s] = weight[e0 + s] * y_m[s] * gate;
+            }
+            real r = 1 / (real)sqrt((double)(sum / (real)S + eps));
+            if (r == 0) r = (real)NAN;        // as in rmsnorm_forward
+            for (size_t s = 0; s < S; s++) out_m[s] *= r;
+            rstd[m * (E / S) + e0 / S] = r;
+        }
+    }
+}
+
+// With w = what is normalized, xhat = w rstd(w), q = the gradient of xhat:
+//   xhat = w rstd(w)            =>  dw += rstd (q - xhat mean_s(q xhat)), mean over the group
+//   gate first:  out = weight xhat, w = y silu(z)  =>  q = weight dout          dweight += dout xhat
+//                                                      dy += dw silu(z)         dz += dw y silu'(z)
+//   norm first:  out = weight xhat silu(z), w = y  =>  q = weight dout silu(z)  dweight += dout xhat silu(z)
+//                                                      dy += dw         dz += weight dout xhat silu'(z)
+// In both cases q xhat and the summand of dweight hold the same product: dout y silu(z) rstd.
+void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, const real* dout, const real* y,
+                            const real* z, size_t ldz, const real* weight, const real* rstd, size_t M,
+                            size_t E, size_t S, bool norm_before_gate) {
+    #pragma omp parallel for
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            const real* weight_g = weight + e0;
+            real *dy_m = dy + m * E + e0, *dz_m = dz + m * lddz + e0;
+            real r = rstd[m * (E / S) + e0 / S], dot = 0;
+            #pragma omp simd reduction(+:dot)
+            for (size_t s = 0; s < S; s++) dot += weight_g[s] * dout_m[s] * (y_m[s] * silu_real(z_m[s]));
+            real mean = dot * r / (real)S;
+            #pragma omp simd
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), dgate = silu_grad_real(z_m[s]), q = weight_g[s] * dout_m[s];
+                if (norm_before_gate) {
+                    dy_m[s] += r * (q * gate - y_m[s] * r * mean);
+                    dz_m[s] += q * y_m[s] * r * dgate;
+                } else {
+                    real dw = r * (q - y_m[s] * gate * r * mean);
+                    dy_m[s] += dw * gate;
+                    dz_m[s] += dw * y_m[s] * dgate;
+                }
+            }
+        }
+    }
+    size_t tiles = (S + CHANNEL_TILE - 1) / CHANNEL_TILE;              // of a group
+    #pragma omp parallel for
+    for (size_t i = 0; i < E / S * tiles; i++) {
+        size_t group = i / tiles, s0 = i % tiles * CHANNEL_TILE, e0 = group * S + s0;
+        size_t n = min_size(CHANNEL_TILE, S - s0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            real r = rstd[m * (E / S) + group];
+            #pragma omp simd
+            for (size_t e = 0; e < n; e++) sum[e] += dout_m[e] * (y_m[e] * silu_real(z_m[e])) * r;
+        }
+        for (size_t e = 0; e < n; e++) dweight[e0 + e] += sum[e];
+    }
+}
+
 // crossentropy: the loss of each position and, unless dlogits is NULL, the gradient of scale * sum(losses).
 //   losses[m] = logsumexp_v(logits[m,v]) - logits[m,target]
 //   dlogits = scale * (softmax(logits) - onehot(target))
@@ -1240,12 +1819,17 @@ void crossentropy(real* losses, real* dlogits, const real* logits, const int* ta
 // test names) walks these tables.
 
 // Symbolic sizes, so that a table can be written before the model is known.
-enum { DIM_NONE, DIM_1, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP, DIM_K1,
-       DIM_SCAN_SAVED, DIM_SCAN_SCRATCH };
+enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP,
+       DIM_K1, DIM_SCAN_SAVED, DIM_SCAN_SCRATCH,
+       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D
+       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
+       // attention: q, k, v and MLP together; q, k, v; heads and MLP; heads; Hkv; dh; taps, taps - 1; cache
+       DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT };
 
 int64_t config_dim(const Config* c, int dim) {
     switch (dim) {
         case DIM_1:   return 1;
+        case DIM_2:   return 2;
         case DIM_D:   return c->d_model;
         case DIM_E:   return c->d_inner;
         case DIM_2E:  return 2 * c->d_inner;
@@ -1257,6 +1841,22 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_F:   return c->d_intermediate;
         case DIM_2F:  return 2 * c->d_intermediate;
         case DIM_VP:  return c->vocab_padded;
+        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + c->d_ssm / c->headdim;
+        case DIM_ES:  return c->d_ssm;
+        case DIM_XBC: return c->d_ssm + 2 * c->ngroups * c->d_state;
+        case DIM_H:   return c->d_ssm / c->headdim;
+        case DIM_P:   return c->headdim;
+        case DIM_G:   return c->ngroups;
+        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
+        case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
+        case DIM_OUT_A: return c->attn_head_dim * c->attn_heads + c->attn_mlp / 2;
+        case DIM_HQ:  return c->attn_heads;
+        case DIM_HKV: return c->attn_heads_kv;
+        case DIM_DH:  return c->attn_head_dim;
+        case DIM_KA:  return c->attn_conv;
+        case DIM_KA1: return c->attn_conv > 0 ? c->attn_conv - 1 : 0;
+        case DIM_CONTEXT: return c->context;
     }
     return 0;
 }
@@ -1273,14 +1873,17 @@ enum {
     INIT_DT_WEIGHT,    // uniform +-dt_scale/sqrt(R), or that constant
     INIT_DT_BIAS,    // softplus(bias) is log-uniform in [dt_min, dt_max]: half-lives 0.4..700 tokens
     INIT_A_LOG,      // A[e,n] = -(n+1) in every channel (S4D-real)
+    INIT_A_UNIFORM,  // A[h] = -uniform(A_low, A_high): Mamba-2
 };
 
 enum {
     DECAY = 1,          // AdamW weight decay: matrices only
     IF_BIAS = 2,        // exists only with config.bias
-    BACKWARD_ONLY = 8,    // scratch that inference does not need
     IF_CONV_BIAS = 4,   // exists only with config.conv_bias
+    BACKWARD_ONLY = 8,  // scratch that inference does not need
     CHEAP = 16,         // activation that backward can make again at little cost from the others
+    IF_RMSNORM = 32,    // exists only with config.rmsnorm
+    IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -1616,12 +2219,14 @@ static const TensorSpec model_specs[] = {
 const Kind* kind_of(char letter) {
     for (int i = 0; i < N_KINDS; i++)
         if (kinds[i].letter == letter) return &kinds[i];
-    die("--pattern: there is no layer kind '%c'; known are 1 (Mamba-1) and m (gated MLP after a mixer)",
-        letter);
+    die("pattern: there is no layer kind '%c'", letter);       // config_check has refused it before
 }
 
 static bool spec_exists(const TensorSpec* s, const Config* c) {
-    return !((s->flags & IF_BIAS) && !c->bias) && !((s->flags & IF_CONV_BIAS) && !c->conv_bias);
+    return !((s->flags & IF_BIAS) && !c->bias) && !((s->flags & IF_CONV_BIAS) && !c->conv_bias) &&
+           !((s->flags & IF_RMSNORM) && !c->rmsnorm) && !((s->flags & IF_ATTN_CONV) && !c->attn_conv) &&
+           !((s->flags & IF_ATTN_IN_BIAS) && !c->attn_in_bias) &&
+           !((s->flags & IF_ATTN_OUT_BIAS) && !c->attn_out_bias);
 }
 
 static void model_add_tensor(Model* m, const TensorSpec* spec, int layer) {
@@ -1718,7 +2323,11 @@ void model_init(Model* m, uint64_t seed) {
         real* p = m->params + t->offset;
         uint64_t stream = STREAM_INIT + (uint64_t)i;
         double scale = 1 / sqrt((double)t->shape[t->ndim - 1]);
-        if (t->spec->init == INIT_CONV) scale = 1 / sqrt((double)c->d_conv);
+        if (t->spec->init == INIT_CONV)
+            scale = 1 / sqrt((double)(t->spec->flags & IF_ATTN_CONV ? c->attn_conv : c->d_conv));
+        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(m->config.pattern, '2') && c->conv_init > 0 &&
+            !(t->spec->flags & IF_ATTN_CONV))
+            scale = c->conv_init;
         if (t->spec->init == INIT_DT_WEIGHT) scale = c->dt_scale / sqrt((double)c->dt_rank);
         if (t->spec->init == INIT_RESIDUAL && c->rescale_prenorm_residual) scale /= sqrt((double)c->n_layer);
         #pragma omp parallel for
@@ -1737,6 +2346,7 @@ void model_init(Model* m, uint64_t seed) {
                     break;
                 }
                 case INIT_A_LOG: x = log((double)(j % (size_t)c->d_state) + 1); break;
+                case INIT_A_UNIFORM: x = log(c->A_low + u * (c->A_high - c->A_low)); break;
             }
             p[j] = (real)x;
         }
@@ -1868,9 +2478,7 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             if (first < 0) first = l;
         }
         for (int i = 0; used && i < kinds[k].n_scratch; i++) {
-            const char* name = kinds[k].scratch[i].name;
-            bool backward_only = name[0] == 'd' || kinds[k].scratch[i].dim[0] == DIM_SCAN_SCRATCH;
-            if (w->training || !backward_only)
+            if (w->training || !(kinds[k].scratch[i].flags & BACKWARD_ONLY))
                 w->scratch[k][i] = plan(p, activation_count(&kinds[k].scratch[i], c, w->B, w->T));
         }
     }
@@ -1886,8 +2494,9 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
 // layer, is generous; what exceeds it would wrap around in size_t.
 static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
     const Config* c = &m->config;
-    int64_t width =
-        c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate + c->vocab_padded;
+    int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate +
+                    c->vocab_padded + c->ngroups * c->d_state + c->attn_mlp +
+                    c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
     int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
     size_t bytes;
     return checked_size(5, dims, sizeof(real), &bytes);
@@ -3260,6 +3869,12 @@ static void print_model(const Model* m) {
     printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
            (long long)c->n_layer, (long long)c->d_model, (long long)c->d_inner, (long long)c->d_state,
            (long long)c->d_conv, (long long)c->dt_rank);
+    if (strchr(c->pattern, '2'))
+        printf(", H %lld, P %lld, G %lld", (long long)(c->d_ssm / c->headdim), (long long)c->headdim,
+               (long long)c->ngroups);
+    if (strchr(c->pattern, 'a'))
+        printf(", Hq %lld, Hkv %lld, dh %lld", (long long)c->attn_heads, (long long)c->attn_heads_kv,
+               (long long)c->attn_head_dim);
     if (c->d_intermediate) printf(", F %lld", (long long)c->d_intermediate);
     printf(", vocabulary %lld (padded %lld)\nparameters: %zu\n", (long long)c->vocab_size,
            (long long)c->vocab_padded, m->n_params);
