@@ -3572,7 +3572,7 @@ ssd_forward_kernel(X* y, X* states, float* hT, const X* x, size_t ldx, const flo
 // row r lies in place c ^ (r % 8), so that the 8 pieces of a column are in different banks. Columns beyond N
 // or P and tokens beyond T are zeros with dt = 0.
 
-enum { SSD_CHUNK = 64, SSD_TILE = 64 * 64, SSD_PIECE_BYTES = 16, SSD_STAGES = 2 };
+enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64, SSD_PIECE_BYTES = 16, SSD_STAGES = 2 };
 enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt per chunk, see ssd_cb_kernel
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SSD_PORTABLE)
@@ -3723,8 +3723,8 @@ ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, 
     const uint32_t tiles = ssd_address(shared);
     #pragma unroll
     for (int n = 0; n < NB; n++) {
-        const size_t at = (b * T + c * SSD_CHUNK) * ldbc + g * N + n * 64;
-        const int rows = (int)(T - c * SSD_CHUNK), columns = (int)N - n * 64;
+        const size_t at = (b * T + c * SSD_TOKENS) * ldbc + g * N + n * 64;
+        const int rows = (int)(T - c * SSD_TOKENS), columns = (int)N - n * 64;
         ssd_load_tile<128>(tiles + 2 * n * SSD_TILE * 2, Bt + at, (uint32_t)ldbc, rows, columns, tid);
         ssd_load_tile<128>(tiles + (2 * n + 1) * SSD_TILE * 2, Ct + at, (uint32_t)ldbc, rows, columns, tid);
     }
@@ -3758,10 +3758,10 @@ template <int SLICES, int NB> struct SsdShared {
     struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[SSD_STAGES];
     bf16 S[SLICES][NB][SSD_TILE];                              // rows: channels, columns: states
     struct {
-        float cs[SSD_CHUNK];
-        float u[SSD_CHUNK];                                    // cs - log2(dt)
-        float enter[SSD_CHUNK];                                // 2^cs_i, 0 in documents that begin here
-        float leave[SSD_CHUNK];                                // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
+        float cs[SSD_TOKENS];
+        float u[SSD_TOKENS];                                    // cs - log2(dt)
+        float enter[SSD_TOKENS];                                // 2^cs_i, 0 in documents that begin here
+        float leave[SSD_TOKENS];                                // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
         float pass;                                            // 2^cs_63, 0 if a document begins here
         unsigned long long resets;                             // bit i: a document begins at token i
     } tokens[2][SLICES];
@@ -3778,11 +3778,14 @@ struct SsdForward {
     const float *Dskip, *h0;
     const int* doc;
     const uint4* cb;
-    size_t ldx, ldbc, B, T, H, P, G, N;
+    float *start, *decay;              // of segments: the state before (segments,B,H,P,N), the decay (segments,B,H)
+    size_t ldx, ldbc, B, T, H, P, G, N, segments, each;        // each: chunks of a segment
     bool D_has_hdim;
 };
 
-template <int SLICES, int NB>
+// ssd_forward_fast_kernel: y, states and hT; with ENDS the states after all segments but the last, if they
+// begin with 0, and their decays instead.
+template <int SLICES, int NB, bool ENDS>
 __global__ void __launch_bounds__(SLICES * 4 * WARP, SLICES == 1 && NB <= 2 ? 2 : 1)
 ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     extern __shared__ __align__(128) char shared[];
@@ -3793,8 +3796,10 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     const uint32_t ldx = (uint32_t)p.ldx, ldbc = (uint32_t)p.ldbc;
     const int parts = (P + 63) / 64, slices = H * parts;       // slices of a head, of a sequence
     const int slice = blockIdx.x * SLICES % slices + m, h = slice / parts, p0 = slice % parts * 64;
-    const int group = h * G / H, chunks = (T + SSD_CHUNK - 1) / SSD_CHUNK;
-    const size_t b = blockIdx.x * SLICES / slices, token = b * T;      // the sequence, its first token
+    const int group = h * G / H, chunks = (T + SSD_TOKENS - 1) / SSD_TOKENS;
+    const size_t b = blockIdx.x * SLICES / slices % p.B, token = b * T;        // the sequence, its first token
+    const int segment = (int)(blockIdx.x * SLICES / slices / p.B), begin = segment * (int)p.each;
+    const int end = min(begin + (int)p.each, chunks);
     const bf16 *Bt = p.Bt + token * ldbc + group * N, *Ct = p.Ct + token * ldbc + group * N;
     const bf16* x = p.x + token * ldx + h * P + p0;
     const float* dt = p.dt + (b * H + h) * T;
@@ -3807,11 +3812,12 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     auto load = [&](int c) {                                   // starts the copies of chunk c
         auto& st = s.stage[c % SSD_STAGES];
         const int rows = T - c * 64;
-        if (rows > 0) {
+        if (c < end) {
             const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
             #pragma unroll
             for (int n = 0; n < NB; n++) {
                 ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, tid);
+                if (ENDS) continue;
                 ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, tid);
             }
             ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, tid % 128);
@@ -3860,16 +3866,17 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     auto fetch_cb = [&](int c) {
         const uint4* cb_c = cb + (size_t)c * G * SSD_CB;
         #pragma unroll
-        for (int k = 0; k < 4; k++) cb_k[k] = k <= w && c < chunks ? cb_c[k * WARP] : make_uint4(0, 0, 0, 0);
+        for (int k = 0; k < 4; k++) cb_k[k] = !ENDS && k <= w && c < end ? cb_c[k * WARP] : make_uint4(0, 0, 0, 0);
     };
 
-    load(0);
+    load(begin);
     if (tid % 128 < 64)
         s.D[m][tid % 128] = tid % 128 < columns ? p.Dskip[p.D_has_hdim ? h * P + p0 + tid % 128 : h] : 0.0f;
-    if (w == 0) { fetch_tokens(0); prepare_tokens(0); fetch_tokens(1); }
-    fetch_cb(0);
+    if (w == 0) { fetch_tokens(begin); prepare_tokens(begin); fetch_tokens(begin + 1); }
+    fetch_cb(begin);
+    const float* start = ENDS ? NULL : p.segments > 1 ? p.start + segment * p.B * H * P * N : p.h0;
     float S[NB][8][4];                                         // row 16w + g or +8, columns 64n + 8i + 2tg, +1
-    const size_t row = (b * H + h) * P + p0 + w * 16 + g;      // of h0 and hT
+    const size_t row = (b * H + h) * P + p0 + w * 16 + g;      // of start and hT
     #pragma unroll
     for (int n = 0; n < NB; n++) {
         #pragma unroll
@@ -3877,8 +3884,8 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int col = n * 64 + i * 8 + 2 * tg + j % 2;
-                const bool inside = p.h0 && w * 16 + g + j / 2 * 8 < columns && col < N;
-                S[n][i][j] = inside ? p.h0[(row + j / 2 * 8) * N + col] : 0.0f;
+                const bool inside = start && w * 16 + g + j / 2 * 8 < columns && col < N;
+                S[n][i][j] = inside ? start[(row + j / 2 * 8) * N + col] : 0.0f;
             }
         }
     }
@@ -3894,9 +3901,10 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         }
     };
     store_state();
+    float decay = 1.0f;
 
     #pragma unroll 1
-    for (int c = 0; c < chunks; c++) {
+    for (int c = begin; c < end; c++) {
         auto& st = s.stage[c % SSD_STAGES];
         auto& k = s.tokens[c % 2][m];
         const uint32_t x_tile = ssd_address(st.x[m]);
@@ -3905,6 +3913,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         __syncthreads();
         load(c + 1);
         const float pass = k.pass;
+        decay *= pass;
         #pragma unroll
         for (int n = 0; n < NB; n++) {
             #pragma unroll
@@ -3915,10 +3924,13 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         }
         // what enters with the state, and the next state; both need S
         float Y[8][4];
-        ssd_mma_begin();
-        #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
-        ssd_mma_commit();
+        if (!ENDS) {
+            ssd_mma_begin();
+            #pragma unroll
+            for (int n = 0; n < NB; n++)
+                ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
+            ssd_mma_commit();
+        }
         uint32_t a[4][4];
         #pragma unroll
         for (int j = 0; j < 4; j++) {                          // x^T, rows: channels, columns: tokens
@@ -3931,8 +3943,8 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], w8);
             *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], w8);
         }
-        if (p.states && c % (SSD_SPACING / SSD_CHUNK) == 0) {  // save the state: from shared memory, whole rows
-            const int saved = (T + SSD_SPACING - 1) / SSD_SPACING, at = c / (SSD_SPACING / SSD_CHUNK);
+        if (!ENDS && p.states && c % (SSD_SPACING / SSD_TOKENS) == 0) {  // save the state: from shared memory, whole rows
+            const int saved = (T + SSD_SPACING - 1) / SSD_SPACING, at = c / (SSD_SPACING / SSD_TOKENS);
             bf16* to = p.states + (((b * saved + at) * H + h) * P + p0) * N;
             #pragma unroll
             for (int n = 0; n < NB; n++) {
@@ -3949,6 +3961,13 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, ssd_address(st.Bt[n]), 4);
         ssd_mma_commit();
+        if (ENDS) {
+            if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
+            ssd_mma_wait<0>();
+            #pragma unroll
+            for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
+            continue;
+        }
         // M, meanwhile
         uint32_t M[4][4];
         const int i0 = 16 * w + g;
@@ -4008,7 +4027,9 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             }
         }
     }
-    if (!p.hT) return;
+    if (ENDS && tid % 128 == 0 && p0 == 0) p.decay[((segment + 1) * p.B + b) * H + h] = decay;
+    float* to = ENDS ? p.start + (segment + 1) * p.B * H * P * N : end == chunks ? p.hT : NULL;
+    if (!to) return;
     #pragma unroll
     for (int n = 0; n < NB; n++) {
         #pragma unroll
@@ -4016,36 +4037,75 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int col = n * 64 + i * 8 + 2 * tg + j % 2;
-                if (w * 16 + g + j / 2 * 8 < columns && col < N) p.hT[(row + j / 2 * 8) * N + col] = S[n][i][j];
+                if (w * 16 + g + j / 2 * 8 < columns && col < N) to[(row + j / 2 * 8) * N + col] = S[n][i][j];
             }
         }
     }
 }
 
+// ssd_carry_kernel: the states before all segments: start_0 = h0, start_k = end_(k-1) + decay_(k-1) start_(k-1).
+// start holds the ends before; a thread has 4 numbers of a state
+__global__ void ssd_carry_kernel(float* start, const float* decay, const float* h0, size_t n, size_t size, size_t segments) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= n) return;
+    float v[4] = {};
+    if (h0) unpack(v, load_pack<4>(h0 + i));
+    store_pack<4>(start + i, v);
+    #pragma unroll 4
+    for (size_t k = 1; k < segments; k++) {
+        float e[4], a = decay[(k * n + i) / size];
+        unpack(e, load_pack<4>(start + k * n + i));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = fmaf(a, v[j], e[j]);
+        store_pack<4>(start + k * n + i, v);
+    }
+}
+
 // --- launcher -----------------------------------------------------------------------------------------
 
-static inline size_t ssd_chunks(size_t T) { return (T + SSD_CHUNK - 1) / SSD_CHUNK; }
+static inline size_t ssd_chunks(size_t T) { return (T + SSD_TOKENS - 1) / SSD_TOKENS; }
 
-// floats of forward's scratch: the products Ct . Bt
+// Where the heads of all sequences are too few to fill the chip, time is cut into segments as well: as many
+// as make SSD_FILL blocks of two slices, none shorter than SSD_SEGMENT chunks. A first look at all segments,
+// without y, finds the states that they begin with.
+enum { SSD_FILL = 132, SSD_SEGMENT = 4 };
+static inline size_t ssd_segments(size_t B, size_t T, size_t H, size_t P) {
+    size_t chunks = ssd_chunks(T), segments = SSD_FILL / (B * ((H * ((P + 63) / 64) + 1) / 2));
+    if (segments > chunks / SSD_SEGMENT) segments = chunks / SSD_SEGMENT;
+    if (segments < 2) return 1;
+    size_t each = (chunks + segments - 1) / segments;          // chunks of all segments but the last
+    return (chunks + each - 1) / each;
+}
+
+// floats of forward's scratch: the products Ct . Bt; states and decays of segments
 size_t ssd_forward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
-    (void)H; (void)P; (void)N;
-    return B * ssd_chunks(T) * G * SSD_CB * 4;
+    size_t segments = ssd_segments(B, T, H, P);
+    return B * ssd_chunks(T) * G * SSD_CB * 4 + (segments > 1 ? segments * B * H * (P * N + 1) : 0);
 }
 
 template <int SLICES, int NB>
-static inline bool ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t stream) {
-    const size_t slices = p.H * ((p.P + 63) / 64), tiles = 2 * NB * SSD_TILE * sizeof(bf16);
+static inline void ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t stream) {
+    const size_t blocks = p.B * p.H * ((p.P + 63) / 64) / SLICES, tiles = 2 * NB * SSD_TILE * sizeof(bf16);
+    const size_t shared = sizeof(SsdShared<SLICES, NB>), n = p.B * p.H * p.P * p.N;
     scan_allow_shared(ssd_cb_kernel<NB>, tiles);
     ssd_cb_kernel<NB><<<(unsigned)(p.B * ssd_chunks(p.T) * p.G), 4 * WARP, tiles, stream>>>(
         cb, p.Bt, p.Ct, p.ldbc, p.T, p.G, p.N, ssd_chunks(p.T));
     cudaCheck(cudaGetLastError());
-    auto kernel = ssd_forward_fast_kernel<SLICES, NB>;
-    scan_allow_shared(kernel, sizeof(SsdShared<SLICES, NB>));
-    kernel<<<(unsigned)(p.B * slices / SLICES), SLICES * 4 * WARP, sizeof(SsdShared<SLICES, NB>), stream>>>(p);
+    if (p.segments > 1) {
+        auto ends = ssd_forward_fast_kernel<SLICES, NB, true>;
+        scan_allow_shared(ends, shared);
+        ends<<<(unsigned)(blocks * (p.segments - 1)), SLICES * 4 * WARP, shared, stream>>>(p);
+        cudaCheck(cudaGetLastError());
+        ssd_carry_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(p.start, p.decay, p.h0, n, p.P * p.N,
+                                                                               p.segments);
+        cudaCheck(cudaGetLastError());
+    }
+    auto kernel = ssd_forward_fast_kernel<SLICES, NB, false>;
+    scan_allow_shared(kernel, shared);
+    kernel<<<(unsigned)(blocks * p.segments), SLICES * 4 * WARP, shared, stream>>>(p);
     cudaCheck(cudaGetLastError());
-    return true;
 }
-static const char* ssd_forward_fast(const SsdForward& p, float* scratch, cudaStream_t stream) {
+static const char* ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t stream) {
     int most = 0, device = 0;
     cudaCheck(cudaGetDevice(&device));
     cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
@@ -4053,13 +4113,17 @@ static const char* ssd_forward_fast(const SsdForward& p, float* scratch, cudaStr
     const bool aligned = p.H % p.G == 0 && p.P % rows == 0 && p.N % rows == 0 && p.N <= 256 &&
                          p.ldx % rows == 0 && p.ldbc % rows == 0 && is_aligned(p.x, 16, 16) &&
                          is_aligned(p.Bt, 16, 16) && is_aligned(p.Ct, 16, 16) && is_aligned(p.y, 16, 16) &&
-                         is_aligned(p.states, 16, 16) && is_aligned(scratch, 16, 16);
+                         is_aligned(p.states, 16, 16) && is_aligned(p.h0, 16, 16) && is_aligned(scratch, 16, 16);
     if (!aligned) return NULL;
     bool two = slices % 2 == 0;
 #ifdef SSD_EXPERIMENT
     if (getenv("SSD_ONE")) two = false;
 #endif
     uint4* cb = (uint4*)scratch;
+    p.segments = ssd_segments(p.B, p.T, p.H, p.P);
+    p.each = (ssd_chunks(p.T) + p.segments - 1) / p.segments;
+    p.start = scratch + p.B * ssd_chunks(p.T) * p.G * SSD_CB * 4;
+    p.decay = p.start + p.segments * p.B * p.H * p.P * p.N;
     if (p.N <= 64) {
         if (two && sizeof(SsdShared<2, 1>) <= shared) ssd_launch_fast<2, 1>(p, cb, stream);
         else if (sizeof(SsdShared<1, 1>) <= shared) ssd_launch_fast<1, 1>(p, cb, stream);
@@ -4086,8 +4150,8 @@ const char* ssd_forward_cuda(X* y, X* states, float* hT, const X* x, size_t ldx,
                              bool D_has_hdim, const float* h0, const int* doc, float* scratch, size_t B,
                              size_t T, size_t H, size_t P, size_t G, size_t N, cudaStream_t stream) {
     if constexpr (sizeof(X) == sizeof(bf16)) {         // float results must be exact to float rounding
-        SsdForward p = {y, states, hT, x, dt, A_log, Bt, Ct, Dskip, h0, doc, (const uint4*)scratch, ldx, ldbc, B, T, H, P,
-                        G, N, D_has_hdim};
+        SsdForward p = {y, states, hT, x, dt, A_log, Bt, Ct, Dskip, h0, doc, (const uint4*)scratch, NULL, NULL, ldx, ldbc,
+                        B, T, H, P, G, N, 1, 0, D_has_hdim};
         if (ssd_forward_fast(p, scratch, stream)) return "fast";
     }
     size_t padded = (N + SSD_GROUP - 1) / SSD_GROUP * SSD_GROUP;
