@@ -3572,7 +3572,7 @@ ssd_forward_kernel(X* y, X* states, float* hT, const X* x, size_t ldx, const flo
 // row r lies in place c ^ (r % 8), so that the 8 pieces of a column are in different banks. Columns beyond N
 // or P and tokens beyond T are zeros with dt = 0.
 
-enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64, SSD_PIECE_BYTES = 16, SSD_STAGES = 2 };
+enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64 };
 enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt per chunk, see ssd_cb_kernel
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SSD_PORTABLE)
@@ -3754,18 +3754,21 @@ ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, 
 }
 
 // SsdShared: SLICES slices of 64 channels, N up to 64 NB. Tiles come first: they start at multiples of 1024 bytes.
-template <int SLICES, int NB> struct SsdShared {
-    struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[SSD_STAGES];
+template <int SLICES, int NB, int STAGES> struct SsdShared {
+    struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[STAGES];
     bf16 S[SLICES][NB][SSD_TILE];                              // rows: channels, columns: states
+    bf16 y[SLICES][SSD_TILE];                                  // rows: tokens, on their way out
     struct {
         float cs[SSD_TOKENS];
-        float u[SSD_TOKENS];                                    // cs - log2(dt)
-        float enter[SSD_TOKENS];                                // 2^cs_i, 0 in documents that begin here
-        float leave[SSD_TOKENS];                                // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
+        float u[SSD_TOKENS];                                   // cs - log2(dt)
+        float enter[SSD_TOKENS];                               // 2^cs_i, 0 in documents that begin here
+        float leave[SSD_TOKENS];                               // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
         float pass;                                            // 2^cs_63, 0 if a document begins here
         unsigned long long resets;                             // bit i: a document begins at token i
-    } tokens[2][SLICES];
+    } tokens[4][SLICES];
     float D[SLICES][64];
+    uint64_t full[STAGES], empty[STAGES];                      // a stage has arrived, is no longer needed
+    uint64_t state_ready[SLICES], state_read[SLICES];          // S of the next chunk is there, has been used
 };
 
 // what the marching kernel needs, one struct: see ssd_forward_cuda
@@ -3784,14 +3787,19 @@ struct SsdForward {
 };
 
 // ssd_forward_fast_kernel: y, states and hT; with ENDS the states after all segments but the last, if they
-// begin with 0, and their decays instead.
-template <int SLICES, int NB, bool ENDS>
-__global__ void __launch_bounds__(SLICES * 4 * WARP, SLICES == 1 && NB <= 2 ? 2 : 1)
+// begin with 0, and their decays instead. A slice has two groups of four warps that work side by side:
+//   the first brings the chunks to shared memory, carries the state from one to the next
+//   the second makes y                                                   (not with ENDS)
+// Four kinds of signals, in SsdShared, keep them in step.
+template <int SLICES, int NB, int STAGES, bool ENDS>
+__global__ void __launch_bounds__(SLICES * (ENDS ? 1 : 2) * 128, SLICES == 1 && NB <= 2 ? 2 : 1)
 ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     extern __shared__ __align__(128) char shared[];
-    typedef SsdShared<SLICES, NB> Shared;
+    typedef SsdShared<SLICES, NB, STAGES> Shared;
     Shared& s = *(Shared*)shared;
-    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP % 4, m = tid / (4 * WARP), g = lane / 4, tg = lane % 4;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP % 4, g = lane / 4, tg = lane % 4;
+    const int part = __shfl_sync(~0u, tid / 128, 0), m = part % SLICES, thread = tid % 128;
+    const bool makes_y = part >= SLICES;
     const int T = (int)p.T, N = (int)p.N, P = (int)p.P, H = (int)p.H, G = (int)p.G;
     const uint32_t ldx = (uint32_t)p.ldx, ldbc = (uint32_t)p.ldbc;
     const int parts = (P + 63) / 64, slices = H * parts;       // slices of a head, of a sequence
@@ -3800,174 +3808,224 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     const size_t b = blockIdx.x * SLICES / slices % p.B, token = b * T;        // the sequence, its first token
     const int segment = (int)(blockIdx.x * SLICES / slices / p.B), begin = segment * (int)p.each;
     const int end = min(begin + (int)p.each, chunks);
-    const bf16 *Bt = p.Bt + token * ldbc + group * N, *Ct = p.Ct + token * ldbc + group * N;
-    const bf16* x = p.x + token * ldx + h * P + p0;
-    const float* dt = p.dt + (b * H + h) * T;
-    const uint4* cb = p.cb + (b * chunks * G + group) * SSD_CB + w * (w + 1) / 2 * WARP + lane;
-    const float A2 = scan_decay(p.A_log[h]);
     const int columns = min(P - p0, 64);
-    bf16* y = p.y + ((token + w * 16 + g) * H + h) * P + p0 + 2 * tg;
-    const uint32_t ldy = (uint32_t)(H * P);
 
-    auto load = [&](int c) {                                   // starts the copies of chunk c
-        auto& st = s.stage[c % SSD_STAGES];
-        const int rows = T - c * 64;
-        if (c < end) {
-            const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
-            #pragma unroll
-            for (int n = 0; n < NB; n++) {
-                ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, tid);
-                if (ENDS) continue;
-                ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, tid);
-            }
-            ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, tid % 128);
+    if (tid == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            scan_signal_init(&s.full[i], SLICES * 4);
+            scan_signal_init(&s.empty[i], SLICES * (ENDS ? 4 : 8));
         }
-        copy_async_commit();
-    };
-    // warp 0 of the slice: two tokens per lane
-    float dt0 = 0, dt1 = 0;
-    bool reset0 = false, reset1 = false;
-    auto fetch_tokens = [&](int c) {
-        const int t = c * 64 + 2 * lane;
-        dt0 = t < T ? dt[t] : 0.0f;
-        dt1 = t + 1 < T ? dt[t + 1] : 0.0f;
-        if (p.doc) {
-            reset0 = t < T && scan_resets_cuda(p.doc, b, t, T);
-            reset1 = t + 1 < T && scan_resets_cuda(p.doc, b, t + 1, T);
-        }
-    };
-    auto prepare_tokens = [&](int c) {
-        auto& k = s.tokens[c % 2][m];
-        // below 2^-256 a decay is 0 in float
-        const float a0 = fmaxf(A2 * dt0, -256.0f), a1 = fmaxf(A2 * dt1, -256.0f);
-        float sum = a0 + a1;
-        #pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            float v = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += v;
-        }
-        const float cs0 = sum - a1, cs1 = sum, last = __shfl_sync(~0u, sum, WARP - 1);
-        unsigned long long resets = 0;
-        if (p.doc) {
-            unsigned even = __ballot_sync(~0u, reset0), odd = __ballot_sync(~0u, reset1);
-            for (int i = 0; i < WARP; i++)
-                resets |= (unsigned long long)((even >> i & 1) | (odd >> i & 1) << 1) << 2 * i;
-        }
-        const bool enter0 = !(resets & ((2ull << 2 * lane) - 1)), enter1 = !(resets & ((4ull << 2 * lane) - 1));
-        const bool leave0 = !(resets >> 2 * lane >> 1), leave1 = !(resets >> 2 * lane >> 1 >> 1);
-        *(float2*)&k.cs[2 * lane] = make_float2(cs0, cs1);
-        *(float2*)&k.u[2 * lane] = make_float2(cs0 - log2_unit(dt0), cs1 - log2_unit(dt1));
-        *(float2*)&k.enter[2 * lane] = make_float2(enter0 ? exp2_unit(cs0) : 0.0f, enter1 ? exp2_unit(cs1) : 0.0f);
-        *(float2*)&k.leave[2 * lane] = make_float2(leave0 ? exp2_unit(last - cs0) * dt0 : 0.0f,
-                                                   leave1 ? exp2_unit(last - cs1) * dt1 : 0.0f);
-        if (lane == 0) { k.pass = resets ? 0.0f : exp2_unit(last); k.resets = resets; }
-    };
-    uint4 cb_k[4];
-    auto fetch_cb = [&](int c) {
-        const uint4* cb_c = cb + (size_t)c * G * SSD_CB;
-        #pragma unroll
-        for (int k = 0; k < 4; k++) cb_k[k] = !ENDS && k <= w && c < end ? cb_c[k * WARP] : make_uint4(0, 0, 0, 0);
-    };
-
-    load(begin);
-    if (tid % 128 < 64)
-        s.D[m][tid % 128] = tid % 128 < columns ? p.Dskip[p.D_has_hdim ? h * P + p0 + tid % 128 : h] : 0.0f;
-    if (w == 0) { fetch_tokens(begin); prepare_tokens(begin); fetch_tokens(begin + 1); }
-    fetch_cb(begin);
-    const float* start = ENDS ? NULL : p.segments > 1 ? p.start + segment * p.B * H * P * N : p.h0;
-    float S[NB][8][4];                                         // row 16w + g or +8, columns 64n + 8i + 2tg, +1
-    const size_t row = (b * H + h) * P + p0 + w * 16 + g;      // of start and hT
-    #pragma unroll
-    for (int n = 0; n < NB; n++) {
-        #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
-                const bool inside = start && w * 16 + g + j / 2 * 8 < columns && col < N;
-                S[n][i][j] = inside ? start[(row + j / 2 * 8) * N + col] : 0.0f;
-            }
+        for (int i = 0; i < SLICES; i++) {
+            scan_signal_init(&s.state_ready[i], 4);
+            scan_signal_init(&s.state_read[i], 4);
         }
     }
-    auto store_state = [&]() {
-        #pragma unroll
-        for (int n = 0; n < NB; n++) {
-            #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                char* to = (char*)s.S[m][n] + (w * 16 + g) * 128 + ((i ^ g) << 4) + 4 * tg;
-                *(uint32_t*)to = scan_pack(S[n][i][0], S[n][i][1]);
-                *(uint32_t*)(to + 8 * 128) = scan_pack(S[n][i][2], S[n][i][3]);
-            }
-        }
-    };
-    store_state();
-    float decay = 1.0f;
+    __syncthreads();
 
-    #pragma unroll 1
-    for (int c = begin; c < end; c++) {
-        auto& st = s.stage[c % SSD_STAGES];
-        auto& k = s.tokens[c % 2][m];
-        const uint32_t x_tile = ssd_address(st.x[m]);
-        copy_async_wait(0);
-        ssd_shared_written();
-        __syncthreads();
-        load(c + 1);
-        const float pass = k.pass;
-        decay *= pass;
-        #pragma unroll
-        for (int n = 0; n < NB; n++) {
-            #pragma unroll
-            for (int i = 0; i < 8; i++) {
+    if (!makes_y) {
+        const bf16 *Bt = p.Bt + token * ldbc + group * N, *Ct = p.Ct + token * ldbc + group * N;
+        const bf16* x = p.x + token * ldx + h * P + p0;
+        const float* dt = p.dt + (b * H + h) * T;
+        const float A2 = scan_decay(p.A_log[h]);
+        auto load = [&](int c) {                               // starts the copies of chunk c
+            if (c < end) {
+                const int i = c - begin, use = i / STAGES, rows = T - c * 64;
+                auto& st = s.stage[i % STAGES];
+                if (use > 0) scan_wait(&s.empty[i % STAGES], (use - 1) & 1);
+                const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
                 #pragma unroll
-                for (int j = 0; j < 4; j++) S[n][i][j] *= pass;
+                for (int n = 0; n < NB; n++) {
+                    ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, tid);
+                    if (ENDS) continue;
+                    ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, tid);
+                }
+                ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, thread);
             }
-        }
-        // what enters with the state, and the next state; both need S
-        float Y[8][4];
-        if (!ENDS) {
-            ssd_mma_begin();
+            copy_async_commit();
+        };
+        // warp 0: two tokens per lane
+        float dt0 = 0, dt1 = 0;
+        bool reset0 = false, reset1 = false;
+        auto fetch_tokens = [&](int c) {
+            const int t = c * 64 + 2 * lane;
+            dt0 = t < T ? dt[t] : 0.0f;
+            dt1 = t + 1 < T ? dt[t + 1] : 0.0f;
+            if (p.doc) {
+                reset0 = t < T && scan_resets_cuda(p.doc, b, t, T);
+                reset1 = t + 1 < T && scan_resets_cuda(p.doc, b, t + 1, T);
+            }
+        };
+        auto prepare_tokens = [&](int c) {
+            auto& k = s.tokens[c % 4][m];
+            // below 2^-256 a decay is 0 in float
+            const float a0 = fmaxf(A2 * dt0, -256.0f), a1 = fmaxf(A2 * dt1, -256.0f);
+            float sum = a0 + a1;
             #pragma unroll
-            for (int n = 0; n < NB; n++)
-                ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
-            ssd_mma_commit();
-        }
-        uint32_t a[4][4];
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {                          // x^T, rows: channels, columns: tokens
-            uint32_t r[4];
-            ssd_ldmatrix_transposed(r, ssd_piece(x_tile, j * 16 + (lane & 15), 2 * w + (lane >> 4)));
-            const float2 l0 = *(float2*)&k.leave[j * 16 + 2 * tg], l8 = *(float2*)&k.leave[j * 16 + 8 + 2 * tg];
-            const __nv_bfloat162 w0 = __floats2bfloat162_rn(l0.x, l0.y), w8 = __floats2bfloat162_rn(l8.x, l8.y);
-            *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], w0);
-            *(__nv_bfloat162*)&a[j][1] = __hmul2(*(__nv_bfloat162*)&r[2], w0);
-            *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], w8);
-            *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], w8);
-        }
-        if (!ENDS && p.states && c % (SSD_SPACING / SSD_TOKENS) == 0) {  // save the state: from shared memory, whole rows
-            const int saved = (T + SSD_SPACING - 1) / SSD_SPACING, at = c / (SSD_SPACING / SSD_TOKENS);
-            bf16* to = p.states + (((b * saved + at) * H + h) * P + p0) * N;
+            for (int step = 1; step < WARP; step *= 2) {
+                float v = __shfl_up_sync(~0u, sum, step);
+                if (lane >= step) sum += v;
+            }
+            const float cs0 = sum - a1, cs1 = sum, last = __shfl_sync(~0u, sum, WARP - 1);
+            unsigned long long resets = 0;
+            if (p.doc) {
+                unsigned even = __ballot_sync(~0u, reset0), odd = __ballot_sync(~0u, reset1);
+                #pragma unroll 1
+                for (int i = 0; i < WARP; i++)
+                    resets |= (unsigned long long)((even >> i & 1) | (odd >> i & 1) << 1) << 2 * i;
+            }
+            const bool enter0 = !(resets & ((2ull << 2 * lane) - 1)), enter1 = !(resets & ((4ull << 2 * lane) - 1));
+            const bool leave0 = !(resets >> 2 * lane >> 1), leave1 = !(resets >> 2 * lane >> 1 >> 1);
+            *(float2*)&k.cs[2 * lane] = make_float2(cs0, cs1);
+            *(float2*)&k.u[2 * lane] = make_float2(cs0 - log2_unit(dt0), cs1 - log2_unit(dt1));
+            *(float2*)&k.enter[2 * lane] = make_float2(enter0 ? exp2_unit(cs0) : 0.0f, enter1 ? exp2_unit(cs1) : 0.0f);
+            *(float2*)&k.leave[2 * lane] = make_float2(leave0 ? exp2_unit(last - cs0) * dt0 : 0.0f,
+                                                       leave1 ? exp2_unit(last - cs1) * dt1 : 0.0f);
+            if (lane == 0) { k.pass = resets ? 0.0f : exp2_unit(last); k.resets = resets; }
+        };
+        float S[NB][8][4];                                     // row 16w + g or +8, columns 64n + 8i + 2tg, +1
+        const int at = (w * 16 + g) * 128 + 4 * tg;
+        auto store_state = [&]() {
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                #pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    char* to = (char*)s.S[m][n] + at + ((i ^ g) << 4);
+                    *(uint32_t*)to = scan_pack(S[n][i][0], S[n][i][1]);
+                    *(uint32_t*)(to + 8 * 128) = scan_pack(S[n][i][2], S[n][i][3]);
+                }
+            }
+            ssd_shared_written();
+            scan_arrive_warp(&s.state_ready[m]);
+        };
+        // saves the state before chunk c: whole rows, from shared memory
+        auto save_state = [&](int c) {
+            if (!p.states || c % (SSD_SPACING / SSD_TOKENS) != 0 || c >= chunks) return;
+            const int saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+            bf16* to = p.states + (((b * saved + c / (SSD_SPACING / SSD_TOKENS)) * H + h) * P + p0) * N;
             #pragma unroll
             for (int n = 0; n < NB; n++) {
                 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int r = tid % 128 / 8 + 16 * i, q = tid % 8;
+                    const int r = w * 16 + i * 4 + lane / 8, q = lane % 8;
                     if (r < columns && n * 64 + q * 8 < N)
                         *(uint4*)(to + r * N + n * 64 + q * 8) =
                             *(uint4*)((char*)s.S[m][n] + r * 128 + ((q ^ (r & 7)) << 4));
                 }
             }
-        }
-        ssd_mma_begin();
+            __syncwarp();
+        };
+
         #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, ssd_address(st.Bt[n]), 4);
-        ssd_mma_commit();
-        if (ENDS) {
+        for (int i = 0; i < STAGES - 1; i++) load(begin + i);
+        if (w == 0) { fetch_tokens(begin); prepare_tokens(begin); fetch_tokens(begin + 1); }
+        const size_t first = ((b * H + h) * P + p0) * N, states = p.B * H * P * N; // of this slice, of a segment
+        const float* start = ENDS ? NULL : p.segments > 1 ? p.start + segment * states : p.h0;
+        const int r0 = w * 16 + g;
+        #pragma unroll
+        for (int q = 0; q < 2; q++) {                          // rows r0 and r0 + 8
+            const float* from = start + first + (r0 + 8 * q) * N + 2 * tg;
+            #pragma unroll
+            for (int i = 0; i < 8 * NB; i++) {
+                const bool inside = start && r0 + 8 * q < columns && i * 8 < N;
+                const float2 v = inside ? *(const float2*)(from + i * 8) : make_float2(0.0f, 0.0f);
+                S[i / 8][i % 8][2 * q] = v.x;
+                S[i / 8][i % 8][2 * q + 1] = v.y;
+            }
+        }
+        if (!ENDS) {
+            store_state();
+            save_state(begin);
+        }
+        float decay = 1.0f;
+        #pragma unroll 1
+        for (int c = begin; c < end; c++) {
+            const int i = c - begin;
+            auto& st = s.stage[i % STAGES];
+            auto& k = s.tokens[c % 4][m];
+            copy_async_wait(STAGES - 2);
+            ssd_shared_written();
+            scan_arrive_warp(&s.full[i % STAGES]);
+            scan_wait(&s.full[i % STAGES], i / STAGES & 1);
+            uint32_t a[4][4];
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {                      // x^T, rows: channels, columns: tokens
+                uint32_t r[4];
+                ssd_ldmatrix_transposed(r, ssd_piece(ssd_address(st.x[m]), j * 16 + (lane & 15), 2 * w + (lane >> 4)));
+                const float2 l0 = *(float2*)&k.leave[j * 16 + 2 * tg], l8 = *(float2*)&k.leave[j * 16 + 8 + 2 * tg];
+                const __nv_bfloat162 w0 = __floats2bfloat162_rn(l0.x, l0.y), w8 = __floats2bfloat162_rn(l8.x, l8.y);
+                *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], w0);
+                *(__nv_bfloat162*)&a[j][1] = __hmul2(*(__nv_bfloat162*)&r[2], w0);
+                *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], w8);
+                *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], w8);
+            }
+            const float pass = k.pass;
+            decay *= pass;
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                #pragma unroll
+                for (int q = 0; q < 8; q++) {
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) S[n][q][j] *= pass;
+                }
+            }
+            ssd_mma_begin();
+            #pragma unroll
+            for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, ssd_address(st.Bt[n]), 4);
+            ssd_mma_commit();
+            load(c + STAGES - 1);
             if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
             ssd_mma_wait<0>();
             #pragma unroll
             for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
-            continue;
+            scan_arrive_warp(&s.empty[i % STAGES]);
+            if (ENDS || c + 1 == end) continue;
+            scan_wait(&s.state_read[m], i & 1);
+            store_state();
+            save_state(c + 1);
         }
+        if (ENDS && thread == 0 && p0 == 0) p.decay[((segment + 1) * p.B + b) * H + h] = decay;
+        float* to = ENDS ? p.start + (segment + 1) * states : end == chunks ? p.hT : NULL;
+        if (!to) return;
+        #pragma unroll
+        for (int q = 0; q < 2; q++) {
+            float* out = to + first + (r0 + 8 * q) * N + 2 * tg;
+            #pragma unroll
+            for (int i = 0; i < 8 * NB; i++) {
+                const float* v = &S[i / 8][i % 8][2 * q];
+                if (r0 + 8 * q < columns && i * 8 < N) *(float2*)(out + i * 8) = make_float2(v[0], v[1]);
+            }
+        }
+        return;
+    }
+
+    // y
+    const uint4* cb = p.cb + (b * chunks * G + group) * SSD_CB + w * (w + 1) / 2 * WARP + lane;
+    uint4 cb_k[4];
+    auto fetch_cb = [&](int c) {
+        const uint4* cb_c = cb + (size_t)c * G * SSD_CB;
+        #pragma unroll
+        for (int k = 0; k < 4; k++) cb_k[k] = k <= w && c < end ? cb_c[k * WARP] : make_uint4(0, 0, 0, 0);
+    };
+    fetch_cb(begin);
+    if (thread < 64)
+        s.D[m][thread] = thread < columns ? p.Dskip[p.D_has_hdim ? h * P + p0 + thread : h] : 0.0f;
+    asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");
+    const uint32_t ldy = (uint32_t)(H * P);
+    const int row = w * 16 + lane / 8, piece = lane % 8;       // of y, when it is stored
+    bf16* y = p.y + ((token + row) * H + h) * P + p0 + piece * 8;
+    #pragma unroll 1
+    for (int c = begin; c < end; c++) {
+        const int i = c - begin;
+        auto& st = s.stage[i % STAGES];
+        auto& k = s.tokens[c % 4][m];
+        const uint32_t x_tile = ssd_address(st.x[m]);
+        scan_wait(&s.full[i % STAGES], i / STAGES & 1);
+        scan_wait(&s.state_ready[m], i & 1);
+        float Y[8][4];
+        ssd_mma_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
+        ssd_mma_commit();
         // M, meanwhile
         uint32_t M[4][4];
         const int i0 = 16 * w + g;
@@ -3980,6 +4038,9 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             if (before8) span8 -= 63 - __clzll(before8);
         }
         auto weight = [&](float v, float cs, float u, int i, int j, unsigned span) {
+#ifdef AB1
+            return v + (cs - u) * (float)i;
+#endif
             return v * exp2_unit((unsigned)(i - j) <= span ? cs - u : -INFINITY);
         };
         #pragma unroll
@@ -3995,51 +4056,44 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             M[q][3] = scan_pack(weight(scan_low(v.w), cs8, u8.x, i0 + 8, j + 8, span8), weight(scan_high(v.w), cs8, u8.y, i0 + 8, j + 9, span8));
         }
         fetch_cb(c + 1);
-        if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
         const float enter0 = k.enter[i0], enter8 = k.enter[i0 + 8];
-        ssd_mma_wait<1>();
+        ssd_mma_wait<0>();
         ssd_mma_done(Y);
+        scan_arrive_warp(&s.state_read[m]);
         #pragma unroll
         for (int i = 0; i < 8; i++) { Y[i][0] *= enter0; Y[i][1] *= enter0; Y[i][2] *= enter8; Y[i][3] *= enter8; }
         ssd_mma_begin();
         ssd_multiply_columns(Y, M, x_tile, w + 1);
         ssd_mma_commit();
-        ssd_mma_wait<1>();
+        uint32_t r[4][4];                                      // x of the same tokens and channels as Y
         #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
-        asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");   // all four warps have used the old S
-        store_state();
+        for (int j = 0; j < 4; j++)
+            ssd_ldmatrix(r[j], ssd_piece(x_tile, w * 16 + (lane & 15), 2 * j + (lane >> 4)));
         ssd_mma_wait<0>();
         ssd_mma_done(Y);
-        // + Dskip x, and out
+        scan_arrive_warp(&s.empty[i % STAGES]);
+        // + Dskip x, and out: whole rows, by way of shared memory
         #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t r[4];
-            ssd_ldmatrix(r, ssd_piece(x_tile, w * 16 + (lane & 15), 2 * j + (lane >> 4)));
+        for (int j = 0; j < 8; j++) {
+            const float2 D = *(float2*)&s.D[m][j * 8 + 2 * tg];
+            char* to = (char*)s.y[m] + i0 * 128 + ((j ^ g) << 4) + 4 * tg;
             #pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const int col = j * 16 + q / 2 * 8 + 2 * tg;
-                if (c * 64 + i0 + q % 2 * 8 >= T || col >= columns) continue;
-                const float2 D = *(float2*)&s.D[m][col];
-                const float* v = &Y[2 * j + q / 2][q % 2 * 2];
-                *(uint32_t*)(y + ((size_t)c * 64 + q % 2 * 8) * ldy + j * 16 + q / 2 * 8) =
-                    scan_pack(fmaf(D.x, scan_low(r[q]), v[0]), fmaf(D.y, scan_high(r[q]), v[1]));
+            for (int q = 0; q < 2; q++) {
+                const uint32_t v = r[j / 2][j % 2 * 2 + q];
+                *(uint32_t*)(to + q * 8 * 128) =
+                    scan_pack(fmaf(D.x, scan_low(v), Y[j][2 * q]), fmaf(D.y, scan_high(v), Y[j][2 * q + 1]));
             }
         }
-    }
-    if (ENDS && tid % 128 == 0 && p0 == 0) p.decay[((segment + 1) * p.B + b) * H + h] = decay;
-    float* to = ENDS ? p.start + (segment + 1) * p.B * H * P * N : end == chunks ? p.hT : NULL;
-    if (!to) return;
-    #pragma unroll
-    for (int n = 0; n < NB; n++) {
+        __syncwarp();
         #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
-                if (w * 16 + g + j / 2 * 8 < columns && col < N) to[(row + j / 2 * 8) * N + col] = S[n][i][j];
-            }
+        for (int j = 0; j < 16; j += 4) {
+            const uint4 v = *(uint4*)((char*)s.y[m] + (row + j) * 128 + ((piece ^ ((row + j) & 7)) << 4));
+#ifdef AB2
+            if (c > 100000)
+#endif
+            if (c * 64 + row + j < T && piece * 8 < columns) *(uint4*)(y + ((size_t)c * 64 + j) * ldy) = v;
         }
+        __syncwarp();
     }
 }
 
@@ -4083,16 +4137,16 @@ size_t ssd_forward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G
     return B * ssd_chunks(T) * G * SSD_CB * 4 + (segments > 1 ? segments * B * H * (P * N + 1) : 0);
 }
 
-template <int SLICES, int NB>
+template <int SLICES, int NB, int STAGES>
 static inline void ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t stream) {
     const size_t blocks = p.B * p.H * ((p.P + 63) / 64) / SLICES, tiles = 2 * NB * SSD_TILE * sizeof(bf16);
-    const size_t shared = sizeof(SsdShared<SLICES, NB>), n = p.B * p.H * p.P * p.N;
+    const size_t shared = sizeof(SsdShared<SLICES, NB, STAGES>), n = p.B * p.H * p.P * p.N;
     scan_allow_shared(ssd_cb_kernel<NB>, tiles);
     ssd_cb_kernel<NB><<<(unsigned)(p.B * ssd_chunks(p.T) * p.G), 4 * WARP, tiles, stream>>>(
         cb, p.Bt, p.Ct, p.ldbc, p.T, p.G, p.N, ssd_chunks(p.T));
     cudaCheck(cudaGetLastError());
     if (p.segments > 1) {
-        auto ends = ssd_forward_fast_kernel<SLICES, NB, true>;
+        auto ends = ssd_forward_fast_kernel<SLICES, NB, STAGES, true>;
         scan_allow_shared(ends, shared);
         ends<<<(unsigned)(blocks * (p.segments - 1)), SLICES * 4 * WARP, shared, stream>>>(p);
         cudaCheck(cudaGetLastError());
@@ -4100,20 +4154,21 @@ static inline void ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t 
                                                                                p.segments);
         cudaCheck(cudaGetLastError());
     }
-    auto kernel = ssd_forward_fast_kernel<SLICES, NB, false>;
+    auto kernel = ssd_forward_fast_kernel<SLICES, NB, STAGES, false>;
     scan_allow_shared(kernel, shared);
-    kernel<<<(unsigned)(blocks * p.segments), SLICES * 4 * WARP, shared, stream>>>(p);
+    kernel<<<(unsigned)(blocks * p.segments), SLICES * 8 * WARP, shared, stream>>>(p);
     cudaCheck(cudaGetLastError());
 }
+
+#ifndef SSD_ST
+#define SSD_ST 3
+#endif
 static const char* ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t stream) {
-    int most = 0, device = 0;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    const size_t slices = p.H / p.G * ((p.P + 63) / 64), rows = 8, shared = (size_t)most;
+    const size_t slices = p.H / p.G * ((p.P + 63) / 64), rows = 8;
     const bool aligned = p.H % p.G == 0 && p.P % rows == 0 && p.N % rows == 0 && p.N <= 256 &&
                          p.ldx % rows == 0 && p.ldbc % rows == 0 && is_aligned(p.x, 16, 16) &&
                          is_aligned(p.Bt, 16, 16) && is_aligned(p.Ct, 16, 16) && is_aligned(p.y, 16, 16) &&
-                         is_aligned(p.states, 16, 16) && is_aligned(p.h0, 16, 16) && is_aligned(scratch, 16, 16);
+                         is_aligned(p.states, 16, 16) && is_aligned(p.h0, 16, 16) && is_aligned(p.hT, 16, 16) && is_aligned(scratch, 16, 16);
     if (!aligned) return NULL;
     bool two = slices % 2 == 0;
 #ifdef SSD_EXPERIMENT
@@ -4125,17 +4180,13 @@ static const char* ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t 
     p.start = scratch + p.B * ssd_chunks(p.T) * p.G * SSD_CB * 4;
     p.decay = p.start + p.segments * p.B * p.H * p.P * p.N;
     if (p.N <= 64) {
-        if (two && sizeof(SsdShared<2, 1>) <= shared) ssd_launch_fast<2, 1>(p, cb, stream);
-        else if (sizeof(SsdShared<1, 1>) <= shared) ssd_launch_fast<1, 1>(p, cb, stream);
-        else return NULL;
+        if (two) ssd_launch_fast<2, 1, SSD_ST>(p, cb, stream);
+        else ssd_launch_fast<1, 1, 2>(p, cb, stream);
     } else if (p.N <= 128) {
-        if (two && sizeof(SsdShared<2, 2>) <= shared) ssd_launch_fast<2, 2>(p, cb, stream);
-        else if (sizeof(SsdShared<1, 2>) <= shared) ssd_launch_fast<1, 2>(p, cb, stream);
-        else return NULL;
+        if (two) ssd_launch_fast<2, 2, SSD_ST>(p, cb, stream);
+        else ssd_launch_fast<1, 2, 2>(p, cb, stream);
     } else {
-        if (two && sizeof(SsdShared<2, 4>) <= shared) ssd_launch_fast<2, 4>(p, cb, stream);
-        else if (sizeof(SsdShared<1, 4>) <= shared) ssd_launch_fast<1, 4>(p, cb, stream);
-        else return NULL;
+        ssd_launch_fast<1, 4, 2>(p, cb, stream);
     }
     return "fast";
 }
