@@ -3608,48 +3608,12 @@ __device__ __forceinline__ float log2_unit(float x) {
     return y;
 }
 
-#if SSD_WGMMA
-// sm_90: the four warps of a group multiply together (wgmma), operands straight from shared memory, and go on
-// with other work meanwhile.
-__device__ __forceinline__ void ssd_mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void ssd_mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(GROUPS) : "memory");
-}
-// the compiler must not use these registers before here
-__device__ __forceinline__ void ssd_mma_done(float (&d)[8][4]) {
-    #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        #pragma unroll
-        for (int j = 0; j < 4; j++) asm volatile("" : "+f"(d[i][j]) :: "memory");
-    }
-}
-// writes to shared memory become visible to wgmma
-__device__ __forceinline__ void ssd_shared_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// a tile as operand: rows of 128 bytes, swizzled, 1024 bytes from 8 rows to the next 8
-__device__ __forceinline__ uint64_t ssd_operand(uint32_t tile) {
-    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-#define SSD_ACC "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define SSD_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define SSD_ACC32 SSD_ACC4(0), SSD_ACC4(1), SSD_ACC4(2), SSD_ACC4(3), SSD_ACC4(4), SSD_ACC4(5), SSD_ACC4(6), SSD_ACC4(7)
-#endif
-
-// d (64 x 64) += a b^T, or = with `first`: a and b tiles whose rows are 64 numbers of the summed dimension
-__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int w) {
-#if SSD_WGMMA
-    #pragma unroll
-    for (int k = 0; k < 4; k++)
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
-                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC ", %32, %33, p, 1, 1, 0, 0; }"
-                     : SSD_ACC32 : "l"(ssd_operand(a + k * 32)), "l"(ssd_operand(b + k * 32)), "r"((int)!(first && k == 0)));
-#else
+// The products, on tiles, by the four warps of a group: warp w makes rows 16w..16w+15 of d (64 x 64), in the
+// layout of mma: d[i] are 8 columns 8i.., of which a lane has columns 2tg, 2tg+1 of row g, then of row g + 8
+// (lane = 4g + tg).
+// ssd_mma_rows: d += a b^T; the rows of both tiles are 64 numbers of the summed dimension.
+__device__ __forceinline__ void ssd_mma_rows(float (&d)[8][4], uint32_t a, uint32_t b, int w) {
     const int lane = threadIdx.x % WARP;
-    if (first) {
-        #pragma unroll
-        for (int i = 0; i < 8; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
-    }
     #pragma unroll
     for (int k = 0; k < 4; k++) {
         uint32_t ra[4], rb[4];
@@ -3661,19 +3625,11 @@ __device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, 
             ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
         }
     }
-#endif
 }
-
-// d (64 x 64) += a b: a in registers, b a tile with one row for each number of the summed dimension. Of that
-// only the first 16 `steps` numbers of this warp's a are not 0.
-__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b, int steps) {
-#if SSD_WGMMA
-    #pragma unroll
-    for (int k = 0; k < 4; k++)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC
-                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                     : SSD_ACC32 : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 2048)));
-#else
+// ssd_mma_columns: d += a b; a in registers (a[k]: columns 16k.. of this warp's rows), b a tile with one row
+// for each number of the summed dimension, of which only the first 16 `steps` count.
+__device__ __forceinline__ void ssd_mma_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b,
+                                                int steps) {
     const int lane = threadIdx.x % WARP;
     #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -3686,14 +3642,67 @@ __device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uin
             ssd_mma(d[2 * j + 1], a[k], rb[2], rb[3]);
         }
     }
-#endif
 }
-#if !SSD_WGMMA
-__device__ __forceinline__ void ssd_mma_begin() {}
-__device__ __forceinline__ void ssd_mma_commit() {}
-template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {}
-__device__ __forceinline__ void ssd_mma_done(float (&)[8][4]) {}
-__device__ __forceinline__ void ssd_shared_written() {}
+
+// The same where the hardware can do better, sm_90: the four warps multiply together (wgmma), operands come
+// straight from shared memory, and the warps go on meanwhile:
+//   ssd_begin();  ssd_multiply_..();  ssd_end();  other work;  ssd_wait();  d is there
+// `first`: = instead of +=. What warps write to shared memory becomes an operand by ssd_publish.
+#if SSD_WGMMA
+__device__ __forceinline__ void ssd_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ssd_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ssd_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+__device__ __forceinline__ void ssd_publish() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// the compiler must not use d before here
+__device__ __forceinline__ void ssd_arrived(float (&d)[8][4]) {
+    #pragma unroll
+    for (int i = 0; i < 8; i++)
+        asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]) :: "memory");
+}
+// a tile as operand: 1024 bytes from 8 rows to the next 8; bit 62: pieces in the order of ssd_piece
+__device__ __forceinline__ uint64_t ssd_operand(uint32_t tile) {
+    return (uint64_t)(tile >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+#define SSD_D "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define SSD_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define SSD_D32 SSD_D4(0), SSD_D4(1), SSD_D4(2), SSD_D4(3), SSD_D4(4), SSD_D4(5), SSD_D4(6), SSD_D4(7)
+__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int) {
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     SSD_D ", %32, %33, p, 1, 1, 0, 0; }"
+                     : SSD_D32
+                     : "l"(ssd_operand(a + k * 32)), "l"(ssd_operand(b + k * 32)), "r"((int)!(first && k == 0)));
+}
+__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b,
+                                                     int) {
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_D
+                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                     : SSD_D32
+                     : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 2048)));
+}
+#else
+__device__ __forceinline__ void ssd_begin() {}
+__device__ __forceinline__ void ssd_end() {}
+__device__ __forceinline__ void ssd_wait() {}
+__device__ __forceinline__ void ssd_publish() {}
+__device__ __forceinline__ void ssd_arrived(float (&)[8][4]) {}
+__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int w) {
+    if (first) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
+    }
+    ssd_mma_rows(d, a, b, w);
+}
+__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b,
+                                                     int steps) {
+    ssd_mma_columns(d, a, b, steps);
+}
 #endif
 
 // ssd_load_tile: starts the copy of 64 rows, of which `rows` exist, and of 64 columns, of which `columns` exist
@@ -3843,44 +3852,46 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             }
             copy_async_commit();
         };
-        // warp 0: two tokens per lane
-        float dt0 = 0, dt1 = 0;
-        bool reset0 = false, reset1 = false;
+        // warp 0: tokens lane and lane + 32 of a chunk
+        float dt_next[2] = {0, 0};
+        bool reset_next[2] = {false, false};
         auto fetch_tokens = [&](int c) {
-            const int t = c * 64 + 2 * lane;
-            dt0 = t < T ? dt[t] : 0.0f;
-            dt1 = t + 1 < T ? dt[t + 1] : 0.0f;
-            if (p.doc) {
-                reset0 = t < T && scan_resets_cuda(p.doc, b, t, T);
-                reset1 = t + 1 < T && scan_resets_cuda(p.doc, b, t + 1, T);
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int t = c * 64 + i * 32 + lane;
+                dt_next[i] = t < T ? dt[t] : 0.0f;
+                reset_next[i] = t < T && scan_resets_cuda(p.doc, b, t, T);
             }
         };
         auto prepare_tokens = [&](int c) {
             auto& k = s.tokens[c % 4][m];
-            // below 2^-256 a decay is 0 in float
-            const float a0 = fmaxf(A2 * dt0, -256.0f), a1 = fmaxf(A2 * dt1, -256.0f);
-            float sum = a0 + a1;
+            float cs[2];
             #pragma unroll
-            for (int step = 1; step < WARP; step *= 2) {
-                float v = __shfl_up_sync(~0u, sum, step);
-                if (lane >= step) sum += v;
+            for (int i = 0; i < 2; i++) {
+                cs[i] = fmaxf(A2 * dt_next[i], -256.0f);       // 2^-256 is 0 in float
+                #pragma unroll
+                for (int step = 1; step < WARP; step *= 2) {
+                    const float v = __shfl_up_sync(~0u, cs[i], step);
+                    if (lane >= step) cs[i] += v;
+                }
             }
-            const float cs0 = sum - a1, cs1 = sum, last = __shfl_sync(~0u, sum, WARP - 1);
+            cs[1] += __shfl_sync(~0u, cs[0], WARP - 1);
+            const float last = __shfl_sync(~0u, cs[1], WARP - 1);
             unsigned long long resets = 0;
-            if (p.doc) {
-                unsigned even = __ballot_sync(~0u, reset0), odd = __ballot_sync(~0u, reset1);
-                #pragma unroll 1
-                for (int i = 0; i < WARP; i++)
-                    resets |= (unsigned long long)((even >> i & 1) | (odd >> i & 1) << 1) << 2 * i;
+            if (p.doc) resets = __ballot_sync(~0u, reset_next[0]) |
+                                (unsigned long long)__ballot_sync(~0u, reset_next[1]) << 32;
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int t = i * 32 + lane;
+                k.cs[t] = cs[i];
+                k.u[t] = cs[i] - log2_unit(dt_next[i]);
+                k.enter[t] = resets & ((2ull << t) - 1) ? 0.0f : exp2_unit(cs[i]);
+                k.leave[t] = resets >> t >> 1 ? 0.0f : exp2_unit(last - cs[i]) * dt_next[i];
             }
-            const bool enter0 = !(resets & ((2ull << 2 * lane) - 1)), enter1 = !(resets & ((4ull << 2 * lane) - 1));
-            const bool leave0 = !(resets >> 2 * lane >> 1), leave1 = !(resets >> 2 * lane >> 1 >> 1);
-            *(float2*)&k.cs[2 * lane] = make_float2(cs0, cs1);
-            *(float2*)&k.u[2 * lane] = make_float2(cs0 - log2_unit(dt0), cs1 - log2_unit(dt1));
-            *(float2*)&k.enter[2 * lane] = make_float2(enter0 ? exp2_unit(cs0) : 0.0f, enter1 ? exp2_unit(cs1) : 0.0f);
-            *(float2*)&k.leave[2 * lane] = make_float2(leave0 ? exp2_unit(last - cs0) * dt0 : 0.0f,
-                                                       leave1 ? exp2_unit(last - cs1) * dt1 : 0.0f);
-            if (lane == 0) { k.pass = resets ? 0.0f : exp2_unit(last); k.resets = resets; }
+            if (lane == 0) {
+                k.pass = resets ? 0.0f : exp2_unit(last);
+                k.resets = resets;
+            }
         };
         float S[NB][8][4];                                     // row 16w + g or +8, columns 64n + 8i + 2tg, +1
         const int at = (w * 16 + g) * 128 + 4 * tg;
@@ -3894,7 +3905,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
                     *(uint32_t*)(to + 8 * 128) = scan_pack(S[n][i][2], S[n][i][3]);
                 }
             }
-            ssd_shared_written();
+            ssd_publish();
             scan_arrive_warp(&s.state_ready[m]);
         };
         // saves the state before chunk c: whole rows, from shared memory
@@ -3943,7 +3954,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             auto& st = s.stage[i % STAGES];
             auto& k = s.tokens[c % 4][m];
             copy_async_wait(STAGES - 2);
-            ssd_shared_written();
+            ssd_publish();
             scan_arrive_warp(&s.full[i % STAGES]);
             scan_wait(&s.full[i % STAGES], i / STAGES & 1);
             uint32_t a[4][4];
@@ -3968,15 +3979,15 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
                     for (int j = 0; j < 4; j++) S[n][q][j] *= pass;
                 }
             }
-            ssd_mma_begin();
+            ssd_begin();
             #pragma unroll
             for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, ssd_address(st.Bt[n]), 4);
-            ssd_mma_commit();
+            ssd_end();
             load(c + STAGES - 1);
             if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
-            ssd_mma_wait<0>();
+            ssd_wait();
             #pragma unroll
-            for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
+            for (int n = 0; n < NB; n++) ssd_arrived(S[n]);
             scan_arrive_warp(&s.empty[i % STAGES]);
             if (ENDS || c + 1 == end) continue;
             scan_wait(&s.state_read[m], i & 1);
@@ -4022,55 +4033,52 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         scan_wait(&s.full[i % STAGES], i / STAGES & 1);
         scan_wait(&s.state_ready[m], i & 1);
         float Y[8][4];
-        ssd_mma_begin();
+        ssd_begin();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
-        ssd_mma_commit();
-        // M, meanwhile
+        ssd_end();
+        // M, meanwhile, as the first operand of the next product: rows i[0], i[1]
         uint32_t M[4][4];
         const int i0 = 16 * w + g;
-        const unsigned long long resets = k.resets;
-        const float cs0 = k.cs[i0], cs8 = k.cs[i0 + 8];
-        unsigned span0 = i0, span8 = i0 + 8;                   // tokens of this document before i
-        if (resets) {
-            const unsigned long long before0 = resets & ((2ull << i0) - 1), before8 = resets & ((2ull << (i0 + 8)) - 1);
-            if (before0) span0 -= 63 - __clzll(before0);
-            if (before8) span8 -= 63 - __clzll(before8);
+        const float cs[2] = {k.cs[i0], k.cs[i0 + 8]};
+        unsigned span[2] = {(unsigned)i0, (unsigned)i0 + 8};   // tokens of this document before i
+        if (k.resets) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const unsigned long long before = k.resets & ((2ull << span[e]) - 1);
+                if (before) span[e] -= 63 - __clzll(before);
+            }
         }
-        auto weight = [&](float v, float cs, float u, int i, int j, unsigned span) {
-#ifdef AB1
-            return v + (cs - u) * (float)i;
-#endif
-            return v * exp2_unit((unsigned)(i - j) <= span ? cs - u : -INFINITY);
-        };
         #pragma unroll
         for (int q = 0; q < 4; q++) {
             M[q][0] = M[q][1] = M[q][2] = M[q][3] = 0;
             if (q > w) continue;
-            const int j = q * 16 + 2 * tg;
-            const float2 u0 = *(float2*)&k.u[j], u8 = *(float2*)&k.u[j + 8];
-            const uint4 v = cb_k[q];
-            M[q][0] = scan_pack(weight(scan_low(v.x), cs0, u0.x, i0, j, span0), weight(scan_high(v.x), cs0, u0.y, i0, j + 1, span0));
-            M[q][1] = scan_pack(weight(scan_low(v.y), cs8, u0.x, i0 + 8, j, span8), weight(scan_high(v.y), cs8, u0.y, i0 + 8, j + 1, span8));
-            M[q][2] = scan_pack(weight(scan_low(v.z), cs0, u8.x, i0, j + 8, span0), weight(scan_high(v.z), cs0, u8.y, i0, j + 9, span0));
-            M[q][3] = scan_pack(weight(scan_low(v.w), cs8, u8.x, i0 + 8, j + 8, span8), weight(scan_high(v.w), cs8, u8.y, i0 + 8, j + 9, span8));
+            const uint32_t v[4] = {cb_k[q].x, cb_k[q].y, cb_k[q].z, cb_k[q].w};
+            #pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int i = i0 + e % 2 * 8, j = q * 16 + e / 2 * 8 + 2 * tg;
+                const float2 u = *(float2*)&k.u[j];
+                const float low = (unsigned)(i - j) <= span[e % 2] ? cs[e % 2] - u.x : -INFINITY;
+                const float high = (unsigned)(i - j - 1) <= span[e % 2] ? cs[e % 2] - u.y : -INFINITY;
+                M[q][e] = scan_pack(scan_low(v[e]) * exp2_unit(low), scan_high(v[e]) * exp2_unit(high));
+            }
         }
         fetch_cb(c + 1);
         const float enter0 = k.enter[i0], enter8 = k.enter[i0 + 8];
-        ssd_mma_wait<0>();
-        ssd_mma_done(Y);
+        ssd_wait();
+        ssd_arrived(Y);
         scan_arrive_warp(&s.state_read[m]);
         #pragma unroll
         for (int i = 0; i < 8; i++) { Y[i][0] *= enter0; Y[i][1] *= enter0; Y[i][2] *= enter8; Y[i][3] *= enter8; }
-        ssd_mma_begin();
+        ssd_begin();
         ssd_multiply_columns(Y, M, x_tile, w + 1);
-        ssd_mma_commit();
+        ssd_end();
         uint32_t r[4][4];                                      // x of the same tokens and channels as Y
         #pragma unroll
         for (int j = 0; j < 4; j++)
             ssd_ldmatrix(r[j], ssd_piece(x_tile, w * 16 + (lane & 15), 2 * j + (lane >> 4)));
-        ssd_mma_wait<0>();
-        ssd_mma_done(Y);
+        ssd_wait();
+        ssd_arrived(Y);
         scan_arrive_warp(&s.empty[i % STAGES]);
         // + Dskip x, and out: whole rows, by way of shared memory
         #pragma unroll
