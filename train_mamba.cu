@@ -3705,12 +3705,16 @@ __device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uin
 }
 #endif
 
+// keeps the compiler from holding in registers, all the time, what follows quickly from x
+__device__ __forceinline__ void ssd_recompute(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // ssd_load_tile: starts the copy of 64 rows, of which `rows` exist, and of 64 columns, of which `columns` exist
 template <int THREADS>
 __device__ __forceinline__ void ssd_load_tile(uint32_t tile, const bf16* from, uint32_t ld, int rows, int columns,
                                               int thread) {
     const int r = thread / 8, c = thread % 8;
     const uint32_t to = ssd_piece(tile, r, c);                 // r + 16, r + 32 .. have the same place for c
+    ssd_recompute(ld);
     #pragma unroll
     for (int i = 0; i < 64; i += THREADS / 8) {
         const bool inside = r + i < rows && c * 8 < columns;
@@ -3837,6 +3841,8 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         const float* dt = p.dt + (b * H + h) * T;
         const float A2 = scan_decay(p.A_log[h]);
         auto load = [&](int c) {                               // starts the copies of chunk c
+            uint32_t l = tid;
+            ssd_recompute(l);
             if (c < end) {
                 const int i = c - begin, use = i / STAGES, rows = T - c * 64;
                 auto& st = s.stage[i % STAGES];
@@ -3844,11 +3850,11 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
                 const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
                 #pragma unroll
                 for (int n = 0; n < NB; n++) {
-                    ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, tid);
+                    ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, l);
                     if (ENDS) continue;
-                    ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, tid);
+                    ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, l);
                 }
-                ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, thread);
+                ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, l % 128);
             }
             copy_async_commit();
         };
@@ -3880,9 +3886,11 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             unsigned long long resets = 0;
             if (p.doc) resets = __ballot_sync(~0u, reset_next[0]) |
                                 (unsigned long long)__ballot_sync(~0u, reset_next[1]) << 32;
+            uint32_t first = lane;
+            ssd_recompute(first);
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int t = i * 32 + lane;
+                const uint32_t t = i * 32 + first;
                 k.cs[t] = cs[i];
                 k.u[t] = cs[i] - log2_unit(dt_next[i]);
                 k.enter[t] = resets & ((2ull << t) - 1) ? 0.0f : exp2_unit(cs[i]);
@@ -3894,13 +3902,13 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             }
         };
         float S[NB][8][4];                                     // row 16w + g or +8, columns 64n + 8i + 2tg, +1
-        const int at = (w * 16 + g) * 128 + 4 * tg;
+        const uint32_t at = (w * 16 + g) * 128 + (g << 4) + 4 * tg;
         auto store_state = [&]() {
             #pragma unroll
             for (int n = 0; n < NB; n++) {
                 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    char* to = (char*)s.S[m][n] + at + ((i ^ g) << 4);
+                    char* to = (char*)s.S[m][n] + (at ^ i << 4);
                     *(uint32_t*)to = scan_pack(S[n][i][0], S[n][i][1]);
                     *(uint32_t*)(to + 8 * 128) = scan_pack(S[n][i][2], S[n][i][3]);
                 }
@@ -3912,15 +3920,17 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         auto save_state = [&](int c) {
             if (!p.states || c % (SSD_SPACING / SSD_TOKENS) != 0 || c >= chunks) return;
             const int saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+            uint32_t l = lane;
+            ssd_recompute(l);
             bf16* to = p.states + (((b * saved + c / (SSD_SPACING / SSD_TOKENS)) * H + h) * P + p0) * N;
             #pragma unroll
             for (int n = 0; n < NB; n++) {
                 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int r = w * 16 + i * 4 + lane / 8, q = lane % 8;
+                    const int r = w * 16 + i * 4 + l / 8, q = l % 8;
                     if (r < columns && n * 64 + q * 8 < N)
                         *(uint4*)(to + r * N + n * 64 + q * 8) =
-                            *(uint4*)((char*)s.S[m][n] + r * 128 + ((q ^ (r & 7)) << 4));
+                            *(uint4*)((char*)s.S[m][n] + ssd_piece(0, r, q));
                 }
             }
             __syncwarp();
@@ -4023,7 +4033,8 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");
     const uint32_t ldy = (uint32_t)(H * P);
     const int row = w * 16 + lane / 8, piece = lane % 8;       // of y, when it is stored
-    bf16* y = p.y + ((token + row) * H + h) * P + p0 + piece * 8;
+    bf16* y = p.y + ((token + begin * 64 + row) * H + h) * P + p0 + piece * 8;
+    const int i0 = 16 * w + g;
     #pragma unroll 1
     for (int c = begin; c < end; c++) {
         const int i = c - begin;
@@ -4037,30 +4048,39 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
         ssd_end();
-        // M, meanwhile, as the first operand of the next product: rows i[0], i[1]
+        // M, meanwhile, as the first operand of the next product
         uint32_t M[4][4];
-        const int i0 = 16 * w + g;
         const float cs[2] = {k.cs[i0], k.cs[i0 + 8]};
-        unsigned span[2] = {(unsigned)i0, (unsigned)i0 + 8};   // tokens of this document before i
-        if (k.resets) {
-            #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const unsigned long long before = k.resets & ((2ull << span[e]) - 1);
-                if (before) span[e] -= 63 - __clzll(before);
-            }
-        }
         #pragma unroll
         for (int q = 0; q < 4; q++) {
             M[q][0] = M[q][1] = M[q][2] = M[q][3] = 0;
             if (q > w) continue;
             const uint32_t v[4] = {cb_k[q].x, cb_k[q].y, cb_k[q].z, cb_k[q].w};
             #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int i = i0 + e % 2 * 8, j = q * 16 + e / 2 * 8 + 2 * tg;
-                const float2 u = *(float2*)&k.u[j];
-                const float low = (unsigned)(i - j) <= span[e % 2] ? cs[e % 2] - u.x : -INFINITY;
-                const float high = (unsigned)(i - j - 1) <= span[e % 2] ? cs[e % 2] - u.y : -INFINITY;
+            for (int e = 0; e < 4; e++) {                      // rows i0 + e % 2 8, columns q 16 + e / 2 8 + 2tg
+                const float2 u = *(float2*)&k.u[q * 16 + e / 2 * 8 + 2 * tg];
+                float low = cs[e % 2] - u.x, high = cs[e % 2] - u.y;
+                if (q == w && e != 1) {                        // on the diagonal: what comes later is 0
+                    if (e == 2 || 2 * tg > g) low = -INFINITY;
+                    if (e == 2 || 2 * tg + 1 > g) high = -INFINITY;
+                }
                 M[q][e] = scan_pack(scan_low(v[e]) * exp2_unit(low), scan_high(v[e]) * exp2_unit(high));
+            }
+        }
+        if (k.resets) {                                        // what belongs to documents before is 0
+            int first[2];                                      // first token of the document of i
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const unsigned long long before = k.resets & ((2ull << (i0 + 8 * e)) - 1);
+                first[e] = before ? 63 - __clzll(before) : 0;
+            }
+            #pragma unroll
+            for (int q = 0; q < 4; q++) {
+                #pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int j = q * 16 + e / 2 * 8 + 2 * tg;
+                    M[q][e] &= j >= first[e % 2] ? 0xffffffffu : j + 1 == first[e % 2] ? 0xffff0000u : 0u;
+                }
             }
         }
         fetch_cb(c + 1);
@@ -4074,17 +4094,21 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         ssd_multiply_columns(Y, M, x_tile, w + 1);
         ssd_end();
         uint32_t r[4][4];                                      // x of the same tokens and channels as Y
+        uint32_t x_at = ssd_piece(0, w * 16 + (lane & 15), lane >> 4);
+        ssd_recompute(x_at);
         #pragma unroll
-        for (int j = 0; j < 4; j++)
-            ssd_ldmatrix(r[j], ssd_piece(x_tile, w * 16 + (lane & 15), 2 * j + (lane >> 4)));
+        for (int j = 0; j < 4; j++) ssd_ldmatrix(r[j], x_tile + (x_at ^ j << 5));
         ssd_wait();
         ssd_arrived(Y);
         scan_arrive_warp(&s.empty[i % STAGES]);
         // + Dskip x, and out: whole rows, by way of shared memory
+        uint32_t y_at = ssd_piece(0, i0, 0) + 4 * tg, stride = ldy;
+        ssd_recompute(y_at);
+        ssd_recompute(stride);
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float2 D = *(float2*)&s.D[m][j * 8 + 2 * tg];
-            char* to = (char*)s.y[m] + i0 * 128 + ((j ^ g) << 4) + 4 * tg;
+            char* to = (char*)s.y[m] + (y_at ^ j << 4);
             #pragma unroll
             for (int q = 0; q < 2; q++) {
                 const uint32_t v = r[j / 2][j % 2 * 2 + q];
@@ -4094,13 +4118,12 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         }
         __syncwarp();
         #pragma unroll
-        for (int j = 0; j < 16; j += 4) {
-            const uint4 v = *(uint4*)((char*)s.y[m] + (row + j) * 128 + ((piece ^ ((row + j) & 7)) << 4));
-#ifdef AB2
-            if (c > 100000)
-#endif
-            if (c * 64 + row + j < T && piece * 8 < columns) *(uint4*)(y + ((size_t)c * 64 + j) * ldy) = v;
+        for (int j = 0; j < 4; j++) {
+            const int t = row + j * 4;
+            const uint4 v = *(uint4*)((char*)s.y[m] + ssd_piece(0, t, piece));
+            if (c * 64 + t < T && piece * 8 < columns) *(uint4*)(y + j * 4 * stride) = v;
         }
+        y += 64 * stride;
         __syncwarp();
     }
 }
