@@ -3665,25 +3665,25 @@ __device__ __forceinline__ void ssd_arrived(float (&d)[8][4]) {
 __device__ __forceinline__ uint64_t ssd_operand(uint32_t tile) {
     return (uint64_t)(tile >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
-#define SSD_D "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+#define SSD_SUMS "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
     "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define SSD_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define SSD_D32 SSD_D4(0), SSD_D4(1), SSD_D4(2), SSD_D4(3), SSD_D4(4), SSD_D4(5), SSD_D4(6), SSD_D4(7)
+#define SSD_SUMS4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define SSD_SUMS32 SSD_SUMS4(0), SSD_SUMS4(1), SSD_SUMS4(2), SSD_SUMS4(3), SSD_SUMS4(4), SSD_SUMS4(5), SSD_SUMS4(6), SSD_SUMS4(7)
 __device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int) {
     #pragma unroll
     for (int k = 0; k < 4; k++)
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                     SSD_D ", %32, %33, p, 1, 1, 0, 0; }"
-                     : SSD_D32
+                     SSD_SUMS ", %32, %33, p, 1, 1, 0, 0; }"
+                     : SSD_SUMS32
                      : "l"(ssd_operand(a + k * 32)), "l"(ssd_operand(b + k * 32)), "r"((int)!(first && k == 0)));
 }
 __device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b,
                                                      int) {
     #pragma unroll
     for (int k = 0; k < 4; k++)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_D
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_SUMS
                      ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                     : SSD_D32
+                     : SSD_SUMS32
                      : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 2048)));
 }
 #else
