@@ -2252,14 +2252,14 @@ __device__ __forceinline__ void scan_arrive_warp(uint64_t* signal) {
         asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
                      :: "r"((uint32_t)__cvta_generic_to_shared(signal)) : "memory");
 }
-__device__ __forceinline__ void scan_wait(uint64_t* signal, int parity) {
 #if __CUDA_ARCH__ >= 900
-    #define SCAN_TEST "try_wait"                               // sleeps a little before it says no
+#define SCAN_TEST "mbarrier.try_wait"                          // sleeps a little before it says no
 #else
-    #define SCAN_TEST "test_wait"
+#define SCAN_TEST "mbarrier.test_wait"
 #endif
-    asm volatile("{ .reg .pred done; again: mbarrier." SCAN_TEST ".parity.shared.b64 done, [%0], %1; "
-                 "@!done bra again; }"
+__device__ __forceinline__ void scan_wait(uint64_t* signal, int parity) {
+    asm volatile("{ .reg .pred done; "
+                 "again: " SCAN_TEST ".parity.shared.b64 done, [%0], %1; @!done bra again; }"
                  :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(parity) : "memory");
 }
 
@@ -2342,7 +2342,9 @@ template <typename X, int S> struct ScanForwardShared {
 // The two kinds of work fill each other's gaps, and no one waits for the whole block: `ready` says that a
 // tile is prepared, `scanned` that its sums are there, `stored` that these have been read.
 // Time loop: a thread owns states S g .. S g + S - 1 of one channel. Its sums over these states go to shared
-// memory, the element-wise warps add the 16 / S of them.
+// memory, the element-wise warps add the 16 / S of them. All that waits is taken off the time loop: with 18
+// special function instructions per token and channel and the rest of its instructions it keeps both the
+// special function unit and the instruction issue busy for two thirds of the time.
 // S: 4 is the most efficient. 2 makes twice as many threads, for few channels and sequences.
 template <typename X, int S>
 __global__ void __launch_bounds__(SCAN_THREADS + ScanForwardShared<X, S>::HELPERS, sizeof(X) == 2 ? 3 : 2)

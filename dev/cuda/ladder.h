@@ -14,7 +14,7 @@
 // The list of rungs that is printed is the array that is launched. `./build/dev/<kernel>` runs all rungs,
 // `./build/dev/<kernel> 3` the third of every ladder of the file.
 //
-// Time: events around one launch, after 512 MB of other data have passed through the cache; median and
+// Time: events around one launch, after 512 MB of other data have been read through the cache; median and
 // minimum of 50. Floor: the time that the bytes need at the bandwidth of a copy measured in the same run, or
 // the one that the file gives (special functions, matmul). Error: the largest relative L2 difference of any
 // output from the CPU in both problems; outputs are NaN before each launch, so what is not written fails.
@@ -181,18 +181,29 @@ static void ladder_release(void) {
 enum { LADDER_REPEATS = 50 };
 static const size_t LADDER_FLUSH = (size_t)512 << 20;
 
+// Reads, not writes: what is written stays in the cache as a debt, and the kernel that is timed would pay it.
+__global__ void flush_kernel(const uint4* p, size_t n, uint4* nowhere) {
+    uint4 sum = make_uint4(0, 0, 0, 0);
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        sum.x ^= p[i].x; sum.y ^= p[i].y; sum.z ^= p[i].z; sum.w ^= p[i].w;
+    }
+    if ((sum.x & sum.y & sum.z & sum.w) == 0x12345678) *nowhere = sum;       // never: so that the loop stays
+}
+
 // time_cold: milliseconds of one launch with a cold cache, median; *least: the minimum
 static double time_cold(void (*launch)(void), double* least) {
     static char* flush = NULL;
     static cudaEvent_t begin, end;
     if (!flush) {
         cudaCheck(cudaMalloc((void**)&flush, LADDER_FLUSH));
+        cudaCheck(cudaMemset(flush, 0, LADDER_FLUSH));
         cudaCheck(cudaEventCreate(&begin));
         cudaCheck(cudaEventCreate(&end));
     }
     std::vector<float> ms(LADDER_REPEATS);
     for (int i = -2; i < LADDER_REPEATS; i++) {                    // two to warm up
-        cudaCheck(cudaMemsetAsync(flush, i & 0xff, LADDER_FLUSH, 0));
+        flush_kernel<<<1056, 512>>>((const uint4*)flush, LADDER_FLUSH / sizeof(uint4), (uint4*)flush);
+        cudaCheck(cudaGetLastError());
         cudaCheck(cudaEventRecord(begin, 0));
         launch();
         cudaCheck(cudaEventRecord(end, 0));

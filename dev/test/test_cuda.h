@@ -1033,7 +1033,7 @@ template <typename X> void check_training(const CudaShape* s, int recompute, boo
         real* before = (real*)test_alloc(n, sizeof(real));
         memcpy(before, m.params, n * sizeof(real));
         Backend b = k == 0 ? backend_cpu(&m, B, T, true, false)
-                           : backend_cuda_of<X>(&m, B, T, true, k == 2 ? recompute : 0);
+                           : backend_cuda_of<X>(&m, B, T, true, k ? recompute : RECOMPUTE_NONE);
         b.upload(&b);
         for (int step = 0; step < STEPS; step++) {
             cuda_batch(tokens, targets, M, 100 + (uint64_t)step % 2, s->V);
