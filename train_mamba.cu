@@ -92,11 +92,11 @@ void device_require(void) {
 // The algorithm is the first that the heuristic of cuBLASLt proposes, but see matmul_overlap_output. Others
 // win when each matmul is timed alone (behind a cache full of writes): on one H200 (cuBLASLt 13.1) all
 // matmuls of a step of mamba-130m, 8 x 2048 tokens, take 22.1 ms with the first, 21.4 with the fastest of
-// eight proposals, 20.7 with the fastest of 400 algorithms; 17.1 is the floor. In the step little of that is left:
-// training holds the GPU at the limit of its power (690 of 700 W, the clock at 1.7 to 1.8 of 1.98 GHz), and a
-// busier kernel lowers the clock. So nothing is timed at the start, and every run makes the same choice. (A
-// choice by time would not change the bits: only the number of parts into which a sum is split does. All
-// algorithms with the same split, hundreds for each shape, agreed in every bit.)
+// eight proposals, 20.7 with the fastest of 400 algorithms; 17.1 is the floor. In the step little of that
+// is left: training holds the GPU at the limit of its power (690 of 700 W, the clock at 1.7 to 1.8 of 1.98
+// GHz), and a busier kernel lowers the clock. So nothing is timed at the start, and every run makes the
+// same choice. (A choice by time would not change the bits: only the number of parts into which a sum is
+// split does. All algorithms with the same split, hundreds for each shape, agreed in every bit.)
 
 enum { MATMUL_WORKSPACE = 64 << 20 };
 
