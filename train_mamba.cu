@@ -255,9 +255,19 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     MatmulPlan* p = &mm->plan[mm->n_plans++];
     memset(p, 0, sizeof *p);
     p->key = *key;
+    // fp32, for exact comparison: an output row has the bits that it has without the other rows. So the
+    // algorithm of a linear layer's forward is that for 128 rows, however many there are.
+    bool forward = key->op_a == CUBLAS_OP_T && key->op_b == CUBLAS_OP_N;
+    bool fixed = key->type_ab == CUDA_R_32F && forward;
+    if (fixed) p->key.N = 128;
     cublasLtMatmulHeuristicResult_t result;
     matmul_candidates(mm, p, &result, 1);
     p->algo = result.algo;
+    if (fixed) {
+        uint64_t rows = p->key.N = key->N;
+        cublasCheck(cublasLtMatrixLayoutSetAttribute(p->b, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
+        cublasCheck(cublasLtMatrixLayoutSetAttribute(p->c, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
+    }
     matmul_overlap_output(mm, p);
     return p;
 }
