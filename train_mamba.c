@@ -46,6 +46,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -625,6 +626,87 @@ void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const re
     }
 }
 
+// Half: weight matrices in bfloat16, the upper half of a float, for generation on the CPU: half as much to
+// read. from[i] is at bits + i, but for the order within a row: of 2 VEC neighbours, i and i + VEC share a
+// 32-bit word, so that a shift and a mask make two vectors of floats out of one load. bits NULL: there are
+// none.
+typedef struct { const real* from; const uint16_t* bits; } Half;
+
+typedef uint32_t vec_bits __attribute__((vector_size(VEC * 4), aligned(2), may_alias));
+typedef float vec_float __attribute__((vector_size(VEC * 4)));
+
+// half_at: where element i of a row of length I is in the row
+static inline size_t half_at(size_t i, size_t I) {
+    size_t block = i / (2 * VEC) * (2 * VEC), k = i - block;
+    return block + 2 * VEC <= I ? block + 2 * (k % VEC) + k / VEC : i;
+}
+static inline real real_of_half(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return (real)x;
+}
+
+enum { HALF_ROWS = 2 };              // rows of the input that use a loaded weight
+
+// half_tile: `rows` x `outputs` outputs, each a sum over vectors of neighbouring i, then over the lanes of
+// the vector, then over the last i. The two sizes are constants at every call, see matmul_tile.
+static inline __attribute__((always_inline))
+void half_tile(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight, const real* bias,
+               size_t I, int rows, int outputs) {
+    vec sum[HALF_ROWS][ROW_OUTPUTS];
+    size_t i = 0;
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) sum[r][o] = (vec){0};
+    for (; i + 2 * VEC <= I; i += 2 * VEC)
+        for (int o = 0; o < outputs; o++) {
+            const uint16_t* w = weight + (size_t)o * I + i;
+            vec_bits both = *(const vec_bits*)w;
+            vec low = __builtin_convertvector((vec_float)(both << 16), vec);
+            vec high = __builtin_convertvector((vec_float)(both & 0xffff0000u), vec);
+            __builtin_prefetch(w + ROW_OUTPUTS * I);
+            for (int r = 0; r < rows; r++) {
+                const real* x = inp + (size_t)r * ldi + i;
+                sum[r][o] = FMA_VEC(*(const vec*)x, low, sum[r][o]);
+                sum[r][o] = FMA_VEC(*(const vec*)(x + VEC), high, sum[r][o]);
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) {
+            real total = bias ? bias[o] : 0;
+            for (int l = 0; l < VEC; l++) total += sum[r][o][l];
+            for (size_t k = i; k < I; k++)
+                total += inp[(size_t)r * ldi + k] * real_of_half(weight[(size_t)o * I + k]);
+            out[(size_t)r * ldo + (size_t)o] = total;
+        }
+}
+
+// matmul_forward_half: matmul_forward with weights in bfloat16. A row has the same bits whatever the others.
+void matmul_forward_half(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight,
+                         const real* bias, size_t M, size_t I, size_t O) {
+    #pragma omp parallel for schedule(static) if (M * I * O > 65536)
+    for (size_t o = 0; o < O; o += ROW_OUTPUTS)
+        for (size_t m = 0; m < M; m += HALF_ROWS) {
+            real* to = out + m * ldo + o;
+            const real *from = inp + m * ldi, *b = bias ? bias + o : NULL;
+            const uint16_t* w = weight + o * I;
+            if (o + ROW_OUTPUTS <= O && m + 1 < M) half_tile(to, ldo, from, ldi, w, b, I, 2, ROW_OUTPUTS);
+            else if (o + ROW_OUTPUTS <= O) half_tile(to, ldo, from, ldi, w, b, I, 1, ROW_OUTPUTS);
+            else for (size_t r = m; r < min_size(m + HALF_ROWS, M); r++)
+                for (size_t k = o; k < O; k++)
+                    half_tile(out + r * ldo + k, ldo, inp + r * ldi, ldi, weight + k * I,
+                              bias ? bias + k : NULL, I, 1, 1);
+        }
+}
+
+// linear_forward: matmul_forward with the weights as they are kept
+static void linear_forward(const Half* half, real* out, size_t ldo, const real* inp, size_t ldi,
+                           const real* weight, const real* bias, size_t M, size_t I, size_t O) {
+    if (half->bits)
+        matmul_forward_half(out, ldo, inp, ldi, half->bits + (weight - half->from), bias, M, I, O);
+    else matmul_forward(out, ldo, inp, ldi, weight, bias, M, I, O);
+}
+
 // matmul_backward: out[m,o] = sum_i inp[m,i] * weight[o,i] + bias[o]  =>
 //   dinp[m,i]    += sum_o dout[m,o] * weight[o,i]
 //   dweight[o,i] += sum_m dout[m,o] * inp[m,i]           dbias[o] += sum_m dout[m,o]
@@ -754,6 +836,12 @@ void zero_real(real* p, size_t n) {
 void embedding_forward(real* out, const int* tokens, const real* weight, size_t M, size_t D) {
     #pragma omp parallel for if (M > 64)
     for (size_t m = 0; m < M; m++) memcpy(out + m * D, weight + (size_t)tokens[m] * D, D * sizeof(real));
+}
+
+void embedding_forward_half(real* out, const int* tokens, const uint16_t* weight, size_t M, size_t D) {
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++)
+        for (size_t d = 0; d < D; d++) out[m * D + d] = real_of_half(weight[(size_t)tokens[m] * D + half_at(d, D)]);
 }
 
 // out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over
@@ -1403,6 +1491,7 @@ typedef struct {
     const int* doc;      // (B,T) document ids, or NULL: one document per row
     int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
     Dropout dropout;     // of what this sub-layer adds
+    Half half;           // the weight matrices
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -1490,17 +1579,17 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
 
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
     // (F1) to (F4)
-    matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
+    linear_forward(&run->half, a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
     causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
                           E, K);
-    matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
-    matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
+    linear_forward(&run->half, a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
+    linear_forward(&run->half, a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
     // (F5) to (F8), then the residual
     selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc,
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
+    linear_forward(&run->half, w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -1602,9 +1691,9 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     (void)state0; (void)stateT;
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
-    matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
+    linear_forward(&run->half, a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
+    linear_forward(&run->half, w->out, D, w->m, F, p->fc2, NULL, M, F, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -1702,6 +1791,7 @@ typedef struct {
     size_t n_params;          // trainable numbers, the figure that is quoted
     size_t n_elements;        // the same with padding between tensors
     real *params, *grads, *m, *v;             // grads, m, v only when training
+    Half half;                                // see model_to_half
     real *embedding, *norm_f, *head;          // head == embedding when tied
     real *dembedding, *dnorm_f, *dhead;
 } Model;
@@ -1798,7 +1888,32 @@ void model_alloc(Model* m, bool training) {
     model_bind(m);
 }
 
+// model_to_half: keeps the weight matrices in bfloat16 (rounded to nearest, ties to even) instead of `real`.
+// Only the forward of inference works after that; the memory of the matrices goes back to the system.
+void model_to_half(Model* m) {
+    uint16_t* bits = (uint16_t*)xcalloc(m->n_elements, sizeof(uint16_t));
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        if (!(t->spec->flags & DECAY)) continue;
+        real* p = m->params + t->offset;
+        #pragma omp parallel for
+        for (size_t j = 0; j < t->count; j++) {
+            float x = (float)p[j];
+            uint32_t u;
+            memcpy(&u, &x, sizeof u);
+            size_t I = (size_t)t->shape[1], at = t->offset + j / I * I + half_at(j % I, I);
+            bits[at] = (uint16_t)(isnan(x) ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+        }
+        uintptr_t begin = ((uintptr_t)p + page - 1) / page * page, end = (uintptr_t)(p + t->count) / page * page;
+        if (begin < end) madvise((void*)begin, end - begin, MADV_DONTNEED);
+    }
+    m->half.from = m->params;
+    m->half.bits = bits;
+}
+
 void model_free(Model* m) {
+    free((void*)m->half.bits);
     free(m->layer);
     free(m->tensor);
     free(m->params);
@@ -2049,9 +2164,11 @@ static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, c
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model;
-    embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    if (m->half.bits)
+        embedding_forward_half(w->res[0], tokens, m->half.bits + (m->embedding - m->half.from), B * T, D);
+    else embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
     dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
@@ -2092,7 +2209,7 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
@@ -2131,7 +2248,7 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
@@ -2519,7 +2636,7 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
     model_forward(m, &s->work, tokens, NULL, rows, T, &s->view, &s->view);
     for (size_t r = 0; logits && r < rows; r++)      // the last token of each row, side by side
         if (T > 1) memmove(s->work.f + r * D, s->work.f + (r * T + T - 1) * D, D * sizeof(real));
-    if (logits) matmul_forward(logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
+    if (logits) linear_forward(&m->half, logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
 }
 
 // `rows` x 1 or 1 x `chunk` tokens
@@ -3607,6 +3724,10 @@ int generate_main(Settings* s) {
     set_threads(o->threads);
     model_open(&m, &tok, s, dir);
     if (o->save_state[0] && !state_replaceable(o->save_state, &err)) die("%s", err.text);
+    if (settings_origin(s, "dtype") != FROM_DEFAULT && !on_cpu(o))
+        die("--dtype: only the CPU keeps weights in another type; on the GPU give --precision");
+    if (strcmp(o->dtype, "f16") == 0) die("--dtype f16: the CPU generates with f32 or bf16");
+    if (strcmp(o->dtype, "bf16") == 0) model_to_half(&m);
     Backend backend = backend_create(o, &m, 0, 0, false, false);
     backend.upload(&backend);
     PromptList list = {NULL, NULL, 0};
