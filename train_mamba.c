@@ -1428,7 +1428,7 @@ void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real
 }
 
 // The chunked form of SSD, with which training and prefill run: Q tokens at a time, all inner loops are small
-// matrix products. With i and j counting the q <= Q tokens of chunk c, H_c (P,N) the state that enters it, and
+// matrix products. With i and j counting the q <= Q tokens of chunk c, H_c (P,N) the state it starts from,
 //   L_ij = a_{j+1} .. a_i  for j <= i, else 0       how much of token j's input is left at token i
 //   in_i = a_0 .. a_i,  out_j = a_{j+1} .. a_{q-1}  the same from the entering state, and to the chunk's end
 //   M_ij = (C_i . B_j) L_ij dt_j                    attention whose softmax is a mask of decays
@@ -1446,7 +1446,7 @@ typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], ou
 // ssd_times: NaN passes
 static inline real ssd_times(real a, real b) { return a * b < (real)1e-30 ? 0 : a * b; }
 
-// ssd_load_decay: the numbers of one head for q tokens from token t0 of a sequence; dt: at that token and head
+// ssd_load_decay: the numbers of one head for q tokens, from token t0 of a sequence on; dt points there
 static void ssd_load_decay(SsdDecay* d, const real* dt, size_t H, real A, const int* doc_b, size_t t0,
                            size_t q) {
     for (size_t i = 0; i < q; i++) {
@@ -1491,36 +1491,40 @@ static inline real dot_real(const real* a, const real* b, size_t n) {
 }
 
 // Sizes of arrays that serve every call with at most B sequences and B*T tokens in all.
-static size_t ssd_most_chunks(size_t B, size_t T, size_t Q) { return B * T / Q + B; }
-
 // saved: the state (H,P,N) that enters each chunk
 size_t ssd_saved(size_t B, size_t T, size_t H, size_t P, size_t N, size_t Q) {
-    return ssd_most_chunks(B, T, Q) * H * P * N;
+    return (B * T / Q + B) * H * P * N;
 }
 
-size_t ssd_forward_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t Q) {
-    return ssd_most_chunks(B, T, Q) * G * Q * (2 * Q + P) + B * H * Q * P;
-}
-
-// backward has also the gradients of the states, and dA_log and dDskip of every chunk
-size_t ssd_backward_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
-    size_t states = H * P * N, parts = H + H * P, work = G * Q * (4 * Q + 2 * P + N);
-    return ssd_most_chunks(B, T, Q) * (states + parts + work) + B * H * Q * P;
+// scratch: a state and two parts of sums for each chunk, the matrices of all tasks side by side
+size_t ssd_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    size_t q = min_size(Q, T);
+    return ssd_saved(B, T, H, P, N, Q) + (B * T / Q + B) * (H + H * P) +
+           B * (T + q) * G * (4 * Q + 2 * P + N) + B * q * H * P;
 }
 
 // ssd_forward: as ssd_recurrent_forward, Q <= SSD_MAX_CHUNK tokens at a time.
 //   first the states, chunk after chunk, each head by itself; then y, each chunk and group by itself
-//   saved for backward: hs, ssd_saved() elements   scratch: ssd_forward_scratch() elements
+//   saved for backward: hs, ssd_saved() elements; NULL when there will be no backward
+//   scratch: ssd_scratch() elements
 void ssd_forward(real* y, real* hs, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
                  const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
                  const real* h0, const int* doc, real* scratch, size_t B, size_t T, size_t H, size_t P,
                  size_t G, size_t N, size_t Q) {
+    if (T == 1 && !hs) {                                // one token: the recurrence is the shortest way
+        ssd_recurrent_forward(y, hT, x, ldx, dt, A_log, Bt, Ct, ldbc, Dskip, D_has_hdim, h0, doc, B, T, H, P,
+                              G, N);
+        return;
+    }
+    Q = min_size(Q, T);
     size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G;
+    real* work = hs ? scratch : scratch + B * chunks * H * size;
+    if (!hs) hs = scratch;
     #pragma omp parallel for schedule(static)
     for (size_t bh = 0; bh < B * H; bh++) {
         size_t b = bh / H, h = bh % H;
         const real* B_g = Bt + b * T * ldbc + h / heads * N;
-        real *xs = scratch + bh * Q * P, *state = hs + (b * chunks * H + h) * size;
+        real *xs = work + bh * Q * P, *state = hs + (b * chunks * H + h) * size;
         for (size_t n = 0; n < size; n++) state[n] = h0 ? h0[bh * size + n] : 0;
         for (size_t c = 0; c < chunks; c++, state += H * size) {
             size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
@@ -1538,7 +1542,7 @@ void ssd_forward(real* y, real* hs, real* hT, const real* x, size_t ldx, const r
         size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
         size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
         const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
-        real *CB = scratch + task * Q * (2 * Q + P), *M = CB + Q * Q, *CH = M + Q * Q;
+        real *CB = work + task * Q * (2 * Q + P), *M = CB + Q * Q, *CH = M + Q * Q;
         matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
         for (size_t h = g * heads; h < (g + 1) * heads; h++) {
             const real *x_c = x + row * ldx + h * P, *state = hs + ((b * chunks + c) * H + h) * size;
@@ -1638,12 +1642,13 @@ static real ssd_chunk_backward(real* dx, size_t lddx, real* ddt, real* dB, real*
 // then everything else, each chunk and group by itself (ssd_chunk_backward). The heads of a group add to the
 // same dB, dC and dCB, one after the other; at last
 //   forward CB_ij = C_i . B_j         =>  dC_i += sum_j dCB_ij B_j,  dB_j += sum_i dCB_ij C_i
-//   hs: as forward left it   scratch: ssd_backward_scratch() elements   all else as in the recurrent form
+//   hs: as forward left it   scratch: ssd_scratch() elements   all else as in the recurrent form
 void ssd_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt, size_t lddbc,
                   real* dDskip, real* dh0, const real* dy, const real* dhT, const real* hs, const real* x,
                   size_t ldx, const real* dt, const real* A_log, const real* Bt, const real* Ct, size_t ldbc,
                   const real* Dskip, bool D_has_hdim, const real* h0, const int* doc, real* scratch, size_t B,
                   size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    Q = min_size(Q, T);
     size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G, work_size = Q * (4 * Q + 2 * P + N);
     real* lambdas = scratch;                            // (B,chunks,H,P,N)
     real* dA_part = lambdas + B * chunks * H * size;    // (B,chunks,H)

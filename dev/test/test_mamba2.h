@@ -126,17 +126,16 @@ const LayerTest ssd_recurrent_layer = {
 
 void ssd_chunked_make(Problem* p) {
     ssd_make(p);
-    size_t backward = ssd_backward_scratch(p->B, p->T, p->H, p->P, p->G, p->N, p->Q);
     p->saved_size = ssd_saved(p->B, p->T, p->H, p->P, p->N, p->Q);
-    p->scratch_size = ssd_forward_scratch(p->B, p->T, p->H, p->P, p->G, p->Q);
-    if (p->scratch_size < backward) p->scratch_size = backward;
+    p->scratch_size = ssd_scratch(p->B, p->T, p->H, p->P, p->G, p->N, p->Q);
 }
-void ssd_chunked_fwd(Problem* p) {
+void ssd_chunked_call(Problem* p, real* hs) {
     const Operand* in = p->in;
-    ssd_forward(p->out[0].value, p->saved, p->out[1].value, in[SSD_X].value, in[SSD_X].ld, in[SSD_DT].value,
+    ssd_forward(p->out[0].value, hs, p->out[1].value, in[SSD_X].value, in[SSD_X].ld, in[SSD_DT].value,
                 in[SSD_A].value, in[SSD_B].value, in[SSD_C].value, in[SSD_B].ld, in[SSD_D].value, ssd_hdim(p),
                 in[SSD_H0].value, p->doc, p->scratch, p->B, p->T, p->H, p->P, p->G, p->N, p->Q);
 }
+void ssd_chunked_fwd(Problem* p) { ssd_chunked_call(p, p->saved); }
 void ssd_chunked_bwd(Problem* p) {
     const Operand* in = p->in;
     ssd_backward(in[SSD_X].grad, in[SSD_X].ld, in[SSD_DT].grad, in[SSD_A].grad, in[SSD_B].grad,
@@ -166,6 +165,23 @@ void test_ssd(void) {
     const char* const packed[] = {
         "B8 T67 H4 P3 G2 N5 Q16 state final documents0", "B8 T67 H2 P3 G1 N2 Q7 state final documents0" };
     check_packed(&ssd_layer, packed, COUNT_OF(packed));
+
+    // Without saved states (inference): the same bits; one token: those of the recurrence. Catches: a second
+    // code path that drifts.
+    Problem p;
+    double wrong = 0;
+    for (int s = 0; s < COUNT_OF(shapes); s++) {
+        problem_make(&p, &ssd_layer, shapes[s]);
+        run_forward(&p);
+        if (p.T == 1) ssd_fwd(&p);
+        size_t n, m;
+        double* with = snapshot(&p, &n);
+        run_forward(&p);
+        for (size_t i = 0; i < p.scratch_size; i++) p.scratch[i] = (real)NAN;
+        ssd_chunked_call(&p, NULL);
+        wrong += differing(snapshot(&p, &m), with, n);
+    }
+    report("without saved states: differing bits", wrong, 0);
 
     // The chunk length does not matter: all equal the recurrence. Catches: a chunk edge in the wrong place.
     const char* const same[] = {
