@@ -798,16 +798,16 @@ static inline const real* conv_row(const real* inp, size_t ldi, const real* tail
 
 enum { CONV_MAX_TAPS = 8 };
 
-// causal_conv1d_forward: each channel sees its own last K inputs, then SiLU.
-//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)
+// causal_conv1d_forward: each channel sees its own last K inputs; then, with `silu`, the activation.
+//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c), or c
 //   tap K-1 is the current token
 //   inp (B,T,E) with row stride ldi   weight (E,K)   bias (E) or NULL   doc (B,T) or NULL   out (B,T,E)
 //   tail0, tailT (B,K-1,E): the K-1 inputs before t = 0 and before t = T, oldest first; either may be NULL,
 //   they may be the same array; a tail holds only inputs of the last token's document, the rest is 0
 //   saved for backward: nothing, c is recomputed        Mamba paper, section 3.4
 void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0,
-                           const real* weight, const real* bias, const int* doc, size_t B, size_t T, size_t E,
-                           size_t K) {
+                           const real* weight, const real* bias, bool silu, const int* doc, size_t B,
+                           size_t T, size_t E, size_t K) {
     size_t tiles = (E + CHANNEL_TILE - 1) / CHANNEL_TILE;
     #pragma omp parallel for collapse(2) if (B * T * E * K > 8192)
     for (size_t b = 0; b < B; b++) {
@@ -826,6 +826,8 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
                     for (size_t e = 0; e < n; e++) c[e] += w[k][e] * row[e0 + e];
                 }
                 real* out_bt = out + (b * T + t) * E + e0;
+                memcpy(out_bt, c, n * sizeof(real));
+                if (!silu) continue;
                 #pragma omp simd
                 for (size_t e = 0; e < n; e++) out_bt[e] = silu_real(c[e]);
             }
@@ -840,7 +842,7 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
     }
 }
 
-// forward: out = silu(c)                        =>  dc = dout * silu'(c)
+// forward: out = silu(c), or c                  =>  dc = dout * silu'(c), or dout
 // forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t    dw_k += sum_t dc_t inp_{t-K+1+k}
 //                                                    dinp_s += sum_k w_k dc_{s+K-1-k}
 // forward: tailT = the last inputs              =>  the same rows of dinp (or dtail0) += dtailT
@@ -848,8 +850,8 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
 //   time.
 void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias, real* dtail0,
                             const real* dout, const real* dtailT, const real* inp, size_t ldi,
-                            const real* tail0, const real* weight, const real* bias, const int* doc, size_t B,
-                            size_t T, size_t E, size_t K) {
+                            const real* tail0, const real* weight, const real* bias, bool silu,
+                            const int* doc, size_t B, size_t T, size_t E, size_t K) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t e0 = 0; e0 < E; e0 += CHANNEL_TILE) {
         size_t n = min_size(CHANNEL_TILE, E - e0);
@@ -869,7 +871,8 @@ void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias,
                 }
                 const real* dout_bt = dout + (b * T + t) * E + e0;
                 #pragma omp simd
-                for (size_t e = 0; e < n; e++) dc[e] = dout_bt[e] * silu_grad_real(c[e]);
+                for (size_t e = 0; e < n; e++)
+                    dc[e] = silu ? dout_bt[e] * silu_grad_real(c[e]) : dout_bt[e];
                 for (size_t e = 0; e < n; e++) db[e] += dc[e];
                 for (size_t k = 0; k < K; k++) {
                     if (!rows[k]) continue;
@@ -1391,8 +1394,8 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
     // (F1) to (F4)
     matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
-    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
-                          E, K);
+    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
+                          B, T, E, K);
     matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
     matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
@@ -1425,8 +1428,8 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     real* dy = w->ddt;         // the gradient of y is consumed before ddt is needed
     if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
         rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
-        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
-                              E, K);
+        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
+                              B, T, E, K);
         matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
         softplus_forward(a->dt, a->dt, M * E);
     }
@@ -1455,7 +1458,7 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     matmul_backward(dx, E, dp->x_proj, NULL, drbc, RBC, a->x, E, p->x_proj, M, E, RBC);
     // (F2) x = silu(conv(x)), (F1) [x; z] = W_in u, u = RMSNorm(res_in)
     causal_conv1d_backward(dxz, 2 * E, dp->conv1d, dp->conv1d_bias, ds0->conv, dx, dsT->conv, a->xz, 2 * E,
-                           s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
+                           s0->conv, p->conv1d, p->conv1d_bias, true, run->doc, B, T, E, K);
     matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, dxz, 2 * E, a->u, D, p->in_proj, M, D, 2 * E);
     rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
 }
