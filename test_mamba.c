@@ -747,8 +747,8 @@ bool document_starts(const Problem* p, size_t b, size_t t) {
     return p->doc[b * p->T + t] != (t ? p->doc[b * p->T + t - 1] : 0);
 }
 
-// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}); `linear`: without silu. Inputs before t = 0
-// come from the tail; none come from another document.
+// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}); `linear`: without silu. Inputs before
+// t = 0 come from the tail; none come from another document.
 bool conv_silu(const Problem* p) { return !strstr(p->shape, "linear"); }
 void conv_make(Problem* p) {
     add_input(p, "inp", PER_TOKEN, p->B * p->T, p->E, 3, -1, 1);
@@ -3012,7 +3012,9 @@ void test_generate(void) {
     model_free(&m);
 }
 
-// What goes in and out: each file adds one case to the table below.
+// Each file adds one case to the table below: attention, then what goes in and out.
+// defines: test_attention
+#include "dev/test/test_attention.h"
 // defines: test_files
 #include "dev/test/test_files.h"
 // defines: test_data
@@ -3097,6 +3099,7 @@ const Case cases[] = {
     { "softplus", test_softplus },
     { "scan", test_scan },
     { "gate", test_gate },
+    { "attention", test_attention },
     { "crossentropy", test_crossentropy },
     { "split", test_split },
     { "packed", test_packed },
