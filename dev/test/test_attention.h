@@ -141,6 +141,78 @@ const LayerTest attention_layer = {
     "attention", attention_make, attention_fwd, attention_bwd, attention_formula, 1, false
 };
 
+// Angles of far positions, both pairings. Catches: angles made in float, whose error grows with the position.
+void test_far_rotation(void) {
+    Worst w = { 0, "" };
+    const double positions[] = { 0, 1, 1000, 65537, 131071, 16777215 };
+    for (int interleaved = 0; interleaved < 2; interleaved++) {
+        for (int k = 0; k < COUNT_OF(positions); k++) {
+            Heads a = { 1, 1, 70, 64, 0, 0, interleaved != 0, 10000, 1 };
+            real x[70], position = (real)positions[k];
+            double before[70], after[70], exact[70];
+            for (size_t d = 0; d < 70; d++) before[d] = (double)(x[d] = (real)test_uniform(-1, 1, 5, d));
+            rotary_forward(x, 70, &position, a.base, a.interleaved, 1, 1, 70, 64);
+            for (size_t d = 0; d < 70; d++) {
+                after[d] = (double)x[d];
+                exact[d] = turned(&a, before, d, (size_t)positions[k]);
+            }
+            worst_add(&w, relative_l2(after, exact, 70), "position %.0f", positions[k]);
+        }
+    }
+    worst_report("rotation of far positions", &w, limit(1e-7, 1e-15));
+}
+
+// Scores far apart, equal, infinite and NaN; a cache with NaN behind its end. Catches: exp of a large score,
+// a maximum that is lost between tiles, a NaN that disappears, rows read that are not there.
+void test_attention_extremes(void) {
+    enum { T = 70, CACHE = 10, CAPACITY = 90 };
+    Worst finite = { 0, "" };
+    double lost = 0, wrong = 0;
+    real *q = (real*)test_alloc(T, sizeof(real)), *k = (real*)test_alloc(T, sizeof(real)),
+        *v = (real*)test_alloc(T, sizeof(real)), *kv0 = (real*)test_alloc(2 * CAPACITY, sizeof(real));
+    real position[T], position0 = CACHE, out[T], lse[T], dq[T], dk[T], dv[T], dkv0[2 * CAPACITY], one[T];
+    const double sizes[] = { 0, 1, 1e4, 1e15 };
+    for (int i = 0; i < COUNT_OF(sizes); i++) {
+        for (int j = 0; j < 2 * CAPACITY; j++) {
+            kv0[j] = j < 2 * CACHE ? (real)1 : (real)NAN;
+            dkv0[j] = 0;
+        }
+        for (int t = 0; t < T; t++) {
+            q[t] = (real)1;
+            k[t] = (real)(sizes[i] * test_uniform(-1, 1, 6, (size_t)t));
+            v[t] = (real)test_uniform(0, 1, 7, (size_t)t);
+            one[t] = 1;
+            dq[t] = dk[t] = dv[t] = 0;
+        }
+        token_positions(position, &position0, NULL, 1, T);
+        attention_forward(out, 1, lse, q, 1, k, v, 1, kv0, CAPACITY, position, 1, 1, T, 1, 1, 1);
+        attention_backward(dq, 1, dk, dv, 1, dkv0, one, out, 1, lse, q, 1, k, v, 1, kv0, CAPACITY, position,
+                           1, 1, T, 1, 1, 1);
+        double bad = 0, weights = 0;
+        for (int t = 0; t < T; t++) {
+            bad += !isfinite((double)(out[t] + lse[t] + dq[t] + dk[t] + dv[t])) || !(fabs((double)out[t]) < 2);
+            weights += (double)dv[t];                       // of all tokens together 1 each
+        }
+        for (int j = 0; j < 2 * CAPACITY; j++) bad += !isfinite((double)dkv0[j]);
+        for (int j = 1; j < 2 * CACHE; j += 2) weights += (double)dkv0[j];
+        worst_add(&finite, bad, "scores of %g", sizes[i]);
+        wrong = fmax(wrong, fabs(weights / T - 1));
+        q[66] = (real)(i % 2 ? NAN : INFINITY);
+        attention_forward(out, 1, lse, q, 1, k, v, 1, kv0, CAPACITY, position, 1, 1, T, 1, 1, 1);
+        lost += !isnan((double)out[66]) || isnan((double)out[65]) || isnan((double)out[67]);
+    }
+    worst_report("scores up to 1e15: values not finite", &finite, 0);
+    report("the weights of a token do not add up to 1", wrong, limit(1e-6, 1e-14));
+    report("a NaN query is lost, or reaches other tokens", lost, 0);
+}
+
+// A cache that is full ends the program with a line that says so.
+void overflow_in_child(void* unused) {
+    real kv[4] = { 0 }, x[3] = { 0 }, position[3] = { 0, 1, 2 }, positionT;
+    (void)unused;
+    kv_append_forward(kv, &positionT, NULL, x, x, 1, position, 2, 1, 3, 1, 1);
+}
+
 void test_attention(void) {
     const char* const shapes[] = {
         "B3 T7 Q2 G2 H3", "B2 T7 Q4 G2 H4 R2 state final C3", "B2 T7 Q6 G2 H4 R4 interleaved final",
@@ -161,4 +233,10 @@ void test_attention(void) {
         "B8 T3 Q4 G2 H4 R2 interleaved state final documents0 C1",
         "B8 T70 Q2 G2 H3 state final documents0 C62" };
     check_packed(&attention_layer, packed, COUNT_OF(packed));
+    test_far_rotation();
+    test_attention_extremes();
+    char line[256];
+    int code = in_child(overflow_in_child, NULL, line, sizeof line);
+    report("a full cache: one line, exit code 1",
+           code != 1 || !strstr(line, "3 tokens do not fit into a cache of 2; raise --context"), 0);
 }
