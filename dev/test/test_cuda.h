@@ -98,6 +98,11 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
 }
+cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
+cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+    mark_launched(function);
+    return __real_cudaLaunchKernelExC(config, function, args);
+}
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
     mark_launched(function);
@@ -918,6 +923,36 @@ double gradients_of(Backend* b, real* grads, const int* tokens, const int* targe
     return loss;
 }
 
+// poke: one number in the device's memory, there before any stream of the program goes on
+void poke(float* device, float value) {
+    cudaCheck(cudaMemcpy(device, &value, sizeof value, cudaMemcpyHostToDevice));
+    cudaCheck(cudaDeviceSynchronize());
+}
+
+__global__ void spin_kernel(long long clocks) {
+    for (long long start = clock64(); clock64() - start < clocks;) {}
+}
+
+// Catches: memory that is cleared or copied in the default stream when the program's streams already use it.
+template <typename X> void check_busy(const CudaShape* s) {
+    snprintf(shape, sizeof shape, "%s D%d", s->pattern, (int)s->D);
+    size_t M = s->B * s->T;
+    Model m = cuda_toy<X>(s);
+    std::vector<int> tokens(2 * M), targets(2 * M);
+    cuda_batch(tokens.data(), targets.data(), 2 * M, 5, s->V);
+    std::vector<real> grads[2];
+    for (int busy = 0; busy < 2; busy++) {
+        grads[busy].resize(m.n_elements);
+        if (busy) spin_kernel<<<1, 1>>>(400000000);                    // 0.2 s
+        Backend b = backend_cuda_of<X>(&m, s->B, s->T, true, RECOMPUTE_NONE);
+        b.upload(&b);
+        gradients_of(&b, grads[busy].data(), tokens.data(), targets.data(), NULL, s->B, s->T, 2);
+        b.destroy(&b);
+    }
+    claim_value(type_name<X>() + std::string(" on a busy GPU: bits"),
+                bits_differ(grads[0].data(), grads[1].data(), m.n_elements), 0);
+}
+
 template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     snprintf(shape, sizeof shape, "%s D%d E%d N%d K%d B%zu T%zu%s%s%s", s->pattern, (int)s->D, (int)s->E,
              (int)s->N, (int)s->K, s->B, s->T, s->docs < 0 ? "" : " doc", carry ? " carried" : "",
@@ -1142,7 +1177,7 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
                        clip,
                        STEPS + 1,
                        {s->dropout, 99, 0, 0}};
-            cudaCheck(cudaMemcpy(device, &nan, sizeof nan, cudaMemcpyHostToDevice));
+            poke(device, nan);
             b.step_begin(&b, &st);
             b.step_begin(&b, &st);
             StepResult r = b.step_end(&b);
@@ -1150,7 +1185,7 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
             claim_value(name + " broken step: the parameter is not seen", !isnan(m.params[bad]), 0);
             r = b.step_end(&b);
             claim_value(name + " broken step: the next one taken", r.taken, 0);
-            cudaCheck(cudaMemcpy(device, &value, sizeof value, cudaMemcpyHostToDevice));
+            poke(device, value);
             b.download(&b);
             claim_value(name + " broken step: changed parameters", bits_differ(m.params, params[1], n), 0);
             b.step_begin(&b, &st);
@@ -1203,6 +1238,7 @@ template <typename X> void check_model(void) {
     check_training<X>(&cuda_shapes[5], RECOMPUTE_CHEAP);
     check_training<X>(&cuda_shapes[6], RECOMPUTE_ALL);
     check_training<X>(&cuda_shapes[6], RECOMPUTE_NONE, true);
+    check_busy<X>(&cuda_shapes[6]);
 }
 
 // Catches: a gradient written where it must be added, a buffer used by two layers at once, arguments of a
