@@ -750,8 +750,9 @@ bool document_starts(const Problem* p, size_t b, size_t t) {
     return p->doc[b * p->T + t] != (t ? p->doc[b * p->T + t - 1] : 0);
 }
 
-// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}). Inputs before t = 0 come from the tail;
-// none come from another document.
+// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}); `linear`: without silu. Inputs before
+// t = 0 come from the tail; none come from another document.
+bool conv_silu(const Problem* p) { return !strstr(p->shape, "linear"); }
 void conv_make(Problem* p) {
     add_input(p, "inp", PER_TOKEN, p->B * p->T, p->E, 3, -1, 1);
     add_input(p, "weight", SHARED, p->E, p->K, 0, -1, 1);
@@ -764,12 +765,12 @@ void conv_make(Problem* p) {
 }
 void conv_fwd(Problem* p) {
     causal_conv1d_forward(p->out[0].value, p->out[1].value, p->in[0].value, p->in[0].ld, p->in[3].value,
-                          p->in[1].value, p->in[2].value, p->doc, p->B, p->T, p->E, p->K);
+                          p->in[1].value, p->in[2].value, conv_silu(p), p->doc, p->B, p->T, p->E, p->K);
 }
 void conv_bwd(Problem* p) {
     causal_conv1d_backward(p->in[0].grad, p->in[0].ld, p->in[1].grad, p->in[2].grad, p->in[3].grad,
                            p->out[0].grad, p->out[1].grad, p->in[0].value, p->in[0].ld, p->in[3].value,
-                           p->in[1].value, p->in[2].value, p->doc, p->B, p->T, p->E, p->K);
+                           p->in[1].value, p->in[2].value, conv_silu(p), p->doc, p->B, p->T, p->E, p->K);
 }
 // the input j tokens before token t of sequence b, as token t sees it: 0 if it is of another document
 double conv_past(const Problem* p, double** in, size_t b, size_t t, size_t j, size_t e) {
@@ -784,7 +785,7 @@ void conv_formula(const Problem* p, double** in, double** out) {
                 double c = in[2] ? in[2][e] : 0;
                 for (size_t k = 0; k < p->K; k++)
                     c += in[1][e * p->K + k] * conv_past(p, in, b, t, p->K - 1 - k, e);
-                out[0][(b * p->T + t) * p->E + e] = c / (1 + exp(-c));
+                out[0][(b * p->T + t) * p->E + e] = conv_silu(p) ? c / (1 + exp(-c)) : c;
             }
             // oldest first: K-2-j tokens before the last one
             for (size_t j = 0; out[1] && j + 1 < p->K; j++)
@@ -803,7 +804,8 @@ void test_conv(void) {
         "B3 T7 E13 K3 bias final documents6", "B8 T2 E3 K4 state final documents0",
         "B8 T9 E5 K2 state final documents0", "B8 T7 E5 K1 bias state final documents0",
         "B8 T67 E70 K4 bias state final big documents0",
-        "B2 T5 E31 K4 bias state final" };       // one channel short of a tile
+        "B2 T5 E31 K4 bias state final",         // one channel short of a tile
+        "B3 T7 E5 K4 bias state final documents0 linear", "B1 T1 E33 K3 final linear" };
     check_layer(&conv_layer, shapes, COUNT_OF(shapes));
 }
 
@@ -3017,7 +3019,9 @@ void test_generate(void) {
     model_free(&m);
 }
 
-// What goes in and out: each file adds one case to the table below.
+// Each file adds one case to the table below: attention, then what goes in and out.
+// defines: test_attention
+#include "dev/test/test_attention.h"
 // defines: test_files
 #include "dev/test/test_files.h"
 // defines: test_data
@@ -3106,6 +3110,7 @@ const Case cases[] = {
     { "ssd recurrent", test_ssd_recurrent },
     { "ssd", test_ssd },
     { "gated rmsnorm", test_gated_rmsnorm },
+    { "attention", test_attention },
     { "crossentropy", test_crossentropy },
     { "split", test_split },
     { "packed", test_packed },

@@ -874,16 +874,16 @@ static inline const real* conv_row(const real* inp, size_t ldi, const real* tail
 
 enum { CONV_MAX_TAPS = 8 };
 
-// causal_conv1d_forward: each channel sees its own last K inputs, then SiLU.
-//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)
+// causal_conv1d_forward: each channel sees its own last K inputs; then, with `silu`, the activation.
+//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c), or c
 //   tap K-1 is the current token
 //   inp (B,T,E) with row stride ldi   weight (E,K)   bias (E) or NULL   doc (B,T) or NULL   out (B,T,E)
 //   tail0, tailT (B,K-1,E): the K-1 inputs before t = 0 and before t = T, oldest first; either may be NULL,
 //   they may be the same array; a tail holds only inputs of the last token's document, the rest is 0
 //   saved for backward: nothing, c is recomputed        Mamba paper, section 3.4
 void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0,
-                           const real* weight, const real* bias, const int* doc, size_t B, size_t T, size_t E,
-                           size_t K) {
+                           const real* weight, const real* bias, bool silu, const int* doc, size_t B,
+                           size_t T, size_t E, size_t K) {
     size_t tiles = (E + CHANNEL_TILE - 1) / CHANNEL_TILE;
     #pragma omp parallel for collapse(2) if (B * T * E * K > 8192)
     for (size_t b = 0; b < B; b++) {
@@ -902,6 +902,8 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
                     for (size_t e = 0; e < n; e++) c[e] += w[k][e] * row[e0 + e];
                 }
                 real* out_bt = out + (b * T + t) * E + e0;
+                memcpy(out_bt, c, n * sizeof(real));
+                if (!silu) continue;
                 #pragma omp simd
                 for (size_t e = 0; e < n; e++) out_bt[e] = silu_real(c[e]);
             }
@@ -916,7 +918,7 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
     }
 }
 
-// forward: out = silu(c)                        =>  dc = dout * silu'(c)
+// forward: out = silu(c), or c                  =>  dc = dout * silu'(c), or dout
 // forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t    dw_k += sum_t dc_t inp_{t-K+1+k}
 //                                                    dinp_s += sum_k w_k dc_{s+K-1-k}
 // forward: tailT = the last inputs              =>  the same rows of dinp (or dtail0) += dtailT
@@ -924,8 +926,8 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
 //   time.
 void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias, real* dtail0,
                             const real* dout, const real* dtailT, const real* inp, size_t ldi,
-                            const real* tail0, const real* weight, const real* bias, const int* doc, size_t B,
-                            size_t T, size_t E, size_t K) {
+                            const real* tail0, const real* weight, const real* bias, bool silu,
+                            const int* doc, size_t B, size_t T, size_t E, size_t K) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t e0 = 0; e0 < E; e0 += CHANNEL_TILE) {
         size_t n = min_size(CHANNEL_TILE, E - e0);
@@ -945,7 +947,8 @@ void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias,
                 }
                 const real* dout_bt = dout + (b * T + t) * E + e0;
                 #pragma omp simd
-                for (size_t e = 0; e < n; e++) dc[e] = dout_bt[e] * silu_grad_real(c[e]);
+                for (size_t e = 0; e < n; e++)
+                    dc[e] = silu ? dout_bt[e] * silu_grad_real(c[e]) : dout_bt[e];
                 for (size_t e = 0; e < n; e++) db[e] += dc[e];
                 for (size_t k = 0; k < K; k++) {
                     if (!rows[k]) continue;
@@ -1439,7 +1442,7 @@ void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real
 // so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
 // on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
 enum { SSD_MAX_CHUNK = 256 };       // the largest Q
-enum { SSD_CHUNK = 64 };            // the fastest one here; the result depends on Q by rounding only
+enum { SSD_CHUNK = 128 };           // the fastest one here; the result depends on Q by rounding only
 
 typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
 
@@ -1783,6 +1786,320 @@ void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, cons
     }
 }
 
+// Attention sees a document through one number per token: its position, the number of tokens of the same
+// document before it. A token sees the positions 0 .. its own. Position p of the document of token t is token
+// t - position[t] + p of the call or, where that is before the call, row p of the cache. So document ids and
+// the number of cached tokens occur in token_positions only.
+//
+// token_positions: position (B,T)   position0 (B) or NULL: tokens of document 0 before the call   doc as ever
+// Positions are whole numbers, which a float holds exactly up to 2^24.
+void token_positions(real* position, const real* position0, const int* doc, size_t B, size_t T) {
+    for (size_t b = 0; b < B; b++) {
+        real next = position0 ? position0[b] : 0;
+        for (size_t t = 0; t < T; t++) {
+            if (scan_resets(doc ? doc + b * T : NULL, t)) next = 0;
+            position[b * T + t] = next++;
+        }
+    }
+}
+
+enum { ATTENTION_MAX_HEAD = 256 };       // numbers per head, at most
+
+// rotate: pairs of numbers of every head turn by the angle direction * position * theta_i, in place.
+//   theta_i = base^(-2i/ro), i < ro/2: pairs (2i, 2i+1) when interleaved, else (i, i + ro/2); the rest stays
+// The angles are made in double: at position 131,072 a float would be off by 0.004.
+static void rotate(real* x, size_t ldx, const real* position, double direction, double base, bool interleaved,
+                   size_t M, size_t H, size_t dh, size_t ro) {
+    double theta[ATTENTION_MAX_HEAD / 2];
+    size_t half = ro / 2, step = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
+    for (size_t i = 0; i < half; i++) theta[i] = direction * pow(base, -2.0 * (double)i / (double)ro);
+    #pragma omp parallel for if (M * half > 256)
+    for (size_t m = 0; m < M; m++) {
+        real c[ATTENTION_MAX_HEAD / 2], s[ATTENTION_MAX_HEAD / 2];
+        for (size_t i = 0; i < half; i++) {
+            double angle = (double)position[m] * theta[i];
+            c[i] = (real)cos(angle);
+            s[i] = (real)sin(angle);
+        }
+        for (size_t h = 0; h < H; h++) {
+            real *a = x + m * ldx + h * dh, *b = a + partner;
+            for (size_t i = 0; i < half; i++) {
+                real a_i = a[i * step], b_i = b[i * step];
+                a[i * step] = a_i * c[i] - b_i * s[i];
+                b[i * step] = a_i * s[i] + b_i * c[i];
+            }
+        }
+    }
+}
+
+// rotary_forward: x (M,H,dh), row stride ldx, turned in place; <q_i, k_j> of turned vectors depends on i - j.
+//   saved for backward: nothing        Su et al., RoFormer (arXiv 2104.09864), section 3.2.2
+void rotary_forward(real* x, size_t ldx, const real* position, double base, bool interleaved, size_t M,
+                    size_t H, size_t dh, size_t ro) {
+    rotate(x, ldx, position, 1, base, interleaved, M, H, dh, ro);
+}
+
+// x' = R x  =>  dx = R^T dx', and the transpose of a rotation turns back. In place like the forward: dx' is
+// replaced, not added to.
+void rotary_backward(real* dx, size_t lddx, const real* position, double base, bool interleaved, size_t M,
+                     size_t H, size_t dh, size_t ro) {
+    rotate(dx, lddx, position, -1, base, interleaved, M, H, dh, ro);
+}
+
+// Attention works on tiles: the scores of ATTENTION_ROWS neighbouring tokens with ATTENTION_KEYS neighbouring
+// positions of their document. Tiles of keys start at multiples of ATTENTION_KEYS in the document, so a sum
+// is split in the same places wherever the document was cut into calls.
+enum { ATTENTION_ROWS = 64, ATTENTION_KEYS = 64 };
+
+// KeyValues: where the keys and values of one KV head of one sequence lie; see token_positions
+typedef struct {
+    const real *k, *v, *cache;           // of the call (T,dh), row stride ld; cache (capacity,2,..) or NULL
+    size_t ld, ld_cache, value;          // value: from a key in the cache to its value
+} KeyValues;
+
+static KeyValues key_values(const real* k, const real* v, size_t ldkv, const real* kv0, size_t capacity,
+                            size_t b, size_t g, size_t T, size_t Hkv, size_t dh) {
+    KeyValues x = {k + b * T * ldkv + g * dh, v + b * T * ldkv + g * dh,
+                   kv0 ? kv0 + b * capacity * 2 * Hkv * dh + g * dh : NULL, ldkv, 2 * Hkv * dh, Hkv * dh};
+    return x;
+}
+
+// kv_rows: n keys (or values) from position p on, rows at stride *ld. first: the token of position 0,
+// negative when that is in the cache. Only rows from both sides of the edge of the cache are copied.
+static const real* kv_rows(const KeyValues* x, bool values, ptrdiff_t first, size_t p, size_t n, size_t dh,
+                           real* copy, size_t* ld) {
+    const real *call = values ? x->v : x->k, *cache = x->cache;
+    ptrdiff_t t = first + (ptrdiff_t)p;
+    *ld = t >= 0 ? x->ld : x->ld_cache;
+    if (t >= 0) return call + (size_t)t * x->ld;
+    if (values) cache += x->value;
+    if (t + (ptrdiff_t)n <= 0) return cache + p * x->ld_cache;
+    for (size_t i = 0; i < n; i++, t++)
+        memcpy(copy + i * dh, t < 0 ? cache + (p + i) * x->ld_cache : call + (size_t)t * x->ld,
+               dh * sizeof(real));
+    *ld = dh;
+    return copy;
+}
+
+// same_document: how many of n tokens belong to the document of the first
+static size_t same_document(const real* position, size_t n) {
+    size_t i = 1;
+    while (i < n && position[i] == position[i - 1] + 1) i++;
+    return i;
+}
+
+// attention_scores: S(i,j) = scale <q_i, k_j>, j < keys; -infinity where row i does not see position p + j
+static void attention_scores(real* S, const real* q, size_t ldq, const real* k, size_t ldk,
+                             const real* position, size_t p, real scale, size_t rows, size_t keys,
+                             size_t dh) {
+    memset(S, 0, rows * ATTENTION_KEYS * sizeof(real));
+    matmul_block(S, ATTENTION_KEYS, q, ldq, 1, k, 1, ldk, rows, keys, dh);
+    for (size_t i = 0; i < rows; i++) {
+        real* S_i = S + i * ATTENTION_KEYS;
+        for (size_t j = 0; j < ATTENTION_KEYS; j++)
+            S_i[j] = p + j <= (size_t)position[i] ? scale * S_i[j] : (real)-INFINITY;
+    }
+}
+
+// attention_rows: `rows` tokens of one document and one head, tile of keys by tile of keys, with the running
+// maximum max_i of the scores and the running sum of exp(S_ij - max_i)
+//   position, q, out, lse: at the first of them   first: as in kv_rows
+static void attention_rows(real* out, size_t ldo, real* lse, const real* q, size_t ldq, const KeyValues* x,
+                           const real* position, ptrdiff_t first, real scale, size_t rows, size_t dh) {
+    real S[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
+    real copy[ATTENTION_KEYS * ATTENTION_MAX_HEAD], max[ATTENTION_ROWS], sum[ATTENTION_ROWS];
+    size_t ld, seen = (size_t)position[rows - 1] + 1;          // keys that the last row sees
+    for (size_t i = 0; i < rows; i++) {
+        max[i] = (real)-INFINITY;
+        sum[i] = 0;
+        memset(out + i * ldo, 0, dh * sizeof(real));
+    }
+    for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
+        size_t keys = min_size(ATTENTION_KEYS, seen - p);
+        const real* k = kv_rows(x, false, first, p, keys, dh, copy, &ld);
+        attention_scores(S, q, ldq, k, ld, position, p, scale, rows, keys, dh);
+        for (size_t i = 0; i < rows; i++) {
+            real *S_i = S + i * ATTENTION_KEYS, *out_i = out + i * ldo, top = max[i], tile_sum = 0;
+            #pragma omp simd reduction(max:top)
+            for (size_t j = 0; j < ATTENTION_KEYS; j++) top = S_i[j] > top ? S_i[j] : top;
+            #pragma omp simd reduction(+:tile_sum)
+            for (size_t j = 0; j < ATTENTION_KEYS; j++) {
+                S_i[j] = exp_real(S_i[j] - top);
+                tile_sum += S_i[j];
+            }
+            real shrink = exp_real(max[i] - top);              // what is there was made with the old maximum
+            for (size_t d = 0; d < dh; d++) out_i[d] *= shrink;
+            sum[i] = sum[i] * shrink + tile_sum;
+            max[i] = top;
+        }
+        const real* v = kv_rows(x, true, first, p, keys, dh, copy, &ld);
+        matmul_block(out, ldo, S, ATTENTION_KEYS, 1, v, ld, 1, rows, dh, keys);
+    }
+    for (size_t i = 0; i < rows; i++) {
+        for (size_t d = 0; d < dh; d++) out[i * ldo + d] /= sum[i];
+        lse[i] = max[i] + (real)log((double)sum[i]);
+    }
+}
+
+// attention_forward: causal softmax attention of grouped heads; query head h uses KV head g = h Hkv / Hq.
+//   P_ij = softmax_j(scale <q_i, k_j>) over the tokens j <= i of i's document       out_i = sum_j P_ij v_j
+//   q, out (B,T,Hq,dh), row strides ldq, ldo   k, v (B,T,Hkv,dh), row stride ldkv   position: token_positions
+//   kv0 (B,capacity,2,Hkv,dh): keys and values of the positions before the call; NULL when there are none
+//   saved for backward: lse (B,Hq,T), the logarithm of the sum of exp(scores): P needs no T x T matrix
+//   Vaswani et al. (1706.03762), section 3.2; groups: Ainslie et al. (2305.13245); running maximum:
+//   Milakov and Gimelshein (1805.02867); tiles: Dao et al., FlashAttention (2205.14135)
+void attention_forward(real* out, size_t ldo, real* lse, const real* q, size_t ldq, const real* k,
+                       const real* v, size_t ldkv, const real* kv0, size_t capacity, const real* position,
+                       real scale, size_t B, size_t T, size_t Hq, size_t Hkv, size_t dh) {
+    size_t tiles = (T + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
+    #pragma omp parallel for collapse(3) schedule(dynamic) if (B * Hq * T * (T + (kv0 ? capacity : 0)) > 1024)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < Hq; h++) {
+            for (size_t tile = 0; tile < tiles; tile++) {
+                KeyValues x = key_values(k, v, ldkv, kv0, capacity, b, h * Hkv / Hq, T, Hkv, dh);
+                size_t end = min_size((tile + 1) * ATTENTION_ROWS, T);
+                for (size_t t = tile * ATTENTION_ROWS, rows; t < end; t += rows) {
+                    size_t row = b * T + t;
+                    rows = same_document(position + row, end - t);
+                    attention_rows(out + row * ldo + h * dh, ldo, lse + (b * Hq + h) * T + t,
+                                   q + row * ldq + h * dh, ldq, &x, position + row,
+                                   (ptrdiff_t)t - (ptrdiff_t)position[row], scale, rows, dh);
+                }
+            }
+        }
+    }
+}
+
+// attention_tile_backward: one tile of rows and one of keys of a head. P is made again from lse.
+//   forward  out_i = sum_j P_ij v_j     =>  dv_j += sum_i P_ij dout_i           dP_ij = <dout_i, v_j>
+//   forward  P_i = softmax(S_i)         =>  dS_ij = P_ij (dP_ij - delta_i)
+//                                           delta_i = sum_j P_ij dP_ij = <dout_i, out_i>
+//   forward  S_ij = scale <q_i, k_j>    =>  dq_i += scale sum_j dS_ij k_j       dk_j += scale sum_i dS_ij q_i
+//   pointers at the first row; k, v, dk, dv (keys,dh) at position p, dk and dv contiguous
+static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, const real* dout,
+                                    const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
+                                    const real* k, size_t ldk, const real* v, size_t ldv,
+                                    const real* position, size_t p, real scale, size_t rows, size_t keys,
+                                    size_t dh) {
+    real P[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
+    real dS[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64))) = {0};
+    attention_scores(P, q, ldq, k, ldk, position, p, scale, rows, keys, dh);
+    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldv, rows, keys, dh);         // dP
+    for (size_t i = 0; i < rows; i++) {
+        real *P_i = P + i * ATTENTION_KEYS, *dS_i = dS + i * ATTENTION_KEYS, delta = 0;
+        #pragma omp simd reduction(+:delta)
+        for (size_t d = 0; d < dh; d++) delta += dout[i * ldo + d] * out[i * ldo + d];
+        #pragma omp simd
+        for (size_t j = 0; j < ATTENTION_KEYS; j++) {
+            P_i[j] = exp_real(P_i[j] - lse[i]);
+            dS_i[j] = scale * P_i[j] * (dS_i[j] - delta);
+        }
+    }
+    matmul_block(dv, dh, P, 1, ATTENTION_KEYS, dout, ldo, 1, keys, dh, rows);
+    matmul_block(dk, dh, dS, 1, ATTENTION_KEYS, q, ldq, 1, keys, dh, rows);
+    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldk, 1, rows, dh, keys);
+}
+
+// attention_backward: tile of keys by tile of keys; each collects the gradients of its keys and values from
+// the query heads that share them, one after the other, and their rows, then adds them where they belong.
+//   dq (B,T,Hq,dh), row stride lddq   dk, dv (B,T,Hkv,dh), row stride lddkv   dkv0: of kv0, or NULL
+//   dout like out, row stride ldo; the rest as in the forward. Every gradient is added to what is there.
+void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv, real* dkv0, const real* dout,
+                        const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
+                        const real* k, const real* v, size_t ldkv, const real* kv0, size_t capacity,
+                        const real* position, real scale, size_t B, size_t T, size_t Hq, size_t Hkv,
+                        size_t dh) {
+    #pragma omp parallel for collapse(2) schedule(dynamic) if (B * Hq * T * T > 1024)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t g = 0; g < Hkv; g++) {
+            KeyValues x = key_values(k, v, ldkv, kv0, capacity, b, g, T, Hkv, dh);
+            const real* position_b = position + b * T;
+            real k_copy[ATTENTION_KEYS * ATTENTION_MAX_HEAD], v_copy[ATTENTION_KEYS * ATTENTION_MAX_HEAD];
+            real dk_p[ATTENTION_KEYS * ATTENTION_MAX_HEAD], dv_p[ATTENTION_KEYS * ATTENTION_MAX_HEAD];
+            for (size_t start = 0, end; start < T; start = end) {                      // documents
+                end = start + same_document(position_b + start, T - start);
+                ptrdiff_t first = (ptrdiff_t)start - (ptrdiff_t)position_b[start];
+                size_t seen = (size_t)position_b[end - 1] + 1, ldk, ldv;
+                for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
+                    size_t keys = min_size(ATTENTION_KEYS, seen - p);
+                    ptrdiff_t key = first + (ptrdiff_t)p;            // the token of position p
+                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ldk);
+                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ldv);
+                    memset(dk_p, 0, keys * dh * sizeof(real));
+                    memset(dv_p, 0, keys * dh * sizeof(real));
+                    for (size_t h = g * Hq / Hkv; h < (g + 1) * Hq / Hkv; h++) {
+                        size_t t = key > (ptrdiff_t)start ? (size_t)key : start;
+                        for (; t < end; t += ATTENTION_ROWS) {
+                            size_t row = b * T + t;
+                            attention_tile_backward(dq + row * lddq + h * dh, lddq, dk_p, dv_p,
+                                                    dout + row * ldo + h * dh, out + row * ldo + h * dh, ldo,
+                                                    lse + (b * Hq + h) * T + t, q + row * ldq + h * dh, ldq,
+                                                    k_p, ldk, v_p, ldv, position + row, p, scale,
+                                                    min_size(ATTENTION_ROWS, end - t), keys, dh);
+                        }
+                    }
+                    for (size_t j = 0; j < keys; j++, key++) {
+                        size_t in_call = (b * T + (size_t)key) * lddkv + g * dh;
+                        size_t in_cache = ((b * capacity + p + j) * 2 * Hkv + g) * dh;
+                        real *dk_j = key >= 0 ? dk + in_call : dkv0 ? dkv0 + in_cache : NULL;
+                        real *dv_j = key >= 0 ? dv + in_call : dkv0 ? dkv0 + in_cache + Hkv * dh : NULL;
+                        for (size_t d = 0; dk_j && d < dh; d++) {
+                            dk_j[d] += dk_p[j * dh + d];
+                            dv_j[d] += dv_p[j * dh + d];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// kv_kept: after the call the cache holds the document of the last token: how many of its tokens were there
+// before; *length: how many there are in all
+static size_t kv_kept(const real* position_b, size_t T, size_t* length) {
+    *length = (size_t)position_b[T - 1] + 1;
+    return *length > T ? *length - T : 0;
+}
+
+// kv_append_forward: the cache and the number of tokens in it after the call. Behind them nothing is written.
+//   kvT may be kv0, and then only the new rows are written; positionT (B)
+void kv_append_forward(real* kvT, real* positionT, const real* kv0, const real* k, const real* v, size_t ldkv,
+                       const real* position, size_t capacity, size_t B, size_t T, size_t Hkv, size_t dh) {
+    size_t width = Hkv * dh;
+    for (size_t b = 0; b < B; b++) {
+        size_t length, kept = kv_kept(position + b * T, T, &length);
+        if (length > capacity)
+            die("attention: %zu tokens do not fit into a cache of %zu; raise --context", length, capacity);
+        real* kvT_b = kvT + b * capacity * 2 * width;
+        if (kvT != kv0 && kept)
+            memcpy(kvT_b, kv0 + b * capacity * 2 * width, kept * 2 * width * sizeof(real));
+        #pragma omp parallel for if (T > 64)
+        for (size_t p = kept; p < length; p++) {
+            size_t row = b * T + T - length + p;
+            memcpy(kvT_b + p * 2 * width, k + row * ldkv, width * sizeof(real));
+            memcpy(kvT_b + p * 2 * width + width, v + row * ldkv, width * sizeof(real));
+        }
+        positionT[b] = (real)length;
+    }
+}
+
+// a row of kvT is a row of kv0 or of the call  =>  its gradient is added there; dkv0 may be NULL
+void kv_append_backward(real* dk, real* dv, size_t lddkv, real* dkv0, const real* dkvT, const real* position,
+                        size_t capacity, size_t B, size_t T, size_t Hkv, size_t dh) {
+    size_t width = Hkv * dh;
+    for (size_t b = 0; b < B; b++) {
+        size_t length, kept = kv_kept(position + b * T, T, &length), cache = b * capacity * 2 * width;
+        for (size_t i = 0; dkv0 && i < kept * 2 * width; i++) dkv0[cache + i] += dkvT[cache + i];
+        for (size_t p = kept; p < length; p++) {
+            size_t row = b * T + T - length + p;
+            for (size_t i = 0; i < width; i++) {
+                dk[row * lddkv + i] += dkvT[cache + p * 2 * width + i];
+                dv[row * lddkv + i] += dkvT[cache + p * 2 * width + width + i];
+            }
+        }
+    }
+}
+
 // crossentropy: the loss of each position and, unless dlogits is NULL, the gradient of scale * sum(losses).
 //   losses[m] = logsumexp_v(logits[m,v]) - logits[m,target]
 //   dlogits = scale * (softmax(logits) - onehot(target))
@@ -1999,8 +2316,8 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
     // (F1) to (F4)
     matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
-    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
-                          E, K);
+    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
+                          B, T, E, K);
     matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
     matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
@@ -2033,8 +2350,8 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     real* dy = w->ddt;         // the gradient of y is consumed before ddt is needed
     if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
         rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
-        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
-                              E, K);
+        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
+                              B, T, E, K);
         matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
         softplus_forward(a->dt, a->dt, M * E);
     }
@@ -2063,7 +2380,7 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     matmul_backward(dx, E, dp->x_proj, NULL, drbc, RBC, a->x, E, p->x_proj, M, E, RBC);
     // (F2) x = silu(conv(x)), (F1) [x; z] = W_in u, u = RMSNorm(res_in)
     causal_conv1d_backward(dxz, 2 * E, dp->conv1d, dp->conv1d_bias, ds0->conv, dx, dsT->conv, a->xz, 2 * E,
-                           s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
+                           s0->conv, p->conv1d, p->conv1d_bias, true, run->doc, B, T, E, K);
     matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, dxz, 2 * E, a->u, D, p->in_proj, M, D, 2 * E);
     rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
 }
