@@ -2676,78 +2676,7 @@ void mamba2_block_backward(const Run* run, real* dres, const real* res_in, real*
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.3 Gated MLP
-
-typedef struct { real *norm, *fc1, *fc2; } MlpParams;
-
-static const TensorSpec mlp_params[] = {
-    {"norm2.weight", {DIM_D}, INIT_ONE, 0},
-    {"mlp.fc1.weight",
-     {DIM_2F, DIM_D},
-     INIT_LINEAR,
-     DECAY},    // rows 0..F-1 make up, rows F..2F-1 make the gate
-    {"mlp.fc2.weight", {DIM_D, DIM_F}, INIT_RESIDUAL, DECAY},
-};
-
-typedef struct { real *rstd, *u, *h; } MlpActs;
-
-static const TensorSpec mlp_acts[] = {
-    {"rstd", {DIM_1}, 0, 0},
-    {"u",    {DIM_D}, 0, CHEAP},
-    {"h",    {DIM_2F}, 0, 0},          // up, gate
-};
-
-typedef struct { real *m, *out, *du, *dh, *dm; } MlpScratch;
-
-static const TensorSpec mlp_scratch[] = {
-    {"m",   {DIM_F}, 0, 0},
-    {"out", {DIM_D}, 0, 0},
-    {"du",  {DIM_D}, 0, BACKWARD_ONLY},
-    {"dh",  {DIM_2F}, 0, BACKWARD_ONLY},
-    {"dm",  {DIM_F}, 0, BACKWARD_ONLY},
-};
-
-// mlp_block_forward: res_out = res_in + W_2 (up * silu(gate)),  [up; gate] = W_1 RMSNorm(res_in).
-// Shazeer (arXiv 2002.05202)
-void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
-                       real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
-    const MlpParams* p = (const MlpParams*)params;
-    const MlpActs* a = (const MlpActs*)acts;
-    const MlpScratch* w = (const MlpScratch*)scratch;
-    (void)state0; (void)stateT;
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
-    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
-    linear_forward(&run->half, a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
-    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    linear_forward(&run->half, w->out, D, w->m, F, p->fc2, NULL, M, F, D);
-    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
-}
-
-void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
-                        real* const* params, real* const* acts, real* const* scratch, real* const* state0,
-                        real* const* dstate0, real* const* dstateT) {
-    const MlpParams *p = (const MlpParams*)params, *dp = (const MlpParams*)dparams;
-    const MlpActs* a = (const MlpActs*)acts;
-    const MlpScratch* w = (const MlpScratch*)scratch;
-    (void)state0; (void)dstate0; (void)dstateT;
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
-    if (run->recompute == RECOMPUTE_CHEAP)
-        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
-    zero_real(w->dm, M * F);
-    zero_real(w->dh, M * 2 * F);
-    zero_real(w->du, M * D);
-    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
-    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    // out = W_2 m, m = up silu(gate)
-    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
-    gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    // [up; gate] = W_1 u, u = RMSNorm(res_in)
-    matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
-    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
-}
-
-// ------------------------------------------------------------------------------------------------
-// 5.4 Attention
+// 5.3 Attention
 
 typedef struct {
     real *norm;                        // (D)
@@ -2905,6 +2834,77 @@ void attention_block_backward(const Run* run, real* dres, const real* res_in, re
                                s.qkv, s.K);
     else copy_columns(w->din, s.in, w->dqkv, s.qkv, M, s.qkv);
     matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, w->din, s.in, a->u, D, p->in_proj, M, D, s.in);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5.4 Gated MLP
+
+typedef struct { real *norm, *fc1, *fc2; } MlpParams;
+
+static const TensorSpec mlp_params[] = {
+    {"norm2.weight", {DIM_D}, INIT_ONE, 0},
+    {"mlp.fc1.weight",
+     {DIM_2F, DIM_D},
+     INIT_LINEAR,
+     DECAY},    // rows 0..F-1 make up, rows F..2F-1 make the gate
+    {"mlp.fc2.weight", {DIM_D, DIM_F}, INIT_RESIDUAL, DECAY},
+};
+
+typedef struct { real *rstd, *u, *h; } MlpActs;
+
+static const TensorSpec mlp_acts[] = {
+    {"rstd", {DIM_1}, 0, 0},
+    {"u",    {DIM_D}, 0, CHEAP},
+    {"h",    {DIM_2F}, 0, 0},          // up, gate
+};
+
+typedef struct { real *m, *out, *du, *dh, *dm; } MlpScratch;
+
+static const TensorSpec mlp_scratch[] = {
+    {"m",   {DIM_F}, 0, 0},
+    {"out", {DIM_D}, 0, 0},
+    {"du",  {DIM_D}, 0, BACKWARD_ONLY},
+    {"dh",  {DIM_2F}, 0, BACKWARD_ONLY},
+    {"dm",  {DIM_F}, 0, BACKWARD_ONLY},
+};
+
+// mlp_block_forward: res_out = res_in + W_2 (up * silu(gate)),  [up; gate] = W_1 RMSNorm(res_in).
+// Shazeer (arXiv 2002.05202)
+void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                       real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
+    const MlpParams* p = (const MlpParams*)params;
+    const MlpActs* a = (const MlpActs*)acts;
+    const MlpScratch* w = (const MlpScratch*)scratch;
+    (void)state0; (void)stateT;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
+    linear_forward(&run->half, a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
+    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    linear_forward(&run->half, w->out, D, w->m, F, p->fc2, NULL, M, F, D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
+}
+
+void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                        real* const* params, real* const* acts, real* const* scratch, real* const* state0,
+                        real* const* dstate0, real* const* dstateT) {
+    const MlpParams *p = (const MlpParams*)params, *dp = (const MlpParams*)dparams;
+    const MlpActs* a = (const MlpActs*)acts;
+    const MlpScratch* w = (const MlpScratch*)scratch;
+    (void)state0; (void)dstate0; (void)dstateT;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    if (run->recompute == RECOMPUTE_CHEAP)
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
+    zero_real(w->dm, M * F);
+    zero_real(w->dh, M * 2 * F);
+    zero_real(w->du, M * D);
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
+    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    // out = W_2 m, m = up silu(gate)
+    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
+    gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    // [up; gate] = W_1 u, u = RMSNorm(res_in)
+    matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
     rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
 }
 
