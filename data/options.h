@@ -32,7 +32,7 @@ typedef struct {
     bool resume;
     // generation
     const char *prompt, *prompt_file, *prompts, *stop, *save_state, *load_state;
-    int64_t num_samples, max_tokens, top_k, chunk;
+    int64_t num_samples, max_tokens, top_k, chunk, context;
     double temperature, top_p, min_p, repetition_penalty;
     bool raw, interactive;
     // evaluation
@@ -201,6 +201,8 @@ static const Option options[] = {
      "weakens tokens already in the text; 1: off"},
     {"chunk", 'i', OPT(chunk), WORD_GENERATE, "256", 1, 1e6, NULL,
      "tokens of the prompt per pass; the result does not depend on it"},
+    {"context", 'i', OPT(context), WORD_GENERATE, "4096", 1, MAX_CONTEXT, NULL,
+     "with --interactive: tokens of the conversation that attention layers can keep; otherwise counted"},
     {"save-state", 's', OPT(save_state), WORD_GENERATE, "", 0, 0, NULL,
      "write the recurrent state after the prompt to a file"},
     {"load-state", 's', OPT(load_state), WORD_GENERATE, "", 0, 0, NULL,
