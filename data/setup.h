@@ -266,8 +266,8 @@ static double mib(double bytes) { return bytes / 1048576.0; }
 //   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
 //            head (of a tied embedding the head alone; looking up a row computes nothing)
 //   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and
-//   add C h), 18 backward (the forward's again, and 11 for the gradients). Mamba-2: 12 per state (x B and C H,
-//   three times) and, within chunks of Q tokens of which half are seen, 3 Q per channel and per B and C
+//   add C h), 18 backward (the forward's again, and 11 for the gradients). Mamba-2: 12 per state (x B and
+//   C H, three times) and, within chunks of Q tokens of which half are seen, 3 Q per channel and number of B
 // The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
 // figure 6 N per token that others quote counts every parameter N, the embedding too.
 typedef struct { double matmul, scan; } Flop;
