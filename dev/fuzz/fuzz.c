@@ -235,8 +235,7 @@ static void fuzz_config(const unsigned char* data, size_t n) {
     must(config_read(&again, directory, &err));
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField* f = config_fields + i;
-        size_t size = f->kind == CONFIG_BOOL ? sizeof(bool) : 8;
-        must(memcmp((char*)&c + f->offset, (char*)&again + f->offset, size) == 0);
+        must(memcmp((char*)&c + f->offset, (char*)&again + f->offset, config_field_size(f)) == 0);
     }
     must(strcmp(c.pattern, again.pattern) == 0 && c.vocab_size == again.vocab_size &&
          c.vocab_padded == again.vocab_padded && c.eos_token == again.eos_token);

@@ -718,7 +718,7 @@ static const CliRow model_lines[] = {
     {"convert --from run --out fresh --dtype f8", NULL, 1, "expects one of: f32 f16 bf16"},
     {"convert --from run --out a.txt/x", NULL, 1, "cannot create"},
     {"convert --from hf --steps 5 --out fresh", NULL, 1, "not of 'convert'"},
-    {"info --from d_mamba2", NULL, 1, "Mamba-2 is not supported yet"},
+    {"info --from d_mamba2", NULL, 1, "backbone.layers.0.mixer.dt_bias"},
     {"generate --from d_half", NULL, 1, "2 of the 2 files it names are missing"},
     {"info --from d_config", NULL, 1, "holds neither a model"},
 };
@@ -787,7 +787,8 @@ static void test_fine_tuning(void) {
     cli_shell("mkdir d_mamba2 d_half d_config && cp hf/model.safetensors d_mamba2 && "
               "cp hf/config.json d_config && cp hf/config.json d_half", "", "");
     snprintf(path, sizeof path, "%s",
-             "{\"d_model\": 8, \"n_layer\": 1, \"vocab_size\": 9, \"ssm_cfg\": {\"layer\": \"Mamba2\"}}");
+             "{\"d_model\": 8, \"n_layer\": 1, \"vocab_size\": 9, \"ssm_cfg\": {\"layer\": \"Mamba2\", "
+             "\"headdim\": 4}}");
     cli_write("d_mamba2/config.json", path, strlen(path), "wb");
     write_index(scratch("d_half"), "{\"weight_map\": {\"a\": \"1.safetensors\", \"b\": \"2.safetensors\"}}");
     cli_rows("published models: lines", model_lines, COUNT_OF(model_lines));
