@@ -862,6 +862,12 @@ void residual_forward(real* out, const real* a, const real* b, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
+// copy_columns: n numbers of each of M rows, from row stride lds to row stride ldd
+void copy_columns(real* dst, size_t ldd, const real* src, size_t lds, size_t M, size_t n) {
+    #pragma omp parallel for if (M * n > 16384)
+    for (size_t m = 0; m < M; m++) memcpy(dst + m * ldd, src + m * lds, n * sizeof(real));
+}
+
 // conv_row: the input row that a tap reads at time s for an output of document `id`, or NULL when the tap
 // sees nothing: before the start without a tail, or across a document boundary. The tail belongs to document
 // 0.
@@ -1278,6 +1284,514 @@ void gate_backward(real* dy, size_t lddy, real* dz, size_t lddz, const real* dou
     }
 }
 
+// dt_softplus_forward: the step size of Mamba-2, one number per token and head.
+//   (S2) dt = clip(softplus(dt_raw + dt_bias), lo, hi)        lo = 0, hi = infinity: no limit
+//   dt_raw (M,H), row stride ldr (columns of the input projection)   dt_bias (H)   dt (M,H), M = B*T
+//   saved for backward: nothing, softplus is made again        Mamba-2 code, argument dt_limit
+void dt_softplus_forward(real* dt, const real* dt_raw, size_t ldr, const real* dt_bias, real lo, real hi,
+                         size_t M, size_t H) {
+    #pragma omp parallel for if (M * H > 4096)
+    for (size_t m = 0; m < M; m++) {
+        #pragma omp simd
+        for (size_t h = 0; h < H; h++) {
+            real s = softplus_real(dt_raw[m * ldr + h] + dt_bias[h]);
+            s = s < lo ? lo : s;
+            dt[m * H + h] = s > hi ? hi : s;
+        }
+    }
+}
+
+// s = softplus(p), p = dt_raw + dt_bias  =>  ddt_raw += ddt (1 - exp(-s)), nothing where s was clipped
+//                                            ddt_bias += sum_m of the same
+void dt_softplus_backward(real* ddt_raw, size_t lddr, real* ddt_bias, const real* ddt, const real* dt_raw,
+                          size_t ldr, const real* dt_bias, real lo, real hi, size_t M, size_t H) {
+    #pragma omp parallel for
+    for (size_t h0 = 0; h0 < H; h0 += CHANNEL_TILE) {
+        size_t n = min_size(CHANNEL_TILE, H - h0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *raw = dt_raw + m * ldr + h0, *bias = dt_bias + h0, *ddt_m = ddt + m * H + h0;
+            real* draw = ddt_raw + m * lddr + h0;
+            #pragma omp simd
+            for (size_t h = 0; h < n; h++) {
+                real s = softplus_real(raw[h] + bias[h]);
+                real dp = s < lo || s > hi ? 0 : -ddt_m[h] * expm1_neg_real(-s);
+                draw[h] += dp;
+                sum[h] += dp;
+            }
+        }
+        for (size_t h = 0; h < n; h++) ddt_bias[h0 + h] += sum[h];
+    }
+}
+
+// ssd_rate: A = -exp(A_log) of a head, finite (see SCAN_MAX_DECAY)
+static inline real ssd_rate(real A_log) {
+    real rate = exp_real(A_log);
+    return -(rate > SCAN_MAX_DECAY ? SCAN_MAX_DECAY : rate);
+}
+
+// ssd_decay: (S3) a_t = exp(dt_t A); 0 where a document begins, which hides from it all that was before
+static inline real ssd_decay(real A, real dt, const int* doc_b, size_t t) {
+    return scan_resets(doc_b, t) ? 0 : exp_real(dt * A);
+}
+
+enum { SSD_MAX_STATES = 256 };      // config_check's limit of N
+
+// ssd_recurrent_forward: the recurrence of Mamba-2 (SSD: state space duality). A head has P channels, each
+// with a state of length N; all of them decay by one number. The heads of a group share Bt and Ct.
+//   (S3) a_t = exp(dt_t A),  A = -exp(A_log)     one number per token and head; 0 where a document begins
+//   (S4) H_t = a_t H_{t-1} + dt_t x_t Bt_t^T     (P,N) per head
+//        y_t = H_t Ct_t + Dskip x_t
+//   x (B,T,H,P), row stride ldx   dt (B,T,H)   A_log (H)   Bt, Ct (B,T,G,N), row stride ldbc; head h is of
+//   group h G / H   Dskip (H), or (H,P) with D_has_hdim   y (B,T,H,P)
+//   h0, hT (B,H,P,N), each may be NULL, may be one array   doc (B,T) or NULL: ids; h0 is of document 0
+// It is what generation runs, and what the chunked form (ssd_forward) is proven against.
+//   Mamba-2 paper (arXiv 2405.21060), section 3.1
+void ssd_recurrent_forward(real* y, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                           const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                           const real* h0, const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G,
+                           size_t N) {
+    #pragma omp parallel for collapse(2) if (B * T * H * P * N > 8192)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < H; h++) {
+            const int* doc_b = doc ? doc + b * T : NULL;
+            size_t group = h * G / H * N;
+            real A = ssd_rate(A_log[h]), state[SSD_MAX_STATES];
+            for (size_t p = 0; p < P; p++) {            // the rows of H_t do not see each other
+                size_t row = ((b * H + h) * P + p) * N;
+                real D_p = Dskip[D_has_hdim ? h * P + p : h];
+                for (size_t n = 0; n < N; n++) state[n] = h0 ? h0[row + n] : 0;
+                for (size_t t = b * T; t < b * T + T; t++) {
+                    const real *B_t = Bt + t * ldbc + group, *C_t = Ct + t * ldbc + group;
+                    real x_t = x[t * ldx + h * P + p], dtx = dt[t * H + h] * x_t, sum = 0;
+                    real a = ssd_decay(A, dt[t * H + h], doc_b, t - b * T);
+                    #pragma omp simd reduction(+:sum)
+                    for (size_t n = 0; n < N; n++) {
+                        state[n] = a * state[n] + dtx * B_t[n];
+                        sum += C_t[n] * state[n];
+                    }
+                    y[(t * H + h) * P + p] = sum + D_p * x_t;
+                }
+                for (size_t n = 0; hT && n < N; n++) hT[row + n] = state[n];
+            }
+        }
+    }
+}
+
+// ssd_recurrent_backward: with lambda_t = dLoss/dH_t, from the last token to the first, row by row of H
+//   forward y_t = H_t C_t + D x_t        lambda_t = dy_t C_t^T + a_{t+1} lambda_{t+1}, the last is dhT
+//                                        dC_t += H_t^T dy_t     dx_t += D dy_t     dD += dy_t x_t
+//   forward H_t = a_t H_{t-1} + dt x B   dx_t += dt lambda_t B_t     dB_t += dt lambda_t^T x_t
+//                                        ddt_t += x_t^T lambda_t B_t     dh0 += a_0 lambda_0
+//   forward a_t = exp(dt_t A)            dalpha = a_t <lambda_t, H_{t-1}>, alpha = dt_t A
+//                                        ddt_t += A dalpha     dA_log += A dt_t dalpha
+//   shapes as in forward; dy (B,T,H,P)   dx, dBt, dCt with row strides lddx, lddbc   dh0, dhT may be NULL
+void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt,
+                            size_t lddbc, real* dDskip, real* dh0, const real* dy, const real* dhT,
+                            const real* x, size_t ldx, const real* dt, const real* A_log, const real* Bt,
+                            const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim, const real* h0,
+                            const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t g = 0; g < G; g++) {                    // no two groups add to one sum
+        real* states = (real*)xcalloc((T + 1) * N, sizeof(real));      // H_{t-1}[p,:] at t*N
+        for (size_t row = 0; row < B * H * P; row++) {
+            size_t b = row / (H * P), h = row / P % H, p = row % P;
+            if (h * G / H != g) continue;
+            const int* doc_b = doc ? doc + b * T : NULL;
+            real A = ssd_rate(A_log[h]), lambda[SSD_MAX_STATES], dA = 0, dD = 0;
+            size_t skip = D_has_hdim ? h * P + p : h;
+            for (size_t n = 0; n < N; n++) states[n] = h0 ? h0[row * N + n] : 0;
+            for (size_t n = 0; n < N; n++) lambda[n] = dhT ? dhT[row * N + n] : 0;
+            for (size_t t = 0; t < T; t++) {
+                size_t i = b * T + t;
+                real a = ssd_decay(A, dt[i * H + h], doc_b, t), dtx = dt[i * H + h] * x[i * ldx + h * P + p];
+                for (size_t n = 0; n < N; n++)
+                    states[(t + 1) * N + n] = a * states[t * N + n] + dtx * Bt[i * ldbc + g * N + n];
+            }
+            for (size_t t = T; t-- > 0;) {
+                size_t i = b * T + t;
+                const real *B_t = Bt + i * ldbc + g * N, *C_t = Ct + i * ldbc + g * N, *H_t = states + t * N;
+                real *dB_t = dBt + i * lddbc + g * N, *dC_t = dCt + i * lddbc + g * N;
+                real x_t = x[i * ldx + h * P + p], dt_t = dt[i * H + h], dy_t = dy[(i * H + h) * P + p];
+                real a = ssd_decay(A, dt_t, doc_b, t), lambda_B = 0, lambda_H = 0;
+                #pragma omp simd reduction(+:lambda_B, lambda_H)
+                for (size_t n = 0; n < N; n++) {
+                    real l = dy_t * C_t[n] + lambda[n];
+                    dC_t[n] += dy_t * H_t[N + n];
+                    dB_t[n] += dt_t * x_t * l;
+                    lambda_B += l * B_t[n];
+                    lambda_H += l * H_t[n];
+                    lambda[n] = a * l;
+                }
+                dx[i * lddx + h * P + p] += dt_t * lambda_B + Dskip[skip] * dy_t;
+                ddt[i * H + h] += x_t * lambda_B + A * (a * lambda_H);
+                dA += dt_t * (a * lambda_H);
+                dD += dy_t * x_t;
+            }
+            dA_log[h] += A * dA;
+            dDskip[skip] += dD;
+            for (size_t n = 0; dh0 && n < N; n++) dh0[row * N + n] += lambda[n];
+        }
+        free(states);
+    }
+}
+
+// The chunked form of SSD, with which training and prefill run: Q tokens at a time, all inner loops are small
+// matrix products. With i and j counting the q <= Q tokens of chunk c, H_c (P,N) the state it starts from,
+//   L_ij = a_{j+1} .. a_i  for j <= i, else 0       how much of token j's input is left at token i
+//   in_i = a_0 .. a_i,  out_j = a_{j+1} .. a_{q-1}  the same from the entering state, and to the chunk's end
+//   M_ij = (C_i . B_j) L_ij dt_j                    attention whose softmax is a mask of decays
+// the recurrence is, without a loop over tokens,
+//   y_i = sum_{j<=i} M_ij x_j + in_i H_c C_i + D x_i      H_{c+1} = in_{q-1} H_c + sum_j out_j dt_j x_j B_j^T
+// L, in and out are products of factors between 0 and 1, made one factor at a time: exact to rounding, where
+// the exponential of a difference of cumulative sums loses digits to their size. A document's first a is 0,
+// so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
+// on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
+enum { SSD_MAX_CHUNK = 256 };       // the largest Q
+enum { SSD_CHUNK = 128 };           // the fastest one on a CPU; the result depends on Q by rounding only
+
+typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
+
+// ssd_times: NaN passes
+static inline real ssd_times(real a, real b) { return a * b < (real)1e-30 ? 0 : a * b; }
+
+// ssd_load_decay: the numbers of one head for q tokens, from token t0 of a sequence on; dt points there
+static void ssd_load_decay(SsdDecay* d, const real* dt, size_t H, real A, const int* doc_b, size_t t0,
+                           size_t q) {
+    for (size_t i = 0; i < q; i++) {
+        d->dt[i] = dt[i * H];
+        d->a[i] = ssd_decay(A, d->dt[i], doc_b, t0 + i);
+        d->in[i] = i ? ssd_times(d->in[i - 1], d->a[i]) : d->a[0];
+    }
+    for (size_t j = q; j-- > 0;) d->out[j] = j + 1 < q ? ssd_times(d->out[j + 1], d->a[j + 1]) : 1;
+}
+
+// ssd_load_mask: L (q,q)
+static void ssd_load_mask(real* L, const real* a, size_t q) {
+    memset(L, 0, q * q * sizeof(real));
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j < i; j++) L[i * q + j] = ssd_times(a[i], L[(i - 1) * q + j]);
+        L[i * q + i] = 1;
+    }
+}
+
+// ssd_scale_rows: out[i,:] = scale[i] dt[i] x[i,:], dt NULL: 1.   x (q,P), row stride ldx   out (q,P)
+static void ssd_scale_rows(real* out, const real* scale, const real* dt, const real* x, size_t ldx, size_t q,
+                           size_t P) {
+    for (size_t i = 0; i < q; i++) {
+        real s = dt ? scale[i] * dt[i] : scale[i];
+        for (size_t p = 0; p < P; p++) out[i * P + p] = s * x[i * ldx + p];
+    }
+}
+
+// matmul_one: matmul_add by the calling thread alone; `fill`: C starts at 0
+static void matmul_one(real* C, size_t ldc, bool fill, const real* A, size_t ai, size_t al, const real* B,
+                       size_t bl, size_t bj, size_t M, size_t N, size_t L) {
+    for (size_t i = 0; fill && i < M; i++) memset(C + i * ldc, 0, N * sizeof(real));
+    for (size_t i = 0; i < M; i += BLOCK_ROWS)
+        matmul_block(C + i * ldc, ldc, A + i * ai, ai, al, B, bl, bj, min_size(BLOCK_ROWS, M - i), N, L);
+}
+
+static inline real dot_real(const real* a, const real* b, size_t n) {
+    real sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Sizes of arrays that serve every call with at most B sequences and B*T tokens in all.
+// saved: the state (H,P,N) that enters each chunk
+size_t ssd_saved(size_t B, size_t T, size_t H, size_t P, size_t N, size_t Q) {
+    return (B * T / Q + B) * H * P * N;
+}
+
+// scratch: a state and two parts of sums for each chunk, the matrices of all tasks side by side
+size_t ssd_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    size_t q = min_size(Q, T);
+    return ssd_saved(B, T, H, P, N, Q) + (B * T / Q + B) * (H + H * P) +
+           B * (T + q) * G * (4 * Q + 2 * P + N) + B * q * H * P;
+}
+
+// ssd_forward: as ssd_recurrent_forward, Q <= SSD_MAX_CHUNK tokens at a time.
+//   first the states, chunk after chunk, each head by itself; then y, each chunk and group by itself
+//   saved for backward: hs, ssd_saved() elements; NULL when there will be no backward
+//   scratch: ssd_scratch() elements
+void ssd_forward(real* y, real* hs, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                 const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                 const real* h0, const int* doc, real* scratch, size_t B, size_t T, size_t H, size_t P,
+                 size_t G, size_t N, size_t Q) {
+    if (T == 1 && !hs) {                                // one token: the recurrence is the shortest way
+        ssd_recurrent_forward(y, hT, x, ldx, dt, A_log, Bt, Ct, ldbc, Dskip, D_has_hdim, h0, doc, B, T, H, P,
+                              G, N);
+        return;
+    }
+    Q = min_size(Q, T);
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G;
+    real* work = hs ? scratch : scratch + B * chunks * H * size;
+    if (!hs) hs = scratch;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* B_g = Bt + b * T * ldbc + h / heads * N;
+        real *xs = work + bh * Q * P, *state = hs + (b * chunks * H + h) * size;
+        for (size_t n = 0; n < size; n++) state[n] = h0 ? h0[bh * size + n] : 0;
+        for (size_t c = 0; c < chunks; c++, state += H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* next = c + 1 < chunks ? state + H * size : hT ? hT + bh * size : NULL;
+            SsdDecay d;
+            if (!next) continue;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(xs, d.out, d.dt, x + row * ldx + h * P, ldx, q, P);
+            for (size_t n = 0; n < size; n++) next[n] = d.in[q - 1] * state[n];
+            matmul_one(next, N, false, xs, 1, P, B_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *CB = work + task * Q * (2 * Q + P), *M = CB + Q * Q, *CH = M + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            const real *x_c = x + row * ldx + h * P, *state = hs + ((b * chunks + c) * H + h) * size;
+            real* y_c = y + (row * H + h) * P;
+            bool has_state = c > 0 || h0;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            if (has_state) matmul_one(CH, P, true, C_c, ldbc, 1, state, 1, N, q, P, N);
+            ssd_load_mask(M, d.a, q);
+            for (size_t i = 0; i < q; i++) {
+                for (size_t j = 0; j <= i; j++) M[i * q + j] *= CB[i * q + j] * d.dt[j];
+                for (size_t p = 0; p < P; p++) {
+                    y_c[i * H * P + p] = Dskip[D_has_hdim ? h * P + p : h] * x_c[i * ldx + p];
+                    if (has_state) y_c[i * H * P + p] += d.in[i] * CH[i * P + p];
+                }
+            }
+            matmul_one(y_c, H * P, false, M, q, 1, x_c, ldx, 1, q, P, q);
+        }
+    }
+}
+
+// ssd_chunk_backward: one chunk of one head, given the state H_c that enters it and the gradient lambda of
+// the state that leaves it (each NULL: zero). i and j count tokens from the chunk's first; CB_ij = C_i . B_j.
+//   forward y_i = sum_{j<=i} M_ij x_j + D x_i      Z_ij = dM_ij = dy_i . x_j     v_j = sum_i CB_ij L_ij dy_i
+//   forward M_ij = CB_ij L_ij dt_j                 dCB_ij += L_ij dt_j Z_ij      W_ij = M_ij Z_ij
+//   forward H_{c+1} = .. + sum_j out_j dt_j x_j B_j^T           v_j += out_j lambda B_j
+//                                                               dB_j += out_j dt_j lambda^T x_j
+//   forward y_i = .. + in_i H_c C_i                             dC_i += in_i H_c^T dy_i
+//   dx_j += dt_j v_j + D dy_j     ddt_j += v_j . x_j     dD += dy_i x_i
+// L, in and out are products of a_m = exp(alpha_m), alpha_m = dt_m A. What holds a_m as a factor counts in
+//   dalpha_m = sum_{i>=m, j<m} W_ij + sum_{j<m} e_j + sum_{i>=m} f_i + in_{q-1} <lambda, H_c>
+//   e_j = out_j dt_j x_j^T lambda B_j     f_i = in_i dy_i^T H_c C_i
+// and ddt_m += A dalpha_m, dA += dt_m dalpha_m. (The shorter way, y . dy - dt ddt summed backward in time,
+// subtracts numbers that are nearly equal: with |A| = 16 none of its digits is right in float.)
+// Adds to the first arguments and returns A dA.
+static real ssd_chunk_backward(real* dx, size_t lddx, real* ddt, real* dB, real* dC, size_t lddbc, real* dCB,
+                               real* dD, const real* dy, const real* lambda, const real* state, const real* x,
+                               size_t ldx, const SsdDecay* d, real A, const real* B_c, const real* C_c,
+                               size_t ldbc, const real* CB, const real* D_h, size_t D_step, real* work,
+                               size_t q, size_t H, size_t P, size_t N) {
+    real *L = work, *Z = L + q * q, *v = Z + q * q, *xs = v + q * P, *dyH = xs + q * P, dA = 0;
+    real e[SSD_MAX_CHUNK] = {0}, f[SSD_MAX_CHUNK] = {0}, S[SSD_MAX_CHUNK] = {0}, kappa = 0;
+    size_t ldy = H * P;
+    ssd_load_mask(L, d->a, q);
+    matmul_one(Z, q, true, dy, ldy, 1, x, 1, ldx, q, q, P);
+    if (lambda) {
+        matmul_one(v, P, true, B_c, ldbc, 1, lambda, 1, N, q, P, N);
+        ssd_scale_rows(v, d->out, NULL, v, P, q, P);
+        for (size_t j = 0; j < q; j++) e[j] = d->dt[j] * dot_real(x + j * ldx, v + j * P, P);
+        ssd_scale_rows(xs, d->out, d->dt, x, ldx, q, P);
+        matmul_one(dB, lddbc, false, xs, P, 1, lambda, N, 1, q, N, P);
+    } else {
+        memset(v, 0, q * P * sizeof(real));
+    }
+    if (state) {
+        matmul_one(dyH, N, true, dy, ldy, 1, state, N, 1, q, N, P);
+        for (size_t i = 0; i < q; i++) {
+            f[i] = d->in[i] * dot_real(dyH + i * N, C_c + i * ldbc, N);
+            for (size_t n = 0; n < N; n++) dC[i * lddbc + n] += d->in[i] * dyH[i * N + n];
+        }
+    }
+    if (state && lambda) kappa = d->in[q - 1] * dot_real(state, lambda, P * N);
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j <= i; j++) {
+            size_t ij = i * q + j;
+            real dCB_ij = L[ij] * d->dt[j] * Z[ij];
+            dCB[ij] += dCB_ij;
+            Z[ij] = dCB_ij * CB[ij];                   // W
+            L[ij] *= CB[ij];
+        }
+    }
+    matmul_one(v, P, false, L, 1, q, dy, ldy, 1, q, P, q);
+    for (size_t j = 0; j < q; j++) {
+        ddt[j * H] += dot_real(v + j * P, x + j * ldx, P);
+        for (size_t p = 0; p < P; p++) {
+            real dy_p = dy[j * ldy + p];
+            dx[j * lddx + p] += d->dt[j] * v[j * P + p] + D_h[p * D_step] * dy_p;
+            dD[p] += dy_p * x[j * ldx + p];
+        }
+    }
+    for (size_t j = 1; j < q; j++) e[j] += e[j - 1];   // sums of e up to j, of f from i on
+    for (size_t i = q - 1; i-- > 0;) f[i] += f[i + 1];
+    for (size_t m = q; m-- > 0;) {                     // S_j = sum_{i>=m} W_ij
+        real dalpha = kappa + f[m] + (m ? e[m - 1] : 0);
+        for (size_t j = 0; j < m; j++) S[j] += Z[m * q + j];
+        #pragma omp simd reduction(+:dalpha)
+        for (size_t j = 0; j < m; j++) dalpha += S[j];
+        ddt[m * H] += A * dalpha;
+        dA += d->dt[m] * dalpha;
+    }
+    return A * dA;
+}
+
+// ssd_backward: first the gradients of the states, from the last chunk to the first, each head by itself:
+//   forward y_i = .. + in_i H_c C_i,  H_{c+1} = in_{q-1} H_c + ..
+//     =>  lambda_c = in_{q-1} lambda_{c+1} + sum_i in_i dy_i C_i^T,  the last is dhT,  dh0 += lambda_0
+// then everything else, each chunk and group by itself (ssd_chunk_backward). The heads of a group add to the
+// same dB, dC and dCB, one after the other; at last
+//   forward CB_ij = C_i . B_j         =>  dC_i += sum_j dCB_ij B_j,  dB_j += sum_i dCB_ij C_i
+//   hs: as forward left it   scratch: ssd_scratch() elements   all else as in the recurrent form
+void ssd_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt, size_t lddbc,
+                  real* dDskip, real* dh0, const real* dy, const real* dhT, const real* hs, const real* x,
+                  size_t ldx, const real* dt, const real* A_log, const real* Bt, const real* Ct, size_t ldbc,
+                  const real* Dskip, bool D_has_hdim, const real* h0, const int* doc, real* scratch, size_t B,
+                  size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    Q = min_size(Q, T);
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G, work_size = Q * (4 * Q + 2 * P + N);
+    real* lambdas = scratch;                            // (B,chunks,H,P,N)
+    real* dA_part = lambdas + B * chunks * H * size;    // (B,chunks,H)
+    real* dD_part = dA_part + B * chunks * H;           // (B,chunks,H,P)
+    real* work = dD_part + B * chunks * H * P;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* C_g = Ct + b * T * ldbc + h / heads * N;
+        real *dys = work + bh * Q * P, *lambda = lambdas + ((b * chunks + chunks - 1) * H + h) * size;
+        for (size_t n = 0; n < size; n++) lambda[n] = dhT ? dhT[bh * size + n] : 0;
+        for (size_t c = chunks; c-- > 0; lambda -= H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* before = c ? lambda - H * size : dh0 ? dh0 + bh * size : NULL;
+            SsdDecay d;
+            if (!before) break;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(dys, d.in, NULL, dy + (row * H + h) * P, H * P, q, P);
+            for (size_t n = 0; n < size; n++) before[n] = (c ? 0 : before[n]) + d.in[q - 1] * lambda[n];
+            matmul_one(before, N, false, dys, 1, P, C_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *dB_c = dBt + row * lddbc + g * N, *dC_c = dCt + row * lddbc + g * N;
+        real *CB = work + task * work_size, *dCB = CB + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        memset(dCB, 0, q * q * sizeof(real));
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            size_t chunk = (b * chunks + c) * H + h;
+            real A = ssd_rate(A_log[h]), *dD = dD_part + chunk * P;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, A, doc ? doc + b * T : NULL, t0, q);
+            memset(dD, 0, P * sizeof(real));
+            dA_part[chunk] = ssd_chunk_backward(
+                dx + row * lddx + h * P, lddx, ddt + row * H + h, dB_c, dC_c, lddbc, dCB, dD,
+                dy + (row * H + h) * P, c + 1 < chunks || dhT ? lambdas + chunk * size : NULL,
+                c > 0 || h0 ? hs + chunk * size : NULL, x + row * ldx + h * P, ldx, &d, A, B_c, C_c, ldbc, CB,
+                Dskip + (D_has_hdim ? h * P : h), D_has_hdim, dCB + Q * Q, q, H, P, N);
+        }
+        matmul_one(dC_c, lddbc, false, dCB, q, 1, B_c, ldbc, 1, q, N, q);
+        matmul_one(dB_c, lddbc, false, dCB, 1, q, C_c, ldbc, 1, q, N, q);
+    }
+    #pragma omp parallel for if (H > 64)
+    for (size_t h = 0; h < H; h++) {
+        for (size_t bc = 0; bc < B * chunks; bc++) {
+            dA_log[h] += dA_part[bc * H + h];
+            for (size_t p = 0; p < P; p++)
+                dDskip[D_has_hdim ? h * P + p : h] += dD_part[(bc * H + h) * P + p];
+        }
+    }
+}
+
+// gated_rmsnorm_forward: the norm of Mamba-2, over groups of S channels, with the gate before or behind it.
+//   norm_before_gate = false:  w = y silu(z);   out = weight * w * rstd(w)          (all released models)
+//   norm_before_gate = true:   out = weight * y * rstd(y) * silu(z)
+//   rstd = (mean over the group of the squares + eps)^(-1/2)
+//   y, out (M,E)   z (M,E), row stride ldz   weight (E)   E a multiple of S
+//   saved for backward: rstd (M,E/S)        Mamba-2 paper (arXiv 2405.21060), section 7.2
+void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, size_t ldz,
+                           const real* weight, size_t M, size_t E, size_t S, real eps,
+                           bool norm_before_gate) {
+    #pragma omp parallel for if (M > 16)
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0;
+            real *out_m = out + m * E + e0, sum = 0;
+            #pragma omp simd reduction(+:sum)
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), w = norm_before_gate ? y_m[s] : y_m[s] * gate;
+                sum += w * w;
+                out_m[s] = weight[e0 + s] * y_m[s] * gate;
+            }
+            real r = 1 / (real)sqrt((double)(sum / (real)S + eps));
+            if (r == 0) r = (real)NAN;        // as in rmsnorm_forward
+            for (size_t s = 0; s < S; s++) out_m[s] *= r;
+            rstd[m * (E / S) + e0 / S] = r;
+        }
+    }
+}
+
+// With w = what is normalized, xhat = w rstd(w), q = the gradient of xhat:
+//   xhat = w rstd(w)            =>  dw += rstd (q - xhat mean_s(q xhat)), mean over the group
+//   gate first:  out = weight xhat, w = y silu(z)  =>  q = weight dout          dweight += dout xhat
+//                                                      dy += dw silu(z)         dz += dw y silu'(z)
+//   norm first:  out = weight xhat silu(z), w = y  =>  q = weight dout silu(z)  dweight += dout xhat silu(z)
+//                                                      dy += dw         dz += weight dout xhat silu'(z)
+// In both cases q xhat and the summand of dweight hold the same product: dout y silu(z) rstd.
+void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, const real* dout, const real* y,
+                            const real* z, size_t ldz, const real* weight, const real* rstd, size_t M,
+                            size_t E, size_t S, bool norm_before_gate) {
+    #pragma omp parallel for
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            const real* weight_g = weight + e0;
+            real *dy_m = dy + m * E + e0, *dz_m = dz + m * lddz + e0;
+            real r = rstd[m * (E / S) + e0 / S], dot = 0;
+            #pragma omp simd reduction(+:dot)
+            for (size_t s = 0; s < S; s++) dot += weight_g[s] * dout_m[s] * (y_m[s] * silu_real(z_m[s]));
+            real mean = dot * r / (real)S;
+            #pragma omp simd
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), dgate = silu_grad_real(z_m[s]), q = weight_g[s] * dout_m[s];
+                if (norm_before_gate) {
+                    dy_m[s] += r * (q * gate - y_m[s] * r * mean);
+                    dz_m[s] += q * y_m[s] * r * dgate;
+                } else {
+                    real dw = r * (q - y_m[s] * gate * r * mean);
+                    dy_m[s] += dw * gate;
+                    dz_m[s] += dw * y_m[s] * dgate;
+                }
+            }
+        }
+    }
+    size_t tiles = (S + CHANNEL_TILE - 1) / CHANNEL_TILE;              // of a group
+    #pragma omp parallel for
+    for (size_t i = 0; i < E / S * tiles; i++) {
+        size_t group = i / tiles, s0 = i % tiles * CHANNEL_TILE, e0 = group * S + s0;
+        size_t n = min_size(CHANNEL_TILE, S - s0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            real r = rstd[m * (E / S) + group];
+            #pragma omp simd
+            for (size_t e = 0; e < n; e++) sum[e] += dout_m[e] * (y_m[e] * silu_real(z_m[e])) * r;
+        }
+        for (size_t e = 0; e < n; e++) dweight[e0 + e] += sum[e];
+    }
+}
+
 // Attention sees a document through one number per token: its position, the number of tokens of the same
 // document before it. A token sees the positions 0 .. its own. Position p of the document of token t is token
 // t - position[t] + p of the call or, where that is before the call, row p of the cache. So document ids and
@@ -1635,8 +2149,9 @@ void crossentropy(real* losses, real* dlogits, const real* logits, const int* ta
 // Symbolic sizes, so that a table can be written before the model is known.
 enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP,
        DIM_K1, DIM_SCAN_SAVED, DIM_SCAN_SCRATCH,
-       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D
-       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
+       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D;
+       // E where Es < E
+       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_JOINED, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
        // attention: q, k, v and MLP together; q, k, v; heads and MLP; heads; Hkv; dh; taps, taps - 1; cache
        DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT };
 
@@ -1662,6 +2177,7 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_P:   return c->headdim;
         case DIM_G:   return c->ngroups;
         case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_JOINED: return c->d_ssm < c->d_inner ? c->d_inner : 0;
         case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
         case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
         case DIM_OUT_A: return c->attn_head_dim * c->attn_heads + c->attn_mlp / 2;
@@ -1878,7 +2394,196 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.2 Gated MLP
+// 5.2 Mamba-2
+
+typedef struct {
+    real *norm;                        // (D)
+    real *in_proj, *in_proj_bias;      // (2E+2GN+H,D): rows for z0, x0 (each E-Es), z, x (Es), B, C, dt (H)
+    real *conv1d, *conv1d_bias;        // (Es+2GN,1,K), (Es+2GN): over x, B and C
+    real *dt_bias, *A_log, *D;         // (H), (H), (H) or (Es)
+    real *gated_norm;                  // (Es)
+    real *out_proj, *out_proj_bias;    // (D,E), (D)
+} Mamba2Params;
+
+static const TensorSpec mamba2_params[] = {
+    {"norm.weight",            {DIM_D},                 INIT_ONE, 0},
+    {"mixer.in_proj.weight",   {DIM_IN2, DIM_D},        INIT_LINEAR, DECAY},
+    {"mixer.in_proj.bias",     {DIM_IN2},               INIT_ZERO, IF_BIAS},
+    {"mixer.conv1d.weight",    {DIM_XBC, DIM_1, DIM_K}, INIT_CONV, 0},
+    {"mixer.conv1d.bias",      {DIM_XBC},               INIT_CONV, IF_CONV_BIAS},
+    {"mixer.dt_bias",          {DIM_H},                 INIT_DT_BIAS, 0},
+    {"mixer.A_log",            {DIM_H},                 INIT_A_UNIFORM, 0},
+    {"mixer.D",                {DIM_DSKIP},             INIT_ONE, 0},
+    {"mixer.norm.weight",      {DIM_ES},                INIT_ONE, IF_RMSNORM},
+    {"mixer.out_proj.weight",  {DIM_D, DIM_E},          INIT_RESIDUAL, DECAY},
+    {"mixer.out_proj.bias",    {DIM_D},                 INIT_ZERO, IF_BIAS},
+};
+
+typedef struct { real *rstd, *u, *zxbcdt, *xbc, *dt, *hs, *y, *gated_rstd; } Mamba2Acts;
+
+static const TensorSpec mamba2_acts[] = {
+    {"rstd",       {DIM_1}, 0, 0},         // of the norm
+    {"u",          {DIM_D}, 0, CHEAP},     // normalized input
+    {"zxbcdt",     {DIM_IN2}, 0, 0},       // z0, x0, gate z, x, B, C before the conv, dt before softplus
+    {"xbc",        {DIM_XBC}, 0, CHEAP},   // x, B, C after conv and SiLU
+    {"dt",         {DIM_H}, 0, CHEAP},     // step size
+    {"hs",         {DIM_SSD_SAVED}, 0, 0}, // state at the start of each chunk
+    {"y",          {DIM_ES}, 0, 0},        // output of the SSM, before gate and norm
+    {"gated_rstd", {DIM_G}, 0, 0},         // of the gated norm
+};
+
+typedef struct {
+    real *n, *joined, *out, *du, *dzxbcdt, *dxbc, *ddt, *dn, *djoined, *dy, *ssd;
+} Mamba2Scratch;
+
+static const TensorSpec mamba2_scratch[] = {
+    {"n",       {DIM_E}, 0, 0},            // y after gate and norm
+    {"joined",  {DIM_JOINED}, 0, 0},       // beside the output of the inner MLP, if there is one
+    {"out",     {DIM_D}, 0, 0},            // what the block adds to the residual stream
+    {"du",      {DIM_D}, 0, BACKWARD_ONLY},
+    {"dzxbcdt", {DIM_IN2}, 0, BACKWARD_ONLY},
+    {"dxbc",    {DIM_XBC}, 0, BACKWARD_ONLY},
+    {"ddt",     {DIM_H}, 0, BACKWARD_ONLY},
+    {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
+    {"djoined", {DIM_JOINED}, 0, BACKWARD_ONLY},
+    {"dy",      {DIM_ES}, 0, BACKWARD_ONLY},
+    {"ssd",     {DIM_SSD_SCRATCH}, 0, 0},
+};
+
+typedef struct { real *conv, *ssm; } Mamba2State;
+
+static const TensorSpec mamba2_state[] = {
+    {"conv", {DIM_K1, DIM_XBC}, 0, 0},     // the last K-1 inputs of the conv
+    {"ssm",  {DIM_H, DIM_P, DIM_N}, 0, 0}, // H
+};
+
+// Mamba2Sizes: the sizes of a block and, in a row of in_proj's output, where its parts begin
+typedef struct {
+    size_t M, D, E, K, H, P, G, N, Es, Cd, Q;
+    size_t mlp, z, xbc, dt, in;            // width of z0 and of x0; columns of z, xbc, dt; their number
+} Mamba2Sizes;
+
+static Mamba2Sizes mamba2_sizes(const Run* run) {
+    const Config* c = run->config;
+    Mamba2Sizes s;
+    s.M = run->B * run->T;
+    s.D = (size_t)c->d_model; s.E = (size_t)c->d_inner; s.K = (size_t)c->d_conv; s.N = (size_t)c->d_state;
+    s.P = (size_t)c->headdim; s.G = (size_t)c->ngroups; s.Es = (size_t)c->d_ssm; s.H = s.Es / s.P;
+    s.Cd = s.Es + 2 * s.G * s.N;
+    s.Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
+    s.mlp = s.E - s.Es; s.z = 2 * s.mlp; s.xbc = s.z + s.Es; s.dt = s.xbc + s.Cd; s.in = s.dt + s.H;
+    return s;
+}
+
+// mamba2_join: what out_proj reads, (M,E): the inner MLP and the normed and gated y side by side
+static const real* mamba2_join(const Config* c, const Mamba2Sizes* s, const Mamba2Params* p,
+                               const Mamba2Acts* a, const Mamba2Scratch* w) {
+    const real *z0 = a->zxbcdt, *x0 = z0 + s->mlp, *z = z0 + s->z;
+    if (s->mlp) {
+        gate_forward(w->n, x0, s->in, z0, s->in, s->M, s->mlp);
+        copy_columns(w->joined, s->E, w->n, s->mlp, s->M, s->mlp);
+    }
+    if (c->rmsnorm)
+        gated_rmsnorm_forward(w->n, a->gated_rstd, a->y, z, s->in, p->gated_norm, s->M, s->Es, s->Es / s->G,
+                              (real)c->norm_eps, c->norm_before_gate);
+    else gate_forward(w->n, a->y, s->Es, z, s->in, s->M, s->Es);
+    if (s->mlp) copy_columns(w->joined + s->mlp, s->E, w->n, s->Es, s->M, s->Es);
+    return s->mlp ? w->joined : w->n;
+}
+
+// mamba2_block_forward: res_out = res_in + Mamba2(RMSNorm(res_in)).   res (B,T,D), res_out may be res_in
+//   (S1) [z0; x0; z; xBC; dt_raw] = W_in u,  u = RMSNorm(res_in);   [x; B; C] = silu(conv(xBC))
+//   (S2) dt = clip(softplus(dt_raw + dt_bias))      (S3) a_t = exp(dt_t A)
+//   (S4) H_t = a_t H_{t-1} + dt_t x_t B_t^T,  y_t = H_t C_t + D x_t          every head by itself
+//   (S5) n = gated RMSNorm(y, z), without rmsnorm y silu(z)
+//   (S6) out = W_out [x0 silu(z0); n]               (published models: no z0 and x0)
+//   saved for backward: Mamba2Acts; n is made again
+//   s0, sT: state before and after, fields may be NULL, may be the same
+//   Mamba-2 paper (arXiv 2405.21060), section 7.1, figure 6
+void mamba2_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                          real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
+    const Mamba2Params* p = (const Mamba2Params*)params;
+    const Mamba2Acts* a = (const Mamba2Acts*)acts;
+    const Mamba2Scratch* w = (const Mamba2Scratch*)scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes(run);
+    const real *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N;
+
+    // (S1) and (S2)
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
+    matmul_forward(a->zxbcdt, s.in, a->u, s.D, p->in_proj, p->in_proj_bias, s.M, s.D, s.in);
+    causal_conv1d_forward(a->xbc, sT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                          true, run->doc, run->B, run->T, s.Cd, s.K);
+    dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
+                        s.H);
+    // (S3) to (S6), then the residual
+    ssd_forward(a->y, a->hs, sT->ssm, a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim,
+                s0->ssm, run->doc, w->ssd, run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
+    const real* joined = mamba2_join(c, &s, p, a, w);
+    matmul_forward(w->out, s.D, joined, s.E, p->out_proj, p->out_proj_bias, s.M, s.E, s.D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, s.M, s.D), s.M * s.D);
+}
+
+// mamba2_block_backward: the lines of the forward in reverse order; arguments as in mamba1_block_backward
+void mamba2_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                           real* const* params, real* const* acts, real* const* scratch, real* const* state0,
+                           real* const* dstate0, real* const* dstateT) {
+    const Mamba2Params *p = (const Mamba2Params*)params, *dp = (const Mamba2Params*)dparams;
+    const Mamba2Acts* a = (const Mamba2Acts*)acts;
+    const Mamba2Scratch* w = (const Mamba2Scratch*)scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *ds0 = (const Mamba2State*)dstate0,
+                      *dsT = (const Mamba2State*)dstateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes(run);
+    const real *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N, *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z;
+    real *dBt = w->dxbc + s.Es, *dCt = dBt + s.G * s.N, *dz0 = w->dzxbcdt, *dz = dz0 + s.z;
+    if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
+        causal_conv1d_forward(a->xbc, NULL, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                              true, run->doc, run->B, run->T, s.Cd, s.K);
+        dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
+                            s.H);
+    }
+    zero_real(w->du, s.M * s.D);
+    zero_real(w->dzxbcdt, s.M * s.in);
+    zero_real(w->dxbc, s.M * s.Cd);
+    zero_real(w->ddt, s.M * s.H);
+    zero_real(w->dy, s.M * s.Es);
+
+    // (S6) out = W_out [x0 silu(z0); n]; the residual passes dres on unchanged
+    const real *dout = dropout(w->out, dres, &run->dropout, s.M, s.D), *joined = mamba2_join(c, &s, p, a, w);
+    real* djoined = s.mlp ? w->djoined : w->dn;
+    zero_real(djoined, s.M * s.E);
+    matmul_backward(djoined, s.E, dp->out_proj, dp->out_proj_bias, dout, s.D, joined, s.E, p->out_proj, s.M,
+                    s.E, s.D);
+    if (s.mlp) {
+        copy_columns(w->dn, s.mlp, djoined, s.E, s.M, s.mlp);
+        gate_backward(dz0 + s.mlp, s.in, dz0, s.in, w->dn, x0, s.in, z0, s.in, s.M, s.mlp);
+        copy_columns(w->dn, s.Es, djoined + s.mlp, s.E, s.M, s.Es);
+    }
+    // (S5) n = gated RMSNorm(y, z) or y silu(z)
+    if (c->rmsnorm)
+        gated_rmsnorm_backward(w->dy, dz, s.in, dp->gated_norm, w->dn, a->y, z, s.in, p->gated_norm,
+                               a->gated_rstd, s.M, s.Es, s.Es / s.G, c->norm_before_gate);
+    else gate_backward(w->dy, s.Es, dz, s.in, w->dn, a->y, s.Es, z, s.in, s.M, s.Es);
+    // (S4), (S3), (S2)
+    ssd_backward(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dCt, s.Cd, dp->D, ds0->ssm, w->dy, dsT->ssm, a->hs,
+                 a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim, s0->ssm, run->doc, w->ssd,
+                 run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
+    dt_softplus_backward(w->dzxbcdt + s.dt, s.in, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, s.in, p->dt_bias,
+                         (real)c->dt_low, (real)c->dt_high, s.M, s.H);
+    // (S1) [x; B; C] = silu(conv(xBC)), [..] = W_in u, u = RMSNorm(res_in)
+    causal_conv1d_backward(w->dzxbcdt + s.xbc, s.in, dp->conv1d, dp->conv1d_bias, ds0->conv, w->dxbc,
+                           dsT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias, true,
+                           run->doc, run->B, run->T, s.Cd, s.K);
+    matmul_backward(w->du, s.D, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, s.in, a->u, s.D, p->in_proj, s.M,
+                    s.D, s.in);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, s.M, s.D);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5.4 Gated MLP
 
 typedef struct { real *norm, *fc1, *fc2; } MlpParams;
 
@@ -1949,7 +2654,7 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.3 The table of kinds
+// 5.5 The table of kinds
 
 enum { MAX_FIELDS = 16 };     // pointers in a kind's struct
 
@@ -1972,6 +2677,8 @@ typedef struct {
 static const Kind kinds[] = {
     {'1', "Mamba-1", TABLE(mamba1_params), TABLE(mamba1_acts), TABLE(mamba1_scratch), TABLE(mamba1_state),
      mamba1_block_forward, mamba1_block_backward},
+    {'2', "Mamba-2", TABLE(mamba2_params), TABLE(mamba2_acts), TABLE(mamba2_scratch), TABLE(mamba2_state),
+     mamba2_block_forward, mamba2_block_backward},
     {'m', "gated MLP", TABLE(mlp_params), TABLE(mlp_acts), TABLE(mlp_scratch), NULL, 0,
      mlp_block_forward, mlp_block_backward},
 };
@@ -1984,6 +2691,13 @@ static_assert(FIELDS(Mamba1Acts) == sizeof(mamba1_acts) / sizeof(TensorSpec), "o
 static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec),
               "one row per field, in order");
 static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec),
+              "one row per field, in order");
+static_assert(FIELDS(Mamba2Params) == sizeof(mamba2_params) / sizeof(TensorSpec),
+              "one row per field, in order");
+static_assert(FIELDS(Mamba2Acts) == sizeof(mamba2_acts) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(Mamba2Scratch) == sizeof(mamba2_scratch) / sizeof(TensorSpec),
+              "one row per field, in order");
+static_assert(FIELDS(Mamba2State) == sizeof(mamba2_state) / sizeof(TensorSpec),
               "one row per field, in order");
 static_assert(FIELDS(MlpParams) == sizeof(mlp_params) / sizeof(TensorSpec), "one row per field, in order");
 static_assert(FIELDS(MlpActs) == sizeof(mlp_acts) / sizeof(TensorSpec), "one row per field, in order");
@@ -2257,6 +2971,10 @@ static size_t activation_count(const TensorSpec* spec, const Config* c, size_t B
     size_t E = (size_t)c->d_inner, N = (size_t)c->d_state;
     if (spec->dim[0] == DIM_SCAN_SAVED) return selective_scan_saved(B, T, E, N);
     if (spec->dim[0] == DIM_SCAN_SCRATCH) return selective_scan_scratch(B, T, E, N);
+    size_t Es = (size_t)c->d_ssm, P = (size_t)c->headdim, G = (size_t)c->ngroups;
+    size_t Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
+    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, Es / P, P, N, Q);
+    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, Es / P, P, G, N, Q);
     return B * T * spec_count(spec, c);
 }
 
@@ -2281,7 +2999,8 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             if (m->layer[l].kind != &kinds[k]) continue;
             used = true;
             for (int i = 0; i < kinds[k].n_acts; i++) {
-                if (!w->training && kinds[k].acts[i].dim[0] == DIM_SCAN_SAVED)
+                int dim = kinds[k].acts[i].dim[0];
+                if (!w->training && (dim == DIM_SCAN_SAVED || dim == DIM_SSD_SAVED))
                     continue;    // stays NULL: nothing is saved
                 bool made_again = w->recompute == RECOMPUTE_ALL ||
                                   (w->recompute == RECOMPUTE_CHEAP && (kinds[k].acts[i].flags & CHEAP));
@@ -2309,7 +3028,7 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
 static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
     const Config* c = &m->config;
     int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate +
-                    c->vocab_padded + c->ngroups * c->d_state + c->attn_mlp +
+                    c->vocab_padded + c->ngroups * (8 * SSD_CHUNK + 2 * c->d_state) + c->attn_mlp +
                     c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
     int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
     size_t bytes;
@@ -2431,8 +3150,9 @@ static void name_tensor(char* text, size_t size, const char* what, const Tensor*
     if (t->layer >= 0 && (size_t)n < size) snprintf(text + n, size - (size_t)n, " (layer %d)", t->layer);
 }
 
+// p NULL: not kept
 static bool all_finite(const real* p, size_t n) {
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; p && i < n; i++)
         if (!isfinite((double)p[i])) return false;
     return true;
 }
