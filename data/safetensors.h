@@ -1436,12 +1436,13 @@ bool config_read(Config* c, const char* dir, Error* err) {
 
 // real_text: the shortest decimal that reads back as the same double
 static const char* real_text(char out[40], double value) {
-    snprintf(out, 40, "Infinity");        // not JSON, but what Python reads and writes
-    for (int precision = 1; precision <= 17 && isfinite(value); precision++) {
-        snprintf(out, 38, "%.*g", precision, value);
+    bool whole = value == floor(value) && fabs(value) < 1e15;
+    if (whole) snprintf(out, 40, "%.1f", value);
+    else snprintf(out, 40, "Infinity");               // not JSON, but what Python reads and writes
+    for (int precision = 1; precision <= 17 && isfinite(value) && !whole; precision++) {
+        snprintf(out, 40, "%.*g", precision, value);
         if (strtod(out, NULL) == value) break;
     }
-    if (!strpbrk(out, ".eI")) strcat(out, ".0");
     return out;
 }
 

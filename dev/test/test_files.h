@@ -619,6 +619,9 @@ static Config small_config(void) {
     c.tie_embeddings = c.conv_bias = c.rescale_prenorm_residual = true;
     c.norm_eps = 1e-5, c.dt_min = 1e-3, c.dt_max = 0.1, c.dt_init_floor = 1e-4, c.dt_scale = 1,
     c.initializer_range = 0.02;
+    c.d_ssm = 24, c.headdim = 4, c.ngroups = 2, c.chunk_size = 8, c.rmsnorm = true;
+    c.dt_high = INFINITY, c.A_low = 1, c.A_high = 16;
+    c.attn_heads = 4, c.attn_heads_kv = 2, c.attn_head_dim = 6, c.rotary_dim = 4, c.rotary_base = 10000;
     c.eos_token = -1;
     return c;
 }
