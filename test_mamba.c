@@ -1691,7 +1691,6 @@ const ToyShape toy_shapes[] = {
     { "1am", 4, 5, 6, 3, 3, 2, 9, true, true, true, 3, 7, 2, 0.3, "Q3 G3 H2 K2 C1 scale" },
     { "a", 1, 5, 5, 5, 4, 1, 11, true, false, true, 2, 37, 1, 0, "Q2 G2 H3 R2 K3 F3 C4 biases" },
     { "a1", 2, 7, 5, 5, 4, 1, 7, true, false, true, 1, 1, -1, 0, "Q1 G1 H1 K1 F1" },
-    { "12am", 3, 5, 6, 3, 3, 2, 9, true, false, true, 2, 9, 0, 0, "Q2 G1 H4 R2 K2 C2" },
 };
 
 void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
