@@ -1481,7 +1481,9 @@ double* to_double(const real* x, size_t n) {
 void test_counts(void) {
     const struct { const char* preset; size_t total; } published[] = {
         { "mamba-130m", 129135360 }, { "mamba-370m", 371516416 }, { "mamba-790m", 793204224 },
-        { "mamba-1.4b", 1372178432 }, { "mamba-2.8b", 2768345600 } };
+        { "mamba-1.4b", 1372178432 }, { "mamba-2.8b", 2768345600 }, { "mamba2-130m", 128989632 },
+        { "mamba2-370m", 368346624 }, { "mamba2-780m", 780161280 }, { "mamba2-1.3b", 1343757312 },
+        { "mamba2-2.7b", 2702599680 }, { "mamba2attn-2.7b", 2697590880 } };
     for (int i = 0; i < COUNT_OF(published); i++) {
         char name[64], option[] = "--preset", value[32];
         char* argv[] = { option, value };

@@ -4745,9 +4745,12 @@ static int train_loop(Trainer* t) {
 
 static void print_model(const Model* m) {
     const Config* c = &m->config;
-    printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
-           (long long)c->n_layer, (long long)c->d_model, (long long)c->d_inner, (long long)c->d_state,
-           (long long)c->d_conv, (long long)c->dt_rank);
+    printf("model: pattern %s, %lld blocks, D %lld", c->pattern, (long long)c->n_layer,
+           (long long)c->d_model);
+    if (strpbrk(c->pattern, "12"))
+        printf(", E %lld, N %lld, K %lld", (long long)c->d_inner, (long long)c->d_state,
+               (long long)c->d_conv);
+    if (strchr(c->pattern, '1')) printf(", R %lld", (long long)c->dt_rank);
     if (strchr(c->pattern, '2'))
         printf(", H %lld, P %lld, G %lld", (long long)(c->d_ssm / c->headdim), (long long)c->headdim,
                (long long)c->ngroups);
