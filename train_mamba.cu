@@ -299,6 +299,8 @@ typedef __nv_bfloat16 bf16;
 
 enum { WARP = 32 };
 
+static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
 // Pack: W neighbouring values, loaded and stored by one instruction of at most 16 bytes
 template <typename X, int W> struct alignas(sizeof(X) * W) Pack { X v[W]; };
 
@@ -3572,28 +3574,40 @@ void adamw_cuda(float* params, X* params_x, const float* grads, float* m, float*
 // The blocks of train_mamba.c with the neighbouring small layers fused: the residual addition of a block
 // happens in the norm of the next one, softplus, skip and gate happen in the scan. A block therefore takes
 // `delta`, what the block before it adds to the residual stream, and leaves its own.
+// As there, a kind of block is one row of a table, kinds_cuda at the end of this section: what it saves for
+// backward, its scratch, its functions. Everything else walks the table.
 
-// The float parameters of a layer and the same in the type of the matmuls; gradients are float.
+// Rows of the tables are TensorSpecs: a shape per token, or one of the sizes in array_count. In addition to
+// the flags of train_mamba.c (BACKWARD_ONLY also among what is saved):
+enum { IS_FLOAT = 1 << 16 };          // the elements are float, otherwise X
+
+// The float parameters of a layer, as train_mamba.c names them. weight_x: one of them in the type of the
+// matmuls
+template <typename X> struct KindCuda;
 template <typename X> struct LayerCuda {
-    const Kind* kind;
-    const float* p[MAX_FIELDS];     // fields in the order of Mamba1Params, MlpParams
-    const X* px[MAX_FIELDS];
+    const KindCuda<X>* kind;
+    float* p[MAX_FIELDS];           // the pointers of Mamba1Params, MlpParams, ...
     float* grad[MAX_FIELDS];
+    const float* params;            // the first parameter of the model
+    const X* params_x;
 };
 
-// Activations of one layer. The first group is saved for backward, per layer unless --recompute.
+template <typename X> static const X* weight_x(const LayerCuda<X>* L, const float* p) {
+    return L->params_x + (p - L->params);
+}
+
+// Activations of one layer, saved for backward: per layer unless --recompute.
 template <typename X> struct ActsCuda {
     float *res, *rstd;              // residual stream that the norm read (B,T,D), (B,T)
-    X *u;                           // normalized (B,T,D)
-    X *xz, *x, *rbc, *dt_raw, *s, *hs;      // Mamba-1: (2E) (E) (R+2N) (E) (E), states
-    X *h;                           // MLP: up, gate (2F)
+    X* u;                           // normalized (B,T,D)
+    void* field[MAX_FIELDS];        // those of the kind
+    void** scratch;                 // of the kind: results on their way, gradients
 };
 
-// What the layers share: results on their way, gradients, partial sums.
+// What all layers share.
 template <typename X> struct ScratchCuda {
-    X *delta, *y, *dy, *dxz, *dx, *ddt, *drbc, *du, *dres_x;
-    X *m, *dm, *dh;
-    float *dres, *sums;
+    X *delta, *du, *dres_x;
+    float *dres, *sums;             // sums: partial sums of the kernels
     int* sort;
 };
 
@@ -3612,7 +3626,7 @@ template <typename X> struct CudaRun {
     size_t B, T;
     const int* doc;
     cudaStream_t stream;
-    int recompute;                  // RECOMPUTE_CHEAP: u, x and dt_raw have been overwritten since forward
+    int recompute;                  // RECOMPUTE_CHEAP: u and the CHEAP fields are overwritten since forward
     DropoutCuda dropout;            // of delta_in; for the first sub-layer (place 0) of the embedding
     bool add;                       // weight gradients of matmuls are added to; false: written
     SideCuda* side;
@@ -3641,146 +3655,50 @@ static void linear_backward_weight(const CudaRun<X>* run, float* dweight, float*
     if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, sums, run->stream);
 }
 
-enum {
-    P_NORM,
-    P_IN,
-    P_IN_BIAS,
-    P_CONV,
-    P_CONV_BIAS,
-    P_X,
-    P_DT,
-    P_DT_BIAS,
-    P_A_LOG,
-    P_D,
-    P_OUT,
-    P_OUT_BIAS
-};                                    // Mamba1Params
-enum { P_MLP_NORM, P_FC1, P_FC2 };    // MlpParams
-static_assert(FIELDS(Mamba1Params) == P_OUT_BIAS + 1 && FIELDS(MlpParams) == P_FC2 + 1,
-              "the fields of train_mamba.c");
-
-// scan_spacing: tokens between two saved states; with --recompute cheap every second one is made again
-static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 16 : SCAN_SPACING; }
-
-// mamba1_block_forward_cuda: delta_out = Mamba(RMSNorm(res)), res = res_in + delta_in.
-// state: conv and ssm, float, NULL: zeros
+// linear_backward_input: dinp (M,I) = dout weight, with `add` it is added to.   dout (M,O)   lddi, lddo: row
+// strides
 template <typename X>
-void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* a,
-                               const ScratchCuda<X>* w, const float* res_in, const X* delta_in,
-                               float* const* state0, float* const* stateT) {
-    const Config* c = run->config;
-    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
-           N = (size_t)c->d_state;
-    size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
-    cudaStream_t stream = run->stream;
-    residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_NORM], M, D,
-                                  (float)c->norm_eps, stream, run->dropout);
-    matmul_forward_cuda(run->matmul, a->xz, 2 * E, a->u, D, L->px[P_IN], L->p[P_IN_BIAS], M, D, 2 * E,
-                        stream);
-    causal_conv1d_forward_cuda(a->x, stateT[0], a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
-                               run->doc, B, T, E, K, stream);
-    matmul_forward_cuda(run->matmul, a->rbc, RBC, a->x, E, L->px[P_X], (const float*)NULL, M, E, RBC, stream);
-    matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, L->px[P_DT], (const float*)NULL, M, R, E,
-                        stream);
-    selective_scan_forward_cuda<X>(w->y, a->s, a->hs, stateT[1], a->x, a->dt_raw, L->p[P_DT_BIAS],
-                                   L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                   2 * E, state0[1], run->doc, B, T, E, N, scan_spacing(run->recompute),
-                                   stream);
-    matmul_forward_cuda(run->matmul, w->delta, D, w->y, E, L->px[P_OUT], L->p[P_OUT_BIAS], M, E, D, stream);
+static void linear_backward_input(const CudaRun<X>* run, X* dinp, size_t lddi, bool add, const X* dout,
+                                  size_t lddo, const X* weight, size_t I, size_t O) {
+    matmul_backward_cuda(run->matmul, dinp, lddi, add, (float*)NULL, (float*)NULL, dout, lddo, (const X*)NULL,
+                         0, weight, (float*)NULL, run->B * run->T, I, O, run->stream);
 }
 
-// mamba1_block_backward_cuda: w->dres is the gradient of what the next norm read, w->dres_x the same in X;
-// both come out as the gradient of what this block's norm read.
+// block_begin_forward: how every block begins.
+//   res = res_in + dropout(delta_in)     u = RMSNorm(res)     out (M,O) = W u + bias, row stride ldo
 template <typename X>
-void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* a,
-                                const ScratchCuda<X>* w, float* const* state0) {
-    const Config* c = run->config;
-    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
-           N = (size_t)c->d_state;
-    size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
-    cudaStream_t stream = run->stream;
-    Matmul* mm = run->matmul;
-    bool cheap = run->recompute == RECOMPUTE_CHEAP;          // x, dt_raw now, u in the norm's backward
-    if (cheap) {
-        causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV],
-                                   L->p[P_CONV_BIAS], run->doc, B, T, E, K, stream);
-        matmul_forward_cuda(mm, a->dt_raw, E, a->rbc, RBC, L->px[P_DT], (const float*)NULL, M, R, E, stream);
-    }
-    // out = W_out y: the gradient of y first, the scan's backward makes y again for the weight gradient
-    matmul_backward_cuda(mm, w->dy, E, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
-                         L->px[P_OUT], w->sums, M, E, D, stream);
-    side_join(run);                                // of the layer before: y, ddt, drbc, dxz are written again
-    selective_scan_backward_cuda<X>(w->dx, w->ddt, w->dxz + E, 2 * E, w->y, L->grad[P_A_LOG], L->grad[P_D],
-                                    L->grad[P_DT_BIAS], w->drbc + R, w->drbc + R + N, RBC, (float*)NULL,
-                                    w->dy, (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, L->p[P_DT_BIAS],
-                                    L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                    2 * E, run->doc, w->sums, B, T, E, N, scan_spacing(run->recompute),
-                                    stream);
-    linear_backward_weight(run, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E, w->sums, E, D);
-    linear_backward_weight(run, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC, w->sums, R, E);
-    matmul_backward_cuda(mm, w->drbc, RBC, false, (float*)NULL, (float*)NULL, w->ddt, E, (const X*)NULL, 0,
-                         L->px[P_DT], w->sums, M, R, E, stream);
-    linear_backward_weight(run, L->grad[P_X], (float*)NULL, w->drbc, RBC, a->x, E, w->sums, E, RBC);
-    matmul_backward_cuda(mm, w->dx, E, true, (float*)NULL, (float*)NULL, w->drbc, RBC, (const X*)NULL, 0,
-                         L->px[P_X], w->sums, M, E, RBC, stream);
-    causal_conv1d_backward_cuda(w->dxz, 2 * E, L->grad[P_CONV], L->grad[P_CONV_BIAS], (float*)NULL, w->dx,
-                                (const float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
-                                run->doc, w->sums, B, T, E, K, stream);
-    matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dxz, 2 * E, (const X*)NULL, 0,
-                         L->px[P_IN], w->sums, M, D, 2 * E, stream);
+static void block_begin_forward(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                const float* res_in, const X* delta_in, const float* norm, X* out, size_t ldo,
+                                const float* weight, const float* bias, size_t O) {
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model;
+    residual_rmsnorm_forward_cuda(acts->res, acts->u, acts->rstd, res_in, delta_in, norm, M, D,
+                                  (float)run->config->norm_eps, run->stream, run->dropout);
+    matmul_forward_cuda(run->matmul, out, ldo, acts->u, D, weight_x(L, weight), bias, M, D, O, run->stream);
+}
+
+// block_begin_backward: its backward, the end of every block's. shared->dres is the gradient of what the next
+// norm read, dres_x the same in X; both come out as the gradient of what this block's norm read.
+//   dout (M,O): the gradient of out   dnorm, dweight, dbias (or NULL): gradients of the parameters
+template <typename X>
+static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                 const ScratchCuda<X>* shared, float* dnorm, float* dweight, float* dbias,
+                                 const X* dout, size_t lddo, const float* norm, const float* weight,
+                                 size_t O) {
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model;
+    bool cheap = run->recompute == RECOMPUTE_CHEAP;          // u is made again by the norm's backward
+    linear_backward_input(run, shared->du, D, false, dout, lddo, weight_x(L, weight), D, O);
     side_join(run);                                // dres_x, and with cheap u, are written again
     if (!cheap)
-        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D,
-                               2 * E);
-    X* dres_x = run->dropout.place ? w->dres_x : NULL;       // the first sub-layer has no other before it
-    rmsnorm_backward_cuda(w->dres, dres_x, cheap ? a->u : NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM],
-                          a->rstd, w->sums, M, D, stream, run->dropout);
+        linear_backward_weight(run, dweight, dbias, dout, lddo, acts->u, D, shared->sums, D, O);
+    X* dres_x = run->dropout.place ? shared->dres_x : NULL;  // the first sub-layer has no other before it
+    rmsnorm_backward_cuda(shared->dres, dres_x, cheap ? acts->u : NULL, dnorm, shared->du, acts->res, norm,
+                          acts->rstd, shared->sums, M, D, run->stream, run->dropout);
     if (cheap)
-        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D,
-                               2 * E);
+        linear_backward_weight(run, dweight, dbias, dout, lddo, acts->u, D, shared->sums, D, O);
 }
 
-template <typename X>
-void mlp_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* a,
-                            const ScratchCuda<X>* w, const float* res_in, const X* delta_in) {
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
-    residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_MLP_NORM], M, D,
-                                  (float)run->config->norm_eps, run->stream, run->dropout);
-    matmul_forward_cuda(run->matmul, a->h, 2 * F, a->u, D, L->px[P_FC1], (const float*)NULL, M, D, 2 * F,
-                        run->stream);
-    gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
-    matmul_forward_cuda(run->matmul, w->delta, D, w->m, F, L->px[P_FC2], (const float*)NULL, M, F, D,
-                        run->stream);
-}
-
-template <typename X>
-void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* a,
-                             const ScratchCuda<X>* w) {
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
-    Matmul* mm = run->matmul;
-    bool cheap = run->recompute == RECOMPUTE_CHEAP;
-    matmul_backward_cuda(mm, w->dm, F, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
-                         L->px[P_FC2], w->sums, M, F, D, run->stream);
-    side_join(run);                                // of the layer before: dh and m are written again
-    gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
-                       run->stream);
-    linear_backward_weight(run, L->grad[P_FC2], (float*)NULL, w->dres_x, D, w->m, F, w->sums, F, D);
-    matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dh, 2 * F, (const X*)NULL, 0,
-                         L->px[P_FC1], w->sums, M, D, 2 * F, run->stream);
-    side_join(run);
-    if (!cheap)
-        linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, cheap ? a->u : NULL, L->grad[P_MLP_NORM], w->du, a->res,
-                          L->p[P_MLP_NORM], a->rstd, w->sums, M, D, run->stream, run->dropout);
-    if (cheap)
-        linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
-}
-
-// Blocks with one token of each sequence (section 4.10). res_in and delta_in as above; the residual stream
-// after the addition goes to res_out, what the block adds to w->delta.
-static bool decode_is_fast(const Config* c, size_t rows) {
-    return rows <= DECODE_ROWS && c->d_model % 32 == 0 && c->d_inner % 32 == 0 && c->d_intermediate % 32 == 0;
-}
+// Blocks with one token of each sequence (section 4.10), in bf16. res_in and delta_in as above; the residual
+// stream after the addition goes to res_out, what the block adds to shared->delta.
 
 // norm, then the first matmul of a block: up to 8 sequences in one kernel
 static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const ActsCuda<bf16>* acts,
@@ -3808,35 +3726,262 @@ static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16*
     decode_linear_cuda(a, run->stream);
 }
 
+// --------------------------------------------------------------------------------------------------
+// 5.1 Mamba-1
+
+template <typename X> struct Mamba1ActsCuda { X *xz, *x, *rbc, *dt_raw, *s, *hs; };
+
+static const TensorSpec mamba1_acts_cuda[] = {
+    {"xz",     {DIM_2E}, 0, 0},                          // x before the conv, gate z
+    {"x",      {DIM_E}, 0, CHEAP},                       // after conv and SiLU
+    {"rbc",    {DIM_R2N}, 0, 0},                         // r, B, C
+    {"dt_raw", {DIM_E}, 0, CHEAP},                       // dt before bias and softplus
+    {"s",      {DIM_E}, 0, BACKWARD_ONLY},               // scan output, before the gate
+    {"hs",     {DIM_SCAN_SAVED}, 0, BACKWARD_ONLY},      // states
+};
+
+template <typename X> struct Mamba1ScratchCuda { X *y, *dy, *dxz, *dx, *ddt, *drbc; };
+
+static const TensorSpec mamba1_scratch_cuda[] = {
+    {"y",    {DIM_E}, 0, 0},                             // after the gate
+    {"dy",   {DIM_E}, 0, BACKWARD_ONLY},
+    {"dxz",  {DIM_2E}, 0, BACKWARD_ONLY},
+    {"dx",   {DIM_E}, 0, BACKWARD_ONLY},
+    {"ddt",  {DIM_E}, 0, BACKWARD_ONLY},
+    {"drbc", {DIM_R2N}, 0, BACKWARD_ONLY},
+};
+
+// scan_spacing: tokens between two saved states; with --recompute cheap every second one is made again
+static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 16 : SCAN_SPACING; }
+
+// floats of partial sums that the kernels of its backward need
+static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T) {
+    size_t E = (size_t)c->d_inner, scan = selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state),
+           conv = causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv),
+           bias = bias_backward_scratch_cuda(B * T, 2 * E);
+    return max_size(scan, max_size(conv, bias));
+}
+
+// mamba1_block_forward_cuda: delta = Mamba(RMSNorm(res)), res = res_in + delta_in.
+// state: conv and ssm, float, NULL: zeros
+template <typename X>
+void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                               const ScratchCuda<X>* shared, const float* res_in, const X* delta_in,
+                               float* const* state0, float* const* stateT) {
+    const Mamba1Params* p = (const Mamba1Params*)L->p;
+    const Mamba1ActsCuda<X>* a = (const Mamba1ActsCuda<X>*)acts->field;
+    const Mamba1ScratchCuda<X>* w = (const Mamba1ScratchCuda<X>*)acts->scratch;
+    const Mamba1State *s0 = (const Mamba1State*)state0, *sT = (const Mamba1State*)stateT;
+    const Config* c = run->config;
+    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
+           N = (size_t)c->d_state;
+    size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
+    cudaStream_t stream = run->stream;
+    block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->xz, 2 * E, p->in_proj, p->in_proj_bias,
+                        2 * E);
+    causal_conv1d_forward_cuda(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B,
+                               T, E, K, stream);
+    matmul_forward_cuda(run->matmul, a->rbc, RBC, a->x, E, weight_x(L, p->x_proj), (const float*)NULL, M, E,
+                        RBC, stream);
+    matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, weight_x(L, p->dt_proj), (const float*)NULL,
+                        M, R, E, stream);
+    selective_scan_forward_cuda<X>(w->y, a->s, a->hs, sT->ssm, a->x, a->dt_raw, p->dt_proj_bias, p->A_log,
+                                   a->rbc + R, a->rbc + R + N, RBC, p->D, a->xz + E, 2 * E, s0->ssm, run->doc,
+                                   B, T, E, N, scan_spacing(run->recompute), stream);
+    matmul_forward_cuda(run->matmul, shared->delta, D, w->y, E, weight_x(L, p->out_proj), p->out_proj_bias, M,
+                        E, D, stream);
+}
+
+// mamba1_block_backward_cuda: gradients as in block_begin_backward
+template <typename X>
+void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                const ScratchCuda<X>* shared, float* const* state0) {
+    const Mamba1Params *p = (const Mamba1Params*)L->p, *dp = (const Mamba1Params*)L->grad;
+    const Mamba1ActsCuda<X>* a = (const Mamba1ActsCuda<X>*)acts->field;
+    const Mamba1ScratchCuda<X>* w = (const Mamba1ScratchCuda<X>*)acts->scratch;
+    const Mamba1State* s0 = (const Mamba1State*)state0;
+    const Config* c = run->config;
+    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
+           N = (size_t)c->d_state;
+    size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
+    cudaStream_t stream = run->stream;
+    if (run->recompute == RECOMPUTE_CHEAP) {                 // x, dt_raw now, u in block_begin_backward
+        causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias,
+                                   run->doc, B, T, E, K, stream);
+        matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, weight_x(L, p->dt_proj),
+                            (const float*)NULL, M, R, E, stream);
+    }
+    // out = W_out y: the gradient of y first, the scan's backward makes y again for the weight gradient
+    linear_backward_input(run, w->dy, E, false, shared->dres_x, D, weight_x(L, p->out_proj), E, D);
+    side_join(run);                                // of the layer before: y, ddt, drbc, dxz are written again
+    selective_scan_backward_cuda<X>(w->dx, w->ddt, w->dxz + E, 2 * E, w->y, dp->A_log, dp->D,
+                                    dp->dt_proj_bias, w->drbc + R, w->drbc + R + N, RBC, (float*)NULL, w->dy,
+                                    (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, p->dt_proj_bias,
+                                    p->A_log, a->rbc + R, a->rbc + R + N, RBC, p->D, a->xz + E, 2 * E,
+                                    run->doc, shared->sums, B, T, E, N, scan_spacing(run->recompute), stream);
+    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, D, w->y, E, shared->sums, E,
+                           D);
+    linear_backward_weight(run, dp->dt_proj, (float*)NULL, w->ddt, E, a->rbc, RBC, shared->sums, R, E);
+    linear_backward_input(run, w->drbc, RBC, false, w->ddt, E, weight_x(L, p->dt_proj), R, E);
+    linear_backward_weight(run, dp->x_proj, (float*)NULL, w->drbc, RBC, a->x, E, shared->sums, E, RBC);
+    linear_backward_input(run, w->dx, E, true, w->drbc, RBC, weight_x(L, p->x_proj), E, RBC);
+    causal_conv1d_backward_cuda(w->dxz, 2 * E, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dx,
+                                (const float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias,
+                                run->doc, shared->sums, B, T, E, K, stream);
+    block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dxz, 2 * E,
+                         p->norm, p->in_proj, 2 * E);
+}
+
+static bool mamba1_decodes(const Config* c) { return c->d_inner % 32 == 0; }
+
 static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
-                                     const ActsCuda<bf16>* a, const ScratchCuda<bf16>* w, float* res_out,
-                                     const float* res_in, const bf16* delta_in, float* const* state) {
+                                     const ActsCuda<bf16>* acts, const ScratchCuda<bf16>* shared,
+                                     float* res_out, const float* res_in, const bf16* delta_in,
+                                     float* const* state) {
+    const Mamba1Params* p = (const Mamba1Params*)L->p;
+    const Mamba1ActsCuda<bf16>* a = (const Mamba1ActsCuda<bf16>*)acts->field;
+    const Mamba1ScratchCuda<bf16>* w = (const Mamba1ScratchCuda<bf16>*)acts->scratch;
+    const Mamba1State* s = (const Mamba1State*)state;
     const Config* c = run->config;
     size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank;
     DecodeLinear in = {};
-    in.weight = L->px[P_IN]; in.bias = L->p[P_IN_BIAS]; in.O = 2 * E;
+    in.weight = weight_x(L, p->in_proj); in.bias = p->in_proj_bias; in.O = 2 * E;
     in.out = a->xz; in.ldo = 2 * E;
-    in.conv_weight = L->p[P_CONV]; in.conv_bias = L->p[P_CONV_BIAS]; in.conv_state = state[0];
+    in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s->conv;
     in.taps = (int)c->d_conv; in.E = E;
-    decode_first_linear(run, in, a, res_out, res_in, delta_in, L->p[P_NORM]);
+    decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
     DecodeLinear x_proj = {};
-    x_proj.weight = L->px[P_X]; x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
+    x_proj.weight = weight_x(L, p->x_proj); x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
     x_proj.act = a->xz; x_proj.ld_act = 2 * E; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
     decode_linear_cuda(x_proj, run->stream);
-    decode_scan_cuda(w->y, state[1], a->xz, a->rbc, L->px[P_DT], L->p[P_DT_BIAS], L->p[P_A_LOG], L->p[P_D],
+    decode_scan_cuda(w->y, s->ssm, a->xz, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log, p->D,
                      a->xz + E, 2 * E, run->B, E, N, R, run->stream);
-    decode_plain_linear(run, w->delta, w->y, L->px[P_OUT], L->p[P_OUT_BIAS], E, D);
+    decode_plain_linear(run, shared->delta, w->y, weight_x(L, p->out_proj), p->out_proj_bias, E, D);
 }
 
-static void mlp_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L, const ActsCuda<bf16>* a,
-                                  const ScratchCuda<bf16>* w, float* res_out, const float* res_in,
-                                  const bf16* delta_in) {
+// mamba1_paths: which kernels serve these sizes, the fast ones or those for any shape
+template <typename X> static void mamba1_paths(const Config* c) {
+    size_t E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank, ldbc = R + 2 * N;
+    const X* base = NULL;
+    const char* scan =
+        selective_scan_path_cuda(base, base + R, base + R + N, ldbc, base + E, 2 * E, 1, 1, E, N);
+    bool conv = c->d_conv == 4 && E * sizeof(X) % 8 == 0;
+    printf("scan %s%s, convolution %s, ", scan,
+           strcmp(scan, "fast") && sizeof(X) == 2
+               ? " (the fast one needs --d-state 16, E % 32 = 0, R % 8 = 0)" : "",
+           conv ? "fast" : "general");
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.2 Gated MLP
+
+template <typename X> struct MlpActsCuda { X* h; };
+
+static const TensorSpec mlp_acts_cuda[] = {
+    {"h", {DIM_2F}, 0, 0},                               // up, gate
+};
+
+template <typename X> struct MlpScratchCuda { X *m, *dm, *dh; };
+
+static const TensorSpec mlp_scratch_cuda[] = {
+    {"m",  {DIM_F}, 0, 0},
+    {"dm", {DIM_F}, 0, BACKWARD_ONLY},
+    {"dh", {DIM_2F}, 0, BACKWARD_ONLY},
+};
+
+template <typename X>
+void mlp_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                            const ScratchCuda<X>* shared, const float* res_in, const X* delta_in,
+                            float* const*, float* const*) {
+    const MlpParams* p = (const MlpParams*)L->p;
+    const MlpActsCuda<X>* a = (const MlpActsCuda<X>*)acts->field;
+    const MlpScratchCuda<X>* w = (const MlpScratchCuda<X>*)acts->scratch;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->h, 2 * F, p->fc1, (const float*)NULL,
+                        2 * F);
+    gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
+    matmul_forward_cuda(run->matmul, shared->delta, D, w->m, F, weight_x(L, p->fc2), (const float*)NULL, M, F,
+                        D, run->stream);
+}
+
+template <typename X>
+void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                             const ScratchCuda<X>* shared, float* const*) {
+    const MlpParams *p = (const MlpParams*)L->p, *dp = (const MlpParams*)L->grad;
+    const MlpActsCuda<X>* a = (const MlpActsCuda<X>*)acts->field;
+    const MlpScratchCuda<X>* w = (const MlpScratchCuda<X>*)acts->scratch;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    linear_backward_input(run, w->dm, F, false, shared->dres_x, D, weight_x(L, p->fc2), F, D);
+    side_join(run);                                // of the layer before: dh and m are written again
+    gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
+                       run->stream);
+    linear_backward_weight(run, dp->fc2, (float*)NULL, shared->dres_x, D, w->m, F, shared->sums, F, D);
+    block_begin_backward(run, L, acts, shared, dp->norm, dp->fc1, (float*)NULL, w->dh, 2 * F, p->norm, p->fc1,
+                         2 * F);
+}
+
+static bool mlp_decodes(const Config* c) { return c->d_intermediate % 32 == 0; }
+
+static void mlp_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
+                                  const ActsCuda<bf16>* acts, const ScratchCuda<bf16>* shared, float* res_out,
+                                  const float* res_in, const bf16* delta_in, float* const*) {
+    const MlpParams* p = (const MlpParams*)L->p;
+    const MlpActsCuda<bf16>* a = (const MlpActsCuda<bf16>*)acts->field;
+    const MlpScratchCuda<bf16>* w = (const MlpScratchCuda<bf16>*)acts->scratch;
     size_t D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     DecodeLinear up = {};
-    up.weight = L->px[P_FC1]; up.O = 2 * F; up.out = a->h; up.ldo = 2 * F;
-    decode_first_linear(run, up, a, res_out, res_in, delta_in, L->p[P_MLP_NORM]);
+    up.weight = weight_x(L, p->fc1); up.O = 2 * F; up.out = a->h; up.ldo = 2 * F;
+    decode_first_linear(run, up, acts, res_out, res_in, delta_in, p->norm);
     gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, run->B, F, run->stream);
-    decode_plain_linear(run, w->delta, w->m, L->px[P_FC2], NULL, F, D);
+    decode_plain_linear(run, shared->delta, w->m, weight_x(L, p->fc2), NULL, F, D);
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.3 The table of kinds
+
+template <typename X> struct KindCuda {
+    char letter;                                   // of the kind in train_mamba.c
+    const TensorSpec* acts;    int n_acts;         // saved for backward
+    const TensorSpec* scratch; int n_scratch;
+    size_t (*sums)(const Config*, size_t B, size_t T);       // floats of partial sums; NULL: none
+    void (*forward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
+                    const float* res_in, const X* delta_in, float* const* state0, float* const* stateT);
+    void (*backward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
+                     float* const* state0);
+    bool (*decodes)(const Config*);                // whether `decode` is for these sizes
+    void (*decode)(const CudaRun<bf16>*, const LayerCuda<bf16>*, const ActsCuda<bf16>*,
+                   const ScratchCuda<bf16>*, float* res_out, const float* res_in, const bf16* delta_in,
+                   float* const* state);
+    void (*paths)(const Config*);                  // prints which of its kernels are fast; NULL: no choice
+};
+
+enum { N_KINDS_CUDA = 2 };
+template <typename X> static const KindCuda<X> kinds_cuda[N_KINDS_CUDA] = {
+    {'1', TABLE(mamba1_acts_cuda), TABLE(mamba1_scratch_cuda), mamba1_sums_cuda, mamba1_block_forward_cuda<X>,
+     mamba1_block_backward_cuda<X>, mamba1_decodes, mamba1_block_decode_cuda, mamba1_paths<X>},
+    {'m', TABLE(mlp_acts_cuda), TABLE(mlp_scratch_cuda), NULL, mlp_block_forward_cuda<X>,
+     mlp_block_backward_cuda<X>, mlp_decodes, mlp_block_decode_cuda, NULL},
+};
+
+#define SAME_FIELDS(type, table)                                          \
+    static_assert(FIELDS(type<float>) == sizeof(table) / sizeof(TensorSpec), "one row per field, in order")
+SAME_FIELDS(Mamba1ActsCuda, mamba1_acts_cuda);
+SAME_FIELDS(Mamba1ScratchCuda, mamba1_scratch_cuda);
+SAME_FIELDS(MlpActsCuda, mlp_acts_cuda);
+SAME_FIELDS(MlpScratchCuda, mlp_scratch_cuda);
+
+template <typename X> static const KindCuda<X>* kind_cuda(const Kind* kind) {
+    for (int k = 0; k < N_KINDS_CUDA; k++)
+        if (kinds_cuda<X>[k].letter == kind->letter) return &kinds_cuda<X>[k];
+    die("there are no GPU kernels for layers of kind %c (%s); use --device cpu", kind->letter, kind->name);
+}
+
+// array_count: elements of an array of a kind's table
+static size_t array_count(const TensorSpec* spec, const Config* c, size_t B, size_t T, int recompute) {
+    if (spec->dim[0] == DIM_SCAN_SAVED)
+        return selective_scan_saved_cuda(B, T, (size_t)c->d_inner, (size_t)c->d_state,
+                                         scan_spacing(recompute));
+    return B * T * spec_count(spec, c);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -3889,6 +4034,7 @@ template <typename X> struct WorkCuda {
     char* memory;
     BatchCuda batch;
     ActsCuda<X>* acts;              // [n_layers]
+    void* (*kind_scratch)[MAX_FIELDS];       // [kind][field]
     ScratchCuda<X> scratch;
     float *res_last, *f_rstd, *losses;
     X *f, *df, *logits;
@@ -3896,11 +4042,11 @@ template <typename X> struct WorkCuda {
 
 // The plan has three parts: the batch; what is saved; what is used for a short time. The logits and the
 // scratch of the layers are never needed together, so they share their memory.
+// An array that backward does not find again (recompute, inference) has the memory of the first layer that
+// has it, one for all layers of its kind.
 template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, ArenaCuda* arena) {
     const Config* c = &m->config;
-    size_t B = w->B, T = w->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
-           N = (size_t)c->d_state, K = (size_t)c->d_conv;
-    size_t RBC = (size_t)c->dt_rank + 2 * N, F = (size_t)c->d_intermediate, Vp = (size_t)c->vocab_padded;
+    size_t B = w->B, T = w->T, M = B * T, D = (size_t)c->d_model, Vp = (size_t)c->vocab_padded;
     size_t rows = min_size(M, CLASSIFIER_ROWS_CUDA);
     bool train = w->training;
     char* batch;
@@ -3908,38 +4054,33 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     arena_take(arena, &batch, w->batch.bytes);
     batch_plan(&w->batch, w->micros, B, T, batch);
 
+    auto take = [&](void** p, const TensorSpec* spec) {
+        size_t size = spec->flags & IS_FLOAT ? sizeof(float) : sizeof(X);
+        arena_take(arena, (char**)p, array_count(spec, c, B, T, w->recompute) * size);
+    };
     size_t before = arena->used;
     arena_take(arena, &w->losses, M);
-    int first[2] = {-1, -1};        // the first layer of each kind: owns what the layers of the kind share
+    int first[N_KINDS_CUDA];        // the first layer of each kind, -1: not in this model
+    for (int k = 0; k < N_KINDS_CUDA; k++) first[k] = -1;
     for (int l = 0; l < m->n_layers; l++) {
         ActsCuda<X>* a = &w->acts[l];
-        bool mlp = m->layer[l].kind->letter == 'm';
-        const ActsCuda<X>* shared = first[mlp] >= 0 ? &w->acts[first[mlp]] : NULL;
-        if (!shared) first[mlp] = l;
-        bool keep = !shared || (train && w->recompute != RECOMPUTE_ALL);
-        bool keep_cheap = !shared || (train && w->recompute == RECOMPUTE_NONE);
-        // takes memory of the layer's own, or the shared one
-        #define TAKE(own, field, count)                         \
-            do {                                                \
-                if (own) arena_take(arena, &a->field, (count)); \
-                else a->field = shared->field;                  \
-            } while (0)
+        const KindCuda<X>* kind = kind_cuda<X>(m->layer[l].kind);
+        int k = (int)(kind - kinds_cuda<X>);
+        bool keep = train && w->recompute != RECOMPUTE_ALL, keep_cheap = train && !w->recompute;
+        if (first[k] < 0) first[k] = l;
         if (train || l < 2) arena_take(arena, &a->res, M * D);
         else a->res = w->acts[l % 2].res;      // inference: two residual buffers, in turn
-        TAKE(keep, rstd, M);
-        TAKE(keep_cheap, u, M * D);
-        if (mlp) {
-            TAKE(keep, h, M * 2 * F);
-            continue;
+        if (keep || l == 0) arena_take(arena, &a->rstd, M);
+        else a->rstd = w->acts[0].rstd;
+        if (keep_cheap || l == 0) arena_take(arena, &a->u, M * D);
+        else a->u = w->acts[0].u;
+        for (int i = 0; i < kind->n_acts; i++) {
+            const TensorSpec* spec = &kind->acts[i];
+            if ((spec->flags & BACKWARD_ONLY) && !train) continue;       // NULL: nothing is saved
+            if (first[k] == l || (spec->flags & CHEAP ? keep_cheap : keep)) take(&a->field[i], spec);
+            else a->field[i] = w->acts[first[k]].field[i];
         }
-        TAKE(keep, xz, M * 2 * E);
-        TAKE(keep_cheap, x, M * E);
-        TAKE(keep, rbc, M * RBC);
-        TAKE(keep_cheap, dt_raw, M * E);
-        if (!train) continue;
-        TAKE(keep, s, M * E);
-        TAKE(keep, hs, selective_scan_saved_cuda(B, T, E, N, scan_spacing(w->recompute)));
-        #undef TAKE
+        a->scratch = w->kind_scratch[k];
     }
     arena_take(arena, &w->res_last, M * D);
     arena_take(arena, &w->f, M * D);
@@ -3953,29 +4094,25 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     end = arena->used;
     arena->used = train ? start : end;         // decoding keeps its last outputs beside the logits
     arena_take(arena, &s->delta, M * D);
-    arena_take(arena, &s->y, M * E);
-    if (F) arena_take(arena, &s->m, M * F);
+    size_t sums = max_size(rmsnorm_backward_scratch_cuda(M, D), bias_backward_scratch_cuda(M, D));
+    for (int k = 0; k < N_KINDS_CUDA; k++) {
+        const KindCuda<X>* kind = &kinds_cuda<X>[k];
+        if (first[k] < 0) continue;
+        for (int i = 0; i < kind->n_scratch; i++)
+            if (train || !(kind->scratch[i].flags & BACKWARD_ONLY))
+                take(&w->kind_scratch[k][i], &kind->scratch[i]);
+        if (kind->sums) sums = max_size(sums, kind->sums(c, B, T));
+    }
     if (train) {
         arena_take(arena, &s->dres, M * D);
         arena_take(arena, &s->dres_x, M * D);
         arena_take(arena, &s->du, M * D);
-        arena_take(arena, &s->dy, M * E);
-        arena_take(arena, &s->dxz, M * 2 * E);
-        arena_take(arena, &s->dx, M * E);
-        arena_take(arena, &s->ddt, M * E);
-        arena_take(arena, &s->drbc, M * RBC);
-        if (F) arena_take(arena, &s->dm, M * F);
-        if (F) arena_take(arena, &s->dh, M * 2 * F);
-        size_t sums = selective_scan_scratch_cuda(B, T, E, N),
-               other[] = {causal_conv1d_scratch_cuda(B, T, E, K), rmsnorm_backward_scratch_cuda(M, D),
-                          bias_backward_scratch_cuda(M, 2 * E), bias_backward_scratch_cuda(M, D)};
-        for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) sums = other[i] > sums ? other[i] : sums;
         // a smaller call may cut time differently; its partial sums are never more than twice those of the
         // full one
         arena_take(arena, &s->sums, 2 * sums);
         arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
     }
-    arena->used = arena->used > end ? arena->used : end;
+    arena->used = max_size(arena->used, end);
 }
 
 // work_measure: the bytes of a plan, without memory
@@ -3985,6 +4122,7 @@ WorkCuda<X> work_measure(const Model* m, size_t B, size_t T, size_t micros, bool
     memset(&w, 0, sizeof w);
     w.B = B; w.T = T; w.micros = micros; w.training = training; w.recompute = recompute;
     w.acts = (ActsCuda<X>*)xcalloc((size_t)m->n_layers, sizeof(ActsCuda<X>));
+    w.kind_scratch = (void* (*)[MAX_FIELDS])xcalloc(N_KINDS_CUDA, sizeof *w.kind_scratch);
     ArenaCuda arena = {NULL, 0};
     work_plan(&w, m, &arena);
     w.bytes = arena.used;
@@ -3997,6 +4135,7 @@ size_t work_largest(const Model* m, size_t T, size_t micros, int recompute, size
     auto fits = [&](size_t B) {
         WorkCuda<X> w = work_measure<X>(m, B, T, micros, true, recompute);
         free(w.acts);
+        free(w.kind_scratch);
         return w.bytes <= bytes;
     };
     size_t low = 0, high = 1;
@@ -4028,6 +4167,7 @@ template <typename X> void work_free(WorkCuda<X>* w) {
     cudaCheck(cudaFree(w->memory));
     device_bytes -= w->bytes;
     free(w->acts);
+    free(w->kind_scratch);
     memset(w, 0, sizeof *w);
 }
 
@@ -4044,7 +4184,7 @@ template <typename X> struct ModelCuda {
 };
 
 template <typename X> static X* x_of(const ModelCuda<X>* d, const Model* m, const real* host) {
-    return host ? d->params_x + (host - m->params) : NULL;
+    return d->params_x + (host - m->params);
 }
 template <typename X> static float* float_of(const ModelCuda<X>* d, const Model* m, const real* host) {
     return host ? d->params + (host - m->params) : NULL;
@@ -4095,11 +4235,12 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
         sizeof(X) == sizeof(float) ? (X*)(void*)d.params : (X*)device_calloc(m->n_elements, sizeof(X));
     d.layer = (LayerCuda<X>*)xcalloc((size_t)m->n_layers, sizeof(LayerCuda<X>));
     for (int l = 0; l < m->n_layers; l++) {
-        d.layer[l].kind = m->layer[l].kind;
+        d.layer[l].kind = kind_cuda<X>(m->layer[l].kind);
+        d.layer[l].params = d.params;
+        d.layer[l].params_x = d.params_x;
         for (int i = 0; i < m->layer[l].kind->n_params; i++) {
             const real* host = m->layer[l].params[i];
             d.layer[l].p[i] = float_of(&d, m, host);
-            d.layer[l].px[i] = x_of(&d, m, host);
             d.layer[l].grad[i] = host && training ? d.grads + (host - m->params) : NULL;
         }
     }
@@ -4149,9 +4290,7 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
         state_fields(s0, m, state0, host, l, row0);
         state_fields(sT, m, stateT, host, l, row0);
-        if (m->layer[l].kind->letter == 'm')
-            mlp_block_forward_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta);
-        else mamba1_block_forward_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
+        d->layer[l].kind->forward(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
         res = w->acts[l].res;
         delta = w->scratch.delta;
         run->dropout.place++;
@@ -4166,19 +4305,17 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
                               CudaRun<bf16>* run, const int* tokens, float* state, const State* host,
                               float* logits) {
     size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
-    if (!decode_is_fast(&m->config, run->B)) return false;
+    bool fits = run->B <= DECODE_ROWS && D % 32 == 0;
+    for (int l = 0; l < m->n_layers; l++) fits = fits && d->layer[l].kind->decodes(&m->config);
+    if (!fits) return false;
     float* res[2] = {w->acts[0].res, w->res_last};           // in turn
     const bf16* delta = NULL;
     embedding_forward_cuda(res[0], tokens, d->embedding_x, run->B, D, run->stream, run->dropout);
     for (int l = 0; l < m->n_layers; l++) {
         float* fields[MAX_FIELDS];
         state_fields(fields, m, state, host, l, 0);
-        if (m->layer[l].kind->letter == 'm')
-            mlp_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
-                                  delta);
-        else
-            mamba1_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
-                                     delta, fields);
+        d->layer[l].kind->decode(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
+                                 delta, fields);
         delta = w->scratch.delta;
     }
     float* last = res[m->n_layers % 2];
@@ -4278,17 +4415,12 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
         state_fields(s0, m, state0, host, l, 0);
         run->dropout.place = (uint64_t)l;
-        bool mlp = m->layer[l].kind->letter == 'm';
+        const LayerCuda<X>* L = &d->layer[l];
         if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
             side_join(run);
-            if (mlp)
-                mlp_block_forward_cuda(run, &d->layer[l], &w->acts[l], s, w->acts[l].res, (const X*)NULL);
-            else
-                mamba1_block_forward_cuda(run, &d->layer[l], &w->acts[l], s, w->acts[l].res, (const X*)NULL,
-                                          s0, none);
+            L->kind->forward(run, L, &w->acts[l], s, w->acts[l].res, (const X*)NULL, s0, none);
         }
-        if (mlp) mlp_block_backward_cuda(run, &d->layer[l], &w->acts[l], s);
-        else mamba1_block_backward_cuda(run, &d->layer[l], &w->acts[l], s, s0);
+        L->kind->backward(run, L, &w->acts[l], s, s0);
     }
     embedding_backward_cuda(d->dembedding, s->dres, tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
                             run->stream);
@@ -4842,17 +4974,12 @@ template <typename X> static void memory_print(Backend* b) {
 // paths_print: which kernels serve this model, the fast ones or those for any shape
 template <typename X> static void paths_print(const Backend* b) {
     const Config* c = &b->model->config;
-    size_t E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank, ldbc = R + 2 * N;
-    const X* base = NULL;
-    const char* scan =
-        selective_scan_path_cuda(base, base + R, base + R + N, ldbc, base + E, 2 * E, 1, 1, E, N);
-    bool conv = c->d_conv == 4 && E * sizeof(X) % 8 == 0, norm = c->d_model % 4 == 0 && c->d_model <= 4096,
+    bool norm = c->d_model % 4 == 0 && c->d_model <= 4096,
          logits = (size_t)c->vocab_padded * sizeof(X) % 16 == 0;
-    printf("kernels: scan %s, convolution %s, norm %s, classifier %s%s\n", scan, conv ? "fast" : "general",
-           norm ? "fast" : "general", logits ? "fast" : "general",
-           strcmp(scan, "fast") && sizeof(X) == 2
-               ? " (the fast scan needs --d-state 16, E % 32 = 0, R % 8 = 0)"
-               : "");
+    printf("kernels: ");
+    for (int k = 0; k < N_KINDS_CUDA; k++)
+        if (kinds_cuda<X>[k].paths && strchr(c->pattern, kinds_cuda<X>[k].letter)) kinds_cuda<X>[k].paths(c);
+    printf("norm %s, classifier %s\n", norm ? "fast" : "general", logits ? "fast" : "general");
 }
 
 // device_peak: dense matmuls per second in bf16, from the data sheets; fp32 matmuls are exact, on the
