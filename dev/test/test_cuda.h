@@ -31,12 +31,12 @@ void rmsnorm_forward(double* out, double* rstd, const double* inp, const double*
 void rmsnorm_backward(double* dinp, double* dweight, const double* dout, const double* inp,
                       const double* weight, const double* rstd, size_t M, size_t D);
 void causal_conv1d_forward(double* out, double* tailT, const double* inp, size_t ldi, const double* tail0,
-                           const double* weight, const double* bias, const int* doc, size_t B, size_t T,
-                           size_t E, size_t K);
+                           const double* weight, const double* bias, bool silu, const int* doc, size_t B,
+                           size_t T, size_t E, size_t K);
 void causal_conv1d_backward(double* dinp, size_t lddi, double* dweight, double* dbias, double* dtail0,
                             const double* dout, const double* dtailT, const double* inp, size_t ldi,
-                            const double* tail0, const double* weight, const double* bias, const int* doc,
-                            size_t B, size_t T, size_t E, size_t K);
+                            const double* tail0, const double* weight, const double* bias, bool silu,
+                            const int* doc, size_t B, size_t T, size_t E, size_t K);
 void gate_forward(double* out, const double* y, size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
 void gate_backward(double* dy, size_t lddy, double* dz, size_t lddz, const double* dout, const double* y,
                    size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
@@ -391,8 +391,8 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     Vec inp = spread(normal_vec<X>(M * E), E, ld), weight = normal_vec<float>(E * K, 0.6);
     Vec bias = normal_vec<float>(E), tail0 = normal_vec<float>(tail), out(M * E), tailT(tail);
     const double *p_bias = has_bias ? bias.data() : NULL, *p_tail0 = has_tail ? tail0.data() : NULL;
-    oracle::causal_conv1d_forward(out.data(), tailT.data(), inp.data(), ld, p_tail0, weight.data(), p_bias, d,
-                                  B, T, E, K);
+    oracle::causal_conv1d_forward(out.data(), tailT.data(), inp.data(), ld, p_tail0, weight.data(), p_bias,
+                                  true, d, B, T, E, K);
     X *g_inp = gpu<X>(inp), *g_out = gpu_nan<X>(M * E);
     float *g_weight = gpu<float>(weight), *g_bias = has_bias ? gpu<float>(bias) : NULL;
     float *g_tail0 = gpu<float>(tail0), *g_tailT = variant == 6 ? g_tail0 : gpu_nan<float>(tail);
@@ -406,7 +406,7 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     oracle::causal_conv1d_backward(dinp.data(), ld, want_dweight.data(), has_bias ? want_dbias.data() : NULL,
                                    has_dtail ? dtail0.data() : NULL, dout.data(),
                                    has_dtail ? dtailT.data() : NULL, inp.data(), ld, p_tail0, weight.data(),
-                                   p_bias, d, B, T, E, K);
+                                   p_bias, true, d, B, T, E, K);
     g_tail0 = gpu<float>(tail0);
     X* g_dout = gpu<X>(dout);
     float* g_dtailT = has_dtail ? gpu<float>(dtailT) : NULL;
