@@ -358,6 +358,20 @@ __device__ __forceinline__ void copy_async_wait(int groups) {
     else asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
+// load_matrices: four 8 x 8 matrices of bf16 from shared memory (ldmatrix), as the tensor core takes them. Lane
+// l gives the address (of 16 bytes) of row l % 8 of matrix l / 8; r[k] is then matrix k, of which lane 4g + q
+// holds row g, columns 2q and 2q+1; _trans: column g, rows 2q and 2q+1.
+__device__ __forceinline__ void load_matrices(uint32_t* r, const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrices_trans(uint32_t* r, const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+
 // warp_sum: the sum over the 32 lanes of a warp, the same bits in every lane
 __device__ __forceinline__ float warp_sum(float x) {
     #pragma unroll
