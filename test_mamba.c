@@ -30,6 +30,8 @@
 // ---------------------------------------------------------------------------------------------------
 // 1. Harness: report, child processes, memory, files
 
+#define COUNT_OF(array) ((int)(sizeof(array) / sizeof(array[0])))
+
 int rows_passed = 0, rows_failed = 0;
 char** failed_names = NULL;
 const char* case_name = "";
@@ -250,7 +252,7 @@ typedef struct {
 typedef struct Problem {
     const struct LayerTest* layer;
     const char* shape;           // as given, and as shown in the table
-    size_t B, T, D, E, N, K, V;  // from it; unused ones are 0
+    size_t B, T, D, E, N, K, V, H, P, G, Q, S;      // from it; unused ones are 0
     int flags;
     Operand in[MAX_IN], out[MAX_OUT];
     int n_in, n_out;
@@ -270,6 +272,7 @@ typedef struct LayerTest {
     void (*formula)(const Problem* p, double** in, double** out);   // dense arrays, NULL: not given
     int state;                   // index of the initial state among the inputs, -1: every token stands alone
     bool overwrites;             // backward writes its gradient instead of adding to it
+    bool rounds;                 // pieces of a sequence equal the whole to rounding only
 } LayerTest;
 
 size_t span(const Operand* t) { return t->rows ? (t->rows - 1) * t->ld + t->cols : 0; }
@@ -315,23 +318,24 @@ void given_if(Operand* t, bool given) {
 
 // Patterns of documents, one digit per token, the last one continued. They hold boundaries at 0 (the first id
 // is not 0, so a given state must be ignored), at 1, at K-1 and K, neighbouring boundaries, documents of one
-// token, ids with gaps, and, for even rows, boundaries around the chunk edge of the scan. No id is used
-// for two documents of a sequence.
+// token, ids with gaps, and, for even rows, boundaries one before, on and one behind the first chunk edge. No
+// id is used for two documents of a sequence.
 const char* doc_patterns[] = { "0001", "1", "0123456", "1112", "00", "01223444", "0033", "01" };
 
-int* make_docs(size_t pattern, size_t B, size_t T) {
+int* make_docs_at(size_t pattern, size_t B, size_t T, size_t edge) {
     int* doc = (int*)test_alloc(B * T, sizeof(int));
     for (size_t b = 0; b < B; b++) {
         const char* digits = doc_patterns[(pattern + b) % 8];
         size_t n = strlen(digits);
         for (size_t t = 0; t < T; t++) {
             doc[b * T + t] = digits[t < n ? t : n - 1] - '0';
-            if (b % 2 == 0 && t + 1 >= SCAN_CHUNK)
-                doc[b * T + t] += (int)(t - SCAN_CHUNK + 2 < 3 ? t - SCAN_CHUNK + 2 : 3);
+            if (b % 2 == 0 && t + 1 >= edge) doc[b * T + t] += (int)(t - edge + 2 < 3 ? t - edge + 2 : 3);
         }
     }
     return doc;
 }
+
+int* make_docs(size_t pattern, size_t B, size_t T) { return make_docs_at(pattern, B, T, SCAN_CHUNK); }
 
 // problem_make: shape is a text such as "B3 T7 E5 N2 state final documents1"
 void problem_make(Problem* p, const LayerTest* layer, const char* shape) {
@@ -341,13 +345,14 @@ void problem_make(Problem* p, const LayerTest* layer, const char* shape) {
     p->scale = (real)0.375;
     p->flags = (strstr(shape, "bias") ? HAS_BIAS : 0) | (strstr(shape, "state") ? HAS_STATE : 0) |
                (strstr(shape, "final") ? HAS_FINAL : 0) | (strstr(shape, "big") ? IS_BIG : 0);
-    size_t* const sizes[] = { &p->B, &p->T, &p->D, &p->E, &p->N, &p->K, &p->V };
-    for (int i = 0; i < 7; i++) {
-        const char* at = strchr(shape, "BTDENKV"[i]);
+    size_t* const sizes[] = { &p->B, &p->T, &p->D, &p->E, &p->N, &p->K, &p->V, &p->H, &p->P, &p->G, &p->Q,
+                              &p->S };
+    for (int i = 0; i < COUNT_OF(sizes); i++) {
+        const char* at = strchr(shape, "BTDENKVHPGQS"[i]);
         if (at) *sizes[i] = (size_t)atoi(at + 1);
     }
     const char* docs = strstr(shape, "documents");
-    if (docs) p->doc = make_docs((size_t)atoi(docs + 9), p->B, p->T);
+    if (docs) p->doc = make_docs_at((size_t)atoi(docs + 9), p->B, p->T, p->Q > 1 ? p->Q : SCAN_CHUNK);
     if (p->V) {
         p->ids = (int*)test_alloc(p->B * p->T, sizeof(int));
         for (size_t i = 0; i < p->B * p->T; i++) p->ids[i] = (int)(random_bits(7, 1, i) % p->V);
@@ -646,8 +651,6 @@ void check_layer(const LayerTest* layer, const char* const* shapes, int n_shapes
 // 4. The layers: shapes, calls, formulas
 // Sizes are ragged on purpose; `big` ones give every thread work, cross block edges, and are not differenced.
 
-#define COUNT_OF(array) ((int)(sizeof(array) / sizeof(array[0])))
-
 // Embedding: out[m,:] = weight[token[m],:]. Tokens repeat, so gradients of one row meet.
 void embedding_make(Problem* p) {
     add_input(p, "weight", SHARED, p->V, p->D, 0, -1, 1);
@@ -664,7 +667,7 @@ void embedding_formula(const Problem* p, double** in, double** out) {
         out[0][i] = in[0][(size_t)p->ids[i / p->D] * p->D + i % p->D];
 }
 const LayerTest embedding_layer = {
-    "embedding", embedding_make, embedding_fwd, embedding_bwd, embedding_formula, -1, false
+    "embedding", embedding_make, embedding_fwd, embedding_bwd, embedding_formula, -1, false, false
 };
 void test_embedding(void) {
     const char* const shapes[] = {
@@ -699,7 +702,7 @@ void matmul_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest matmul_layer = {
-    "matmul", matmul_make, matmul_fwd, matmul_bwd, matmul_formula, -1, false
+    "matmul", matmul_make, matmul_fwd, matmul_bwd, matmul_formula, -1, false, false
 };
 void test_matmul(void) {
     const char* const shapes[] = {
@@ -733,7 +736,7 @@ void rmsnorm_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest rmsnorm_layer = {
-    "rmsnorm", rmsnorm_make, rmsnorm_fwd, rmsnorm_bwd, rmsnorm_formula, -1, false
+    "rmsnorm", rmsnorm_make, rmsnorm_fwd, rmsnorm_bwd, rmsnorm_formula, -1, false, false
 };
 void test_rmsnorm(void) {
     const char* const shapes[] = {
@@ -747,8 +750,9 @@ bool document_starts(const Problem* p, size_t b, size_t t) {
     return p->doc[b * p->T + t] != (t ? p->doc[b * p->T + t - 1] : 0);
 }
 
-// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}). Inputs before t = 0 come from the tail;
-// none come from another document.
+// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}); `linear`: without silu. Inputs before
+// t = 0 come from the tail; none come from another document.
+bool conv_silu(const Problem* p) { return !strstr(p->shape, "linear"); }
 void conv_make(Problem* p) {
     add_input(p, "inp", PER_TOKEN, p->B * p->T, p->E, 3, -1, 1);
     add_input(p, "weight", SHARED, p->E, p->K, 0, -1, 1);
@@ -761,12 +765,12 @@ void conv_make(Problem* p) {
 }
 void conv_fwd(Problem* p) {
     causal_conv1d_forward(p->out[0].value, p->out[1].value, p->in[0].value, p->in[0].ld, p->in[3].value,
-                          p->in[1].value, p->in[2].value, p->doc, p->B, p->T, p->E, p->K);
+                          p->in[1].value, p->in[2].value, conv_silu(p), p->doc, p->B, p->T, p->E, p->K);
 }
 void conv_bwd(Problem* p) {
     causal_conv1d_backward(p->in[0].grad, p->in[0].ld, p->in[1].grad, p->in[2].grad, p->in[3].grad,
                            p->out[0].grad, p->out[1].grad, p->in[0].value, p->in[0].ld, p->in[3].value,
-                           p->in[1].value, p->in[2].value, p->doc, p->B, p->T, p->E, p->K);
+                           p->in[1].value, p->in[2].value, conv_silu(p), p->doc, p->B, p->T, p->E, p->K);
 }
 // the input j tokens before token t of sequence b, as token t sees it: 0 if it is of another document
 double conv_past(const Problem* p, double** in, size_t b, size_t t, size_t j, size_t e) {
@@ -781,7 +785,7 @@ void conv_formula(const Problem* p, double** in, double** out) {
                 double c = in[2] ? in[2][e] : 0;
                 for (size_t k = 0; k < p->K; k++)
                     c += in[1][e * p->K + k] * conv_past(p, in, b, t, p->K - 1 - k, e);
-                out[0][(b * p->T + t) * p->E + e] = c / (1 + exp(-c));
+                out[0][(b * p->T + t) * p->E + e] = conv_silu(p) ? c / (1 + exp(-c)) : c;
             }
             // oldest first: K-2-j tokens before the last one
             for (size_t j = 0; out[1] && j + 1 < p->K; j++)
@@ -790,7 +794,7 @@ void conv_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest conv_layer = {
-    "causal_conv1d", conv_make, conv_fwd, conv_bwd, conv_formula, 3, false
+    "causal_conv1d", conv_make, conv_fwd, conv_bwd, conv_formula, 3, false, false
 };
 void test_conv(void) {
     const char* const shapes[] = {
@@ -800,7 +804,8 @@ void test_conv(void) {
         "B3 T7 E13 K3 bias final documents6", "B8 T2 E3 K4 state final documents0",
         "B8 T9 E5 K2 state final documents0", "B8 T7 E5 K1 bias state final documents0",
         "B8 T67 E70 K4 bias state final big documents0",
-        "B2 T5 E31 K4 bias state final" };       // one channel short of a tile
+        "B2 T5 E31 K4 bias state final",         // one channel short of a tile
+        "B3 T7 E5 K4 bias state final documents0 linear", "B1 T1 E33 K3 final linear" };
     check_layer(&conv_layer, shapes, COUNT_OF(shapes));
 }
 
@@ -818,7 +823,7 @@ void softplus_formula(const Problem* p, double** in, double** out) {
     for (size_t i = 0; i < p->B * p->T * p->E; i++) out[0][i] = softplus_exact(in[0][i]);
 }
 const LayerTest softplus_layer = {
-    "softplus", softplus_make, softplus_fwd, softplus_bwd, softplus_formula, -1, false
+    "softplus", softplus_make, softplus_fwd, softplus_bwd, softplus_formula, -1, false, false
 };
 void test_softplus(void) {
     const char* const shapes[] = {
@@ -882,7 +887,7 @@ void scan_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest scan_layer = {
-    "selective_scan", scan_make, scan_fwd, scan_bwd, scan_formula, SCAN_H0, false
+    "selective_scan", scan_make, scan_fwd, scan_bwd, scan_formula, SCAN_H0, false, false
 };
 void test_scan(void) {
     const char* const shapes[] = {
@@ -935,7 +940,7 @@ void gate_formula(const Problem* p, double** in, double** out) {
     for (size_t i = 0; i < p->B * p->T * p->E; i++) out[0][i] = in[0][i] * in[1][i] / (1 + exp(-in[1][i]));
 }
 const LayerTest gate_layer = {
-    "gate", gate_make, gate_fwd, gate_bwd, gate_formula, -1, false
+    "gate", gate_make, gate_fwd, gate_bwd, gate_formula, -1, false, false
 };
 void test_gate(void) {
     const char* const shapes[] = {
@@ -967,7 +972,7 @@ void crossentropy_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest crossentropy_layer = {
-    "crossentropy", crossentropy_make, crossentropy_fwd, crossentropy_bwd, crossentropy_formula, -1, true
+    "crossentropy", crossentropy_make, crossentropy_fwd, crossentropy_bwd, crossentropy_formula, -1, true, false
 };
 void test_crossentropy(void) {
     const char* const shapes[] = {
@@ -1010,11 +1015,12 @@ void problem_join(Problem* left, Problem* right) {
     left->out[1].grad = in->grad;
 }
 
-// compare_parts: the outputs of the parts equal the whole to the bit, their gradients, summed, to rounding
+// compare_parts: the outputs of the parts equal the whole to the bit (or round), their gradients, summed, round
 void compare_parts(const Problem* p, const double* whole, Worst* forward, Worst* backward, size_t cut) {
     size_t n, at = count(&p->out[0]) + count(&p->out[1]);
     double* parts = snapshot(p, &n);
-    worst_add(forward, differing(parts, whole, at), "cut %d, %s", (int)cut, p->shape);
+    double err = p->layer->rounds ? relative_l2(parts, whole, at) : differing(parts, whole, at);
+    worst_add(forward, err, "cut %d, %s", (int)cut, p->shape);
     for (int i = 0; i < p->n_in; at += count(&p->in[i++]))
         worst_add(backward, relative_l2(parts + at, whole + at, count(&p->in[i])), "d%s, cut %d, %s",
                   p->in[i].name, (int)cut, p->shape);
@@ -1022,8 +1028,8 @@ void compare_parts(const Problem* p, const double* whole, Worst* forward, Worst*
 
 void report_parts(const LayerTest* layer, const Worst* forward, const Worst* backward) {
     char claim[80];
-    snprintf(claim, sizeof claim, "%s: differing bits", layer->name);
-    worst_report(claim, forward, 0);
+    snprintf(claim, sizeof claim, "%s: %s", layer->name, layer->rounds ? "outputs" : "differing bits");
+    worst_report(claim, forward, layer->rounds ? limit(3e-6, 1e-14) : 0);
     snprintf(claim, sizeof claim, "%s: gradients", layer->name);
     worst_report(claim, backward, limit(3e-6, 1e-14));      // 3.9e-7, 9.5e-16
 }
@@ -1117,6 +1123,9 @@ void test_packed(void) {
     check_packed(&conv_layer, conv_shapes, COUNT_OF(conv_shapes));
     check_packed(&scan_layer, scan_shapes, COUNT_OF(scan_shapes));
 }
+
+// defines: test_dt_softplus, test_ssd_recurrent, test_ssd, test_gated_rmsnorm
+#include "dev/test/test_mamba2.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Extreme and degenerate inputs
@@ -3010,7 +3019,9 @@ void test_generate(void) {
     model_free(&m);
 }
 
-// What goes in and out: each file adds one case to the table below.
+// Each file adds one case to the table below: attention, then what goes in and out.
+// defines: test_attention
+#include "dev/test/test_attention.h"
 // defines: test_files
 #include "dev/test/test_files.h"
 // defines: test_data
@@ -3095,6 +3106,11 @@ const Case cases[] = {
     { "softplus", test_softplus },
     { "scan", test_scan },
     { "gate", test_gate },
+    { "dt_softplus", test_dt_softplus },
+    { "ssd recurrent", test_ssd_recurrent },
+    { "ssd", test_ssd },
+    { "gated rmsnorm", test_gated_rmsnorm },
+    { "attention", test_attention },
     { "crossentropy", test_crossentropy },
     { "split", test_split },
     { "packed", test_packed },

@@ -205,13 +205,33 @@ void limit_spinning(char** argv) {
 // Config: everything needed to allocate a model. Symbols as in README: D = d_model, E = d_inner, N = d_state,
 // K = d_conv, R = dt_rank, F = d_intermediate, V = vocab_size, Vp = vocab_padded.
 typedef struct {
-    char pattern[64];        // one letter per residual sub-layer, repeated over the blocks: "1", "1m"
+    char pattern[512];       // one letter per residual sub-layer, repeated over the blocks: "1", "2m", "222a"
     int64_t n_layer;         // blocks: a mixer and, with `m`, its gated MLP
     int64_t d_model;         // D, width of the residual stream
     int64_t d_inner;         // E, usually 2 D
     int64_t d_state;         // N, state size per channel
     int64_t d_conv;          // K, taps of the causal convolution
-    int64_t dt_rank;         // R, rank of the projection that makes dt
+    int64_t dt_rank;         // R, rank of the projection that makes dt (Mamba-1)
+    // Mamba-2
+    int64_t d_ssm;           // Es <= E, channels that go through the SSM; the others form a gated MLP
+    int64_t headdim;         // P, channels per head; H = Es / P heads
+    int64_t ngroups;         // G, groups of heads that share B and C
+    int64_t chunk_size;      // Q, tokens per chunk of the chunked form
+    bool D_has_hdim;         // the skip D: one number per channel instead of one per head
+    bool rmsnorm;            // the gate is followed (or preceded) by an RMSNorm
+    bool norm_before_gate;
+    double dt_low, dt_high;  // dt is clipped to these
+    double A_low, A_high;    // A = -uniform(A_low, A_high) at init
+    double conv_init;        // the conv's weights start uniform in +-conv_init; 0: +-1/sqrt(K)
+    // attention
+    int64_t attn_heads, attn_heads_kv, attn_head_dim;        // Hq, Hkv, dh
+    int64_t attn_conv;       // taps of the convolution over q, k and v; 0: none
+    int64_t attn_mlp;        // width of [up; gate] of an MLP beside the heads; 0: none
+    int64_t rotary_dim;      // numbers of each head that rotary embedding turns; 0: none
+    double rotary_base, softmax_scale;                       // scale 0: 1/sqrt(dh)
+    bool rotary_interleaved; // pairs (2i, 2i+1) instead of (i, i + rotary_dim/2)
+    bool attn_in_bias, attn_out_bias;
+    int64_t context;         // tokens that the cache of keys and values holds; of a run, not of a model
     int64_t d_intermediate;  // F, hidden width of the gated MLP; 0 without `m`
     int64_t vocab_size;      // V, tokens that have a text
     int64_t vocab_padded;    // Vp >= V, rows of the embedding
@@ -235,20 +255,67 @@ static bool add_count(int64_t* total, int64_t a, int64_t b, int64_t c) {
     return *total < (int64_t)1 << 40;
 }
 
+typedef struct { const char* name; int64_t value, low, high; } Range;
+
+static bool check_ranges(const Range* range, size_t n, Error* err) {
+    for (size_t i = 0; i < n; i++)
+        if (range[i].value < range[i].low || range[i].value > range[i].high)
+            return fail(err, "%s is %lld, expected %lld .. %lld", range[i].name, (long long)range[i].value,
+                        (long long)range[i].low, (long long)range[i].high);
+    return true;
+}
+
+// what Mamba-2 layers rely on. Conditions on numbers with fractions are written so that NaN fails.
+static bool config_check_mamba2(const Config* c, Error* err) {
+    const Range range[] = {
+        {"d_ssm", c->d_ssm, 1, c->d_inner},   {"headdim", c->headdim, 1, c->d_ssm},
+        {"ngroups", c->ngroups, 1, c->d_ssm}, {"chunk_size", c->chunk_size, 1, 65536} };
+    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
+    if (c->d_ssm % c->headdim != 0)
+        return fail(err, "d_ssm is %lld, expected a multiple of headdim, %lld", (long long)c->d_ssm,
+                    (long long)c->headdim);
+    if (c->d_ssm / c->headdim % c->ngroups != 0)
+        return fail(err, "%lld heads (d_ssm %lld, headdim %lld) cannot be shared by %lld groups",
+                    (long long)(c->d_ssm / c->headdim), (long long)c->d_ssm, (long long)c->headdim,
+                    (long long)c->ngroups);
+    if (!(c->dt_low >= 0 && c->dt_low <= c->dt_high))
+        return fail(err, "dt_limit is %g .. %g, expected 0 <= low <= high", c->dt_low, c->dt_high);
+    if (!(c->A_low > 0 && c->A_low <= c->A_high && c->A_high <= 1e6))
+        return fail(err, "A_init_range is %g .. %g, expected 0 < low <= high <= 1e6", c->A_low, c->A_high);
+    return (c->conv_init >= 0 && c->conv_init <= 1000) ||
+           fail(err, "conv_init is %g, expected 0 .. 1000", c->conv_init);
+}
+
+static bool config_check_attention(const Config* c, Error* err) {
+    const Range range[] = {
+        {"attention heads", c->attn_heads, 1, 65536}, {"KV heads", c->attn_heads_kv, 1, c->attn_heads},
+        {"attention head_dim", c->attn_head_dim, 1, 65536},
+        {"attention d_conv", c->attn_conv, 0, 8},     {"attention mlp_dim", c->attn_mlp, 0, INT32_MAX},
+        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, INT32_MAX} };
+    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
+    if (c->attn_heads % c->attn_heads_kv != 0)
+        return fail(err, "%lld attention heads cannot share %lld KV heads", (long long)c->attn_heads,
+                    (long long)c->attn_heads_kv);
+    if (c->rotary_dim % 2 != 0 || c->attn_mlp % 2 != 0)
+        return fail(err, "rotary_emb_dim %lld and mlp_dim %lld: expected even numbers",
+                    (long long)c->rotary_dim, (long long)c->attn_mlp);
+    if (!(c->rotary_base > 0 && c->rotary_base <= 1e12))
+        return fail(err, "rotary_emb_base is %g, expected above 0, at most 1e12", c->rotary_base);
+    return (c->softmax_scale >= 0 && c->softmax_scale <= 1e6) ||
+           fail(err, "softmax_scale is %g, expected 0 (1/sqrt(head_dim)) .. 1e6", c->softmax_scale);
+}
+
 // config_check: every size that the rest of the program relies on, whether it came from options or from a
 // file.
 bool config_check(const Config* c, Error* err) {
-    const struct { const char* name; int64_t value, low, high; } range[] = {
+    const Range range[] = {
         {"n_layer", c->n_layer, 1, 65536},          {"d_model", c->d_model, 1, INT32_MAX},
         {"d_inner", c->d_inner, 1, INT32_MAX},      {"d_state", c->d_state, 1, 256},
         {"d_conv", c->d_conv, 1, 8},                {"dt_rank", c->dt_rank, 1, INT32_MAX},
         {"d_intermediate", c->d_intermediate, 0, INT32_MAX}, {"vocab_size", c->vocab_size, 1, INT32_MAX},
         {"vocab_padded", c->vocab_padded, c->vocab_size, INT32_MAX},
         {"eos_token", c->eos_token, -1, c->vocab_padded - 1} };
-    for (size_t i = 0; i < sizeof range / sizeof *range; i++)
-        if (range[i].value < range[i].low || range[i].value > range[i].high)
-            return fail(err, "%s is %lld, expected %lld .. %lld", range[i].name, (long long)range[i].value,
-                        (long long)range[i].low, (long long)range[i].high);
+    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
     // the pattern: mixers, each with at most one m after it
     size_t letters = strnlen(c->pattern, sizeof c->pattern);
     bool mlp = false;
@@ -257,11 +324,10 @@ bool config_check(const Config* c, Error* err) {
     for (size_t i = 0; i < letters; i++) {
         unsigned char letter = (unsigned char)c->pattern[i];
         mlp = mlp || letter == 'm';
-        if (letter != '1' && letter != 'm')
-            return fail(
-                err,
-                "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1) and m (gated MLP)",
-                letter > 32 && letter < 127 ? letter : '?', i);
+        if (!letter || !strchr("12am", letter))
+            return fail(err, "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1), "
+                        "2 (Mamba-2), a (attention) and m (gated MLP)",
+                        letter > 32 && letter < 127 ? letter : '?', i);
         if (letter == 'm' && (i == 0 || c->pattern[i - 1] == 'm'))
             return fail(err, "pattern \"%s\": an m must follow a mixer, like 1m", c->pattern);
     }
@@ -282,9 +348,19 @@ bool config_check(const Config* c, Error* err) {
         return fail(err, "dt_scale is %g, expected above 0, at most 1000", c->dt_scale);
     if (!(c->initializer_range >= 0 && c->initializer_range <= 1000))
         return fail(err, "initializer_range is %g, expected 0 .. 1000", c->initializer_range);
-    // parameters: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj, (E,R) dt_proj, (E,N) A_log,
-    // vectors; MLP 3DF
+    if ((strchr(c->pattern, '2') && !config_check_mamba2(c, err)) ||
+        (strchr(c->pattern, 'a') && !config_check_attention(c, err)))
+        return false;
+    // parameters of the largest block. Mamba-1: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj,
+    // (E,R) dt_proj, (E,N) A_log, vectors; Mamba-2: in_proj and conv grow by 2GN+H; attention; MLP 3DF
     int64_t D = c->d_model, E = c->d_inner, R = c->dt_rank, N = c->d_state, block = 0, total = 0;
+    if (strchr(c->pattern, '2') && !(add_count(&block, D + c->d_conv, 2 * c->ngroups, N) &&
+                                     add_count(&block, D, c->d_ssm, 1))) block = (int64_t)1 << 40;
+    if (strchr(c->pattern, 'a')) {
+        int64_t qkv = c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
+        if (!add_count(&block, D + c->attn_conv + 2, 2, qkv) || !add_count(&block, 2, D, c->attn_mlp))
+            block = (int64_t)1 << 40;
+    }
     bool fits = add_count(&block, 3, D, E) && add_count(&block, E, c->d_conv, 1) &&
                 add_count(&block, 2, R, E) && add_count(&block, 3, N, E) && add_count(&block, 5, E, 1) &&
                 add_count(&block, 3, D, 1) && add_count(&block, 3, D, c->d_intermediate) &&
@@ -798,16 +874,16 @@ static inline const real* conv_row(const real* inp, size_t ldi, const real* tail
 
 enum { CONV_MAX_TAPS = 8 };
 
-// causal_conv1d_forward: each channel sees its own last K inputs, then SiLU.
-//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)
+// causal_conv1d_forward: each channel sees its own last K inputs; then, with `silu`, the activation.
+//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c), or c
 //   tap K-1 is the current token
 //   inp (B,T,E) with row stride ldi   weight (E,K)   bias (E) or NULL   doc (B,T) or NULL   out (B,T,E)
 //   tail0, tailT (B,K-1,E): the K-1 inputs before t = 0 and before t = T, oldest first; either may be NULL,
 //   they may be the same array; a tail holds only inputs of the last token's document, the rest is 0
 //   saved for backward: nothing, c is recomputed        Mamba paper, section 3.4
 void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0,
-                           const real* weight, const real* bias, const int* doc, size_t B, size_t T, size_t E,
-                           size_t K) {
+                           const real* weight, const real* bias, bool silu, const int* doc, size_t B,
+                           size_t T, size_t E, size_t K) {
     size_t tiles = (E + CHANNEL_TILE - 1) / CHANNEL_TILE;
     #pragma omp parallel for collapse(2) if (B * T * E * K > 8192)
     for (size_t b = 0; b < B; b++) {
@@ -826,6 +902,8 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
                     for (size_t e = 0; e < n; e++) c[e] += w[k][e] * row[e0 + e];
                 }
                 real* out_bt = out + (b * T + t) * E + e0;
+                memcpy(out_bt, c, n * sizeof(real));
+                if (!silu) continue;
                 #pragma omp simd
                 for (size_t e = 0; e < n; e++) out_bt[e] = silu_real(c[e]);
             }
@@ -840,7 +918,7 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
     }
 }
 
-// forward: out = silu(c)                        =>  dc = dout * silu'(c)
+// forward: out = silu(c), or c                  =>  dc = dout * silu'(c), or dout
 // forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t    dw_k += sum_t dc_t inp_{t-K+1+k}
 //                                                    dinp_s += sum_k w_k dc_{s+K-1-k}
 // forward: tailT = the last inputs              =>  the same rows of dinp (or dtail0) += dtailT
@@ -848,8 +926,8 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
 //   time.
 void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias, real* dtail0,
                             const real* dout, const real* dtailT, const real* inp, size_t ldi,
-                            const real* tail0, const real* weight, const real* bias, const int* doc, size_t B,
-                            size_t T, size_t E, size_t K) {
+                            const real* tail0, const real* weight, const real* bias, bool silu,
+                            const int* doc, size_t B, size_t T, size_t E, size_t K) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t e0 = 0; e0 < E; e0 += CHANNEL_TILE) {
         size_t n = min_size(CHANNEL_TILE, E - e0);
@@ -869,7 +947,8 @@ void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias,
                 }
                 const real* dout_bt = dout + (b * T + t) * E + e0;
                 #pragma omp simd
-                for (size_t e = 0; e < n; e++) dc[e] = dout_bt[e] * silu_grad_real(c[e]);
+                for (size_t e = 0; e < n; e++)
+                    dc[e] = silu ? dout_bt[e] * silu_grad_real(c[e]) : dout_bt[e];
                 for (size_t e = 0; e < n; e++) db[e] += dc[e];
                 for (size_t k = 0; k < K; k++) {
                     if (!rows[k]) continue;
@@ -1199,6 +1278,828 @@ void gate_backward(real* dy, size_t lddy, real* dz, size_t lddz, const real* dou
     }
 }
 
+// dt_softplus_forward: the step size of Mamba-2, one number per token and head.
+//   (S2) dt = clip(softplus(dt_raw + dt_bias), lo, hi)        lo = 0, hi = infinity: no limit
+//   dt_raw (M,H), row stride ldr (columns of the input projection)   dt_bias (H)   dt (M,H), M = B*T
+//   saved for backward: nothing, softplus is made again        Mamba-2 code, argument dt_limit
+void dt_softplus_forward(real* dt, const real* dt_raw, size_t ldr, const real* dt_bias, real lo, real hi,
+                         size_t M, size_t H) {
+    #pragma omp parallel for if (M * H > 4096)
+    for (size_t m = 0; m < M; m++) {
+        #pragma omp simd
+        for (size_t h = 0; h < H; h++) {
+            real s = softplus_real(dt_raw[m * ldr + h] + dt_bias[h]);
+            s = s < lo ? lo : s;
+            dt[m * H + h] = s > hi ? hi : s;
+        }
+    }
+}
+
+// s = softplus(p), p = dt_raw + dt_bias  =>  ddt_raw += ddt (1 - exp(-s)), nothing where s was clipped
+//                                            ddt_bias += sum_m of the same
+void dt_softplus_backward(real* ddt_raw, size_t lddr, real* ddt_bias, const real* ddt, const real* dt_raw,
+                          size_t ldr, const real* dt_bias, real lo, real hi, size_t M, size_t H) {
+    #pragma omp parallel for
+    for (size_t h0 = 0; h0 < H; h0 += CHANNEL_TILE) {
+        size_t n = min_size(CHANNEL_TILE, H - h0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *raw = dt_raw + m * ldr + h0, *bias = dt_bias + h0, *ddt_m = ddt + m * H + h0;
+            real* draw = ddt_raw + m * lddr + h0;
+            #pragma omp simd
+            for (size_t h = 0; h < n; h++) {
+                real s = softplus_real(raw[h] + bias[h]);
+                real dp = s < lo || s > hi ? 0 : -ddt_m[h] * expm1_neg_real(-s);
+                draw[h] += dp;
+                sum[h] += dp;
+            }
+        }
+        for (size_t h = 0; h < n; h++) ddt_bias[h0 + h] += sum[h];
+    }
+}
+
+// ssd_rate: A = -exp(A_log) of a head, finite (see SCAN_MAX_DECAY)
+static inline real ssd_rate(real A_log) {
+    real rate = exp_real(A_log);
+    return -(rate > SCAN_MAX_DECAY ? SCAN_MAX_DECAY : rate);
+}
+
+// ssd_decay: (S3) a_t = exp(dt_t A); 0 where a document begins, which hides from it all that was before
+static inline real ssd_decay(real A, real dt, const int* doc_b, size_t t) {
+    return scan_resets(doc_b, t) ? 0 : exp_real(dt * A);
+}
+
+enum { SSD_MAX_STATES = 256 };      // config_check's limit of N
+
+// ssd_recurrent_forward: the recurrence of Mamba-2 (SSD: state space duality). A head has P channels, each
+// with a state of length N; all of them decay by one number. The heads of a group share Bt and Ct.
+//   (S3) a_t = exp(dt_t A),  A = -exp(A_log)     one number per token and head; 0 where a document begins
+//   (S4) H_t = a_t H_{t-1} + dt_t x_t Bt_t^T     (P,N) per head
+//        y_t = H_t Ct_t + Dskip x_t
+//   x (B,T,H,P), row stride ldx   dt (B,T,H)   A_log (H)   Bt, Ct (B,T,G,N), row stride ldbc; head h is of
+//   group h G / H   Dskip (H), or (H,P) with D_has_hdim   y (B,T,H,P)
+//   h0, hT (B,H,P,N), each may be NULL, may be one array   doc (B,T) or NULL: ids; h0 is of document 0
+// It is what generation runs, and what the chunked form (ssd_forward) is proven against.
+//   Mamba-2 paper (arXiv 2405.21060), section 3.1
+void ssd_recurrent_forward(real* y, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                           const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                           const real* h0, const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G,
+                           size_t N) {
+    #pragma omp parallel for collapse(2) if (B * T * H * P * N > 8192)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < H; h++) {
+            const int* doc_b = doc ? doc + b * T : NULL;
+            size_t group = h * G / H * N;
+            real A = ssd_rate(A_log[h]), state[SSD_MAX_STATES];
+            for (size_t p = 0; p < P; p++) {            // the rows of H_t do not see each other
+                size_t row = ((b * H + h) * P + p) * N;
+                real D_p = Dskip[D_has_hdim ? h * P + p : h];
+                for (size_t n = 0; n < N; n++) state[n] = h0 ? h0[row + n] : 0;
+                for (size_t t = b * T; t < b * T + T; t++) {
+                    const real *B_t = Bt + t * ldbc + group, *C_t = Ct + t * ldbc + group;
+                    real x_t = x[t * ldx + h * P + p], dtx = dt[t * H + h] * x_t, sum = 0;
+                    real a = ssd_decay(A, dt[t * H + h], doc_b, t - b * T);
+                    #pragma omp simd reduction(+:sum)
+                    for (size_t n = 0; n < N; n++) {
+                        state[n] = a * state[n] + dtx * B_t[n];
+                        sum += C_t[n] * state[n];
+                    }
+                    y[(t * H + h) * P + p] = sum + D_p * x_t;
+                }
+                for (size_t n = 0; hT && n < N; n++) hT[row + n] = state[n];
+            }
+        }
+    }
+}
+
+// ssd_recurrent_backward: with lambda_t = dLoss/dH_t, from the last token to the first, row by row of H
+//   forward y_t = H_t C_t + D x_t        lambda_t = dy_t C_t^T + a_{t+1} lambda_{t+1}, the last is dhT
+//                                        dC_t += H_t^T dy_t     dx_t += D dy_t     dD += dy_t x_t
+//   forward H_t = a_t H_{t-1} + dt x B   dx_t += dt lambda_t B_t     dB_t += dt lambda_t^T x_t
+//                                        ddt_t += x_t^T lambda_t B_t     dh0 += a_0 lambda_0
+//   forward a_t = exp(dt_t A)            dalpha = a_t <lambda_t, H_{t-1}>, alpha = dt_t A
+//                                        ddt_t += A dalpha     dA_log += A dt_t dalpha
+//   shapes as in forward; dy (B,T,H,P)   dx, dBt, dCt with row strides lddx, lddbc   dh0, dhT may be NULL
+void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt,
+                            size_t lddbc, real* dDskip, real* dh0, const real* dy, const real* dhT,
+                            const real* x, size_t ldx, const real* dt, const real* A_log, const real* Bt,
+                            const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim, const real* h0,
+                            const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t g = 0; g < G; g++) {                    // no two groups add to one sum
+        real* states = (real*)xcalloc((T + 1) * N, sizeof(real));      // H_{t-1}[p,:] at t*N
+        for (size_t row = 0; row < B * H * P; row++) {
+            size_t b = row / (H * P), h = row / P % H, p = row % P;
+            if (h * G / H != g) continue;
+            const int* doc_b = doc ? doc + b * T : NULL;
+            real A = ssd_rate(A_log[h]), lambda[SSD_MAX_STATES], dA = 0, dD = 0;
+            size_t skip = D_has_hdim ? h * P + p : h;
+            for (size_t n = 0; n < N; n++) states[n] = h0 ? h0[row * N + n] : 0;
+            for (size_t n = 0; n < N; n++) lambda[n] = dhT ? dhT[row * N + n] : 0;
+            for (size_t t = 0; t < T; t++) {
+                size_t i = b * T + t;
+                real a = ssd_decay(A, dt[i * H + h], doc_b, t), dtx = dt[i * H + h] * x[i * ldx + h * P + p];
+                for (size_t n = 0; n < N; n++)
+                    states[(t + 1) * N + n] = a * states[t * N + n] + dtx * Bt[i * ldbc + g * N + n];
+            }
+            for (size_t t = T; t-- > 0;) {
+                size_t i = b * T + t;
+                const real *B_t = Bt + i * ldbc + g * N, *C_t = Ct + i * ldbc + g * N, *H_t = states + t * N;
+                real *dB_t = dBt + i * lddbc + g * N, *dC_t = dCt + i * lddbc + g * N;
+                real x_t = x[i * ldx + h * P + p], dt_t = dt[i * H + h], dy_t = dy[(i * H + h) * P + p];
+                real a = ssd_decay(A, dt_t, doc_b, t), lambda_B = 0, lambda_H = 0;
+                #pragma omp simd reduction(+:lambda_B, lambda_H)
+                for (size_t n = 0; n < N; n++) {
+                    real l = dy_t * C_t[n] + lambda[n];
+                    dC_t[n] += dy_t * H_t[N + n];
+                    dB_t[n] += dt_t * x_t * l;
+                    lambda_B += l * B_t[n];
+                    lambda_H += l * H_t[n];
+                    lambda[n] = a * l;
+                }
+                dx[i * lddx + h * P + p] += dt_t * lambda_B + Dskip[skip] * dy_t;
+                ddt[i * H + h] += x_t * lambda_B + A * (a * lambda_H);
+                dA += dt_t * (a * lambda_H);
+                dD += dy_t * x_t;
+            }
+            dA_log[h] += A * dA;
+            dDskip[skip] += dD;
+            for (size_t n = 0; dh0 && n < N; n++) dh0[row * N + n] += lambda[n];
+        }
+        free(states);
+    }
+}
+
+// The chunked form of SSD, with which training and prefill run: Q tokens at a time, all inner loops are small
+// matrix products. With i and j counting the q <= Q tokens of chunk c, H_c (P,N) the state it starts from,
+//   L_ij = a_{j+1} .. a_i  for j <= i, else 0       how much of token j's input is left at token i
+//   in_i = a_0 .. a_i,  out_j = a_{j+1} .. a_{q-1}  the same from the entering state, and to the chunk's end
+//   M_ij = (C_i . B_j) L_ij dt_j                    attention whose softmax is a mask of decays
+// the recurrence is, without a loop over tokens,
+//   y_i = sum_{j<=i} M_ij x_j + in_i H_c C_i + D x_i      H_{c+1} = in_{q-1} H_c + sum_j out_j dt_j x_j B_j^T
+// L, in and out are products of factors between 0 and 1, made one factor at a time: exact to rounding, where
+// the exponential of a difference of cumulative sums loses digits to their size. A document's first a is 0,
+// so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
+// on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
+enum { SSD_MAX_CHUNK = 256 };       // the largest Q
+enum { SSD_CHUNK = 128 };           // the fastest one here; the result depends on Q by rounding only
+
+typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
+
+// ssd_times: NaN passes
+static inline real ssd_times(real a, real b) { return a * b < (real)1e-30 ? 0 : a * b; }
+
+// ssd_load_decay: the numbers of one head for q tokens, from token t0 of a sequence on; dt points there
+static void ssd_load_decay(SsdDecay* d, const real* dt, size_t H, real A, const int* doc_b, size_t t0,
+                           size_t q) {
+    for (size_t i = 0; i < q; i++) {
+        d->dt[i] = dt[i * H];
+        d->a[i] = ssd_decay(A, d->dt[i], doc_b, t0 + i);
+        d->in[i] = i ? ssd_times(d->in[i - 1], d->a[i]) : d->a[0];
+    }
+    for (size_t j = q; j-- > 0;) d->out[j] = j + 1 < q ? ssd_times(d->out[j + 1], d->a[j + 1]) : 1;
+}
+
+// ssd_load_mask: L (q,q)
+static void ssd_load_mask(real* L, const real* a, size_t q) {
+    memset(L, 0, q * q * sizeof(real));
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j < i; j++) L[i * q + j] = ssd_times(a[i], L[(i - 1) * q + j]);
+        L[i * q + i] = 1;
+    }
+}
+
+// ssd_scale_rows: out[i,:] = scale[i] dt[i] x[i,:], dt NULL: 1.   x (q,P), row stride ldx   out (q,P)
+static void ssd_scale_rows(real* out, const real* scale, const real* dt, const real* x, size_t ldx, size_t q,
+                           size_t P) {
+    for (size_t i = 0; i < q; i++) {
+        real s = dt ? scale[i] * dt[i] : scale[i];
+        for (size_t p = 0; p < P; p++) out[i * P + p] = s * x[i * ldx + p];
+    }
+}
+
+// matmul_one: matmul_add by the calling thread alone; `fill`: C starts at 0
+static void matmul_one(real* C, size_t ldc, bool fill, const real* A, size_t ai, size_t al, const real* B,
+                       size_t bl, size_t bj, size_t M, size_t N, size_t L) {
+    for (size_t i = 0; fill && i < M; i++) memset(C + i * ldc, 0, N * sizeof(real));
+    for (size_t i = 0; i < M; i += BLOCK_ROWS)
+        matmul_block(C + i * ldc, ldc, A + i * ai, ai, al, B, bl, bj, min_size(BLOCK_ROWS, M - i), N, L);
+}
+
+static inline real dot_real(const real* a, const real* b, size_t n) {
+    real sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Sizes of arrays that serve every call with at most B sequences and B*T tokens in all.
+// saved: the state (H,P,N) that enters each chunk
+size_t ssd_saved(size_t B, size_t T, size_t H, size_t P, size_t N, size_t Q) {
+    return (B * T / Q + B) * H * P * N;
+}
+
+// scratch: a state and two parts of sums for each chunk, the matrices of all tasks side by side
+size_t ssd_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    size_t q = min_size(Q, T);
+    return ssd_saved(B, T, H, P, N, Q) + (B * T / Q + B) * (H + H * P) +
+           B * (T + q) * G * (4 * Q + 2 * P + N) + B * q * H * P;
+}
+
+// ssd_forward: as ssd_recurrent_forward, Q <= SSD_MAX_CHUNK tokens at a time.
+//   first the states, chunk after chunk, each head by itself; then y, each chunk and group by itself
+//   saved for backward: hs, ssd_saved() elements; NULL when there will be no backward
+//   scratch: ssd_scratch() elements
+void ssd_forward(real* y, real* hs, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                 const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                 const real* h0, const int* doc, real* scratch, size_t B, size_t T, size_t H, size_t P,
+                 size_t G, size_t N, size_t Q) {
+    if (T == 1 && !hs) {                                // one token: the recurrence is the shortest way
+        ssd_recurrent_forward(y, hT, x, ldx, dt, A_log, Bt, Ct, ldbc, Dskip, D_has_hdim, h0, doc, B, T, H, P,
+                              G, N);
+        return;
+    }
+    Q = min_size(Q, T);
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G;
+    real* work = hs ? scratch : scratch + B * chunks * H * size;
+    if (!hs) hs = scratch;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* B_g = Bt + b * T * ldbc + h / heads * N;
+        real *xs = work + bh * Q * P, *state = hs + (b * chunks * H + h) * size;
+        for (size_t n = 0; n < size; n++) state[n] = h0 ? h0[bh * size + n] : 0;
+        for (size_t c = 0; c < chunks; c++, state += H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* next = c + 1 < chunks ? state + H * size : hT ? hT + bh * size : NULL;
+            SsdDecay d;
+            if (!next) continue;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(xs, d.out, d.dt, x + row * ldx + h * P, ldx, q, P);
+            for (size_t n = 0; n < size; n++) next[n] = d.in[q - 1] * state[n];
+            matmul_one(next, N, false, xs, 1, P, B_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *CB = work + task * Q * (2 * Q + P), *M = CB + Q * Q, *CH = M + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            const real *x_c = x + row * ldx + h * P, *state = hs + ((b * chunks + c) * H + h) * size;
+            real* y_c = y + (row * H + h) * P;
+            bool has_state = c > 0 || h0;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            if (has_state) matmul_one(CH, P, true, C_c, ldbc, 1, state, 1, N, q, P, N);
+            ssd_load_mask(M, d.a, q);
+            for (size_t i = 0; i < q; i++) {
+                for (size_t j = 0; j <= i; j++) M[i * q + j] *= CB[i * q + j] * d.dt[j];
+                for (size_t p = 0; p < P; p++) {
+                    y_c[i * H * P + p] = Dskip[D_has_hdim ? h * P + p : h] * x_c[i * ldx + p];
+                    if (has_state) y_c[i * H * P + p] += d.in[i] * CH[i * P + p];
+                }
+            }
+            matmul_one(y_c, H * P, false, M, q, 1, x_c, ldx, 1, q, P, q);
+        }
+    }
+}
+
+// ssd_chunk_backward: one chunk of one head, given the state H_c that enters it and the gradient lambda of
+// the state that leaves it (each NULL: zero). i and j count tokens from the chunk's first; CB_ij = C_i . B_j.
+//   forward y_i = sum_{j<=i} M_ij x_j + D x_i      Z_ij = dM_ij = dy_i . x_j     v_j = sum_i CB_ij L_ij dy_i
+//   forward M_ij = CB_ij L_ij dt_j                 dCB_ij += L_ij dt_j Z_ij      W_ij = M_ij Z_ij
+//   forward H_{c+1} = .. + sum_j out_j dt_j x_j B_j^T           v_j += out_j lambda B_j
+//                                                               dB_j += out_j dt_j lambda^T x_j
+//   forward y_i = .. + in_i H_c C_i                             dC_i += in_i H_c^T dy_i
+//   dx_j += dt_j v_j + D dy_j     ddt_j += v_j . x_j     dD += dy_i x_i
+// L, in and out are products of a_m = exp(alpha_m), alpha_m = dt_m A. What holds a_m as a factor counts in
+//   dalpha_m = sum_{i>=m, j<m} W_ij + sum_{j<m} e_j + sum_{i>=m} f_i + in_{q-1} <lambda, H_c>
+//   e_j = out_j dt_j x_j^T lambda B_j     f_i = in_i dy_i^T H_c C_i
+// and ddt_m += A dalpha_m, dA += dt_m dalpha_m. (The shorter way, y . dy - dt ddt summed backward in time,
+// subtracts numbers that are nearly equal: with |A| = 16 none of its digits is right in float.)
+// Adds to the first arguments and returns A dA.
+static real ssd_chunk_backward(real* dx, size_t lddx, real* ddt, real* dB, real* dC, size_t lddbc, real* dCB,
+                               real* dD, const real* dy, const real* lambda, const real* state, const real* x,
+                               size_t ldx, const SsdDecay* d, real A, const real* B_c, const real* C_c,
+                               size_t ldbc, const real* CB, const real* D_h, size_t D_step, real* work,
+                               size_t q, size_t H, size_t P, size_t N) {
+    real *L = work, *Z = L + q * q, *v = Z + q * q, *xs = v + q * P, *dyH = xs + q * P, dA = 0;
+    real e[SSD_MAX_CHUNK] = {0}, f[SSD_MAX_CHUNK] = {0}, S[SSD_MAX_CHUNK] = {0}, kappa = 0;
+    size_t ldy = H * P;
+    ssd_load_mask(L, d->a, q);
+    matmul_one(Z, q, true, dy, ldy, 1, x, 1, ldx, q, q, P);
+    if (lambda) {
+        matmul_one(v, P, true, B_c, ldbc, 1, lambda, 1, N, q, P, N);
+        ssd_scale_rows(v, d->out, NULL, v, P, q, P);
+        for (size_t j = 0; j < q; j++) e[j] = d->dt[j] * dot_real(x + j * ldx, v + j * P, P);
+        ssd_scale_rows(xs, d->out, d->dt, x, ldx, q, P);
+        matmul_one(dB, lddbc, false, xs, P, 1, lambda, N, 1, q, N, P);
+    } else {
+        memset(v, 0, q * P * sizeof(real));
+    }
+    if (state) {
+        matmul_one(dyH, N, true, dy, ldy, 1, state, N, 1, q, N, P);
+        for (size_t i = 0; i < q; i++) {
+            f[i] = d->in[i] * dot_real(dyH + i * N, C_c + i * ldbc, N);
+            for (size_t n = 0; n < N; n++) dC[i * lddbc + n] += d->in[i] * dyH[i * N + n];
+        }
+    }
+    if (state && lambda) kappa = d->in[q - 1] * dot_real(state, lambda, P * N);
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j <= i; j++) {
+            size_t ij = i * q + j;
+            real dCB_ij = L[ij] * d->dt[j] * Z[ij];
+            dCB[ij] += dCB_ij;
+            Z[ij] = dCB_ij * CB[ij];                   // W
+            L[ij] *= CB[ij];
+        }
+    }
+    matmul_one(v, P, false, L, 1, q, dy, ldy, 1, q, P, q);
+    for (size_t j = 0; j < q; j++) {
+        ddt[j * H] += dot_real(v + j * P, x + j * ldx, P);
+        for (size_t p = 0; p < P; p++) {
+            real dy_p = dy[j * ldy + p];
+            dx[j * lddx + p] += d->dt[j] * v[j * P + p] + D_h[p * D_step] * dy_p;
+            dD[p] += dy_p * x[j * ldx + p];
+        }
+    }
+    for (size_t j = 1; j < q; j++) e[j] += e[j - 1];   // sums of e up to j, of f from i on
+    for (size_t i = q - 1; i-- > 0;) f[i] += f[i + 1];
+    for (size_t m = q; m-- > 0;) {                     // S_j = sum_{i>=m} W_ij
+        real dalpha = kappa + f[m] + (m ? e[m - 1] : 0);
+        for (size_t j = 0; j < m; j++) S[j] += Z[m * q + j];
+        #pragma omp simd reduction(+:dalpha)
+        for (size_t j = 0; j < m; j++) dalpha += S[j];
+        ddt[m * H] += A * dalpha;
+        dA += d->dt[m] * dalpha;
+    }
+    return A * dA;
+}
+
+// ssd_backward: first the gradients of the states, from the last chunk to the first, each head by itself:
+//   forward y_i = .. + in_i H_c C_i,  H_{c+1} = in_{q-1} H_c + ..
+//     =>  lambda_c = in_{q-1} lambda_{c+1} + sum_i in_i dy_i C_i^T,  the last is dhT,  dh0 += lambda_0
+// then everything else, each chunk and group by itself (ssd_chunk_backward). The heads of a group add to the
+// same dB, dC and dCB, one after the other; at last
+//   forward CB_ij = C_i . B_j         =>  dC_i += sum_j dCB_ij B_j,  dB_j += sum_i dCB_ij C_i
+//   hs: as forward left it   scratch: ssd_scratch() elements   all else as in the recurrent form
+void ssd_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt, size_t lddbc,
+                  real* dDskip, real* dh0, const real* dy, const real* dhT, const real* hs, const real* x,
+                  size_t ldx, const real* dt, const real* A_log, const real* Bt, const real* Ct, size_t ldbc,
+                  const real* Dskip, bool D_has_hdim, const real* h0, const int* doc, real* scratch, size_t B,
+                  size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    Q = min_size(Q, T);
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G, work_size = Q * (4 * Q + 2 * P + N);
+    real* lambdas = scratch;                            // (B,chunks,H,P,N)
+    real* dA_part = lambdas + B * chunks * H * size;    // (B,chunks,H)
+    real* dD_part = dA_part + B * chunks * H;           // (B,chunks,H,P)
+    real* work = dD_part + B * chunks * H * P;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* C_g = Ct + b * T * ldbc + h / heads * N;
+        real *dys = work + bh * Q * P, *lambda = lambdas + ((b * chunks + chunks - 1) * H + h) * size;
+        for (size_t n = 0; n < size; n++) lambda[n] = dhT ? dhT[bh * size + n] : 0;
+        for (size_t c = chunks; c-- > 0; lambda -= H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* before = c ? lambda - H * size : dh0 ? dh0 + bh * size : NULL;
+            SsdDecay d;
+            if (!before) break;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(dys, d.in, NULL, dy + (row * H + h) * P, H * P, q, P);
+            for (size_t n = 0; n < size; n++) before[n] = (c ? 0 : before[n]) + d.in[q - 1] * lambda[n];
+            matmul_one(before, N, false, dys, 1, P, C_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *dB_c = dBt + row * lddbc + g * N, *dC_c = dCt + row * lddbc + g * N;
+        real *CB = work + task * work_size, *dCB = CB + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        memset(dCB, 0, q * q * sizeof(real));
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            size_t chunk = (b * chunks + c) * H + h;
+            real A = ssd_rate(A_log[h]), *dD = dD_part + chunk * P;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, A, doc ? doc + b * T : NULL, t0, q);
+            memset(dD, 0, P * sizeof(real));
+            dA_part[chunk] = ssd_chunk_backward(
+                dx + row * lddx + h * P, lddx, ddt + row * H + h, dB_c, dC_c, lddbc, dCB, dD,
+                dy + (row * H + h) * P, c + 1 < chunks || dhT ? lambdas + chunk * size : NULL,
+                c > 0 || h0 ? hs + chunk * size : NULL, x + row * ldx + h * P, ldx, &d, A, B_c, C_c, ldbc, CB,
+                Dskip + (D_has_hdim ? h * P : h), D_has_hdim, dCB + Q * Q, q, H, P, N);
+        }
+        matmul_one(dC_c, lddbc, false, dCB, q, 1, B_c, ldbc, 1, q, N, q);
+        matmul_one(dB_c, lddbc, false, dCB, 1, q, C_c, ldbc, 1, q, N, q);
+    }
+    #pragma omp parallel for if (H > 64)
+    for (size_t h = 0; h < H; h++) {
+        for (size_t bc = 0; bc < B * chunks; bc++) {
+            dA_log[h] += dA_part[bc * H + h];
+            for (size_t p = 0; p < P; p++)
+                dDskip[D_has_hdim ? h * P + p : h] += dD_part[(bc * H + h) * P + p];
+        }
+    }
+}
+
+// gated_rmsnorm_forward: the norm of Mamba-2, over groups of S channels, with the gate before or behind it.
+//   norm_before_gate = false:  w = y silu(z);   out = weight * w * rstd(w)          (all released models)
+//   norm_before_gate = true:   out = weight * y * rstd(y) * silu(z)
+//   rstd = (mean over the group of the squares + eps)^(-1/2)
+//   y, out (M,E)   z (M,E), row stride ldz   weight (E)   E a multiple of S
+//   saved for backward: rstd (M,E/S)        Mamba-2 paper (arXiv 2405.21060), section 7.2
+void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, size_t ldz,
+                           const real* weight, size_t M, size_t E, size_t S, real eps,
+                           bool norm_before_gate) {
+    #pragma omp parallel for if (M > 16)
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0;
+            real *out_m = out + m * E + e0, sum = 0;
+            #pragma omp simd reduction(+:sum)
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), w = norm_before_gate ? y_m[s] : y_m[s] * gate;
+                sum += w * w;
+                out_m[s] = weight[e0 + s] * y_m[s] * gate;
+            }
+            real r = 1 / (real)sqrt((double)(sum / (real)S + eps));
+            if (r == 0) r = (real)NAN;        // as in rmsnorm_forward
+            for (size_t s = 0; s < S; s++) out_m[s] *= r;
+            rstd[m * (E / S) + e0 / S] = r;
+        }
+    }
+}
+
+// With w = what is normalized, xhat = w rstd(w), q = the gradient of xhat:
+//   xhat = w rstd(w)            =>  dw += rstd (q - xhat mean_s(q xhat)), mean over the group
+//   gate first:  out = weight xhat, w = y silu(z)  =>  q = weight dout          dweight += dout xhat
+//                                                      dy += dw silu(z)         dz += dw y silu'(z)
+//   norm first:  out = weight xhat silu(z), w = y  =>  q = weight dout silu(z)  dweight += dout xhat silu(z)
+//                                                      dy += dw         dz += weight dout xhat silu'(z)
+// In both cases q xhat and the summand of dweight hold the same product: dout y silu(z) rstd.
+void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, const real* dout, const real* y,
+                            const real* z, size_t ldz, const real* weight, const real* rstd, size_t M,
+                            size_t E, size_t S, bool norm_before_gate) {
+    #pragma omp parallel for
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            const real* weight_g = weight + e0;
+            real *dy_m = dy + m * E + e0, *dz_m = dz + m * lddz + e0;
+            real r = rstd[m * (E / S) + e0 / S], dot = 0;
+            #pragma omp simd reduction(+:dot)
+            for (size_t s = 0; s < S; s++) dot += weight_g[s] * dout_m[s] * (y_m[s] * silu_real(z_m[s]));
+            real mean = dot * r / (real)S;
+            #pragma omp simd
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), dgate = silu_grad_real(z_m[s]), q = weight_g[s] * dout_m[s];
+                if (norm_before_gate) {
+                    dy_m[s] += r * (q * gate - y_m[s] * r * mean);
+                    dz_m[s] += q * y_m[s] * r * dgate;
+                } else {
+                    real dw = r * (q - y_m[s] * gate * r * mean);
+                    dy_m[s] += dw * gate;
+                    dz_m[s] += dw * y_m[s] * dgate;
+                }
+            }
+        }
+    }
+    size_t tiles = (S + CHANNEL_TILE - 1) / CHANNEL_TILE;              // of a group
+    #pragma omp parallel for
+    for (size_t i = 0; i < E / S * tiles; i++) {
+        size_t group = i / tiles, s0 = i % tiles * CHANNEL_TILE, e0 = group * S + s0;
+        size_t n = min_size(CHANNEL_TILE, S - s0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            real r = rstd[m * (E / S) + group];
+            #pragma omp simd
+            for (size_t e = 0; e < n; e++) sum[e] += dout_m[e] * (y_m[e] * silu_real(z_m[e])) * r;
+        }
+        for (size_t e = 0; e < n; e++) dweight[e0 + e] += sum[e];
+    }
+}
+
+// Attention sees a document through one number per token: its position, the number of tokens of the same
+// document before it. A token sees the positions 0 .. its own. Position p of the document of token t is token
+// t - position[t] + p of the call or, where that is before the call, row p of the cache. So document ids and
+// the number of cached tokens occur in token_positions only.
+//
+// token_positions: position (B,T)   position0 (B) or NULL: tokens of document 0 before the call   doc as ever
+// Positions are whole numbers, which a float holds exactly up to 2^24.
+void token_positions(real* position, const real* position0, const int* doc, size_t B, size_t T) {
+    for (size_t b = 0; b < B; b++) {
+        real next = position0 ? position0[b] : 0;
+        for (size_t t = 0; t < T; t++) {
+            if (scan_resets(doc ? doc + b * T : NULL, t)) next = 0;
+            position[b * T + t] = next++;
+        }
+    }
+}
+
+enum { ATTENTION_MAX_HEAD = 256 };       // numbers per head, at most
+
+// rotate: pairs of numbers of every head turn by the angle direction * position * theta_i, in place.
+//   theta_i = base^(-2i/ro), i < ro/2: pairs (2i, 2i+1) when interleaved, else (i, i + ro/2); the rest stays
+// The angles are made in double: at position 131,072 a float would be off by 0.004.
+static void rotate(real* x, size_t ldx, const real* position, double direction, double base, bool interleaved,
+                   size_t M, size_t H, size_t dh, size_t ro) {
+    double theta[ATTENTION_MAX_HEAD / 2];
+    size_t half = ro / 2, step = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
+    for (size_t i = 0; i < half; i++) theta[i] = direction * pow(base, -2.0 * (double)i / (double)ro);
+    #pragma omp parallel for if (M * half > 256)
+    for (size_t m = 0; m < M; m++) {
+        real c[ATTENTION_MAX_HEAD / 2], s[ATTENTION_MAX_HEAD / 2];
+        for (size_t i = 0; i < half; i++) {
+            double angle = (double)position[m] * theta[i];
+            c[i] = (real)cos(angle);
+            s[i] = (real)sin(angle);
+        }
+        for (size_t h = 0; h < H; h++) {
+            real *a = x + m * ldx + h * dh, *b = a + partner;
+            for (size_t i = 0; i < half; i++) {
+                real a_i = a[i * step], b_i = b[i * step];
+                a[i * step] = a_i * c[i] - b_i * s[i];
+                b[i * step] = a_i * s[i] + b_i * c[i];
+            }
+        }
+    }
+}
+
+// rotary_forward: x (M,H,dh), row stride ldx, turned in place; <q_i, k_j> of turned vectors depends on i - j.
+//   saved for backward: nothing        Su et al., RoFormer (arXiv 2104.09864), section 3.2.2
+void rotary_forward(real* x, size_t ldx, const real* position, double base, bool interleaved, size_t M,
+                    size_t H, size_t dh, size_t ro) {
+    rotate(x, ldx, position, 1, base, interleaved, M, H, dh, ro);
+}
+
+// x' = R x  =>  dx = R^T dx', and the transpose of a rotation turns back. In place like the forward: dx' is
+// replaced, not added to.
+void rotary_backward(real* dx, size_t lddx, const real* position, double base, bool interleaved, size_t M,
+                     size_t H, size_t dh, size_t ro) {
+    rotate(dx, lddx, position, -1, base, interleaved, M, H, dh, ro);
+}
+
+// Attention works on tiles: the scores of ATTENTION_ROWS neighbouring tokens with ATTENTION_KEYS neighbouring
+// positions of their document. Tiles of keys start at multiples of ATTENTION_KEYS in the document, so a sum
+// is split in the same places wherever the document was cut into calls.
+enum { ATTENTION_ROWS = 64, ATTENTION_KEYS = 64 };
+
+// KeyValues: where the keys and values of one KV head of one sequence lie; see token_positions
+typedef struct {
+    const real *k, *v, *cache;           // of the call (T,dh), row stride ld; cache (capacity,2,..) or NULL
+    size_t ld, ld_cache, value;          // value: from a key in the cache to its value
+} KeyValues;
+
+static KeyValues key_values(const real* k, const real* v, size_t ldkv, const real* kv0, size_t capacity,
+                            size_t b, size_t g, size_t T, size_t Hkv, size_t dh) {
+    KeyValues x = {k + b * T * ldkv + g * dh, v + b * T * ldkv + g * dh,
+                   kv0 ? kv0 + b * capacity * 2 * Hkv * dh + g * dh : NULL, ldkv, 2 * Hkv * dh, Hkv * dh};
+    return x;
+}
+
+// kv_rows: n keys (or values) from position p on, rows at stride *ld. first: the token of position 0,
+// negative when that is in the cache. Only rows from both sides of the edge of the cache are copied.
+static const real* kv_rows(const KeyValues* x, bool values, ptrdiff_t first, size_t p, size_t n, size_t dh,
+                           real* copy, size_t* ld) {
+    const real *call = values ? x->v : x->k, *cache = x->cache;
+    ptrdiff_t t = first + (ptrdiff_t)p;
+    *ld = t >= 0 ? x->ld : x->ld_cache;
+    if (t >= 0) return call + (size_t)t * x->ld;
+    if (values) cache += x->value;
+    if (t + (ptrdiff_t)n <= 0) return cache + p * x->ld_cache;
+    for (size_t i = 0; i < n; i++, t++)
+        memcpy(copy + i * dh, t < 0 ? cache + (p + i) * x->ld_cache : call + (size_t)t * x->ld,
+               dh * sizeof(real));
+    *ld = dh;
+    return copy;
+}
+
+// same_document: how many of n tokens belong to the document of the first
+static size_t same_document(const real* position, size_t n) {
+    size_t i = 1;
+    while (i < n && position[i] == position[i - 1] + 1) i++;
+    return i;
+}
+
+// attention_scores: S(i,j) = scale <q_i, k_j>, j < keys; -infinity where row i does not see position p + j
+static void attention_scores(real* S, const real* q, size_t ldq, const real* k, size_t ldk,
+                             const real* position, size_t p, real scale, size_t rows, size_t keys,
+                             size_t dh) {
+    memset(S, 0, rows * ATTENTION_KEYS * sizeof(real));
+    matmul_block(S, ATTENTION_KEYS, q, ldq, 1, k, 1, ldk, rows, keys, dh);
+    for (size_t i = 0; i < rows; i++) {
+        real* S_i = S + i * ATTENTION_KEYS;
+        for (size_t j = 0; j < ATTENTION_KEYS; j++)
+            S_i[j] = p + j <= (size_t)position[i] ? scale * S_i[j] : (real)-INFINITY;
+    }
+}
+
+// attention_rows: `rows` tokens of one document and one head, tile of keys by tile of keys, with the running
+// maximum max_i of the scores and the running sum of exp(S_ij - max_i)
+//   position, q, out, lse: at the first of them   first: as in kv_rows
+static void attention_rows(real* out, size_t ldo, real* lse, const real* q, size_t ldq, const KeyValues* x,
+                           const real* position, ptrdiff_t first, real scale, size_t rows, size_t dh) {
+    real S[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
+    real copy[ATTENTION_KEYS * ATTENTION_MAX_HEAD], max[ATTENTION_ROWS], sum[ATTENTION_ROWS];
+    size_t ld, seen = (size_t)position[rows - 1] + 1;          // keys that the last row sees
+    for (size_t i = 0; i < rows; i++) {
+        max[i] = (real)-INFINITY;
+        sum[i] = 0;
+        memset(out + i * ldo, 0, dh * sizeof(real));
+    }
+    for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
+        size_t keys = min_size(ATTENTION_KEYS, seen - p);
+        const real* k = kv_rows(x, false, first, p, keys, dh, copy, &ld);
+        attention_scores(S, q, ldq, k, ld, position, p, scale, rows, keys, dh);
+        for (size_t i = 0; i < rows; i++) {
+            real *S_i = S + i * ATTENTION_KEYS, *out_i = out + i * ldo, top = max[i], tile_sum = 0;
+            #pragma omp simd reduction(max:top)
+            for (size_t j = 0; j < ATTENTION_KEYS; j++) top = S_i[j] > top ? S_i[j] : top;
+            #pragma omp simd reduction(+:tile_sum)
+            for (size_t j = 0; j < ATTENTION_KEYS; j++) {
+                S_i[j] = exp_real(S_i[j] - top);
+                tile_sum += S_i[j];
+            }
+            real shrink = exp_real(max[i] - top);              // what is there was made with the old maximum
+            for (size_t d = 0; d < dh; d++) out_i[d] *= shrink;
+            sum[i] = sum[i] * shrink + tile_sum;
+            max[i] = top;
+        }
+        const real* v = kv_rows(x, true, first, p, keys, dh, copy, &ld);
+        matmul_block(out, ldo, S, ATTENTION_KEYS, 1, v, ld, 1, rows, dh, keys);
+    }
+    for (size_t i = 0; i < rows; i++) {
+        for (size_t d = 0; d < dh; d++) out[i * ldo + d] /= sum[i];
+        lse[i] = max[i] + (real)log((double)sum[i]);
+    }
+}
+
+// attention_forward: causal softmax attention of grouped heads; query head h uses KV head g = h Hkv / Hq.
+//   P_ij = softmax_j(scale <q_i, k_j>) over the tokens j <= i of i's document       out_i = sum_j P_ij v_j
+//   q, out (B,T,Hq,dh), row strides ldq, ldo   k, v (B,T,Hkv,dh), row stride ldkv   position: token_positions
+//   kv0 (B,capacity,2,Hkv,dh): keys and values of the positions before the call; NULL when there are none
+//   saved for backward: lse (B,Hq,T), the logarithm of the sum of exp(scores): P needs no T x T matrix
+//   Vaswani et al. (1706.03762), section 3.2; groups: Ainslie et al. (2305.13245); running maximum:
+//   Milakov and Gimelshein (1805.02867); tiles: Dao et al., FlashAttention (2205.14135)
+void attention_forward(real* out, size_t ldo, real* lse, const real* q, size_t ldq, const real* k,
+                       const real* v, size_t ldkv, const real* kv0, size_t capacity, const real* position,
+                       real scale, size_t B, size_t T, size_t Hq, size_t Hkv, size_t dh) {
+    size_t tiles = (T + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
+    #pragma omp parallel for collapse(3) schedule(dynamic) if (B * Hq * T * (T + (kv0 ? capacity : 0)) > 1024)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < Hq; h++) {
+            for (size_t tile = 0; tile < tiles; tile++) {
+                KeyValues x = key_values(k, v, ldkv, kv0, capacity, b, h * Hkv / Hq, T, Hkv, dh);
+                size_t end = min_size((tile + 1) * ATTENTION_ROWS, T);
+                for (size_t t = tile * ATTENTION_ROWS, rows; t < end; t += rows) {
+                    size_t row = b * T + t;
+                    rows = same_document(position + row, end - t);
+                    attention_rows(out + row * ldo + h * dh, ldo, lse + (b * Hq + h) * T + t,
+                                   q + row * ldq + h * dh, ldq, &x, position + row,
+                                   (ptrdiff_t)t - (ptrdiff_t)position[row], scale, rows, dh);
+                }
+            }
+        }
+    }
+}
+
+// attention_tile_backward: one tile of rows and one of keys of a head. P is made again from lse.
+//   forward  out_i = sum_j P_ij v_j     =>  dv_j += sum_i P_ij dout_i           dP_ij = <dout_i, v_j>
+//   forward  P_i = softmax(S_i)         =>  dS_ij = P_ij (dP_ij - delta_i)
+//                                           delta_i = sum_j P_ij dP_ij = <dout_i, out_i>
+//   forward  S_ij = scale <q_i, k_j>    =>  dq_i += scale sum_j dS_ij k_j       dk_j += scale sum_i dS_ij q_i
+//   pointers at the first row; k, v, dk, dv (keys,dh) at position p, dk and dv contiguous
+static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, const real* dout,
+                                    const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
+                                    const real* k, size_t ldk, const real* v, size_t ldv,
+                                    const real* position, size_t p, real scale, size_t rows, size_t keys,
+                                    size_t dh) {
+    real P[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
+    real dS[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64))) = {0};
+    attention_scores(P, q, ldq, k, ldk, position, p, scale, rows, keys, dh);
+    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldv, rows, keys, dh);         // dP
+    for (size_t i = 0; i < rows; i++) {
+        real *P_i = P + i * ATTENTION_KEYS, *dS_i = dS + i * ATTENTION_KEYS, delta = 0;
+        #pragma omp simd reduction(+:delta)
+        for (size_t d = 0; d < dh; d++) delta += dout[i * ldo + d] * out[i * ldo + d];
+        #pragma omp simd
+        for (size_t j = 0; j < ATTENTION_KEYS; j++) {
+            P_i[j] = exp_real(P_i[j] - lse[i]);
+            dS_i[j] = scale * P_i[j] * (dS_i[j] - delta);
+        }
+    }
+    matmul_block(dv, dh, P, 1, ATTENTION_KEYS, dout, ldo, 1, keys, dh, rows);
+    matmul_block(dk, dh, dS, 1, ATTENTION_KEYS, q, ldq, 1, keys, dh, rows);
+    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldk, 1, rows, dh, keys);
+}
+
+// attention_backward: tile of keys by tile of keys; each collects the gradients of its keys and values from
+// the query heads that share them, one after the other, and their rows, then adds them where they belong.
+//   dq (B,T,Hq,dh), row stride lddq   dk, dv (B,T,Hkv,dh), row stride lddkv   dkv0: of kv0, or NULL
+//   dout like out, row stride ldo; the rest as in the forward. Every gradient is added to what is there.
+void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv, real* dkv0, const real* dout,
+                        const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
+                        const real* k, const real* v, size_t ldkv, const real* kv0, size_t capacity,
+                        const real* position, real scale, size_t B, size_t T, size_t Hq, size_t Hkv,
+                        size_t dh) {
+    #pragma omp parallel for collapse(2) schedule(dynamic) if (B * Hq * T * T > 1024)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t g = 0; g < Hkv; g++) {
+            KeyValues x = key_values(k, v, ldkv, kv0, capacity, b, g, T, Hkv, dh);
+            const real* position_b = position + b * T;
+            real k_copy[ATTENTION_KEYS * ATTENTION_MAX_HEAD], v_copy[ATTENTION_KEYS * ATTENTION_MAX_HEAD];
+            real dk_p[ATTENTION_KEYS * ATTENTION_MAX_HEAD], dv_p[ATTENTION_KEYS * ATTENTION_MAX_HEAD];
+            for (size_t start = 0, end; start < T; start = end) {                      // documents
+                end = start + same_document(position_b + start, T - start);
+                ptrdiff_t first = (ptrdiff_t)start - (ptrdiff_t)position_b[start];
+                size_t seen = (size_t)position_b[end - 1] + 1, ldk, ldv;
+                for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
+                    size_t keys = min_size(ATTENTION_KEYS, seen - p);
+                    ptrdiff_t key = first + (ptrdiff_t)p;            // the token of position p
+                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ldk);
+                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ldv);
+                    memset(dk_p, 0, keys * dh * sizeof(real));
+                    memset(dv_p, 0, keys * dh * sizeof(real));
+                    for (size_t h = g * Hq / Hkv; h < (g + 1) * Hq / Hkv; h++) {
+                        size_t t = key > (ptrdiff_t)start ? (size_t)key : start;
+                        for (; t < end; t += ATTENTION_ROWS) {
+                            size_t row = b * T + t;
+                            attention_tile_backward(dq + row * lddq + h * dh, lddq, dk_p, dv_p,
+                                                    dout + row * ldo + h * dh, out + row * ldo + h * dh, ldo,
+                                                    lse + (b * Hq + h) * T + t, q + row * ldq + h * dh, ldq,
+                                                    k_p, ldk, v_p, ldv, position + row, p, scale,
+                                                    min_size(ATTENTION_ROWS, end - t), keys, dh);
+                        }
+                    }
+                    for (size_t j = 0; j < keys; j++, key++) {
+                        size_t in_call = (b * T + (size_t)key) * lddkv + g * dh;
+                        size_t in_cache = ((b * capacity + p + j) * 2 * Hkv + g) * dh;
+                        real *dk_j = key >= 0 ? dk + in_call : dkv0 ? dkv0 + in_cache : NULL;
+                        real *dv_j = key >= 0 ? dv + in_call : dkv0 ? dkv0 + in_cache + Hkv * dh : NULL;
+                        for (size_t d = 0; dk_j && d < dh; d++) {
+                            dk_j[d] += dk_p[j * dh + d];
+                            dv_j[d] += dv_p[j * dh + d];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// kv_kept: after the call the cache holds the document of the last token: how many of its tokens were there
+// before; *length: how many there are in all
+static size_t kv_kept(const real* position_b, size_t T, size_t* length) {
+    *length = (size_t)position_b[T - 1] + 1;
+    return *length > T ? *length - T : 0;
+}
+
+// kv_append_forward: the cache and the number of tokens in it after the call. Behind them nothing is written.
+//   kvT may be kv0, and then only the new rows are written; positionT (B)
+void kv_append_forward(real* kvT, real* positionT, const real* kv0, const real* k, const real* v, size_t ldkv,
+                       const real* position, size_t capacity, size_t B, size_t T, size_t Hkv, size_t dh) {
+    size_t width = Hkv * dh;
+    for (size_t b = 0; b < B; b++) {
+        size_t length, kept = kv_kept(position + b * T, T, &length);
+        if (length > capacity)
+            die("attention: %zu tokens do not fit into a cache of %zu; raise --context", length, capacity);
+        real* kvT_b = kvT + b * capacity * 2 * width;
+        if (kvT != kv0 && kept)
+            memcpy(kvT_b, kv0 + b * capacity * 2 * width, kept * 2 * width * sizeof(real));
+        #pragma omp parallel for if (T > 64)
+        for (size_t p = kept; p < length; p++) {
+            size_t row = b * T + T - length + p;
+            memcpy(kvT_b + p * 2 * width, k + row * ldkv, width * sizeof(real));
+            memcpy(kvT_b + p * 2 * width + width, v + row * ldkv, width * sizeof(real));
+        }
+        positionT[b] = (real)length;
+    }
+}
+
+// a row of kvT is a row of kv0 or of the call  =>  its gradient is added there; dkv0 may be NULL
+void kv_append_backward(real* dk, real* dv, size_t lddkv, real* dkv0, const real* dkvT, const real* position,
+                        size_t capacity, size_t B, size_t T, size_t Hkv, size_t dh) {
+    size_t width = Hkv * dh;
+    for (size_t b = 0; b < B; b++) {
+        size_t length, kept = kv_kept(position + b * T, T, &length), cache = b * capacity * 2 * width;
+        for (size_t i = 0; dkv0 && i < kept * 2 * width; i++) dkv0[cache + i] += dkvT[cache + i];
+        for (size_t p = kept; p < length; p++) {
+            size_t row = b * T + T - length + p;
+            for (size_t i = 0; i < width; i++) {
+                dk[row * lddkv + i] += dkvT[cache + p * 2 * width + i];
+                dv[row * lddkv + i] += dkvT[cache + p * 2 * width + width + i];
+            }
+        }
+    }
+}
+
 // crossentropy: the loss of each position and, unless dlogits is NULL, the gradient of scale * sum(losses).
 //   losses[m] = logsumexp_v(logits[m,v]) - logits[m,target]
 //   dlogits = scale * (softmax(logits) - onehot(target))
@@ -1240,12 +2141,17 @@ void crossentropy(real* losses, real* dlogits, const real* logits, const int* ta
 // test names) walks these tables.
 
 // Symbolic sizes, so that a table can be written before the model is known.
-enum { DIM_NONE, DIM_1, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP, DIM_K1,
-       DIM_SCAN_SAVED, DIM_SCAN_SCRATCH };
+enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP,
+       DIM_K1, DIM_SCAN_SAVED, DIM_SCAN_SCRATCH,
+       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D
+       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
+       // attention: q, k, v and MLP together; q, k, v; heads and MLP; heads; Hkv; dh; taps, taps - 1; cache
+       DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT };
 
 int64_t config_dim(const Config* c, int dim) {
     switch (dim) {
         case DIM_1:   return 1;
+        case DIM_2:   return 2;
         case DIM_D:   return c->d_model;
         case DIM_E:   return c->d_inner;
         case DIM_2E:  return 2 * c->d_inner;
@@ -1257,6 +2163,22 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_F:   return c->d_intermediate;
         case DIM_2F:  return 2 * c->d_intermediate;
         case DIM_VP:  return c->vocab_padded;
+        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + c->d_ssm / c->headdim;
+        case DIM_ES:  return c->d_ssm;
+        case DIM_XBC: return c->d_ssm + 2 * c->ngroups * c->d_state;
+        case DIM_H:   return c->d_ssm / c->headdim;
+        case DIM_P:   return c->headdim;
+        case DIM_G:   return c->ngroups;
+        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
+        case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
+        case DIM_OUT_A: return c->attn_head_dim * c->attn_heads + c->attn_mlp / 2;
+        case DIM_HQ:  return c->attn_heads;
+        case DIM_HKV: return c->attn_heads_kv;
+        case DIM_DH:  return c->attn_head_dim;
+        case DIM_KA:  return c->attn_conv;
+        case DIM_KA1: return c->attn_conv > 0 ? c->attn_conv - 1 : 0;
+        case DIM_CONTEXT: return c->context;
     }
     return 0;
 }
@@ -1273,14 +2195,17 @@ enum {
     INIT_DT_WEIGHT,    // uniform +-dt_scale/sqrt(R), or that constant
     INIT_DT_BIAS,    // softplus(bias) is log-uniform in [dt_min, dt_max]: half-lives 0.4..700 tokens
     INIT_A_LOG,      // A[e,n] = -(n+1) in every channel (S4D-real)
+    INIT_A_UNIFORM,  // A[h] = -uniform(A_low, A_high): Mamba-2
 };
 
 enum {
     DECAY = 1,          // AdamW weight decay: matrices only
     IF_BIAS = 2,        // exists only with config.bias
-    BACKWARD_ONLY = 8,    // scratch that inference does not need
     IF_CONV_BIAS = 4,   // exists only with config.conv_bias
+    BACKWARD_ONLY = 8,  // scratch that inference does not need
     CHEAP = 16,         // activation that backward can make again at little cost from the others
+    IF_RMSNORM = 32,    // exists only with config.rmsnorm
+    IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -1391,8 +2316,8 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
     // (F1) to (F4)
     matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
-    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
-                          E, K);
+    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
+                          B, T, E, K);
     matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
     matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
@@ -1425,8 +2350,8 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     real* dy = w->ddt;         // the gradient of y is consumed before ddt is needed
     if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
         rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
-        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
-                              E, K);
+        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
+                              B, T, E, K);
         matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
         softplus_forward(a->dt, a->dt, M * E);
     }
@@ -1455,7 +2380,7 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     matmul_backward(dx, E, dp->x_proj, NULL, drbc, RBC, a->x, E, p->x_proj, M, E, RBC);
     // (F2) x = silu(conv(x)), (F1) [x; z] = W_in u, u = RMSNorm(res_in)
     causal_conv1d_backward(dxz, 2 * E, dp->conv1d, dp->conv1d_bias, ds0->conv, dx, dsT->conv, a->xz, 2 * E,
-                           s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
+                           s0->conv, p->conv1d, p->conv1d_bias, true, run->doc, B, T, E, K);
     matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, dxz, 2 * E, a->u, D, p->in_proj, M, D, 2 * E);
     rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
 }
@@ -1616,12 +2541,14 @@ static const TensorSpec model_specs[] = {
 const Kind* kind_of(char letter) {
     for (int i = 0; i < N_KINDS; i++)
         if (kinds[i].letter == letter) return &kinds[i];
-    die("--pattern: there is no layer kind '%c'; known are 1 (Mamba-1) and m (gated MLP after a mixer)",
-        letter);
+    die("pattern: there is no layer kind '%c'", letter);       // config_check has refused it before
 }
 
 static bool spec_exists(const TensorSpec* s, const Config* c) {
-    return !((s->flags & IF_BIAS) && !c->bias) && !((s->flags & IF_CONV_BIAS) && !c->conv_bias);
+    return !((s->flags & IF_BIAS) && !c->bias) && !((s->flags & IF_CONV_BIAS) && !c->conv_bias) &&
+           !((s->flags & IF_RMSNORM) && !c->rmsnorm) && !((s->flags & IF_ATTN_CONV) && !c->attn_conv) &&
+           !((s->flags & IF_ATTN_IN_BIAS) && !c->attn_in_bias) &&
+           !((s->flags & IF_ATTN_OUT_BIAS) && !c->attn_out_bias);
 }
 
 static void model_add_tensor(Model* m, const TensorSpec* spec, int layer) {
@@ -1718,7 +2645,11 @@ void model_init(Model* m, uint64_t seed) {
         real* p = m->params + t->offset;
         uint64_t stream = STREAM_INIT + (uint64_t)i;
         double scale = 1 / sqrt((double)t->shape[t->ndim - 1]);
-        if (t->spec->init == INIT_CONV) scale = 1 / sqrt((double)c->d_conv);
+        if (t->spec->init == INIT_CONV)
+            scale = 1 / sqrt((double)(t->spec->flags & IF_ATTN_CONV ? c->attn_conv : c->d_conv));
+        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(m->config.pattern, '2') && c->conv_init > 0 &&
+            !(t->spec->flags & IF_ATTN_CONV))
+            scale = c->conv_init;
         if (t->spec->init == INIT_DT_WEIGHT) scale = c->dt_scale / sqrt((double)c->dt_rank);
         if (t->spec->init == INIT_RESIDUAL && c->rescale_prenorm_residual) scale /= sqrt((double)c->n_layer);
         #pragma omp parallel for
@@ -1737,6 +2668,7 @@ void model_init(Model* m, uint64_t seed) {
                     break;
                 }
                 case INIT_A_LOG: x = log((double)(j % (size_t)c->d_state) + 1); break;
+                case INIT_A_UNIFORM: x = log(c->A_low + u * (c->A_high - c->A_low)); break;
             }
             p[j] = (real)x;
         }
@@ -1868,9 +2800,7 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             if (first < 0) first = l;
         }
         for (int i = 0; used && i < kinds[k].n_scratch; i++) {
-            const char* name = kinds[k].scratch[i].name;
-            bool backward_only = name[0] == 'd' || kinds[k].scratch[i].dim[0] == DIM_SCAN_SCRATCH;
-            if (w->training || !backward_only)
+            if (w->training || !(kinds[k].scratch[i].flags & BACKWARD_ONLY))
                 w->scratch[k][i] = plan(p, activation_count(&kinds[k].scratch[i], c, w->B, w->T));
         }
     }
@@ -1886,8 +2816,9 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
 // layer, is generous; what exceeds it would wrap around in size_t.
 static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
     const Config* c = &m->config;
-    int64_t width =
-        c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate + c->vocab_padded;
+    int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate +
+                    c->vocab_padded + c->ngroups * c->d_state + c->attn_mlp +
+                    c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
     int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
     size_t bytes;
     return checked_size(5, dims, sizeof(real), &bytes);
@@ -3260,6 +4191,12 @@ static void print_model(const Model* m) {
     printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
            (long long)c->n_layer, (long long)c->d_model, (long long)c->d_inner, (long long)c->d_state,
            (long long)c->d_conv, (long long)c->dt_rank);
+    if (strchr(c->pattern, '2'))
+        printf(", H %lld, P %lld, G %lld", (long long)(c->d_ssm / c->headdim), (long long)c->headdim,
+               (long long)c->ngroups);
+    if (strchr(c->pattern, 'a'))
+        printf(", Hq %lld, Hkv %lld, dh %lld", (long long)c->attn_heads, (long long)c->attn_heads_kv,
+               (long long)c->attn_head_dim);
     if (c->d_intermediate) printf(", F %lld", (long long)c->d_intermediate);
     printf(", vocabulary %lld (padded %lld)\nparameters: %zu\n", (long long)c->vocab_size,
            (long long)c->vocab_padded, m->n_params);

@@ -50,14 +50,25 @@ void cublas_check(cublasStatus_t status, const char* file, int line) {
         die("%s:%d: cuBLASLt: %s", file, line, cublasLtGetStatusString(status));
 }
 
-// device_calloc: zeroed memory on the device; `device_bytes` counts what has been asked for
+// device_calloc: zeroed memory on the device; `device_bytes` counts what has been asked for. The program's
+// streams do not wait for the default stream, in which cudaMemset and cudaMemcpy work and from which both
+// return early: without the wait for it, a busy GPU clears the memory after its first use.
 static size_t device_bytes;
 
 void* device_calloc(size_t count, size_t size) {
     void* p;
     cudaCheck(cudaMalloc(&p, count > 0 && size > 0 ? count * size : 1));
     cudaCheck(cudaMemset(p, 0, count * size));
+    cudaCheck(cudaStreamSynchronize(0));
     device_bytes += count * size;
+    return p;
+}
+
+// device_copy: n numbers of the host in new memory on the device
+template <typename Y> static Y* device_copy(const Y* host, size_t n) {
+    Y* p = (Y*)device_calloc(n, sizeof(Y));
+    cudaCheck(cudaMemcpy(p, host, n * sizeof(Y), cudaMemcpyHostToDevice));
+    cudaCheck(cudaStreamSynchronize(0));
     return p;
 }
 
@@ -397,30 +408,56 @@ template <int WARPS> __device__ __forceinline__ float group_sum(float x, float* 
 // sum_parts: the second stage of a sum.   out[i] += sum_p parts[p,i],  out2[i] += sum_p parts[p,n+i]
 //   parts (P,n+n2), row stride ld   out (n)   out2 (n2)
 // A block sums 32 columns, its 32 warps every 32nd part each; then one warp adds the 32 sums in order.
+// Between two kernels of a stream lie one or two microseconds, in which the first ends and the second starts.
+// From sm_90 on this one uses them (programmatic dependent launch): it starts when the blocks of the kernel
+// before have ended or called allow_next, loads `out`, and then waits for the results of that kernel.
 enum { SUM_WARPS = 32 };
+
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 __global__ void __launch_bounds__(WARP * SUM_WARPS)
 sum_parts_kernel(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld) {
     __shared__ float sum[SUM_WARPS][WARP];
     size_t i = (size_t)blockIdx.x * WARP + threadIdx.x;
-    float acc = 0;
+    float acc = 0, *to = i < n ? out + i : out2 + (i - n);
+    bool last = threadIdx.y == 0 && i < n + n2;
+    float before = last ? *to : 0.0f;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
     #pragma unroll 8
     for (size_t p = threadIdx.y; p < P; p += SUM_WARPS) acc += i < n + n2 ? parts[p * ld + i] : 0.0f;
     sum[threadIdx.y][threadIdx.x] = acc;
     __syncthreads();
-    if (threadIdx.y > 0 || i >= n + n2) return;
+    if (!last) return;
     acc = 0;
     #pragma unroll
     for (int w = 0; w < SUM_WARPS; w++) acc += sum[w][threadIdx.x];
-    if (i < n) out[i] += acc;
-    else out2[i - n] += acc;
+    *to = before + acc;
 }
 
 void sum_parts_cuda(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld,
                     cudaStream_t stream) {
-    sum_parts_kernel<<<(unsigned)((n + n2 + WARP - 1) / WARP), dim3(WARP, SUM_WARPS), 0, stream>>>(
-        out, out2, parts, P, n, n2, ld);
-    cudaCheck(cudaGetLastError());
+    static int compiled = 0;                                 // for this compute capability, times 10
+    if (compiled == 0) {
+        cudaFuncAttributes kernel;
+        cudaCheck(cudaFuncGetAttributes(&kernel, sum_parts_kernel));
+        compiled = kernel.ptxVersion;
+    }
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)((n + n2 + WARP - 1) / WARP));
+    config.blockDim = dim3(WARP, SUM_WARPS);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = compiled >= 90;                        // compiled for less, it would not wait
+    cudaCheck(cudaLaunchKernelEx(&config, sum_parts_kernel, out, out2, parts, P, n, n2, ld));
 }
 
 // cast: out = inp in another type, n elements.   bytes: sizeof(Y) + sizeof(X) per element
@@ -999,139 +1036,142 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // --------------------------------------------------------------------------------------------------
 // 4.4 Causal convolution with SiLU
 
-// A thread owns W neighbouring channels and a run of `steps` tokens of one sequence. It walks through them
-// with the last inputs in registers (ConvWindow), so that each is loaded once and not K times; only the few
-// inputs around the border between two runs are loaded by both threads. The tokens go in groups of
-// CONV_GROUP: while one is computed, the next CONV_AHEAD groups are on their way into shared memory (`ring`).
-// A block is 32 threads along the channels times CONV_ROWS runs of tokens.
-// TAPS = K = 4 is the fast path. The general path has W = 1 and TAPS = 8; its first TAPS-K taps do not exist
-// (`skip`). In a PLAIN group nothing has to be asked: it is not at the border of the run, and all that its
-// taps see is of one document.
-enum { CONV_ROWS = 4, CONV_GROUP = 4, CONV_AHEAD = 2 };
+// A thread owns W neighbouring channels and a run of up to `steps` tokens of one sequence. It walks through
+// the run with the inputs of the last TAPS tokens in registers (the window), so that each is loaded once and
+// not K times; only the few inputs before a run are loaded by two threads. A block is 32 threads along the
+// channels times CONV_ROWS runs; blockIdx is (channels, runs, sequence).
+// The tokens go in groups of TAPS: while one is computed, the next are on their way into shared memory (the
+// ring). Nearly all groups are plain: whole, of the run, of one document. In the others the tokens are taken
+// one by one, and everything is asked for each.
+// A document begins where the id differs from that of the token before; before the start it is 0. There the
+// window is cleared, so that no tap sees another document.
+// TAPS = K = 4 is the fast path. The general path has W = 1 and TAPS = 8; its first TAPS-K taps have the
+// weight 0.
+enum { CONV_ROWS = 4, CONV_THREADS = WARP * CONV_ROWS };
+enum { CONV_FORWARD_RING = 3, CONV_BACKWARD_RING = 2 };        // groups
 enum { CONV_FORWARD_STEPS = 32, CONV_BACKWARD_STEPS = 128 };   // the longest runs
-enum { CONV_THREADS = WARP * CONV_ROWS };
-enum { CONV_NOTHING = INT_MIN };     // the document id of inputs that do not exist
 
-// weight and bias of the channels of a thread; the inputs of the last TAPS tokens and their document ids
-template <int W, int TAPS> struct ConvWindow {
-    float w[TAPS][W], bias[W], x[TAPS][W];
-    int id[TAPS];
+// ConvGroup: the tokens of a group, each thread with a column of its own. A pack is one word: four bf16 that
+// wait as separate numbers would be loaded as separate numbers, and take a register each.
+template <typename X, int W> struct ConvWord { typedef uint2 T; };
+template <typename X> struct ConvWord<X, 1> { typedef X T; };
+template <typename X, int W, int TAPS> struct ConvGroup {
+    typename ConvWord<X, W>::T word[TAPS][CONV_THREADS];
 };
 
-// conv_input_cuda: the input at time s of sequence b and its document id. Before the start stands the tail of
-// K-1 tokens, which belongs to document 0; before that, nothing.
-template <int W, typename X>
-__device__ __forceinline__ int conv_input_cuda(float* v, const X* inp, size_t ldi, const float* tail,
-                                               const int* doc, size_t b, ptrdiff_t s, size_t T, size_t E,
-                                               int K, size_t e) {
-    if (s >= 0) {
-        unpack<W>(v, load_pack<W>(inp + (b * T + (size_t)s) * ldi + e));
-        return doc ? doc[b * T + (size_t)s] : 0;
+// conv_copy: starts the copies of the first `count` tokens of a group. Packs below 4 bytes, in the general
+// path, cannot be copied that way and go through a register.
+template <typename X, int W, int TAPS>
+__device__ __forceinline__ void conv_copy(ConvGroup<X, W, TAPS>& group, const X* p, size_t ld, int count) {
+    auto* to = &group.word[0][threadIdx.y * WARP + threadIdx.x];
+    auto copy = [=](int i) {
+        if constexpr (W == 1 && sizeof(X) < 4) to[i * CONV_THREADS] = p[i * ld];
+        else copy_async<(int)sizeof(X) * W>(to + i * CONV_THREADS, p + i * ld);
+    };
+    if (count >= TAPS) {
+        #pragma unroll
+        for (int i = 0; i < TAPS; i++) copy(i);
+    } else {
+        #pragma unroll 1
+        for (int i = 0; i < count; i++) copy(i);
     }
-    bool exists = tail && s + K > 0;
-    #pragma unroll
-    for (int j = 0; j < W; j++)
-        v[j] = exists ? tail[(b * (size_t)(K - 1) + (size_t)(s + K - 1)) * E + e + j] : 0.0f;
-    return exists ? 0 : CONV_NOTHING;
 }
 
-// the window before token t0: weights, bias, the TAPS-1 inputs before t0
-template <int W, int TAPS, typename X>
-__device__ __forceinline__ void conv_window(ConvWindow<W, TAPS>& win, const X* inp, size_t ldi,
-                                            const float* tail0, const float* weight, const float* bias,
-                                            const int* doc, size_t b, size_t t0, size_t T, size_t E, int K,
-                                            size_t e) {
+template <typename X, int W, int TAPS>
+__device__ __forceinline__ void conv_unpack(float* v, const ConvGroup<X, W, TAPS>& group, int i) {
+    typename ConvWord<X, W>::T word = group.word[i][threadIdx.y * WARP + threadIdx.x];
+    Pack<X, W> pack;
+    memcpy((void*)&pack, &word, sizeof pack);
+    unpack<W>(v, pack);
+}
+
+template <int W, typename X> __device__ __forceinline__ void conv_store(X* p, const float* v) {
+    if constexpr (W == 1) {
+        *p = from_float<X>(v[0]);
+    } else {
+        Pack<X, W> pack;
+        #pragma unroll
+        for (int j = 0; j < W; j++) pack.v[j] = from_float<X>(v[j]);
+        uint2 word;
+        memcpy(&word, &pack, sizeof word);
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(word.x), "r"(word.y) : "memory");
+    }
+}
+
+// the weights of the channels of a thread, and the inputs of the last TAPS tokens, the newest last
+template <int W, int TAPS> struct ConvWindow { float w[TAPS][W], bias[W], x[TAPS][W]; };
+
+// conv_window: the window before the first token: the tail, K-1 tokens, or NULL: zeros
+template <int W, int TAPS>
+__device__ __forceinline__ void conv_window(ConvWindow<W, TAPS>& win, const float* weight, const float* bias,
+                                            const float* tail, size_t E, int K, size_t e) {
     #pragma unroll
     for (int j = 0; j < W; j++) {
-        if (TAPS == 4) {
-            Pack<float, 4> w_e = load_pack<4>(weight + (e + j) * 4);
-            #pragma unroll
-            for (int k = 0; k < TAPS; k++) win.w[k][j] = w_e.v[k % 4];
-        } else {
-            #pragma unroll
-            for (int k = 0; k < TAPS; k++)
-                win.w[k][j] = k >= TAPS - K ? weight[(e + j) * K + k - (TAPS - K)] : 0.0f;
+        Pack<float, 4> w_e;
+        if (TAPS == 4) w_e = load_pack<4>(weight + (e + j) * 4);
+        #pragma unroll
+        for (int k = 0; k < TAPS; k++) {
+            int tap = k - (TAPS - K);
+            win.w[k][j] = TAPS == 4 ? w_e.v[k % 4] : tap >= 0 ? weight[(e + j) * K + tap] : 0.0f;
+            win.x[k][j] = tail && k < TAPS - 1 && tap >= 0 ? tail[(size_t)tap * E + j] : 0.0f;
         }
         win.bias[j] = bias ? bias[e + j] : 0.0f;
     }
+}
+
+// conv_shift: one token further: the oldest row leaves, the newest is free
+template <int W, int TAPS> __device__ __forceinline__ void conv_shift(float (&x)[TAPS][W]) {
     #pragma unroll
-    for (int k = 0; k < TAPS - 1; k++)
-        win.id[k] = conv_input_cuda<W>(win.x[k], inp, ldi, tail0, doc, b, (ptrdiff_t)t0 - (TAPS - 1) + k, T,
-                                       E, K, e);
+    for (int k = 0; k < TAPS; k++) {
+        #pragma unroll
+        for (int j = 0; j < W; j++) x[k][j] = k < TAPS - 1 ? x[(k + 1) % TAPS][j] : 0.0f;
+    }
 }
 
-// whether tap k exists and sees the document of the current token
-template <bool PLAIN, int W, int TAPS>
-__device__ __forceinline__ bool conv_sees(const ConvWindow<W, TAPS>& win, int k, int skip) {
-    return (TAPS == 4 || k >= skip) && (PLAIN || win.id[k] == win.id[TAPS - 1]);
+template <int W, int TAPS> __device__ __forceinline__ void conv_clear(float (&x)[TAPS][W]) {
+    #pragma unroll
+    for (int k = 0; k < TAPS; k++) {
+        #pragma unroll
+        for (int j = 0; j < W; j++) x[k][j] = 0;
+    }
 }
 
-// whether the window and the first `count` tokens of the next group are of one document
+// c = bias + sum_k w_k x_k
 template <int W, int TAPS>
-__device__ __forceinline__ bool conv_one_document(const ConvWindow<W, TAPS>& win, const int* doc, int count) {
-    bool one = true;
-    #pragma unroll
-    for (int k = 1; k < TAPS - 1; k++) one = one && win.id[k] == win.id[0];
-    #pragma unroll
-    for (int i = 0; i < CONV_GROUP; i++) one = one && (i >= count || doc[i] == win.id[0]);
-    return one;
-}
-
-// c = bias + sum_k w_k x_k for the current token
-template <bool PLAIN, int W, int TAPS>
-__device__ __forceinline__ void conv_sum(float* c, const ConvWindow<W, TAPS>& win, int skip) {
+__device__ __forceinline__ void conv_sum(float* c, const ConvWindow<W, TAPS>& win) {
     #pragma unroll
     for (int j = 0; j < W; j++) c[j] = win.bias[j];
     #pragma unroll
     for (int k = 0; k < TAPS; k++) {
-        if (!conv_sees<PLAIN>(win, k, skip)) continue;
         #pragma unroll
         for (int j = 0; j < W; j++) c[j] += win.w[k][j] * win.x[k][j];
     }
 }
 
-// the window moves on by one token
-template <int W, int TAPS> __device__ __forceinline__ void conv_shift(ConvWindow<W, TAPS>& win) {
-    #pragma unroll
-    for (int k = 0; k < TAPS - 1; k++) {
-        win.id[k] = win.id[k + 1];
-        #pragma unroll
-        for (int j = 0; j < W; j++) win.x[k][j] = win.x[k + 1][j];
+// conv_begins: bit j of begins[g]: a document begins at token j of group g, which is token t + g TAPS + j of
+// the sequence.   Called by whole warps
+typedef unsigned char ConvBegins[CONV_BACKWARD_STEPS / 4 + 2];
+
+template <int TAPS>
+__device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b, int t, int end) {
+    for (int g = (int)threadIdx.x; t + g * TAPS < end; g += WARP) {
+        int bits = 0;
+        for (int j = 0; j < TAPS; j++) {
+            int s = t + g * TAPS + j;
+            if (s >= 0 && s < end) bits |= (doc_b[s] != (s == 0 ? 0 : doc_b[s - 1])) << j;
+        }
+        begins[g] = (unsigned char)bits;
     }
+    __syncwarp();
 }
 
-// conv_load: sends the first `count` tokens of a group to ring (CONV_GROUP,CONV_THREADS). Packs below 4
-// bytes, in the general path, cannot be copied that way and go through a register.
-template <int W, typename X>
-__device__ __forceinline__ void conv_load(Pack<X, W> (*ring)[CONV_THREADS], const X* p, size_t ld,
-                                          int count) {
+template <int W, int TAPS, typename X>
+__device__ __forceinline__ void conv_forward_token(X* out, const ConvWindow<W, TAPS>& win) {
+    float c[W];
+    conv_sum(c, win);
     #pragma unroll
-    for (int i = 0; i < CONV_GROUP; i++) {
-        Pack<X, W>* to = &ring[i][threadIdx.y * WARP + threadIdx.x];
-        if (i >= count) break;
-        if (sizeof(X) * W < 4) *to = load_pack<W>(p + i * ld);
-        else copy_async<sizeof(X) * W < 4 ? 4 : (int)sizeof(X) * W>(to, p + i * ld);
-    }
-}
-
-// the first `count` tokens of a group; in a PLAIN group all
-template <bool PLAIN, int W, int TAPS, typename X>
-__device__ __forceinline__ void conv_forward_tokens(X* out, size_t ldo, ConvWindow<W, TAPS>& win,
-                                                    const Pack<X, W> (*ring)[CONV_THREADS], const int* doc,
-                                                    int count, int skip) {
-    if (PLAIN) win.id[TAPS - 1] = doc ? win.id[0] : 0;
-    #pragma unroll
-    for (int i = 0; i < CONV_GROUP; i++) {
-        if (!PLAIN && i >= count) break;
-        float c[W];
-        unpack<W>(win.x[TAPS - 1], ring[i][threadIdx.y * WARP + threadIdx.x]);
-        if (!PLAIN) win.id[TAPS - 1] = doc ? doc[i] : 0;
-        conv_sum<PLAIN>(c, win, skip);
-        #pragma unroll
-        for (int j = 0; j < W; j++) c[j] = silu_cuda(c[j]);
-        store_pack<W>(out + i * ldo, c);
-        conv_shift(win);
-    }
+    for (int j = 0; j < W; j++) c[j] = silu_cuda(c[j]);
+    conv_store<W>(out, c);
 }
 
 // causal_conv1d_forward:   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)
@@ -1142,36 +1182,47 @@ __device__ __forceinline__ void conv_forward_tokens(X* out, size_t ldo, ConvWind
 template <typename X, int W, int TAPS>
 __global__ void __launch_bounds__(CONV_THREADS, 6)
 causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
-                             const float* bias, const int* doc, size_t B, size_t T, size_t E, int K,
-                             unsigned tiles, int steps, size_t chunks) {
-    size_t e = ((size_t)(blockIdx.x % tiles) * WARP + threadIdx.x) * W;
-    size_t run = (size_t)(blockIdx.x / tiles) * CONV_ROWS + threadIdx.y;
-    if (e >= E || run >= B * chunks) return;
-    size_t b = run / chunks, t0 = run % chunks * (size_t)steps, row = b * T + t0;
-    int own = t0 + (size_t)steps < T ? steps : (int)(T - t0);
-    __shared__ Pack<X, W> ring[CONV_AHEAD][CONV_GROUP][CONV_THREADS];
-    inp += row * ldi + e;
-    out += row * E + e;
-    for (int n = 0; n < CONV_AHEAD; n++) {
-        conv_load<W>(ring[n], inp + n * CONV_GROUP * ldi, ldi, own - n * CONV_GROUP);
+                             const float* bias, const int* doc, int T, size_t E, int K, int steps) {
+    __shared__ ConvGroup<X, W, TAPS> ring[CONV_FORWARD_RING];
+    __shared__ ConvBegins begins[CONV_ROWS];
+    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
+    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
+    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
+    if (own <= 0 || e >= E) return;
+    int i = t0 > 0 ? -TAPS : 0;                  // the group: tokens t0+i ...; the first one fills the window
+    inp += (b * T + t0 + i) * ldi + e;
+    out += (b * T + t0 + i) * E + e;
+    for (int n = 0; n < CONV_FORWARD_RING; n++) {
+        conv_copy(ring[n], inp, ldi, own - i - n * TAPS);
         copy_async_commit();
+        inp += TAPS * ldi;
     }
     ConvWindow<W, TAPS> win;
-    conv_window(win, inp - row * ldi - e, ldi, tail0, weight, bias, doc, b, t0, T, E, K, e);
-    doc += doc ? row : 0;
-    inp += CONV_AHEAD * CONV_GROUP * ldi;
-    for (int i = 0, slot = 0; i < own; i += CONV_GROUP) {
-        copy_async_wait(CONV_AHEAD - 1);
-        if (i + CONV_GROUP <= own && (!doc || conv_one_document(win, doc, CONV_GROUP)))
-            conv_forward_tokens<true>(out, E, win, ring[slot], doc, CONV_GROUP, TAPS - K);
-        else
-            conv_forward_tokens<false>(out, E, win, ring[slot], doc, own - i, TAPS - K);
-        conv_load<W>(ring[slot], inp, ldi, own - i - CONV_AHEAD * CONV_GROUP);
+    conv_window(win, weight, bias, tail0 && t0 == 0 ? tail0 + b * (K - 1) * E + e : NULL, E, K, e);
+    for (int slot = 0; i < own; i += TAPS) {
+        copy_async_wait(CONV_FORWARD_RING - 1);
+        int bits = doc ? begins[threadIdx.y][i / TAPS + 1] : 0;
+        if (bits == 0 && i >= 0 && i + TAPS <= own) {
+            #pragma unroll
+            for (int j = 0; j < TAPS; j++) {
+                conv_unpack(win.x[TAPS - 1], ring[slot], j);
+                conv_forward_token<W>(out + j * E, win);
+                conv_shift(win.x);
+            }
+        } else {
+            #pragma unroll 1
+            for (int j = 0; j < TAPS && i + j < own; j++) {
+                if (bits >> j & 1) conv_clear(win.x);
+                conv_unpack(win.x[TAPS - 1], ring[slot], j);
+                if (i >= 0) conv_forward_token<W>(out + j * E, win);
+                conv_shift(win.x);
+            }
+        }
+        conv_copy(ring[slot], inp, ldi, own - i - CONV_FORWARD_RING * TAPS);
         copy_async_commit();
-        slot = slot + 1 < CONV_AHEAD ? slot + 1 : 0;
-        inp += CONV_GROUP * ldi;
-        out += CONV_GROUP * E;
-        doc += doc ? CONV_GROUP : 0;
+        slot = slot + 1 < CONV_FORWARD_RING ? slot + 1 : 0;
+        inp += TAPS * ldi;
+        out += TAPS * E;
     }
 }
 
@@ -1185,9 +1236,11 @@ __global__ void causal_conv1d_tail_kernel(float* tailT, const X* inp, size_t ldi
     size_t b = i / E, e = i % E;
     int last = doc ? doc[b * T + T - 1] : 0;
     for (int k = 0; k + 1 < K; k++) {
-        float v;
-        int id = conv_input_cuda<1>(&v, inp, ldi, tail0, doc, b, (ptrdiff_t)T - K + 1 + k, T, E, K, e);
-        tailT[(b * (size_t)(K - 1) + (size_t)k) * E + e] = id == last ? v : 0.0f;
+        ptrdiff_t s = (ptrdiff_t)T - K + 1 + k, row = (ptrdiff_t)(b * T) + s;
+        float v = 0;
+        if (s >= 0 && (!doc || doc[row] == last)) v = to_float(inp[row * (ptrdiff_t)ldi + (ptrdiff_t)e]);
+        if (s < 0 && tail0 && last == 0) v = tail0[(b * (size_t)(K - 1) + (size_t)(s + K - 1)) * E + e];
+        tailT[(b * (size_t)(K - 1) + (size_t)k) * E + e] = v;
     }
 }
 
@@ -1199,36 +1252,28 @@ int conv_steps(size_t B, size_t T, size_t E, int longest) {
     return (int)steps;
 }
 
-size_t conv_chunks(size_t T, int steps) { return (T + (size_t)steps - 1) / (size_t)steps; }
-size_t conv_groups(size_t B, size_t T, int steps) {
-    return (B * conv_chunks(T, steps) + CONV_ROWS - 1) / CONV_ROWS;
-}
-
-template <typename X, int W, int TAPS>
-void causal_conv1d_forward_launch(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
-                                  const float* bias, const int* doc, size_t B, size_t T, size_t E, size_t K,
-                                  cudaStream_t stream) {
-    int steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
-    unsigned tiles = (unsigned)((E + WARP * W - 1) / (WARP * W)),
-             blocks = (unsigned)conv_groups(B, T, steps) * tiles;
-    dim3 block(WARP, CONV_ROWS);
-    causal_conv1d_forward_kernel<X, W, TAPS><<<blocks, block, 0, stream>>>(
-        out, inp, ldi, tail0, weight, bias, doc, B, T, E, (int)K, tiles, steps,
-        conv_chunks(T, steps));
-    cudaCheck(cudaGetLastError());
+// the grid, with W channels per thread
+dim3 conv_grid(size_t B, size_t T, size_t E, int steps, size_t W) {
+    size_t block = (size_t)steps * CONV_ROWS;
+    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((T + block - 1) / block),
+                (unsigned)B);
 }
 
 template <typename X>
 const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_t ldi, const float* tail0,
                                        const float* weight, const float* bias, const int* doc, size_t B,
                                        size_t T, size_t E, size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X);                             // packs of 8 bytes
-    bool fast = K == 4 && is_aligned(inp, W * sizeof(X), ldi * sizeof(X)) &&
-                is_aligned(out, W * sizeof(X), E * sizeof(X)) && is_aligned(weight, 16, 16);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
+    bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(out, 8, E * sizeof(X)) &&
+                is_aligned(weight, 16, 16);
+    dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
     if (fast)
-        causal_conv1d_forward_launch<X, W, 4>(out, inp, ldi, tail0, weight, bias, doc, B, T, E, K, stream);
+        causal_conv1d_forward_kernel<X, W, 4><<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias,
+                                                                          doc, (int)T, E, 4, steps);
     else
-        causal_conv1d_forward_launch<X, 1, 8>(out, inp, ldi, tail0, weight, bias, doc, B, T, E, K, stream);
+        causal_conv1d_forward_kernel<X, 1, 8><<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias,
+                                                                          doc, (int)T, E, (int)K, steps);
+    cudaCheck(cudaGetLastError());
     if (tailT && K > 1) {
         causal_conv1d_tail_kernel<<<(unsigned)((B * E + 255) / 256), 256, 0, stream>>>(tailT, inp, ldi, tail0,
                                                                                        doc, B, T, E, (int)K);
@@ -1242,211 +1287,188 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
 //   forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t,  dw_k += sum_t dc_t inp_{t-K+1+k}
 //                                                      dinp_s = sum_k w_k dc_{s+K-1-k}
 //   forward: tailT = the last inputs               =>  the same rows of dinp (or dtail0) += dtailT
-// dinp of the last TAPS tokens is under way in `dinp`; the oldest is complete after step t. A thread goes
-// on for TAPS-1 tokens behind its own, for dinp only: their weight gradients belong to the next thread.
+// dinp of the last TAPS tokens is under way in registers; the oldest is complete after each token. So the
+// rows of a thread are TAPS-1 behind its tokens. It begins TAPS tokens before its run, for dinp only: their
+// weight gradients belong to another thread.
 template <int W, int TAPS> struct ConvGradient { float dinp[TAPS][W], dw[TAPS][W], db[W]; };
 
-// the tails of one sequence, at the channels of this thread; each may be NULL
-struct ConvTails {
-    float* dtail0;           // (K-1,E)
-    const float* dtailT;     // (K-1,E)
-    bool has_tail0;          // whether forward had a tail0
-    int last_id;             // document of the last token
-};
-
-// conv_border: what to do with the completed gradient of token s outside of PLAIN groups: tailT adds to it
-// when s is among the last K-1 tokens; before the start it belongs to dtail0; before the run of this thread
-// (t0) it belongs to another thread.   Returns whether it goes to dinp.
-template <int W>
-__device__ __forceinline__ bool conv_border(float* dinp, const ConvTails& tails, int id, ptrdiff_t s,
-                                            ptrdiff_t t0, ptrdiff_t T, size_t E, int K) {
-    ptrdiff_t k = s + K - 1;                                 // the row of s in tail0
-    #pragma unroll
-    for (int j = 0; j < W; j++) {
-        if (tails.dtailT && k >= T && id == tails.last_id) dinp[j] += tails.dtailT[(size_t)(k - T) * E + j];
-        if (tails.dtail0 && s < 0 && t0 == 0 && k >= 0)
-            tails.dtail0[(size_t)k * E + j] = tails.has_tail0 ? dinp[j] : 0.0f;
-    }
-    return s >= t0;
-}
-
-// one token of the backward, the newest of the window; OWN: with its weight gradient
-template <bool PLAIN, int W, int TAPS>
+// the newest token of the window, whose dout is in d; OWN: with its weight gradient
+template <bool OWN, int W, int TAPS>
 __device__ __forceinline__ void conv_backward_token(ConvGradient<W, TAPS>& grad,
-                                                    const ConvWindow<W, TAPS>& win, float* dout, bool own,
-                                                    int skip) {
+                                                    const ConvWindow<W, TAPS>& win, float* d) {
     float c[W];
-    conv_sum<PLAIN>(c, win, skip);
+    conv_sum(c, win);
     #pragma unroll
     for (int j = 0; j < W; j++) {
-        dout[j] *= silu_grad_cuda(c[j], sigmoid_cuda(c[j]));
-        if (own) grad.db[j] += dout[j];
+        d[j] *= silu_grad_cuda(c[j], sigmoid_cuda(c[j]));
+        if (OWN) grad.db[j] += d[j];
     }
     #pragma unroll
     for (int k = 0; k < TAPS; k++) {
-        if (!conv_sees<PLAIN>(win, k, skip)) continue;
         #pragma unroll
         for (int j = 0; j < W; j++) {
-            grad.dinp[k][j] += win.w[k][j] * dout[j];
-            if (own) grad.dw[k][j] += dout[j] * win.x[k][j];
+            grad.dinp[k][j] += win.w[k][j] * d[j];
+            if (OWN) grad.dw[k][j] += win.x[k][j] * d[j];
         }
     }
 }
 
-// the oldest gradient has been stored: the others move up
-template <int W, int TAPS> __device__ __forceinline__ void conv_shift(ConvGradient<W, TAPS>& grad) {
+// a plain group, or (not OWN) the one before the run
+template <bool OWN, typename X, int W, int TAPS>
+__device__ __forceinline__ void conv_backward_group(X* dinp, size_t lddi, ConvGradient<W, TAPS>& grad,
+                                                    ConvWindow<W, TAPS>& win,
+                                                    const ConvGroup<X, W, TAPS>& inp,
+                                                    const ConvGroup<X, W, TAPS>& dout) {
     #pragma unroll
-    for (int k = 0; k < TAPS; k++) {
-        #pragma unroll
-        for (int j = 0; j < W; j++) grad.dinp[k][j] = k < TAPS - 1 ? grad.dinp[(k + 1) % TAPS][j] : 0.0f;
+    for (int j = 0; j < TAPS; j++) {
+        float d[W];
+        conv_unpack(win.x[TAPS - 1], inp, j);
+        conv_unpack(d, dout, j);
+        conv_backward_token<OWN>(grad, win, d);
+        if (OWN) conv_store<W>(dinp + j * lddi, grad.dinp[0]);
+        conv_shift(grad.dinp);
+        conv_shift(win.x);
     }
 }
 
-// A group in which nothing has to be asked: in the middle of the run of a thread; the first of the run, whose
-// first TAPS-1 completed gradients belong to the thread before; or the TAPS-1 tokens behind the run.
-enum { CONV_MIDDLE, CONV_FIRST, CONV_BEHIND };
+// where the gradients of inputs go, at the channels of the thread: dinp from the first token of the run on,
+// which is token t0 of the sequence; dtail0 of the sequence, or NULL
+template <typename X> struct ConvRows {
+    X* dinp;
+    size_t lddi;
+    float* dtail0;
+    bool has_tail0;          // in the forward; otherwise dtail0 is 0
+    int t0;
+};
 
-template <int PLACE, int W, int TAPS, typename X>
-__device__ __forceinline__ void conv_backward_group(X* dinp, size_t lddi, ConvGradient<W, TAPS>& grad,
-                                                    ConvWindow<W, TAPS>& win,
-                                                    const Pack<X, W> (*ring)[CONV_THREADS],
-                                                    const Pack<X, W> (*dring)[CONV_THREADS], const int* doc,
-                                                    int skip) {
-    const int l = (int)(threadIdx.y * WARP + threadIdx.x);
-    win.id[TAPS - 1] = doc ? win.id[0] : 0;
-    #pragma unroll
-    for (int i = 0; i < CONV_GROUP; i++) {
-        if (PLACE == CONV_BEHIND && i >= TAPS - 1) break;
-        float d[W];
-        unpack<W>(win.x[TAPS - 1], ring[i][l]);
-        unpack<W>(d, dring[i][l]);
-        conv_backward_token<true>(grad, win, d, PLACE != CONV_BEHIND, skip);
-        if (PLACE != CONV_FIRST || i >= TAPS - 1) store_pack<W>(dinp + i * lddi, grad.dinp[0]);
-        conv_shift(grad);
-        conv_shift(win);
+// conv_put: row s of dinp, counted from t0; before the start of the sequence it belongs to dtail0
+template <int W, typename X>
+__device__ __forceinline__ void conv_put(const ConvRows<X>& rows, const float* v, int s, size_t E, int K) {
+    int before = -(rows.t0 + s);
+    if (before <= 0) {
+        conv_store<W>(rows.dinp + (ptrdiff_t)s * (ptrdiff_t)rows.lddi, v);
+    } else if (rows.dtail0 && before < K) {
+        #pragma unroll
+        for (int j = 0; j < W; j++)
+            rows.dtail0[(size_t)(K - 1 - before) * E + j] = rows.has_tail0 ? v[j] : 0.0f;
     }
 }
 
 // causal_conv1d_backward
 //   dinp (B,T,E), row stride lddi, written   dtail0, dtailT (B,K-1,E) float or NULL; dtail0 is written
-//   parts (groups,K+1,E): the sums of a block for dweight in the order (E,K), then those for dbias (E)
+//   parts (blocks,K+1,E): the sums of a block for dweight in the order (E,K), then those for dbias (E)
 // bytes: 3 sizeof(X) per element
 template <typename X, int W, int TAPS>
 __global__ void __launch_bounds__(CONV_THREADS, 3)
 causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts, const X* dout,
                               const float* dtailT, const X* inp, size_t ldi, const float* tail0,
-                              const float* weight, const float* bias, const int* doc, size_t B, size_t T,
-                              size_t E, int K, unsigned tiles, int steps, size_t chunks) {
-    __shared__ Pack<X, W> ring[CONV_AHEAD][CONV_GROUP][CONV_THREADS];        // inp
-    __shared__ Pack<X, W> dring[CONV_AHEAD][CONV_GROUP][CONV_THREADS];       // dout
-    __shared__ float shared[CONV_ROWS][WARP * W];
-    const int skip = TAPS - K, G = CONV_GROUP, l = (int)(threadIdx.y * WARP + threadIdx.x);
-    size_t e = ((size_t)(blockIdx.x % tiles) * WARP + threadIdx.x) * W;
-    size_t run = (size_t)(blockIdx.x / tiles) * CONV_ROWS + threadIdx.y;
+                              const float* weight, const float* bias, const int* doc, int T, size_t E, int K,
+                              int steps) {
+    __shared__ union {
+        ConvGroup<X, W, TAPS> ring[CONV_BACKWARD_RING][2];                  // inp, dout
+        float sums[CONV_ROWS][TAPS + 1][WARP * W];
+    } shared;
+    __shared__ ConvBegins begins[CONV_ROWS];
+    allow_next();
+    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W, tail = b * (K - 1) * E + e;
+    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
     ConvGradient<W, TAPS> grad = {};
-    if (e < E && run < B * chunks) {
-        size_t b = run / chunks, t0 = run % chunks * (size_t)steps, row = b * T + t0;
-        int own = t0 + (size_t)steps < T ? steps : (int)(T - t0);    // tokens of this thread,
-        int all = own + TAPS - 1;                                           // with those behind them,
-        int exist = T - t0 < (size_t)all ? (int)(T - t0) : all;         // of which so many exist
-        inp += row * ldi + e;
-        dout += row * E + e;
-        for (int n = 0; n < CONV_AHEAD; n++) {
-            conv_load<W>(ring[n], inp + n * G * ldi, ldi, exist - n * G);
-            conv_load<W>(dring[n], dout + n * G * E, E, exist - n * G);
+    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
+    if (own > 0 && e < E) {
+        ConvRows<X> rows = {dinp + (b * T + t0) * lddi + e, lddi, dtail0 ? dtail0 + tail : NULL,
+                            tail0 != NULL, t0};
+        int i = t0 > 0 ? -2 * TAPS : 0;          // the group; the first one fills the window
+        inp += (b * T + t0 + i) * ldi + e;
+        dout += (b * T + t0 + i) * E + e;
+        dinp = rows.dinp + (ptrdiff_t)(i - (TAPS - 1)) * (ptrdiff_t)lddi;
+        for (int n = 0; n < CONV_BACKWARD_RING; n++) {
+            conv_copy(shared.ring[n][0], inp, ldi, own - i - n * TAPS);
+            conv_copy(shared.ring[n][1], dout, E, i + n * TAPS < -TAPS ? 0 : own - i - n * TAPS);
             copy_async_commit();
+            inp += TAPS * ldi;
+            dout += TAPS * E;
         }
         ConvWindow<W, TAPS> win;
-        conv_window(win, inp - row * ldi - e, ldi, tail0, weight, bias, doc, b, t0, T, E, K, e);
-        inp += CONV_AHEAD * G * ldi;
-        dout += CONV_AHEAD * G * E;
-        doc += doc ? row : 0;
-        dinp += row * lddi + e - (TAPS - 1) * lddi;          // what is complete is TAPS-1 tokens behind
-        int ids[G], ids_next[G];                             // documents, loaded a group ahead
-        #pragma unroll
-        for (int i = 0; i < G; i++) ids_next[i] = doc && i < exist ? doc[i] : 0;
-        for (int i0 = 0, slot = 0; i0 < all; i0 += G) {
-            copy_async_wait(CONV_AHEAD - 1);
-            #pragma unroll
-            for (int i = 0; i < G; i++) {
-                ids[i] = ids_next[i];
-                ids_next[i] = doc && i0 + G + i < exist ? doc[G + i] : 0;
-            }
-            bool plain = !doc || conv_one_document(win, ids, exist - i0);
-            if (plain && i0 >= TAPS - 1 && i0 + G <= own) {
-                conv_backward_group<CONV_MIDDLE>(dinp, lddi, grad, win, ring[slot], dring[slot], doc, skip);
-            } else if (plain && TAPS - 1 < G && i0 == 0 && G <= own && !(dtail0 && t0 == 0)) {
-                conv_backward_group<CONV_FIRST>(dinp, lddi, grad, win, ring[slot], dring[slot], doc, skip);
-            } else if (plain && TAPS - 1 < G && i0 == own && exist == all) {
-                conv_backward_group<CONV_BEHIND>(dinp, lddi, grad, win, ring[slot], dring[slot], doc, skip);
+        conv_window(win, weight, bias, tail0 && t0 == 0 ? tail0 + tail : NULL, E, K, e);
+        int first = 1 - TAPS;                    // the first row of this thread and document
+        int plain = t0 > 0 ? 0 : 1;              // from this token on, all rows are of this document
+        for (int slot = 0; i < own; i += TAPS) {
+            copy_async_wait(CONV_BACKWARD_RING - 1);
+            const ConvGroup<X, W, TAPS>&x = shared.ring[slot][0], &d = shared.ring[slot][1];
+            int bits = doc ? begins[threadIdx.y][i / TAPS + 2] : 0;
+            if (bits == 0 && i >= plain && i + TAPS <= own) {
+                conv_backward_group<true>(dinp, lddi, grad, win, x, d);
+            } else if (bits == 0 && i == -TAPS) {
+                conv_backward_group<false>(dinp, lddi, grad, win, x, d);
             } else {
-                ConvTails tails = {dtail0 ? dtail0 + b * (size_t)(K - 1) * E + e : NULL,
-                                   dtailT ? dtailT + b * (size_t)(K - 1) * E + e : NULL, tail0 != NULL,
-                                   doc ? doc[(ptrdiff_t)(T - t0) - 1 - i0] : 0};
-                #pragma unroll
-                for (int i = 0; i < G; i++) {
-                    if (i0 + i >= all) break;
-                    if (i0 + i < exist) {
-                        unpack<W>(win.x[TAPS - 1], ring[slot][i][l]);
-                        float d[W];
-                        unpack<W>(d, dring[slot][i][l]);
-                        win.id[TAPS - 1] = ids[i];
-                        conv_backward_token<false>(grad, win, d, i0 + i < own, skip);
+                #pragma unroll 1
+                for (int j = 0; j < TAPS && i + j < own; j++) {
+                    int t = i + j;
+                    if (bits >> j & 1) {         // the rows that are under way are complete
+                        #pragma unroll
+                        for (int k = 0; k < TAPS - 1; k++)
+                            if (t - (TAPS - 1) + k >= first)
+                                conv_put<W>(rows, grad.dinp[k], t - (TAPS - 1) + k, E, K);
+                        first = t > 1 - TAPS ? t : 1 - TAPS;
+                        plain = first + TAPS - 1;
+                        conv_clear(grad.dinp);
+                        conv_clear(win.x);
                     }
-                    if (conv_border<W>(grad.dinp[0], tails, win.id[0], (ptrdiff_t)t0 + i0 + i - (TAPS - 1),
-                                       (ptrdiff_t)t0, (ptrdiff_t)T, E, K))
-                        store_pack<W>(dinp + i * lddi, grad.dinp[0]);
-                    conv_shift(grad);
-                    conv_shift(win);
+                    conv_unpack(win.x[TAPS - 1], x, j);
+                    if (t >= -TAPS) {
+                        float d_t[W];
+                        conv_unpack(d_t, d, j);
+                        if (t >= 0) conv_backward_token<true>(grad, win, d_t);
+                        else conv_backward_token<false>(grad, win, d_t);
+                        if (t - (TAPS - 1) >= first) conv_put<W>(rows, grad.dinp[0], t - (TAPS - 1), E, K);
+                        conv_shift(grad.dinp);
+                    }
+                    conv_shift(win.x);
                 }
             }
-            conv_load<W>(ring[slot], inp, ldi, exist - i0 - CONV_AHEAD * G);
-            conv_load<W>(dring[slot], dout, E, exist - i0 - CONV_AHEAD * G);
+            int left = own - i - CONV_BACKWARD_RING * TAPS;
+            conv_copy(shared.ring[slot][0], inp, ldi, left);
+            conv_copy(shared.ring[slot][1], dout, E, left);
             copy_async_commit();
-            slot = slot + 1 < CONV_AHEAD ? slot + 1 : 0;
-            inp += G * ldi;
-            dout += G * E;
-            dinp += G * lddi;
-            doc += doc ? G : 0;
+            slot = slot + 1 < CONV_BACKWARD_RING ? slot + 1 : 0;
+            inp += TAPS * ldi;
+            dout += TAPS * E;
+            dinp += TAPS * lddi;
+        }
+        for (int k = 0; k < TAPS - 1 && t0 + own == T; k++) {      // the end of the sequence
+            int s = own - (TAPS - 1) + k, row = k - (TAPS - K);    // of dinp, of dtailT
+            if (s >= first) {
+                #pragma unroll
+                for (int j = 0; j < W; j++)
+                    if (dtailT && row >= 0) grad.dinp[0][j] += dtailT[tail + (size_t)row * E + j];
+                conv_put<W>(rows, grad.dinp[0], s, E, K);
+            }
+            conv_shift(grad.dinp);
         }
     }
-    // the sums of the block, one tap after the other; k = TAPS: the bias
-    float* part = parts + (size_t)(blockIdx.x / tiles) * (size_t)(K + 1) * E;
-    size_t e_block = (size_t)(blockIdx.x % tiles) * WARP * W;
+    __syncthreads();                             // the sums of the block, k = TAPS: the bias
     #pragma unroll
     for (int k = 0; k <= TAPS; k++) {
-        if (k < skip) continue;
         #pragma unroll
         for (int j = 0; j < W; j++)
-            shared[threadIdx.y][threadIdx.x * W + j] = k < TAPS ? grad.dw[k % TAPS][j] : grad.db[j];
-        __syncthreads();
-        if (l < WARP * W && e_block + l < E) {
-            float sum = 0;
-            for (int i = 0; i < CONV_ROWS; i++) sum += shared[i][l];
-            part[k < TAPS ? (e_block + l) * K + (k - skip) : (size_t)K * E + e_block + l] = sum;
-        }
-        __syncthreads();
+            shared.sums[threadIdx.y][k][threadIdx.x * W + j] = k < TAPS ? grad.dw[k % TAPS][j] : grad.db[j];
+    }
+    __syncthreads();
+    float* part = parts + ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * (size_t)(K + 1) * E;
+    for (int i = (int)(threadIdx.y * WARP + threadIdx.x); i < (TAPS + 1) * WARP * W; i += CONV_THREADS) {
+        int k = i / (WARP * W), j = i % (WARP * W), tap = k - (TAPS - K);
+        size_t e_j = (size_t)blockIdx.x * WARP * W + j;
+        if (tap < 0 || e_j >= E) continue;
+        float sum = 0;
+        #pragma unroll
+        for (int r = 0; r < CONV_ROWS; r++) sum += shared.sums[r][k][j];
+        part[k < TAPS ? e_j * K + tap : (size_t)K * E + e_j] = sum;
     }
 }
 
 // the scratch of causal_conv1d_backward_cuda, in floats
 size_t causal_conv1d_scratch_cuda(size_t B, size_t T, size_t E, size_t K) {
-    return conv_groups(B, T, conv_steps(B, T, E, CONV_BACKWARD_STEPS)) * (K + 1) * E;
-}
-
-template <typename X, int W, int TAPS>
-void causal_conv1d_backward_launch(X* dinp, size_t lddi, float* dtail0, const X* dout, const float* dtailT,
-                                   const X* inp, size_t ldi, const float* tail0, const float* weight,
-                                   const float* bias, const int* doc, float* scratch, size_t B, size_t T,
-                                   size_t E, size_t K, cudaStream_t stream) {
-    int steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
-    unsigned tiles = (unsigned)((E + WARP * W - 1) / (WARP * W)),
-             blocks = (unsigned)conv_groups(B, T, steps) * tiles;
-    dim3 block(WARP, CONV_ROWS);
-    causal_conv1d_backward_kernel<X, W, TAPS><<<blocks, block, 0, stream>>>(
-        dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, B, T, E, (int)K, tiles,
-        steps, conv_chunks(T, steps));
-    cudaCheck(cudaGetLastError());
+    return B * conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_STEPS), 1).y * (K + 1) * E;
 }
 
 template <typename X>
@@ -1455,18 +1477,20 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                                         const float* tail0, const float* weight, const float* bias,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
                                         size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X);
-    bool fast = K == 4 && is_aligned(inp, W * sizeof(X), ldi * sizeof(X)) &&
-                is_aligned(dinp, W * sizeof(X), lddi * sizeof(X)) &&
-                is_aligned(dout, W * sizeof(X), E * sizeof(X)) && is_aligned(weight, 16, 16);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
+    bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
+                is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
+    dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
     if (fast)
-        causal_conv1d_backward_launch<X, W, 4>(dinp, lddi, dtail0, dout, dtailT, inp, ldi, tail0, weight,
-                                               bias, doc, scratch, B, T, E, K, stream);
+        causal_conv1d_backward_kernel<X, W, 4><<<grid, block, 0, stream>>>(
+            dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, (int)T, E, 4,
+            steps);
     else
-        causal_conv1d_backward_launch<X, 1, 8>(dinp, lddi, dtail0, dout, dtailT, inp, ldi, tail0, weight,
-                                               bias, doc, scratch, B, T, E, K, stream);
-    size_t groups = conv_groups(B, T, conv_steps(B, T, E, CONV_BACKWARD_STEPS));
-    sum_parts_cuda(dweight, dbias, scratch, groups, K * E, dbias ? E : 0, (K + 1) * E, stream);
+        causal_conv1d_backward_kernel<X, 1, 8><<<grid, block, 0, stream>>>(
+            dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K,
+            steps);
+    cudaCheck(cudaGetLastError());
+    sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream);
     return fast ? "causal_conv1d_backward_kernel<4>" : "causal_conv1d_backward_kernel<8>";
 }
 
@@ -5420,7 +5444,7 @@ static bool by_matmul(const Model* m, const Tensor* t) {
 // always added to; of those that --freeze names
 enum { PIECES_UPDATED, PIECES_ADDED_TO, PIECES_FROZEN };
 static AdamWPiece* pieces_create(const Model* m, int which, size_t* n) {
-    AdamWPiece *piece = NULL, *device;
+    AdamWPiece* piece = NULL;
     for (int pass = 0; pass < 2; pass++) {
         if (pass) piece = (AdamWPiece*)xcalloc(*n, sizeof(AdamWPiece));
         *n = 0;
@@ -5430,8 +5454,7 @@ static AdamWPiece* pieces_create(const Model* m, int which, size_t* n) {
                 *n = adamw_pieces(piece, *n, t->offset, t->count, t->spec->flags & DECAY);
         }
     }
-    device = (AdamWPiece*)device_calloc(*n, sizeof(AdamWPiece));
-    cudaCheck(cudaMemcpy(device, piece, *n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
+    AdamWPiece* device = device_copy(piece, *n);
     free(piece);
     return device;
 }
@@ -5799,8 +5822,7 @@ template <typename X> static void carry_reserve(Backend* b, size_t micros, size_
             field[c->n_fields++] = f;
             offset += B * f.count;
         }
-    c->field = (StateField*)device_calloc((size_t)c->n_fields, sizeof(StateField));
-    cudaCheck(cudaMemcpy(c->field, field, (size_t)c->n_fields * sizeof(StateField), cudaMemcpyHostToDevice));
+    c->field = device_copy(field, (size_t)c->n_fields);
     free(field);
 }
 
@@ -5978,7 +6000,7 @@ template <typename X> static StepResult cuda_step_end(Backend* b) {
     if (r.taken) return r;
     // the step once more, without the update: its gradients, and the micro-batch where it goes wrong
     int halted = 0;
-    double sum = 0;
+    double sum = 0, scale = s->n_targets ? 1.0 / (double)s->n_targets : 0;
     to_device(&c->out->halted, &halted, 1, c->stream);
     Dropout next = b->dropout;
     b->dropout = s->dropout;
@@ -5988,7 +6010,7 @@ template <typename X> static StepResult cuda_step_end(Backend* b) {
         size_t at = micro * s->B * s->T;
         const int* doc = s->has_doc ? s->batch.doc + at : NULL;
         sum += cuda_forward<X>(b, (int)micro, s->batch.tokens + at, s->batch.targets + at, doc, s->B, s->T,
-                               1.0 / (double)s->n_targets);
+                               scale);
         if (!isfinite(sum)) {
             r.micro = (int)micro;
             break;

@@ -290,8 +290,8 @@ static void forward_setup(int which) {
     setup_inputs(which, &x);
     out = nan_array<bf16>(B * T * E);
     std::vector<float> want(B * T * E);
-    causal_conv1d_forward(want.data(), NULL, x.inp.data(), E, NULL, x.weight.data(), x.bias.data(), NULL, B,
-                          T, E, K);
+    causal_conv1d_forward(want.data(), NULL, x.inp.data(), E, NULL, x.weight.data(), x.bias.data(), true,
+                          NULL, B, T, E, K);
     expect("out", out, want, 4e-3);
 }
 
@@ -307,7 +307,8 @@ static void backward_setup(int which) {
     size_t parts = B * ((T + STEPS * ROWS - 1) / (STEPS * ROWS)) * (K + 1) * E;
     scratch = nan_array<float>(std::max(parts, causal_conv1d_scratch_cuda(B, T, E, K)));
     causal_conv1d_backward(want_dinp.data(), E, want_dweight.data(), want_dbias.data(), NULL, x.dout.data(),
-                           NULL, x.inp.data(), E, NULL, x.weight.data(), x.bias.data(), NULL, B, T, E, K);
+                           NULL, x.inp.data(), E, NULL, x.weight.data(), x.bias.data(), true, NULL, B, T, E,
+                           K);
     expect("dinp", dinp, want_dinp, 4e-3);
     expect("dweight", dweight, want_dweight, 2e-5, dweight_before);
     expect("dbias", dbias, want_dbias, 2e-5, dbias_before);

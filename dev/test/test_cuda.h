@@ -31,12 +31,12 @@ void rmsnorm_forward(double* out, double* rstd, const double* inp, const double*
 void rmsnorm_backward(double* dinp, double* dweight, const double* dout, const double* inp,
                       const double* weight, const double* rstd, size_t M, size_t D);
 void causal_conv1d_forward(double* out, double* tailT, const double* inp, size_t ldi, const double* tail0,
-                           const double* weight, const double* bias, const int* doc, size_t B, size_t T,
-                           size_t E, size_t K);
+                           const double* weight, const double* bias, bool silu, const int* doc, size_t B,
+                           size_t T, size_t E, size_t K);
 void causal_conv1d_backward(double* dinp, size_t lddi, double* dweight, double* dbias, double* dtail0,
                             const double* dout, const double* dtailT, const double* inp, size_t ldi,
-                            const double* tail0, const double* weight, const double* bias, const int* doc,
-                            size_t B, size_t T, size_t E, size_t K);
+                            const double* tail0, const double* weight, const double* bias, bool silu,
+                            const int* doc, size_t B, size_t T, size_t E, size_t K);
 void gate_forward(double* out, const double* y, size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
 void gate_backward(double* dy, size_t lddy, double* dz, size_t lddz, const double* dout, const double* y,
                    size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
@@ -97,6 +97,11 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
                                     cudaStream_t stream) {
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
+}
+cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
+cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+    mark_launched(function);
+    return __real_cudaLaunchKernelExC(config, function, args);
 }
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
@@ -386,8 +391,8 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     Vec inp = spread(normal_vec<X>(M * E), E, ld), weight = normal_vec<float>(E * K, 0.6);
     Vec bias = normal_vec<float>(E), tail0 = normal_vec<float>(tail), out(M * E), tailT(tail);
     const double *p_bias = has_bias ? bias.data() : NULL, *p_tail0 = has_tail ? tail0.data() : NULL;
-    oracle::causal_conv1d_forward(out.data(), tailT.data(), inp.data(), ld, p_tail0, weight.data(), p_bias, d,
-                                  B, T, E, K);
+    oracle::causal_conv1d_forward(out.data(), tailT.data(), inp.data(), ld, p_tail0, weight.data(), p_bias,
+                                  true, d, B, T, E, K);
     X *g_inp = gpu<X>(inp), *g_out = gpu_nan<X>(M * E);
     float *g_weight = gpu<float>(weight), *g_bias = has_bias ? gpu<float>(bias) : NULL;
     float *g_tail0 = gpu<float>(tail0), *g_tailT = variant == 6 ? g_tail0 : gpu_nan<float>(tail);
@@ -401,7 +406,7 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     oracle::causal_conv1d_backward(dinp.data(), ld, want_dweight.data(), has_bias ? want_dbias.data() : NULL,
                                    has_dtail ? dtail0.data() : NULL, dout.data(),
                                    has_dtail ? dtailT.data() : NULL, inp.data(), ld, p_tail0, weight.data(),
-                                   p_bias, d, B, T, E, K);
+                                   p_bias, true, d, B, T, E, K);
     g_tail0 = gpu<float>(tail0);
     X* g_dout = gpu<X>(dout);
     float* g_dtailT = has_dtail ? gpu<float>(dtailT) : NULL;
@@ -918,6 +923,36 @@ double gradients_of(Backend* b, real* grads, const int* tokens, const int* targe
     return loss;
 }
 
+// poke: one number in the device's memory, there before any stream of the program goes on
+void poke(float* device, float value) {
+    cudaCheck(cudaMemcpy(device, &value, sizeof value, cudaMemcpyHostToDevice));
+    cudaCheck(cudaDeviceSynchronize());
+}
+
+__global__ void spin_kernel(long long clocks) {
+    for (long long start = clock64(); clock64() - start < clocks;) {}
+}
+
+// Catches: memory that is cleared or copied in the default stream when the program's streams already use it.
+template <typename X> void check_busy(const CudaShape* s) {
+    snprintf(shape, sizeof shape, "%s D%d", s->pattern, (int)s->D);
+    size_t M = s->B * s->T;
+    Model m = cuda_toy<X>(s);
+    std::vector<int> tokens(2 * M), targets(2 * M);
+    cuda_batch(tokens.data(), targets.data(), 2 * M, 5, s->V);
+    std::vector<real> grads[2];
+    for (int busy = 0; busy < 2; busy++) {
+        grads[busy].resize(m.n_elements);
+        if (busy) spin_kernel<<<1, 1>>>(400000000);                    // 0.2 s
+        Backend b = backend_cuda_of<X>(&m, s->B, s->T, true, RECOMPUTE_NONE);
+        b.upload(&b);
+        gradients_of(&b, grads[busy].data(), tokens.data(), targets.data(), NULL, s->B, s->T, 2);
+        b.destroy(&b);
+    }
+    claim_value(type_name<X>() + std::string(" on a busy GPU: bits"),
+                bits_differ(grads[0].data(), grads[1].data(), m.n_elements), 0);
+}
+
 template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     snprintf(shape, sizeof shape, "%s D%d E%d N%d K%d B%zu T%zu%s%s%s", s->pattern, (int)s->D, (int)s->E,
              (int)s->N, (int)s->K, s->B, s->T, s->docs < 0 ? "" : " doc", carry ? " carried" : "",
@@ -1142,7 +1177,7 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
                        clip,
                        STEPS + 1,
                        {s->dropout, 99, 0, 0}};
-            cudaCheck(cudaMemcpy(device, &nan, sizeof nan, cudaMemcpyHostToDevice));
+            poke(device, nan);
             b.step_begin(&b, &st);
             b.step_begin(&b, &st);
             StepResult r = b.step_end(&b);
@@ -1150,7 +1185,7 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
             claim_value(name + " broken step: the parameter is not seen", !isnan(m.params[bad]), 0);
             r = b.step_end(&b);
             claim_value(name + " broken step: the next one taken", r.taken, 0);
-            cudaCheck(cudaMemcpy(device, &value, sizeof value, cudaMemcpyHostToDevice));
+            poke(device, value);
             b.download(&b);
             claim_value(name + " broken step: changed parameters", bits_differ(m.params, params[1], n), 0);
             b.step_begin(&b, &st);
@@ -1203,6 +1238,7 @@ template <typename X> void check_model(void) {
     check_training<X>(&cuda_shapes[5], RECOMPUTE_CHEAP);
     check_training<X>(&cuda_shapes[6], RECOMPUTE_ALL);
     check_training<X>(&cuda_shapes[6], RECOMPUTE_NONE, true);
+    check_busy<X>(&cuda_shapes[6]);
 }
 
 // Catches: a gradient written where it must be added, a buffer used by two layers at once, arguments of a
