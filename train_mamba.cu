@@ -3452,12 +3452,6 @@ size_t ssd_saved_cuda(size_t B, size_t T, size_t H, size_t P, size_t N) {
     return B * ((T + SSD_SPACING - 1) / SSD_SPACING) * H * P * N;
 }
 
-// floats of forward's scratch
-size_t ssd_forward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
-    (void)B; (void)T; (void)H; (void)P; (void)G; (void)N;
-    return 0;
-}
-
 // --- dt -----------------------------------------------------------------------------------------------
 
 // ssd_dt_forward: formula (S2), dt_raw (B,T,H) with row stride ld to dt (B,H,T). A block turns 32 tokens of
@@ -3578,7 +3572,587 @@ ssd_forward_kernel(X* y, X* states, float* hT, const X* x, size_t ldx, const flo
         for (int n = w; n < (int)N; n += 4) hT[row * N + n] = state[n][lane];
 }
 
+// --- fast path ----------------------------------------------------------------------------------------
+// bf16, in chunks of Q = 64 tokens (i and j count the tokens of a chunk). With cs_i = log2(a_0 a_1 .. a_i),
+// and S = the state before the chunk, (S4) becomes matrix products, the work of the tensor cores:
+//   M_ij = (Ct_i . Bt_j) 2^(cs_i - cs_j) dt_j   for j <= i and of one document, else 0            64 x 64
+//   y_i  = sum_j M_ij x_j + 2^cs_i S Ct_i + Dskip x_i                                             64 x P
+//   S'   = 2^cs_63 S + sum_j (2^(cs_63 - cs_j) dt_j x_j) Bt_j^T                                   P x N
+// All exponents are negative or 0. Ct_i . Bt_j is the same for all heads of a group: a small kernel computes
+// it first. Then a block marches through the chunks of one sequence; every 4 of its warps own a slice, 64
+// channels of one head, and keep its S in float registers: warp w rows 16w..16w+15 for all N.
+//
+// Matrices live in shared memory as tiles of 64 rows x 64 bf16; a row is 8 pieces of 16 bytes, and piece c of
+// row r lies in place c ^ (r % 8), so that the 8 pieces of a column are in different banks. Columns beyond N
+// or P and tokens beyond T are zeros with dt = 0.
+
+enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64, SSD_PIECE_BYTES = 16, SSD_STAGES = 2 };
+enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt per chunk, see ssd_cb_kernel
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SSD_PORTABLE)
+#define SSD_WGMMA 1
+#else
+#define SSD_WGMMA 0
+#endif
+
+__device__ __forceinline__ uint32_t ssd_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// address of piece c of row r of a tile
+__device__ __forceinline__ uint32_t ssd_piece(uint32_t tile, int r, int c) {
+    return tile + r * 128 + ((c ^ (r & 7)) << 4);
+}
+
+// four 8 x 8 matrices from shared memory into the registers of a warp, in the order that mma wants
+__device__ __forceinline__ void ssd_ldmatrix(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ssd_ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ssd_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ float log2_unit(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#if SSD_WGMMA
+// sm_90: the four warps of a group multiply together (wgmma), operands straight from shared memory, and go on
+// with other work meanwhile.
+__device__ __forceinline__ void ssd_mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ssd_mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(GROUPS) : "memory");
+}
+// the compiler must not use these registers before here
+__device__ __forceinline__ void ssd_mma_done(float (&d)[8][4]) {
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+        #pragma unroll
+        for (int j = 0; j < 4; j++) asm volatile("" : "+f"(d[i][j]) :: "memory");
+    }
+}
+// writes to shared memory become visible to wgmma
+__device__ __forceinline__ void ssd_shared_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// a tile as operand: rows of 128 bytes, swizzled, 1024 bytes from 8 rows to the next 8
+__device__ __forceinline__ uint64_t ssd_operand(uint32_t tile) {
+    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+#define SSD_ACC "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define SSD_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define SSD_ACC32 SSD_ACC4(0), SSD_ACC4(1), SSD_ACC4(2), SSD_ACC4(3), SSD_ACC4(4), SSD_ACC4(5), SSD_ACC4(6), SSD_ACC4(7)
+#endif
+
+// d (64 x 64) += a b^T, or = with `first`: a and b tiles whose rows are 64 numbers of the summed dimension
+__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int w) {
+#if SSD_WGMMA
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC ", %32, %33, p, 1, 1, 0, 0; }"
+                     : SSD_ACC32 : "l"(ssd_operand(a + k * 32)), "l"(ssd_operand(b + k * 32)), "r"((int)!(first && k == 0)));
+#else
+    const int lane = threadIdx.x % WARP;
+    if (first) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
+    }
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t ra[4], rb[4];
+        ssd_ldmatrix(ra, ssd_piece(a, w * 16 + (lane & 15), 2 * k + (lane >> 4)));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            ssd_ldmatrix(rb, ssd_piece(b, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
+            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
+        }
+    }
+#endif
+}
+
+// d (64 x 64) += a b: a in registers, b a tile with one row for each number of the summed dimension. Of that
+// only the first 16 `steps` numbers of this warp's a are not 0.
+__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b, int steps) {
+#if SSD_WGMMA
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC
+                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                     : SSD_ACC32 : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 2048)));
+#else
+    const int lane = threadIdx.x % WARP;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        if (k >= steps) continue;
+        uint32_t rb[4];
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            ssd_ldmatrix_transposed(rb, ssd_piece(b, k * 16 + (lane & 15), 2 * j + (lane >> 4)));
+            ssd_mma(d[2 * j], a[k], rb[0], rb[1]);
+            ssd_mma(d[2 * j + 1], a[k], rb[2], rb[3]);
+        }
+    }
+#endif
+}
+#if !SSD_WGMMA
+__device__ __forceinline__ void ssd_mma_begin() {}
+__device__ __forceinline__ void ssd_mma_commit() {}
+template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {}
+__device__ __forceinline__ void ssd_mma_done(float (&)[8][4]) {}
+__device__ __forceinline__ void ssd_shared_written() {}
+#endif
+
+// ssd_load_tile: starts the copy of 64 rows, of which `rows` exist, and of 64 columns, of which `columns` exist
+template <int THREADS>
+__device__ __forceinline__ void ssd_load_tile(uint32_t tile, const bf16* from, uint32_t ld, int rows, int columns,
+                                              int thread) {
+    const int r = thread / 8, c = thread % 8;
+    const uint32_t to = ssd_piece(tile, r, c);                 // r + 16, r + 32 .. have the same place for c
+    #pragma unroll
+    for (int i = 0; i < 64; i += THREADS / 8) {
+        const bool inside = r + i < rows && c * 8 < columns;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(to + i * 128), "l"(from + (inside ? (r + i) * ld + c * 8 : 0)), "r"(inside ? 16 : 0)
+                     : "memory");
+    }
+}
+
+// ssd_cb_kernel: cb = Ct_i . Bt_j of all chunks and groups in bf16, in the order in which the marching
+// kernel's threads need them: for rows 16w.. and columns 16k.., k <= w, one pack of 8 per lane.
+//   cb (B, chunks, G, 10, 32) packs
+template <int NB>
+__global__ void __launch_bounds__(4 * WARP)
+ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, size_t G, size_t N, size_t chunks) {
+    extern __shared__ __align__(128) char shared[];
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const size_t g = blockIdx.x % G, c = blockIdx.x / G % chunks, b = blockIdx.x / G / chunks;
+    const uint32_t tiles = ssd_address(shared);
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        const size_t at = (b * T + c * SSD_TOKENS) * ldbc + g * N + n * 64;
+        const int rows = (int)(T - c * SSD_TOKENS), columns = (int)N - n * 64;
+        ssd_load_tile<128>(tiles + 2 * n * SSD_TILE * 2, Bt + at, (uint32_t)ldbc, rows, columns, tid);
+        ssd_load_tile<128>(tiles + (2 * n + 1) * SSD_TILE * 2, Ct + at, (uint32_t)ldbc, rows, columns, tid);
+    }
+    copy_async_commit();
+    copy_async_wait(0);
+    __syncthreads();
+    float d[8][4] = {};
+    #pragma unroll
+    for (int k = 0; k < 4 * NB; k++) {
+        const uint32_t B_tile = tiles + 2 * (k / 4) * SSD_TILE * 2, C_tile = B_tile + SSD_TILE * 2;
+        uint32_t ra[4], rb[4];
+        ssd_ldmatrix(ra, ssd_piece(C_tile, w * 16 + (lane & 15), 2 * (k % 4) + (lane >> 4)));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (j > w) continue;
+            ssd_ldmatrix(rb, ssd_piece(B_tile, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * (k % 4) + (lane >> 3 & 1)));
+            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
+            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
+        }
+    }
+    cb += (size_t)blockIdx.x * SSD_CB + w * (w + 1) / 2 * WARP + lane;
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k <= w)
+            cb[k * WARP] = make_uint4(scan_pack(d[2 * k][0], d[2 * k][1]), scan_pack(d[2 * k][2], d[2 * k][3]),
+                                      scan_pack(d[2 * k + 1][0], d[2 * k + 1][1]), scan_pack(d[2 * k + 1][2], d[2 * k + 1][3]));
+}
+
+// SsdShared: SLICES slices of 64 channels, N up to 64 NB. Tiles come first: they start at multiples of 1024 bytes.
+template <int SLICES, int NB> struct SsdShared {
+    struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[SSD_STAGES];
+    bf16 S[SLICES][NB][SSD_TILE];                              // rows: channels, columns: states
+    struct {
+        float cs[SSD_TOKENS];
+        float u[SSD_TOKENS];                                    // cs - log2(dt)
+        float enter[SSD_TOKENS];                                // 2^cs_i, 0 in documents that begin here
+        float leave[SSD_TOKENS];                                // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
+        float pass;                                            // 2^cs_63, 0 if a document begins here
+        unsigned long long resets;                             // bit i: a document begins at token i
+    } tokens[2][SLICES];
+    float D[SLICES][64];
+};
+
+// what the marching kernel needs, one struct: see ssd_forward_cuda
+struct SsdForward {
+    bf16 *y, *states;
+    float* hT;
+    const bf16* x;
+    const float *dt, *A_log;
+    const bf16 *Bt, *Ct;
+    const float *Dskip, *h0;
+    const int* doc;
+    const uint4* cb;
+    float *start, *decay;              // of segments: the state before (segments,B,H,P,N), the decay (segments,B,H)
+    size_t ldx, ldbc, B, T, H, P, G, N, segments, each;        // each: chunks of a segment
+    bool D_has_hdim;
+};
+
+// ssd_forward_fast_kernel: y, states and hT; with ENDS the states after all segments but the last, if they
+// begin with 0, and their decays instead.
+template <int SLICES, int NB, bool ENDS>
+__global__ void __launch_bounds__(SLICES * 4 * WARP, SLICES == 1 && NB <= 2 ? 2 : 1)
+ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
+    extern __shared__ __align__(128) char shared[];
+    typedef SsdShared<SLICES, NB> Shared;
+    Shared& s = *(Shared*)shared;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP % 4, m = tid / (4 * WARP), g = lane / 4, tg = lane % 4;
+    const int T = (int)p.T, N = (int)p.N, P = (int)p.P, H = (int)p.H, G = (int)p.G;
+    const uint32_t ldx = (uint32_t)p.ldx, ldbc = (uint32_t)p.ldbc;
+    const int parts = (P + 63) / 64, slices = H * parts;       // slices of a head, of a sequence
+    const int slice = blockIdx.x * SLICES % slices + m, h = slice / parts, p0 = slice % parts * 64;
+    const int group = h * G / H, chunks = (T + SSD_TOKENS - 1) / SSD_TOKENS;
+    const size_t b = blockIdx.x * SLICES / slices % p.B, token = b * T;        // the sequence, its first token
+    const int segment = (int)(blockIdx.x * SLICES / slices / p.B), begin = segment * (int)p.each;
+    const int end = min(begin + (int)p.each, chunks);
+    const bf16 *Bt = p.Bt + token * ldbc + group * N, *Ct = p.Ct + token * ldbc + group * N;
+    const bf16* x = p.x + token * ldx + h * P + p0;
+    const float* dt = p.dt + (b * H + h) * T;
+    const uint4* cb = p.cb + (b * chunks * G + group) * SSD_CB + w * (w + 1) / 2 * WARP + lane;
+    const float A2 = scan_decay(p.A_log[h]);
+    const int columns = min(P - p0, 64);
+    bf16* y = p.y + ((token + w * 16 + g) * H + h) * P + p0 + 2 * tg;
+    const uint32_t ldy = (uint32_t)(H * P);
+
+    auto load = [&](int c) {                                   // starts the copies of chunk c
+        auto& st = s.stage[c % SSD_STAGES];
+        const int rows = T - c * 64;
+        if (c < end) {
+            const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, tid);
+                if (ENDS) continue;
+                ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, tid);
+            }
+            ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, tid % 128);
+        }
+        copy_async_commit();
+    };
+    // warp 0 of the slice: two tokens per lane
+    float dt0 = 0, dt1 = 0;
+    bool reset0 = false, reset1 = false;
+    auto fetch_tokens = [&](int c) {
+        const int t = c * 64 + 2 * lane;
+        dt0 = t < T ? dt[t] : 0.0f;
+        dt1 = t + 1 < T ? dt[t + 1] : 0.0f;
+        if (p.doc) {
+            reset0 = t < T && scan_resets_cuda(p.doc, b, t, T);
+            reset1 = t + 1 < T && scan_resets_cuda(p.doc, b, t + 1, T);
+        }
+    };
+    auto prepare_tokens = [&](int c) {
+        auto& k = s.tokens[c % 2][m];
+        // below 2^-256 a decay is 0 in float
+        const float a0 = fmaxf(A2 * dt0, -256.0f), a1 = fmaxf(A2 * dt1, -256.0f);
+        float sum = a0 + a1;
+        #pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            float v = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += v;
+        }
+        const float cs0 = sum - a1, cs1 = sum, last = __shfl_sync(~0u, sum, WARP - 1);
+        unsigned long long resets = 0;
+        if (p.doc) {
+            unsigned even = __ballot_sync(~0u, reset0), odd = __ballot_sync(~0u, reset1);
+            for (int i = 0; i < WARP; i++)
+                resets |= (unsigned long long)((even >> i & 1) | (odd >> i & 1) << 1) << 2 * i;
+        }
+        const bool enter0 = !(resets & ((2ull << 2 * lane) - 1)), enter1 = !(resets & ((4ull << 2 * lane) - 1));
+        const bool leave0 = !(resets >> 2 * lane >> 1), leave1 = !(resets >> 2 * lane >> 1 >> 1);
+        *(float2*)&k.cs[2 * lane] = make_float2(cs0, cs1);
+        *(float2*)&k.u[2 * lane] = make_float2(cs0 - log2_unit(dt0), cs1 - log2_unit(dt1));
+        *(float2*)&k.enter[2 * lane] = make_float2(enter0 ? exp2_unit(cs0) : 0.0f, enter1 ? exp2_unit(cs1) : 0.0f);
+        *(float2*)&k.leave[2 * lane] = make_float2(leave0 ? exp2_unit(last - cs0) * dt0 : 0.0f,
+                                                   leave1 ? exp2_unit(last - cs1) * dt1 : 0.0f);
+        if (lane == 0) { k.pass = resets ? 0.0f : exp2_unit(last); k.resets = resets; }
+    };
+    uint4 cb_k[4];
+    auto fetch_cb = [&](int c) {
+        const uint4* cb_c = cb + (size_t)c * G * SSD_CB;
+        #pragma unroll
+        for (int k = 0; k < 4; k++) cb_k[k] = !ENDS && k <= w && c < end ? cb_c[k * WARP] : make_uint4(0, 0, 0, 0);
+    };
+
+    load(begin);
+    if (tid % 128 < 64)
+        s.D[m][tid % 128] = tid % 128 < columns ? p.Dskip[p.D_has_hdim ? h * P + p0 + tid % 128 : h] : 0.0f;
+    if (w == 0) { fetch_tokens(begin); prepare_tokens(begin); fetch_tokens(begin + 1); }
+    fetch_cb(begin);
+    const float* start = ENDS ? NULL : p.segments > 1 ? p.start + segment * p.B * H * P * N : p.h0;
+    float S[NB][8][4];                                         // row 16w + g or +8, columns 64n + 8i + 2tg, +1
+    const size_t row = (b * H + h) * P + p0 + w * 16 + g;      // of start and hT
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
+                const bool inside = start && w * 16 + g + j / 2 * 8 < columns && col < N;
+                S[n][i][j] = inside ? start[(row + j / 2 * 8) * N + col] : 0.0f;
+            }
+        }
+    }
+    auto store_state = [&]() {
+        #pragma unroll
+        for (int n = 0; n < NB; n++) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) {
+                char* to = (char*)s.S[m][n] + (w * 16 + g) * 128 + ((i ^ g) << 4) + 4 * tg;
+                *(uint32_t*)to = scan_pack(S[n][i][0], S[n][i][1]);
+                *(uint32_t*)(to + 8 * 128) = scan_pack(S[n][i][2], S[n][i][3]);
+            }
+        }
+    };
+    store_state();
+    float decay = 1.0f;
+
+    #pragma unroll 1
+    for (int c = begin; c < end; c++) {
+        auto& st = s.stage[c % SSD_STAGES];
+        auto& k = s.tokens[c % 2][m];
+        const uint32_t x_tile = ssd_address(st.x[m]);
+        copy_async_wait(0);
+        ssd_shared_written();
+        __syncthreads();
+        load(c + 1);
+        const float pass = k.pass;
+        decay *= pass;
+        #pragma unroll
+        for (int n = 0; n < NB; n++) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) {
+                #pragma unroll
+                for (int j = 0; j < 4; j++) S[n][i][j] *= pass;
+            }
+        }
+        // what enters with the state, and the next state; both need S
+        float Y[8][4];
+        if (!ENDS) {
+            ssd_mma_begin();
+            #pragma unroll
+            for (int n = 0; n < NB; n++)
+                ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
+            ssd_mma_commit();
+        }
+        uint32_t a[4][4];
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {                          // x^T, rows: channels, columns: tokens
+            uint32_t r[4];
+            ssd_ldmatrix_transposed(r, ssd_piece(x_tile, j * 16 + (lane & 15), 2 * w + (lane >> 4)));
+            const float2 l0 = *(float2*)&k.leave[j * 16 + 2 * tg], l8 = *(float2*)&k.leave[j * 16 + 8 + 2 * tg];
+            const __nv_bfloat162 w0 = __floats2bfloat162_rn(l0.x, l0.y), w8 = __floats2bfloat162_rn(l8.x, l8.y);
+            *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], w0);
+            *(__nv_bfloat162*)&a[j][1] = __hmul2(*(__nv_bfloat162*)&r[2], w0);
+            *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], w8);
+            *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], w8);
+        }
+        if (!ENDS && p.states && c % (SSD_SPACING / SSD_TOKENS) == 0) {  // save the state: from shared memory, whole rows
+            const int saved = (T + SSD_SPACING - 1) / SSD_SPACING, at = c / (SSD_SPACING / SSD_TOKENS);
+            bf16* to = p.states + (((b * saved + at) * H + h) * P + p0) * N;
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                #pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int r = tid % 128 / 8 + 16 * i, q = tid % 8;
+                    if (r < columns && n * 64 + q * 8 < N)
+                        *(uint4*)(to + r * N + n * 64 + q * 8) =
+                            *(uint4*)((char*)s.S[m][n] + r * 128 + ((q ^ (r & 7)) << 4));
+                }
+            }
+        }
+        ssd_mma_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, ssd_address(st.Bt[n]), 4);
+        ssd_mma_commit();
+        if (ENDS) {
+            if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
+            ssd_mma_wait<0>();
+            #pragma unroll
+            for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
+            continue;
+        }
+        // M, meanwhile
+        uint32_t M[4][4];
+        const int i0 = 16 * w + g;
+        const unsigned long long resets = k.resets;
+        const float cs0 = k.cs[i0], cs8 = k.cs[i0 + 8];
+        unsigned span0 = i0, span8 = i0 + 8;                   // tokens of this document before i
+        if (resets) {
+            const unsigned long long before0 = resets & ((2ull << i0) - 1), before8 = resets & ((2ull << (i0 + 8)) - 1);
+            if (before0) span0 -= 63 - __clzll(before0);
+            if (before8) span8 -= 63 - __clzll(before8);
+        }
+        auto weight = [&](float v, float cs, float u, int i, int j, unsigned span) {
+            return v * exp2_unit((unsigned)(i - j) <= span ? cs - u : -INFINITY);
+        };
+        #pragma unroll
+        for (int q = 0; q < 4; q++) {
+            M[q][0] = M[q][1] = M[q][2] = M[q][3] = 0;
+            if (q > w) continue;
+            const int j = q * 16 + 2 * tg;
+            const float2 u0 = *(float2*)&k.u[j], u8 = *(float2*)&k.u[j + 8];
+            const uint4 v = cb_k[q];
+            M[q][0] = scan_pack(weight(scan_low(v.x), cs0, u0.x, i0, j, span0), weight(scan_high(v.x), cs0, u0.y, i0, j + 1, span0));
+            M[q][1] = scan_pack(weight(scan_low(v.y), cs8, u0.x, i0 + 8, j, span8), weight(scan_high(v.y), cs8, u0.y, i0 + 8, j + 1, span8));
+            M[q][2] = scan_pack(weight(scan_low(v.z), cs0, u8.x, i0, j + 8, span0), weight(scan_high(v.z), cs0, u8.y, i0, j + 9, span0));
+            M[q][3] = scan_pack(weight(scan_low(v.w), cs8, u8.x, i0 + 8, j + 8, span8), weight(scan_high(v.w), cs8, u8.y, i0 + 8, j + 9, span8));
+        }
+        fetch_cb(c + 1);
+        if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
+        const float enter0 = k.enter[i0], enter8 = k.enter[i0 + 8];
+        ssd_mma_wait<1>();
+        ssd_mma_done(Y);
+        #pragma unroll
+        for (int i = 0; i < 8; i++) { Y[i][0] *= enter0; Y[i][1] *= enter0; Y[i][2] *= enter8; Y[i][3] *= enter8; }
+        ssd_mma_begin();
+        ssd_multiply_columns(Y, M, x_tile, w + 1);
+        ssd_mma_commit();
+        ssd_mma_wait<1>();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
+        asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");   // all four warps have used the old S
+        store_state();
+        ssd_mma_wait<0>();
+        ssd_mma_done(Y);
+        // + Dskip x, and out
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t r[4];
+            ssd_ldmatrix(r, ssd_piece(x_tile, w * 16 + (lane & 15), 2 * j + (lane >> 4)));
+            #pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const int col = j * 16 + q / 2 * 8 + 2 * tg;
+                if (c * 64 + i0 + q % 2 * 8 >= T || col >= columns) continue;
+                const float2 D = *(float2*)&s.D[m][col];
+                const float* v = &Y[2 * j + q / 2][q % 2 * 2];
+                *(uint32_t*)(y + ((size_t)c * 64 + q % 2 * 8) * ldy + j * 16 + q / 2 * 8) =
+                    scan_pack(fmaf(D.x, scan_low(r[q]), v[0]), fmaf(D.y, scan_high(r[q]), v[1]));
+            }
+        }
+    }
+    if (ENDS && tid % 128 == 0 && p0 == 0) p.decay[((segment + 1) * p.B + b) * H + h] = decay;
+    float* to = ENDS ? p.start + (segment + 1) * p.B * H * P * N : end == chunks ? p.hT : NULL;
+    if (!to) return;
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
+                if (w * 16 + g + j / 2 * 8 < columns && col < N) to[(row + j / 2 * 8) * N + col] = S[n][i][j];
+            }
+        }
+    }
+}
+
+// ssd_carry_kernel: the states before all segments: start_0 = h0, start_k = end_(k-1) + decay_(k-1) start_(k-1).
+// start holds the ends before; a thread has 4 numbers of a state
+__global__ void ssd_carry_kernel(float* start, const float* decay, const float* h0, size_t n, size_t size, size_t segments) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= n) return;
+    float v[4] = {};
+    if (h0) unpack(v, load_pack<4>(h0 + i));
+    store_pack<4>(start + i, v);
+    #pragma unroll 4
+    for (size_t k = 1; k < segments; k++) {
+        float e[4], a = decay[(k * n + i) / size];
+        unpack(e, load_pack<4>(start + k * n + i));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = fmaf(a, v[j], e[j]);
+        store_pack<4>(start + k * n + i, v);
+    }
+}
+
 // --- launcher -----------------------------------------------------------------------------------------
+
+static inline size_t ssd_chunks(size_t T) { return (T + SSD_TOKENS - 1) / SSD_TOKENS; }
+
+// Where the heads of all sequences are too few to fill the chip, time is cut into segments as well: as many
+// as make SSD_FILL blocks of two slices, none shorter than SSD_SEGMENT chunks. A first look at all segments,
+// without y, finds the states that they begin with.
+enum { SSD_FILL = 132, SSD_SEGMENT = 4 };
+static inline size_t ssd_segments(size_t B, size_t T, size_t H, size_t P) {
+    size_t chunks = ssd_chunks(T), segments = SSD_FILL / (B * ((H * ((P + 63) / 64) + 1) / 2));
+    if (segments > chunks / SSD_SEGMENT) segments = chunks / SSD_SEGMENT;
+    if (segments < 2) return 1;
+    size_t each = (chunks + segments - 1) / segments;          // chunks of all segments but the last
+    return (chunks + each - 1) / each;
+}
+
+// floats of forward's scratch: the products Ct . Bt; states and decays of segments
+size_t ssd_forward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    size_t segments = ssd_segments(B, T, H, P);
+    return B * ssd_chunks(T) * G * SSD_CB * 4 + (segments > 1 ? segments * B * H * (P * N + 1) : 0);
+}
+
+template <int SLICES, int NB>
+static inline void ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t stream) {
+    const size_t blocks = p.B * p.H * ((p.P + 63) / 64) / SLICES, tiles = 2 * NB * SSD_TILE * sizeof(bf16);
+    const size_t shared = sizeof(SsdShared<SLICES, NB>), n = p.B * p.H * p.P * p.N;
+    scan_allow_shared(ssd_cb_kernel<NB>, tiles);
+    ssd_cb_kernel<NB><<<(unsigned)(p.B * ssd_chunks(p.T) * p.G), 4 * WARP, tiles, stream>>>(
+        cb, p.Bt, p.Ct, p.ldbc, p.T, p.G, p.N, ssd_chunks(p.T));
+    cudaCheck(cudaGetLastError());
+    if (p.segments > 1) {
+        auto ends = ssd_forward_fast_kernel<SLICES, NB, true>;
+        scan_allow_shared(ends, shared);
+        ends<<<(unsigned)(blocks * (p.segments - 1)), SLICES * 4 * WARP, shared, stream>>>(p);
+        cudaCheck(cudaGetLastError());
+        ssd_carry_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(p.start, p.decay, p.h0, n, p.P * p.N,
+                                                                               p.segments);
+        cudaCheck(cudaGetLastError());
+    }
+    auto kernel = ssd_forward_fast_kernel<SLICES, NB, false>;
+    scan_allow_shared(kernel, shared);
+    kernel<<<(unsigned)(blocks * p.segments), SLICES * 4 * WARP, shared, stream>>>(p);
+    cudaCheck(cudaGetLastError());
+}
+static const char* ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t stream) {
+    int most = 0, device = 0;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const size_t slices = p.H / p.G * ((p.P + 63) / 64), rows = 8, shared = (size_t)most;
+    const bool aligned = p.H % p.G == 0 && p.P % rows == 0 && p.N % rows == 0 && p.N <= 256 &&
+                         p.ldx % rows == 0 && p.ldbc % rows == 0 && is_aligned(p.x, 16, 16) &&
+                         is_aligned(p.Bt, 16, 16) && is_aligned(p.Ct, 16, 16) && is_aligned(p.y, 16, 16) &&
+                         is_aligned(p.states, 16, 16) && is_aligned(p.h0, 16, 16) && is_aligned(scratch, 16, 16);
+    if (!aligned) return NULL;
+    bool two = slices % 2 == 0;
+#ifdef SSD_EXPERIMENT
+    if (getenv("SSD_ONE")) two = false;
+#endif
+    uint4* cb = (uint4*)scratch;
+    p.segments = ssd_segments(p.B, p.T, p.H, p.P);
+    p.each = (ssd_chunks(p.T) + p.segments - 1) / p.segments;
+    p.start = scratch + p.B * ssd_chunks(p.T) * p.G * SSD_CB * 4;
+    p.decay = p.start + p.segments * p.B * p.H * p.P * p.N;
+    if (p.N <= 64) {
+        if (two && sizeof(SsdShared<2, 1>) <= shared) ssd_launch_fast<2, 1>(p, cb, stream);
+        else if (sizeof(SsdShared<1, 1>) <= shared) ssd_launch_fast<1, 1>(p, cb, stream);
+        else return NULL;
+    } else if (p.N <= 128) {
+        if (two && sizeof(SsdShared<2, 2>) <= shared) ssd_launch_fast<2, 2>(p, cb, stream);
+        else if (sizeof(SsdShared<1, 2>) <= shared) ssd_launch_fast<1, 2>(p, cb, stream);
+        else return NULL;
+    } else {
+        if (two && sizeof(SsdShared<2, 4>) <= shared) ssd_launch_fast<2, 4>(p, cb, stream);
+        else if (sizeof(SsdShared<1, 4>) <= shared) ssd_launch_fast<1, 4>(p, cb, stream);
+        else return NULL;
+    }
+    return "fast";
+}
 
 // ssd_forward_cuda: formula (S4), layouts at the top of this section.
 //   y, states, hT written   states: NULL in inference   hT, h0: may be NULL, may be one array
@@ -3589,7 +4163,11 @@ const char* ssd_forward_cuda(X* y, X* states, float* hT, const X* x, size_t ldx,
                              const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
                              bool D_has_hdim, const float* h0, const int* doc, float* scratch, size_t B,
                              size_t T, size_t H, size_t P, size_t G, size_t N, cudaStream_t stream) {
-    (void)scratch;
+    if constexpr (sizeof(X) == sizeof(bf16)) {         // float results must be exact to float rounding
+        SsdForward p = {y, states, hT, x, dt, A_log, Bt, Ct, Dskip, h0, doc, (const uint4*)scratch, NULL, NULL, ldx, ldbc,
+                        B, T, H, P, G, N, 1, 0, D_has_hdim};
+        if (ssd_forward_fast(p, scratch, stream)) return "fast";
+    }
     size_t padded = (N + SSD_GROUP - 1) / SSD_GROUP * SSD_GROUP;
     size_t bytes = sizeof(SsdTile) + (2 * SSD_STEPS + SSD_CHANNELS) * padded * sizeof(float);
     scan_allow_shared(ssd_forward_kernel<X>, bytes);
