@@ -371,6 +371,20 @@ __device__ __forceinline__ void copy_async_wait(int groups) {
     else asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
+// load_matrices: four 8 x 8 matrices of bf16 from shared memory (ldmatrix), as the tensor core takes them. Lane
+// l gives the address (of 16 bytes) of row l % 8 of matrix l / 8; r[k] is then matrix k, of which lane 4g + q
+// holds row g, columns 2q and 2q+1; _trans: column g, rows 2q and 2q+1.
+__device__ __forceinline__ void load_matrices(uint32_t* r, const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrices_trans(uint32_t* r, const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+
 // warp_sum: the sum over the 32 lanes of a warp, the same bits in every lane
 __device__ __forceinline__ float warp_sum(float x) {
     #pragma unroll
@@ -3417,6 +3431,1953 @@ static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, 
     decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z,
                                                            ldz, (int)rows, (int)each, E, (int)N, (int)R);
     cudaCheck(cudaGetLastError());
+}
+
+// --------------------------------------------------------------------------------------------------
+// 4.11 State space duality (SSD): forward
+//
+// ssd on the GPU: the recurrence of Mamba-2, with one decay per head and a state of P x N numbers per head.
+//   (S2) dt_t = clip(softplus(dt_raw_t + dt_bias), lo, hi)       (S3) a_t = exp(dt_t A), A = -exp(A_log)
+//   (S4) h_t = a_t h_{t-1} + dt_t x_t Bt_t^T      y_t = h_t Ct_t + Dskip x_t
+//        a_t := 0 where a document begins: where its id differs from the id before (0 before the first token)
+//   shapes:   x (B,T,H,P), row stride ldx   Bt, Ct (B,T,G,N), row stride ldbc; head h uses group h G / H
+//             y (B,T,H,P)   dt (B,H,T) float   A_log (H)   Dskip (H), or (H,P) with D_has_hdim
+//             h0, hT (B,H,P,N) float   doc (B,T)
+//   saved:    states (B, ceil(T / SSD_SPACING), H, P, N) in X: the state before tokens 0, 256, 512, ..
+//             (before token 0: h0 or 0). A document that begins at such a token has not yet cleared it.
+// Mamba-2 paper (arXiv 2405.21060), sections 3 and 6. Oracle: ssd_recurrent_forward of train_mamba.c.
+
+enum { SSD_SPACING = 256 };
+
+// elements of X that forward saves in states
+size_t ssd_saved_cuda(size_t B, size_t T, size_t H, size_t P, size_t N) {
+    return B * ((T + SSD_SPACING - 1) / SSD_SPACING) * H * P * N;
+}
+
+// --- dt -----------------------------------------------------------------------------------------------
+
+// ssd_dt_forward: formula (S2), dt_raw (B,T,H) with row stride ld to dt (B,H,T). A block turns 32 tokens of
+// 32 heads around in shared memory: neighbours are the heads of a token before, the tokens of a head after.
+template <typename X>
+__global__ void __launch_bounds__(8 * WARP)
+ssd_dt_forward_kernel(float* dt, const X* dt_raw, size_t ld, const float* dt_bias, float lo, float hi,
+                      size_t T, size_t H) {
+    __shared__ float tile[WARP][WARP + 1];
+    const size_t blocks = (T + WARP - 1) / WARP, b = blockIdx.x / blocks, t0 = blockIdx.x % blocks * WARP;
+    const size_t h0 = (size_t)blockIdx.y * WARP, h = h0 + threadIdx.x, t = t0 + threadIdx.x;
+    for (size_t i = threadIdx.y; i < WARP; i += 8) {
+        if (t0 + i >= T || h >= H) continue;
+        float v = scan_softplus(to_float(dt_raw[(b * T + t0 + i) * ld + h]) + dt_bias[h]);
+        tile[i][threadIdx.x] = v < lo ? lo : v > hi ? hi : v;  // NaN stays NaN
+    }
+    __syncthreads();
+    for (size_t i = threadIdx.y; i < WARP; i += 8)
+        if (h0 + i < H && t < T) dt[(b * H + h0 + i) * T + t] = tile[threadIdx.x][i];
+}
+
+template <typename X>
+void ssd_dt_forward_cuda(float* dt, const X* dt_raw, size_t ld, const float* dt_bias, float lo, float hi,
+                         size_t B, size_t T, size_t H, cudaStream_t stream) {
+    dim3 grid((unsigned)(B * ((T + WARP - 1) / WARP)), (unsigned)((H + WARP - 1) / WARP));
+    ssd_dt_forward_kernel<X><<<grid, dim3(WARP, 8), 0, stream>>>(dt, dt_raw, ld, dt_bias, lo, hi, T, H);
+    cudaCheck(cudaGetLastError());
+}
+
+// --- general path -------------------------------------------------------------------------------------
+// The recurrence itself, 8 tokens at a time. A block owns 32 channels of one head, lane l channel l. Warp w
+// works on states 4w..4w+3 of a group of 16; the groups follow one another, and the states of those that
+// rest are in shared memory.
+
+enum { SSD_STEPS = 8, SSD_CHANNELS = 32, SSD_GROUP = 16 };
+
+struct alignas(16) SsdTile {
+    float dt[SSD_STEPS], a[SSD_STEPS];            // a: 0 where a document begins; 1 beyond the last token
+    bool reset[SSD_STEPS];
+    float x[SSD_STEPS][SSD_CHANNELS];
+    float part[4][SSD_STEPS][SSD_CHANNELS];       // sums over the states of one warp
+};
+
+// ssd_forward_kernel: formula (S4). states, hT, h0, doc may be NULL.
+//   shared memory behind the tile: bc (8,2,Np), state (Np,32); Np = N rounded up to 16
+template <typename X>
+__global__ void __launch_bounds__(4 * WARP)
+ssd_forward_kernel(X* y, X* states, float* hT, const X* x, size_t ldx, const float* dt, const float* A_log,
+                   const X* Bt, const X* Ct, size_t ldbc, const float* Dskip, bool D_has_hdim,
+                   const float* h0, const int* doc, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    extern __shared__ __align__(128) char shared[];
+    SsdTile& tile = *(SsdTile*)shared;
+    const int padded = (int)(N + SSD_GROUP - 1) / SSD_GROUP * SSD_GROUP;
+    float* bc = (float*)(&tile + 1);
+    float (*state)[SSD_CHANNELS] = (float (*)[SSD_CHANNELS])(bc + SSD_STEPS * 2 * padded);
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const size_t blocks = (P + SSD_CHANNELS - 1) / SSD_CHANNELS;
+    const size_t p = blockIdx.x % blocks * SSD_CHANNELS + lane;
+    const size_t b = blockIdx.x / blocks / H, h = blockIdx.x / blocks % H;
+    const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    const bool channel = p < P;
+    const float A2 = scan_decay(A_log[h]), D = channel ? Dskip[D_has_hdim ? h * P + p : h] : 0.0f;
+    Bt += h * G / H * N;
+    Ct += h * G / H * N;
+    const size_t row = (b * H + h) * P + p;                    // of h0 and hT
+    for (int n = w; n < padded; n += 4)
+        state[n][lane] = channel && n < (int)N && h0 ? h0[row * N + n] : 0.0f;
+    for (size_t t0 = 0; t0 < T; t0 += SSD_STEPS) {
+        __syncthreads();
+        if (states && t0 % SSD_SPACING == 0 && channel) {
+            X* save = states + (((b * saved + t0 / SSD_SPACING) * H + h) * P + p) * N;
+            for (int n = w; n < (int)N; n += 4) save[n] = from_float<X>(state[n][lane]);
+        }
+        if (tid < SSD_STEPS) {
+            bool inside = t0 + tid < T;
+            float dt_t = inside ? dt[(b * H + h) * T + t0 + tid] : 0.0f;
+            tile.dt[tid] = dt_t;
+            tile.reset[tid] = inside && scan_resets_cuda(doc, b, t0 + tid, T);
+            tile.a[tid] = exp2f(dt_t * A2);
+        }
+        for (int i = w; i < SSD_STEPS; i += 4)
+            tile.x[i][lane] = channel && t0 + i < T ? to_float(x[(b * T + t0 + i) * ldx + h * P + p]) : 0.0f;
+        scan_load_bc(bc, Bt, Ct, ldbc, b, t0, T, N, padded);
+        __syncthreads();
+        float sum[SSD_STEPS] = {};
+        for (int n0 = 4 * w; n0 < padded; n0 += SSD_GROUP) {
+            float s[4];
+            #pragma unroll
+            for (int j = 0; j < 4; j++) s[j] = state[n0 + j][lane];
+            #pragma unroll
+            for (int i = 0; i < SSD_STEPS; i++) {
+                float B_t[4], C_t[4];
+                *(float4*)B_t = *(float4*)&bc[i * 2 * padded + n0];
+                *(float4*)C_t = *(float4*)&bc[(i * 2 + 1) * padded + n0];
+                const float dtx = tile.dt[i] * tile.x[i][lane];
+                #pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    s[j] = fmaf(dtx, B_t[j], tile.reset[i] ? 0.0f : tile.a[i] * s[j]);
+                    sum[i] = fmaf(s[j], C_t[j], sum[i]);
+                }
+            }
+            #pragma unroll
+            for (int j = 0; j < 4; j++) state[n0 + j][lane] = s[j];
+        }
+        #pragma unroll
+        for (int i = 0; i < SSD_STEPS; i++) tile.part[w][i][lane] = sum[i];
+        __syncthreads();
+        for (int i = w; i < SSD_STEPS; i += 4) {
+            if (!channel || t0 + i >= T) continue;
+            float v = D * tile.x[i][lane];
+            #pragma unroll
+            for (int k = 0; k < 4; k++) v += tile.part[k][i][lane];
+            y[((b * T + t0 + i) * H + h) * P + p] = from_float<X>(v);
+        }
+    }
+    __syncthreads();
+    if (hT && channel)
+        for (int n = w; n < (int)N; n += 4) hT[row * N + n] = state[n][lane];
+}
+
+// --- fast path ----------------------------------------------------------------------------------------
+// bf16, in chunks of Q = 64 tokens (i and j count the tokens of a chunk). With cs_i = log2(a_0 a_1 .. a_i),
+// and S = the state before the chunk, (S4) becomes matrix products, the work of the tensor cores:
+//   M_ij = (Ct_i . Bt_j) 2^(cs_i - cs_j) dt_j   for j <= i and of one document, else 0            64 x 64
+//   y_i  = sum_j M_ij x_j + 2^cs_i S Ct_i + Dskip x_i                                             64 x P
+//   S'   = 2^cs_63 S + sum_j (2^(cs_63 - cs_j) dt_j x_j) Bt_j^T                                   P x N
+// All exponents are negative or 0. Ct_i . Bt_j is the same for all heads of a group: a small kernel computes
+// it first. Then a block marches through the chunks of one sequence; every 4 of its warps own a slice, 64
+// channels of one head, and keep its S in float registers: warp w rows 16w..16w+15 for all N.
+//
+// Matrices live in shared memory as tiles of 64 rows x 64 bf16; a row is 8 pieces of 16 bytes, and piece c of
+// row r lies in place c ^ (r % 8), so that the 8 pieces of a column are in different banks. Columns beyond N
+// or P and tokens beyond T are zeros with dt = 0.
+
+enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64, SSD_PIECE_BYTES = 16, SSD_STAGES = 2 };
+enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt per chunk, see ssd_cb_kernel
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SSD_PORTABLE)
+#define SSD_WGMMA 1
+#else
+#define SSD_WGMMA 0
+#endif
+
+__device__ __forceinline__ uint32_t ssd_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// address of piece c of row r of a tile
+__device__ __forceinline__ uint32_t ssd_piece(uint32_t tile, int r, int c) {
+    return tile + r * 128 + ((c ^ (r & 7)) << 4);
+}
+
+// four 8 x 8 matrices from shared memory into the registers of a warp, in the order that mma wants
+__device__ __forceinline__ void ssd_ldmatrix(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ssd_ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ssd_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ float log2_unit(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#if SSD_WGMMA
+// sm_90: the four warps of a group multiply together (wgmma), operands straight from shared memory, and go on
+// with other work meanwhile.
+__device__ __forceinline__ void ssd_mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ssd_mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(GROUPS) : "memory");
+}
+// the compiler must not use these registers before here
+__device__ __forceinline__ void ssd_mma_done(float (&d)[8][4]) {
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+        #pragma unroll
+        for (int j = 0; j < 4; j++) asm volatile("" : "+f"(d[i][j]) :: "memory");
+    }
+}
+// writes to shared memory become visible to wgmma
+__device__ __forceinline__ void ssd_shared_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// a tile as operand: rows of 128 bytes, swizzled, 1024 bytes from 8 rows to the next 8
+__device__ __forceinline__ uint64_t ssd_operand(uint32_t tile) {
+    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+#define SSD_ACC "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define SSD_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define SSD_ACC32 SSD_ACC4(0), SSD_ACC4(1), SSD_ACC4(2), SSD_ACC4(3), SSD_ACC4(4), SSD_ACC4(5), SSD_ACC4(6), SSD_ACC4(7)
+#endif
+
+// d (64 x 64) += a b^T, or = with `first`: a and b tiles whose rows are 64 numbers of the summed dimension
+__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int w) {
+#if SSD_WGMMA
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC ", %32, %33, p, 1, 1, 0, 0; }"
+                     : SSD_ACC32 : "l"(ssd_operand(a + k * 32)), "l"(ssd_operand(b + k * 32)), "r"((int)!(first && k == 0)));
+#else
+    const int lane = threadIdx.x % WARP;
+    if (first) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
+    }
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t ra[4], rb[4];
+        ssd_ldmatrix(ra, ssd_piece(a, w * 16 + (lane & 15), 2 * k + (lane >> 4)));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            ssd_ldmatrix(rb, ssd_piece(b, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
+            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
+        }
+    }
+#endif
+}
+
+// d (64 x 64) += a b: a in registers, b a tile with one row for each number of the summed dimension. Of that
+// only the first 16 `steps` numbers of this warp's a are not 0.
+__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b, int steps) {
+#if SSD_WGMMA
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC
+                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                     : SSD_ACC32 : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 2048)));
+#else
+    const int lane = threadIdx.x % WARP;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        if (k >= steps) continue;
+        uint32_t rb[4];
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            ssd_ldmatrix_transposed(rb, ssd_piece(b, k * 16 + (lane & 15), 2 * j + (lane >> 4)));
+            ssd_mma(d[2 * j], a[k], rb[0], rb[1]);
+            ssd_mma(d[2 * j + 1], a[k], rb[2], rb[3]);
+        }
+    }
+#endif
+}
+#if !SSD_WGMMA
+__device__ __forceinline__ void ssd_mma_begin() {}
+__device__ __forceinline__ void ssd_mma_commit() {}
+template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {}
+__device__ __forceinline__ void ssd_mma_done(float (&)[8][4]) {}
+__device__ __forceinline__ void ssd_shared_written() {}
+#endif
+
+// ssd_load_tile: starts the copy of 64 rows, of which `rows` exist, and of 64 columns, of which `columns` exist
+template <int THREADS>
+__device__ __forceinline__ void ssd_load_tile(uint32_t tile, const bf16* from, uint32_t ld, int rows, int columns,
+                                              int thread) {
+    const int r = thread / 8, c = thread % 8;
+    const uint32_t to = ssd_piece(tile, r, c);                 // r + 16, r + 32 .. have the same place for c
+    #pragma unroll
+    for (int i = 0; i < 64; i += THREADS / 8) {
+        const bool inside = r + i < rows && c * 8 < columns;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(to + i * 128), "l"(from + (inside ? (r + i) * ld + c * 8 : 0)), "r"(inside ? 16 : 0)
+                     : "memory");
+    }
+}
+
+// ssd_cb_kernel: cb = Ct_i . Bt_j of all chunks and groups in bf16, in the order in which the marching
+// kernel's threads need them: for rows 16w.. and columns 16k.., k <= w, one pack of 8 per lane.
+//   cb (B, chunks, G, 10, 32) packs
+template <int NB>
+__global__ void __launch_bounds__(4 * WARP)
+ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, size_t G, size_t N, size_t chunks) {
+    extern __shared__ __align__(128) char shared[];
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const size_t g = blockIdx.x % G, c = blockIdx.x / G % chunks, b = blockIdx.x / G / chunks;
+    const uint32_t tiles = ssd_address(shared);
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        const size_t at = (b * T + c * SSD_TOKENS) * ldbc + g * N + n * 64;
+        const int rows = (int)(T - c * SSD_TOKENS), columns = (int)N - n * 64;
+        ssd_load_tile<128>(tiles + 2 * n * SSD_TILE * 2, Bt + at, (uint32_t)ldbc, rows, columns, tid);
+        ssd_load_tile<128>(tiles + (2 * n + 1) * SSD_TILE * 2, Ct + at, (uint32_t)ldbc, rows, columns, tid);
+    }
+    copy_async_commit();
+    copy_async_wait(0);
+    __syncthreads();
+    float d[8][4] = {};
+    #pragma unroll
+    for (int k = 0; k < 4 * NB; k++) {
+        const uint32_t B_tile = tiles + 2 * (k / 4) * SSD_TILE * 2, C_tile = B_tile + SSD_TILE * 2;
+        uint32_t ra[4], rb[4];
+        ssd_ldmatrix(ra, ssd_piece(C_tile, w * 16 + (lane & 15), 2 * (k % 4) + (lane >> 4)));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (j > w) continue;
+            ssd_ldmatrix(rb, ssd_piece(B_tile, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * (k % 4) + (lane >> 3 & 1)));
+            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
+            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
+        }
+    }
+    cb += (size_t)blockIdx.x * SSD_CB + w * (w + 1) / 2 * WARP + lane;
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k <= w)
+            cb[k * WARP] = make_uint4(scan_pack(d[2 * k][0], d[2 * k][1]), scan_pack(d[2 * k][2], d[2 * k][3]),
+                                      scan_pack(d[2 * k + 1][0], d[2 * k + 1][1]), scan_pack(d[2 * k + 1][2], d[2 * k + 1][3]));
+}
+
+// SsdShared: SLICES slices of 64 channels, N up to 64 NB. Tiles come first: they start at multiples of 1024 bytes.
+template <int SLICES, int NB> struct SsdShared {
+    struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[SSD_STAGES];
+    bf16 S[SLICES][NB][SSD_TILE];                              // rows: channels, columns: states
+    struct {
+        float cs[SSD_TOKENS];
+        float u[SSD_TOKENS];                                    // cs - log2(dt)
+        float enter[SSD_TOKENS];                                // 2^cs_i, 0 in documents that begin here
+        float leave[SSD_TOKENS];                                // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
+        float pass;                                            // 2^cs_63, 0 if a document begins here
+        unsigned long long resets;                             // bit i: a document begins at token i
+    } tokens[2][SLICES];
+    float D[SLICES][64];
+};
+
+// what the marching kernel needs, one struct: see ssd_forward_cuda
+struct SsdForward {
+    bf16 *y, *states;
+    float* hT;
+    const bf16* x;
+    const float *dt, *A_log;
+    const bf16 *Bt, *Ct;
+    const float *Dskip, *h0;
+    const int* doc;
+    const uint4* cb;
+    float *start, *decay;              // of segments: the state before (segments,B,H,P,N), the decay (segments,B,H)
+    size_t ldx, ldbc, B, T, H, P, G, N, segments, each;        // each: chunks of a segment
+    bool D_has_hdim;
+};
+
+// ssd_forward_fast_kernel: y, states and hT; with ENDS the states after all segments but the last, if they
+// begin with 0, and their decays instead.
+template <int SLICES, int NB, bool ENDS>
+__global__ void __launch_bounds__(SLICES * 4 * WARP, SLICES == 1 && NB <= 2 ? 2 : 1)
+ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
+    extern __shared__ __align__(128) char shared[];
+    typedef SsdShared<SLICES, NB> Shared;
+    Shared& s = *(Shared*)shared;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP % 4, m = tid / (4 * WARP), g = lane / 4, tg = lane % 4;
+    const int T = (int)p.T, N = (int)p.N, P = (int)p.P, H = (int)p.H, G = (int)p.G;
+    const uint32_t ldx = (uint32_t)p.ldx, ldbc = (uint32_t)p.ldbc;
+    const int parts = (P + 63) / 64, slices = H * parts;       // slices of a head, of a sequence
+    const int slice = blockIdx.x * SLICES % slices + m, h = slice / parts, p0 = slice % parts * 64;
+    const int group = h * G / H, chunks = (T + SSD_TOKENS - 1) / SSD_TOKENS;
+    const size_t b = blockIdx.x * SLICES / slices % p.B, token = b * T;        // the sequence, its first token
+    const int segment = (int)(blockIdx.x * SLICES / slices / p.B), begin = segment * (int)p.each;
+    const int end = min(begin + (int)p.each, chunks);
+    const bf16 *Bt = p.Bt + token * ldbc + group * N, *Ct = p.Ct + token * ldbc + group * N;
+    const bf16* x = p.x + token * ldx + h * P + p0;
+    const float* dt = p.dt + (b * H + h) * T;
+    const uint4* cb = p.cb + (b * chunks * G + group) * SSD_CB + w * (w + 1) / 2 * WARP + lane;
+    const float A2 = scan_decay(p.A_log[h]);
+    const int columns = min(P - p0, 64);
+    bf16* y = p.y + ((token + w * 16 + g) * H + h) * P + p0 + 2 * tg;
+    const uint32_t ldy = (uint32_t)(H * P);
+
+    auto load = [&](int c) {                                   // starts the copies of chunk c
+        auto& st = s.stage[c % SSD_STAGES];
+        const int rows = T - c * 64;
+        if (c < end) {
+            const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, tid);
+                if (ENDS) continue;
+                ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, tid);
+            }
+            ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, tid % 128);
+        }
+        copy_async_commit();
+    };
+    // warp 0 of the slice: two tokens per lane
+    float dt0 = 0, dt1 = 0;
+    bool reset0 = false, reset1 = false;
+    auto fetch_tokens = [&](int c) {
+        const int t = c * 64 + 2 * lane;
+        dt0 = t < T ? dt[t] : 0.0f;
+        dt1 = t + 1 < T ? dt[t + 1] : 0.0f;
+        if (p.doc) {
+            reset0 = t < T && scan_resets_cuda(p.doc, b, t, T);
+            reset1 = t + 1 < T && scan_resets_cuda(p.doc, b, t + 1, T);
+        }
+    };
+    auto prepare_tokens = [&](int c) {
+        auto& k = s.tokens[c % 2][m];
+        // below 2^-256 a decay is 0 in float
+        const float a0 = fmaxf(A2 * dt0, -256.0f), a1 = fmaxf(A2 * dt1, -256.0f);
+        float sum = a0 + a1;
+        #pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            float v = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += v;
+        }
+        const float cs0 = sum - a1, cs1 = sum, last = __shfl_sync(~0u, sum, WARP - 1);
+        unsigned long long resets = 0;
+        if (p.doc) {
+            unsigned even = __ballot_sync(~0u, reset0), odd = __ballot_sync(~0u, reset1);
+            for (int i = 0; i < WARP; i++)
+                resets |= (unsigned long long)((even >> i & 1) | (odd >> i & 1) << 1) << 2 * i;
+        }
+        const bool enter0 = !(resets & ((2ull << 2 * lane) - 1)), enter1 = !(resets & ((4ull << 2 * lane) - 1));
+        const bool leave0 = !(resets >> 2 * lane >> 1), leave1 = !(resets >> 2 * lane >> 1 >> 1);
+        *(float2*)&k.cs[2 * lane] = make_float2(cs0, cs1);
+        *(float2*)&k.u[2 * lane] = make_float2(cs0 - log2_unit(dt0), cs1 - log2_unit(dt1));
+        *(float2*)&k.enter[2 * lane] = make_float2(enter0 ? exp2_unit(cs0) : 0.0f, enter1 ? exp2_unit(cs1) : 0.0f);
+        *(float2*)&k.leave[2 * lane] = make_float2(leave0 ? exp2_unit(last - cs0) * dt0 : 0.0f,
+                                                   leave1 ? exp2_unit(last - cs1) * dt1 : 0.0f);
+        if (lane == 0) { k.pass = resets ? 0.0f : exp2_unit(last); k.resets = resets; }
+    };
+    uint4 cb_k[4];
+    auto fetch_cb = [&](int c) {
+        const uint4* cb_c = cb + (size_t)c * G * SSD_CB;
+        #pragma unroll
+        for (int k = 0; k < 4; k++) cb_k[k] = !ENDS && k <= w && c < end ? cb_c[k * WARP] : make_uint4(0, 0, 0, 0);
+    };
+
+    load(begin);
+    if (tid % 128 < 64)
+        s.D[m][tid % 128] = tid % 128 < columns ? p.Dskip[p.D_has_hdim ? h * P + p0 + tid % 128 : h] : 0.0f;
+    if (w == 0) { fetch_tokens(begin); prepare_tokens(begin); fetch_tokens(begin + 1); }
+    fetch_cb(begin);
+    const float* start = ENDS ? NULL : p.segments > 1 ? p.start + segment * p.B * H * P * N : p.h0;
+    float S[NB][8][4];                                         // row 16w + g or +8, columns 64n + 8i + 2tg, +1
+    const size_t row = (b * H + h) * P + p0 + w * 16 + g;      // of start and hT
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
+                const bool inside = start && w * 16 + g + j / 2 * 8 < columns && col < N;
+                S[n][i][j] = inside ? start[(row + j / 2 * 8) * N + col] : 0.0f;
+            }
+        }
+    }
+    auto store_state = [&]() {
+        #pragma unroll
+        for (int n = 0; n < NB; n++) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) {
+                char* to = (char*)s.S[m][n] + (w * 16 + g) * 128 + ((i ^ g) << 4) + 4 * tg;
+                *(uint32_t*)to = scan_pack(S[n][i][0], S[n][i][1]);
+                *(uint32_t*)(to + 8 * 128) = scan_pack(S[n][i][2], S[n][i][3]);
+            }
+        }
+    };
+    store_state();
+    float decay = 1.0f;
+
+    #pragma unroll 1
+    for (int c = begin; c < end; c++) {
+        auto& st = s.stage[c % SSD_STAGES];
+        auto& k = s.tokens[c % 2][m];
+        const uint32_t x_tile = ssd_address(st.x[m]);
+        copy_async_wait(0);
+        ssd_shared_written();
+        __syncthreads();
+        load(c + 1);
+        const float pass = k.pass;
+        decay *= pass;
+        #pragma unroll
+        for (int n = 0; n < NB; n++) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) {
+                #pragma unroll
+                for (int j = 0; j < 4; j++) S[n][i][j] *= pass;
+            }
+        }
+        // what enters with the state, and the next state; both need S
+        float Y[8][4];
+        if (!ENDS) {
+            ssd_mma_begin();
+            #pragma unroll
+            for (int n = 0; n < NB; n++)
+                ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
+            ssd_mma_commit();
+        }
+        uint32_t a[4][4];
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {                          // x^T, rows: channels, columns: tokens
+            uint32_t r[4];
+            ssd_ldmatrix_transposed(r, ssd_piece(x_tile, j * 16 + (lane & 15), 2 * w + (lane >> 4)));
+            const float2 l0 = *(float2*)&k.leave[j * 16 + 2 * tg], l8 = *(float2*)&k.leave[j * 16 + 8 + 2 * tg];
+            const __nv_bfloat162 w0 = __floats2bfloat162_rn(l0.x, l0.y), w8 = __floats2bfloat162_rn(l8.x, l8.y);
+            *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], w0);
+            *(__nv_bfloat162*)&a[j][1] = __hmul2(*(__nv_bfloat162*)&r[2], w0);
+            *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], w8);
+            *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], w8);
+        }
+        if (!ENDS && p.states && c % (SSD_SPACING / SSD_TOKENS) == 0) {  // save the state: from shared memory, whole rows
+            const int saved = (T + SSD_SPACING - 1) / SSD_SPACING, at = c / (SSD_SPACING / SSD_TOKENS);
+            bf16* to = p.states + (((b * saved + at) * H + h) * P + p0) * N;
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                #pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int r = tid % 128 / 8 + 16 * i, q = tid % 8;
+                    if (r < columns && n * 64 + q * 8 < N)
+                        *(uint4*)(to + r * N + n * 64 + q * 8) =
+                            *(uint4*)((char*)s.S[m][n] + r * 128 + ((q ^ (r & 7)) << 4));
+                }
+            }
+        }
+        ssd_mma_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, ssd_address(st.Bt[n]), 4);
+        ssd_mma_commit();
+        if (ENDS) {
+            if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
+            ssd_mma_wait<0>();
+            #pragma unroll
+            for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
+            continue;
+        }
+        // M, meanwhile
+        uint32_t M[4][4];
+        const int i0 = 16 * w + g;
+        const unsigned long long resets = k.resets;
+        const float cs0 = k.cs[i0], cs8 = k.cs[i0 + 8];
+        unsigned span0 = i0, span8 = i0 + 8;                   // tokens of this document before i
+        if (resets) {
+            const unsigned long long before0 = resets & ((2ull << i0) - 1), before8 = resets & ((2ull << (i0 + 8)) - 1);
+            if (before0) span0 -= 63 - __clzll(before0);
+            if (before8) span8 -= 63 - __clzll(before8);
+        }
+        auto weight = [&](float v, float cs, float u, int i, int j, unsigned span) {
+            return v * exp2_unit((unsigned)(i - j) <= span ? cs - u : -INFINITY);
+        };
+        #pragma unroll
+        for (int q = 0; q < 4; q++) {
+            M[q][0] = M[q][1] = M[q][2] = M[q][3] = 0;
+            if (q > w) continue;
+            const int j = q * 16 + 2 * tg;
+            const float2 u0 = *(float2*)&k.u[j], u8 = *(float2*)&k.u[j + 8];
+            const uint4 v = cb_k[q];
+            M[q][0] = scan_pack(weight(scan_low(v.x), cs0, u0.x, i0, j, span0), weight(scan_high(v.x), cs0, u0.y, i0, j + 1, span0));
+            M[q][1] = scan_pack(weight(scan_low(v.y), cs8, u0.x, i0 + 8, j, span8), weight(scan_high(v.y), cs8, u0.y, i0 + 8, j + 1, span8));
+            M[q][2] = scan_pack(weight(scan_low(v.z), cs0, u8.x, i0, j + 8, span0), weight(scan_high(v.z), cs0, u8.y, i0, j + 9, span0));
+            M[q][3] = scan_pack(weight(scan_low(v.w), cs8, u8.x, i0 + 8, j + 8, span8), weight(scan_high(v.w), cs8, u8.y, i0 + 8, j + 9, span8));
+        }
+        fetch_cb(c + 1);
+        if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
+        const float enter0 = k.enter[i0], enter8 = k.enter[i0 + 8];
+        ssd_mma_wait<1>();
+        ssd_mma_done(Y);
+        #pragma unroll
+        for (int i = 0; i < 8; i++) { Y[i][0] *= enter0; Y[i][1] *= enter0; Y[i][2] *= enter8; Y[i][3] *= enter8; }
+        ssd_mma_begin();
+        ssd_multiply_columns(Y, M, x_tile, w + 1);
+        ssd_mma_commit();
+        ssd_mma_wait<1>();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
+        asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");   // all four warps have used the old S
+        store_state();
+        ssd_mma_wait<0>();
+        ssd_mma_done(Y);
+        // + Dskip x, and out
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t r[4];
+            ssd_ldmatrix(r, ssd_piece(x_tile, w * 16 + (lane & 15), 2 * j + (lane >> 4)));
+            #pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const int col = j * 16 + q / 2 * 8 + 2 * tg;
+                if (c * 64 + i0 + q % 2 * 8 >= T || col >= columns) continue;
+                const float2 D = *(float2*)&s.D[m][col];
+                const float* v = &Y[2 * j + q / 2][q % 2 * 2];
+                *(uint32_t*)(y + ((size_t)c * 64 + q % 2 * 8) * ldy + j * 16 + q / 2 * 8) =
+                    scan_pack(fmaf(D.x, scan_low(r[q]), v[0]), fmaf(D.y, scan_high(r[q]), v[1]));
+            }
+        }
+    }
+    if (ENDS && tid % 128 == 0 && p0 == 0) p.decay[((segment + 1) * p.B + b) * H + h] = decay;
+    float* to = ENDS ? p.start + (segment + 1) * p.B * H * P * N : end == chunks ? p.hT : NULL;
+    if (!to) return;
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
+                if (w * 16 + g + j / 2 * 8 < columns && col < N) to[(row + j / 2 * 8) * N + col] = S[n][i][j];
+            }
+        }
+    }
+}
+
+// ssd_carry_kernel: the states before all segments: start_0 = h0, start_k = end_(k-1) + decay_(k-1) start_(k-1).
+// start holds the ends before; a thread has 4 numbers of a state
+__global__ void ssd_carry_kernel(float* start, const float* decay, const float* h0, size_t n, size_t size, size_t segments) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= n) return;
+    float v[4] = {};
+    if (h0) unpack(v, load_pack<4>(h0 + i));
+    store_pack<4>(start + i, v);
+    #pragma unroll 4
+    for (size_t k = 1; k < segments; k++) {
+        float e[4], a = decay[(k * n + i) / size];
+        unpack(e, load_pack<4>(start + k * n + i));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = fmaf(a, v[j], e[j]);
+        store_pack<4>(start + k * n + i, v);
+    }
+}
+
+// --- launcher -----------------------------------------------------------------------------------------
+
+static inline size_t ssd_chunks(size_t T) { return (T + SSD_TOKENS - 1) / SSD_TOKENS; }
+
+// Where the heads of all sequences are too few to fill the chip, time is cut into segments as well: as many
+// as make SSD_FILL blocks of two slices, none shorter than SSD_SEGMENT chunks. A first look at all segments,
+// without y, finds the states that they begin with.
+enum { SSD_FILL = 132, SSD_SEGMENT = 4 };
+static inline size_t ssd_segments(size_t B, size_t T, size_t H, size_t P) {
+    size_t chunks = ssd_chunks(T), segments = SSD_FILL / (B * ((H * ((P + 63) / 64) + 1) / 2));
+    if (segments > chunks / SSD_SEGMENT) segments = chunks / SSD_SEGMENT;
+    if (segments < 2) return 1;
+    size_t each = (chunks + segments - 1) / segments;          // chunks of all segments but the last
+    return (chunks + each - 1) / each;
+}
+
+// floats of forward's scratch: the products Ct . Bt; states and decays of segments
+size_t ssd_forward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    size_t segments = ssd_segments(B, T, H, P);
+    return B * ssd_chunks(T) * G * SSD_CB * 4 + (segments > 1 ? segments * B * H * (P * N + 1) : 0);
+}
+
+template <int SLICES, int NB>
+static inline void ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t stream) {
+    const size_t blocks = p.B * p.H * ((p.P + 63) / 64) / SLICES, tiles = 2 * NB * SSD_TILE * sizeof(bf16);
+    const size_t shared = sizeof(SsdShared<SLICES, NB>), n = p.B * p.H * p.P * p.N;
+    scan_allow_shared(ssd_cb_kernel<NB>, tiles);
+    ssd_cb_kernel<NB><<<(unsigned)(p.B * ssd_chunks(p.T) * p.G), 4 * WARP, tiles, stream>>>(
+        cb, p.Bt, p.Ct, p.ldbc, p.T, p.G, p.N, ssd_chunks(p.T));
+    cudaCheck(cudaGetLastError());
+    if (p.segments > 1) {
+        auto ends = ssd_forward_fast_kernel<SLICES, NB, true>;
+        scan_allow_shared(ends, shared);
+        ends<<<(unsigned)(blocks * (p.segments - 1)), SLICES * 4 * WARP, shared, stream>>>(p);
+        cudaCheck(cudaGetLastError());
+        ssd_carry_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(p.start, p.decay, p.h0, n, p.P * p.N,
+                                                                               p.segments);
+        cudaCheck(cudaGetLastError());
+    }
+    auto kernel = ssd_forward_fast_kernel<SLICES, NB, false>;
+    scan_allow_shared(kernel, shared);
+    kernel<<<(unsigned)(blocks * p.segments), SLICES * 4 * WARP, shared, stream>>>(p);
+    cudaCheck(cudaGetLastError());
+}
+static const char* ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t stream) {
+    int most = 0, device = 0;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const size_t slices = p.H / p.G * ((p.P + 63) / 64), rows = 8, shared = (size_t)most;
+    const bool aligned = p.H % p.G == 0 && p.P % rows == 0 && p.N % rows == 0 && p.N <= 256 &&
+                         p.ldx % rows == 0 && p.ldbc % rows == 0 && is_aligned(p.x, 16, 16) &&
+                         is_aligned(p.Bt, 16, 16) && is_aligned(p.Ct, 16, 16) && is_aligned(p.y, 16, 16) &&
+                         is_aligned(p.states, 16, 16) && is_aligned(p.h0, 16, 16) && is_aligned(scratch, 16, 16);
+    if (!aligned) return NULL;
+    bool two = slices % 2 == 0;
+#ifdef SSD_EXPERIMENT
+    if (getenv("SSD_ONE")) two = false;
+#endif
+    uint4* cb = (uint4*)scratch;
+    p.segments = ssd_segments(p.B, p.T, p.H, p.P);
+    p.each = (ssd_chunks(p.T) + p.segments - 1) / p.segments;
+    p.start = scratch + p.B * ssd_chunks(p.T) * p.G * SSD_CB * 4;
+    p.decay = p.start + p.segments * p.B * p.H * p.P * p.N;
+    if (p.N <= 64) {
+        if (two && sizeof(SsdShared<2, 1>) <= shared) ssd_launch_fast<2, 1>(p, cb, stream);
+        else if (sizeof(SsdShared<1, 1>) <= shared) ssd_launch_fast<1, 1>(p, cb, stream);
+        else return NULL;
+    } else if (p.N <= 128) {
+        if (two && sizeof(SsdShared<2, 2>) <= shared) ssd_launch_fast<2, 2>(p, cb, stream);
+        else if (sizeof(SsdShared<1, 2>) <= shared) ssd_launch_fast<1, 2>(p, cb, stream);
+        else return NULL;
+    } else {
+        if (two && sizeof(SsdShared<2, 4>) <= shared) ssd_launch_fast<2, 4>(p, cb, stream);
+        else if (sizeof(SsdShared<1, 4>) <= shared) ssd_launch_fast<1, 4>(p, cb, stream);
+        else return NULL;
+    }
+    return "fast";
+}
+
+// ssd_forward_cuda: formula (S4), layouts at the top of this section.
+//   y, states, hT written   states: NULL in inference   hT, h0: may be NULL, may be one array
+//   doc: NULL, or ids of which only changes count; h0 belongs to document 0
+//   scratch: ssd_forward_scratch_cuda() floats
+template <typename X>
+const char* ssd_forward_cuda(X* y, X* states, float* hT, const X* x, size_t ldx, const float* dt,
+                             const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
+                             bool D_has_hdim, const float* h0, const int* doc, float* scratch, size_t B,
+                             size_t T, size_t H, size_t P, size_t G, size_t N, cudaStream_t stream) {
+    if constexpr (sizeof(X) == sizeof(bf16)) {         // float results must be exact to float rounding
+        SsdForward p = {y, states, hT, x, dt, A_log, Bt, Ct, Dskip, h0, doc, (const uint4*)scratch, NULL, NULL, ldx, ldbc,
+                        B, T, H, P, G, N, 1, 0, D_has_hdim};
+        if (ssd_forward_fast(p, scratch, stream)) return "fast";
+    }
+    size_t padded = (N + SSD_GROUP - 1) / SSD_GROUP * SSD_GROUP;
+    size_t bytes = sizeof(SsdTile) + (2 * SSD_STEPS + SSD_CHANNELS) * padded * sizeof(float);
+    scan_allow_shared(ssd_forward_kernel<X>, bytes);
+    unsigned grid = (unsigned)(B * H * ((P + SSD_CHANNELS - 1) / SSD_CHANNELS));
+    ssd_forward_kernel<X><<<grid, 4 * WARP, bytes, stream>>>(y, states, hT, x, ldx, dt, A_log, Bt, Ct, ldbc,
+                                                             Dskip, D_has_hdim, h0, doc, T, H, P, G, N);
+    cudaCheck(cudaGetLastError());
+    return "general";
+}
+
+// --------------------------------------------------------------------------------------------------
+// 4.12 State space duality (SSD): backward
+//
+// The gradients of 4.11, from dy = dLoss/dy and dhT = dLoss/dhT. Lambda_t = dLoss/dh_t (P x N per head):
+//   Lambda_t = dy_t Ct_t^T + a_{t+1} Lambda_{t+1}
+//   dx_t = dt_t Lambda_t Bt_t + Dskip dy_t     dBt_t = sum_h dt_t Lambda_t^T x_t     dCt_t = sum_h h_t^T dy_t
+//   dalpha_t = a_t <Lambda_t, h_{t-1}>  (alpha_t = dt_t A)     ddt_t = x_t^T Lambda_t Bt_t + A dalpha_t
+//   dA_log = A sum_t dt_t dalpha_t             dDskip = sum_t <dy_t, x_t>            dh0 = a_0 Lambda_0
+// As products of matrices, over tiles of 64 tokens. cs_i: sum of alpha from the beginning of the tile up to
+// token i; H: the state before the tile; Lambda: what the tokens after the tile add to the gradient of the
+// state that leaves it; S_ij = <dy_i, x_j>, G_ij = <Ct_i, Bt_j>, L_ij = exp(cs_i - cs_j) for j <= i, else 0:
+//   v_j = sum_i G_ij L_ij dy_i + exp(cs_end - cs_j) Lambda Bt_j
+//   dx_j = dt_j v_j + Dskip dy_j      ddt_j = <v_j, x_j> + A dalpha_j      dG_ij = sum_h L_ij dt_j S_ij
+//   dCt_i = sum_j dG_ij Bt_j + sum_h exp(cs_i) H^T dy_i
+//   dBt_j = sum_i dG_ij Ct_i + sum_h exp(cs_end - cs_j) dt_j Lambda^T x_j
+// alpha_m is a factor of every path from a token (or the state) before m to a token (or the state) at m or
+// after. So dalpha_m is a sum over those pairs, W_ij = G_ij L_ij dt_j S_ij, and every one counts once:
+//   dalpha_m = sum_{i >= m, j < m} W_ij + sum_{j < m} e_j + sum_{i >= m} f_i + exp(cs_end) <Lambda, H>
+//   e_j = exp(cs_end - cs_j) dt_j <x_j, Lambda Bt_j>           f_i = exp(cs_i) <dy_i, H Ct_i>
+// There is a shorter formula, sums of <y, dy> - dt ddt from m on; it subtracts nearly equal numbers and loses
+// all digits where the decay is strong.
+// Mamba-2 paper (arXiv 2405.21060), section 6; the sums over pairs: by hand. Oracle: ssd_recurrent_backward.
+//
+//   states    H and Lambda at every boundary between two tiles: a walk from a saved state to the right, and
+//             one from the end to the left
+//   tiles     everything else. A block owns one tile and walks through heads, so that the sums over heads
+//             stay in its registers.
+// Both as a general path (any shape, X = float or bf16, float arithmetic) and as a fast one (bf16, P 32, 64
+// or 128, N 64 or 128, the tensor core). The states between tiles are scratch; to bound it, sequences are
+// treated in rounds of SSD_ROUND tokens.
+
+enum { SSD_TILE = 64, SSD_PER_SAVED = SSD_SPACING / SSD_TILE, SSD_ROUND = 16384 };
+// log2 of a decay that is 0 in float. Nothing smaller is added to cs: its digits are needed for what follows
+#define SSD_GONE -130.0f
+
+// SsdTokens: the decays of a tile. from_i = exp(cs_i): what is left at i of the state before the tile, 0 when a
+// document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds; all:
+// from before the tile to after it. cs is in base 2.
+struct SsdTokens {
+    float cs[SSD_TILE], dt[SSD_TILE], from[SSD_TILE], to[SSD_TILE];
+    float all;
+};
+
+// ssd_resets: bit l of even, odd: whether a document begins at token t0 + 2 l, t0 + 2 l + 1. By a whole warp.
+__device__ __forceinline__ void ssd_resets(uint32_t* even, uint32_t* odd, const int* doc, size_t b, size_t t0,
+                                           size_t T) {
+    size_t t = t0 + 2 * (threadIdx.x % WARP);
+    *even = doc ? __ballot_sync(0xffffffffu, t < T && scan_resets_cuda(doc, b, t, T)) : 0;
+    *odd = doc ? __ballot_sync(0xffffffffu, t + 1 < T && scan_resets_cuda(doc, b, t + 1, T)) : 0;
+}
+
+// ssd_dt_pair: dt of this lane's tokens, 2 l and 2 l + 1; 0 beyond the last token
+__device__ __forceinline__ float2 ssd_dt_pair(const float* dt, size_t t0, size_t T) {
+    size_t t = t0 + 2 * (threadIdx.x % WARP);
+    return make_float2(t < T ? dt[t] : 0.0f, t + 1 < T ? dt[t + 1] : 0.0f);
+}
+
+// ssd_tokens: fills *s, by a whole warp
+__device__ __forceinline__ void ssd_tokens(SsdTokens* s, float2 dt, float A2, uint32_t even, uint32_t odd) {
+    const int lane = threadIdx.x % WARP;
+    const uint32_t upto = 0xffffffffu >> (WARP - 1 - lane), below = upto >> 1;     // lanes 0..lane; 0..lane-1
+    const float a0 = fmaxf(dt.x * A2, SSD_GONE), a1 = fmaxf(dt.y * A2, SSD_GONE);
+    float sum = a0 + a1;
+    #pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        float before = __shfl_up_sync(0xffffffffu, sum, step);
+        if (lane >= step) sum += before;
+    }
+    const float cs0 = sum - a1, cs1 = sum, end = __shfl_sync(0xffffffffu, sum, WARP - 1);
+    *(float2*)&s->cs[2 * lane] = make_float2(cs0, cs1);
+    *(float2*)&s->dt[2 * lane] = dt;
+    *(float2*)&s->from[2 * lane] = make_float2((even & upto) | (odd & below) ? 0.0f : exp2_unit(cs0),
+                                               (even & upto) | (odd & upto) ? 0.0f : exp2_unit(cs1));
+    *(float2*)&s->to[2 * lane] = make_float2((even & ~upto) | (odd & ~below) ? 0.0f : exp2_unit(end - cs0),
+                                             (even & ~upto) | (odd & ~upto) ? 0.0f : exp2_unit(end - cs1));
+    if (lane == 0) s->all = even | odd ? 0.0f : exp2_unit(end);
+}
+
+// ssd_begins: begin[i] = where in the tile the document of token i begins, 0 if before it. By a whole warp.
+__device__ __forceinline__ void ssd_begins(int* begin, uint32_t even, uint32_t odd) {
+    const int lane = threadIdx.x % WARP;
+    const uint32_t upto = 0xffffffffu >> (WARP - 1 - lane), below = upto >> 1;
+    const int e = 2 * (31 - __clz(even & upto)), o0 = 2 * (31 - __clz(odd & below)) + 1,
+              o1 = 2 * (31 - __clz(odd & upto)) + 1;           // negative: none
+    begin[2 * lane] = max(max(e, o0), 0);
+    begin[2 * lane + 1] = max(max(e, o1), 0);
+}
+
+// --- general path -------------------------------------------------------------------------------------
+
+// ssd_states_kernel: REVERSE false: H, true: Lambda, at the tiles' boundaries. out (B,tiles,H,P,N): H before,
+// Lambda after a tile. One thread per element of a state; walks to the right begin at every saved state, the
+// one to the left at dhT (or NULL: 0) and ends with dh0 (or NULL).
+//   rows (B,T,H,P), cols (B,T,G,N): x and Bt, or dy and Ct
+template <typename X, bool REVERSE>
+__global__ void __launch_bounds__(256)
+ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, const X* rows, size_t ldr,
+                  const X* cols, size_t ldc, const float* dt, const float* A_log, const int* doc, size_t T,
+                  size_t H, size_t P, size_t G, size_t N) {
+    const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x, h = blockIdx.y, p = i / N, n = i % N;
+    const size_t tiles = (T + SSD_TILE - 1) / SSD_TILE, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    const size_t walks = REVERSE ? 1 : saved, b = blockIdx.z / walks, walk = blockIdx.z % walks;
+    if (i >= P * N) return;
+    const float A2 = scan_decay(A_log[h]);
+    const float* dt_h = dt + (b * H + h) * T;
+    const X *row = rows + b * T * ldr + h * P + p, *col = cols + b * T * ldc + h * G / H * N + n;
+    out += (b * tiles * H + h) * P * N + i;
+    if (REVERSE) {
+        float s = dhT ? dhT[(b * H + h) * P * N + i] : 0.0f;
+        for (size_t c = tiles; c-- > 0;) {
+            out[c * H * P * N] = s;
+            for (size_t t = c + 1 < tiles ? (c + 1) * SSD_TILE : T; t-- > c * SSD_TILE;) {
+                s = fmaf(to_float(row[t * ldr]), to_float(col[t * ldc]), s);
+                s = scan_resets_cuda(doc, b, t, T) ? 0.0f : s * exp2f(dt_h[t] * A2);
+            }
+        }
+        if (dh0) dh0[(b * H + h) * P * N + i] = s;
+        return;
+    }
+    float s = to_float(states[((b * saved + walk) * H + h) * P * N + i]);
+    for (size_t c = walk * SSD_PER_SAVED; c < tiles && c < (walk + 1) * SSD_PER_SAVED; c++) {
+        out[c * H * P * N] = s;
+        for (size_t t = c * SSD_TILE; t < (c + 1) * SSD_TILE && t < T; t++) {
+            float a = scan_resets_cuda(doc, b, t, T) ? 0.0f : exp2f(dt_h[t] * A2);
+            s = fmaf(dt_h[t] * to_float(row[t * ldr]), to_float(col[t * ldc]), a * s);
+        }
+    }
+}
+
+// ssd_backward_kernel: one block per tile, head and sequence, the formulas above. dBC (B,T,H,2N): what the
+// head adds to dBt and dCt. sums (B tiles, n_sums): H sums for dA_log, then H (or H P) for dDskip.
+struct SsdBackward {
+    float GL[SSD_TILE][SSD_TILE + 1];                          // L, then G L
+    float dG[SSD_TILE][SSD_TILE + 1];                          // L dt S
+    float W[SSD_TILE][SSD_TILE + 1];                           // then its sums along a row
+    float dt[SSD_TILE], alpha[SSD_TILE], from[SSD_TILE], to[SSD_TILE];
+    float e[SSD_TILE], f[SSD_TILE], direct[SSD_TILE], dalpha[SSD_TILE], part[8];
+    float all;
+};
+
+template <typename X>
+__global__ void __launch_bounds__(256)
+ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, size_t n_sums, const float* before,
+                    const float* after, const X* dy, const X* x, size_t ldx, const float* dt,
+                    const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
+                    bool D_has_hdim, const int* doc, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    extern __shared__ __align__(128) char shared[];
+    SsdBackward& sh = *(SsdBackward*)shared;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const size_t tiles = (T + SSD_TILE - 1) / SSD_TILE, b = blockIdx.x / tiles, t0 = blockIdx.x % tiles * SSD_TILE;
+    const size_t h = blockIdx.y, E = H * P;
+    const int count = T - t0 < SSD_TILE ? (int)(T - t0) : SSD_TILE;
+    const float A2 = scan_decay(A_log[h]);
+    const X *x_h = x + (b * T + t0) * ldx + h * P, *dy_h = dy + (b * T + t0) * E + h * P;
+    const X *Bt_h = Bt + (b * T + t0) * ldbc + h * G / H * N, *Ct_h = Ct + (b * T + t0) * ldbc + h * G / H * N;
+    X* dx_h = dx + (b * T + t0) * lddx + h * P;
+    before += (blockIdx.x * H + h) * P * N;
+    after += (blockIdx.x * H + h) * P * N;
+    dBC += ((b * T + t0) * H + h) * 2 * N;
+    sums += blockIdx.x * n_sums;
+
+    if (tid < count) {
+        sh.dt[tid] = dt[(b * H + h) * T + t0 + tid];
+        // a document that begins: more than any sum of other decays
+        sh.alpha[tid] = scan_resets_cuda(doc, b, t0 + tid, T) ? -FLT_MAX : sh.dt[tid] * A2;
+    }
+    __syncthreads();
+    if (tid < count) {                                         // sums that begin at token tid: no differences
+        float sum = 0.0f;
+        for (int i = 0; i < tid; i++) sh.GL[i][tid] = 0.0f;
+        for (int i = tid; i < count; i++) {
+            if (i > tid) sum += sh.alpha[i];
+            sh.GL[i][tid] = exp2f(sum);
+        }
+        sh.to[tid] = exp2f(sum);
+        sum = 0.0f;
+        for (int i = 0; i <= tid; i++) sum += sh.alpha[i];
+        sh.from[tid] = exp2f(sum);
+        if (tid == count - 1) sh.all = exp2f(sum);
+    }
+    __syncthreads();
+    for (int k = tid; k < count * count; k += 256) {
+        int i = k / count, j = k % count;
+        if (j > i) continue;
+        float S = 0.0f, g = 0.0f, L = sh.GL[i][j];
+        for (size_t p = 0; p < P; p++) S = fmaf(to_float(dy_h[i * E + p]), to_float(x_h[j * ldx + p]), S);
+        for (size_t n = 0; n < N; n++) g = fmaf(to_float(Ct_h[i * ldbc + n]), to_float(Bt_h[j * ldbc + n]), g);
+        sh.dG[i][j] = L * sh.dt[j] * S;
+        sh.GL[i][j] = g * L;
+        sh.W[i][j] = j < i ? g * L * sh.dt[j] * S : 0.0f;
+    }
+    __syncthreads();
+    for (int j = w; j < count; j += 8) {                       // token j: dx, <v, x>, e
+        float direct = 0.0f, e = 0.0f;
+        for (size_t p = lane; p < P; p += WARP) {
+            float v = 0.0f, x_j = to_float(x_h[j * ldx + p]);
+            for (size_t n = 0; n < N; n++) v = fmaf(after[p * N + n], to_float(Bt_h[j * ldbc + n]), v);
+            v *= sh.to[j];
+            e = fmaf(v, x_j, e);
+            for (int i = j; i < count; i++) v = fmaf(sh.GL[i][j], to_float(dy_h[i * E + p]), v);
+            direct = fmaf(v, x_j, direct);
+            float D = Dskip[D_has_hdim ? h * P + p : h];
+            dx_h[j * lddx + p] = from_float<X>(fmaf(sh.dt[j], v, D * to_float(dy_h[j * E + p])));
+        }
+        direct = warp_sum(direct);
+        e = warp_sum(e);
+        float f = 0.0f;                                        // and dBt, dCt, f
+        for (size_t n = lane; n < N; n += WARP) {
+            float dC = 0.0f, dB = 0.0f;
+            for (size_t p = 0; p < P; p++) {
+                dC = fmaf(to_float(dy_h[j * E + p]), before[p * N + n], dC);
+                dB = fmaf(to_float(x_h[j * ldx + p]), after[p * N + n], dB);
+            }
+            dC *= sh.from[j];
+            dB *= sh.to[j] * sh.dt[j];
+            f = fmaf(to_float(Ct_h[j * ldbc + n]), dC, f);
+            for (int i = 0; i <= j; i++) dC = fmaf(sh.dG[j][i], to_float(Bt_h[i * ldbc + n]), dC);
+            for (int i = j; i < count; i++) dB = fmaf(sh.dG[i][j], to_float(Ct_h[i * ldbc + n]), dB);
+            dBC[j * H * 2 * N + n] = dB;
+            dBC[j * H * 2 * N + N + n] = dC;
+        }
+        f = warp_sum(f);
+        if (lane == 0) {
+            sh.direct[j] = direct;
+            sh.e[j] = e * sh.dt[j];
+            sh.f[j] = f;
+        }
+    }
+    float through = 0.0f;
+    for (size_t i = tid; i < P * N; i += 256) through = fmaf(before[i], after[i], through);
+    through = warp_sum(through);
+    if (lane == 0) sh.part[w] = through;
+    if (tid < count) {                                         // W_ij := sum of W_i0 .. W_i,j-1
+        float sum = 0.0f;
+        for (int j = 0; j < tid; j++) {
+            float v = sh.W[tid][j];
+            sh.W[tid][j] = sum;
+            sum += v;
+        }
+        sh.W[tid][tid] = sum;
+    }
+    __syncthreads();
+    if (tid < count) {
+        float sum = 0.0f;
+        for (int k = 0; k < 8; k++) sum += sh.part[k];
+        sum *= sh.all;
+        for (int j = 0; j < tid; j++) sum += sh.e[j];
+        for (int i = tid; i < count; i++) sum += sh.f[i] + sh.W[i][tid];
+        sh.dalpha[tid] = sum;
+        ddt[(b * H + h) * T + t0 + tid] = fmaf(A2 * SCAN_LN2, sum, sh.direct[tid]);
+    }
+    __syncthreads();
+    if (tid == 0) {
+        float sum = 0.0f;
+        for (int j = 0; j < count; j++) sum = fmaf(sh.dt[j], sh.dalpha[j], sum);
+        sums[h] = A2 * SCAN_LN2 * sum;
+    }
+    float skip = 0.0f;                                         // dDskip
+    for (size_t p = tid; p < P; p += 256) {
+        float sum = 0.0f;
+        for (int j = 0; j < count; j++) sum = fmaf(to_float(dy_h[j * E + p]), to_float(x_h[j * ldx + p]), sum);
+        if (D_has_hdim) sums[H + h * P + p] = sum;
+        skip += sum;
+    }
+    if (D_has_hdim) return;
+    skip = warp_sum(skip);
+    if (lane == 0) sh.part[w] = skip;
+    __syncthreads();
+    if (tid > 0) return;
+    for (int k = 1; k < 8; k++) skip += sh.part[k];
+    sums[H + h] = skip;
+}
+
+// ssd_sum_parts_kernel: dBt, dCt (written) of M tokens, the sum of n_parts parts of 2N numbers per token and
+// group, in order
+template <typename X>
+__global__ void __launch_bounds__(256)
+ssd_sum_parts_kernel(X* dBt, X* dCt, size_t lddbc, const float* parts, size_t n_parts, size_t part_stride,
+                     size_t token_stride, size_t group_stride, size_t M, size_t G, size_t N) {
+    size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i >= M * G * 2 * N) return;
+    size_t k = i % (2 * N), g = i / (2 * N) % G, m = i / (2 * N) / G;
+    parts += m * token_stride + g * group_stride + k;
+    float sum = 0.0f;
+    for (size_t p = 0; p < n_parts; p++) sum += parts[p * part_stride];
+    X* to = k < N ? dBt + m * lddbc + g * N + k : dCt + m * lddbc + g * N + k - N;
+    *to = from_float<X>(sum);
+}
+
+// --- fast path: states --------------------------------------------------------------------------------
+// The tensor core's matrices: see 4.9. Lane 4g + q of a warp. An operand comes from rows of shared memory in
+// one of four ways, by what a row is (its length must be the operand's width plus 8, so that the 8 rows of a
+// matrix lie in different banks). Operand A (16 x 16) is m x k, B (16 x 16: two of 8 columns) is k x n:
+//   A from rows m: load_matrices at [lr][lc]          A from rows k: load_matrices_trans at [kr][kc]
+//   B from rows n: load_matrices at [kr][kc]          B from rows k: load_matrices_trans at [lr][lc]
+struct SsdLane {
+    int lane, warp, g, q, lr, lc, kr, kc;
+    __device__ __forceinline__ SsdLane() {
+        lane = threadIdx.x % WARP;
+        warp = threadIdx.x / WARP;
+        g = lane >> 2;
+        q = lane & 3;
+        lr = lane & 15;
+        lc = (lane >> 4) * 8;
+        kr = (lane & 7) + (lane >> 4) * 8;
+        kc = (lane >> 3 & 1) * 8;
+    }
+};
+
+// 64 rows of COLS bf16 into shared memory, by THREADS threads; zeros beyond the last token
+template <int COLS, int THREADS>
+__device__ __forceinline__ void ssd_copy_tile(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
+    #pragma unroll
+    for (int k = 0; k < SSD_TILE * COLS / 8 / THREADS; k++) {
+        int v = (int)threadIdx.x + k * THREADS, row = v / (COLS / 8), col = v % (COLS / 8) * 8;
+        scan_copy16(&to[row][col], from + (row < count ? row * ld : 0) + col, row < count);
+    }
+}
+
+enum { SSD_STAGES = 3 };
+template <int P, int N> struct SsdStatesShared {
+    bf16 rows[SSD_STAGES][SSD_TILE][P + 8], cols[SSD_STAGES][SSD_TILE][N + 8];
+    bf16 out[P][N + 8];                                        // 16 rows per warp, for stores of whole rows
+    SsdTokens tokens[2];
+};
+
+// where H before, or Lambda after, tile c of sequence b is: H only between two saved ones
+static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t c, size_t tiles) {
+    size_t saved = (tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
+    return lambda ? b * tiles + c : b * (tiles - saved) + c - c / SSD_PER_SAVED - 1;
+}
+
+// ssd_states_fast_kernel: ssd_states_kernel for the tensor core, with as many threads as 2 P: warp w holds
+// rows 16w..16w+15 of the state, all N columns, in registers. A walk covers `each` tiles. To the left, walks
+// that cover less than a sequence need what comes from the right, in two launches:
+//   local not NULL, LOCAL true    writes local (B,walks,H,P,N): the state after the walk's first tile, as if
+//                                 nothing came from the right, and decays (B,walks,H): from end to beginning
+//   local not NULL, LOCAL false   begins with what these make
+template <int P, int N, bool REVERSE, bool LOCAL>
+__global__ void __launch_bounds__(2 * P)
+ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const bf16* states,
+                       const float* dhT, const bf16* rows, size_t ldr, const bf16* cols, size_t ldc,
+                       const float* dt, const float* A_log, const int* doc, size_t T, size_t H, size_t G,
+                       int walks, int each) {
+    extern __shared__ __align__(128) char shared[];
+    SsdStatesShared<P, N>& sh = *(SsdStatesShared<P, N>*)shared;
+    const SsdLane l;
+    const int walk = blockIdx.x % walks, tiles = (int)((T + SSD_TILE - 1) / SSD_TILE);
+    const size_t h = blockIdx.x / walks % H, b = blockIdx.x / walks / H;
+    const int first = walk * each, end = min(first + each, tiles);
+    // tiles to walk through: not the last one, unless somebody wants what is behind it
+    const int steps = end - first - (LOCAL || (REVERSE && first == 0 && dh0) ? 0 : 1);
+    const float A2 = scan_decay(A_log[h]);
+    const float* dt_h = dt + (b * H + h) * T;
+    rows += b * T * ldr + h * P;
+    cols += b * T * ldc + h * G / H * N;
+    const int r0 = 16 * l.warp + l.g;
+    auto tile_of = [&](int k) { return REVERSE ? end - 1 - k : first + k; };
+    auto load = [&](int k) {
+        if (k < steps) {
+            size_t t0 = (size_t)tile_of(k) * SSD_TILE;
+            int count = (int)(T - t0 < SSD_TILE ? T - t0 : SSD_TILE), stage = k % SSD_STAGES;
+            ssd_copy_tile<P, 2 * P>(sh.rows[stage], rows + t0 * ldr, ldr, count);
+            ssd_copy_tile<N, 2 * P>(sh.cols[stage], cols + t0 * ldc, ldc, count);
+        }
+        copy_async_commit();
+    };
+    float2 dt_next = make_float2(0.0f, 0.0f);
+    auto load_dt = [&](int k) {
+        if (l.warp == 0 && k < steps) dt_next = ssd_dt_pair(dt_h, (size_t)tile_of(k) * SSD_TILE, T);
+    };
+    auto tokens = [&](int k) {
+        if (l.warp > 0 || k >= steps) return;
+        uint32_t even, odd;
+        ssd_resets(&even, &odd, doc, b, (size_t)tile_of(k) * SSD_TILE, T);
+        ssd_tokens(&sh.tokens[k % 2], dt_next, A2, even, odd);
+    };
+    load_dt(0);
+    load(0);
+    load(1);
+    tokens(0);
+    load_dt(1);
+
+    float s[N / 8][4], decay = 1.0f;                           // rows r0, r0 + 8, columns 8 i + 2 q, + 1
+    const size_t PN = P * N, mine = (size_t)r0 * N + 2 * l.q;
+    if (!REVERSE) {
+        const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+        const bf16* from = states + ((b * saved + first / SSD_PER_SAVED) * H + h) * PN + mine;
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            uint32_t v0 = *(const uint32_t*)(from + 8 * i), v1 = *(const uint32_t*)(from + 8 * N + 8 * i);
+            s[i][0] = scan_low(v0); s[i][1] = scan_high(v0); s[i][2] = scan_low(v1); s[i][3] = scan_high(v1);
+        }
+    } else {
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
+        for (int k = LOCAL || !local || walk == walks - 1 ? walk : walks - 1; k >= walk; k--) {
+            // dhT enters the last walk; what walk k leaves to the one before it
+            const bool start = k == walk;
+            if (start && (walk < walks - 1 || !dhT)) break;
+            const float* from = start ? dhT + (b * H + h) * PN + mine
+                                      : local + ((b * walks + k) * H + h) * PN + mine;
+            const float keep = start ? 0.0f : decays[(b * walks + k) * H + h];
+            #pragma unroll
+            for (int i = 0; i < N / 8; i++) {
+                float2 v0 = *(const float2*)(from + 8 * i), v1 = *(const float2*)(from + 8 * N + 8 * i);
+                s[i][0] = fmaf(keep, s[i][0], v0.x); s[i][1] = fmaf(keep, s[i][1], v0.y);
+                s[i][2] = fmaf(keep, s[i][2], v1.x); s[i][3] = fmaf(keep, s[i][3], v1.y);
+            }
+        }
+    }
+
+    auto store = [&](int c) {
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            *(uint32_t*)&sh.out[r0][8 * i + 2 * l.q] = scan_pack(s[i][0], s[i][1]);
+            *(uint32_t*)&sh.out[r0 + 8][8 * i + 2 * l.q] = scan_pack(s[i][2], s[i][3]);
+        }
+        __syncwarp();
+        bf16* to = out + (ssd_slot(REVERSE, b, c, tiles) * H + h) * PN + 16 * l.warp * N;
+        #pragma unroll
+        for (int k = 0; k < 16 * N / 8 / WARP; k++) {
+            int v = l.lane + k * WARP;
+            scan_store16(to + 8 * v, *(const uint4*)&sh.out[16 * l.warp + v / (N / 8)][v % (N / 8) * 8]);
+        }
+        __syncwarp();
+    };
+    #pragma unroll 1
+    for (int k = 0; k < steps; k++) {
+        const int c = tile_of(k), stage = k % SSD_STAGES;
+        const SsdTokens& tk = sh.tokens[k % 2];
+        if (REVERSE && !LOCAL) store(c);
+        copy_async_wait(1);
+        __syncthreads();                                       // the tile and its decays are there
+        load(k + 2);
+        tokens(k + 1);
+        load_dt(k + 2);
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) { s[i][0] *= tk.all; s[i][1] *= tk.all; s[i][2] *= tk.all; s[i][3] *= tk.all; }
+        if (LOCAL) decay *= tk.all;
+        #pragma unroll
+        for (int i = 0; i < SSD_TILE / 16; i++) {              // 16 tokens
+            uint32_t a[4];
+            load_matrices_trans(a, &sh.rows[stage][16 * i + l.kr][16 * l.warp + l.kc]);
+            #pragma unroll
+            for (int j = 0; j < 2; j++) {                      // the decays belong to k
+                const int t = 16 * i + 8 * j + 2 * l.q;
+                float2 weight = *(const float2*)&(REVERSE ? tk.from : tk.to)[t];
+                if (!REVERSE) {
+                    float2 dt_t = *(const float2*)&tk.dt[t];
+                    weight.x *= dt_t.x;
+                    weight.y *= dt_t.y;
+                }
+                #pragma unroll
+                for (int m = 2 * j; m < 2 * j + 2; m++)
+                    a[m] = scan_pack(scan_low(a[m]) * weight.x, scan_high(a[m]) * weight.y);
+            }
+            #pragma unroll
+            for (int n = 0; n < N / 16; n++) {
+                uint32_t r[4];
+                load_matrices_trans(r, &sh.cols[stage][16 * i + l.lr][16 * n + l.lc]);
+                scan_mma_bf16(s[2 * n], a, r[0], r[1]);
+                scan_mma_bf16(s[2 * n + 1], a, r[2], r[3]);
+            }
+        }
+        if (!REVERSE) store(c + 1);
+    }
+    if (REVERSE && !LOCAL && steps < end - first) store(first);
+    if (LOCAL || (REVERSE && first == 0 && dh0)) {
+        float* to = (LOCAL ? local + ((b * walks + walk) * H + h) * PN : dh0 + (b * H + h) * PN) + mine;
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            *(float2*)(to + 8 * i) = make_float2(s[i][0], s[i][1]);
+            *(float2*)(to + 8 * N + 8 * i) = make_float2(s[i][2], s[i][3]);
+        }
+        if (LOCAL && threadIdx.x == 0) decays[(b * walks + walk) * H + h] = decay;
+    }
+}
+
+// --- fast path: tiles ---------------------------------------------------------------------------------
+// A block of four warps owns one tile of one sequence and the heads of one group, or of a part of it. Warp w
+// owns tokens 16w..16w+15, as rows i and as rows j of the formulas. For every head it makes
+//   16 x 64 products: S = dy x^T (up to its own tokens), v = (G L)^T dy (from its own tokens on)
+//   state products:   H^T dy, Lambda^T x, Lambda Bt of its tokens, and 16 rows of <Lambda, H>
+// and the sums over heads stay: dBt, dCt in registers, dG in shared memory, each value with the thread that
+// adds to it. G is the same for all heads of the group.
+// Sums over pairs: what lies inside the warp's 16 tokens is summed as the formula says. Of the pairs between
+// two warps only sums along rows and columns count; those along columns are <x_j, v_j> before v_j has got its
+// own 16 tokens, those along rows are made of S.
+
+template <int P, int N> struct SsdBackwardShared {
+    bf16 Bt[SSD_TILE][N + 8], Ct[SSD_TILE][N + 8];
+    bf16 x[SSD_TILE][P + 8], dy[SSD_TILE][P + 8];              // x: later dx
+    bf16 before[P][N + 8], after[P][N + 8];                    // H, Lambda
+    bf16 gram[SSD_TILE][SSD_TILE + 8];                         // G, 0 where L is; in the end dG
+    float4 dgram[20][WARP];                                    // dG: as the tensor core leaves it, 16 x 8 each
+    SsdTokens tokens[2];
+    int begin[SSD_TILE];
+    float dalpha[SSD_TILE], direct[SSD_TILE];
+    float row[4][16], column[4][16], inner[4][16];             // of the warps' tokens
+    float sums[4][8];
+};
+
+// What a warp leaves in sums: e of its tokens; pairs of its tokens with everything before tile column K = 0,
+// 1, 2 of 16; its part of <Lambda, H>; of <dy, x>
+enum { SSD_SUM_E, SSD_SUM_LEFT, SSD_SUM_THROUGH = SSD_SUM_LEFT + 3, SSD_SUM_SKIP };
+
+// Reductions of eight values at once: every step halves the number of values and of lanes that hold one.
+//   ssd_sum_quad: over the four lanes of a quad; lane q keeps values 2q, 2q + 1
+//   ssd_sum_quads: over the eight quads and their lanes; quad g keeps value g
+__device__ __forceinline__ void ssd_sum_quad(float* v, int q) {
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float keep = q & 2 ? v[i + 4] : v[i], give = q & 2 ? v[i] : v[i + 4];
+        v[i] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
+    }
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float keep = q & 1 ? v[i + 2] : v[i], give = q & 1 ? v[i] : v[i + 2];
+        v[i] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
+    }
+}
+__device__ __forceinline__ float ssd_sum_quads(float* v, int g) {
+    #pragma unroll
+    for (int half = 4; half >= 1; half /= 2) {
+        #pragma unroll
+        for (int i = 0; i < half; i++) {
+            float keep = g & half ? v[i + half] : v[i], give = g & half ? v[i] : v[i + half];
+            v[i] = keep + __shfl_xor_sync(0xffffffffu, give, 4 * half);
+        }
+    }
+    v[0] += __shfl_xor_sync(0xffffffffu, v[0], 2);
+    return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 1);
+}
+
+// ssd_inner_pairs: line[m] = sum_{i >= m, j < m} W_ij, i, j, m < 16, of W as the tensor core leaves it: w0 its
+// first 8 columns, w1 the others
+__device__ __forceinline__ void ssd_inner_pairs(float* line, float* w0, float* w1, int g, int q, int lane) {
+    if (g == 2 * q) w0[0] = w1[2] = 0.0f;                      // the diagonal
+    if (g == 2 * q + 1) w0[1] = w1[3] = 0.0f;
+    const float pair[3] = {w0[0] + w0[1], w0[2] + w0[3], w1[2] + w1[3]};       // row g; row g + 8, twice
+    float left[3];                                             // sums over the lanes to the left
+    #pragma unroll
+    for (int k = 0; k < 3; k++) {
+        float v1 = __shfl_up_sync(0xffffffffu, pair[k], 1), v2 = __shfl_up_sync(0xffffffffu, pair[k], 2),
+              v3 = __shfl_up_sync(0xffffffffu, pair[k], 3);
+        left[k] = (q >= 1 ? v1 : 0.0f) + (q >= 2 ? v2 : 0.0f) + (q >= 3 ? v3 : 0.0f);
+    }
+    const float half = __shfl_sync(0xffffffffu, left[1] + pair[1], lane | 3);  // row g + 8, columns 0..7
+    float c[4];                                                // m = 2 q, 2 q + 1, 8 + 2 q, 9 + 2 q
+    c[0] = left[1] + (g >= 2 * q ? left[0] : 0.0f);
+    c[1] = left[1] + w0[2] + (g > 2 * q ? left[0] + w0[0] : 0.0f);
+    c[2] = g >= 2 * q ? half + left[2] : 0.0f;
+    c[3] = g > 2 * q ? half + left[2] + w1[2] : 0.0f;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        c[k] += __shfl_xor_sync(0xffffffffu, c[k], 4);
+        c[k] += __shfl_xor_sync(0xffffffffu, c[k], 8);
+        c[k] += __shfl_xor_sync(0xffffffffu, c[k], 16);
+    }
+    if (g > 0) return;
+    *(float2*)&line[2 * q] = make_float2(c[0], c[1]);
+    *(float2*)&line[8 + 2 * q] = make_float2(c[2], c[3]);
+}
+
+// dot of two pairs of bf16 values with two floats
+__device__ __forceinline__ float ssd_dot(uint32_t v, float a, float b, float sum) {
+    return fmaf(scan_low(v), a, fmaf(scan_high(v), b, sum));
+}
+
+// ssd_backward_fast_kernel: the formulas at the top. dBC: NULL, then dBt and dCt are written; or the sums of
+// this part's heads, (parts,B,T,G,2N). sums: as ssd_backward_kernel.
+template <int P, int N>
+__global__ void __launch_bounds__(4 * WARP, P == 128 && N == 128 ? 1 : 2)
+ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt, size_t lddbc, float* dBC,
+                         float* sums, size_t n_sums, const bf16* states, const bf16* before,
+                         const bf16* after, const bf16* dy, const bf16* x, size_t ldx, const float* dt,
+                         const float* A_log, const bf16* Bt, const bf16* Ct, size_t ldbc, const float* Dskip,
+                         bool D_has_hdim, const int* doc, size_t B, size_t T, int H, int G, int parts) {
+    extern __shared__ __align__(128) char shared[];
+    SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)shared;
+    const SsdLane l;
+    const int w = l.warp, g = l.g, q = l.q, r0 = 16 * w + g, r1 = r0 + 8;
+    const int tiles = (int)((T + SSD_TILE - 1) / SSD_TILE), part = blockIdx.x % parts;
+    const int group = blockIdx.x / parts % G, c = blockIdx.x / parts / G % tiles;
+    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_TILE, E = (size_t)H * P;
+    const int count = (int)(T - t0 < SSD_TILE ? T - t0 : SSD_TILE);
+    const int each = (H / G + parts - 1) / parts, h0 = group * (H / G) + part * each;
+    const int h1 = min(h0 + each, (group + 1) * (H / G));
+    const size_t PN = P * N, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    x += (b * T + t0) * ldx;
+    dx += (b * T + t0) * lddx;
+    dy += (b * T + t0) * E;
+    after += ssd_slot(true, b, c, tiles) * H * PN;
+    before = c % SSD_PER_SAVED ? before + ssd_slot(false, b, c, tiles) * H * PN
+                               : states + (b * saved + c / SSD_PER_SAVED) * H * PN;
+    sums += (b * tiles + c) * n_sums;
+
+    auto load_rows = [&](int h) {
+        ssd_copy_tile<P, 4 * WARP>(sh.x, x + h * P, ldx, count);
+        ssd_copy_tile<P, 4 * WARP>(sh.dy, dy + h * P, E, count);
+    };
+    auto load_state = [&](bf16 (*to)[N + 8], const bf16* from) {
+        #pragma unroll
+        for (int k = 0; k < P * N / 8 / (4 * WARP); k++) {
+            int v = (int)threadIdx.x + k * 4 * WARP;
+            scan_copy16(&to[v / (N / 8)][v % (N / 8) * 8], from + v * 8, true);
+        }
+    };
+    ssd_copy_tile<N, 4 * WARP>(sh.Bt, Bt + (b * T + t0) * ldbc + group * N, ldbc, count);
+    ssd_copy_tile<N, 4 * WARP>(sh.Ct, Ct + (b * T + t0) * ldbc + group * N, ldbc, count);
+    copy_async_commit();
+    if (h0 < h1) {
+        load_rows(h0);
+        load_state(sh.before, before + h0 * PN);
+        load_state(sh.after, after + h0 * PN);
+    }
+    copy_async_commit();
+    uint32_t even, odd;
+    ssd_resets(&even, &odd, doc, b, t0, T);
+    if (w == 0) ssd_begins(sh.begin, even, odd);
+    if (w == 0 && h0 < h1)
+        ssd_tokens(&sh.tokens[0], ssd_dt_pair(dt + (b * H + h0) * T, t0, T), scan_decay(A_log[h0]), even, odd);
+    for (int k = 0; k < 2 * (w + 1); k++)
+        sh.dgram[w * (w + 1) + k][l.lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    copy_async_wait(1);
+    __syncthreads();
+    const int begin0 = sh.begin[r0], begin1 = sh.begin[r1];
+    #pragma unroll
+    for (int J = 0; J < 4; J++) {                              // G
+        if (J > w) break;
+        float s[2][4] = {};
+        #pragma unroll
+        for (int k = 0; k < N / 16; k++) {
+            uint32_t a[4], r[4];
+            load_matrices(a, &sh.Ct[16 * w + l.lr][16 * k + l.lc]);
+            load_matrices(r, &sh.Bt[16 * J + l.kr][16 * k + l.kc]);
+            scan_mma_bf16(s[0], a, r[0], r[1]);
+            scan_mma_bf16(s[1], a, r[2], r[3]);
+        }
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int j = 16 * J + 8 * n + 2 * q;
+            *(uint32_t*)&sh.gram[r0][j] = scan_pack(j <= r0 && j >= begin0 ? s[n][0] : 0.0f,
+                                                    j + 1 <= r0 && j + 1 >= begin0 ? s[n][1] : 0.0f);
+            *(uint32_t*)&sh.gram[r1][j] = scan_pack(j <= r1 && j >= begin1 ? s[n][2] : 0.0f,
+                                                    j + 1 <= r1 && j + 1 >= begin1 ? s[n][3] : 0.0f);
+        }
+    }
+
+    float dB[N / 8][4] = {}, dC[N / 8][4] = {};                // rows r0, r1, columns 8 k + 2 q, + 1
+    #pragma unroll 1
+    for (int h = h0; h < h1; h++) {
+        const SsdTokens& tk = sh.tokens[(h - h0) & 1];
+        const float A2 = scan_decay(A_log[h]);
+        float2 dt_next = make_float2(0.0f, 0.0f);
+        if (w == 0 && h + 1 < h1) dt_next = ssd_dt_pair(dt + (b * H + h + 1) * T, t0, T);
+        copy_async_wait(0);
+        __syncthreads();                                       // x, dy, H and Lambda of this head are there
+        float left[3] = {}, through = 0.0f, skip = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
+        {   // rows i: S, dG, sums of W; dCt
+            uint32_t a[P / 16][4];
+            #pragma unroll
+            for (int k = 0; k < P / 16; k++) load_matrices(a[k], &sh.dy[16 * w + l.lr][16 * k + l.lc]);
+            const float cs0 = tk.cs[r0], cs1 = tk.cs[r1];
+            #pragma unroll
+            for (int J = 0; J < 4; J++) {
+                if (J > w) break;
+                float s[2][4] = {}, W[2][4];
+                #pragma unroll
+                for (int k = 0; k < P / 16; k++) {
+                    uint32_t r[4];
+                    load_matrices(r, &sh.x[16 * J + l.kr][16 * k + l.kc]);
+                    scan_mma_bf16(s[0], a[k], r[0], r[1]);
+                    scan_mma_bf16(s[1], a[k], r[2], r[3]);
+                }
+                if (J == w && q == g >> 1) skip = g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+                #pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const int j = 16 * J + 8 * n + 2 * q;
+                    const float2 cs_j = *(const float2*)&tk.cs[j], dt_j = *(const float2*)&tk.dt[j];
+                    s[n][0] *= exp2_unit(fminf(cs0 - cs_j.x, 0.0f)) * dt_j.x;
+                    s[n][1] *= exp2_unit(fminf(cs0 - cs_j.y, 0.0f)) * dt_j.y;
+                    s[n][2] *= exp2_unit(fminf(cs1 - cs_j.x, 0.0f)) * dt_j.x;
+                    s[n][3] *= exp2_unit(fminf(cs1 - cs_j.y, 0.0f)) * dt_j.y;
+                    float4* to = &sh.dgram[w * (w + 1) + 2 * J + n][l.lane];
+                    float4 v = *to;
+                    *to = make_float4(v.x + s[n][0], v.y + s[n][1], v.z + s[n][2], v.w + s[n][3]);
+                    const uint32_t g0 = *(const uint32_t*)&sh.gram[r0][j], g1 = *(const uint32_t*)&sh.gram[r1][j];
+                    W[n][0] = scan_low(g0) * s[n][0]; W[n][1] = scan_high(g0) * s[n][1];
+                    W[n][2] = scan_low(g1) * s[n][2]; W[n][3] = scan_high(g1) * s[n][3];
+                }
+                if (J < w) {
+                    row0 += (W[0][0] + W[0][1]) + (W[1][0] + W[1][1]);
+                    row1 += (W[0][2] + W[0][3]) + (W[1][2] + W[1][3]);
+                    if (J < 2) left[J + 1] = row0 + row1;      // pairs with columns below 16 (J + 1)
+                } else {
+                    ssd_inner_pairs(sh.inner[w], W[0], W[1], g, q, l.lane);
+                }
+            }
+            const float from0 = tk.from[r0], from1 = tk.from[r1];
+            #pragma unroll
+            for (int n = 0; n < N / 32; n++) {
+                float s[4][4] = {};
+                #pragma unroll
+                for (int k = 0; k < P / 16; k++) {
+                    #pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        uint32_t r[4];
+                        load_matrices_trans(r, &sh.before[16 * k + l.lr][32 * n + 16 * m + l.lc]);
+                        scan_mma_bf16(s[2 * m], a[k], r[0], r[1]);
+                        scan_mma_bf16(s[2 * m + 1], a[k], r[2], r[3]);
+                    }
+                }
+                #pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    const int col = 32 * n + 8 * m + 2 * q;
+                    float* to = dC[4 * n + m];
+                    s[m][0] *= from0; s[m][1] *= from0; s[m][2] *= from1; s[m][3] *= from1;
+                    to[0] += s[m][0]; to[1] += s[m][1]; to[2] += s[m][2]; to[3] += s[m][3];
+                    f0 = ssd_dot(*(const uint32_t*)&sh.Ct[r0][col], s[m][0], s[m][1], f0);
+                    f1 = ssd_dot(*(const uint32_t*)&sh.Ct[r1][col], s[m][2], s[m][3], f1);
+                }
+            }
+        }
+        for (int i = w; i < P / 16; i += 4) {                  // <Lambda, H>: the diagonal of Lambda H^T
+            float s[2][4] = {};
+            #pragma unroll
+            for (int k = 0; k < N / 16; k++) {
+                uint32_t a[4], r[4];
+                load_matrices(a, &sh.after[16 * i + l.lr][16 * k + l.lc]);
+                load_matrices(r, &sh.before[16 * i + l.kr][16 * k + l.kc]);
+                scan_mma_bf16(s[0], a, r[0], r[1]);
+                scan_mma_bf16(s[1], a, r[2], r[3]);
+            }
+            if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+        }
+        if (D_has_hdim) {
+            for (int p = threadIdx.x; p < P; p += 4 * WARP) {
+                float sum = 0.0f;
+                for (int t = 0; t < SSD_TILE; t++) sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
+                sums[H + h * P + p] = sum;
+            }
+        }
+        __syncthreads();                                       // H is free, and x but for the warp's own rows
+        if (h + 1 < h1) {
+            load_state(sh.before, before + (h + 1) * PN);
+            if (w == 0)
+                ssd_tokens(&sh.tokens[(h + 1 - h0) & 1], dt_next, scan_decay(A_log[h + 1]), even, odd);
+        }
+        float e0 = 0.0f, e1 = 0.0f, column0 = 0.0f, column1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
+        const float dt0 = tk.dt[r0], dt1 = tk.dt[r1];
+        {   // rows j: dBt; v and its sums; dx
+            uint32_t xa[P / 16][4];
+            #pragma unroll
+            for (int k = 0; k < P / 16; k++) load_matrices(xa[k], &sh.x[16 * w + l.lr][16 * k + l.lc]);
+            const float to0 = tk.to[r0], to1 = tk.to[r1], cs0 = tk.cs[r0], cs1 = tk.cs[r1];
+            #pragma unroll
+            for (int n = 0; n < N / 32; n++) {
+                float s[4][4] = {};
+                #pragma unroll
+                for (int k = 0; k < P / 16; k++) {
+                    #pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        uint32_t r[4];
+                        load_matrices_trans(r, &sh.after[16 * k + l.lr][32 * n + 16 * m + l.lc]);
+                        scan_mma_bf16(s[2 * m], xa[k], r[0], r[1]);
+                        scan_mma_bf16(s[2 * m + 1], xa[k], r[2], r[3]);
+                    }
+                }
+                #pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    float* to = dB[4 * n + m];
+                    to[0] = fmaf(to0 * dt0, s[m][0], to[0]); to[1] = fmaf(to0 * dt0, s[m][1], to[1]);
+                    to[2] = fmaf(to1 * dt1, s[m][2], to[2]); to[3] = fmaf(to1 * dt1, s[m][3], to[3]);
+                }
+            }
+            enum { WIDTH = P < 64 ? P : 64 };                  // channels at a time
+            #pragma unroll
+            for (int p0 = 0; p0 < P; p0 += WIDTH) {
+                float v[WIDTH / 8][4] = {};
+                #pragma unroll
+                for (int k = 0; k < N / 16; k++) {             // Lambda Bt
+                    uint32_t a[4];
+                    load_matrices(a, &sh.Bt[16 * w + l.lr][16 * k + l.lc]);
+                    #pragma unroll
+                    for (int n = 0; n < WIDTH / 16; n++) {
+                        uint32_t r[4];
+                        load_matrices(r, &sh.after[p0 + 16 * n + l.kr][16 * k + l.kc]);
+                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
+                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
+                    }
+                }
+                // x of this lane's places: v[2 k], v[2 k + 1] lie where xa[k][0], [1] and [2], [3] do
+                auto dots = [&](float* sum0, float* sum1) {
+                    #pragma unroll
+                    for (int n = 0; n < WIDTH / 8; n++) {
+                        const uint32_t* x_n = &xa[p0 / 16 + n / 2][n % 2 * 2];
+                        *sum0 = ssd_dot(x_n[0], v[n][0], v[n][1], *sum0);
+                        *sum1 = ssd_dot(x_n[1], v[n][2], v[n][3], *sum1);
+                    }
+                };
+                #pragma unroll
+                for (int n = 0; n < WIDTH / 8; n++) { v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1; }
+                dots(&e0, &e1);
+                #pragma unroll
+                for (int I = 3; I >= 0; I--) {                 // (G L)^T dy, the warp's own tokens last
+                    if (I < w) break;
+                    if (I == w) dots(&column0, &column1);
+                    uint32_t a[4];
+                    load_matrices_trans(a, &sh.gram[16 * I + l.kr][16 * w + l.kc]);
+                    #pragma unroll
+                    for (int m = 0; m < 4; m++) {              // a[m]: row j = r0 or r1, columns i, i + 1
+                        const float2 cs_i = *(const float2*)&tk.cs[16 * I + 8 * (m / 2) + 2 * q];
+                        const float cs_j = m % 2 ? cs1 : cs0;
+                        a[m] = scan_pack(scan_low(a[m]) * exp2_unit(fminf(cs_i.x - cs_j, 0.0f)),
+                                         scan_high(a[m]) * exp2_unit(fminf(cs_i.y - cs_j, 0.0f)));
+                    }
+                    #pragma unroll
+                    for (int n = 0; n < WIDTH / 16; n++) {
+                        uint32_t r[4];
+                        load_matrices_trans(r, &sh.dy[16 * I + l.lr][p0 + 16 * n + l.lc]);
+                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
+                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
+                    }
+                }
+                dots(&direct0, &direct1);
+                #pragma unroll
+                for (int k = 0; k < WIDTH / 16; k++) {         // dx, where x was
+                    uint32_t dy_k[4];
+                    load_matrices(dy_k, &sh.dy[16 * w + l.lr][p0 + 16 * k + l.lc]);
+                    #pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        const int p = p0 + 16 * k + 8 * n + 2 * q;
+                        const float Da = Dskip[D_has_hdim ? h * P + p : h], Db = Dskip[D_has_hdim ? h * P + p + 1 : h];
+                        const float* s = v[2 * k + n];
+                        const uint32_t y0 = dy_k[2 * n], y1 = dy_k[2 * n + 1];
+                        *(uint32_t*)&sh.x[r0][p] = scan_pack(fmaf(dt0, s[0], Da * scan_low(y0)),
+                                                             fmaf(dt0, s[1], Db * scan_high(y0)));
+                        *(uint32_t*)&sh.x[r1][p] = scan_pack(fmaf(dt1, s[2], Da * scan_low(y1)),
+                                                             fmaf(dt1, s[3], Db * scan_high(y1)));
+                    }
+                }
+            }
+            __syncwarp();
+            #pragma unroll
+            for (int k = 0; k < 16 * P / 8 / WARP; k++) {
+                int v = l.lane + k * WARP, row = 16 * w + v / (P / 8), p = v % (P / 8) * 8;
+                if (row < count) scan_store16(dx + row * lddx + h * P + p, *(const uint4*)&sh.x[row][p]);
+            }
+        }
+        // the warp's sums
+        left[0] = f0 + f1;
+        left[1] += left[0];
+        left[2] += left[0];
+        float v[8] = {column0, column1, f0 + row0, f1 + row1, direct0, direct1, e0, e1};
+        ssd_sum_quad(v, q);
+        if (q == 0) { sh.column[w][g] = v[0] * dt0; sh.column[w][g + 8] = v[1] * dt1; }
+        if (q == 1) { sh.row[w][g] = v[0]; sh.row[w][g + 8] = v[1]; }
+        if (q == 2) { sh.direct[r0] = v[0]; sh.direct[r1] = v[1]; }
+        float all[8] = {q == 3 ? v[0] * dt0 + v[1] * dt1 : 0.0f, left[0], left[1], left[2], through, skip, 0.0f, 0.0f};
+        float sum = ssd_sum_quads(all, g);
+        if (q == 0) sh.sums[w][g] = sum;
+        __syncwarp();
+        {   // lanes 0..15: what columns before m add; lanes 31..16, from right to left: rows from m on
+            const int m = l.lane < 16 ? l.lane : 31 - l.lane;
+            float s = l.lane < 16 ? sh.column[w][m] : sh.row[w][m];
+            #pragma unroll
+            for (int step = 1; step < 16; step *= 2) {
+                float before_ = __shfl_up_sync(0xffffffffu, s, step, 16);
+                if ((l.lane & 15) >= step) s += before_;
+            }
+            float columns = __shfl_up_sync(0xffffffffu, s, 1, 16), rows = __shfl_xor_sync(0xffffffffu, s, 31);
+            if (l.lane < 16) sh.dalpha[16 * w + m] = sh.inner[w][m] + (m > 0 ? columns : 0.0f) + rows;
+        }
+        __syncthreads();                                       // everything but the decays is free
+        if (h + 1 < h1) {
+            load_rows(h + 1);
+            load_state(sh.after, after + (h + 1) * PN);
+        }
+        copy_async_commit();
+        if (w == 1) {                                          // ddt and the sums for dA_log, dDskip
+            const float A = A2 * SCAN_LN2;
+            float through_all = 0.0f, skip_all = 0.0f, dA = 0.0f;
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                through_all += sh.sums[k][SSD_SUM_THROUGH];
+                skip_all += sh.sums[k][SSD_SUM_SKIP];
+            }
+            #pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const int m = l.lane + 32 * k, K = m / 16;     // pairs on both sides of the 16 tokens of m
+                float dalpha = sh.dalpha[m] + tk.all * through_all;
+                #pragma unroll
+                for (int J = 0; J < 3; J++) dalpha += J < K ? sh.sums[J][SSD_SUM_E] : 0.0f;
+                #pragma unroll
+                for (int I = 1; I < 4; I++) dalpha += I > K ? sh.sums[I][SSD_SUM_LEFT + min(K, 2)] : 0.0f;
+                dA = fmaf(tk.dt[m], dalpha, dA);
+                if (m < count) ddt[(b * H + h) * T + t0 + m] = fmaf(A, dalpha, sh.direct[m]);
+            }
+            dA = warp_sum(dA);
+            if (l.lane == 0) {
+                sums[h] = A * dA;
+                if (!D_has_hdim) sums[H + h] = skip_all;
+            }
+        }
+    }
+
+    // what dG adds
+    #pragma unroll
+    for (int J = 0; J < 4; J++) {
+        if (J > w) break;
+        uint32_t a[4];
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const float4 v = sh.dgram[w * (w + 1) + 2 * J + n][l.lane];
+            const int j = 16 * J + 8 * n + 2 * q;
+            a[2 * n] = scan_pack(j <= r0 && j >= begin0 ? v.x : 0.0f, j + 1 <= r0 && j + 1 >= begin0 ? v.y : 0.0f);
+            a[2 * n + 1] = scan_pack(j <= r1 && j >= begin1 ? v.z : 0.0f, j + 1 <= r1 && j + 1 >= begin1 ? v.w : 0.0f);
+            *(uint32_t*)&sh.gram[r0][j] = a[2 * n];
+            *(uint32_t*)&sh.gram[r1][j] = a[2 * n + 1];
+        }
+        #pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            uint32_t r[4];
+            load_matrices_trans(r, &sh.Bt[16 * J + l.lr][16 * n + l.lc]);
+            scan_mma_bf16(dC[2 * n], a, r[0], r[1]);
+            scan_mma_bf16(dC[2 * n + 1], a, r[2], r[3]);
+        }
+    }
+    __syncthreads();
+    #pragma unroll
+    for (int I = 3; I >= 0; I--) {
+        if (I < w) break;
+        uint32_t a[4];
+        load_matrices_trans(a, &sh.gram[16 * I + l.kr][16 * w + l.kc]);
+        #pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            uint32_t r[4];
+            load_matrices_trans(r, &sh.Ct[16 * I + l.lr][16 * n + l.lc]);
+            scan_mma_bf16(dB[2 * n], a, r[0], r[1]);
+            scan_mma_bf16(dB[2 * n + 1], a, r[2], r[3]);
+        }
+    }
+    #pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const int row = k ? r1 : r0;
+        if (row >= count) continue;
+        const size_t m = b * T + t0 + row;
+        float* to = dBC + ((part * B * T + m) * G + group) * 2 * N + 2 * q;
+        #pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            if (dBC) {
+                *(float2*)(to + 8 * n) = make_float2(dB[n][2 * k], dB[n][2 * k + 1]);
+                *(float2*)(to + N + 8 * n) = make_float2(dC[n][2 * k], dC[n][2 * k + 1]);
+            } else {
+                const size_t at = m * lddbc + group * N + 8 * n + 2 * q;
+                *(uint32_t*)(dBt + at) = scan_pack(dB[n][2 * k], dB[n][2 * k + 1]);
+                *(uint32_t*)(dCt + at) = scan_pack(dC[n][2 * k], dC[n][2 * k + 1]);
+            }
+        }
+    }
+}
+
+// --- launchers ----------------------------------------------------------------------------------------
+
+// blocks that fill the chip: two on each of the 132 processors of an H200
+enum { SSD_FILL = 264 };
+
+// SsdBackwardPlan: how the launcher cuts the work, and what it keeps in scratch, in floats
+struct SsdBackwardPlan {
+    size_t round, tiles, saved, walks, each, parts;            // sequences of a round; see the fast kernels
+    size_t before, after, local, dBC, decays, sums;            // where they begin
+    size_t floats;
+};
+static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, size_t H, size_t P, size_t G,
+                                                size_t N) {
+    SsdBackwardPlan s;
+    const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N;
+    s.round = tokens / T < 1 ? 1 : tokens / T < B ? tokens / T : B;
+    s.tiles = (T + SSD_TILE - 1) / SSD_TILE;
+    s.saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    size_t walks = SSD_FILL / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
+    walks = !fast || walks < 1 ? 1 : walks < most ? walks : most;
+    s.each = (s.tiles + walks - 1) / walks;
+    s.walks = (s.tiles + s.each - 1) / s.each;
+    s.parts = SSD_FILL / (s.round * s.tiles * G);
+    s.parts = !fast ? H / G : s.parts < 1 ? 1 : s.parts < H / G ? s.parts : H / G;
+    size_t at = 0, half = fast ? 2 : 1;                        // the fast path's states are bf16
+    auto take = [&at](size_t n) { size_t from = at; at += (n + 3) / 4 * 4; return from; };
+    s.before = take(s.round * (fast ? s.tiles - s.saved : s.tiles) * H * PN / half);
+    s.after = take(s.round * s.tiles * H * PN / half);
+    s.local = take(s.walks > 1 ? s.round * s.walks * H * PN : 0);
+    s.decays = take(s.walks > 1 ? s.round * s.walks * H : 0);
+    s.dBC = take(!fast || s.parts > 1 ? s.parts * s.round * T * G * 2 * N : 0);
+    s.sums = take(B * s.tiles * (H + H * P));
+    s.floats = at;
+    return s;
+}
+
+// floats of scratch
+size_t ssd_backward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    size_t fast = ssd_backward_plan(true, B, T, H, P, G, N).floats;
+    size_t general = ssd_backward_plan(false, B, T, H, P, G, N).floats;
+    return fast > general ? fast : general;
+}
+
+// what both paths need for sequences b..b+n-1; X = bf16 in the fast one
+template <typename X> struct SsdBackwardRound {
+    X *dx, *dBt, *dCt;
+    float *ddt, *sums, *dh0;
+    const X *dy, *states, *x, *Bt, *Ct;
+    const float *dt, *dhT;
+    const int* doc;
+    size_t n;
+};
+// and what does not change
+struct SsdBackwardShape {
+    size_t lddx, lddbc, ldx, ldbc, n_sums, T, H, P, G, N;
+    const float *A_log, *Dskip;
+    bool D_has_hdim;
+};
+
+template <typename X>
+static void ssd_backward_general(const SsdBackwardRound<X>& r, const SsdBackwardShape& a,
+                                 const SsdBackwardPlan& s, float* scratch, cudaStream_t stream) {
+    float *before = scratch + s.before, *after = scratch + s.after, *dBC = scratch + s.dBC;
+    const unsigned blocks = (unsigned)((a.P * a.N + 255) / 256), H = (unsigned)a.H;
+    ssd_states_kernel<X, false><<<dim3(blocks, H, (unsigned)(r.n * s.saved)), 256, 0, stream>>>(
+        before, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, a.T, a.H, a.P, a.G, a.N);
+    cudaCheck(cudaGetLastError());
+    ssd_states_kernel<X, true><<<dim3(blocks, H, (unsigned)r.n), 256, 0, stream>>>(
+        after, r.dh0, NULL, r.dhT, r.dy, a.H * a.P, r.Ct, a.ldbc, r.dt, a.A_log, r.doc, a.T, a.H, a.P, a.G, a.N);
+    cudaCheck(cudaGetLastError());
+    scan_allow_shared(ssd_backward_kernel<X>, sizeof(SsdBackward));
+    ssd_backward_kernel<X><<<dim3((unsigned)(r.n * s.tiles), H), 256, sizeof(SsdBackward), stream>>>(
+        r.dx, a.lddx, r.ddt, dBC, r.sums, a.n_sums, before, after, r.dy, r.x, a.ldx, r.dt, a.A_log, r.Bt, r.Ct,
+        a.ldbc, a.Dskip, a.D_has_hdim, r.doc, a.T, a.H, a.P, a.G, a.N);
+    cudaCheck(cudaGetLastError());
+    ssd_sum_parts_kernel<X><<<(unsigned)((r.n * a.T * a.G * 2 * a.N + 255) / 256), 256, 0, stream>>>(
+        r.dBt, r.dCt, a.lddbc, dBC, a.H / a.G, 2 * a.N, a.H * 2 * a.N, a.H / a.G * 2 * a.N, r.n * a.T, a.G, a.N);
+    cudaCheck(cudaGetLastError());
+}
+
+template <int P, int N>
+static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackwardShape& a,
+                              const SsdBackwardPlan& s, float* scratch, cudaStream_t stream) {
+    bf16 *before = (bf16*)(scratch + s.before), *after = (bf16*)(scratch + s.after);
+    float *local = s.walks > 1 ? scratch + s.local : NULL, *decays = scratch + s.decays;
+    float* dBC = s.parts > 1 ? scratch + s.dBC : NULL;
+    const size_t T = a.T, H = a.H, G = a.G;
+    const size_t walk_bytes = sizeof(SsdStatesShared<P, N>), tile_bytes = sizeof(SsdBackwardShared<P, N>);
+    auto right = ssd_states_fast_kernel<P, N, false, false>;
+    auto ends = ssd_states_fast_kernel<P, N, true, true>, left = ssd_states_fast_kernel<P, N, true, false>;
+    scan_allow_shared(right, walk_bytes);
+    scan_allow_shared(ends, walk_bytes);
+    scan_allow_shared(left, walk_bytes);
+    scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
+    if (T > SSD_TILE) {
+        right<<<(unsigned)(r.n * H * s.saved), 2 * P, walk_bytes, stream>>>(
+            before, NULL, NULL, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, T, H, G,
+            (int)s.saved, SSD_PER_SAVED);
+        cudaCheck(cudaGetLastError());
+    }
+    const unsigned walks = (unsigned)(r.n * H * s.walks);
+    if (local) {
+        ends<<<walks, 2 * P, walk_bytes, stream>>>(NULL, NULL, local, decays, NULL, r.dhT, r.dy, H * P, r.Ct, a.ldbc,
+                                                   r.dt, a.A_log, r.doc, T, H, G, (int)s.walks, (int)s.each);
+        cudaCheck(cudaGetLastError());
+    }
+    left<<<walks, 2 * P, walk_bytes, stream>>>(after, r.dh0, local, decays, NULL, r.dhT, r.dy, H * P, r.Ct, a.ldbc,
+                                               r.dt, a.A_log, r.doc, T, H, G, (int)s.walks, (int)s.each);
+    cudaCheck(cudaGetLastError());
+    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), 4 * WARP, tile_bytes, stream>>>(
+        r.dx, a.lddx, r.ddt, r.dBt, r.dCt, a.lddbc, dBC, r.sums, a.n_sums, r.states, before, after, r.dy, r.x,
+        a.ldx, r.dt, a.A_log, r.Bt, r.Ct, a.ldbc, a.Dskip, a.D_has_hdim, r.doc, r.n, T, (int)H, (int)G,
+        (int)s.parts);
+    cudaCheck(cudaGetLastError());
+    if (!dBC) return;
+    ssd_sum_parts_kernel<bf16><<<(unsigned)((r.n * T * G * 2 * N + 255) / 256), 256, 0, stream>>>(
+        r.dBt, r.dCt, a.lddbc, dBC, s.parts, r.n * T * G * 2 * N, G * 2 * N, 2 * N, r.n * T, G, N);
+    cudaCheck(cudaGetLastError());
+}
+
+// the fast path's launcher for these sizes, NULL: there is none, or the GPU has too little shared memory
+typedef void (*SsdBackwardFast)(const SsdBackwardRound<bf16>&, const SsdBackwardShape&, const SsdBackwardPlan&,
+                                float*, cudaStream_t);
+static inline SsdBackwardFast ssd_backward_fast_of(size_t P, size_t N) {
+    struct { size_t P, N, bytes; SsdBackwardFast launch; } paths[] = {
+        {32, 64, sizeof(SsdBackwardShared<32, 64>), ssd_backward_fast<32, 64>},
+        {32, 128, sizeof(SsdBackwardShared<32, 128>), ssd_backward_fast<32, 128>},
+        {64, 64, sizeof(SsdBackwardShared<64, 64>), ssd_backward_fast<64, 64>},
+        {64, 128, sizeof(SsdBackwardShared<64, 128>), ssd_backward_fast<64, 128>},
+        {128, 64, sizeof(SsdBackwardShared<128, 64>), ssd_backward_fast<128, 64>},
+        {128, 128, sizeof(SsdBackwardShared<128, 128>), ssd_backward_fast<128, 128>},
+    };
+    int device, bytes;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    for (size_t i = 0; i < sizeof paths / sizeof paths[0]; i++)
+        if (paths[i].P == P && paths[i].N == N && paths[i].bytes <= (size_t)bytes) return paths[i].launch;
+    return NULL;
+}
+
+// ssd_backward_cuda: formulas at the top of this section. dy (B,T,H,P) is the gradient of y.
+//   dx (row stride lddx), dBt, dCt (row stride lddbc), ddt (B,H,T), dh0: written
+//   dA_log (H), dDskip (H), or (H,P) with D_has_hdim: added to     dh0, dhT (B,H,P,N) float, doc: may be NULL
+//   states: as forward left them (h0 is in them)     scratch: ssd_backward_scratch_cuda() floats
+// Returns the path taken. Bytes of the fast path at B8 T2048 H24 P64 N128: 630 MB, of which 350 MB are the
+// states between tiles.
+template <typename X>
+const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* dBt, X* dCt, size_t lddbc,
+                              float* dDskip, float* dh0, const X* dy, const float* dhT, const X* states,
+                              const X* x, size_t ldx, const float* dt, const float* A_log, const X* Bt,
+                              const X* Ct, size_t ldbc, const float* Dskip, bool D_has_hdim, const int* doc,
+                              float* scratch, size_t B, size_t T, size_t H, size_t P, size_t G, size_t N,
+                              cudaStream_t stream) {
+    const size_t w = sizeof(X), n_skip = D_has_hdim ? H * P : H, PN = P * N;
+    SsdBackwardFast launch = NULL;
+    if (w == 2 && H % G == 0 && is_aligned(x, 16, ldx * w) && is_aligned(dx, 16, lddx * w) &&
+        is_aligned(dy, 16, 16) && is_aligned(states, 16, 16) && is_aligned(Bt, 16, ldbc * w) &&
+        is_aligned(Ct, 16, ldbc * w) && is_aligned(dBt, 4, lddbc * w) && is_aligned(dCt, 4, lddbc * w) &&
+        is_aligned(dhT, 8, 8) && is_aligned(dh0, 8, 8) && is_aligned(scratch, 16, 16))
+        launch = ssd_backward_fast_of(P, N);
+    const SsdBackwardPlan s = ssd_backward_plan(launch != NULL, B, T, H, P, G, N);
+    const SsdBackwardShape shape = {lddx, lddbc, ldx, ldbc, H + n_skip, T, H, P, G, N, A_log, Dskip, D_has_hdim};
+    float* sums = scratch + s.sums;
+    for (size_t b = 0; b < B; b += s.round) {
+        const size_t m = b * T;
+        SsdBackwardRound<X> r = {dx + m * lddx, dBt + m * lddbc, dCt + m * lddbc, ddt + m * H,
+                                 sums + b * s.tiles * (H + n_skip), dh0 ? dh0 + b * H * PN : NULL,
+                                 dy + m * H * P, states + b * s.saved * H * PN, x + m * ldx, Bt + m * ldbc,
+                                 Ct + m * ldbc, dt + m * H, dhT ? dhT + b * H * PN : NULL,
+                                 doc ? doc + m : NULL, b + s.round < B ? s.round : B - b};
+        if constexpr (sizeof(X) == 2) {
+            if (launch) launch(r, shape, s, scratch, stream);
+            else ssd_backward_general(r, shape, s, scratch, stream);
+        } else {
+            ssd_backward_general(r, shape, s, scratch, stream);
+        }
+    }
+    sum_parts_cuda(dA_log, dDskip, sums, B * s.tiles, H, n_skip, H + n_skip, stream);
+    return launch ? "fast" : "general";
+}
+
+// ssd_dt_backward: of formula (S2), dt = clip(softplus(p), lo, hi), p = dt_raw + dt_bias
+//   ddt_raw = ddt sigmoid(p), 0 where softplus(p) < lo or > hi         ddt_bias += sum over tokens of ddt_raw
+//   ddt_raw, dt_raw (B,T,H) in X, row strides ldd and ld   ddt (B,H,T)
+// A block turns SSD_SPACING tokens of 32 heads around, 32 at a time, and leaves its part of ddt_bias in parts
+// (blocks,H).   bytes: 4 + 2 sizeof(X) per token and head
+template <typename X>
+__global__ void __launch_bounds__(8 * WARP)
+ssd_dt_backward_kernel(X* ddt_raw, size_t ldd, float* parts, const float* ddt, const X* dt_raw, size_t ld,
+                       const float* dt_bias, float lo, float hi, size_t T, size_t H) {
+    __shared__ float tile[WARP][WARP + 1];
+    const size_t blocks = (T + SSD_SPACING - 1) / SSD_SPACING, b = blockIdx.x / blocks;
+    const size_t begin = blockIdx.x % blocks * SSD_SPACING, end = begin + SSD_SPACING < T ? begin + SSD_SPACING : T;
+    const size_t h0 = (size_t)blockIdx.y * WARP, h = h0 + threadIdx.x;
+    const float bias = h < H ? dt_bias[h] : 0.0f;
+    float sum = 0.0f;
+    for (size_t t0 = begin; t0 < end; t0 += WARP) {
+        __syncthreads();
+        for (size_t i = threadIdx.y; i < WARP; i += 8)
+            if (h0 + i < H && t0 + threadIdx.x < end)
+                tile[threadIdx.x][i] = ddt[(b * H + h0 + i) * T + t0 + threadIdx.x];
+        __syncthreads();
+        for (size_t i = threadIdx.y; i < WARP; i += 8) {
+            if (t0 + i >= end || h >= H) continue;
+            size_t m = b * T + t0 + i;
+            float p = to_float(dt_raw[m * ld + h]) + bias, v = scan_softplus(p);
+            float dp = tile[i][threadIdx.x] * (p > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-p)));
+            if (v < lo || v > hi) dp = 0.0f;
+            ddt_raw[m * ldd + h] = from_float<X>(dp);
+            sum += dp;
+        }
+    }
+    __syncthreads();
+    tile[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || h >= H) return;
+    for (int i = 1; i < 8; i++) sum += tile[i][threadIdx.x];
+    parts[blockIdx.x * H + h] = sum;
+}
+
+// floats of ssd_dt_backward's scratch
+size_t ssd_dt_backward_scratch_cuda(size_t B, size_t T, size_t H) {
+    return B * ((T + SSD_SPACING - 1) / SSD_SPACING) * H;
+}
+
+template <typename X>
+void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* ddt, const X* dt_raw, size_t ld,
+                          const float* dt_bias, float lo, float hi, float* scratch, size_t B, size_t T,
+                          size_t H, cudaStream_t stream) {
+    const size_t blocks = B * ((T + SSD_SPACING - 1) / SSD_SPACING);
+    ssd_dt_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)((H + WARP - 1) / WARP)), dim3(WARP, 8), 0,
+                                stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld, dt_bias, lo, hi, T, H);
+    cudaCheck(cudaGetLastError());
+    sum_parts_cuda(ddt_bias, NULL, scratch, blocks, H, 0, H, stream);
 }
 
 // ---------------------------------------------------------------------------------------------------
