@@ -1036,7 +1036,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 }
 
 // --------------------------------------------------------------------------------------------------
-// 4.4 Causal convolution with SiLU
+// 4.4 Causal convolution, with SiLU or without
 
 // A thread owns W neighbouring channels and a run of up to `steps` tokens of one sequence. It walks through
 // the run with the inputs of the last TAPS tokens in registers (the window), so that each is loaded once and
@@ -1167,21 +1167,22 @@ __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b,
     __syncwarp();
 }
 
-template <int W, int TAPS, typename X>
+template <bool SILU, int W, int TAPS, typename X>
 __device__ __forceinline__ void conv_forward_token(X* out, const ConvWindow<W, TAPS>& win) {
     float c[W];
     conv_sum(c, win);
     #pragma unroll
-    for (int j = 0; j < W; j++) c[j] = silu_cuda(c[j]);
+    for (int j = 0; j < W; j++) c[j] = SILU ? silu_cuda(c[j]) : c[j];
     conv_store<W>(out, c);
 }
 
 // causal_conv1d_forward:   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)
+//   SILU = false: out = c (attention)
 //   inp (B,T,E), row stride ldi   weight (E,K)   bias (E) or NULL   tail0 (B,K-1,E) float or NULL
 //   out (B,T,E)
 //   a tap sees nothing where the document differs from that of t; saved for backward: nothing
 // bytes: 2 sizeof(X) per element
-template <typename X, int W, int TAPS>
+template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 6)
 causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
                              const float* bias, const int* doc, int T, size_t E, int K, int steps) {
@@ -1208,7 +1209,7 @@ causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail
             #pragma unroll
             for (int j = 0; j < TAPS; j++) {
                 conv_unpack(win.x[TAPS - 1], ring[slot], j);
-                conv_forward_token<W>(out + j * E, win);
+                conv_forward_token<SILU, W>(out + j * E, win);
                 conv_shift(win.x);
             }
         } else {
@@ -1216,7 +1217,7 @@ causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail
             for (int j = 0; j < TAPS && i + j < own; j++) {
                 if (bits >> j & 1) conv_clear(win.x);
                 conv_unpack(win.x[TAPS - 1], ring[slot], j);
-                if (i >= 0) conv_forward_token<W>(out + j * E, win);
+                if (i >= 0) conv_forward_token<SILU, W>(out + j * E, win);
                 conv_shift(win.x);
             }
         }
@@ -1263,18 +1264,17 @@ dim3 conv_grid(size_t B, size_t T, size_t E, int steps, size_t W) {
 
 template <typename X>
 const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_t ldi, const float* tail0,
-                                       const float* weight, const float* bias, const int* doc, size_t B,
-                                       size_t T, size_t E, size_t K, cudaStream_t stream) {
+                                       const float* weight, const float* bias, bool silu, const int* doc,
+                                       size_t B, size_t T, size_t E, size_t K, cudaStream_t stream) {
     const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(out, 8, E * sizeof(X)) &&
                 is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
-    if (fast)
-        causal_conv1d_forward_kernel<X, W, 4><<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias,
-                                                                          doc, (int)T, E, 4, steps);
-    else
-        causal_conv1d_forward_kernel<X, 1, 8><<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias,
-                                                                          doc, (int)T, E, (int)K, steps);
+    auto kernel = fast ? silu ? causal_conv1d_forward_kernel<X, W, 4, true>
+                              : causal_conv1d_forward_kernel<X, W, 4, false>
+                       : silu ? causal_conv1d_forward_kernel<X, 1, 8, true>
+                              : causal_conv1d_forward_kernel<X, 1, 8, false>;
+    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
     if (tailT && K > 1) {
         causal_conv1d_tail_kernel<<<(unsigned)((B * E + 255) / 256), 256, 0, stream>>>(tailT, inp, ldi, tail0,
@@ -1285,7 +1285,7 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
 }
 
 // The backward walks the same way; c is computed again.
-//   forward: out = silu(c)                         =>  dc = dout * silu'(c)
+//   forward: out = silu(c)                         =>  dc = dout * silu'(c);  without SiLU dc = dout
 //   forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t,  dw_k += sum_t dc_t inp_{t-K+1+k}
 //                                                      dinp_s = sum_k w_k dc_{s+K-1-k}
 //   forward: tailT = the last inputs               =>  the same rows of dinp (or dtail0) += dtailT
@@ -1295,14 +1295,14 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
 template <int W, int TAPS> struct ConvGradient { float dinp[TAPS][W], dw[TAPS][W], db[W]; };
 
 // the newest token of the window, whose dout is in d; OWN: with its weight gradient
-template <bool OWN, int W, int TAPS>
+template <bool OWN, bool SILU, int W, int TAPS>
 __device__ __forceinline__ void conv_backward_token(ConvGradient<W, TAPS>& grad,
                                                     const ConvWindow<W, TAPS>& win, float* d) {
     float c[W];
-    conv_sum(c, win);
+    if (SILU) conv_sum(c, win);
     #pragma unroll
     for (int j = 0; j < W; j++) {
-        d[j] *= silu_grad_cuda(c[j], sigmoid_cuda(c[j]));
+        if (SILU) d[j] *= silu_grad_cuda(c[j], sigmoid_cuda(c[j]));
         if (OWN) grad.db[j] += d[j];
     }
     #pragma unroll
@@ -1316,7 +1316,7 @@ __device__ __forceinline__ void conv_backward_token(ConvGradient<W, TAPS>& grad,
 }
 
 // a plain group, or (not OWN) the one before the run
-template <bool OWN, typename X, int W, int TAPS>
+template <bool OWN, bool SILU, typename X, int W, int TAPS>
 __device__ __forceinline__ void conv_backward_group(X* dinp, size_t lddi, ConvGradient<W, TAPS>& grad,
                                                     ConvWindow<W, TAPS>& win,
                                                     const ConvGroup<X, W, TAPS>& inp,
@@ -1326,7 +1326,7 @@ __device__ __forceinline__ void conv_backward_group(X* dinp, size_t lddi, ConvGr
         float d[W];
         conv_unpack(win.x[TAPS - 1], inp, j);
         conv_unpack(d, dout, j);
-        conv_backward_token<OWN>(grad, win, d);
+        conv_backward_token<OWN, SILU>(grad, win, d);
         if (OWN) conv_store<W>(dinp + j * lddi, grad.dinp[0]);
         conv_shift(grad.dinp);
         conv_shift(win.x);
@@ -1360,7 +1360,7 @@ __device__ __forceinline__ void conv_put(const ConvRows<X>& rows, const float* v
 //   dinp (B,T,E), row stride lddi, written   dtail0, dtailT (B,K-1,E) float or NULL; dtail0 is written
 //   parts (blocks,K+1,E): the sums of a block for dweight in the order (E,K), then those for dbias (E)
 // bytes: 3 sizeof(X) per element
-template <typename X, int W, int TAPS>
+template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 3)
 causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts, const X* dout,
                               const float* dtailT, const X* inp, size_t ldi, const float* tail0,
@@ -1399,9 +1399,9 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
             const ConvGroup<X, W, TAPS>&x = shared.ring[slot][0], &d = shared.ring[slot][1];
             int bits = doc ? begins[threadIdx.y][i / TAPS + 2] : 0;
             if (bits == 0 && i >= plain && i + TAPS <= own) {
-                conv_backward_group<true>(dinp, lddi, grad, win, x, d);
+                conv_backward_group<true, SILU>(dinp, lddi, grad, win, x, d);
             } else if (bits == 0 && i == -TAPS) {
-                conv_backward_group<false>(dinp, lddi, grad, win, x, d);
+                conv_backward_group<false, SILU>(dinp, lddi, grad, win, x, d);
             } else {
                 #pragma unroll 1
                 for (int j = 0; j < TAPS && i + j < own; j++) {
@@ -1420,8 +1420,8 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
                     if (t >= -TAPS) {
                         float d_t[W];
                         conv_unpack(d_t, d, j);
-                        if (t >= 0) conv_backward_token<true>(grad, win, d_t);
-                        else conv_backward_token<false>(grad, win, d_t);
+                        if (t >= 0) conv_backward_token<true, SILU>(grad, win, d_t);
+                        else conv_backward_token<false, SILU>(grad, win, d_t);
                         if (t - (TAPS - 1) >= first) conv_put<W>(rows, grad.dinp[0], t - (TAPS - 1), E, K);
                         conv_shift(grad.dinp);
                     }
@@ -1476,21 +1476,19 @@ size_t causal_conv1d_scratch_cuda(size_t B, size_t T, size_t E, size_t K) {
 template <typename X>
 const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, float* dbias, float* dtail0,
                                         const X* dout, const float* dtailT, const X* inp, size_t ldi,
-                                        const float* tail0, const float* weight, const float* bias,
+                                        const float* tail0, const float* weight, const float* bias, bool silu,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
                                         size_t K, cudaStream_t stream) {
     const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
                 is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
-    if (fast)
-        causal_conv1d_backward_kernel<X, W, 4><<<grid, block, 0, stream>>>(
-            dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, (int)T, E, 4,
-            steps);
-    else
-        causal_conv1d_backward_kernel<X, 1, 8><<<grid, block, 0, stream>>>(
-            dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K,
-            steps);
+    auto kernel = fast ? silu ? causal_conv1d_backward_kernel<X, W, 4, true>
+                              : causal_conv1d_backward_kernel<X, W, 4, false>
+                       : silu ? causal_conv1d_backward_kernel<X, 1, 8, true>
+                              : causal_conv1d_backward_kernel<X, 1, 8, false>;
+    kernel<<<grid, block, 0, stream>>>(dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight,
+                                       bias, doc, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
     sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream);
     return fast ? "causal_conv1d_backward_kernel<4>" : "causal_conv1d_backward_kernel<8>";
@@ -4211,7 +4209,7 @@ const char* ssd_forward_cuda(X* y, X* states, float* hT, const X* x, size_t ldx,
 // or 128, N 64 or 128, the tensor core). The states between tiles are scratch; to bound it, sequences are
 // treated in rounds of SSD_ROUND tokens.
 
-enum { SSD_TILE = 64, SSD_PER_SAVED = SSD_SPACING / SSD_TILE, SSD_ROUND = 16384 };
+enum { SSD_SPAN = 64, SSD_PER_SAVED = SSD_SPACING / SSD_SPAN, SSD_ROUND = 16384 };
 // log2 of a decay that is 0 in float. Nothing smaller is added to cs: its digits are needed for what follows
 #define SSD_GONE -130.0f
 
@@ -4219,7 +4217,7 @@ enum { SSD_TILE = 64, SSD_PER_SAVED = SSD_SPACING / SSD_TILE, SSD_ROUND = 16384 
 // document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds; all:
 // from before the tile to after it. cs is in base 2.
 struct SsdTokens {
-    float cs[SSD_TILE], dt[SSD_TILE], from[SSD_TILE], to[SSD_TILE];
+    float cs[SSD_SPAN], dt[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
     float all;
 };
 
@@ -4280,7 +4278,7 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
                   const X* cols, size_t ldc, const float* dt, const float* A_log, const int* doc, size_t T,
                   size_t H, size_t P, size_t G, size_t N) {
     const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x, h = blockIdx.y, p = i / N, n = i % N;
-    const size_t tiles = (T + SSD_TILE - 1) / SSD_TILE, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
     const size_t walks = REVERSE ? 1 : saved, b = blockIdx.z / walks, walk = blockIdx.z % walks;
     if (i >= P * N) return;
     const float A2 = scan_decay(A_log[h]);
@@ -4291,7 +4289,7 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
         float s = dhT ? dhT[(b * H + h) * P * N + i] : 0.0f;
         for (size_t c = tiles; c-- > 0;) {
             out[c * H * P * N] = s;
-            for (size_t t = c + 1 < tiles ? (c + 1) * SSD_TILE : T; t-- > c * SSD_TILE;) {
+            for (size_t t = c + 1 < tiles ? (c + 1) * SSD_SPAN : T; t-- > c * SSD_SPAN;) {
                 s = fmaf(to_float(row[t * ldr]), to_float(col[t * ldc]), s);
                 s = scan_resets_cuda(doc, b, t, T) ? 0.0f : s * exp2f(dt_h[t] * A2);
             }
@@ -4302,7 +4300,7 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
     float s = to_float(states[((b * saved + walk) * H + h) * P * N + i]);
     for (size_t c = walk * SSD_PER_SAVED; c < tiles && c < (walk + 1) * SSD_PER_SAVED; c++) {
         out[c * H * P * N] = s;
-        for (size_t t = c * SSD_TILE; t < (c + 1) * SSD_TILE && t < T; t++) {
+        for (size_t t = c * SSD_SPAN; t < (c + 1) * SSD_SPAN && t < T; t++) {
             float a = scan_resets_cuda(doc, b, t, T) ? 0.0f : exp2f(dt_h[t] * A2);
             s = fmaf(dt_h[t] * to_float(row[t * ldr]), to_float(col[t * ldc]), a * s);
         }
@@ -4312,11 +4310,11 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
 // ssd_backward_kernel: one block per tile, head and sequence, the formulas above. dBC (B,T,H,2N): what the
 // head adds to dBt and dCt. sums (B tiles, n_sums): H sums for dA_log, then H (or H P) for dDskip.
 struct SsdBackward {
-    float GL[SSD_TILE][SSD_TILE + 1];                          // L, then G L
-    float dG[SSD_TILE][SSD_TILE + 1];                          // L dt S
-    float W[SSD_TILE][SSD_TILE + 1];                           // then its sums along a row
-    float dt[SSD_TILE], alpha[SSD_TILE], from[SSD_TILE], to[SSD_TILE];
-    float e[SSD_TILE], f[SSD_TILE], direct[SSD_TILE], dalpha[SSD_TILE], part[8];
+    float GL[SSD_SPAN][SSD_SPAN + 1];                          // L, then G L
+    float dG[SSD_SPAN][SSD_SPAN + 1];                          // L dt S
+    float W[SSD_SPAN][SSD_SPAN + 1];                           // then its sums along a row
+    float dt[SSD_SPAN], alpha[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
+    float e[SSD_SPAN], f[SSD_SPAN], direct[SSD_SPAN], dalpha[SSD_SPAN], part[8];
     float all;
 };
 
@@ -4329,9 +4327,9 @@ ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, siz
     extern __shared__ __align__(128) char shared[];
     SsdBackward& sh = *(SsdBackward*)shared;
     const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
-    const size_t tiles = (T + SSD_TILE - 1) / SSD_TILE, b = blockIdx.x / tiles, t0 = blockIdx.x % tiles * SSD_TILE;
+    const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, b = blockIdx.x / tiles, t0 = blockIdx.x % tiles * SSD_SPAN;
     const size_t h = blockIdx.y, E = H * P;
-    const int count = T - t0 < SSD_TILE ? (int)(T - t0) : SSD_TILE;
+    const int count = T - t0 < SSD_SPAN ? (int)(T - t0) : SSD_SPAN;
     const float A2 = scan_decay(A_log[h]);
     const X *x_h = x + (b * T + t0) * ldx + h * P, *dy_h = dy + (b * T + t0) * E + h * P;
     const X *Bt_h = Bt + (b * T + t0) * ldbc + h * G / H * N, *Ct_h = Ct + (b * T + t0) * ldbc + h * G / H * N;
@@ -4493,15 +4491,15 @@ struct SsdLane {
 template <int COLS, int THREADS>
 __device__ __forceinline__ void ssd_copy_tile(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
     #pragma unroll
-    for (int k = 0; k < SSD_TILE * COLS / 8 / THREADS; k++) {
+    for (int k = 0; k < SSD_SPAN * COLS / 8 / THREADS; k++) {
         int v = (int)threadIdx.x + k * THREADS, row = v / (COLS / 8), col = v % (COLS / 8) * 8;
         scan_copy16(&to[row][col], from + (row < count ? row * ld : 0) + col, row < count);
     }
 }
 
-enum { SSD_STAGES = 3 };
+enum { SSD_WALK_STAGES = 3 };
 template <int P, int N> struct SsdStatesShared {
-    bf16 rows[SSD_STAGES][SSD_TILE][P + 8], cols[SSD_STAGES][SSD_TILE][N + 8];
+    bf16 rows[SSD_WALK_STAGES][SSD_SPAN][P + 8], cols[SSD_WALK_STAGES][SSD_SPAN][N + 8];
     bf16 out[P][N + 8];                                        // 16 rows per warp, for stores of whole rows
     SsdTokens tokens[2];
 };
@@ -4527,7 +4525,7 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     extern __shared__ __align__(128) char shared[];
     SsdStatesShared<P, N>& sh = *(SsdStatesShared<P, N>*)shared;
     const SsdLane l;
-    const int walk = blockIdx.x % walks, tiles = (int)((T + SSD_TILE - 1) / SSD_TILE);
+    const int walk = blockIdx.x % walks, tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN);
     const size_t h = blockIdx.x / walks % H, b = blockIdx.x / walks / H;
     const int first = walk * each, end = min(first + each, tiles);
     // tiles to walk through: not the last one, unless somebody wants what is behind it
@@ -4540,8 +4538,8 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     auto tile_of = [&](int k) { return REVERSE ? end - 1 - k : first + k; };
     auto load = [&](int k) {
         if (k < steps) {
-            size_t t0 = (size_t)tile_of(k) * SSD_TILE;
-            int count = (int)(T - t0 < SSD_TILE ? T - t0 : SSD_TILE), stage = k % SSD_STAGES;
+            size_t t0 = (size_t)tile_of(k) * SSD_SPAN;
+            int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN), stage = k % SSD_WALK_STAGES;
             ssd_copy_tile<P, 2 * P>(sh.rows[stage], rows + t0 * ldr, ldr, count);
             ssd_copy_tile<N, 2 * P>(sh.cols[stage], cols + t0 * ldc, ldc, count);
         }
@@ -4549,12 +4547,12 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     };
     float2 dt_next = make_float2(0.0f, 0.0f);
     auto load_dt = [&](int k) {
-        if (l.warp == 0 && k < steps) dt_next = ssd_dt_pair(dt_h, (size_t)tile_of(k) * SSD_TILE, T);
+        if (l.warp == 0 && k < steps) dt_next = ssd_dt_pair(dt_h, (size_t)tile_of(k) * SSD_SPAN, T);
     };
     auto tokens = [&](int k) {
         if (l.warp > 0 || k >= steps) return;
         uint32_t even, odd;
-        ssd_resets(&even, &odd, doc, b, (size_t)tile_of(k) * SSD_TILE, T);
+        ssd_resets(&even, &odd, doc, b, (size_t)tile_of(k) * SSD_SPAN, T);
         ssd_tokens(&sh.tokens[k % 2], dt_next, A2, even, odd);
     };
     load_dt(0);
@@ -4609,7 +4607,7 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     };
     #pragma unroll 1
     for (int k = 0; k < steps; k++) {
-        const int c = tile_of(k), stage = k % SSD_STAGES;
+        const int c = tile_of(k), stage = k % SSD_WALK_STAGES;
         const SsdTokens& tk = sh.tokens[k % 2];
         if (REVERSE && !LOCAL) store(c);
         copy_async_wait(1);
@@ -4621,7 +4619,7 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
         for (int i = 0; i < N / 8; i++) { s[i][0] *= tk.all; s[i][1] *= tk.all; s[i][2] *= tk.all; s[i][3] *= tk.all; }
         if (LOCAL) decay *= tk.all;
         #pragma unroll
-        for (int i = 0; i < SSD_TILE / 16; i++) {              // 16 tokens
+        for (int i = 0; i < SSD_SPAN / 16; i++) {              // 16 tokens
             uint32_t a[4];
             load_matrices_trans(a, &sh.rows[stage][16 * i + l.kr][16 * l.warp + l.kc]);
             #pragma unroll
@@ -4671,14 +4669,14 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
 // own 16 tokens, those along rows are made of S.
 
 template <int P, int N> struct SsdBackwardShared {
-    bf16 Bt[SSD_TILE][N + 8], Ct[SSD_TILE][N + 8];
-    bf16 x[SSD_TILE][P + 8], dy[SSD_TILE][P + 8];              // x: later dx
+    bf16 Bt[SSD_SPAN][N + 8], Ct[SSD_SPAN][N + 8];
+    bf16 x[SSD_SPAN][P + 8], dy[SSD_SPAN][P + 8];              // x: later dx
     bf16 before[P][N + 8], after[P][N + 8];                    // H, Lambda
-    bf16 gram[SSD_TILE][SSD_TILE + 8];                         // G, 0 where L is; in the end dG
+    bf16 gram[SSD_SPAN][SSD_SPAN + 8];                         // G, 0 where L is; in the end dG
     float4 dgram[20][WARP];                                    // dG: as the tensor core leaves it, 16 x 8 each
     SsdTokens tokens[2];
-    int begin[SSD_TILE];
-    float dalpha[SSD_TILE], direct[SSD_TILE];
+    int begin[SSD_SPAN];
+    float dalpha[SSD_SPAN], direct[SSD_SPAN];
     float row[4][16], column[4][16], inner[4][16];             // of the warps' tokens
     float sums[4][8];
 };
@@ -4763,10 +4761,10 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
     SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)shared;
     const SsdLane l;
     const int w = l.warp, g = l.g, q = l.q, r0 = 16 * w + g, r1 = r0 + 8;
-    const int tiles = (int)((T + SSD_TILE - 1) / SSD_TILE), part = blockIdx.x % parts;
+    const int tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN), part = blockIdx.x % parts;
     const int group = blockIdx.x / parts % G, c = blockIdx.x / parts / G % tiles;
-    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_TILE, E = (size_t)H * P;
-    const int count = (int)(T - t0 < SSD_TILE ? T - t0 : SSD_TILE);
+    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_SPAN, E = (size_t)H * P;
+    const int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN);
     const int each = (H / G + parts - 1) / parts, h0 = group * (H / G) + part * each;
     const int h1 = min(h0 + each, (group + 1) * (H / G));
     const size_t PN = P * N, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
@@ -4920,7 +4918,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         if (D_has_hdim) {
             for (int p = threadIdx.x; p < P; p += 4 * WARP) {
                 float sum = 0.0f;
-                for (int t = 0; t < SSD_TILE; t++) sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
+                for (int t = 0; t < SSD_SPAN; t++) sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
                 sums[H + h * P + p] = sum;
             }
         }
@@ -5147,7 +5145,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
 // --- launchers ----------------------------------------------------------------------------------------
 
 // blocks that fill the chip: two on each of the 132 processors of an H200
-enum { SSD_FILL = 264 };
+enum { SSD_BACKWARD_FILL = 264 };
 
 // SsdBackwardPlan: how the launcher cuts the work, and what it keeps in scratch, in floats
 struct SsdBackwardPlan {
@@ -5160,13 +5158,13 @@ static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, s
     SsdBackwardPlan s;
     const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N;
     s.round = tokens / T < 1 ? 1 : tokens / T < B ? tokens / T : B;
-    s.tiles = (T + SSD_TILE - 1) / SSD_TILE;
+    s.tiles = (T + SSD_SPAN - 1) / SSD_SPAN;
     s.saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-    size_t walks = SSD_FILL / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
+    size_t walks = SSD_BACKWARD_FILL / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
     walks = !fast || walks < 1 ? 1 : walks < most ? walks : most;
     s.each = (s.tiles + walks - 1) / walks;
     s.walks = (s.tiles + s.each - 1) / s.each;
-    s.parts = SSD_FILL / (s.round * s.tiles * G);
+    s.parts = SSD_BACKWARD_FILL / (s.round * s.tiles * G);
     s.parts = !fast ? H / G : s.parts < 1 ? 1 : s.parts < H / G ? s.parts : H / G;
     size_t at = 0, half = fast ? 2 : 1;                        // the fast path's states are bf16
     auto take = [&at](size_t n) { size_t from = at; at += (n + 3) / 4 * 4; return from; };
@@ -5238,7 +5236,7 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     scan_allow_shared(ends, walk_bytes);
     scan_allow_shared(left, walk_bytes);
     scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
-    if (T > SSD_TILE) {
+    if (T > SSD_SPAN) {
         right<<<(unsigned)(r.n * H * s.saved), 2 * P, walk_bytes, stream>>>(
             before, NULL, NULL, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, T, H, G,
             (int)s.saved, SSD_PER_SAVED);
@@ -5378,6 +5376,250 @@ void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* 
                                 stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld, dt_bias, lo, hi, T, H);
     cudaCheck(cudaGetLastError());
     sum_parts_cuda(ddt_bias, NULL, scratch, blocks, H, 0, H, stream);
+}
+
+// --------------------------------------------------------------------------------------------------
+// 4.13 Gated RMSNorm
+
+// gated_rmsnorm_forward: the norm of Mamba-2, over groups of S channels, with the gate before or behind it.
+//   norm_first = false:  w = y silu(z)     out = weight * w * rstd
+//   norm_first = true:   w = y             out = weight * y * rstd * silu(z)
+//   rstd = (mean over the group of w^2 + eps)^(-1/2)
+//   y (M,E)   z (M,E), row stride ldz   weight (E)   out (M,E), row stride ldo   E a multiple of S
+//   saved for backward: rstd (M,E/S)
+// In both orders out = weight * rstd * (y silu(z)): they differ only in what is squared.
+// A thread owns GATED_PACK neighbouring channels of a group, the threads of a block a whole group, of every
+// gridDim.x-th token; blockIdx.y is the group. It starts the loads of its next token before it waits for the
+// sum over this one.   bytes: 3 sizeof(X) per element
+enum { GATED_PACK = 8, GATED_FORWARD_BLOCKS = 2112 };
+
+// gated_sum: the sum over the block, the same bits in every thread; `phase` as in group_sum
+__device__ __forceinline__ float gated_sum(float x, float* shared, int phase) {
+    x = warp_sum(x);
+    if (blockDim.x == WARP) return x;
+    float* part = shared + phase * WARP;
+    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? part[threadIdx.x % WARP] : 0.0f);
+}
+
+// gated_rstd: NaN where the sum of squares was infinite, as on the CPU
+__device__ __forceinline__ float gated_rstd(float sum, float S, float eps) {
+    float r = 1.0f / sqrtf(sum / S + eps);
+    return r == 0 ? NAN : r;
+}
+
+template <typename X, int THREADS>
+__global__ void __launch_bounds__(THREADS, 1024 / THREADS)
+gated_rmsnorm_forward_kernel(X* out, size_t ldo, float* rstd, const X* y, const X* z, size_t ldz,
+                             const float* weight, size_t M, size_t E, int S, float eps, bool norm_first) {
+    __shared__ float shared[2 * WARP];
+    const int s = (int)threadIdx.x * GATED_PACK;
+    const size_t e = (size_t)blockIdx.y * S + s;
+    const bool own = s < S;
+    float w[GATED_PACK] = {};
+    Pack<X, GATED_PACK> y_next = {}, z_next = {};
+    if (own) {
+        unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));
+        y_next = load_pack<GATED_PACK>(y + blockIdx.x * E + e);
+        z_next = load_pack<GATED_PACK>(z + blockIdx.x * ldz + e);
+    }
+    int phase = 0;
+    for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
+        float y_m[GATED_PACK], v[GATED_PACK], sum = 0;
+        unpack<GATED_PACK>(y_m, y_next);
+        unpack<GATED_PACK>(v, z_next);
+        if (own && m + gridDim.x < M) {
+            y_next = load_pack<GATED_PACK>(y + (m + gridDim.x) * E + e);
+            z_next = load_pack<GATED_PACK>(z + (m + gridDim.x) * ldz + e);
+        }
+        #pragma unroll
+        for (int j = 0; j < GATED_PACK; j++) {
+            v[j] = y_m[j] * silu_cuda(v[j]);
+            float x = norm_first ? y_m[j] : v[j];
+            sum += x * x;
+        }
+        float r = gated_rstd(gated_sum(sum, shared, phase), (float)S, eps);
+        #pragma unroll
+        for (int j = 0; j < GATED_PACK; j++) v[j] *= w[j] * r;
+        if (own) store_pack<GATED_PACK>(out + m * ldo + e, v);
+        if (threadIdx.x == 0) rstd[m * gridDim.y + blockIdx.y] = r;
+    }
+}
+
+// any S, any alignment: a block per token and group, whose values are read twice
+template <typename X>
+__global__ void gated_rmsnorm_forward_general_kernel(X* out, size_t ldo, float* rstd, const X* y, const X* z,
+                                                     size_t ldz, const float* weight, size_t E, size_t S,
+                                                     float eps, bool norm_first) {
+    __shared__ float shared[2 * WARP];
+    const size_t m = blockIdx.x, e0 = blockIdx.y * S;
+    float sum = 0;
+    for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x) {
+        float x = to_float(y[m * E + e]);
+        if (!norm_first) x *= silu_cuda(to_float(z[m * ldz + e]));
+        sum += x * x;
+    }
+    float r = gated_rstd(gated_sum(sum, shared, 0), (float)S, eps);
+    for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x)
+        out[m * ldo + e] =
+            from_float<X>(weight[e] * r * (to_float(y[m * E + e]) * silu_cuda(to_float(z[m * ldz + e]))));
+    if (threadIdx.x == 0) rstd[m * gridDim.y + blockIdx.y] = r;
+}
+
+// threads of a block that owns a group of S channels in packs, 0: it cannot
+static inline unsigned gated_threads(size_t S) {
+    if (S % GATED_PACK || S > 1024 * GATED_PACK) return 0;
+    return (unsigned)((S / GATED_PACK + WARP - 1) / WARP * WARP);
+}
+
+template <typename X>
+const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X* y, const X* z, size_t ldz,
+                                       const float* weight, size_t M, size_t E, size_t S, float eps,
+                                       bool norm_first, cudaStream_t stream) {
+    const size_t pack = GATED_PACK * sizeof(X), bound = GATED_FORWARD_BLOCKS;
+    const unsigned threads = gated_threads(S), groups = (unsigned)(E / S);
+    if (threads && is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(y, pack, E * sizeof(X)) &&
+        is_aligned(z, pack, ldz * sizeof(X)) && is_aligned(weight, GATED_PACK * 4, 0)) {
+        auto kernel = threads <= 192   ? gated_rmsnorm_forward_kernel<X, 192>
+                      : threads <= 512 ? gated_rmsnorm_forward_kernel<X, 512>
+                                       : gated_rmsnorm_forward_kernel<X, 1024>;
+        kernel<<<dim3((unsigned)(M < bound ? M : bound), groups), threads, 0, stream>>>(
+            out, ldo, rstd, y, z, ldz, weight, M, E, (int)S, eps, norm_first);
+        cudaCheck(cudaGetLastError());
+        return "gated_rmsnorm_forward_kernel";
+    }
+    gated_rmsnorm_forward_general_kernel<<<dim3((unsigned)M, groups), 256, 0, stream>>>(
+        out, ldo, rstd, y, z, ldz, weight, E, S, eps, norm_first);
+    cudaCheck(cudaGetLastError());
+    return "gated_rmsnorm_forward_general_kernel";
+}
+
+// gated_rmsnorm_backward: with p = y silu(z), q = weight * dout, mean = mean over the group of q p rstd:
+//   out = weight * rstd * p                      =>  dweight += sum_m dout * p * rstd
+//   norm_first = false, w = p: dw = rstd (q - p rstd mean)   =>  dy = dw silu(z)    dz = dw y silu'(z)
+//   norm_first = true,  w = y: dy = rstd (q silu(z) - y rstd mean)    dz = q y rstd silu'(z)
+//   dy (M,E), may be dout   dz, dout with row strides lddz, lddo   y, z, rstd: as in forward
+//   out (row stride ldo), unless NULL, receives the output of the forward again, the same bits, which the
+//   next weight gradient needs
+// The blocks walk as in forward and sum dweight in registers; parts (gridDim.x,E) takes their sums.
+// bytes: 6 sizeof(X) per element with out
+template <typename X, int THREADS>
+__global__ void __launch_bounds__(THREADS, 768 / THREADS > 0 ? 768 / THREADS : 1)
+gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* parts, const X* dout,
+                              size_t lddo, const X* y, const X* z, size_t ldz, const float* weight,
+                              const float* rstd, size_t M, size_t E, int S, bool norm_first) {
+    __shared__ float shared[2 * WARP];
+    const int s = (int)threadIdx.x * GATED_PACK;
+    const size_t e = (size_t)blockIdx.y * S + s;
+    const bool own = s < S;
+    float w[GATED_PACK] = {}, dw[GATED_PACK] = {};
+    Pack<X, GATED_PACK> d_next = {}, y_next = {}, z_next = {};
+    if (own) {
+        unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));
+        d_next = load_pack<GATED_PACK>(dout + blockIdx.x * lddo + e);
+        y_next = load_pack<GATED_PACK>(y + blockIdx.x * E + e);
+        z_next = load_pack<GATED_PACK>(z + blockIdx.x * ldz + e);
+    }
+    int phase = 0;
+    for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
+        const Pack<X, GATED_PACK> d_m = d_next, y_m = y_next, z_m = z_next;
+        const float r = rstd[m * gridDim.y + blockIdx.y];
+        float sigma[GATED_PACK], dot = 0;
+        if (own && m + gridDim.x < M) {
+            d_next = load_pack<GATED_PACK>(dout + (m + gridDim.x) * lddo + e);
+            y_next = load_pack<GATED_PACK>(y + (m + gridDim.x) * E + e);
+            z_next = load_pack<GATED_PACK>(z + (m + gridDim.x) * ldz + e);
+        }
+        #pragma unroll
+        for (int j = 0; j < GATED_PACK; j++) {
+            float z_j = to_float(z_m.v[j]);
+            sigma[j] = sigmoid_cuda(z_j);
+            float g = to_float(d_m.v[j]) * (to_float(y_m.v[j]) * (z_j * sigma[j]));
+            dot += w[j] * g;
+            dw[j] += g * r;
+        }
+        float mean = gated_sum(dot, shared, phase) * r / (float)S;
+        float dy_v[GATED_PACK], dz_v[GATED_PACK], out_v[GATED_PACK];
+        #pragma unroll
+        for (int j = 0; j < GATED_PACK; j++) {
+            float y_j = to_float(y_m.v[j]), z_j = to_float(z_m.v[j]), q = w[j] * to_float(d_m.v[j]);
+            float gate = z_j * sigma[j], p = y_j * gate, dgate = silu_grad_cuda(z_j, sigma[j]);
+            float dw_j = r * (norm_first ? q : q - p * r * mean);
+            dy_v[j] = norm_first ? r * (q * gate - y_j * r * mean) : dw_j * gate;
+            dz_v[j] = dw_j * y_j * dgate;
+            out_v[j] = p * (w[j] * r);
+        }
+        if (!own) continue;
+        store_pack<GATED_PACK>(dy + m * E + e, dy_v);
+        store_pack<GATED_PACK>(dz + m * lddz + e, dz_v);
+        if (out) store_pack<GATED_PACK>(out + m * ldo + e, out_v);
+    }
+    if (own) store_pack<GATED_PACK>(parts + blockIdx.x * E + e, dw);
+}
+
+// any S, any alignment; dweight is summed in `parts` itself, each column by the same thread
+template <typename X>
+__global__ void gated_rmsnorm_backward_general_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo,
+                                                      float* parts, const X* dout, size_t lddo, const X* y,
+                                                      const X* z, size_t ldz, const float* weight,
+                                                      const float* rstd, size_t M, size_t E, size_t S,
+                                                      bool norm_first) {
+    __shared__ float shared[2 * WARP];
+    const size_t e0 = blockIdx.y * S;
+    float* part = parts + blockIdx.x * E;
+    int phase = 0;
+    for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x) part[e] = 0;
+    for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
+        const float r = rstd[m * gridDim.y + blockIdx.y];
+        float dot = 0;
+        for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x) {
+            float g = to_float(dout[m * lddo + e]) *
+                      (to_float(y[m * E + e]) * silu_cuda(to_float(z[m * ldz + e])));
+            dot += weight[e] * g;
+            part[e] += g * r;
+        }
+        float mean = gated_sum(dot, shared, phase) * r / (float)S;
+        for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x) {
+            float y_e = to_float(y[m * E + e]), z_e = to_float(z[m * ldz + e]), sigma = sigmoid_cuda(z_e);
+            float q = weight[e] * to_float(dout[m * lddo + e]), gate = z_e * sigma, p = y_e * gate;
+            float dw_e = r * (norm_first ? q : q - p * r * mean);
+            dy[m * E + e] = from_float<X>(norm_first ? r * (q * gate - y_e * r * mean) : dw_e * gate);
+            dz[m * lddz + e] = from_float<X>(dw_e * y_e * silu_grad_cuda(z_e, sigma));
+            if (out) out[m * ldo + e] = from_float<X>(weight[e] * r * p);
+        }
+    }
+}
+
+// the scratch of gated_rmsnorm_backward_cuda, in floats
+size_t gated_rmsnorm_scratch_cuda(size_t M, size_t E) { return rmsnorm_backward_scratch_cuda(M, E); }
+
+template <typename X>
+const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* dweight,
+                                        const X* dout, size_t lddo, const X* y, const X* z, size_t ldz,
+                                        const float* weight, const float* rstd, float* scratch, size_t M,
+                                        size_t E, size_t S, bool norm_first, cudaStream_t stream) {
+    const size_t pack = GATED_PACK * sizeof(X), blocks = M < NORM_BLOCKS ? M : (size_t)NORM_BLOCKS;
+    const unsigned threads = gated_threads(S);
+    const dim3 grid((unsigned)blocks, (unsigned)(E / S));
+    const char* name = "gated_rmsnorm_backward_kernel";
+    if (threads && is_aligned(dy, pack, E * sizeof(X)) && is_aligned(dz, pack, lddz * sizeof(X)) &&
+        is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(dout, pack, lddo * sizeof(X)) &&
+        is_aligned(y, pack, E * sizeof(X)) && is_aligned(z, pack, ldz * sizeof(X)) &&
+        is_aligned(weight, GATED_PACK * 4, 0) && is_aligned(scratch, GATED_PACK * 4, E * 4)) {
+        auto kernel = threads <= 192   ? gated_rmsnorm_backward_kernel<X, 192>
+                      : threads <= 512 ? gated_rmsnorm_backward_kernel<X, 512>
+                                       : gated_rmsnorm_backward_kernel<X, 1024>;
+        kernel<<<grid, threads, 0, stream>>>(dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight,
+                                             rstd, M, E, (int)S, norm_first);
+    } else {
+        gated_rmsnorm_backward_general_kernel<<<grid, 256, 0, stream>>>(
+            dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight, rstd, M, E, S, norm_first);
+        name = "gated_rmsnorm_backward_general_kernel";
+    }
+    cudaCheck(cudaGetLastError());
+    sum_parts_cuda(dweight, NULL, scratch, blocks, E, 0, E, stream);
+    return name;
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -5740,8 +5982,8 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
     cudaStream_t stream = run->stream;
     block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->xz, 2 * E, p->in_proj, p->in_proj_bias,
                         2 * E);
-    causal_conv1d_forward_cuda(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B,
-                               T, E, K, stream);
+    causal_conv1d_forward_cuda(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true,
+                               run->doc, B, T, E, K, stream);
     matmul_forward_cuda(run->matmul, a->rbc, RBC, a->x, E, weight_x(L, p->x_proj), (const float*)NULL, M, E,
                         RBC, stream);
     matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, weight_x(L, p->dt_proj), (const float*)NULL,
@@ -5768,7 +6010,7 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     cudaStream_t stream = run->stream;
     if (run->recompute == RECOMPUTE_CHEAP) {                 // x, dt_raw now, u in block_begin_backward
         causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias,
-                                   run->doc, B, T, E, K, stream);
+                                   true, run->doc, B, T, E, K, stream);
         matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, weight_x(L, p->dt_proj),
                             (const float*)NULL, M, R, E, stream);
     }
@@ -5787,7 +6029,7 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     linear_backward_weight(run, dp->x_proj, (float*)NULL, w->drbc, RBC, a->x, E, shared->sums, E, RBC);
     linear_backward_input(run, w->dx, E, true, w->drbc, RBC, weight_x(L, p->x_proj), E, RBC);
     causal_conv1d_backward_cuda(w->dxz, 2 * E, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dx,
-                                (const float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias,
+                                (const float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true,
                                 run->doc, shared->sums, B, T, E, K, stream);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dxz, 2 * E,
                          p->norm, p->in_proj, 2 * E);
