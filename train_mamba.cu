@@ -5391,7 +5391,7 @@ void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* 
 // A thread owns GATED_PACK neighbouring channels of a group, the threads of a block a whole group, of every
 // gridDim.x-th token; blockIdx.y is the group. It starts the loads of its next token before it waits for the
 // sum over this one.   bytes: 3 sizeof(X) per element
-enum { GATED_PACK = 8, GATED_FORWARD_BLOCKS = 2112 };
+enum { GATED_PACK = 8, GATED_THREADS = 640, GATED_FORWARD_BLOCKS = 2112 };
 
 // gated_sum: the sum over the block, the same bits in every thread; `phase` as in group_sum
 __device__ __forceinline__ float gated_sum(float x, float* shared, int phase) {
@@ -5409,8 +5409,8 @@ __device__ __forceinline__ float gated_rstd(float sum, float S, float eps) {
     return r == 0 ? NAN : r;
 }
 
-template <typename X, int THREADS>
-__global__ void __launch_bounds__(THREADS, 1024 / THREADS)
+template <typename X>
+__global__ void __launch_bounds__(GATED_THREADS)
 gated_rmsnorm_forward_kernel(X* out, size_t ldo, float* rstd, const X* y, const X* z, size_t ldz,
                              const float* weight, size_t M, size_t E, int S, float eps, bool norm_first) {
     __shared__ float shared[2 * WARP];
@@ -5469,7 +5469,7 @@ __global__ void gated_rmsnorm_forward_general_kernel(X* out, size_t ldo, float* 
 
 // threads of a block that owns a group of S channels in packs, 0: it cannot
 static inline unsigned gated_threads(size_t S) {
-    if (S % GATED_PACK || S > 1024 * GATED_PACK) return 0;
+    if (S % GATED_PACK || S > GATED_THREADS * GATED_PACK) return 0;
     return (unsigned)((S / GATED_PACK + WARP - 1) / WARP * WARP);
 }
 
@@ -5481,10 +5481,7 @@ const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X*
     const unsigned threads = gated_threads(S), groups = (unsigned)(E / S);
     if (threads && is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(y, pack, E * sizeof(X)) &&
         is_aligned(z, pack, ldz * sizeof(X)) && is_aligned(weight, GATED_PACK * 4, 0)) {
-        auto kernel = threads <= 192   ? gated_rmsnorm_forward_kernel<X, 192>
-                      : threads <= 512 ? gated_rmsnorm_forward_kernel<X, 512>
-                                       : gated_rmsnorm_forward_kernel<X, 1024>;
-        kernel<<<dim3((unsigned)(M < bound ? M : bound), groups), threads, 0, stream>>>(
+        gated_rmsnorm_forward_kernel<<<dim3((unsigned)min_size(M, bound), groups), threads, 0, stream>>>(
             out, ldo, rstd, y, z, ldz, weight, M, E, (int)S, eps, norm_first);
         cudaCheck(cudaGetLastError());
         return "gated_rmsnorm_forward_kernel";
@@ -5505,7 +5502,7 @@ const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X*
 // The blocks walk as in forward and sum dweight in registers; parts (gridDim.x,E) takes their sums.
 // bytes: 6 sizeof(X) per element with out
 template <typename X, int THREADS>
-__global__ void __launch_bounds__(THREADS, 768 / THREADS > 0 ? 768 / THREADS : 1)
+__global__ void __launch_bounds__(THREADS, THREADS <= 192 ? 4 : 1)
 gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* parts, const X* dout,
                               size_t lddo, const X* y, const X* z, size_t ldz, const float* weight,
                               const float* rstd, size_t M, size_t E, int S, bool norm_first) {
@@ -5607,9 +5604,8 @@ const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_
         is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(dout, pack, lddo * sizeof(X)) &&
         is_aligned(y, pack, E * sizeof(X)) && is_aligned(z, pack, ldz * sizeof(X)) &&
         is_aligned(weight, GATED_PACK * 4, 0) && is_aligned(scratch, GATED_PACK * 4, E * 4)) {
-        auto kernel = threads <= 192   ? gated_rmsnorm_backward_kernel<X, 192>
-                      : threads <= 512 ? gated_rmsnorm_backward_kernel<X, 512>
-                                       : gated_rmsnorm_backward_kernel<X, 1024>;
+        auto kernel = threads <= 192 ? gated_rmsnorm_backward_kernel<X, 192>
+                                     : gated_rmsnorm_backward_kernel<X, GATED_THREADS>;
         kernel<<<grid, threads, 0, stream>>>(dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight,
                                              rstd, M, E, (int)S, norm_first);
     } else {
