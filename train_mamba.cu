@@ -4209,7 +4209,7 @@ const char* ssd_forward_cuda(X* y, X* states, float* hT, const X* x, size_t ldx,
 // or 128, N 64 or 128, the tensor core). The states between tiles are scratch; to bound it, sequences are
 // treated in rounds of SSD_ROUND tokens.
 
-enum { SSD_TILE = 64, SSD_PER_SAVED = SSD_SPACING / SSD_TILE, SSD_ROUND = 16384 };
+enum { SSD_SPAN = 64, SSD_PER_SAVED = SSD_SPACING / SSD_SPAN, SSD_ROUND = 16384 };
 // log2 of a decay that is 0 in float. Nothing smaller is added to cs: its digits are needed for what follows
 #define SSD_GONE -130.0f
 
@@ -4217,7 +4217,7 @@ enum { SSD_TILE = 64, SSD_PER_SAVED = SSD_SPACING / SSD_TILE, SSD_ROUND = 16384 
 // document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds; all:
 // from before the tile to after it. cs is in base 2.
 struct SsdTokens {
-    float cs[SSD_TILE], dt[SSD_TILE], from[SSD_TILE], to[SSD_TILE];
+    float cs[SSD_SPAN], dt[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
     float all;
 };
 
@@ -4278,7 +4278,7 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
                   const X* cols, size_t ldc, const float* dt, const float* A_log, const int* doc, size_t T,
                   size_t H, size_t P, size_t G, size_t N) {
     const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x, h = blockIdx.y, p = i / N, n = i % N;
-    const size_t tiles = (T + SSD_TILE - 1) / SSD_TILE, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
     const size_t walks = REVERSE ? 1 : saved, b = blockIdx.z / walks, walk = blockIdx.z % walks;
     if (i >= P * N) return;
     const float A2 = scan_decay(A_log[h]);
@@ -4289,7 +4289,7 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
         float s = dhT ? dhT[(b * H + h) * P * N + i] : 0.0f;
         for (size_t c = tiles; c-- > 0;) {
             out[c * H * P * N] = s;
-            for (size_t t = c + 1 < tiles ? (c + 1) * SSD_TILE : T; t-- > c * SSD_TILE;) {
+            for (size_t t = c + 1 < tiles ? (c + 1) * SSD_SPAN : T; t-- > c * SSD_SPAN;) {
                 s = fmaf(to_float(row[t * ldr]), to_float(col[t * ldc]), s);
                 s = scan_resets_cuda(doc, b, t, T) ? 0.0f : s * exp2f(dt_h[t] * A2);
             }
@@ -4300,7 +4300,7 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
     float s = to_float(states[((b * saved + walk) * H + h) * P * N + i]);
     for (size_t c = walk * SSD_PER_SAVED; c < tiles && c < (walk + 1) * SSD_PER_SAVED; c++) {
         out[c * H * P * N] = s;
-        for (size_t t = c * SSD_TILE; t < (c + 1) * SSD_TILE && t < T; t++) {
+        for (size_t t = c * SSD_SPAN; t < (c + 1) * SSD_SPAN && t < T; t++) {
             float a = scan_resets_cuda(doc, b, t, T) ? 0.0f : exp2f(dt_h[t] * A2);
             s = fmaf(dt_h[t] * to_float(row[t * ldr]), to_float(col[t * ldc]), a * s);
         }
@@ -4310,11 +4310,11 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
 // ssd_backward_kernel: one block per tile, head and sequence, the formulas above. dBC (B,T,H,2N): what the
 // head adds to dBt and dCt. sums (B tiles, n_sums): H sums for dA_log, then H (or H P) for dDskip.
 struct SsdBackward {
-    float GL[SSD_TILE][SSD_TILE + 1];                          // L, then G L
-    float dG[SSD_TILE][SSD_TILE + 1];                          // L dt S
-    float W[SSD_TILE][SSD_TILE + 1];                           // then its sums along a row
-    float dt[SSD_TILE], alpha[SSD_TILE], from[SSD_TILE], to[SSD_TILE];
-    float e[SSD_TILE], f[SSD_TILE], direct[SSD_TILE], dalpha[SSD_TILE], part[8];
+    float GL[SSD_SPAN][SSD_SPAN + 1];                          // L, then G L
+    float dG[SSD_SPAN][SSD_SPAN + 1];                          // L dt S
+    float W[SSD_SPAN][SSD_SPAN + 1];                           // then its sums along a row
+    float dt[SSD_SPAN], alpha[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
+    float e[SSD_SPAN], f[SSD_SPAN], direct[SSD_SPAN], dalpha[SSD_SPAN], part[8];
     float all;
 };
 
@@ -4327,9 +4327,9 @@ ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, siz
     extern __shared__ __align__(128) char shared[];
     SsdBackward& sh = *(SsdBackward*)shared;
     const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
-    const size_t tiles = (T + SSD_TILE - 1) / SSD_TILE, b = blockIdx.x / tiles, t0 = blockIdx.x % tiles * SSD_TILE;
+    const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, b = blockIdx.x / tiles, t0 = blockIdx.x % tiles * SSD_SPAN;
     const size_t h = blockIdx.y, E = H * P;
-    const int count = T - t0 < SSD_TILE ? (int)(T - t0) : SSD_TILE;
+    const int count = T - t0 < SSD_SPAN ? (int)(T - t0) : SSD_SPAN;
     const float A2 = scan_decay(A_log[h]);
     const X *x_h = x + (b * T + t0) * ldx + h * P, *dy_h = dy + (b * T + t0) * E + h * P;
     const X *Bt_h = Bt + (b * T + t0) * ldbc + h * G / H * N, *Ct_h = Ct + (b * T + t0) * ldbc + h * G / H * N;
@@ -4491,15 +4491,15 @@ struct SsdLane {
 template <int COLS, int THREADS>
 __device__ __forceinline__ void ssd_copy_tile(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
     #pragma unroll
-    for (int k = 0; k < SSD_TILE * COLS / 8 / THREADS; k++) {
+    for (int k = 0; k < SSD_SPAN * COLS / 8 / THREADS; k++) {
         int v = (int)threadIdx.x + k * THREADS, row = v / (COLS / 8), col = v % (COLS / 8) * 8;
         scan_copy16(&to[row][col], from + (row < count ? row * ld : 0) + col, row < count);
     }
 }
 
-enum { SSD_STAGES = 3 };
+enum { SSD_WALK_STAGES = 3 };
 template <int P, int N> struct SsdStatesShared {
-    bf16 rows[SSD_STAGES][SSD_TILE][P + 8], cols[SSD_STAGES][SSD_TILE][N + 8];
+    bf16 rows[SSD_WALK_STAGES][SSD_SPAN][P + 8], cols[SSD_WALK_STAGES][SSD_SPAN][N + 8];
     bf16 out[P][N + 8];                                        // 16 rows per warp, for stores of whole rows
     SsdTokens tokens[2];
 };
@@ -4525,7 +4525,7 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     extern __shared__ __align__(128) char shared[];
     SsdStatesShared<P, N>& sh = *(SsdStatesShared<P, N>*)shared;
     const SsdLane l;
-    const int walk = blockIdx.x % walks, tiles = (int)((T + SSD_TILE - 1) / SSD_TILE);
+    const int walk = blockIdx.x % walks, tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN);
     const size_t h = blockIdx.x / walks % H, b = blockIdx.x / walks / H;
     const int first = walk * each, end = min(first + each, tiles);
     // tiles to walk through: not the last one, unless somebody wants what is behind it
@@ -4538,8 +4538,8 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     auto tile_of = [&](int k) { return REVERSE ? end - 1 - k : first + k; };
     auto load = [&](int k) {
         if (k < steps) {
-            size_t t0 = (size_t)tile_of(k) * SSD_TILE;
-            int count = (int)(T - t0 < SSD_TILE ? T - t0 : SSD_TILE), stage = k % SSD_STAGES;
+            size_t t0 = (size_t)tile_of(k) * SSD_SPAN;
+            int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN), stage = k % SSD_WALK_STAGES;
             ssd_copy_tile<P, 2 * P>(sh.rows[stage], rows + t0 * ldr, ldr, count);
             ssd_copy_tile<N, 2 * P>(sh.cols[stage], cols + t0 * ldc, ldc, count);
         }
@@ -4547,12 +4547,12 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     };
     float2 dt_next = make_float2(0.0f, 0.0f);
     auto load_dt = [&](int k) {
-        if (l.warp == 0 && k < steps) dt_next = ssd_dt_pair(dt_h, (size_t)tile_of(k) * SSD_TILE, T);
+        if (l.warp == 0 && k < steps) dt_next = ssd_dt_pair(dt_h, (size_t)tile_of(k) * SSD_SPAN, T);
     };
     auto tokens = [&](int k) {
         if (l.warp > 0 || k >= steps) return;
         uint32_t even, odd;
-        ssd_resets(&even, &odd, doc, b, (size_t)tile_of(k) * SSD_TILE, T);
+        ssd_resets(&even, &odd, doc, b, (size_t)tile_of(k) * SSD_SPAN, T);
         ssd_tokens(&sh.tokens[k % 2], dt_next, A2, even, odd);
     };
     load_dt(0);
@@ -4607,7 +4607,7 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     };
     #pragma unroll 1
     for (int k = 0; k < steps; k++) {
-        const int c = tile_of(k), stage = k % SSD_STAGES;
+        const int c = tile_of(k), stage = k % SSD_WALK_STAGES;
         const SsdTokens& tk = sh.tokens[k % 2];
         if (REVERSE && !LOCAL) store(c);
         copy_async_wait(1);
@@ -4619,7 +4619,7 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
         for (int i = 0; i < N / 8; i++) { s[i][0] *= tk.all; s[i][1] *= tk.all; s[i][2] *= tk.all; s[i][3] *= tk.all; }
         if (LOCAL) decay *= tk.all;
         #pragma unroll
-        for (int i = 0; i < SSD_TILE / 16; i++) {              // 16 tokens
+        for (int i = 0; i < SSD_SPAN / 16; i++) {              // 16 tokens
             uint32_t a[4];
             load_matrices_trans(a, &sh.rows[stage][16 * i + l.kr][16 * l.warp + l.kc]);
             #pragma unroll
@@ -4669,14 +4669,14 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
 // own 16 tokens, those along rows are made of S.
 
 template <int P, int N> struct SsdBackwardShared {
-    bf16 Bt[SSD_TILE][N + 8], Ct[SSD_TILE][N + 8];
-    bf16 x[SSD_TILE][P + 8], dy[SSD_TILE][P + 8];              // x: later dx
+    bf16 Bt[SSD_SPAN][N + 8], Ct[SSD_SPAN][N + 8];
+    bf16 x[SSD_SPAN][P + 8], dy[SSD_SPAN][P + 8];              // x: later dx
     bf16 before[P][N + 8], after[P][N + 8];                    // H, Lambda
-    bf16 gram[SSD_TILE][SSD_TILE + 8];                         // G, 0 where L is; in the end dG
+    bf16 gram[SSD_SPAN][SSD_SPAN + 8];                         // G, 0 where L is; in the end dG
     float4 dgram[20][WARP];                                    // dG: as the tensor core leaves it, 16 x 8 each
     SsdTokens tokens[2];
-    int begin[SSD_TILE];
-    float dalpha[SSD_TILE], direct[SSD_TILE];
+    int begin[SSD_SPAN];
+    float dalpha[SSD_SPAN], direct[SSD_SPAN];
     float row[4][16], column[4][16], inner[4][16];             // of the warps' tokens
     float sums[4][8];
 };
@@ -4761,10 +4761,10 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
     SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)shared;
     const SsdLane l;
     const int w = l.warp, g = l.g, q = l.q, r0 = 16 * w + g, r1 = r0 + 8;
-    const int tiles = (int)((T + SSD_TILE - 1) / SSD_TILE), part = blockIdx.x % parts;
+    const int tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN), part = blockIdx.x % parts;
     const int group = blockIdx.x / parts % G, c = blockIdx.x / parts / G % tiles;
-    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_TILE, E = (size_t)H * P;
-    const int count = (int)(T - t0 < SSD_TILE ? T - t0 : SSD_TILE);
+    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_SPAN, E = (size_t)H * P;
+    const int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN);
     const int each = (H / G + parts - 1) / parts, h0 = group * (H / G) + part * each;
     const int h1 = min(h0 + each, (group + 1) * (H / G));
     const size_t PN = P * N, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
@@ -4918,7 +4918,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         if (D_has_hdim) {
             for (int p = threadIdx.x; p < P; p += 4 * WARP) {
                 float sum = 0.0f;
-                for (int t = 0; t < SSD_TILE; t++) sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
+                for (int t = 0; t < SSD_SPAN; t++) sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
                 sums[H + h * P + p] = sum;
             }
         }
@@ -5145,7 +5145,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
 // --- launchers ----------------------------------------------------------------------------------------
 
 // blocks that fill the chip: two on each of the 132 processors of an H200
-enum { SSD_FILL = 264 };
+enum { SSD_BACKWARD_BLOCKS = 264 };
 
 // SsdBackwardPlan: how the launcher cuts the work, and what it keeps in scratch, in floats
 struct SsdBackwardPlan {
@@ -5158,13 +5158,13 @@ static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, s
     SsdBackwardPlan s;
     const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N;
     s.round = tokens / T < 1 ? 1 : tokens / T < B ? tokens / T : B;
-    s.tiles = (T + SSD_TILE - 1) / SSD_TILE;
+    s.tiles = (T + SSD_SPAN - 1) / SSD_SPAN;
     s.saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-    size_t walks = SSD_FILL / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
+    size_t walks = SSD_BACKWARD_BLOCKS / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
     walks = !fast || walks < 1 ? 1 : walks < most ? walks : most;
     s.each = (s.tiles + walks - 1) / walks;
     s.walks = (s.tiles + s.each - 1) / s.each;
-    s.parts = SSD_FILL / (s.round * s.tiles * G);
+    s.parts = SSD_BACKWARD_BLOCKS / (s.round * s.tiles * G);
     s.parts = !fast ? H / G : s.parts < 1 ? 1 : s.parts < H / G ? s.parts : H / G;
     size_t at = 0, half = fast ? 2 : 1;                        // the fast path's states are bf16
     auto take = [&at](size_t n) { size_t from = at; at += (n + 3) / 4 * 4; return from; };
@@ -5236,7 +5236,7 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     scan_allow_shared(ends, walk_bytes);
     scan_allow_shared(left, walk_bytes);
     scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
-    if (T > SSD_TILE) {
+    if (T > SSD_SPAN) {
         right<<<(unsigned)(r.n * H * s.saved), 2 * P, walk_bytes, stream>>>(
             before, NULL, NULL, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, T, H, G,
             (int)s.saved, SSD_PER_SAVED);
