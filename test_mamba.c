@@ -3147,6 +3147,7 @@ const Case cases[] = {
     { "cuda faults", test_cuda_faults },
     { "cuda layers", test_cuda_layers },
     { "cuda scan", test_cuda_scan },
+    { "cuda ssd backward", test_cuda_ssd_backward },
     { "cuda matmul", test_cuda_matmul },
     { "cuda model", test_cuda_model },
     { "cuda generate", test_cuda_generate },

@@ -5145,7 +5145,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
 // --- launchers ----------------------------------------------------------------------------------------
 
 // blocks that fill the chip: two on each of the 132 processors of an H200
-enum { SSD_BACKWARD_FILL = 264 };
+enum { SSD_BACKWARD_BLOCKS = 264 };
 
 // SsdBackwardPlan: how the launcher cuts the work, and what it keeps in scratch, in floats
 struct SsdBackwardPlan {
@@ -5160,11 +5160,11 @@ static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, s
     s.round = tokens / T < 1 ? 1 : tokens / T < B ? tokens / T : B;
     s.tiles = (T + SSD_SPAN - 1) / SSD_SPAN;
     s.saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-    size_t walks = SSD_BACKWARD_FILL / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
+    size_t walks = SSD_BACKWARD_BLOCKS / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
     walks = !fast || walks < 1 ? 1 : walks < most ? walks : most;
     s.each = (s.tiles + walks - 1) / walks;
     s.walks = (s.tiles + s.each - 1) / s.each;
-    s.parts = SSD_BACKWARD_FILL / (s.round * s.tiles * G);
+    s.parts = SSD_BACKWARD_BLOCKS / (s.round * s.tiles * G);
     s.parts = !fast ? H / G : s.parts < 1 ? 1 : s.parts < H / G ? s.parts : H / G;
     size_t at = 0, half = fast ? 2 : 1;                        // the fast path's states are bf16
     auto take = [&at](size_t n) { size_t from = at; at += (n + 3) / 4 * 4; return from; };

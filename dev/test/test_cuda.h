@@ -55,6 +55,17 @@ void selective_scan_backward(double* dx, double* ddt, double* dA_log, double* dB
                              const double* hs, const double* x, const double* dt, const double* A_log,
                              const double* Bt, const double* Ct, size_t ldbc, const double* Dskip,
                              const int* doc, double* scratch, size_t B, size_t T, size_t E, size_t N);
+void ssd_recurrent_backward(double* dx, size_t lddx, double* ddt, double* dA_log, double* dBt, double* dCt,
+                            size_t lddbc, double* dDskip, double* dh0, const double* dy, const double* dhT,
+                            const double* x, size_t ldx, const double* dt, const double* A_log,
+                            const double* Bt, const double* Ct, size_t ldbc, const double* Dskip,
+                            bool D_has_hdim, const double* h0, const int* doc, size_t B, size_t T, size_t H,
+                            size_t P, size_t G, size_t N);
+void dt_softplus_forward(double* dt, const double* dt_raw, size_t ldr, const double* dt_bias, double lo,
+                         double hi, size_t M, size_t H);
+void dt_softplus_backward(double* ddt_raw, size_t lddr, double* ddt_bias, const double* ddt,
+                          const double* dt_raw, size_t ldr, const double* dt_bias, double lo, double hi,
+                          size_t M, size_t H);
 void matmul_forward(double* out, size_t ldo, const double* inp, size_t ldi, const double* weight,
                     const double* bias, size_t M, size_t I, size_t O);
 void matmul_backward(double* dinp, size_t lddi, double* dweight, double* dbias, const double* dout,
@@ -726,6 +737,174 @@ void test_cuda_scan(void) {
         check_scan<float>(&scan_shapes[i], i % 2 ? 16 : 8);
         for (int spacing = 8; spacing <= 16; spacing += 8) check_scan<bf16>(&scan_shapes[i], spacing);
     }
+    use_threads(1);
+    claims_report();
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 3b. SSD, backward
+
+// pad: columns before x, and between x, Bt and Ct (x and Bt, Ct are parts of one row). dt is softplus of a
+// normal number with this mean and scale; decay is added to A_log. offset: elements by which dy is shifted
+typedef struct {
+    size_t B, T, H, P, G, N, pad;
+    int docs;                // -1: none; 0, 1: random; n > 1: a document begins at every n-th token
+    bool state, hdim;
+    double dt_scale, dt_mean, decay;
+    size_t offset;
+    const char* note;
+} SsdShape;
+static const SsdShape ssd_backward_shapes[] = {
+    {1, 1, 1, 1, 1, 1, 0, -1, false, false, 1, -3, 0, 0, ""},
+    {2, 1, 2, 64, 1, 128, 8, -1, true, false, 1, -3, 0, 0, ""},
+    {2, 1, 4, 64, 2, 64, 8, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 64, 1, 64, 1, 128, 0, -1, false, false, 1, -3, 0, 0, ""},
+    {1, 65, 2, 64, 1, 128, 8, -1, true, false, 1, -3, 0, 0, ""},
+    {2, 37, 3, 5, 1, 7, 1, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 100, 4, 33, 2, 17, 3, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 300, 6, 40, 3, 24, 0, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 333, 6, 64, 1, 128, 16, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 333, 4, 64, 2, 128, 8, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 520, 4, 64, 1, 128, 8, 63, true, false, 1, -3, 0, 0, " before chunk edges"},
+    {1, 520, 4, 64, 1, 128, 8, 64, true, false, 1, -3, 0, 0, " at chunk edges"},
+    {1, 520, 4, 64, 1, 128, 8, 65, true, false, 1, -3, 0, 0, " after chunk edges"},
+    {1, 700, 2, 64, 1, 128, 8, 256, true, false, 1, -3, 0, 0, " at saved states"},
+    {1, 200, 2, 64, 1, 128, 8, 2, true, false, 1, -3, 0, 0, " short ones"},
+    {2, 200, 3, 64, 1, 64, 8, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 200, 3, 32, 1, 64, 8, 0, true, true, 1, -3, 0, 0, ""},
+    {2, 200, 4, 32, 2, 128, 8, 1, true, false, 1, -3, 0, 0, ""},
+    {2, 200, 4, 128, 2, 64, 8, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 330, 3, 128, 1, 128, 8, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 200, 3, 64, 1, 128, 8, 0, true, false, 1, -3, 0, 1, " misaligned"},
+    {2, 200, 3, 64, 1, 128, 4, 0, true, false, 1, -3, 0, 0, " rows misaligned"},
+    {1, 128, 3, 64, 1, 128, 8, 0, false, false, 6, 0, 0, 0, " large dt"},
+    {1, 300, 3, 64, 1, 128, 8, 0, true, false, 3, 12, 0, 0, " dt near 12"},
+    {2, 500, 3, 64, 1, 128, 8, -1, true, false, 1, -8, 0, 0, " dt near 0"},
+    {1, 1500, 2, 64, 1, 128, 8, -1, true, false, 1, -3, -9, 0, " slow decay"},
+    {2, 100, 3, 64, 1, 128, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
+    {2, 100, 3, 12, 1, 9, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
+    {1, 2500, 6, 64, 1, 128, 8, -1, true, false, 1, -4, -2, 0, " walks in parts"},
+    {1, 2500, 6, 64, 2, 128, 8, 900, true, false, 1, -4, -2, 0, " walks in parts"},
+    {150, 200, 2, 32, 1, 64, 8, 0, true, false, 1, -3, 0, 0, " many sequences"},
+};
+
+// head by head to token by token, and back
+Vec turned(const Vec& v, size_t B, size_t rows, size_t cols) {
+    Vec r(v.size());
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < rows; i++)
+            for (size_t j = 0; j < cols; j++) r[(b * cols + j) * rows + i] = v[(b * rows + i) * cols + j];
+    return r;
+}
+
+template <typename X> void check_ssd_backward(const SsdShape* s) {
+    const size_t B = s->B, T = s->T, H = s->H, P = s->P, G = s->G, N = s->N, M = B * T, E = H * P;
+    const size_t cols = E + 2 * G * N, ld = s->pad + cols, states = B * H * P * N, n_skip = s->hdim ? E : H;
+    const size_t at_B = s->pad + E, at_C = at_B + G * N;
+    Vec rows = spread(normal_vec<X>(M * cols), cols, ld), dy = normal_vec<X>(M * E), xbc(M * ld, NAN);
+    for (size_t m = 0; m < M; m++)
+        for (size_t i = 0; i < cols; i++) xbc[m * ld + s->pad + i] = rows[m * ld + i];
+    Vec dt = normal_vec<float>(M * H, s->dt_scale, s->dt_mean), A_log = normal_vec<float>(H, 0.2, s->decay);
+    for (size_t i = 0; i < M * H; i++) dt[i] = rounded<float>(dt[i] > 20 ? dt[i] : log1p(exp(dt[i])));
+    for (size_t h = 0; h < H; h++) A_log[h] = rounded<float>(A_log[h] + log((double)(h % 16 + 1)));
+    Vec D = normal_vec<float>(n_skip), h0 = normal_vec<X>(states), dhT = normal_vec<float>(states);
+    Ints doc = random_docs(B, T, s->docs == 1);
+    if (s->docs > 1)
+        for (size_t m = 0; m < M; m++) doc[m] = (int)(m % T / (size_t)s->docs);
+    const int* d = s->docs < 0 ? NULL : doc.data();
+
+    Vec dxbc(M * ld), ddt(M * H), dA(H), dD(n_skip), dh0(states);
+    oracle::ssd_recurrent_backward(dxbc.data() + s->pad, ld, ddt.data(), dA.data(), dxbc.data() + at_B,
+                                   dxbc.data() + at_C, ld, dD.data(), dh0.data(), dy.data(),
+                                   s->state ? dhT.data() : NULL, xbc.data() + s->pad, ld, dt.data(),
+                                   A_log.data(), xbc.data() + at_B, xbc.data() + at_C, ld, D.data(), s->hdim,
+                                   s->state ? h0.data() : NULL, d, B, T, H, P, G, N);
+
+    Vec dy_shifted(s->offset, NAN);
+    dy_shifted.insert(dy_shifted.end(), dy.begin(), dy.end());
+    X *g_xbc = gpu<X>(xbc), *g_dy = gpu<X>(dy_shifted) + s->offset;
+    X *g_states = gpu_nan<X>(ssd_saved_cuda(B, T, H, P, N)), *y = gpu_nan<X>(M * E);
+    float *g_dt = gpu<float>(turned(dt, B, T, H)), *g_A = gpu<float>(A_log), *g_D = gpu<float>(D);
+    float *g_h0 = s->state ? gpu<float>(h0) : NULL, *g_dhT = s->state ? gpu<float>(dhT) : NULL;
+    const int* g_doc = d ? gpu(doc) : NULL;
+    const X *g_x = g_xbc + s->pad, *g_B = g_xbc + at_B, *g_C = g_xbc + at_C;
+    snprintf(shape, sizeof shape, "B%zu T%zu H%zu P%zu G%zu N%zu%s%s%s%s", B, T, H, P, G, N,
+             d ? " doc" : "", s->state ? " state" : "", s->hdim ? " hdim" : "", s->note);
+    ssd_forward_cuda<X>(y, g_states, (float*)NULL, g_x, ld, g_dt, g_A, g_B, g_C, ld, g_D, s->hdim, g_h0, g_doc,
+                        gpu_nan<float>(ssd_forward_scratch_cuda(B, T, H, P, G, N)), B, T, H, P, G, N, 0);
+    // 0 where the decay underflows: dA is then far below what can be seen beside other numbers
+    Vec start_A = normal_vec<float>(H, s->decay > 5 ? 0 : 0.5), start_D = normal_vec<float>(n_skip, 0.5), first;
+    float* scratch = gpu_nan<float>(ssd_backward_scratch_cuda(B, T, H, P, G, N));
+    for (int twice = 0; twice < 2; twice++) {
+        X* g_dxbc = gpu_nan<X>(M * ld);
+        float *g_ddt = gpu_nan<float>(M * H), *g_dA = gpu<float>(start_A), *g_dD = gpu<float>(start_D);
+        float* g_dh0 = s->state ? gpu_nan<float>(states) : NULL;
+        const char* path = ssd_backward_cuda<X>(g_dxbc + s->pad, ld, g_ddt, g_dA, g_dxbc + at_B, g_dxbc + at_C,
+                                                ld, g_dD, g_dh0, g_dy, g_dhT, g_states, g_x, ld, g_dt, g_A,
+                                                g_B, g_C, ld, g_D, s->hdim, g_doc, scratch, B, T, H, P, G, N,
+                                                0);
+        Vec all = from_gpu(g_dxbc, M * ld), got_dt = from_gpu(g_ddt, M * H), got_A = from_gpu(g_dA, H);
+        const double gaps = written_gaps(all, ld, 0, s->pad);
+        Vec dx = gathered(all, E, ld, s->pad), dB = gathered(all, G * N, ld, at_B);
+        Vec dC = gathered(all, G * N, ld, at_C), got_D = from_gpu(g_dD, n_skip);
+        all = gathered(all, cols, ld, s->pad);
+        all.insert(all.end(), got_dt.begin(), got_dt.end());
+        all.insert(all.end(), got_A.begin(), got_A.end());
+        all.insert(all.end(), got_D.begin(), got_D.end());
+        if (twice) {
+            claim_zero<X>("ssd backward, again: bits", differing(all.data(), first.data(), all.size()));
+            continue;
+        }
+        first = all;
+        const bool fast = sizeof(X) == 2 && (P == 32 || P == 64 || P == 128) && (N == 64 || N == 128) &&
+                          !s->offset && s->pad % 8 == 0;
+        claim_zero<X>("ssd backward: another path than expected", (double)((strcmp(path, "fast") == 0) != fast));
+        claim_zero<X>("ssd backward: gaps written", gaps);
+        claim<X>("ssd dx", dx, gathered(dxbc, E, ld, s->pad), 1e-5, 4e-3);
+        claim<X>("ssd ddt", turned(got_dt, B, H, T), ddt, 1e-4, 4e-3);
+        claim<X>("ssd dB", dB, gathered(dxbc, G * N, ld, at_B), 1e-4, 5e-3);
+        claim<X>("ssd dC", dC, gathered(dxbc, G * N, ld, at_C), 1e-4, 5e-3);
+        claim<X>("ssd dA", minus(got_A, start_A), dA, 1e-4, 3e-3);
+        claim<X>("ssd dD", minus(got_D, start_D), dD, 1e-4, 3e-3);
+        if (s->state) claim<X>("ssd dh0", from_gpu(g_dh0, states), dh0, 1e-5, 4e-3);
+    }
+    gpu_release();
+}
+
+template <typename X> void check_ssd_dt(size_t B, size_t T, size_t H, size_t ld, double lo, double hi) {
+    const size_t M = B * T;
+    snprintf(shape, sizeof shape, "B%zu T%zu H%zu ld%zu limits %g %g", B, T, H, ld, lo, hi);
+    Vec raw = normal_vec<X>(M * H, 8), bias = normal_vec<float>(H), ddt = normal_vec<float>(M * H), dbias(H);
+    Vec want(M * H), start = normal_vec<float>(H, 0.5);
+    oracle::dt_softplus_backward(want.data(), H, dbias.data(), ddt.data(), raw.data(), H, bias.data(),
+                                 (double)(float)lo, (double)(float)hi, M, H);
+    X *g_raw = gpu<X>(spread(raw, H, ld)), *out = gpu_nan<X>(M * ld);
+    float *g_ddt = gpu<float>(turned(ddt, B, T, H)), *g_bias = gpu<float>(bias), *g_dbias = gpu<float>(start);
+    ssd_dt_backward_cuda<X>(out, ld, g_dbias, g_ddt, g_raw, ld, g_bias, (float)lo, (float)hi,
+                            gpu_nan<float>(ssd_dt_backward_scratch_cuda(B, T, H)), B, T, H, 0);
+    Vec got = from_gpu(out, M * ld);
+    claim<X>("ssd ddt_raw", gathered(got, H, ld), want, 1e-6, 4e-3);
+    claim<X>("ssd ddt_bias", minus(from_gpu(g_dbias, H), start), dbias, 1e-5, 1e-5);
+    claim_zero<X>("ssd ddt_raw: gaps written", written_gaps(got, ld, H, ld));
+    gpu_release();
+}
+
+// Catches: a chunk's first or last token, a document's first one, a pair of tokens counted twice or not at
+// all, a path between states left out, a padded state or channel used, sums over the wrong heads, a decay
+// that becomes NaN, a difference of large numbers, a sum that depends on the order of the threads.
+void test_cuda_ssd_backward(void) {
+    if (!gpu_present()) return;
+    use_threads(8);
+    for (size_t i = 0; i < sizeof ssd_backward_shapes / sizeof ssd_backward_shapes[0]; i++) {
+        if (only_small() && ssd_backward_shapes[i].T > 600) continue;
+        check_ssd_backward<float>(&ssd_backward_shapes[i]);
+        check_ssd_backward<bf16>(&ssd_backward_shapes[i]);
+    }
+    check_ssd_dt<float>(2, 300, 3, 3, 0, INFINITY);
+    check_ssd_dt<float>(2, 257, 40, 45, 0.01, 5);
+    check_ssd_dt<bf16>(1, 1, 24, 30, 0.01, 5);
+    check_ssd_dt<bf16>(3, 513, 33, 40, 0.001, 0.1);
+    check_ssd_dt<bf16>(2, 300, 24, 24, 0, INFINITY);
     use_threads(1);
     claims_report();
 }
