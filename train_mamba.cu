@@ -101,14 +101,14 @@ void device_require(void) {
 // type X, sums in fp32. The algorithm is fixed per shape, with a workspace of fixed size and no reduction in
 // place: the same shape gives the same bits, whatever else uses the GPU.
 //
-// The algorithm is the first that the heuristic of cuBLASLt proposes. Others win when each matmul is timed
-// alone: on one H200 (cuBLASLt 13.1) all matmuls of a step of mamba-130m, 8 x 2048 tokens, take 22.1 ms with
-// the first, 21.4 with the fastest of eight proposals, 20.7 with the fastest of 400 algorithms; 17.1 is the
-// floor. In the step itself that gain is gone, within 0.3 %: training holds the GPU at the limit of its power
-// (690 of 700 W, the clock at 1.7 to 1.8 of 1.98 GHz), and a kernel that is busier lowers the clock. So there
-// is nothing to time at the start, and every run makes the same choice. (A choice by time would not have
-// changed the bits: only the number of parts into which a sum is split does. All algorithms with the same
-// split, hundreds for each shape, agreed in every bit.)
+// The algorithm is the first that the heuristic of cuBLASLt proposes, but see matmul_overlap_output. Others
+// win when each matmul is timed alone (behind a cache full of writes): on one H200 (cuBLASLt 13.1) all
+// matmuls of a step of mamba-130m, 8 x 2048 tokens, take 22.1 ms with the first, 21.4 with the fastest of
+// eight proposals, 20.7 with the fastest of 400 algorithms; 17.1 is the floor. In the step little of that
+// is left: training holds the GPU at the limit of its power (690 of 700 W, the clock at 1.7 to 1.8 of 1.98
+// GHz), and a busier kernel lowers the clock. So nothing is timed at the start, and every run makes the
+// same choice. (A choice by time would not change the bits: only the number of parts into which a sum is
+// split does. All algorithms with the same split, hundreds for each shape, agreed in every bit.)
 
 enum { MATMUL_WORKSPACE = 64 << 20 };
 
@@ -202,6 +202,51 @@ static int matmul_candidates(Matmul* mm, MatmulPlan* p, cublasLtMatmulHeuristicR
     return found;
 }
 
+// matmul_overlap_output: on Hopper (compute capability 9), for an output larger than the L2 cache, another
+// kernel than the proposed one, if this cuBLASLt has it. The proposed ones have large tiles, on which all
+// warps of a block work together and then together write the result, while the tensor cores wait. With tiles
+// of 128 x 152 two groups of warps take turns: one writes while the other computes. That pays where the
+// writing goes to the memory and the sums are short: in_proj forward and the logits of mamba-130m. One H200,
+// M 16384, timed alone: 0.101 ms for 0.112 and 1.74 for 2.27; in a row, at the power limit: 0.107 for 0.133
+// and 1.91 for 2.22. Outputs that fit in the cache gained nothing or lost. The bits are the same.
+static void matmul_overlap_output(const Matmul* mm, MatmulPlan* p) {
+    enum { HOPPER_KERNELS = 66, TILE_128x152 = 407, TAKING_TURNS = 1 };    // numbers of cuBLASLt
+    const uint32_t tile = TILE_128x152, option = TAKING_TURNS;
+    const uint16_t cluster = CUBLASLT_CLUSTER_SHAPE_2x1x1;                 // two blocks share what they load
+    const struct {
+        cublasLtMatmulAlgoConfigAttributes_t name;
+        const void* value;
+        size_t size;
+    } config[] = {
+        {CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof tile},
+        {CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, &option, sizeof option},
+        {CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &cluster, sizeof cluster},
+    };
+    int device, cache_bytes;
+    int32_t family = 0, split = 0;
+    size_t written;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, device));
+    cublasLtMatmulAlgo_t algo = p->algo;
+    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(&algo, CUBLASLT_ALGO_CONFIG_ID, &family, sizeof family,
+                                                     &written));
+    if (family != HOPPER_KERNELS || p->key.type_c != CUDA_R_16BF ||
+        p->key.M * p->key.N * 2 <= (size_t)cache_bytes)
+        return;
+    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(&algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split,
+                                                     sizeof split, &written));
+    if (split > 1) return;
+    for (size_t i = 0; i < sizeof config / sizeof config[0]; i++)
+        if (cublasLtMatmulAlgoConfigSetAttribute(&algo, config[i].name, config[i].value, config[i].size) !=
+            CUBLAS_STATUS_SUCCESS)
+            return;
+    cublasLtMatmulHeuristicResult_t result;
+    if (cublasLtMatmulAlgoCheck(mm->handle, p->desc, p->a, p->b, p->c, p->c, &algo, &result) ==
+            CUBLAS_STATUS_SUCCESS &&
+        result.workspaceSize <= MATMUL_WORKSPACE)
+        p->algo = algo;
+}
+
 // matmul_plan: the description and algorithm for one shape, made at its first use.
 static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     for (int i = 0; i < mm->n_plans; i++)
@@ -210,9 +255,20 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     MatmulPlan* p = &mm->plan[mm->n_plans++];
     memset(p, 0, sizeof *p);
     p->key = *key;
+    // fp32, for exact comparison: an output row has the bits that it has without the other rows. So the
+    // algorithm of a linear layer's forward is that for 128 rows, however many there are.
+    bool forward = key->op_a == CUBLAS_OP_T && key->op_b == CUBLAS_OP_N;
+    bool fixed = key->type_ab == CUDA_R_32F && forward;
+    if (fixed) p->key.N = 128;
     cublasLtMatmulHeuristicResult_t result;
     matmul_candidates(mm, p, &result, 1);
     p->algo = result.algo;
+    if (fixed) {
+        uint64_t rows = p->key.N = key->N;
+        cublasCheck(cublasLtMatrixLayoutSetAttribute(p->b, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
+        cublasCheck(cublasLtMatrixLayoutSetAttribute(p->c, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
+    }
+    matmul_overlap_output(mm, p);
     return p;
 }
 

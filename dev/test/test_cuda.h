@@ -492,6 +492,21 @@ template <typename X> void check_crossentropy(size_t M, size_t V, int variant) {
                                                                                losses.data(), M));
     else claim<X>("crossentropy losses", from_gpu(g_losses, M), losses, 1e-5, 1e-5);
     if (g_dz) claim<X>("crossentropy dlogits", from_gpu(g_dz, M * V), dz, 1e-5, 4e-3);
+    // which targets are the best tokens; half of them are made so, and a NaN is larger than everything
+    for (size_t m = 0; m < M; m++)
+        for (size_t v = 0; m % 2 == 0 && targets[m] >= 0 && v < V; v++)
+            if (z[m * V + v] > z[m * V + targets[m]]) z[m * V + v] = z[m * V + targets[m]];
+    if (M > 4 && V > 1) z[4 * V + V / 2] = NAN;
+    int* g_best = gpu(targets);
+    is_best_kernel<X><<<(unsigned)M, 256>>>(g_best, gpu<X>(z), V);
+    Vec got = from_gpu(g_best, M);
+    size_t wrong = 0;
+    for (size_t m = 0; m < M; m++) {
+        bool best = targets[m] >= 0;
+        for (size_t v = 0; v < V; v++) best = best && z[m * V + v] <= z[m * V + targets[m]];
+        wrong += got[m] != best;
+    }
+    claim_zero<X>("best tokens: wrong", (double)wrong);
     gpu_release();
 }
 
