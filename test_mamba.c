@@ -972,7 +972,8 @@ void crossentropy_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest crossentropy_layer = {
-    "crossentropy", crossentropy_make, crossentropy_fwd, crossentropy_bwd, crossentropy_formula, -1, true, false
+    "crossentropy", crossentropy_make, crossentropy_fwd, crossentropy_bwd, crossentropy_formula, -1, true,
+    false
 };
 void test_crossentropy(void) {
     const char* const shapes[] = {
@@ -1015,7 +1016,7 @@ void problem_join(Problem* left, Problem* right) {
     left->out[1].grad = in->grad;
 }
 
-// compare_parts: the outputs of the parts equal the whole to the bit (or round), their gradients, summed, round
+// compare_parts: the outputs of the parts equal the whole to the bit, their gradients, summed, to rounding
 void compare_parts(const Problem* p, const double* whole, Worst* forward, Worst* backward, size_t cut) {
     size_t n, at = count(&p->out[0]) + count(&p->out[1]);
     double* parts = snapshot(p, &n);
@@ -1123,9 +1124,6 @@ void test_packed(void) {
     check_packed(&conv_layer, conv_shapes, COUNT_OF(conv_shapes));
     check_packed(&scan_layer, scan_shapes, COUNT_OF(scan_shapes));
 }
-
-// defines: test_dt_softplus, test_ssd_recurrent, test_ssd, test_gated_rmsnorm
-#include "dev/test/test_mamba2.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Extreme and degenerate inputs
@@ -1321,6 +1319,21 @@ Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, in
     c.initializer_range = 0.02;
     c.eos_token = -1;
     return c;
+}
+
+// toy_mamba2: what describes Mamba-2 layers, from a text: P channels per head, S groups, chunks of L tokens,
+// W of the E channels in the SSM (0: all), and words
+void toy_mamba2(Config* c, const char* text) {
+    int64_t* const fields[] = { &c->headdim, &c->ngroups, &c->chunk_size, &c->d_ssm };
+    for (int i = 0; i < 4; i++) *fields[i] = strchr(text, "PSLW"[i]) ? atoll(strchr(text, "PSLW"[i]) + 1) : 0;
+    if (!c->d_ssm) c->d_ssm = c->d_inner;
+    c->D_has_hdim = strstr(text, "hdim") != NULL;
+    c->norm_before_gate = strstr(text, "before") != NULL;
+    c->rmsnorm = strstr(text, "plain") == NULL;
+    c->dt_low = strstr(text, "limit") ? 0.3 : 0;
+    c->dt_high = strstr(text, "limit") ? 0.8 : INFINITY;
+    c->A_low = 1;
+    c->A_high = 16;
 }
 
 // toy_model: parameters far from their initial values, at sizes where every one of them changes the loss
@@ -2172,6 +2185,9 @@ void test_fixtures(void) {
     test_fixture("bias_untied");
     test_fixture("no_conv_bias");
 }
+
+// defines: test_dt_softplus, test_ssd_recurrent, test_ssd, test_gated_rmsnorm, test_mamba2
+#include "dev/test/test_mamba2.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 8. Checkpoints and training runs
@@ -3122,6 +3138,7 @@ const Case cases[] = {
     { "dropout", test_dropout },
     { "guards", test_guards },
     { "mlp", test_mlp },
+    { "mamba2", test_mamba2 },
     { "accumulation", test_accumulation },
     { "pieces", test_pieces },
     { "model packed", test_model_packed },

@@ -862,6 +862,12 @@ void residual_forward(real* out, const real* a, const real* b, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
+// copy_columns: n numbers of each of M rows, from row stride lds to row stride ldd
+void copy_columns(real* dst, size_t ldd, const real* src, size_t lds, size_t M, size_t n) {
+    #pragma omp parallel for if (M * n > 16384)
+    for (size_t m = 0; m < M; m++) memcpy(dst + m * ldd, src + m * lds, n * sizeof(real));
+}
+
 // conv_row: the input row that a tap reads at time s for an output of document `id`, or NULL when the tap
 // sees nothing: before the start without a tail, or across a document boundary. The tail belongs to document
 // 0.
@@ -1442,7 +1448,7 @@ void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real
 // so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
 // on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
 enum { SSD_MAX_CHUNK = 256 };       // the largest Q
-enum { SSD_CHUNK = 128 };           // the fastest one here; the result depends on Q by rounding only
+enum { SSD_CHUNK = 128 };           // the fastest one on a CPU; the result depends on Q by rounding only
 
 typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
 
@@ -2143,8 +2149,9 @@ void crossentropy(real* losses, real* dlogits, const real* logits, const int* ta
 // Symbolic sizes, so that a table can be written before the model is known.
 enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP,
        DIM_K1, DIM_SCAN_SAVED, DIM_SCAN_SCRATCH,
-       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D
-       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
+       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D;
+       // E where Es < E
+       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_JOINED, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
        // attention: q, k, v and MLP together; q, k, v; heads and MLP; heads; Hkv; dh; taps, taps - 1; cache
        DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT };
 
@@ -2170,6 +2177,7 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_P:   return c->headdim;
         case DIM_G:   return c->ngroups;
         case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_JOINED: return c->d_ssm < c->d_inner ? c->d_inner : 0;
         case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
         case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
         case DIM_OUT_A: return c->attn_head_dim * c->attn_heads + c->attn_mlp / 2;
@@ -2386,7 +2394,196 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.2 Gated MLP
+// 5.2 Mamba-2
+
+typedef struct {
+    real *norm;                        // (D)
+    real *in_proj, *in_proj_bias;      // (2E+2GN+H,D): rows for z0, x0 (each E-Es), z, x (Es), B, C, dt (H)
+    real *conv1d, *conv1d_bias;        // (Es+2GN,1,K), (Es+2GN): over x, B and C
+    real *dt_bias, *A_log, *D;         // (H), (H), (H) or (Es)
+    real *gated_norm;                  // (Es)
+    real *out_proj, *out_proj_bias;    // (D,E), (D)
+} Mamba2Params;
+
+static const TensorSpec mamba2_params[] = {
+    {"norm.weight",            {DIM_D},                 INIT_ONE, 0},
+    {"mixer.in_proj.weight",   {DIM_IN2, DIM_D},        INIT_LINEAR, DECAY},
+    {"mixer.in_proj.bias",     {DIM_IN2},               INIT_ZERO, IF_BIAS},
+    {"mixer.conv1d.weight",    {DIM_XBC, DIM_1, DIM_K}, INIT_CONV, 0},
+    {"mixer.conv1d.bias",      {DIM_XBC},               INIT_CONV, IF_CONV_BIAS},
+    {"mixer.dt_bias",          {DIM_H},                 INIT_DT_BIAS, 0},
+    {"mixer.A_log",            {DIM_H},                 INIT_A_UNIFORM, 0},
+    {"mixer.D",                {DIM_DSKIP},             INIT_ONE, 0},
+    {"mixer.norm.weight",      {DIM_ES},                INIT_ONE, IF_RMSNORM},
+    {"mixer.out_proj.weight",  {DIM_D, DIM_E},          INIT_RESIDUAL, DECAY},
+    {"mixer.out_proj.bias",    {DIM_D},                 INIT_ZERO, IF_BIAS},
+};
+
+typedef struct { real *rstd, *u, *zxbcdt, *xbc, *dt, *hs, *y, *gated_rstd; } Mamba2Acts;
+
+static const TensorSpec mamba2_acts[] = {
+    {"rstd",       {DIM_1}, 0, 0},         // of the norm
+    {"u",          {DIM_D}, 0, CHEAP},     // normalized input
+    {"zxbcdt",     {DIM_IN2}, 0, 0},       // z0, x0, gate z, x, B, C before the conv, dt before softplus
+    {"xbc",        {DIM_XBC}, 0, CHEAP},   // x, B, C after conv and SiLU
+    {"dt",         {DIM_H}, 0, CHEAP},     // step size
+    {"hs",         {DIM_SSD_SAVED}, 0, 0}, // state at the start of each chunk
+    {"y",          {DIM_ES}, 0, 0},        // output of the SSM, before gate and norm
+    {"gated_rstd", {DIM_G}, 0, 0},         // of the gated norm
+};
+
+typedef struct {
+    real *n, *joined, *out, *du, *dzxbcdt, *dxbc, *ddt, *dn, *djoined, *dy, *ssd;
+} Mamba2Scratch;
+
+static const TensorSpec mamba2_scratch[] = {
+    {"n",       {DIM_E}, 0, 0},            // y after gate and norm
+    {"joined",  {DIM_JOINED}, 0, 0},       // beside the output of the inner MLP, if there is one
+    {"out",     {DIM_D}, 0, 0},            // what the block adds to the residual stream
+    {"du",      {DIM_D}, 0, BACKWARD_ONLY},
+    {"dzxbcdt", {DIM_IN2}, 0, BACKWARD_ONLY},
+    {"dxbc",    {DIM_XBC}, 0, BACKWARD_ONLY},
+    {"ddt",     {DIM_H}, 0, BACKWARD_ONLY},
+    {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
+    {"djoined", {DIM_JOINED}, 0, BACKWARD_ONLY},
+    {"dy",      {DIM_ES}, 0, BACKWARD_ONLY},
+    {"ssd",     {DIM_SSD_SCRATCH}, 0, 0},
+};
+
+typedef struct { real *conv, *ssm; } Mamba2State;
+
+static const TensorSpec mamba2_state[] = {
+    {"conv", {DIM_K1, DIM_XBC}, 0, 0},     // the last K-1 inputs of the conv
+    {"ssm",  {DIM_H, DIM_P, DIM_N}, 0, 0}, // H
+};
+
+// Mamba2Sizes: the sizes of a block and, in a row of in_proj's output, where its parts begin
+typedef struct {
+    size_t M, D, E, K, H, P, G, N, Es, Cd, Q;
+    size_t mlp, z, xbc, dt, in;            // width of z0 and of x0; columns of z, xbc, dt; their number
+} Mamba2Sizes;
+
+static Mamba2Sizes mamba2_sizes(const Run* run) {
+    const Config* c = run->config;
+    Mamba2Sizes s;
+    s.M = run->B * run->T;
+    s.D = (size_t)c->d_model; s.E = (size_t)c->d_inner; s.K = (size_t)c->d_conv; s.N = (size_t)c->d_state;
+    s.P = (size_t)c->headdim; s.G = (size_t)c->ngroups; s.Es = (size_t)c->d_ssm; s.H = s.Es / s.P;
+    s.Cd = s.Es + 2 * s.G * s.N;
+    s.Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
+    s.mlp = s.E - s.Es; s.z = 2 * s.mlp; s.xbc = s.z + s.Es; s.dt = s.xbc + s.Cd; s.in = s.dt + s.H;
+    return s;
+}
+
+// mamba2_join: what out_proj reads, (M,E): the inner MLP and the normed and gated y side by side
+static const real* mamba2_join(const Config* c, const Mamba2Sizes* s, const Mamba2Params* p,
+                               const Mamba2Acts* a, const Mamba2Scratch* w) {
+    const real *z0 = a->zxbcdt, *x0 = z0 + s->mlp, *z = z0 + s->z;
+    if (s->mlp) {
+        gate_forward(w->n, x0, s->in, z0, s->in, s->M, s->mlp);
+        copy_columns(w->joined, s->E, w->n, s->mlp, s->M, s->mlp);
+    }
+    if (c->rmsnorm)
+        gated_rmsnorm_forward(w->n, a->gated_rstd, a->y, z, s->in, p->gated_norm, s->M, s->Es, s->Es / s->G,
+                              (real)c->norm_eps, c->norm_before_gate);
+    else gate_forward(w->n, a->y, s->Es, z, s->in, s->M, s->Es);
+    if (s->mlp) copy_columns(w->joined + s->mlp, s->E, w->n, s->Es, s->M, s->Es);
+    return s->mlp ? w->joined : w->n;
+}
+
+// mamba2_block_forward: res_out = res_in + Mamba2(RMSNorm(res_in)).   res (B,T,D), res_out may be res_in
+//   (S1) [z0; x0; z; xBC; dt_raw] = W_in u,  u = RMSNorm(res_in);   [x; B; C] = silu(conv(xBC))
+//   (S2) dt = clip(softplus(dt_raw + dt_bias))      (S3) a_t = exp(dt_t A)
+//   (S4) H_t = a_t H_{t-1} + dt_t x_t B_t^T,  y_t = H_t C_t + D x_t          every head by itself
+//   (S5) n = gated RMSNorm(y, z), without rmsnorm y silu(z)
+//   (S6) out = W_out [x0 silu(z0); n]               (published models: no z0 and x0)
+//   saved for backward: Mamba2Acts; n is made again
+//   s0, sT: state before and after, fields may be NULL, may be the same
+//   Mamba-2 paper (arXiv 2405.21060), section 7.1, figure 6
+void mamba2_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                          real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
+    const Mamba2Params* p = (const Mamba2Params*)params;
+    const Mamba2Acts* a = (const Mamba2Acts*)acts;
+    const Mamba2Scratch* w = (const Mamba2Scratch*)scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes(run);
+    const real *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N;
+
+    // (S1) and (S2)
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
+    matmul_forward(a->zxbcdt, s.in, a->u, s.D, p->in_proj, p->in_proj_bias, s.M, s.D, s.in);
+    causal_conv1d_forward(a->xbc, sT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                          true, run->doc, run->B, run->T, s.Cd, s.K);
+    dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
+                        s.H);
+    // (S3) to (S6), then the residual
+    ssd_forward(a->y, a->hs, sT->ssm, a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim,
+                s0->ssm, run->doc, w->ssd, run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
+    const real* joined = mamba2_join(c, &s, p, a, w);
+    matmul_forward(w->out, s.D, joined, s.E, p->out_proj, p->out_proj_bias, s.M, s.E, s.D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, s.M, s.D), s.M * s.D);
+}
+
+// mamba2_block_backward: the lines of the forward in reverse order; arguments as in mamba1_block_backward
+void mamba2_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                           real* const* params, real* const* acts, real* const* scratch, real* const* state0,
+                           real* const* dstate0, real* const* dstateT) {
+    const Mamba2Params *p = (const Mamba2Params*)params, *dp = (const Mamba2Params*)dparams;
+    const Mamba2Acts* a = (const Mamba2Acts*)acts;
+    const Mamba2Scratch* w = (const Mamba2Scratch*)scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *ds0 = (const Mamba2State*)dstate0,
+                      *dsT = (const Mamba2State*)dstateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes(run);
+    const real *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N, *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z;
+    real *dBt = w->dxbc + s.Es, *dCt = dBt + s.G * s.N, *dz0 = w->dzxbcdt, *dz = dz0 + s.z;
+    if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
+        causal_conv1d_forward(a->xbc, NULL, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                              true, run->doc, run->B, run->T, s.Cd, s.K);
+        dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
+                            s.H);
+    }
+    zero_real(w->du, s.M * s.D);
+    zero_real(w->dzxbcdt, s.M * s.in);
+    zero_real(w->dxbc, s.M * s.Cd);
+    zero_real(w->ddt, s.M * s.H);
+    zero_real(w->dy, s.M * s.Es);
+
+    // (S6) out = W_out [x0 silu(z0); n]; the residual passes dres on unchanged
+    const real *dout = dropout(w->out, dres, &run->dropout, s.M, s.D), *joined = mamba2_join(c, &s, p, a, w);
+    real* djoined = s.mlp ? w->djoined : w->dn;
+    zero_real(djoined, s.M * s.E);
+    matmul_backward(djoined, s.E, dp->out_proj, dp->out_proj_bias, dout, s.D, joined, s.E, p->out_proj, s.M,
+                    s.E, s.D);
+    if (s.mlp) {
+        copy_columns(w->dn, s.mlp, djoined, s.E, s.M, s.mlp);
+        gate_backward(dz0 + s.mlp, s.in, dz0, s.in, w->dn, x0, s.in, z0, s.in, s.M, s.mlp);
+        copy_columns(w->dn, s.Es, djoined + s.mlp, s.E, s.M, s.Es);
+    }
+    // (S5) n = gated RMSNorm(y, z) or y silu(z)
+    if (c->rmsnorm)
+        gated_rmsnorm_backward(w->dy, dz, s.in, dp->gated_norm, w->dn, a->y, z, s.in, p->gated_norm,
+                               a->gated_rstd, s.M, s.Es, s.Es / s.G, c->norm_before_gate);
+    else gate_backward(w->dy, s.Es, dz, s.in, w->dn, a->y, s.Es, z, s.in, s.M, s.Es);
+    // (S4), (S3), (S2)
+    ssd_backward(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dCt, s.Cd, dp->D, ds0->ssm, w->dy, dsT->ssm, a->hs,
+                 a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim, s0->ssm, run->doc, w->ssd,
+                 run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
+    dt_softplus_backward(w->dzxbcdt + s.dt, s.in, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, s.in, p->dt_bias,
+                         (real)c->dt_low, (real)c->dt_high, s.M, s.H);
+    // (S1) [x; B; C] = silu(conv(xBC)), [..] = W_in u, u = RMSNorm(res_in)
+    causal_conv1d_backward(w->dzxbcdt + s.xbc, s.in, dp->conv1d, dp->conv1d_bias, ds0->conv, w->dxbc,
+                           dsT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias, true,
+                           run->doc, run->B, run->T, s.Cd, s.K);
+    matmul_backward(w->du, s.D, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, s.in, a->u, s.D, p->in_proj, s.M,
+                    s.D, s.in);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, s.M, s.D);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5.4 Gated MLP
 
 typedef struct { real *norm, *fc1, *fc2; } MlpParams;
 
@@ -2457,7 +2654,7 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.3 The table of kinds
+// 5.5 The table of kinds
 
 enum { MAX_FIELDS = 16 };     // pointers in a kind's struct
 
@@ -2480,6 +2677,8 @@ typedef struct {
 static const Kind kinds[] = {
     {'1', "Mamba-1", TABLE(mamba1_params), TABLE(mamba1_acts), TABLE(mamba1_scratch), TABLE(mamba1_state),
      mamba1_block_forward, mamba1_block_backward},
+    {'2', "Mamba-2", TABLE(mamba2_params), TABLE(mamba2_acts), TABLE(mamba2_scratch), TABLE(mamba2_state),
+     mamba2_block_forward, mamba2_block_backward},
     {'m', "gated MLP", TABLE(mlp_params), TABLE(mlp_acts), TABLE(mlp_scratch), NULL, 0,
      mlp_block_forward, mlp_block_backward},
 };
@@ -2492,6 +2691,13 @@ static_assert(FIELDS(Mamba1Acts) == sizeof(mamba1_acts) / sizeof(TensorSpec), "o
 static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec),
               "one row per field, in order");
 static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec),
+              "one row per field, in order");
+static_assert(FIELDS(Mamba2Params) == sizeof(mamba2_params) / sizeof(TensorSpec),
+              "one row per field, in order");
+static_assert(FIELDS(Mamba2Acts) == sizeof(mamba2_acts) / sizeof(TensorSpec), "one row per field, in order");
+static_assert(FIELDS(Mamba2Scratch) == sizeof(mamba2_scratch) / sizeof(TensorSpec),
+              "one row per field, in order");
+static_assert(FIELDS(Mamba2State) == sizeof(mamba2_state) / sizeof(TensorSpec),
               "one row per field, in order");
 static_assert(FIELDS(MlpParams) == sizeof(mlp_params) / sizeof(TensorSpec), "one row per field, in order");
 static_assert(FIELDS(MlpActs) == sizeof(mlp_acts) / sizeof(TensorSpec), "one row per field, in order");
@@ -2765,6 +2971,10 @@ static size_t activation_count(const TensorSpec* spec, const Config* c, size_t B
     size_t E = (size_t)c->d_inner, N = (size_t)c->d_state;
     if (spec->dim[0] == DIM_SCAN_SAVED) return selective_scan_saved(B, T, E, N);
     if (spec->dim[0] == DIM_SCAN_SCRATCH) return selective_scan_scratch(B, T, E, N);
+    size_t Es = (size_t)c->d_ssm, P = (size_t)c->headdim, G = (size_t)c->ngroups;
+    size_t Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
+    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, Es / P, P, N, Q);
+    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, Es / P, P, G, N, Q);
     return B * T * spec_count(spec, c);
 }
 
@@ -2789,7 +2999,8 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             if (m->layer[l].kind != &kinds[k]) continue;
             used = true;
             for (int i = 0; i < kinds[k].n_acts; i++) {
-                if (!w->training && kinds[k].acts[i].dim[0] == DIM_SCAN_SAVED)
+                int dim = kinds[k].acts[i].dim[0];
+                if (!w->training && (dim == DIM_SCAN_SAVED || dim == DIM_SSD_SAVED))
                     continue;    // stays NULL: nothing is saved
                 bool made_again = w->recompute == RECOMPUTE_ALL ||
                                   (w->recompute == RECOMPUTE_CHEAP && (kinds[k].acts[i].flags & CHEAP));
@@ -2817,7 +3028,7 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
 static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
     const Config* c = &m->config;
     int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate +
-                    c->vocab_padded + c->ngroups * c->d_state + c->attn_mlp +
+                    c->vocab_padded + c->ngroups * (8 * SSD_CHUNK + 2 * c->d_state) + c->attn_mlp +
                     c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
     int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
     size_t bytes;
@@ -2939,8 +3150,9 @@ static void name_tensor(char* text, size_t size, const char* what, const Tensor*
     if (t->layer >= 0 && (size_t)n < size) snprintf(text + n, size - (size_t)n, " (layer %d)", t->layer);
 }
 
+// p NULL: not kept
 static bool all_finite(const real* p, size_t n) {
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; p && i < n; i++)
         if (!isfinite((double)p[i])) return false;
     return true;
 }

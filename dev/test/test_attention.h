@@ -138,7 +138,7 @@ void attention_formula(const Problem* p, double** in, double** out) {
 }
 
 const LayerTest attention_layer = {
-    "attention", attention_make, attention_fwd, attention_bwd, attention_formula, 1, false
+    "attention", attention_make, attention_fwd, attention_bwd, attention_formula, 1, false, false
 };
 
 // Angles of far positions, both pairings. Catches: angles made in float, whose error grows with the position.
