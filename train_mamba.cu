@@ -1553,17 +1553,18 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
 // --------------------------------------------------------------------------------------------------
 // 4.5 Gate of the MLP, sums for biases
 
-// gate_forward: out = y * silu(z).   y (M,E) row stride ldy   z (M,E) row stride ldz   out (M,E)
+// gate_forward: out = y * silu(z).   out, y, z (M,E) with row strides ldo, ldy, ldz
 // One thread per pack; blockIdx.x counts tokens, blockIdx.y pieces of a row.   bytes: 3 sizeof(X) per element
 template <typename X, int W>
-__global__ void gate_forward_kernel(X* out, const X* y, size_t ldy, const X* z, size_t ldz, size_t E) {
+__global__ void gate_forward_kernel(X* out, size_t ldo, const X* y, size_t ldy, const X* z, size_t ldz,
+                                    size_t E) {
     size_t m = blockIdx.x;
     for (size_t e = threadIdx.x * W; e < E; e += blockDim.x * W) {
         Pack<X, W> y_m = load_pack<W>(y + m * ldy + e), z_m = load_pack<W>(z + m * ldz + e);
         float v[W];
         #pragma unroll
         for (int j = 0; j < W; j++) v[j] = to_float(y_m.v[j]) * silu_cuda(to_float(z_m.v[j]));
-        store_pack<W>(out + m * E + e, v);
+        store_pack<W>(out + m * ldo + e, v);
     }
 }
 
@@ -1571,11 +1572,12 @@ __global__ void gate_forward_kernel(X* out, const X* y, size_t ldy, const X* z, 
 // gate_out, unless NULL, receives the output of the forward again, which the next weight gradient needs.
 // bytes: 5 sizeof(X) per element, 6 with gate_out
 template <typename X, int W>
-__global__ void gate_backward_kernel(X* dy, size_t lddy, X* dz, size_t lddz, X* gate_out, const X* dout,
-                                     const X* y, size_t ldy, const X* z, size_t ldz, size_t E) {
+__global__ void gate_backward_kernel(X* dy, size_t lddy, X* dz, size_t lddz, X* gate_out, size_t ldo,
+                                     const X* dout, size_t lddo, const X* y, size_t ldy, const X* z,
+                                     size_t ldz, size_t E) {
     size_t m = blockIdx.x;
     for (size_t e = threadIdx.x * W; e < E; e += blockDim.x * W) {
-        Pack<X, W> dout_m = load_pack<W>(dout + m * E + e), y_m = load_pack<W>(y + m * ldy + e),
+        Pack<X, W> dout_m = load_pack<W>(dout + m * lddo + e), y_m = load_pack<W>(y + m * ldy + e),
                    z_m = load_pack<W>(z + m * ldz + e);
         float dy_v[W], dz_v[W], out_v[W];
         #pragma unroll
@@ -1588,35 +1590,32 @@ __global__ void gate_backward_kernel(X* dy, size_t lddy, X* dz, size_t lddz, X* 
         }
         store_pack<W>(dy + m * lddy + e, dy_v);
         store_pack<W>(dz + m * lddz + e, dz_v);
-        if (gate_out) store_pack<W>(gate_out + m * E + e, out_v);
+        if (gate_out) store_pack<W>(gate_out + m * ldo + e, out_v);
     }
 }
 
 template <typename X>
-const char* gate_forward_cuda(X* out, const X* y, size_t ldy, const X* z, size_t ldz, size_t M, size_t E,
-                              cudaStream_t stream) {
+const char* gate_forward_cuda(X* out, size_t ldo, const X* y, size_t ldy, const X* z, size_t ldz, size_t M,
+                              size_t E, cudaStream_t stream) {
     const int W = 16 / sizeof(X);
-    bool packs = is_aligned(out, 16, E * sizeof(X)) && is_aligned(y, 16, ldy * sizeof(X)) &&
+    bool packs = E % W == 0 && is_aligned(out, 16, ldo * sizeof(X)) && is_aligned(y, 16, ldy * sizeof(X)) &&
                  is_aligned(z, 16, ldz * sizeof(X));
-    if (packs) gate_forward_kernel<X, W><<<(unsigned)M, 256, 0, stream>>>(out, y, ldy, z, ldz, E);
-    else gate_forward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(out, y, ldy, z, ldz, E);
+    auto kernel = packs ? gate_forward_kernel<X, W> : gate_forward_kernel<X, 1>;
+    kernel<<<(unsigned)M, 256, 0, stream>>>(out, ldo, y, ldy, z, ldz, E);
     cudaCheck(cudaGetLastError());
     return packs ? "gate_forward_kernel" : "gate_forward_kernel<1>";
 }
 
 template <typename X>
-const char* gate_backward_cuda(X* dy, size_t lddy, X* dz, size_t lddz, X* gate_out, const X* dout, const X* y,
-                               size_t ldy, const X* z, size_t ldz, size_t M, size_t E, cudaStream_t stream) {
+const char* gate_backward_cuda(X* dy, size_t lddy, X* dz, size_t lddz, X* gate_out, size_t ldo, const X* dout,
+                               size_t lddo, const X* y, size_t ldy, const X* z, size_t ldz, size_t M,
+                               size_t E, cudaStream_t stream) {
     const int W = 16 / sizeof(X);
-    bool packs = is_aligned(dy, 16, lddy * sizeof(X)) && is_aligned(dz, 16, lddz * sizeof(X)) &&
-                 is_aligned(gate_out, 16, E * sizeof(X)) && is_aligned(dout, 16, E * sizeof(X)) &&
+    bool packs = E % W == 0 && is_aligned(dy, 16, lddy * sizeof(X)) && is_aligned(dz, 16, lddz * sizeof(X)) &&
+                 is_aligned(gate_out, 16, ldo * sizeof(X)) && is_aligned(dout, 16, lddo * sizeof(X)) &&
                  is_aligned(y, 16, ldy * sizeof(X)) && is_aligned(z, 16, ldz * sizeof(X));
-    if (packs)
-        gate_backward_kernel<X, W><<<(unsigned)M, 256, 0, stream>>>(dy, lddy, dz, lddz, gate_out, dout, y,
-                                                                    ldy, z, ldz, E);
-    else
-        gate_backward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(dy, lddy, dz, lddz, gate_out, dout, y,
-                                                                    ldy, z, ldz, E);
+    auto kernel = packs ? gate_backward_kernel<X, W> : gate_backward_kernel<X, 1>;
+    kernel<<<(unsigned)M, 256, 0, stream>>>(dy, lddy, dz, lddz, gate_out, ldo, dout, lddo, y, ldy, z, ldz, E);
     cudaCheck(cudaGetLastError());
     return packs ? "gate_backward_kernel" : "gate_backward_kernel<1>";
 }
@@ -5833,7 +5832,8 @@ void adamw_cuda(float* params, X* params_x, const float* grads, float* m, float*
 // backward, its scratch, its functions. Everything else walks the table.
 
 // Rows of the tables are TensorSpecs: a shape per token, or one of the sizes in array_count. In addition to
-// the flags of train_mamba.c (BACKWARD_ONLY also among what is saved):
+// the sizes and flags of train_mamba.c (BACKWARD_ONLY also among what is saved):
+enum { DIM_IN2_ROW = 1000 };          // DIM_IN2, padded
 enum { IS_FLOAT = 1 << 16 };          // the elements are float, otherwise X
 
 // The float parameters of a layer, as train_mamba.c names them. weight_x: one of them in the type of the
@@ -6009,8 +6009,9 @@ static const TensorSpec mamba1_scratch_cuda[] = {
 // scan_spacing: tokens between two saved states; with --recompute cheap every second one is made again
 static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 16 : SCAN_SPACING; }
 
-// floats of partial sums that the kernels of its backward need
-static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T) {
+// floats of partial sums that its kernels need
+static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
+    if (!training) return 0;
     size_t E = (size_t)c->d_inner, scan = selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state),
            conv = causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv),
            bias = bias_backward_scratch_cuda(B * T, 2 * E);
@@ -6128,7 +6129,152 @@ template <typename X> static void mamba1_paths(const Config* c) {
 }
 
 // --------------------------------------------------------------------------------------------------
-// 5.2 Gated MLP
+// 5.2 Mamba-2
+
+template <typename X> struct Mamba2ActsCuda { X *zxbcdt, *xbc; float* dt; X *y, *states; float* gated_rstd; };
+
+static const TensorSpec mamba2_acts_cuda[] = {
+    {"zxbcdt",     {DIM_IN2_ROW}, 0, 0},                 // z0, x0, gate z, x, B, C before the conv, dt_raw
+    {"xbc",        {DIM_XBC}, 0, CHEAP},                 // x, B, C after conv and SiLU
+    {"dt",         {DIM_H}, 0, CHEAP | IS_FLOAT},        // (B,H,T)
+    {"y",          {DIM_ES}, 0, 0},                      // output of the SSM, before gate and norm
+    {"states",     {DIM_SSD_SAVED}, 0, BACKWARD_ONLY},
+    {"gated_rstd", {DIM_G}, 0, IS_FLOAT},
+};
+
+template <typename X> struct Mamba2ScratchCuda { X *n, *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
+
+static const TensorSpec mamba2_scratch_cuda[] = {
+    {"n",       {DIM_E}, 0, 0},                          // what out_proj reads
+    {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
+    {"dy",      {DIM_JOINED}, 0, BACKWARD_ONLY},         // without the inner MLP it takes the place of dn
+    {"dzxbcdt", {DIM_IN2_ROW}, 0, BACKWARD_ONLY},
+    {"dxbc",    {DIM_XBC}, 0, BACKWARD_ONLY},
+    {"ddt",     {DIM_H}, 0, BACKWARD_ONLY | IS_FLOAT},
+};
+
+// mamba2_row: the row stride of zxbcdt; rows begin at multiples of 128 bytes (bf16)
+static size_t mamba2_row(size_t in) { return (in + 63) / 64 * 64; }
+
+template <typename X> static Mamba2Sizes mamba2_sizes_cuda(const CudaRun<X>* run) {
+    Run same = {run->config, run->B, run->T, NULL, 0, {0, 0, 0, 0}};
+    return mamba2_sizes(&same);
+}
+
+static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
+    Run run = {c, B, T, NULL, 0, {0, 0, 0, 0}};
+    const Mamba2Sizes s = mamba2_sizes(&run);
+    const size_t forward = ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
+                 backward[] = {ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
+                               ssd_dt_backward_scratch_cuda(B, T, s.H), gated_rmsnorm_scratch_cuda(s.M, s.Es),
+                               causal_conv1d_scratch_cuda(B, T, s.Cd, s.K),
+                               bias_backward_scratch_cuda(s.M, s.in)};
+    size_t most = forward;
+    for (size_t i = 0; training && i < sizeof backward / sizeof backward[0]; i++)
+        most = max_size(most, backward[i]);
+    return most;
+}
+
+// the CHEAP activations: x, B, C; dt
+template <typename X>
+static void mamba2_conv_dt(const CudaRun<X>* run, const Mamba2Sizes& s, const Mamba2Params* p,
+                           const Mamba2ActsCuda<X>* a, const float* tail0, float* tailT) {
+    const Config* c = run->config;
+    const size_t ld = mamba2_row(s.in);
+    causal_conv1d_forward_cuda(a->xbc, tailT, a->zxbcdt + s.xbc, ld, tail0, p->conv1d, p->conv1d_bias, true,
+                               run->doc, run->B, run->T, s.Cd, s.K, run->stream);
+    ssd_dt_forward_cuda(a->dt, a->zxbcdt + s.dt, ld, p->dt_bias, (float)c->dt_low, (float)c->dt_high, run->B,
+                        run->T, s.H, run->stream);
+}
+
+// mamba2_block_forward_cuda: delta = Mamba2(RMSNorm(res)), res = res_in + delta_in; formulas (S1) to (S6) at
+// mamba2_block_forward.   state: conv and ssm, float, NULL: zeros
+template <typename X>
+void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                               const ScratchCuda<X>* shared, const float* res_in, const X* delta_in,
+                               float* const* state0, float* const* stateT) {
+    const Mamba2Params* p = (const Mamba2Params*)L->p;
+    const Mamba2ActsCuda<X>* a = (const Mamba2ActsCuda<X>*)acts->field;
+    const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes_cuda(run);
+    const size_t ld = mamba2_row(s.in);
+    const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N;
+    cudaStream_t stream = run->stream;
+    // (S1) to (S4)
+    block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->zxbcdt, ld, p->in_proj, p->in_proj_bias,
+                        s.in);
+    mamba2_conv_dt(run, s, p, a, s0->conv, sT->conv);
+    ssd_forward_cuda<X>(a->y, a->states, sT->ssm, a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D,
+                        c->D_has_hdim, s0->ssm, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
+                        stream);
+    // (S5) and (S6): the inner MLP and the normed and gated y side by side
+    if (s.mlp) gate_forward_cuda(w->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+    if (c->rmsnorm)
+        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
+                                   s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, stream);
+    else gate_forward_cuda(w->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
+    matmul_forward_cuda(run->matmul, shared->delta, s.D, w->n, s.E, weight_x(L, p->out_proj),
+                        p->out_proj_bias, s.M, s.E, s.D, stream);
+}
+
+// mamba2_block_backward_cuda: gradients as in block_begin_backward
+template <typename X>
+void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                const ScratchCuda<X>* shared, float* const* state0) {
+    const Mamba2Params *p = (const Mamba2Params*)L->p, *dp = (const Mamba2Params*)L->grad;
+    const Mamba2ActsCuda<X>* a = (const Mamba2ActsCuda<X>*)acts->field;
+    const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
+    const Mamba2State* s0 = (const Mamba2State*)state0;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes_cuda(run);
+    const size_t ld = mamba2_row(s.in), GN = s.G * s.N;
+    const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es;
+    X *dz0 = w->dzxbcdt, *dx0 = dz0 + s.mlp, *dz = dz0 + s.z, *dy = s.mlp ? w->dy : w->dn;
+    X* dBt = w->dxbc + s.Es;
+    cudaStream_t stream = run->stream;
+    if (run->recompute == RECOMPUTE_CHEAP) mamba2_conv_dt(run, s, p, a, s0->conv, (float*)NULL);
+    // (S6) out = W_out n: the gradient of n first; what follows makes n again for the weight gradient
+    linear_backward_input(run, w->dn, s.E, false, shared->dres_x, s.D, weight_x(L, p->out_proj), s.E, s.D);
+    side_join(run);                                // of the layer before: n and dzxbcdt are written again
+    if (s.mlp)
+        gate_backward_cuda(dx0, ld, dz0, ld, w->n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+    // (S5)
+    if (c->rmsnorm)
+        gated_rmsnorm_backward_cuda(dy, dz, ld, w->n + s.mlp, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
+                                    z, ld, p->gated_norm, a->gated_rstd, shared->sums, s.M, s.Es,
+                                    s.Es / s.G, c->norm_before_gate, stream);
+    else
+        gate_backward_cuda(dy, s.Es, dz, ld, w->n + s.mlp, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
+                           s.Es, stream);
+    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, s.D, w->n, s.E, shared->sums,
+                           s.E, s.D);
+    // (S4) to (S1)
+    ssd_backward_cuda<X>(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dBt + GN, s.Cd, dp->D, (float*)NULL, dy,
+                         (const float*)NULL, a->states, a->xbc, s.Cd, a->dt, p->A_log, Bt, Bt + GN, s.Cd,
+                         p->D, c->D_has_hdim, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
+                         stream);
+    ssd_dt_backward_cuda(w->dzxbcdt + s.dt, ld, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, ld, p->dt_bias,
+                         (float)c->dt_low, (float)c->dt_high, shared->sums, run->B, run->T, s.H, stream);
+    causal_conv1d_backward_cuda(w->dzxbcdt + s.xbc, ld, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dxbc,
+                                (const float*)NULL, a->zxbcdt + s.xbc, ld, s0->conv, p->conv1d,
+                                p->conv1d_bias, true, run->doc, shared->sums, run->B, run->T, s.Cd, s.K,
+                                stream);
+    block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, ld,
+                         p->norm, p->in_proj, s.in);
+}
+
+template <typename X> static void mamba2_paths(const Config* c) {
+    size_t S = (size_t)(c->d_ssm / c->ngroups), N = (size_t)c->d_state, P = (size_t)c->headdim;
+    bool ssd = sizeof(X) == 2 && ssd_backward_fast_of(P, N) && (size_t)c->d_ssm * sizeof(X) % 16 == 0;
+    printf("SSD %s%s, gated norm %s, ", ssd ? "fast" : "general",
+           !ssd && sizeof(X) == 2 ? " (the fast one needs --headdim 32, 64 or 128 and --d-state 64 or 128)" : "",
+           gated_threads(S) ? "fast" : "general");
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.4 Gated MLP
 
 template <typename X> struct MlpActsCuda { X* h; };
 
@@ -6154,7 +6300,7 @@ void mlp_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const 
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->h, 2 * F, p->fc1, (const float*)NULL,
                         2 * F);
-    gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
+    gate_forward_cuda(w->m, F, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
     matmul_forward_cuda(run->matmul, shared->delta, D, w->m, F, weight_x(L, p->fc2), (const float*)NULL, M, F,
                         D, run->stream);
 }
@@ -6168,7 +6314,7 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     linear_backward_input(run, w->dm, F, false, shared->dres_x, D, weight_x(L, p->fc2), F, D);
     side_join(run);                                // of the layer before: dh and m are written again
-    gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
+    gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, F, w->dm, F, a->h, 2 * F, a->h + F, 2 * F, M, F,
                        run->stream);
     linear_backward_weight(run, dp->fc2, (float*)NULL, shared->dres_x, D, w->m, F, shared->sums, F, D);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->fc1, (float*)NULL, w->dh, 2 * F, p->norm, p->fc1,
@@ -6187,33 +6333,35 @@ static void mlp_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16
     DecodeLinear up = {};
     up.weight = weight_x(L, p->fc1); up.O = 2 * F; up.out = a->h; up.ldo = 2 * F;
     decode_first_linear(run, up, acts, res_out, res_in, delta_in, p->norm);
-    gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, run->B, F, run->stream);
+    gate_forward_cuda(w->m, F, a->h, 2 * F, a->h + F, 2 * F, run->B, F, run->stream);
     decode_plain_linear(run, shared->delta, w->m, weight_x(L, p->fc2), NULL, F, D);
 }
 
 // --------------------------------------------------------------------------------------------------
-// 5.3 The table of kinds
+// 5.5 The table of kinds
 
 template <typename X> struct KindCuda {
     char letter;                                   // of the kind in train_mamba.c
     const TensorSpec* acts;    int n_acts;         // saved for backward
     const TensorSpec* scratch; int n_scratch;
-    size_t (*sums)(const Config*, size_t B, size_t T);       // floats of partial sums; NULL: none
+    size_t (*sums)(const Config*, size_t B, size_t T, bool training);  // floats of partial sums; NULL: 0
     void (*forward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
                     const float* res_in, const X* delta_in, float* const* state0, float* const* stateT);
     void (*backward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
                      float* const* state0);
-    bool (*decodes)(const Config*);                // whether `decode` is for these sizes
+    bool (*decodes)(const Config*);                // whether `decode` is for these sizes; NULL: for none
     void (*decode)(const CudaRun<bf16>*, const LayerCuda<bf16>*, const ActsCuda<bf16>*,
                    const ScratchCuda<bf16>*, float* res_out, const float* res_in, const bf16* delta_in,
                    float* const* state);
     void (*paths)(const Config*);                  // prints which of its kernels are fast; NULL: no choice
 };
 
-enum { N_KINDS_CUDA = 2 };
+enum { N_KINDS_CUDA = 3 };
 template <typename X> static const KindCuda<X> kinds_cuda[N_KINDS_CUDA] = {
     {'1', TABLE(mamba1_acts_cuda), TABLE(mamba1_scratch_cuda), mamba1_sums_cuda, mamba1_block_forward_cuda<X>,
      mamba1_block_backward_cuda<X>, mamba1_decodes, mamba1_block_decode_cuda, mamba1_paths<X>},
+    {'2', TABLE(mamba2_acts_cuda), TABLE(mamba2_scratch_cuda), mamba2_sums_cuda, mamba2_block_forward_cuda<X>,
+     mamba2_block_backward_cuda<X>, NULL, NULL, mamba2_paths<X>},
     {'m', TABLE(mlp_acts_cuda), TABLE(mlp_scratch_cuda), NULL, mlp_block_forward_cuda<X>,
      mlp_block_backward_cuda<X>, mlp_decodes, mlp_block_decode_cuda, NULL},
 };
@@ -6222,6 +6370,8 @@ template <typename X> static const KindCuda<X> kinds_cuda[N_KINDS_CUDA] = {
     static_assert(FIELDS(type<float>) == sizeof(table) / sizeof(TensorSpec), "one row per field, in order")
 SAME_FIELDS(Mamba1ActsCuda, mamba1_acts_cuda);
 SAME_FIELDS(Mamba1ScratchCuda, mamba1_scratch_cuda);
+SAME_FIELDS(Mamba2ActsCuda, mamba2_acts_cuda);
+SAME_FIELDS(Mamba2ScratchCuda, mamba2_scratch_cuda);
 SAME_FIELDS(MlpActsCuda, mlp_acts_cuda);
 SAME_FIELDS(MlpScratchCuda, mlp_scratch_cuda);
 
@@ -6236,6 +6386,9 @@ static size_t array_count(const TensorSpec* spec, const Config* c, size_t B, siz
     if (spec->dim[0] == DIM_SCAN_SAVED)
         return selective_scan_saved_cuda(B, T, (size_t)c->d_inner, (size_t)c->d_state,
                                          scan_spacing(recompute));
+    if (spec->dim[0] == DIM_SSD_SAVED)
+        return ssd_saved_cuda(B, T, (size_t)(c->d_ssm / c->headdim), (size_t)c->headdim, (size_t)c->d_state);
+    if (spec->dim[0] == DIM_IN2_ROW) return B * T * mamba2_row((size_t)config_dim(c, DIM_IN2));
     return B * T * spec_count(spec, c);
 }
 
@@ -6349,22 +6502,22 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     end = arena->used;
     arena->used = train ? start : end;         // decoding keeps its last outputs beside the logits
     arena_take(arena, &s->delta, M * D);
-    size_t sums = max_size(rmsnorm_backward_scratch_cuda(M, D), bias_backward_scratch_cuda(M, D));
+    size_t sums = train ? max_size(rmsnorm_backward_scratch_cuda(M, D), bias_backward_scratch_cuda(M, D)) : 0;
     for (int k = 0; k < N_KINDS_CUDA; k++) {
         const KindCuda<X>* kind = &kinds_cuda<X>[k];
         if (first[k] < 0) continue;
         for (int i = 0; i < kind->n_scratch; i++)
             if (train || !(kind->scratch[i].flags & BACKWARD_ONLY))
                 take(&w->kind_scratch[k][i], &kind->scratch[i]);
-        if (kind->sums) sums = max_size(sums, kind->sums(c, B, T));
+        if (kind->sums) sums = max_size(sums, kind->sums(c, B, T, train));
+        if (kind->sums && !train) sums = max_size(sums, kind->sums(c, M, 1, false));   // a token of each row
     }
+    // a smaller call may cut time differently; its partial sums are never more than twice those of the full one
+    if (sums) arena_take(arena, &s->sums, 2 * sums);
     if (train) {
         arena_take(arena, &s->dres, M * D);
         arena_take(arena, &s->dres_x, M * D);
         arena_take(arena, &s->du, M * D);
-        // a smaller call may cut time differently; its partial sums are never more than twice those of the
-        // full one
-        arena_take(arena, &s->sums, 2 * sums);
         arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
     }
     arena->used = max_size(arena->used, end);
@@ -6561,7 +6714,8 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
                               float* logits) {
     size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     bool fits = run->B <= DECODE_ROWS && D % 32 == 0;
-    for (int l = 0; l < m->n_layers; l++) fits = fits && d->layer[l].kind->decodes(&m->config);
+    for (int l = 0; l < m->n_layers; l++)
+        fits = fits && d->layer[l].kind->decodes && d->layer[l].kind->decodes(&m->config);
     if (!fits) return false;
     float* res[2] = {w->acts[0].res, w->res_last};           // in turn
     const bf16* delta = NULL;

@@ -37,6 +37,11 @@ void causal_conv1d_backward(double* dinp, size_t lddi, double* dweight, double* 
                             const double* dout, const double* dtailT, const double* inp, size_t ldi,
                             const double* tail0, const double* weight, const double* bias, bool silu,
                             const int* doc, size_t B, size_t T, size_t E, size_t K);
+void gated_rmsnorm_forward(double* out, double* rstd, const double* y, const double* z, size_t ldz,
+                           const double* weight, size_t M, size_t E, size_t S, double eps, bool norm_first);
+void gated_rmsnorm_backward(double* dy, double* dz, size_t lddz, double* dweight, const double* dout,
+                            const double* y, const double* z, size_t ldz, const double* weight,
+                            const double* rstd, size_t M, size_t E, size_t S, bool norm_first);
 void gate_forward(double* out, const double* y, size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
 void gate_backward(double* dy, size_t lddy, double* dz, size_t lddz, const double* dout, const double* y,
                    size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
@@ -392,23 +397,24 @@ template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
     gpu_release();
 }
 
-// variant, bits: 1 rows at twice E, 2 with dtail0 and dtailT, 4 with tail0; 3 without bias; 6 tailT = tail0
+// variant, bits: 1 rows at twice E, 2 with dtail0 and dtailT, 4 with tail0, 8 without SiLU; 3 without bias;
+// 6 tailT = tail0
 template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, int variant) {
     snprintf(shape, sizeof shape, "B%zu T%zu E%zu K%zu variant%d", B, T, E, K, variant);
     size_t M = B * T, ld = variant & 1 ? 2 * E : E + (variant & 2 ? 8 : 0), tail = B * (K - 1) * E;
-    bool has_tail = variant & 4, has_bias = variant != 3, has_dtail = variant & 2;
+    bool has_tail = variant & 4, has_bias = variant != 3, has_dtail = variant & 2, silu = !(variant & 8);
     Ints doc = random_docs(B, T, variant % 3 == 2);
     const int *d = variant % 3 ? doc.data() : NULL, *g_doc = d ? gpu(doc) : NULL;
     Vec inp = spread(normal_vec<X>(M * E), E, ld), weight = normal_vec<float>(E * K, 0.6);
     Vec bias = normal_vec<float>(E), tail0 = normal_vec<float>(tail), out(M * E), tailT(tail);
     const double *p_bias = has_bias ? bias.data() : NULL, *p_tail0 = has_tail ? tail0.data() : NULL;
     oracle::causal_conv1d_forward(out.data(), tailT.data(), inp.data(), ld, p_tail0, weight.data(), p_bias,
-                                  true, d, B, T, E, K);
+                                  silu, d, B, T, E, K);
     X *g_inp = gpu<X>(inp), *g_out = gpu_nan<X>(M * E);
     float *g_weight = gpu<float>(weight), *g_bias = has_bias ? gpu<float>(bias) : NULL;
     float *g_tail0 = gpu<float>(tail0), *g_tailT = variant == 6 ? g_tail0 : gpu_nan<float>(tail);
     causal_conv1d_forward_cuda<X>(g_out, g_tailT, g_inp, ld, has_tail ? g_tail0 : NULL, g_weight, g_bias,
-                                  g_doc, B, T, E, K, 0);
+                                  silu, g_doc, B, T, E, K, 0);
     claim<X>("conv forward out", from_gpu(g_out, M * E), out, 1e-6, 4e-3);
     if (tail) claim<X>("conv forward tailT", from_gpu(g_tailT, tail), tailT, 0, 0);
 
@@ -417,7 +423,7 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     oracle::causal_conv1d_backward(dinp.data(), ld, want_dweight.data(), has_bias ? want_dbias.data() : NULL,
                                    has_dtail ? dtail0.data() : NULL, dout.data(),
                                    has_dtail ? dtailT.data() : NULL, inp.data(), ld, p_tail0, weight.data(),
-                                   p_bias, true, d, B, T, E, K);
+                                   p_bias, silu, d, B, T, E, K);
     g_tail0 = gpu<float>(tail0);
     X* g_dout = gpu<X>(dout);
     float* g_dtailT = has_dtail ? gpu<float>(dtailT) : NULL;
@@ -428,8 +434,8 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
         float *g_dtail0 = has_dtail ? gpu_nan<float>(tail) : NULL;
         float* scratch = gpu_nan<float>(causal_conv1d_scratch_cuda(B, T, E, K));
         causal_conv1d_backward_cuda<X>(g_dinp, ld, g_dweight, g_dbias, g_dtail0, g_dout, g_dtailT, g_inp, ld,
-                                       has_tail ? g_tail0 : NULL, g_weight, g_bias, g_doc, scratch, B, T, E,
-                                       K, 0);
+                                       has_tail ? g_tail0 : NULL, g_weight, g_bias, silu, g_doc, scratch, B,
+                                       T, E, K, 0);
         Vec got = from_gpu(g_dweight, E * K);
         if (twice) claim_zero<X>("conv backward, again: bits", differing(got.data(), first.data(), E * K));
         first = got;
@@ -445,6 +451,48 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     gpu_release();
 }
 
+// variant, bits: 1 the norm first, 2 wider rows, 4 dy in the place of dout, 8 without the output again
+template <typename X> void check_gated_rmsnorm(size_t M, size_t S, size_t G, int variant) {
+    const size_t E = S * G, gap = variant & 2 ? 8 + E % 8 : 0, ld = E + gap, ldo = E + 2 * gap;
+    const bool first = variant & 1, in_place = (variant & 4) && !gap, again = !(variant & 8);
+    snprintf(shape, sizeof shape, "M%zu S%zu G%zu variant%d", M, S, G, variant);
+    Vec y = normal_vec<X>(M * E), z = spread(normal_vec<X>(M * E, 2), E, ld), dout = normal_vec<X>(M * E);
+    Vec weight = normal_vec<float>(E, 0.3, 1), dweight = normal_vec<float>(E), out(M * E), rstd(M * G);
+    Vec dy(M * E), dz(M * ld), want = dweight, bits;
+    oracle::gated_rmsnorm_forward(out.data(), rstd.data(), y.data(), z.data(), ld, weight.data(), M, E, S,
+                                  1e-5, first);
+    oracle::gated_rmsnorm_backward(dy.data(), dz.data(), ld, want.data(), dout.data(), y.data(), z.data(), ld,
+                                   weight.data(), rstd.data(), M, E, S, first);
+    X *g_y = gpu<X>(y), *g_z = gpu<X>(z), *g_out = gpu_nan<X>(M * ldo);
+    float *g_rstd = gpu_nan<float>(M * G), *g_weight = gpu<float>(weight);
+    gated_rmsnorm_forward_cuda<X>(g_out, ldo, g_rstd, g_y, g_z, ld, g_weight, M, E, S, 1e-5f, first, 0);
+    Vec got = from_gpu(g_out, M * ldo);
+    claim<X>("gated rmsnorm forward", gathered(got, E, ldo), out, 2e-6, 4e-3);
+    claim_zero<X>("gated rmsnorm: gaps written", written_gaps(got, ldo, E, ldo));
+    claim<X>("gated rmsnorm rstd", from_gpu(g_rstd, M * G), rstd, 1e-6, 1e-6);
+    float* scratch = gpu_nan<float>(gated_rmsnorm_scratch_cuda(M, E));
+    for (int twice = 0; twice < 2; twice++) {
+        X *g_dout = gpu<X>(in_place ? dout : spread(dout, E, ldo)), *g_again = again ? gpu_nan<X>(M * ldo) : NULL;
+        X *g_dy = in_place ? g_dout : gpu_nan<X>(M * E), *g_dz = gpu_nan<X>(M * ld);
+        float* g_dweight = gpu<float>(dweight);
+        gated_rmsnorm_backward_cuda<X>(g_dy, g_dz, ld, g_again, ldo, g_dweight, g_dout, in_place ? E : ldo,
+                                       g_y, g_z, ld, g_weight, g_rstd, scratch, M, E, S, first, 0);
+        Vec dw = from_gpu(g_dweight, E), got_dz = from_gpu(g_dz, M * ld);
+        if (twice) claim_zero<X>("gated rmsnorm backward, again: bits", differing(dw.data(), bits.data(), E));
+        bits = dw;
+        if (twice) continue;
+        claim<X>("gated rmsnorm dy", from_gpu(g_dy, M * E), dy, 1e-5, 4e-3);
+        claim<X>("gated rmsnorm dz", gathered(got_dz, E, ld), gathered(dz, E, ld), 1e-5, 4e-3);
+        claim_zero<X>("gated rmsnorm: gaps written", written_gaps(got_dz, ld, E, ld));
+        claim<X>("gated rmsnorm dweight", minus(dw, dweight), minus(want, dweight), 1e-5, 1e-5);
+        if (!again) continue;
+        Vec same = from_gpu(g_again, M * ldo);
+        claim_zero<X>("gated rmsnorm backward out = that of forward: bits",
+                      differing(gathered(same, E, ldo).data(), gathered(got, E, ldo).data(), M * E));
+    }
+    gpu_release();
+}
+
 template <typename X> void check_gate(size_t M, size_t E, bool strided) {
     snprintf(shape, sizeof shape, "M%zu E%zu%s", M, E, strided ? " strided" : "");
     size_t ld = strided ? 2 * E : E;
@@ -454,8 +502,8 @@ template <typename X> void check_gate(size_t M, size_t E, bool strided) {
     oracle::gate_backward(dy.data(), ld, dz.data(), ld, dout.data(), y.data(), ld, z.data(), ld, M, E);
     X *g_y = gpu<X>(y), *g_z = gpu<X>(z), *g_out = gpu_nan<X>(M * E);
     X *again = strided ? gpu_nan<X>(M * E) : NULL, *g_dy = gpu_nan<X>(M * ld), *g_dz = gpu_nan<X>(M * ld);
-    gate_forward_cuda<X>(g_out, g_y, ld, g_z, ld, M, E, 0);
-    gate_backward_cuda<X>(g_dy, ld, g_dz, ld, again, gpu<X>(dout), g_y, ld, g_z, ld, M, E, 0);
+    gate_forward_cuda<X>(g_out, E, g_y, ld, g_z, ld, M, E, 0);
+    gate_backward_cuda<X>(g_dy, ld, g_dz, ld, again, E, gpu<X>(dout), E, g_y, ld, g_z, ld, M, E, 0);
     claim<X>("gate forward", from_gpu(g_out, M * E), out, 1e-6, 4e-3);
     if (again) claim<X>("gate backward out", from_gpu(again, M * E), out, 1e-6, 4e-3);
     Vec got_dy = from_gpu(g_dy, M * ld), got_dz = from_gpu(g_dz, M * ld);
@@ -566,10 +614,16 @@ template <typename X> void check_layers(void) {
                               {2, 100, 264}, {1, 517, 96}};
     for (int i = 0; i < (small ? 6 : 8); i++)
         for (size_t K = 1; K <= 8; K++)
-            for (int variant = 0; variant < 8; variant++)
+            for (int variant = 0; variant < (K == 4 || K == 3 ? 16 : 8); variant++)
                 if (!small || K == 4 || K == 3) check_conv<X>(conv[i][0], conv[i][1], conv[i][2], K, variant);
-    for (int variant = 0; variant < 8 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
+    for (int variant = 0; variant < 16 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
     if (!small) check_conv<X>(sizeof(X) == 2 ? 64 : 128, 140, 1536, 4, 6);      // the longest runs of tokens
+    const size_t gated[][3] = {{1, 1, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
+                               {33, 768, 2}, {700, 1536, 1}, {21, 2048, 2}, {5, 5120, 1}, {3, 5128, 1}};
+    for (size_t i = 0; i < sizeof gated / sizeof gated[0]; i++)
+        for (int variant = 0; variant < 16; variant++)
+            if (!small || gated[i][0] < 100)
+                check_gated_rmsnorm<X>(gated[i][0], gated[i][1], gated[i][2], variant);
     const size_t gate[][2] = {{1, 1}, {3, 37}, {37, 33}, {70, 64}, {513, 1536}};
     for (int i = 0; i < (small ? 4 : 5); i++)
         for (int strided = 0; strided < 2; strided++) check_gate<X>(gate[i][0], gate[i][1], strided);
@@ -1061,14 +1115,15 @@ void test_cuda_matmul(void) {
 // ---------------------------------------------------------------------------------------------------
 // 5. The whole model
 
-typedef struct {
+struct CudaShape {
     const char* pattern;
     int64_t n_layer, D, E, N, K, R, F, V;
     bool tie, bias, conv_bias;
     size_t B, T;
     int docs;
     double dropout;
-} CudaShape;
+    const char* mamba2 = NULL;       // see toy_mamba2
+};
 static const CudaShape cuda_shapes[] = {
     {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0},
     {"1", 2, 7, 9, 5, 2, 3, 0, 11, false, true, false, 3, 7, 0, 0},
@@ -1078,12 +1133,20 @@ static const CudaShape cuda_shapes[] = {
     {"1", 2, 32, 64, 16, 4, 8, 0, 101, true, false, true, 3, 70, -1, 0},        // from here on the fast scan
     {"1m", 2, 64, 128, 16, 4, 16, 96, 257, false, true, true, 2, 133, 0, 0.4},
     {"1", 3, 96, 192, 16, 3, 8, 0, 64, true, true, false, 2, 64, 5, 0},
+    {"2", 2, 5, 6, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0, "P3 S1 L7"},                 // Mamba-2
+    {"2", 2, 13, 24, 3, 3, 1, 0, 29, false, true, false, 3, 37, 0, 0, "P3 S2 L16 hdim before limit"},
+    {"2m", 2, 24, 48, 7, 2, 1, 19, 29, true, true, true, 3, 70, 1, 0.3, "P6 S3 L16 W36"},
+    {"12m", 2, 32, 64, 16, 4, 8, 24, 101, true, false, true, 2, 133, 2, 0, "P8 S2 L64 plain"},
+    {"2", 2, 64, 128, 64, 4, 1, 0, 101, true, false, true, 3, 300, -1, 0, "P32 S2 L64"},        // fast
+    {"2m", 2, 64, 192, 128, 4, 1, 96, 257, false, true, true, 2, 533, 0, 0.4, "P64 S1 L256 W128"},
+    {"221", 1, 96, 192, 128, 4, 8, 0, 64, true, true, false, 2, 64, 5, 0, "P64 S1 L64 hdim"},
 };
 
 // toy_model with parameters that are exact in X: the CPU then computes with the same weights
 template <typename X> Model cuda_toy(const CudaShape* s) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     if (s->F) c.d_intermediate = s->F;
+    if (s->mamba2) toy_mamba2(&c, s->mamba2);
     c.tie_embeddings = s->tie; c.bias = s->bias; c.conv_bias = s->conv_bias;
     Model m = toy_model(&c, true, 3);
     for (int i = 0; i < m.n_tensors; i++)
@@ -1422,8 +1485,13 @@ template <typename X> void check_model(void) {
     size_t longest = only_small() ? 129 : 8192;
     static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0};
     static const CudaShape even = {"1m", 1, 32, 32, 16, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0};
+    static const CudaShape odd2 = {"2", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0, "P7 S1 L32"};
+    static const CudaShape even2 = {"2m", 1, 32, 64, 64, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0,
+                                    "P32 S1 L64"};
     check_lengths<X>(&odd, longest);
     check_lengths<X>(&even, longest);
+    check_lengths<X>(&odd2, only_small() ? 129 : 1000);
+    check_lengths<X>(&even2, longest);
     check_steps<X>(&cuda_shapes[3], true, 0);
     check_steps<X>(&cuda_shapes[5], true, 0);
     check_steps<X>(&cuda_shapes[6], false, 0);
@@ -1433,6 +1501,11 @@ template <typename X> void check_model(void) {
     check_training<X>(&cuda_shapes[6], RECOMPUTE_ALL);
     check_training<X>(&cuda_shapes[6], RECOMPUTE_NONE, true);
     check_busy<X>(&cuda_shapes[6]);
+    check_steps<X>(&cuda_shapes[10], true, 0);
+    check_steps<X>(&cuda_shapes[13], false, 0);
+    check_training<X>(&cuda_shapes[10], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[12], RECOMPUTE_NONE);
+    check_training<X>(&cuda_shapes[13], RECOMPUTE_ALL);
 }
 
 // Catches: a gradient written where it must be added, a buffer used by two layers at once, arguments of a
@@ -1507,9 +1580,11 @@ void test_cuda_generate(void) {
     const char* fp32 = "--precision fp32";
     Worst tokens = {0, ""}, chunks = {0, ""}, saved = {0, ""}, logits_cpu = {0, ""};
     Worst logits_chunk[2] = {{0, ""}, {0, ""}};
-    for (int fast = 0; fast < 2; fast++) {
-        Config c = fast ? toy_config("1m", 2, 32, 64, 16, 4, 8, 257)
-                        : toy_config("1m", 2, 13, 22, 5, 4, 2, 257);
+    Config configs[] = {toy_config("1m", 2, 13, 22, 5, 4, 2, 257), toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
+                        toy_config("2m", 2, 13, 24, 5, 4, 2, 257), toy_config("221", 1, 32, 64, 64, 4, 8, 257)};
+    toy_mamba2(&configs[2], "P3 S2 L16 W18");
+    toy_mamba2(&configs[3], "P32 S1 L64");
+    for (const Config& c : configs) {
         Model m = toy_model(&c, false, 6);
         char prompt[301], options[400];
         for (size_t i = 0; i < 300; i++) prompt[i] = (char)('!' + random_bits(10, 0, i) % 90);
@@ -1977,11 +2052,11 @@ static void check_large_block(size_t times) {
     Twice<bf16> xz = twice_normal<bf16>(2 * n, times), dxz = twice_nan<bf16>(2 * n, times);
     Twice<bf16> x = twice_nan<bf16>(n, times), dx = twice_normal<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
-        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T,
-                                         E, K, 0);
+        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, true, no_doc, B[big],
+                                         T, E, K, 0);
         causal_conv1d_backward_cuda<bf16>(dxz[big], 2 * E, dweight[big], dbias[big], none, dx[big], none,
-                                          xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E,
-                                          K, 0);
+                                          xz[big], 2 * E, none, weight, bias, true, no_doc, scratch,
+                                          B[big], T, E, K, 0);
     }
     claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, times, 0);
     claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, times, 0);
@@ -2015,8 +2090,8 @@ static void check_large_block(size_t times) {
 
     for (int big = 0; big < 2; big++) {                      // gate: y and z are the halves of xz, dout is x
         bf16 *u = xz[big], *du = dxz[big];
-        gate_forward_cuda<bf16>(s[big], u, 2 * E, u + E, 2 * E, B[big] * T, E, 0);
-        gate_backward_cuda<bf16>(du, 2 * E, du + E, 2 * E, again[big], x[big], u, 2 * E, u + E, 2 * E,
+        gate_forward_cuda<bf16>(s[big], E, u, 2 * E, u + E, 2 * E, B[big] * T, E, 0);
+        gate_backward_cuda<bf16>(du, 2 * E, du + E, 2 * E, again[big], E, x[big], E, u, 2 * E, u + E, 2 * E,
                                  B[big] * T, E, 0);
     }
     claim_rows("2^31: gate forward", s[1], s[0], E, E, tokens, times, 0);
