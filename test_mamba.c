@@ -1304,6 +1304,28 @@ void must(bool ok, const Error* err) {
     if (!ok) die("test: %s", err->text);
 }
 
+// number_after_letter: 7 for "H" in "Q4 G2 H7", 0 when there is none
+int64_t number_after_letter(const char* text, char letter) {
+    const char* at = strchr(text, letter);
+    return at ? atoll(at + 1) : 0;
+}
+
+// toy_attention: what describes attention layers, from a text: Q query heads, G KV heads, H numbers in each,
+// R of them turned, a conv of K taps, an MLP of width F, room for T tokens after the C in the cache
+void toy_attention(Config* c, const char* text, size_t T) {
+    c->attn_heads = number_after_letter(text, 'Q');
+    c->attn_heads_kv = number_after_letter(text, 'G');
+    c->attn_head_dim = number_after_letter(text, 'H');
+    c->rotary_dim = number_after_letter(text, 'R');
+    c->attn_conv = number_after_letter(text, 'K');
+    c->attn_mlp = 2 * number_after_letter(text, 'F');
+    c->context = number_after_letter(text, 'C') + (int64_t)T;
+    c->rotary_interleaved = strstr(text, "interleaved") != NULL;
+    c->attn_in_bias = c->attn_out_bias = strstr(text, "biases") != NULL;
+    c->softmax_scale = strstr(text, "scale") ? 0.4 : 0;
+    c->rotary_base = 50;
+}
+
 // toy_config: a small model; Vp is V rounded up to 8, so most toys have padded ids
 Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, int64_t N, int64_t K, int64_t R,
                   int64_t V) {
@@ -1318,6 +1340,7 @@ Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, in
     c.norm_eps = 1e-5; c.dt_min = 1e-3; c.dt_max = 0.1; c.dt_init_floor = 1e-4; c.dt_scale = 1;
     c.initializer_range = 0.02;
     c.eos_token = -1;
+    if (strchr(pattern, 'a')) toy_attention(&c, "Q2 G1 H4 R2 K3", 100);
     return c;
 }
 
@@ -1383,6 +1406,12 @@ void toy_make(Toy* toy, const Config* config, size_t B, size_t T, int doc_patter
     for (size_t i = 0; i < toy->s0.n_elements; i++) {
         toy->s0.data[i] = (real)test_uniform(-1, 1, 77, i);
         toy->dsT.data[i] = (real)test_uniform(-0.1, 0.1, 78, i);
+    }
+    for (int l = 0; l < m->n_layers; l++) {
+        if (m->layer[l].kind->letter != 'a') continue;
+        size_t most = config->context > (int64_t)T ? (size_t)config->context - T : 0;
+        AttentionState* s0 = (AttentionState*)toy->s0.field[l];
+        for (size_t b = 0; b < B; b++) s0->position[b] = (real)((most + 3 * b) % (most + 1));
     }
     toy->tokens = (int*)test_alloc(B * T, sizeof(int));
     toy->targets = (int*)test_alloc(B * T, sizeof(int));
@@ -1644,16 +1673,22 @@ typedef struct {
     size_t B, T;
     int docs;                // pattern of documents, -1: none
     double dropout;
+    const char* attention;   // see toy_attention
 } ToyShape;
 const ToyShape toy_shapes[] = {
-    { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0 },
-    { "1", 2, 7, 9, 5, 2, 3, 11, false, true, false, 3, 7, 0, 0 },
-    { "1m", 2, 5, 6, 3, 3, 2, 9, true, true, true, 3, 37, 1, 0 },
-    { "11m", 2, 7, 5, 5, 4, 1, 8, false, false, true, 3, 7, 2, 0.3 },
-    { "1m", 2, 8, 6, 3, 3, 2, 9, true, true, true, 2, 9, 1, 0.6 },
-    { "1m", 1, 5, 7, 5, 2, 1, 11, false, true, true, 3, 37, 4, 0 },
-    { "1", 2, 3, 5, 5, 3, 2, 7, true, false, false, 3, 37, -1, 0 },
-    { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0 },
+    { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "" },
+    { "1", 2, 7, 9, 5, 2, 3, 11, false, true, false, 3, 7, 0, 0, "" },
+    { "1m", 2, 5, 6, 3, 3, 2, 9, true, true, true, 3, 37, 1, 0, "" },
+    { "11m", 2, 7, 5, 5, 4, 1, 8, false, false, true, 3, 7, 2, 0.3, "" },
+    { "1m", 2, 8, 6, 3, 3, 2, 9, true, true, true, 2, 9, 1, 0.6, "" },
+    { "1m", 1, 5, 7, 5, 2, 1, 11, false, true, true, 3, 37, 4, 0, "" },
+    { "1", 2, 3, 5, 5, 3, 2, 7, true, false, false, 3, 37, -1, 0, "" },
+    { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0, "" },
+    { "a", 2, 6, 5, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "Q4 G2 H4 R2 K4 C3" },
+    { "am", 1, 5, 6, 3, 3, 2, 9, false, false, true, 3, 9, 0, 0, "Q2 G1 H5 R4 C62 interleaved biases" },
+    { "1am", 4, 5, 6, 3, 3, 2, 9, true, true, true, 3, 7, 2, 0.3, "Q3 G3 H2 K2 C1 scale" },
+    { "a", 1, 5, 5, 5, 4, 1, 11, true, false, true, 2, 37, 1, 0, "Q2 G2 H3 R2 K3 F3 C4 biases" },
+    { "a1", 2, 7, 5, 5, 4, 1, 7, true, false, true, 1, 1, -1, 0, "Q1 G1 H1 K1 F1" },
 };
 
 void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
@@ -1661,6 +1696,7 @@ void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
     c.tie_embeddings = s->tie;
     c.bias = s->bias;
     c.conv_bias = s->conv_bias;
+    if (s->attention[0]) toy_attention(&c, s->attention, s->T);
     toy_make(toy, &c, s->B, s->T, s->docs, recompute);
     Dropout drop = { s->dropout, random_bits(6, STREAM_DROPOUT, 2), 5, 0 };
     toy->w.dropout = drop;
@@ -1713,6 +1749,7 @@ void test_model_gradient(void) {
             const Kind* kind = toy.m.layer[l].kind;
             for (int i = 0; i < kind->n_state; i++) {
                 size_t n = shape->B * spec_count(&kind->state[i], &toy.m.config);
+                if (strcmp(kind->state[i].name, "position") == 0) continue;       // a number of tokens
                 double *numeric = (double*)test_alloc(n, sizeof(double)),
                     *g = to_double(toy.ds0.field[l][i], n);
                 numeric_gradient(&toy, toy.s0.field[l][i], numeric, n);
@@ -1872,7 +1909,7 @@ void test_mlp(void) {
     toy_make(&toy, &c, 1, M, -1, false);
     const Layer* layer = &toy.m.layer[1];
     const MlpParams* p = (const MlpParams*)layer->params;
-    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 } };
+    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 }, { NULL, NULL } };
     real res[M * D], out[M * D];
     double want[M * D];
     for (size_t i = 0; i < M * D; i++) res[i] = (real)test_uniform(-0.01, 0.01, 81, i);     // eps counts
@@ -1933,8 +1970,11 @@ void test_accumulation(void) {
 void test_pieces(void) {
     enum { T = 40 };
     Worst split = { 0, "" }, steps = { 0, "" }, rows = { 0, "" };
-    for (int64_t K = 1; K <= 4; K++) {
-        Config c = toy_config(K % 2 ? "11m" : "1", 2, 9, 14, 5, K, 2, 19);
+    for (int64_t k = 0; k < 8; k++) {
+        const char* const patterns[4] = { "1", "11m", "a", "1am" };
+        int64_t K = k % 4 + 1;
+        Config c = toy_config(patterns[k / 4 * 2 + K % 2], 2, 9, 14, 5, K, 2, 19);
+        c.attn_conv = K;
         Toy toy;
         toy_make(&toy, &c, 1, T, -1, false);
         Model* m = &toy.m;
@@ -1949,8 +1989,8 @@ void test_pieces(void) {
             memcpy(g, w.f, cut * D * sizeof(real));
             model_forward(m, &w, toy.tokens + cut, NULL, 1, T - cut, &s, &s);
             memcpy(g + cut * D, w.f, (T - cut) * D * sizeof(real));
-            worst_add(&split, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT), "K %d, cut at %zu",
-                      (int)K, cut);
+            worst_add(&split, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT), "%s, K %d, cut at %zu",
+                      c.pattern, (int)K, cut);
         }
         for (size_t first = 1; first <= (size_t)K + 1; first++) {
             memset(s.data, 0, s.n_elements * sizeof(real));
@@ -1959,7 +1999,7 @@ void test_pieces(void) {
                 memcpy(g + t * D, w.f, n * D * sizeof(real));
             }
             worst_add(&steps, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT),
-                      "K %d, prefill of %zu", (int)K, first);
+                      "%s, K %d, prefill of %zu", c.pattern, (int)K, first);
         }
         workspace_free(&w);
         state_free(&s);
@@ -1970,7 +2010,7 @@ void test_pieces(void) {
 
     // Prompts of different lengths, decoded as one batch = each alone. Catches: rows that see each other's
     // state.
-    Config c = toy_config("1m", 2, 9, 14, 5, 4, 2, 19);
+    Config c = toy_config("1am", 3, 9, 14, 5, 4, 2, 19);
     Model m = toy_model(&c, false, 4);
     Backend backend = backend_cpu(&m, 0, 0, false, false);
     enum { ROWS = 5, STEPS = 12 };
@@ -2013,7 +2053,8 @@ void test_pieces(void) {
 void test_model_packed(void) {
     // K-1 = 3
     const size_t lengths[] = { 1, 2, 3, SCAN_CHUNK, SCAN_CHUNK - 1, SCAN_CHUNK + 1, 1, 1, 1, 5 };
-    Config c = toy_config("1m", 2, 7, 9, 5, 4, 2, 19);
+    Config c = toy_config("1am", 3, 7, 9, 5, 4, 2, 19);
+    c.context = 200;
     for (int only_ends = 0; only_ends < 2; only_ends++) {
         Worst forward = { 0, "" }, backward = { 0, "" };
         size_t T = 0, n_docs = only_ends ? 37 : COUNT_OF(lengths);
@@ -2070,7 +2111,7 @@ void toy_train(Toy* toy, int steps) {
 // Ten steps end in the same bits for any number of threads. Catches: a reduction shared out over threads
 // anywhere between the embedding and the optimizer.
 void test_threads(void) {
-    Config c = toy_config("1m", 2, 64, 96, 8, 4, 4, 300);
+    Config c = toy_config("1ma", 3, 64, 96, 8, 4, 4, 300);
     c.d_intermediate = 40;
     const int threads[] = { 1, 1, 2, 3, 4, 7 };
     Worst worst = { 0, "" };
@@ -3054,6 +3095,8 @@ void test_generate(void) {
 #endif
 // defines: test_eval, with a GPU test_cuda_eval
 #include "dev/test/test_eval.h"
+// defines: test_half
+#include "dev/test/test_half.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 10. List of cases, main
@@ -3159,6 +3202,7 @@ const Case cases[] = {
     { "models", test_models },
     { "tokenizer", test_tokenizer },
     { "eval", test_eval },
+    { "half", test_half },
 #ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
     { "cuda faults", test_cuda_faults },

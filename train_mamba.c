@@ -46,6 +46,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -246,6 +247,8 @@ typedef struct {
     int64_t eos_token;       // the end token, -1 when the vocabulary has none
 } Config;
 
+enum { MAX_CONTEXT = 1 << 24 };      // positions are whole numbers in a float
+
 // add_count: total += a*b*c, false when that leaves [0, 2^40)
 static bool add_count(int64_t* total, int64_t a, int64_t b, int64_t c) {
     int64_t dim[3] = {a, b, c};
@@ -289,9 +292,9 @@ static bool config_check_mamba2(const Config* c, Error* err) {
 static bool config_check_attention(const Config* c, Error* err) {
     const Range range[] = {
         {"attention heads", c->attn_heads, 1, 65536}, {"KV heads", c->attn_heads_kv, 1, c->attn_heads},
-        {"attention head_dim", c->attn_head_dim, 1, 65536},
+        {"attention head_dim", c->attn_head_dim, 1, 256},
         {"attention d_conv", c->attn_conv, 0, 8},     {"attention mlp_dim", c->attn_mlp, 0, INT32_MAX},
-        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, INT32_MAX} };
+        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, MAX_CONTEXT} };
     if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
     if (c->attn_heads % c->attn_heads_kv != 0)
         return fail(err, "%lld attention heads cannot share %lld KV heads", (long long)c->attn_heads,
@@ -625,6 +628,87 @@ void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const re
     }
 }
 
+// Half: weight matrices in bfloat16, the upper half of a float, for generation on the CPU: half as much to
+// read. from[i] is at bits + i, but for the order within a row: of 2 VEC neighbours, i and i + VEC share a
+// 32-bit word, so that a shift and a mask make two vectors of floats out of one load. bits NULL: there are
+// none.
+typedef struct { const real* from; const uint16_t* bits; } Half;
+
+typedef uint32_t vec_bits __attribute__((vector_size(VEC * 4), aligned(2), may_alias));
+typedef float vec_float __attribute__((vector_size(VEC * 4)));
+
+// half_at: where element i of a row of length I is in the row
+static inline size_t half_at(size_t i, size_t I) {
+    size_t block = i / (2 * VEC) * (2 * VEC), k = i - block;
+    return block + 2 * VEC <= I ? block + 2 * (k % VEC) + k / VEC : i;
+}
+static inline real real_of_half(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return (real)x;
+}
+
+enum { HALF_ROWS = 2 };              // rows of the input that use a loaded weight
+
+// half_tile: `rows` x `outputs` outputs, each a sum over vectors of neighbouring i, then over the lanes of
+// the vector, then over the last i. The two sizes are constants at every call, see matmul_tile.
+static inline __attribute__((always_inline))
+void half_tile(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight, const real* bias,
+               size_t I, int rows, int outputs) {
+    vec sum[HALF_ROWS][ROW_OUTPUTS];
+    size_t i = 0;
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) sum[r][o] = (vec){0};
+    for (; i + 2 * VEC <= I; i += 2 * VEC)
+        for (int o = 0; o < outputs; o++) {
+            const uint16_t* w = weight + (size_t)o * I + i;
+            vec_bits both = *(const vec_bits*)w;
+            vec low = __builtin_convertvector((vec_float)(both << 16), vec);
+            vec high = __builtin_convertvector((vec_float)(both & 0xffff0000u), vec);
+            __builtin_prefetch(w + ROW_OUTPUTS * I);
+            for (int r = 0; r < rows; r++) {
+                const real* x = inp + (size_t)r * ldi + i;
+                sum[r][o] = FMA_VEC(*(const vec*)x, low, sum[r][o]);
+                sum[r][o] = FMA_VEC(*(const vec*)(x + VEC), high, sum[r][o]);
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) {
+            real total = bias ? bias[o] : 0;
+            for (int l = 0; l < VEC; l++) total += sum[r][o][l];
+            for (size_t k = i; k < I; k++)
+                total += inp[(size_t)r * ldi + k] * real_of_half(weight[(size_t)o * I + k]);
+            out[(size_t)r * ldo + (size_t)o] = total;
+        }
+}
+
+// matmul_forward_half: matmul_forward with weights in bfloat16. A row has the same bits whatever the others.
+void matmul_forward_half(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight,
+                         const real* bias, size_t M, size_t I, size_t O) {
+    #pragma omp parallel for schedule(static) if (M * I * O > 65536)
+    for (size_t o = 0; o < O; o += ROW_OUTPUTS)
+        for (size_t m = 0; m < M; m += HALF_ROWS) {
+            real* to = out + m * ldo + o;
+            const real *from = inp + m * ldi, *b = bias ? bias + o : NULL;
+            const uint16_t* w = weight + o * I;
+            if (o + ROW_OUTPUTS <= O && m + 1 < M) half_tile(to, ldo, from, ldi, w, b, I, 2, ROW_OUTPUTS);
+            else if (o + ROW_OUTPUTS <= O) half_tile(to, ldo, from, ldi, w, b, I, 1, ROW_OUTPUTS);
+            else for (size_t r = m; r < min_size(m + HALF_ROWS, M); r++)
+                for (size_t k = o; k < O; k++)
+                    half_tile(out + r * ldo + k, ldo, inp + r * ldi, ldi, weight + k * I,
+                              bias ? bias + k : NULL, I, 1, 1);
+        }
+}
+
+// linear_forward: matmul_forward with the weights as they are kept
+static void linear_forward(const Half* half, real* out, size_t ldo, const real* inp, size_t ldi,
+                           const real* weight, const real* bias, size_t M, size_t I, size_t O) {
+    if (half->bits)
+        matmul_forward_half(out, ldo, inp, ldi, half->bits + (weight - half->from), bias, M, I, O);
+    else matmul_forward(out, ldo, inp, ldi, weight, bias, M, I, O);
+}
+
 // matmul_backward: out[m,o] = sum_i inp[m,i] * weight[o,i] + bias[o]  =>
 //   dinp[m,i]    += sum_o dout[m,o] * weight[o,i]
 //   dweight[o,i] += sum_m dout[m,o] * inp[m,i]           dbias[o] += sum_m dout[m,o]
@@ -754,6 +838,12 @@ void zero_real(real* p, size_t n) {
 void embedding_forward(real* out, const int* tokens, const real* weight, size_t M, size_t D) {
     #pragma omp parallel for if (M > 64)
     for (size_t m = 0; m < M; m++) memcpy(out + m * D, weight + (size_t)tokens[m] * D, D * sizeof(real));
+}
+
+void embedding_forward_half(real* out, const int* tokens, const uint16_t* weight, size_t M, size_t D) {
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++)
+        for (size_t d = 0; d < D; d++) out[m * D + d] = real_of_half(weight[(size_t)tokens[m] * D + half_at(d, D)]);
 }
 
 // out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over
@@ -2153,9 +2243,10 @@ enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2
        // E where Es < E
        DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_JOINED, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
        // attention: q, k, v and MLP together; q, k, v; heads and MLP; heads; Hkv; dh; taps, taps - 1; cache
-       DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT };
+       DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT, DIM_MLP_A };
 
 int64_t config_dim(const Config* c, int dim) {
+    int64_t heads = c->headdim ? c->d_ssm / c->headdim : 0;        // H of Mamba-2
     switch (dim) {
         case DIM_1:   return 1;
         case DIM_2:   return 2;
@@ -2170,13 +2261,13 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_F:   return c->d_intermediate;
         case DIM_2F:  return 2 * c->d_intermediate;
         case DIM_VP:  return c->vocab_padded;
-        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + c->d_ssm / c->headdim;
+        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + heads;
         case DIM_ES:  return c->d_ssm;
         case DIM_XBC: return c->d_ssm + 2 * c->ngroups * c->d_state;
-        case DIM_H:   return c->d_ssm / c->headdim;
+        case DIM_H:   return heads;
         case DIM_P:   return c->headdim;
         case DIM_G:   return c->ngroups;
-        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : heads;
         case DIM_JOINED: return c->d_ssm < c->d_inner ? c->d_inner : 0;
         case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
         case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
@@ -2187,6 +2278,7 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_KA:  return c->attn_conv;
         case DIM_KA1: return c->attn_conv > 0 ? c->attn_conv - 1 : 0;
         case DIM_CONTEXT: return c->context;
+        case DIM_MLP_A: return c->attn_mlp / 2;
     }
     return 0;
 }
@@ -2225,7 +2317,7 @@ enum { RECOMPUTE_NONE, RECOMPUTE_CHEAP, RECOMPUTE_ALL };      // the positions o
 // fields of the kind's struct of pointers, so binding a struct to memory is one loop over the table.
 typedef struct {
     const char* name;
-    int dim[3];
+    int dim[4];
     int init, flags;
 } TensorSpec;
 
@@ -2236,6 +2328,7 @@ typedef struct {
     const int* doc;      // (B,T) document ids, or NULL: one document per row
     int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
     Dropout dropout;     // of what this sub-layer adds
+    Half half;           // the weight matrices
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -2323,17 +2416,17 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
 
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
     // (F1) to (F4)
-    matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
+    linear_forward(&run->half, a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
     causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
                           B, T, E, K);
-    matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
-    matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
+    linear_forward(&run->half, a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
+    linear_forward(&run->half, a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
     // (F5) to (F8), then the residual
     selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc,
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
+    linear_forward(&run->half, w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -2512,7 +2605,7 @@ void mamba2_block_forward(const Run* run, real* res_out, const real* res_in, rea
 
     // (S1) and (S2)
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
-    matmul_forward(a->zxbcdt, s.in, a->u, s.D, p->in_proj, p->in_proj_bias, s.M, s.D, s.in);
+    linear_forward(&run->half, a->zxbcdt, s.in, a->u, s.D, p->in_proj, p->in_proj_bias, s.M, s.D, s.in);
     causal_conv1d_forward(a->xbc, sT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
                           true, run->doc, run->B, run->T, s.Cd, s.K);
     dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
@@ -2521,7 +2614,7 @@ void mamba2_block_forward(const Run* run, real* res_out, const real* res_in, rea
     ssd_forward(a->y, a->hs, sT->ssm, a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim,
                 s0->ssm, run->doc, w->ssd, run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
     const real* joined = mamba2_join(c, &s, p, a, w);
-    matmul_forward(w->out, s.D, joined, s.E, p->out_proj, p->out_proj_bias, s.M, s.E, s.D);
+    linear_forward(&run->half, w->out, s.D, joined, s.E, p->out_proj, p->out_proj_bias, s.M, s.E, s.D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, s.M, s.D), s.M * s.D);
 }
 
@@ -2583,6 +2676,168 @@ void mamba2_block_backward(const Run* run, real* dres, const real* res_in, real*
 }
 
 // ------------------------------------------------------------------------------------------------
+// 5.3 Attention
+
+typedef struct {
+    real *norm;                        // (D)
+    real *in_proj, *in_proj_bias;      // rows: all query heads, all key heads, all value heads, up, gate
+    real *conv1d, *conv1d_bias;        // over q, k and v; only with attn_conv
+    real *out_proj, *out_proj_bias;    // columns: the heads, the MLP
+} AttentionParams;
+
+static const TensorSpec attention_params[] = {
+    {"norm.weight",           {DIM_D},                  INIT_ONE, 0},
+    {"mixer.in_proj.weight",  {DIM_IN_A, DIM_D},        INIT_LINEAR, DECAY},
+    {"mixer.in_proj.bias",    {DIM_IN_A},               INIT_ZERO, IF_ATTN_IN_BIAS},
+    {"mixer.conv1d.weight",   {DIM_QKV, DIM_1, DIM_KA}, INIT_CONV, IF_ATTN_CONV},
+    {"mixer.conv1d.bias",     {DIM_QKV},                INIT_CONV, IF_ATTN_CONV},
+    {"mixer.out_proj.weight", {DIM_D, DIM_OUT_A},       INIT_RESIDUAL, DECAY},
+    {"mixer.out_proj.bias",   {DIM_D},                  INIT_ZERO, IF_ATTN_OUT_BIAS},
+};
+
+typedef struct { real *rstd, *u, *position, *in, *qkv, *lse, *y; } AttentionActs;
+
+static const TensorSpec attention_acts[] = {
+    {"rstd",     {DIM_1}, 0, 0},
+    {"u",        {DIM_D}, 0, CHEAP},
+    {"position", {DIM_1}, 0, 0},
+    {"in",       {DIM_IN_A}, 0, 0},    // q, k, v before the conv, up, gate
+    {"qkv",      {DIM_QKV}, 0, CHEAP}, // after conv and rotation
+    {"lse",      {DIM_HQ}, 0, 0},
+    {"y",        {DIM_OUT_A}, 0, 0},   // out of the heads, of the MLP
+};
+
+typedef struct { real *mlp, *out, *du, *din, *dqkv, *dy; } AttentionScratch;
+
+static const TensorSpec attention_scratch[] = {
+    {"mlp",  {DIM_MLP_A}, 0, 0},       // out of the MLP, or its gradient
+    {"out",  {DIM_D}, 0, 0},
+    {"du",   {DIM_D}, 0, BACKWARD_ONLY},
+    {"din",  {DIM_IN_A}, 0, BACKWARD_ONLY},
+    {"dqkv", {DIM_QKV}, 0, BACKWARD_ONLY},
+    {"dy",   {DIM_OUT_A}, 0, BACKWARD_ONLY},
+};
+
+typedef struct { real *conv, *kv, *position; } AttentionState;
+
+static const TensorSpec attention_state[] = {
+    {"conv",     {DIM_KA1, DIM_QKV}, 0, 0},                  // the last inputs of the conv
+    {"kv",       {DIM_CONTEXT, DIM_2, DIM_HKV, DIM_DH}, 0, 0},    // keys, turned, and values of the document
+    {"position", {DIM_1}, 0, 0},                             // how many of them there are
+};
+
+// Heads: the sizes of an attention layer
+typedef struct { size_t Hq, Hkv, dh, ro, K, F, capacity, in, qkv, out; real scale; } Heads;
+
+static Heads heads_of(const Config* c) {
+    Heads s;
+    s.Hq = (size_t)c->attn_heads;
+    s.Hkv = (size_t)c->attn_heads_kv;
+    s.dh = (size_t)c->attn_head_dim;
+    s.ro = (size_t)c->rotary_dim;
+    s.K = (size_t)c->attn_conv;
+    s.F = (size_t)c->attn_mlp / 2;
+    s.capacity = (size_t)c->context;
+    s.qkv = (s.Hq + 2 * s.Hkv) * s.dh;
+    s.in = s.qkv + 2 * s.F;
+    s.out = s.Hq * s.dh + s.F;
+    s.scale = (real)(c->softmax_scale > 0 ? c->softmax_scale : 1 / sqrt((double)s.dh));
+    return s;
+}
+
+// attention_qkv: (A2) and (A3)
+static void attention_qkv(const Run* run, const AttentionParams* p, const AttentionActs* a, real* tailT,
+                          const real* tail0) {
+    const Config* c = run->config;
+    Heads s = heads_of(c);
+    size_t M = run->B * run->T;
+    if (s.K)
+        causal_conv1d_forward(a->qkv, tailT, a->in, s.in, tail0, p->conv1d, p->conv1d_bias, false, run->doc,
+                              run->B, run->T, s.qkv, s.K);
+    else copy_columns(a->qkv, s.qkv, a->in, s.in, M, s.qkv);
+    rotary_forward(a->qkv, s.qkv, a->position, c->rotary_base, c->rotary_interleaved, M, s.Hq + s.Hkv, s.dh,
+                   s.ro);
+}
+
+// attention_block_forward: res_out = res_in + W_out [O; up * silu(gate)]
+//   (A1) [q; k; v; up; gate] = W_in u,  u = RMSNorm(res_in)     (A2) [q; k; v] = conv of them, no activation
+//   (A3) rotary embedding of q and k                      (A4) O_i = sum_j softmax_j(scale q_i k_j) v_j
+//   the conv and the MLP are optional
+//   saved for backward: AttentionActs       state: the inputs of the conv, and the keys and values so far
+//   Hybrid models of the Mamba-2 paper (arXiv 2405.21060), section 9.2.3, as in mamba_ssm's modules/mha.py
+void attention_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                             real* const* acts, real* const* scratch, real* const* state0,
+                             real* const* stateT) {
+    const AttentionParams* p = (const AttentionParams*)params;
+    const AttentionActs* a = (const AttentionActs*)acts;
+    const AttentionScratch* w = (const AttentionScratch*)scratch;
+    const AttentionState *s0 = (const AttentionState*)state0, *sT = (const AttentionState*)stateT;
+    const Config* c = run->config;
+    Heads s = heads_of(c);
+    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model;
+    const real *k = a->qkv + s.Hq * s.dh, *v = k + s.Hkv * s.dh, *up = a->in + s.qkv, *gate = up + s.F;
+
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+    linear_forward(&run->half, a->in, s.in, a->u, D, p->in_proj, p->in_proj_bias, M, D, s.in);
+    token_positions(a->position, s0->position, run->doc, B, T);
+    attention_qkv(run, p, a, sT->conv, s0->conv);
+    attention_forward(a->y, s.out, a->lse, a->qkv, s.qkv, k, v, s.qkv, s0->kv, s.capacity, a->position,
+                      s.scale, B, T, s.Hq, s.Hkv, s.dh);
+    if (sT->kv)
+        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T, s.Hkv,
+                          s.dh);
+    gate_forward(w->mlp, up, s.in, gate, s.in, M, s.F);
+    copy_columns(a->y + s.Hq * s.dh, s.out, w->mlp, s.F, M, s.F);
+    linear_forward(&run->half, w->out, D, a->y, s.out, p->out_proj, p->out_proj_bias, M, s.out, D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
+}
+
+void attention_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                              real* const* params, real* const* acts, real* const* scratch,
+                              real* const* state0, real* const* dstate0, real* const* dstateT) {
+    const AttentionParams *p = (const AttentionParams*)params, *dp = (const AttentionParams*)dparams;
+    const AttentionActs* a = (const AttentionActs*)acts;
+    const AttentionScratch* w = (const AttentionScratch*)scratch;
+    const AttentionState *s0 = (const AttentionState*)state0, *ds0 = (const AttentionState*)dstate0,
+                         *dsT = (const AttentionState*)dstateT;
+    const Config* c = run->config;
+    Heads s = heads_of(c);
+    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model;
+    const real *k = a->qkv + s.Hq * s.dh, *v = k + s.Hkv * s.dh, *up = a->in + s.qkv, *gate = up + s.F;
+    real *dk = w->dqkv + s.Hq * s.dh, *dv = dk + s.Hkv * s.dh, *dup = w->din + s.qkv, *dgate = dup + s.F;
+    if (run->recompute == RECOMPUTE_CHEAP) {
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+        attention_qkv(run, p, a, NULL, s0->conv);
+    }
+    zero_real(w->dy, M * s.out);
+    zero_real(w->dqkv, M * s.qkv);
+    zero_real(w->din, M * s.in);
+    zero_real(w->du, M * D);
+
+    // out = W_out [O; up silu(gate)]
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
+    matmul_backward(w->dy, s.out, dp->out_proj, dp->out_proj_bias, dout, D, a->y, s.out, p->out_proj, M,
+                    s.out, D);
+    copy_columns(w->mlp, s.F, w->dy + s.Hq * s.dh, s.out, M, s.F);
+    gate_backward(dup, s.in, dgate, s.in, w->mlp, up, s.in, gate, s.in, M, s.F);
+    // (A4), the cache
+    attention_backward(w->dqkv, s.qkv, dk, dv, s.qkv, ds0->kv, w->dy, a->y, s.out, a->lse, a->qkv, s.qkv, k,
+                       v, s.qkv, s0->kv, s.capacity, a->position, s.scale, B, T, s.Hq, s.Hkv, s.dh);
+    if (dsT->kv)
+        kv_append_backward(dk, dv, s.qkv, ds0->kv, dsT->kv, a->position, s.capacity, B, T, s.Hkv, s.dh);
+    // (A3), (A2), (A1), u = RMSNorm(res_in)
+    rotary_backward(w->dqkv, s.qkv, a->position, c->rotary_base, c->rotary_interleaved, M, s.Hq + s.Hkv, s.dh,
+                    s.ro);
+    if (s.K)
+        causal_conv1d_backward(w->din, s.in, dp->conv1d, dp->conv1d_bias, ds0->conv, w->dqkv, dsT->conv,
+                               a->in, s.in, s0->conv, p->conv1d, p->conv1d_bias, false, run->doc, B, T,
+                               s.qkv, s.K);
+    else copy_columns(w->din, s.in, w->dqkv, s.qkv, M, s.qkv);
+    matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, w->din, s.in, a->u, D, p->in_proj, M, D, s.in);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
+}
+
+// ------------------------------------------------------------------------------------------------
 // 5.4 Gated MLP
 
 typedef struct { real *norm, *fc1, *fc2; } MlpParams;
@@ -2624,9 +2879,9 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     (void)state0; (void)stateT;
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
-    matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
+    linear_forward(&run->half, a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
+    linear_forward(&run->half, w->out, D, w->m, F, p->fc2, NULL, M, F, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -2679,29 +2934,31 @@ static const Kind kinds[] = {
      mamba1_block_forward, mamba1_block_backward},
     {'2', "Mamba-2", TABLE(mamba2_params), TABLE(mamba2_acts), TABLE(mamba2_scratch), TABLE(mamba2_state),
      mamba2_block_forward, mamba2_block_backward},
+    {'a', "attention", TABLE(attention_params), TABLE(attention_acts), TABLE(attention_scratch),
+     TABLE(attention_state), attention_block_forward, attention_block_backward},
     {'m', "gated MLP", TABLE(mlp_params), TABLE(mlp_acts), TABLE(mlp_scratch), NULL, 0,
      mlp_block_forward, mlp_block_backward},
 };
 enum { N_KINDS = sizeof(kinds) / sizeof(kinds[0]) };
 
 #define FIELDS(type) (sizeof(type) / sizeof(void*))
-static_assert(FIELDS(Mamba1Params) == sizeof(mamba1_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1Acts) == sizeof(mamba1_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba2Params) == sizeof(mamba2_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba2Acts) == sizeof(mamba2_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba2Scratch) == sizeof(mamba2_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba2State) == sizeof(mamba2_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(MlpParams) == sizeof(mlp_params) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpActs) == sizeof(mlp_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpScratch) == sizeof(mlp_scratch) / sizeof(TensorSpec), "one row per field, in order");
+#define ONE_ROW_PER_FIELD(type, table) \
+    static_assert(FIELDS(type) == sizeof(table) / sizeof(TensorSpec), "one row per field, in order")
+ONE_ROW_PER_FIELD(Mamba1Params, mamba1_params);
+ONE_ROW_PER_FIELD(Mamba1Acts, mamba1_acts);
+ONE_ROW_PER_FIELD(Mamba1Scratch, mamba1_scratch);
+ONE_ROW_PER_FIELD(Mamba1State, mamba1_state);
+ONE_ROW_PER_FIELD(Mamba2Params, mamba2_params);
+ONE_ROW_PER_FIELD(Mamba2Acts, mamba2_acts);
+ONE_ROW_PER_FIELD(Mamba2Scratch, mamba2_scratch);
+ONE_ROW_PER_FIELD(Mamba2State, mamba2_state);
+ONE_ROW_PER_FIELD(AttentionParams, attention_params);
+ONE_ROW_PER_FIELD(AttentionActs, attention_acts);
+ONE_ROW_PER_FIELD(AttentionScratch, attention_scratch);
+ONE_ROW_PER_FIELD(AttentionState, attention_state);
+ONE_ROW_PER_FIELD(MlpParams, mlp_params);
+ONE_ROW_PER_FIELD(MlpActs, mlp_acts);
+ONE_ROW_PER_FIELD(MlpScratch, mlp_scratch);
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Model: tensor table, memory plan, initialization, forward, backward
@@ -2733,6 +2990,7 @@ typedef struct {
     size_t n_params;          // trainable numbers, the figure that is quoted
     size_t n_elements;        // the same with padding between tensors
     real *params, *grads, *m, *v;             // grads, m, v only when training
+    Half half;                                // see model_to_half
     real *embedding, *norm_f, *head;          // head == embedding when tied
     real *dembedding, *dnorm_f, *dhead;
 } Model;
@@ -2829,7 +3087,32 @@ void model_alloc(Model* m, bool training) {
     model_bind(m);
 }
 
+// model_to_half: keeps the weight matrices in bfloat16 (rounded to nearest, ties to even) instead of `real`.
+// Only the forward of inference works after that; the memory of the matrices goes back to the system.
+void model_to_half(Model* m) {
+    uint16_t* bits = (uint16_t*)xcalloc(m->n_elements, sizeof(uint16_t));
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        if (!(t->spec->flags & DECAY)) continue;
+        real* p = m->params + t->offset;
+        #pragma omp parallel for
+        for (size_t j = 0; j < t->count; j++) {
+            float x = (float)p[j];
+            uint32_t u;
+            memcpy(&u, &x, sizeof u);
+            size_t I = (size_t)t->shape[1], at = t->offset + j / I * I + half_at(j % I, I);
+            bits[at] = (uint16_t)(isnan(x) ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+        }
+        uintptr_t begin = ((uintptr_t)p + page - 1) / page * page, end = (uintptr_t)(p + t->count) / page * page;
+        if (begin < end) madvise((void*)begin, end - begin, MADV_DONTNEED);
+    }
+    m->half.from = m->params;
+    m->half.bits = bits;
+}
+
 void model_free(Model* m) {
+    free((void*)m->half.bits);
     free(m->layer);
     free(m->tensor);
     free(m->params);
@@ -2853,7 +3136,7 @@ void model_init(Model* m, uint64_t seed) {
         double scale = 1 / sqrt((double)t->shape[t->ndim - 1]);
         if (t->spec->init == INIT_CONV)
             scale = 1 / sqrt((double)(t->spec->flags & IF_ATTN_CONV ? c->attn_conv : c->d_conv));
-        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(m->config.pattern, '2') && c->conv_init > 0 &&
+        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(c->pattern, '2') && c->conv_init > 0 &&
             !(t->spec->flags & IF_ATTN_CONV))
             scale = c->conv_init;
         if (t->spec->init == INIT_DT_WEIGHT) scale = c->dt_scale / sqrt((double)c->dt_rank);
@@ -2885,9 +3168,10 @@ void model_init(Model* m, uint64_t seed) {
 // 6.1 State and workspace
 
 // State: the recurrent state of `rows` sequences in every layer. It is all that a sequence leaves behind:
-// constant memory.
+// constant memory, but for the cache of attention, which has room for `context` tokens.
 typedef struct {
     size_t rows, n_elements;
+    int64_t context;                // config.context when it was made
     real* data;
     real* (*field)[MAX_FIELDS];     // [layer][field]: (rows, shape)
 } State;
@@ -2895,14 +3179,14 @@ typedef struct {
 // A state without memory: every field NULL. As an input it means "start from zero", as an output "not
 // wanted".
 State state_none(const Model* m) {
-    State s = {0, 0, NULL, NULL};
+    State s = {0, 0, m->config.context, NULL, NULL};
     s.field = (real*(*)[MAX_FIELDS])xcalloc((size_t)m->n_layers, sizeof(*s.field));
     return s;
 }
 
 static size_t spec_count(const TensorSpec* spec, const Config* c) {
     size_t n = 1;
-    for (int i = 0; i < 3 && spec->dim[i]; i++) n *= (size_t)config_dim(c, spec->dim[i]);
+    for (int i = 0; i < 4 && spec->dim[i]; i++) n *= (size_t)config_dim(c, spec->dim[i]);
     return n;
 }
 
@@ -2928,15 +3212,24 @@ void state_free(State* s) {
     memset(s, 0, sizeof *s);
 }
 
-// state_copy_row: row `from` of src becomes row `to` of dst; src NULL clears the row.
+// state_copy_row: row `from` of src becomes row `to` of dst; src NULL clears the row. Of caches with room for
+// different numbers of tokens it copies what both can hold.
 void state_copy_row(const Model* m, State* dst, size_t to, const State* src, size_t from) {
+    Config c_dst = m->config, c_src = m->config;
+    c_dst.context = dst->context;
+    if (src) c_src.context = src->context;
     for (int l = 0; l < m->n_layers; l++)
         for (int i = 0; i < m->layer[l].kind->n_state; i++) {
-            size_t n = spec_count(&m->layer[l].kind->state[i], &m->config);
-            if (src) memcpy(dst->field[l][i] + to * n, src->field[l][i] + from * n, n * sizeof(real));
-            else memset(dst->field[l][i] + to * n, 0, n * sizeof(real));
+            const TensorSpec* spec = &m->layer[l].kind->state[i];
+            size_t n = spec_count(spec, &c_dst), n_src = spec_count(spec, &c_src);
+            real* row = dst->field[l][i] + to * n;
+            if (src) memcpy(row, src->field[l][i] + from * n_src, min_size(n, n_src) * sizeof(real));
+            else memset(row, 0, n * sizeof(real));
         }
 }
+
+// has_cache: does the state of the model grow with the number of tokens?
+static bool has_cache(const Model* m) { return strchr(m->config.pattern, 'a') != NULL; }
 
 // state_count: numbers in the state of one sequence
 static size_t state_count(const Model* m) {
@@ -2971,10 +3264,10 @@ static size_t activation_count(const TensorSpec* spec, const Config* c, size_t B
     size_t E = (size_t)c->d_inner, N = (size_t)c->d_state;
     if (spec->dim[0] == DIM_SCAN_SAVED) return selective_scan_saved(B, T, E, N);
     if (spec->dim[0] == DIM_SCAN_SCRATCH) return selective_scan_scratch(B, T, E, N);
-    size_t Es = (size_t)c->d_ssm, P = (size_t)c->headdim, G = (size_t)c->ngroups;
+    size_t H = (size_t)config_dim(c, DIM_H), P = (size_t)c->headdim, G = (size_t)c->ngroups;
     size_t Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
-    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, Es / P, P, N, Q);
-    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, Es / P, P, G, N, Q);
+    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, H, P, N, Q);
+    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, H, P, G, N, Q);
     return B * T * spec_count(spec, c);
 }
 
@@ -3085,9 +3378,11 @@ static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, c
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model;
-    embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    if (m->half.bits)
+        embedding_forward_half(w->res[0], tokens, m->half.bits + (m->embedding - m->half.from), B * T, D);
+    else embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
     dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
@@ -3128,7 +3423,7 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
@@ -3168,7 +3463,7 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
@@ -3556,7 +3851,7 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
     model_forward(m, &s->work, tokens, NULL, rows, T, &s->view, &s->view);
     for (size_t r = 0; logits && r < rows; r++)      // the last token of each row, side by side
         if (T > 1) memmove(s->work.f + r * D, s->work.f + (r * T + T - 1) * D, D * sizeof(real));
-    if (logits) matmul_forward(logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
+    if (logits) linear_forward(&m->half, logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
 }
 
 // `rows` x 1 or 1 x `chunk` tokens
@@ -3670,19 +3965,25 @@ void prompt_close(Prompt* p) {
     memset(p, 0, sizeof *p);
 }
 
-// prompt_read: *count: up to `max` more tokens; 0 at the end
-static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
+// prompt_fill: tokens to give out: some, or all that follow
+static bool prompt_fill(Prompt* p, bool all, Error* err) {
     char piece[4096];
-    while (p->given == p->ready.n && !p->ended) {
+    while ((all || p->given == p->ready.n) && !p->ended) {
         size_t n = p->file ? fread(piece, 1, sizeof piece, p->file) : min_size(sizeof piece, p->left);
         p->ended = n == 0;
-        p->ready.n = p->given = 0;
+        if (p->given == p->ready.n) p->ready.n = p->given = 0;
         if (!encoder_add(&p->encoder, p->file ? piece : p->text, n, p->ended, &p->ready, err)) return false;
         if (!p->file) { p->text += n; p->left -= n; }
         if (p->ended && p->encoder.utf8.replaced)
             warn("the prompt has invalid UTF-8, %lld times replaced by U+FFFD, first at byte %lld",
                  (long long)p->encoder.utf8.replaced, (long long)p->encoder.first_replaced);
     }
+    return true;
+}
+
+// prompt_read: *count: up to `max` more tokens; 0 at the end
+static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
+    if (!prompt_fill(p, false, err)) return false;
     *count = min_size(max, p->ready.n - p->given);
     if (*count) memcpy(tokens, p->ready.id + p->given, *count * sizeof(int));
     p->given += *count;
@@ -3694,18 +3995,25 @@ typedef struct {
     double prefill_seconds, decode_seconds;
 } GenerateStats;
 
-// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence, the
-// logits after its last token, and which tokens have occurred. Tied to the weights by their hash.
+// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence (of
+// a cache the part that is filled), the logits after its last token, and which tokens have occurred. Tied to
+// the weights by their hash.
+static State state_of_tokens(const Model* m, int64_t tokens) {
+    Model filled = *m;
+    filled.config.context = tokens;
+    return state_alloc(&filled, 1);
+}
+
 bool state_save(const Model* m, const State* s, const real* logits, const real* seen, int64_t tokens,
                 const char* path, Error* err) {
     char hash[32], count[32];
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
     snprintf(count, sizeof count, "%lld", (long long)tokens);
     const char* meta[] = {"format", "pt", "model", hash, "tokens", count, NULL};
-    size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
-    State one = state_alloc(m, 1);
+    size_t Vp = (size_t)m->config.vocab_padded;
+    State one = state_of_tokens(m, tokens);
     state_copy_row(m, &one, 0, s, 0);
-    SafeTensorOut out[3] = {flat_tensor("state", one.data, n), flat_tensor("logits", logits, Vp),
+    SafeTensorOut out[3] = {flat_tensor("state", one.data, one.n_elements), flat_tensor("logits", logits, Vp),
                             flat_tensor("seen", seen, Vp)};
     bool ok = safetensors_write(path, out, 3, meta, err);
     state_free(&one);
@@ -3733,12 +4041,14 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     if (!safetensors_open(&st, path, err)) return false;
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
     const char *found = safetensors_metadata(&st, "model"), *count = safetensors_metadata(&st, "tokens");
+    *tokens = count ? atoll(count) : -1;
     const SafeTensor *a = safetensors_find(&st, "state"), *b = safetensors_find(&st, "logits"),
                      *c = safetensors_find(&st, "seen");
-    size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
-    State one = state_alloc(m, 1);
+    bool known = found && a && b && c && *tokens >= 0 && (!has_cache(m) || *tokens <= s->context);
+    State one = state_of_tokens(m, known ? *tokens : 0);
+    size_t n = one.n_elements, Vp = (size_t)m->config.vocab_padded;
     bool ok = true;
-    if (!found || !count || !a || !b || !c)
+    if (!known)
         ok = fail(err, "%s: expected a file written by --save-state", path);
     else if (strcmp(found, hash) != 0)
         ok = fail(
@@ -3751,13 +4061,35 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     else
         ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
              safetensors_read_real(&st, c, seen, err);
-    if (ok) {
-        state_copy_row(m, s, 0, &one, 0);
-        *tokens = atoll(count);
-    }
+    if (ok) state_copy_row(m, s, 0, &one, 0);
     state_free(&one);
     safetensors_close(&st);
     return ok;
+}
+
+// context_set: room in the caches for the longest of n sequences: the saved state, the prompt, which is read
+// to its end for that, and the new tokens. A conversation has no known end: there --context says it.
+static bool context_set(Model* m, const Options* o, Prompt* prompt, size_t n, Error* err) {
+    SafeTensors st;
+    size_t longest = 1;            // the token that starts a document
+    double saved = 0;
+    if (!has_cache(m)) return true;
+    for (size_t i = 0; i < n && !o->interactive; i++) {
+        if (!prompt_fill(&prompt[i], true, err)) return false;
+        if (prompt[i].ready.n > longest) longest = prompt[i].ready.n;
+    }
+    if (o->load_state[0]) {
+        if (!safetensors_open(&st, o->load_state, err)) return false;
+        const char* count = safetensors_metadata(&st, "tokens");
+        if (count) saved = atof(count);
+        safetensors_close(&st);
+    }
+    double tokens = o->interactive ? (double)o->context : saved + (double)longest + (double)o->max_tokens;
+    if (!(tokens <= MAX_CONTEXT))
+        return fail(err, "%.0f tokens of context, attention takes at most %d; lower --max-tokens", tokens,
+                    MAX_CONTEXT);
+    m->config.context = (int64_t)tokens;
+    return true;
 }
 
 // Generation: sequences side by side, each with all that it has read and written.
@@ -3809,6 +4141,14 @@ void generation_close(Generation* g) {
     memset(g, 0, sizeof *g);
 }
 
+// context_left: is there room in the caches for n more tokens of sequence r?
+static bool context_left(const Generation* g, size_t r, int64_t n, Error* err) {
+    const Model* m = g->backend->model;
+    return !has_cache(m) || g->position[r] + n <= m->config.context ||
+           fail(err, "the context is full, it has room for %lld tokens; raise --context",
+                (long long)m->config.context);
+}
+
 // generation_read: sequence r reads a prompt in chunks; one that has read nothing at all starts a document
 bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomic_t* interrupted,
                      Error* err) {
@@ -3816,6 +4156,7 @@ bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomi
     size_t Vp = (size_t)c->vocab_padded;
     double start = seconds_now();
     bool ok = true;
+    if (g->unread[r] && !context_left(g, r, 0, err)) return false;
     if (g->unread[r]) g->backend->decode(g->backend, &g->s, r, 1, &g->last[r], 1, g->logits + r * Vp);
     g->unread[r] = false;
     for (size_t n; (ok = prompt_read(prompt, g->piece, (size_t)g->o->chunk, &n, err)) && n > 0;) {
@@ -3825,6 +4166,7 @@ bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomi
                             Vp - 1);
             g->seen[r * Vp + (size_t)g->piece[i]] = 1;
         }
+        if (!context_left(g, r, (int64_t)n, err)) return false;
         g->backend->decode(g->backend, &g->s, r, 1, g->piece, n, g->logits + r * Vp);
         g->stats.prompt_tokens += (int64_t)n;
         g->position[r] += (int64_t)n;
@@ -3864,6 +4206,7 @@ bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* 
     double start = seconds_now();
     for (size_t r = 0; r < g->rows; r++) g->done[r] = false;
     for (int64_t i = 0; i < o->max_tokens && active > 0 && !*interrupted; i++) {
+        if (i && !context_left(g, 0, 0, err)) return false;
         if (i && greedy) backend->decode_greedy(backend, &g->s, g->last, g->last);
         else if (i) backend->decode(backend, &g->s, 0, g->rows, g->last, 1, g->logits);
         for (size_t r = 0; r < g->rows; r++) {
@@ -3910,6 +4253,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
               GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
     const Model* m = backend->model;
     size_t samples = (size_t)o->num_samples, rows = n * samples, Vp = (size_t)m->config.vocab_padded;
+    if (!context_set(backend->model, o, prompt, n, err)) return false;
     Generation g = generation_open(backend, tok, o, rows);
     real* seen = (real*)xcalloc(Vp, sizeof(real));               // as the state file has it
     bool ok = true;
@@ -3950,6 +4294,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 // with the state of all that came before
 bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* in,
                     FILE* out, GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
+    if (!context_set(backend->model, o, prompt, 1, err)) return false;
     Generation g = generation_open(backend, tok, o, 1);
     char* line = NULL;
     size_t room = 0;
@@ -4486,6 +4831,9 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!config_check(&config, &err)) die("%s", err.text);
     model_describe(&t->model, &config);
     Model* m = &t->model;
+    if (o->carry_state && has_cache(m))
+        die("--carry-state: the cache of attention layers would grow from step to step; pattern \"%s\" has "
+            "them, train it without", config.pattern);
     if (!freeze_tensors(m, o->freeze, &err)) die("%s", err.text);
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
     int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
@@ -4644,6 +4992,10 @@ int generate_main(Settings* s) {
     set_threads(o->threads);
     model_open(&m, &tok, s, dir);
     if (o->save_state[0] && !state_replaceable(o->save_state, &err)) die("%s", err.text);
+    if (settings_origin(s, "dtype") != FROM_DEFAULT && !on_cpu(o))
+        die("--dtype: only the CPU keeps weights in another type; on the GPU give --precision");
+    if (strcmp(o->dtype, "f16") == 0) die("--dtype f16: the CPU generates with f32 or bf16");
+    if (strcmp(o->dtype, "bf16") == 0) model_to_half(&m);
     Backend backend = backend_create(o, &m, 0, 0, false, false);
     backend.upload(&backend);
     PromptList list = {NULL, NULL, 0};
@@ -4657,16 +5009,6 @@ int generate_main(Settings* s) {
         die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from "
             "standard input");
     size_t n = o->prompts[0] ? list.n : 1;
-    double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
-    int64_t tokens = (double)o->chunk > rows ? o->chunk : (int64_t)rows;
-    if (!workspace_fits(&m, 1, tokens))
-        die("--prompts, --num-samples or --chunk: the memory does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
-    double bytes =
-        (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
-    workspace_free(&measured);
-    if (!check_memory(bytes, "try fewer --prompts, a smaller --num-samples or --chunk", &err))
-        die("%s", err.text);
     Prompt prompt = prompt_open(&tok, o->prompt, NULL);
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
     bool from_stdin = strcmp(o->prompt, "-") == 0;
@@ -4679,6 +5021,24 @@ int generate_main(Settings* s) {
     if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file || o->prompts[0] || o->interactive))
         die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with "
             "--tokenizer");
+    Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
+    for (size_t i = 0; i < list.n; i++) {
+        prompts[i] = prompt_open(&tok, list.text[i], NULL);
+        prompts[i].left = list.size[i];
+    }
+    if (!context_set(&m, o, list.n ? prompts : &prompt, n, &err)) die("%s", err.text);
+    double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
+    int64_t tokens = (double)o->chunk > rows ? o->chunk : (int64_t)rows;
+    if (!workspace_fits(&m, 1, tokens))
+        die("--prompts, --num-samples or --chunk: the memory does not fit in 63 bits");
+    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
+    double bytes =
+        (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
+    workspace_free(&measured);
+    const char* advice = has_cache(&m)
+        ? "try fewer --prompts, a smaller --num-samples, --max-tokens or --context"
+        : "try fewer --prompts, a smaller --num-samples or --chunk";
+    if (!check_memory(bytes, advice, &err)) die("%s", err.text);
     if (!prompt.file && o->prompt[0] && !o->interactive &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
         Utf8Stream echo = {{0}, 0, o->raw, 0};
@@ -4690,11 +5050,6 @@ int generate_main(Settings* s) {
     if (!prompt.file && !o->interactive)
         catch_signals(false);    // waiting for a prompt, Ctrl-C simply ends it
     GenerateStats stats;
-    Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
-    for (size_t i = 0; i < list.n; i++) {
-        prompts[i] = prompt_open(&tok, list.text[i], NULL);
-        prompts[i].left = list.size[i];
-    }
     bool ok =
         o->interactive
             ? generate_turns(&backend, &tok, o, &prompt, stdin, stdout, &stats, &stop_signal, &err)
@@ -4786,10 +5141,21 @@ int eval_main(Settings* s) {
                           : !open_list(&data.train, list, &data.tokenizer, &err))
         die("%s", err.text);
     if (!workspace_fits(&m, B, T)) die("--batch-size x length of the rows x model does not fit in 63 bits");
+    const char* advice = "try a smaller --batch-size, --seq-len or --window";
+    if (task == TASK_TEXT && !o->window && has_cache(&m)) {      // attention keeps the whole text
+        int64_t tokens = data.train.n_tokens - 1;
+        if (o->eval_batches && o->eval_batches < tokens / T) tokens = o->eval_batches * T;
+        if (tokens > MAX_CONTEXT)
+            die("the text has %lld tokens, attention keeps at most %d; give --window", (long long)tokens,
+                MAX_CONTEXT);
+        m.config.context = tokens > 0 ? tokens : 0;
+        advice = "attention keeps the keys and values of the whole text: give --window";
+    }
     Workspace measured = workspace_alloc(&m, (size_t)B, (size_t)T, false, RECOMPUTE_NONE, true);
-    double bytes = (double)measured.bytes + 5.0 * sizeof(int) * (double)(B * T);
+    double bytes = (double)measured.bytes + 5.0 * sizeof(int) * (double)(B * T) +
+                   (double)state_count(&m) * sizeof(real);
     workspace_free(&measured);
-    if (!check_memory(bytes, "try a smaller --batch-size, --seq-len or --window", &err)) die("%s", err.text);
+    if (!check_memory(bytes, advice, &err)) die("%s", err.text);
     Backend backend = backend_create(o, &m, (size_t)B, (size_t)T, false, false);
     backend.upload(&backend);
     catch_signals(false);

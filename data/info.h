@@ -50,8 +50,13 @@ int info_main(Settings* s) {
     }
     if (dir[0]) safetensors_close(&st);
     size_t state = state_count(&m);
-    printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state,
+    printf("recurrent state of one sequence: %zu numbers, %.2f MiB", state,
            mib((double)state * sizeof(real)));
+    m.config.context = 1;
+    size_t growth = state_count(&m) - state;
+    if (growth)
+        printf(", and %zu numbers, %.2f KiB, per token", growth, (double)growth * sizeof(real) / 1024);
+    printf("\n");
     printf("training memory without activations: %.1f MiB\n", mib(4.0 * (double)m.n_elements * sizeof(real)));
     model_free(&m);
     return 0;
