@@ -3137,6 +3137,7 @@ const Case cases[] = {
     { "cuda layers", test_cuda_layers },
     { "cuda scan", test_cuda_scan },
     { "cuda matmul", test_cuda_matmul },
+    { "cuda attention", test_cuda_attention },
     { "cuda model", test_cuda_model },
     { "cuda generate", test_cuda_generate },
     { "cuda eval", test_cuda_eval },
