@@ -3446,8 +3446,24 @@ __device__ __forceinline__ float2 rotary_turn(int position, uint64_t theta) {
     return make_float2(__cosf(angle), __sinf(angle));
 }
 
+// rotary_pairs: turns W pairs, (v[i], v[W + i]) or, interleaved, (v[2i], v[2i + 1]), by turn(i), or back
+//   x' = x cos - y sin,  y' = x sin + y cos   =>   dx = dx' cos + dy' sin,  dy = dy' cos - dx' sin
+template <int W, typename Turn>
+__device__ __forceinline__ void rotary_pairs(float (&v)[2 * W], bool interleaved, bool back, Turn turn) {
+    float a[2 * W];
+    #pragma unroll
+    for (int i = 0; i < W; i++) {
+        const float2 by = turn(i);
+        const float x = interleaved ? v[2 * i] : v[i], y = interleaved ? v[2 * i + 1] : v[W + i];
+        const float s = back ? -by.y : by.y;
+        a[i] = x * by.x - y * s;
+        a[W + i] = x * s + y * by.x;
+    }
+    #pragma unroll
+    for (int i = 0; i < 2 * W; i++) v[i] = interleaved ? a[i / 2 + i % 2 * W] : a[i];
+}
+
 // rotary_back: channel c of a head's gradient (dh floats), turned back
-//   forward: x' = x cos - y sin,  y' = x sin + y cos   =>   dx = dx' cos + dy' sin,  dy = dy' cos - dx' sin
 __device__ __forceinline__ float rotary_back(const float* head, int c, const RotaryCuda& rot, int position) {
     if (c >= rot.dim) return head[c];
     const int half = rot.dim / 2;
@@ -3521,18 +3537,10 @@ attention_rotate_kernel(X* qkv, size_t ld, const float* position0, const int2* s
         const int token = u / units, head = u % units / packs, i = u % packs * W;
         X* low = qkv + (m0 + token) * ld + head * dh + (rot.interleaved ? 2 * i : i);
         X* high = low + (rot.interleaved ? W : half);
-        float v[2 * W], a[2 * W];
+        float v[2 * W];
         unpack<W>(v, load_pack<W>(low));
         unpack<W>(v + W, load_pack<W>(high));
-        #pragma unroll
-        for (int j = 0; j < W; j++) {
-            const float2 by = turn[token][i + j];
-            const float x = rot.interleaved ? v[2 * j] : v[j], y = rot.interleaved ? v[2 * j + 1] : v[W + j];
-            a[j] = x * by.x - y * by.y;
-            a[W + j] = x * by.y + y * by.x;
-        }
-        #pragma unroll
-        for (int j = 0; j < 2 * W; j++) v[j] = rot.interleaved ? a[j / 2 + j % 2 * W] : a[j];
+        rotary_pairs<W>(v, rot.interleaved, false, [&](int j) { return turn[token][i + j]; });
         store_pack<W>(low, v);
         store_pack<W>(high, v + W);
     }
@@ -3822,10 +3830,10 @@ __device__ __forceinline__ const bf16* attention_at_by_column(const bf16* tile, 
 template <int ROWS, int DH, int THREADS>
 __device__ __forceinline__ void attention_load(bf16* to, const bf16* from, size_t ld, int rows, int dh) {
     #pragma unroll
-    for (int u = threadIdx.x; u < ROWS * DH / 8; u += THREADS) {
-        const int r = u / (DH / 8), c = u % (DH / 8) * 8;
-        const bool inside = r < rows && c < dh;
-        scan_copy16(to + r * (DH + 8) + c, from + (inside ? r * ld + c : 0), inside);
+    for (int i = 0; i < ROWS * DH / 8 / THREADS; i++) {
+        const int u = threadIdx.x + i * THREADS, r = u / (DH / 8), c = u % (DH / 8) * 8;
+        const int offset = (r < rows ? r : rows - 1) * (int)ld + (c < dh ? c : 0);
+        scan_copy16(to + r * (DH + 8) + c, from + offset, r < rows && c < dh);
     }
 }
 
@@ -3837,6 +3845,7 @@ __device__ __forceinline__ void attention_load_keys(bf16* to, const AttentionHea
         attention_load<ROWS, DH, THREADS>(to, keys.call + (j - keys.old) * keys.ld + value, keys.ld, rows, dh);
         return;
     }
+    #pragma unroll 1
     for (int u = threadIdx.x; u < ROWS * DH / 8; u += THREADS) {
         const int r = u / (DH / 8), c = u % (DH / 8) * 8;
         const bool inside = r < rows && c < dh;
@@ -3844,11 +3853,22 @@ __device__ __forceinline__ void attention_load_keys(bf16* to, const AttentionHea
     }
 }
 
-// attention_product: s (16 MT x 16 N2) += A B^T over DH channels; A in registers or, NULL, rows a_row.. of a tile
-template <int DH, int MT, int N2>
-__device__ __forceinline__ void attention_product(float (&s)[MT][2 * N2][4], const uint32_t (*a)[DH / 16][4],
-                                                  const bf16* a_tile, int a_row, const bf16* b_tile,
-                                                  int b_row) {
+// scan_mma_bf16 with a sum of its own: d = c + a b
+__device__ __forceinline__ void attention_mma(float* d, const float* c, const uint32_t* a, uint32_t b0,
+                                              uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
+}
+
+// attention_product: s (16 MT x 16 N2) = c + A B^T over DH channels; A in registers or, NULL, rows a_row.. of
+// a tile. c(m, n): a 16 x 8 block of c, 4 numbers per lane
+template <int DH, int MT, int N2, typename C>
+__device__ __forceinline__ void attention_product(float (&s)[MT][2 * N2][4], C c,
+                                                  const uint32_t (*a)[DH / 16][4], const bf16* a_tile,
+                                                  int a_row, const bf16* b_tile, int b_row) {
     #pragma unroll
     for (int k = 0; k < DH / 16; k++) {
         uint32_t own[MT][4];
@@ -3866,8 +3886,29 @@ __device__ __forceinline__ void attention_product(float (&s)[MT][2 * N2][4], con
             attention_matrix(b, attention_at_by_column<DH + 8>(b_tile, b_row + 16 * n, 16 * k));
             #pragma unroll
             for (int m = 0; m < MT; m++) {
-                scan_mma_bf16(s[m][2 * n], own[m], b[0], b[1]);
-                scan_mma_bf16(s[m][2 * n + 1], own[m], b[2], b[3]);
+                attention_mma(s[m][2 * n], k ? s[m][2 * n] : c(m, 2 * n), own[m], b[0], b[1]);
+                attention_mma(s[m][2 * n + 1], k ? s[m][2 * n + 1] : c(m, 2 * n + 1), own[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// attention_mask: scores (columns col0..) that do not count become -infinity. Rows are queries, row0 that of the
+// first, in the numbers of keys, and border is the first key of each row; or, KEYS, rows are keys and border is
+// the last query of each.
+template <bool KEYS, int MT, int N>
+__device__ __forceinline__ void attention_mask(float (&s)[MT][N][4], int col0, int row0,
+                                               const int (&border)[MT][2]) {
+    const int lane = threadIdx.x % WARP, g = lane >> 2, quad = lane & 3;
+    #pragma unroll
+    for (int m = 0; m < MT; m++) {
+        #pragma unroll
+        for (int n = 0; n < N; n++) {
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int col = col0 + 8 * n + 2 * quad + i % 2, row = row0 + 16 * m + i / 2 * 8 + g;
+                if (KEYS ? col < row || col > border[m][i / 2] : col > row || col < border[m][i / 2])
+                    s[m][n][i] = -INFINITY;
             }
         }
     }
@@ -3946,9 +3987,11 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
     load(j0, 0);
 
     uint32_t q[MT][DH / 16][4];
-    float max[MT][2], total[MT][2], out[MT][DH / 8][4] = {};
+    float base[MT][2], total[MT][2] = {}, out[MT][DH / 8][4] = {};       // base: what is subtracted from scores
     #pragma unroll
-    for (int m = 0; m < MT; m++) max[m][0] = max[m][1] = -INFINITY, total[m][0] = total[m][1] = 0;
+    for (int m = 0; m < MT; m++) base[m][0] = base[m][1] = -1e30f;       // finite: -infinity - base is no NaN
+    const float zero[4] = {};
+    auto none = [&](int, int) { return zero; };
     bool start = true;
     for (int stage = 0; j0 < keys; j0 += BN, stage ^= 1) {
         copy_async_wait(0);
@@ -3964,17 +4007,40 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
         }
         start = false;
         if (j0 > old + row0 + ROWS - 1) continue;               // every key is in the future of this warp's rows
-        float s[MT][BN / 8][4] = {};
-        attention_product<DH, MT, BN / 16>(s, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS, sh.k[stage][0], 0);
-        if (j0 + BN - 1 > old + row0 || j0 < first_all) {
+        float s[MT][BN / 8][4];
+        attention_product<DH, MT, BN / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS, sh.k[stage][0], 0);
+        if (j0 + BN - 1 > old + row0 || j0 < first_all) attention_mask<false>(s, j0, old + row0, first);
+        // P is made with the largest score of some time ago, as long as no score is larger by more than 8 (of
+        // exponents to base 2): then P is at most 256, and float and bf16 lose nothing
+        float larger[MT][2];
+        bool renew = false;
+        #pragma unroll
+        for (int m = 0; m < MT; m++) {
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                larger[m][half] = s[m][0][2 * half];
+                #pragma unroll
+                for (int n = 0; n < BN / 8; n++)
+                    larger[m][half] = fmaxf(larger[m][half], fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                renew |= fmaf(larger[m][half], p.scale, -base[m][half]) > 8;
+            }
+        }
+        if (__any_sync(0xffffffffu, renew)) {
             #pragma unroll
             for (int m = 0; m < MT; m++) {
                 #pragma unroll
-                for (int n = 0; n < BN / 8; n++) {
+                for (int half = 0; half < 2; half++) {
+                    float x = larger[m][half];
+                    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+                    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2)) * p.scale;
+                    x = fmaxf(x, base[m][half]);
+                    const float shrink = exp2_unit(base[m][half] - x);
+                    base[m][half] = x;
+                    total[m][half] *= shrink;
                     #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int j = j0 + 8 * n + 2 * quad + i % 2, last = old + row0 + 16 * m + i / 2 * 8 + g;
-                        if (j > last || j < first[m][i / 2]) s[m][n][i] = -INFINITY;
+                    for (int n = 0; n < DH / 8; n++) {
+                        out[m][n][2 * half] *= shrink;
+                        out[m][n][2 * half + 1] *= shrink;
                     }
                 }
             }
@@ -3982,31 +4048,11 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
         #pragma unroll
         for (int m = 0; m < MT; m++) {
             #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float larger = max[m][half];
+            for (int n = 0; n < BN / 8; n++) {
                 #pragma unroll
-                for (int n = 0; n < BN / 8; n++)
-                    larger = fmaxf(larger, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                larger = fmaxf(larger, __shfl_xor_sync(0xffffffffu, larger, 1));
-                larger = fmaxf(larger, __shfl_xor_sync(0xffffffffu, larger, 2));
-                // a row that has seen nothing yet: any number does for its largest score
-                const float base = larger == -INFINITY ? 0.0f : larger * p.scale;
-                const float shrink = exp2_unit(fmaf(max[m][half], p.scale, -base));
-                max[m][half] = larger;
-                float sum = 0;
-                #pragma unroll
-                for (int n = 0; n < BN / 8; n++) {
-                    #pragma unroll
-                    for (int i = 2 * half; i < 2 * half + 2; i++) {
-                        s[m][n][i] = exp2_unit(fmaf(s[m][n][i], p.scale, -base));
-                        sum += s[m][n][i];
-                    }
-                }
-                total[m][half] = fmaf(total[m][half], shrink, sum);
-                #pragma unroll
-                for (int n = 0; n < DH / 8; n++) {
-                    out[m][n][2 * half] *= shrink;
-                    out[m][n][2 * half + 1] *= shrink;
+                for (int i = 0; i < 4; i++) {
+                    s[m][n][i] = exp2_unit(fmaf(s[m][n][i], p.scale, -base[m][i / 2]));
+                    total[m][i / 2] += s[m][n][i];
                 }
             }
         }
@@ -4021,14 +4067,14 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
             float sum = total[m][half];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            const float inverse = 1.0f / sum;
+            const float inverse = reciprocal_unit(sum);
             const int r = w * ROWS + 16 * m + 8 * half + g;
             #pragma unroll
             for (int n = 0; n < DH / 8; n++)
                 *(uint32_t*)&sh.q[r][8 * n + 2 * quad] =
                     scan_pack(out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
             if (p.lse && quad == 0 && i0 + r < p.T)
-                p.lse[(size_t)head * p.T + i0 + r] = fmaf(max[m][half], p.scale, log2f(sum));
+                p.lse[(size_t)head * p.T + i0 + r] = base[m][half] + log2f(sum);
         }
     }
     __syncwarp();
@@ -4045,21 +4091,37 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
 // registers of one warp until it is complete; a single kernel would have to add up dq (or dk and dv) over
 // blocks, in memory.
 
-// attention_store_gradient: rows (16 MT x DH floats of each warp, in shared memory) times scale, turned back,
-// to rows of dqkv
+// attention_store_gradient: rows (ROWS x DH floats of each warp, in shared memory) times scale, `turned` back,
+// to rows of dqkv. Units of 16 channels: two packs that hold 8 pairs, or any two.
 template <int ROWS, int DH>
 __device__ __forceinline__ void attention_store_gradient(bf16* to, size_t ld, const float (*rows)[DH + 4],
                                                          int t0, int T, int old, const int2* span, float scale,
                                                          const RotaryCuda& rotary, bool turned, int dh) {
-    for (int u = threadIdx.x % WARP; u < ROWS * DH / 8; u += WARP) {
-        const int r = u / (DH / 8), c = u % (DH / 8) * 8, t = t0 + r;
-        if (t >= T || c >= dh) continue;
-        float v[8];
+    const int dim = turned ? rotary.dim : 0;
+    const bool whole = dim % 16 == 0;
+    for (int u = threadIdx.x % WARP; u < ROWS * DH / 16; u += WARP) {
+        const int r = u / (DH / 16), unit = u % (DH / 16), t = t0 + r;
+        if (t >= T) continue;
         const int position = old + t - (span ? span[t].x : 0);
+        const bool pairs = whole && 16 * unit < dim, apart = pairs && !rotary.interleaved;
+        const int low = apart ? 8 * unit : 16 * unit, high = apart ? low + dim / 2 : low + 8;
+        float v[16];
         #pragma unroll
-        for (int i = 0; i < 8; i++)
-            v[i] = scale * (turned ? rotary_back(rows[r], c + i, rotary, position) : rows[r][c + i]);
-        scan_store16(to + r * ld + c, scan_pack8(v));
+        for (int i = 0; i < 8; i += 4) {
+            *(float4*)(v + i) = *(const float4*)(rows[r] + low + i);
+            *(float4*)(v + 8 + i) = *(const float4*)(rows[r] + high + i);
+        }
+        if (pairs) {
+            rotary_pairs<8>(v, rotary.interleaved, true,
+                            [&](int i) { return rotary_turn(position, rotary.theta[8 * unit + i]); });
+        } else if (16 * unit < dim) {
+            #pragma unroll
+            for (int i = 0; i < 16; i++) v[i] = rotary_back(rows[r], 16 * unit + i, rotary, position);
+        }
+        #pragma unroll
+        for (int i = 0; i < 16; i++) v[i] *= scale;
+        if (low < dh) scan_store16(to + r * ld + low, scan_pack8(v));
+        if (high < dh) scan_store16(to + r * ld + high, scan_pack8(v + 8));
     }
 }
 
@@ -4138,14 +4200,17 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
         }
     }
     __syncthreads();
-    float lse[MT][2], delta[MT][2], dq[MT][DH / 8][4] = {};
+    float lse[MT][2], delta[MT][4], dq[MT][DH / 8][4] = {};
     const float scale = p.scale * ATTENTION_LOG2E;
     #pragma unroll
     for (int i = 0; i < 2 * MT; i++) {
         const int r = w * ROWS + 8 * i + g;
         lse[i / 2][i % 2] = i0 + r < p.T ? p.lse[stat + r] : INFINITY;     // beyond T: P = 0
-        delta[i / 2][i % 2] = sh.delta[r];
+        delta[i / 2][i % 2 * 2] = delta[i / 2][i % 2 * 2 + 1] = -sh.delta[r];
     }
+    const float zero[4] = {};
+    auto none = [&](int, int) { return zero; };
+    auto minus_delta = [&](int m, int) { return delta[m]; };
     for (int stage = 0; j0 < keys; j0 += BN, stage ^= 1) {
         copy_async_wait(0);
         __syncthreads();
@@ -4153,26 +4218,20 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
         #pragma unroll
         for (int j1 = 0; j1 < BN; j1 += STEP) {
             if (j0 + j1 > old + row0 + ROWS - 1) continue;
-            float s[MT][STEP / 8][4] = {}, dP[MT][STEP / 8][4] = {};
-            attention_product<DH, MT, STEP / 16>(s, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS,
+            float s[MT][STEP / 8][4], dP[MT][STEP / 8][4];
+            attention_product<DH, MT, STEP / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS,
                                                  sh.k[stage][0], j1);
-            attention_product<DH, MT, STEP / 16>(dP, IN_REGISTERS ? dout : NULL, sh.dout[0], w * ROWS,
+            attention_product<DH, MT, STEP / 16>(dP, minus_delta, IN_REGISTERS ? dout : NULL, sh.dout[0], w * ROWS,
                                                  sh.v[stage][0], j1);
-            const bool mask = j0 + j1 + STEP - 1 > old + row0 || j0 + j1 < first_all;
+            if (j0 + j1 + STEP - 1 > old + row0 || j0 + j1 < first_all)
+                attention_mask<false>(s, j0 + j1, old + row0, first);
             #pragma unroll
             for (int m = 0; m < MT; m++) {
                 #pragma unroll
                 for (int n = 0; n < STEP / 8; n++) {
                     #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        float P = exp2_unit(fmaf(s[m][n][i], scale, -lse[m][i / 2]));
-                        if (mask) {
-                            const int j = j0 + j1 + 8 * n + 2 * quad + i % 2;
-                            const int last = old + row0 + 16 * m + i / 2 * 8 + g;
-                            if (j > last || j < first[m][i / 2]) P = 0;
-                        }
-                        s[m][n][i] = P * (dP[m][n][i] - delta[m][i / 2]);
-                    }
+                    for (int i = 0; i < 4; i++)
+                        s[m][n][i] = exp2_unit(fmaf(s[m][n][i], scale, -lse[m][i / 2])) * dP[m][n][i];
                 }
             }
             attention_accumulate<DH, MT, STEP / 16>(dq, s, sh.k[stage][0], j1);
@@ -4253,6 +4312,8 @@ attention_backward_kv_fast_kernel(const __grid_constant__ AttentionBackwardCuda<
     attention_load<BN, DH, ATTENTION_THREADS>(sh.v[0], k + (size_t)p.Hkv * p.dh, p.ld, p.T - j0, p.dh);
     load(0, 0);
     float dk[MT][DH / 8][4] = {}, dv[MT][DH / 8][4] = {};
+    const float zero[4] = {};
+    auto none = [&](int, int) { return zero; };
     const float scale = p.scale * ATTENTION_LOG2E;
     for (int step = 0; step < steps * group; step++) {
         const int stage = step & 1, i0 = i_begin + step % steps * BQ;
@@ -4262,26 +4323,22 @@ attention_backward_kv_fast_kernel(const __grid_constant__ AttentionBackwardCuda<
         #pragma unroll
         for (int i1 = 0; i1 < BQ; i1 += STEP) {
             if (i0 + i1 + STEP - 1 < row0 || i0 + i1 >= queries) continue;
-            float s[MT][STEP / 8][4] = {}, dP[MT][STEP / 8][4] = {};
-            attention_product<DH, MT, STEP / 16>(s, NULL, sh.k[0], w * ROWS, sh.q[stage][0], i1);
-            const bool mask = i0 + i1 < row0 + ROWS - 1 || i0 + i1 + STEP - 1 > last_all;
+            float s[MT][STEP / 8][4], dP[MT][STEP / 8][4];
+            attention_product<DH, MT, STEP / 16>(s, none, NULL, sh.k[0], w * ROWS, sh.q[stage][0], i1);
+            if (i0 + i1 < row0 + ROWS - 1 || i0 + i1 + STEP - 1 > last_all)
+                attention_mask<true>(s, i0 + i1, row0, last);
             #pragma unroll
             for (int n = 0; n < STEP / 8; n++) {
                 const float2 lse = *(const float2*)&sh.lse[stage][i1 + 8 * n + 2 * quad];
                 #pragma unroll
                 for (int m = 0; m < MT; m++) {
                     #pragma unroll
-                    for (int i = 0; i < 4; i++) {
+                    for (int i = 0; i < 4; i++)
                         s[m][n][i] = exp2_unit(fmaf(s[m][n][i], scale, i % 2 ? -lse.y : -lse.x));
-                        if (mask) {
-                            const int t = i0 + i1 + 8 * n + 2 * quad + i % 2;
-                            if (t < row0 + 16 * m + i / 2 * 8 + g || t > last[m][i / 2]) s[m][n][i] = 0;
-                        }
-                    }
                 }
             }
             attention_accumulate<DH, MT, STEP / 16>(dv, s, sh.dout[stage][0], i1);
-            attention_product<DH, MT, STEP / 16>(dP, NULL, sh.v[0], w * ROWS, sh.dout[stage][0], i1);
+            attention_product<DH, MT, STEP / 16>(dP, none, NULL, sh.v[0], w * ROWS, sh.dout[stage][0], i1);
             #pragma unroll
             for (int n = 0; n < STEP / 8; n++) {
                 const float2 delta = *(const float2*)&sh.delta[stage][i1 + 8 * n + 2 * quad];
@@ -4568,7 +4625,8 @@ static inline void attention_backward_fast_any(const AttentionBackwardCuda<float
 
 // attention_is_fast: rows of heads, each aligned to 16 bytes
 template <typename X> static inline bool attention_is_fast(const X* rows, size_t ld, size_t dh) {
-    return sizeof(X) == sizeof(bf16) && dh % 8 == 0 && dh <= 128 && is_aligned(rows, 16, ld * sizeof(X));
+    return sizeof(X) == sizeof(bf16) && dh % 8 == 0 && dh <= 128 && is_aligned(rows, 16, ld * sizeof(X)) &&
+           ld < (size_t)1 << 23;
 }
 
 template <typename Kernel, typename P>

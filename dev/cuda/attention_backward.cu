@@ -204,27 +204,12 @@ static void shipped(void) {
     attention_backward_cuda<bf16>(a.dqkv, a.ld, a.dout, a.Hq * DH, a.out, a.Hq * DH, a.lse, a.qkv, a.ld, NULL,
                                   0, NULL, NULL, rotary, a.scale, a.delta, a.B, a.T, a.Hq, a.Hkv, DH, 0);
 }
-static void shipped_turned(void) {
-    static RotaryCuda turned = rotary_cuda(DH, 10000, false);
-    attention_backward_cuda<bf16>(a.dqkv, a.ld, a.dout, a.Hq * DH, a.out, a.Hq * DH, a.lse, a.qkv, a.ld, NULL,
-                                  0, NULL, NULL, turned, a.scale, a.delta, a.B, a.T, a.Hq, a.Hkv, DH, 0);
-}
-
 static const Rung rungs[] = {
     {"a thread per query, then a thread per key", launch1, 0},
     {"P and dS in memory, products of shared tiles", launch2, 0},
     {"a warp per row (the general path, exact for float)", launch3, 0},
     {"tensor core; 16 rows per warp", launch4, 0},
     {"shipped: 32 rows per warp use each operand that is read", shipped, 0},
-    {"shipped, gradients turned back (wrong here)", shipped_turned, 10},
-    {"q alone MT2 64", launch_q<2, 64, 1 << 20>, 1e9},
-    {"q alone MT2 32", launch_q<2, 32, 1 << 20>, 1e9},
-    {"q alone MT1 64", launch_q<1, 64, 1 << 20>, 1e9},
-    {"q alone MT2 64 24 heads", launch_q<2, 64, 24>, 1e9},
-    {"kv alone MT2 64", launch_kv<2, 64, 1 << 20>, 1e9},
-    {"kv alone MT2 32", launch_kv<2, 32, 1 << 20>, 1e9},
-    {"kv alone MT1 64", launch_kv<1, 64, 1 << 20>, 1e9},
-    {"kv alone MT2 64 24 heads", launch_kv<2, 64, 24>, 1e9},
 };
 
 // ------------------------------------------------------------------------------------------------

@@ -201,11 +201,6 @@ static const Rung rungs[] = {
     {"tiles of 64 keys, running maximum, no scores in memory", launch3, 0},
     {"tensor core, P in registers; 16 queries per warp", launch_tiles<1, 64>, 0},
     {"shipped: 32 queries per warp use each key that is read", shipped, 0},
-    {"MT2 32 keys", launch_tiles<2, 32>, 0},
-    {"MT2 128 keys", launch_tiles<2, 128>, 0},
-    {"MT2 64 keys, 12 heads at once", launch_tiles<2, 64, 12>, 0},
-    {"MT2 64 keys, 24 heads at once", launch_tiles<2, 64, 24>, 0},
-    {"MT2 64 keys, 48 heads at once", launch_tiles<2, 64, 48>, 0},
 };
 
 // The rotation
@@ -291,7 +286,7 @@ static void setup_decode(int which) {
     attention_forward(out.data(), heads * DH, lse.data(), qkv.data(), a.ld, &qkv[heads * DH],
                       &qkv[2 * heads * DH], a.ld, kv.data(), capacity, length.data(), a.scale, B, 1, heads, heads, DH);
     expect("out", a.out, out, 8e-3);                   // few numbers
-    expect("position", position, std::vector<float>(B, (float)T), 0, length);
+    expect("position", position, std::vector<float>(B, (float)T), 1e-9, length);
 }
 
 int main(int argc, char** argv) {
