@@ -3210,6 +3210,7 @@ const Case cases[] = {
     { "cuda scan", test_cuda_scan },
     { "cuda ssd backward", test_cuda_ssd_backward },
     { "cuda matmul", test_cuda_matmul },
+    { "cuda attention", test_cuda_attention },
     { "cuda model", test_cuda_model },
     { "cuda generate", test_cuda_generate },
     { "cuda eval", test_cuda_eval },

@@ -11,6 +11,7 @@
 //  2. Layers
 //  3. Selective scan
 //  4. Matmul
+//  4.1 Attention
 //  5. The whole model
 //  6. Generation, resumed runs
 //  7. Every kernel was launched
@@ -71,6 +72,23 @@ void dt_softplus_forward(double* dt, const double* dt_raw, size_t ldr, const dou
 void dt_softplus_backward(double* ddt_raw, size_t lddr, double* ddt_bias, const double* ddt,
                           const double* dt_raw, size_t ldr, const double* dt_bias, double lo, double hi,
                           size_t M, size_t H);
+void token_positions(double* position, const double* position0, const int* doc, size_t B, size_t T);
+void rotary_forward(double* x, size_t ldx, const double* position, double base, bool interleaved, size_t M,
+                    size_t H, size_t dh, size_t ro);
+void rotary_backward(double* dx, size_t lddx, const double* position, double base, bool interleaved, size_t M,
+                     size_t H, size_t dh, size_t ro);
+void attention_forward(double* out, size_t ldo, double* lse, const double* q, size_t ldq, const double* k,
+                       const double* v, size_t ldkv, const double* kv0, size_t capacity,
+                       const double* position, double scale, size_t B, size_t T, size_t Hq, size_t Hkv,
+                       size_t dh);
+void attention_backward(double* dq, size_t lddq, double* dk, double* dv, size_t lddkv, double* dkv0,
+                        const double* dout, const double* out, size_t ldo, const double* lse, const double* q,
+                        size_t ldq, const double* k, const double* v, size_t ldkv, const double* kv0,
+                        size_t capacity, const double* position, double scale, size_t B, size_t T, size_t Hq,
+                        size_t Hkv, size_t dh);
+void kv_append_forward(double* kvT, double* positionT, const double* kv0, const double* k, const double* v,
+                       size_t ldkv, const double* position, size_t capacity, size_t B, size_t T, size_t Hkv,
+                       size_t dh);
 void matmul_forward(double* out, size_t ldo, const double* inp, size_t ldi, const double* weight,
                     const double* bias, size_t M, size_t I, size_t O);
 void matmul_backward(double* dinp, size_t lddi, double* dweight, double* dbias, const double* dout,
@@ -1108,6 +1126,232 @@ void test_cuda_matmul(void) {
     use_threads(8);
     check_matmuls<float>();
     check_matmuls<bf16>();
+    use_threads(1);
+    claims_report();
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 4.1 Attention
+
+// Q, KV: heads; ro: channels turned; cached: tokens in the cache of sequence 0, fewer in the others
+typedef struct {
+    size_t B, T, Q, KV, dh, ro;
+    bool interleaved;
+    int docs;                // -1: none
+    size_t cached, pad;      // pad: columns between rows
+    double scale;            // of q and k
+} AttentionShape;
+static const AttentionShape attention_shapes[] = {
+    {1, 2, 1, 1, 8, 0, false, -1, 0, 0, 1},
+    {2, 7, 2, 1, 24, 8, true, 1, 5, 0, 1},
+    {1, 64, 2, 2, 64, 64, false, -1, 0, 0, 1},
+    {2, 129, 4, 2, 64, 32, false, 0, 0, 8, 1},
+    {3, 37, 3, 1, 32, 32, true, 0, 40, 0, 1},
+    {2, 300, 4, 1, 96, 48, false, 0, 0, 8, 1},
+    {2, 257, 2, 2, 128, 128, false, 1, 70, 0, 1},
+    {1, 333, 1, 1, 128, 64, true, -1, 0, 0, 4},
+    {1, 700, 2, 1, 64, 64, true, 0, 130, 0, 3},
+    {1, 515, 2, 2, 32, 16, false, -1, 0, 0, 1},
+    {2, 190, 6, 2, 80, 80, false, 1, 0, 0, 1},
+    {1, 141, 8, 2, 40, 16, false, 0, 9, 16, 1},
+    {1, 260, 2, 1, 112, 2, false, -1, 300, 8, 1},
+    {2, 65, 2, 1, 20, 6, false, 0, 4, 0, 1},
+    {2, 45, 3, 3, 5, 4, true, 0, 3, 3, 1},
+    {1, 50, 2, 1, 200, 64, false, 1, 20, 0, 1},
+    {300, 3, 2, 1, 64, 64, false, -1, 3, 0, 1},
+};
+
+// what the CPU makes of one call: `row` numbers per token, q and k not yet turned
+struct AttentionOracle {
+    const AttentionShape* s;
+    size_t row, capacity, kv;            // kv: numbers in the cache of one sequence
+    double base, scale;
+    AttentionOracle(const AttentionShape* shape_, size_t room)
+        : s(shape_), row((shape_->Q + 2 * shape_->KV) * shape_->dh), capacity(shape_->cached + room + 3),
+          kv(capacity * 2 * shape_->KV * shape_->dh), base(1000), scale(0.9 / sqrt((double)shape_->dh)) {}
+    RotaryCuda rotary() const { return rotary_cuda(s->ro, base, s->interleaved); }
+    // out (B,T,Q dh) and lse from qkv, which is turned
+    void forward(Vec* out, Vec* lse, Vec* qkv, Vec* position, const Vec* kv0, const double* position0,
+                 const int* doc, size_t B, size_t T) const {
+        position->resize(B * T);
+        out->resize(B * T * s->Q * s->dh);
+        lse->resize(B * s->Q * T);
+        oracle::token_positions(position->data(), position0, doc, B, T);
+        oracle::rotary_forward(qkv->data(), row, position->data(), base, s->interleaved, B * T, s->Q + s->KV,
+                               s->dh, s->ro);
+        const double *k = qkv->data() + s->Q * s->dh, *v = k + s->KV * s->dh;
+        oracle::attention_forward(out->data(), s->Q * s->dh, lse->data(), qkv->data(), row, k, v, row,
+                                  kv0 ? kv0->data() : NULL, capacity, position->data(), scale, B, T, s->Q,
+                                  s->KV, s->dh);
+    }
+};
+
+// random_cache: NaN in the rows that are not filled yet
+template <typename X> Vec random_cache(const AttentionOracle& o, const Vec& position0) {
+    Vec kv0 = normal_vec<X>(position0.size() * o.kv);
+    for (size_t b = 0; b < position0.size(); b++)
+        for (size_t i = (size_t)position0[b] * (o.kv / o.capacity); i < o.kv; i++) kv0[b * o.kv + i] = NAN;
+    return kv0;
+}
+
+template <typename X> void check_attention(const AttentionShape* s) {
+    const size_t B = s->B, T = s->T, M = B * T, dh = s->dh, qs = s->Q * dh, ks = s->KV * dh;
+    const AttentionOracle o(s, T);
+    const size_t ld = o.row + s->pad, ldo = qs + s->pad;
+    Vec qkv = normal_vec<X>(M * o.row, s->scale), dout = normal_vec<X>(M * qs), position0(B);
+    for (size_t b = 0; b < B; b++) position0[b] = (double)(s->cached > b ? s->cached - b : 0);
+    Vec kv0 = random_cache<X>(o, position0), turned = qkv, out, lse, position;
+    Ints doc = random_docs(B, T, s->docs > 0);
+    const int* d = s->docs < 0 ? NULL : doc.data();
+    const double* p0 = s->cached ? position0.data() : NULL;
+    o.forward(&out, &lse, &turned, &position, p0 ? &kv0 : NULL, p0, d, B, T);
+    Vec grad(M * o.row), kvT(B * o.kv, NAN), positionT(B);
+    double *dq = grad.data(), *dk = dq + qs, *dv = dk + ks;
+    const double *q = turned.data(), *k = q + qs, *v = k + ks;
+    oracle::attention_backward(dq, o.row, dk, dv, o.row, NULL, dout.data(), out.data(), qs, lse.data(), q, o.row,
+                               k, v, o.row, p0 ? kv0.data() : NULL, o.capacity, position.data(), o.scale, B, T,
+                               s->Q, s->KV, dh);
+    oracle::rotary_backward(dq, o.row, position.data(), o.base, s->interleaved, M, s->Q + s->KV, dh, s->ro);
+    oracle::kv_append_forward(kvT.data(), positionT.data(), p0 ? kv0.data() : NULL, k, v, o.row,
+                              position.data(), o.capacity, B, T, s->KV, dh);
+    for (double& x : lse) x *= 1.4426950408889634;                         // the GPU's has base 2
+
+    X *g_qkv = gpu<X>(spread(qkv, o.row, ld)), *g_out = gpu_nan<X>(M * ldo), *g_kv0 = gpu<X>(kv0);
+    X* g_dout = gpu<X>(spread(dout, qs, ldo));
+    float *g_p0 = p0 ? gpu<float>(position0) : NULL, *g_lse = gpu_nan<float>(M * s->Q);
+    int2* span = d ? gpu_array<int2>(M, NULL) : NULL;
+    const RotaryCuda rotary = o.rotary();
+    if (span) attention_span_cuda(span, gpu(doc), g_p0, B, T, 0);
+    attention_rotate_cuda<X>(g_qkv, ld, g_p0, span, rotary, B, T, s->Q, s->KV, dh, 0);
+    Vec got_qkv = from_gpu(g_qkv, M * ld);
+    claim_zero<X>("attention: gaps written", written_gaps(got_qkv, ld, o.row, ld));
+    const char* path = attention_forward_cuda<X>(g_out, ldo, g_lse, g_qkv, ld, g_kv0, o.capacity, g_p0, span,
+                                                 (float)o.scale, B, T, s->Q, s->KV, dh, 0);
+    snprintf(shape, sizeof shape, "%s B%zu T%zu Q%zu KV%zu dh%zu ro%zu%s cached%zu%s", path, B, T, s->Q, s->KV,
+             dh, s->ro, s->interleaved ? "i" : "", s->cached, d ? " doc" : "");
+    claim<X>("attention turned q, k", gathered(got_qkv, qs + ks, ld), gathered(turned, qs + ks, o.row), 1e-6,
+             4e-3);
+    Vec got_out = from_gpu(g_out, M * ldo);
+    claim<X>("attention out", gathered(got_out, qs, ldo), out, 1e-5, 5e-3);
+    claim<X>("attention lse", from_gpu(g_lse, M * s->Q), lse, 1e-5, 5e-3);
+    claim_zero<X>("attention: gaps written", written_gaps(got_out, ldo, qs, ldo));
+    X* again = gpu_nan<X>(M * ldo);
+    attention_forward_cuda<X>(again, ldo, (float*)NULL, g_qkv, ld, g_kv0, o.capacity, g_p0, span,
+                              (float)o.scale, B, T, s->Q, s->KV, dh, 0);
+    claim_zero<X>("attention in inference: bits",
+                  differing(gathered(from_gpu(again, M * ldo), qs, ldo).data(),
+                            gathered(got_out, qs, ldo).data(), M * qs));
+    float* scratch = gpu_nan<float>(M * s->Q);
+    Vec first;
+    for (int twice = 0; twice < 2; twice++) {
+        X* g_dqkv = gpu_nan<X>(M * ld);
+        attention_backward_cuda<X>(g_dqkv, ld, g_dout, ldo, g_out, ldo, g_lse, g_qkv, ld, g_kv0, o.capacity,
+                                   g_p0, span, rotary, (float)o.scale, scratch, B, T, s->Q, s->KV, dh, 0);
+        Vec got = from_gpu(g_dqkv, M * ld), all = gathered(got, o.row, ld);
+        if (twice) claim_zero<X>("attention backward, again: bits",
+                                 differing(all.data(), first.data(), all.size()));
+        first = all;
+        if (twice) continue;
+        claim_zero<X>("attention: gaps written", written_gaps(got, ld, o.row, ld));
+        claim<X>("attention dq", gathered(all, qs, o.row), gathered(grad, qs, o.row), 1e-5, 5e-3);
+        claim<X>("attention dk", gathered(all, ks, o.row, qs), gathered(grad, ks, o.row, qs), 1e-5, 5e-3);
+        claim<X>("attention dv", gathered(all, ks, o.row, qs + ks), gathered(grad, ks, o.row, qs + ks), 1e-5,
+                 5e-3);
+    }
+    // the cache after the call, in an array of its own and in place; rows that are not filled stay NaN
+    for (int inplace = 0; inplace < 2; inplace++) {
+        X* g_kvT = inplace ? g_kv0 : gpu_nan<X>(B * o.kv);
+        float* g_pT = inplace && g_p0 ? g_p0 : gpu_nan<float>(B);
+        attention_append_cuda<X>(g_kvT, g_pT, g_kv0, o.capacity, g_p0, g_qkv, ld, span, B, T, s->Q, s->KV, dh,
+                                 0);
+        Vec got = from_gpu(g_kvT, B * o.kv), want = kvT;
+        double beyond = 0;
+        for (size_t b = 0; b < B; b++)
+            for (size_t i = (size_t)positionT[b] * 2 * ks; i < o.kv; i++) {
+                double kept = inplace ? kv0[b * o.kv + i] : NAN;
+                beyond += isnan(kept) ? !isnan(got[b * o.kv + i]) : got[b * o.kv + i] != kept;
+                got[b * o.kv + i] = want[b * o.kv + i] = 0;
+            }
+        claim<X>("attention cache", got, want, 1e-6, 4e-3);
+        claim_zero<X>("attention cache, beyond the last row", beyond);
+        claim_zero<X>("attention cache: lengths", differing(from_gpu(g_pT, B).data(), positionT.data(), B));
+    }
+    gpu_release();
+}
+
+// A text in pieces: a first one without a cache, a second one that goes on, then token by token. Everything
+// must be as if it had come at once.
+template <typename X> void check_attention_steps(const AttentionShape* s, size_t piece, size_t steps) {
+    const size_t B = s->B, dh = s->dh, qs = s->Q * dh, T = 2 * piece + steps;
+    AttentionShape none = *s;
+    none.cached = 0;
+    const AttentionOracle o(&none, T);
+    Vec qkv = normal_vec<X>(B * T * o.row, s->scale), turned = qkv, out, lse, position;
+    o.forward(&out, &lse, &turned, &position, NULL, NULL, NULL, B, T);
+    const RotaryCuda rotary = o.rotary();
+    X* kv = gpu_nan<X>(B * o.kv);
+    float *length = gpu<float>(Vec(B)), *scratch = gpu_nan<float>(attention_decode_scratch_cuda(B, s->Q, dh,
+                                                                                               o.capacity));
+    Vec got_all(B * T * qs), got_steps, want_steps;
+    const char* path = "";
+    for (size_t t = 0, n; t < T; t += n) {
+        n = t < 2 * piece ? piece : 1;
+        Vec part(B * n * o.row);
+        for (size_t b = 0; b < B; b++)
+            std::copy(&qkv[(b * T + t) * o.row], &qkv[(b * T + t) * o.row] + n * o.row, &part[b * n * o.row]);
+        Vec got;
+        for (int again = 0; again < (n == 1 ? 2 : 1); again++) {
+            X *g_part = gpu<X>(part), *g_out = gpu_nan<X>(B * n * qs);
+            if (n > 1) {
+                attention_rotate_cuda<X>(g_part, o.row, length, NULL, rotary, B, n, s->Q, s->KV, dh, 0);
+                attention_forward_cuda<X>(g_out, qs, (float*)NULL, g_part, o.row, kv, o.capacity, length, NULL,
+                                          (float)o.scale, B, n, s->Q, s->KV, dh, 0);
+                attention_append_cuda<X>(kv, length, kv, o.capacity, length, g_part, o.row, NULL, B, n, s->Q,
+                                         s->KV, dh, 0);
+            } else {
+                if (again) length = gpu<float>(Vec(B, (double)t));
+                path = attention_decode_cuda<X>(g_out, qs, kv, length, o.capacity, g_part, o.row, rotary,
+                                                (float)o.scale, scratch, B, s->Q, s->KV, dh, 0);
+            }
+            Vec before = got;
+            got = from_gpu(g_out, B * n * qs);
+            if (again) claim_zero<X>("attention decode, again: bits",
+                                     differing(got.data(), before.data(), got.size()));
+        }
+        for (size_t b = 0; b < B; b++)
+            std::copy(&got[b * n * qs], &got[b * n * qs] + n * qs, &got_all[(b * T + t) * qs]);
+    }
+    snprintf(shape, sizeof shape, "%s B%zu T%zu+%zu Q%zu KV%zu dh%zu ro%zu%s", path, B, 2 * piece, steps, s->Q,
+             s->KV, dh, s->ro, s->interleaved ? "i" : "");
+    const size_t from = 2 * piece * qs;
+    claim<X>("attention in two pieces", gathered(got_all, from, T * qs), gathered(out, from, T * qs), 1e-5, 5e-3);
+    claim<X>("attention decode", gathered(got_all, steps * qs, T * qs, from),
+             gathered(out, steps * qs, T * qs, from), 1e-5, 5e-3);
+    Vec kvT(B * o.kv), positionT(B), got = from_gpu(kv, B * o.kv);
+    oracle::kv_append_forward(kvT.data(), positionT.data(), NULL, &turned[qs], &turned[qs + s->KV * dh], o.row,
+                              position.data(), o.capacity, B, T, s->KV, dh);
+    const size_t filled = T * 2 * s->KV * dh;
+    claim<X>("attention decode: cache", gathered(got, filled, o.kv), gathered(kvT, filled, o.kv), 1e-6, 4e-3);
+    claim_zero<X>("attention decode: lengths", differing(from_gpu(length, B).data(), positionT.data(), B));
+    gpu_release();
+}
+
+// Catches: a tile at the edge of the text, of a document or of the cache handled wrong; a pair turned the
+// wrong way or by the wrong position; a head that takes another one's keys; a row that sees nothing.
+void test_cuda_attention(void) {
+    if (!gpu_present()) return;
+    use_threads(8);
+    for (size_t i = 0; i < sizeof attention_shapes / sizeof attention_shapes[0]; i++) {
+        const AttentionShape* s = &attention_shapes[i];
+        if (only_small() && s->T > 260) continue;
+        check_attention<float>(s);
+        check_attention<bf16>(s);
+        const size_t piece = s->T < 200 ? 5 + s->T / 4 : 150;
+        check_attention_steps<float>(s, piece, 3);
+        check_attention_steps<bf16>(s, piece, 3);
+    }
+    const AttentionShape far = {1, 0, 4, 2, 64, 64, false, -1, 0, 0, 1};
+    check_attention_steps<bf16>(&far, only_small() ? 100 : 5000, 2);
     use_threads(1);
     claims_report();
 }
