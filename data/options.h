@@ -10,6 +10,9 @@ typedef struct {
     // model
     const char *preset, *pattern;
     int64_t d_model, n_layer, expand, d_state, d_conv, dt_rank, d_intermediate, vocab_size, eos_token;
+    int64_t headdim, ngroups, chunk_size;
+    int64_t attn_heads, attn_heads_kv, attn_head_dim, attn_conv, rotary_dim;
+    double rotary_base;
     bool tie_embeddings;
     // data
     const char *data, *val_data, *tokenizer;
@@ -29,7 +32,7 @@ typedef struct {
     bool resume;
     // generation
     const char *prompt, *prompt_file, *prompts, *stop, *save_state, *load_state;
-    int64_t num_samples, max_tokens, top_k, chunk;
+    int64_t num_samples, max_tokens, top_k, chunk, context;
     double temperature, top_p, min_p, repetition_penalty;
     bool raw, interactive;
     // evaluation
@@ -59,14 +62,32 @@ static const Option options[] = {
     {"preset", 's', OPT(preset), WORD_ALL, "", 0, 0, NULL,
      "a named set of options, listed below; other options override it"},
     {"pattern", 's', OPT(pattern), WORD_ALL, "1", 0, 0, NULL,
-     "one letter per sub-layer, repeated over the blocks: 1 Mamba-1, m gated MLP after a mixer"},
+     "one letter per sub-layer, repeated over the blocks: 1 Mamba-1, 2 Mamba-2, a attention, m gated MLP "
+     "after a mixer"},
     {"n-layer", 'i', OPT(n_layer), WORD_ALL, "4", 1, 10000, NULL, "blocks"},
     {"d-model", 'i', OPT(d_model), WORD_ALL, "192", 1, 1e6, NULL, "width of the residual stream, D"},
     {"expand", 'i', OPT(expand), WORD_ALL, "2", 1, 64, NULL, "inner width E = expand * D"},
-    {"d-state", 'i', OPT(d_state), WORD_ALL, "16", 1, 256, NULL, "state size per channel, N"},
+    {"d-state", 'i', OPT(d_state), WORD_ALL, "0", 0, 256, NULL,
+     "state size per channel, N; 0: 16, for Mamba-2 without Mamba-1 128"},
     {"d-conv", 'i', OPT(d_conv), WORD_ALL, "4", 1, CONV_MAX_TAPS, NULL, "taps of the causal convolution, K"},
     {"dt-rank", 'i', OPT(dt_rank), WORD_ALL, "0", 0, 1e6, NULL,
      "rank of the dt projection, R; 0: D/16 rounded up"},
+    {"headdim", 'i', OPT(headdim), WORD_ALL, "64", 1, 1e6, NULL, "Mamba-2: channels per head, P"},
+    {"ngroups", 'i', OPT(ngroups), WORD_ALL, "1", 1, 1e6, NULL,
+     "Mamba-2: groups of heads that share B and C, G"},
+    {"chunk-size", 'i', OPT(chunk_size), WORD_ALL, "256", 1, 65536, NULL,
+     "Mamba-2: tokens per chunk, Q; the result does not depend on it"},
+    {"attn-heads", 'i', OPT(attn_heads), WORD_ALL, "0", 0, 65536, NULL, "attention heads; 0: D/64"},
+    {"attn-heads-kv", 'i', OPT(attn_heads_kv), WORD_ALL, "0", 0, 65536, NULL,
+     "heads of keys and values, shared by the others; 0: as many"},
+    {"attn-head-dim", 'i', OPT(attn_head_dim), WORD_ALL, "0", 0, 65536, NULL,
+     "width of an attention head; 0: D / heads"},
+    {"attn-conv", 'i', OPT(attn_conv), WORD_ALL, "0", 0, CONV_MAX_TAPS, NULL,
+     "taps of a convolution over queries, keys and values; 0: none"},
+    {"rotary-dim", 'i', OPT(rotary_dim), WORD_ALL, "-1", -1, 65536, NULL,
+     "numbers of each head that carry the position (rotary embedding); -1: all, 0: none"},
+    {"rotary-base", 'f', OPT(rotary_base), WORD_ALL, "10000", 1e-3, 1e12, NULL,
+     "base of the wavelengths of the rotary embedding"},
     {"d-intermediate", 'i', OPT(d_intermediate), WORD_ALL, "0", 0, 1e7, NULL,
      "hidden width of the gated MLP, rounded up to 128; 0: 8/3 D"},
     {"vocab-size", 'i', OPT(vocab_size), WORD_ALL, "0", 0, 1e9, NULL,
@@ -125,8 +146,9 @@ static const Option options[] = {
      "model directory: published, or a run's for its last checkpoint; none: out, for train a new model"},
     {"dialect", 'c', OPT(dialect), WORD_CONVERT, "hf", 0, 0, "hf mamba_ssm",
      "form of the converted model: that of transformers, or of mamba_ssm"},
-    {"dtype", 'c', OPT(dtype), WORD_CONVERT, "f32", 0, 0, "f32 f16 bf16",
-     "of its matrices; everything else stays f32"},
+    {"dtype", 'c', OPT(dtype), WORD_CONVERT | WORD_GENERATE, "f32", 0, 0, "f32 f16 bf16",
+     "of the weight matrices, everything else stays f32: as convert writes them; as generate keeps them on "
+     "the CPU (f32 or bf16), which reads all of them for every token"},
     {"seed", 'u', OPT(seed), WORD_ALL, "1337", 0, 0, NULL, "of initialization, data order and sampling"},
 #ifdef __CUDACC__
     {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},
@@ -180,6 +202,8 @@ static const Option options[] = {
      "weakens tokens already in the text; 1: off"},
     {"chunk", 'i', OPT(chunk), WORD_GENERATE, "256", 1, 1e6, NULL,
      "tokens of the prompt per pass; the result does not depend on it"},
+    {"context", 'i', OPT(context), WORD_GENERATE, "4096", 1, MAX_CONTEXT, NULL,
+     "with --interactive: tokens of the conversation that attention layers can keep; otherwise counted"},
     {"save-state", 's', OPT(save_state), WORD_GENERATE, "", 0, 0, NULL,
      "write the recurrent state after the prompt to a file"},
     {"load-state", 's', OPT(load_state), WORD_GENERATE, "", 0, 0, NULL,
@@ -216,6 +240,19 @@ static const Preset presets[] = {
     {"mamba-790m", "published size", "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
     {"mamba-1.4b", "published size", "--n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
     {"mamba-2.8b", "published size", "--n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-130m", "published size",
+     "--pattern 2 --n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-370m", "published size",
+     "--pattern 2 --n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-780m", "published size",
+     "--pattern 2 --n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-1.3b", "published size",
+     "--pattern 2 --n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-2.7b", "published size",
+     "--pattern 2 --n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
+    {"mamba2attn-2.7b", "published size: attention in blocks 9, 18, 27, 36, 45, 56",
+     "--pattern 222222222a22222222a22222222a22222222a22222222a2222222222a2222222 --n-layer 64 --d-model 2560 "
+     "--attn-heads 30 --attn-head-dim 128 --attn-conv 4 --rotary-dim 64 --vocab-size 50277 --eos-token 0"},
 };
 enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
 

@@ -38,6 +38,11 @@ void causal_conv1d_backward(double* dinp, size_t lddi, double* dweight, double* 
                             const double* dout, const double* dtailT, const double* inp, size_t ldi,
                             const double* tail0, const double* weight, const double* bias, bool silu,
                             const int* doc, size_t B, size_t T, size_t E, size_t K);
+void gated_rmsnorm_forward(double* out, double* rstd, const double* y, const double* z, size_t ldz,
+                           const double* weight, size_t M, size_t E, size_t S, double eps, bool norm_first);
+void gated_rmsnorm_backward(double* dy, double* dz, size_t lddz, double* dweight, const double* dout,
+                            const double* y, const double* z, size_t ldz, const double* weight,
+                            const double* rstd, size_t M, size_t E, size_t S, bool norm_first);
 void gate_forward(double* out, const double* y, size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
 void gate_backward(double* dy, size_t lddy, double* dz, size_t lddz, const double* dout, const double* y,
                    size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
@@ -56,6 +61,17 @@ void selective_scan_backward(double* dx, double* ddt, double* dA_log, double* dB
                              const double* hs, const double* x, const double* dt, const double* A_log,
                              const double* Bt, const double* Ct, size_t ldbc, const double* Dskip,
                              const int* doc, double* scratch, size_t B, size_t T, size_t E, size_t N);
+void ssd_recurrent_backward(double* dx, size_t lddx, double* ddt, double* dA_log, double* dBt, double* dCt,
+                            size_t lddbc, double* dDskip, double* dh0, const double* dy, const double* dhT,
+                            const double* x, size_t ldx, const double* dt, const double* A_log,
+                            const double* Bt, const double* Ct, size_t ldbc, const double* Dskip,
+                            bool D_has_hdim, const double* h0, const int* doc, size_t B, size_t T, size_t H,
+                            size_t P, size_t G, size_t N);
+void dt_softplus_forward(double* dt, const double* dt_raw, size_t ldr, const double* dt_bias, double lo,
+                         double hi, size_t M, size_t H);
+void dt_softplus_backward(double* ddt_raw, size_t lddr, double* ddt_bias, const double* ddt,
+                          const double* dt_raw, size_t ldr, const double* dt_bias, double lo, double hi,
+                          size_t M, size_t H);
 void token_positions(double* position, const double* position0, const int* doc, size_t B, size_t T);
 void rotary_forward(double* x, size_t ldx, const double* position, double base, bool interleaved, size_t M,
                     size_t H, size_t dh, size_t ro);
@@ -115,6 +131,11 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
                                     cudaStream_t stream) {
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
+}
+cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
+cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+    mark_launched(function);
+    return __real_cudaLaunchKernelExC(config, function, args);
 }
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
@@ -394,23 +415,24 @@ template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
     gpu_release();
 }
 
-// variant, bits: 1 rows at twice E, 2 with dtail0 and dtailT, 4 with tail0; 3 without bias; 6 tailT = tail0
+// variant, bits: 1 rows at twice E, 2 with dtail0 and dtailT, 4 with tail0, 8 without SiLU; 3 without bias;
+// 6 tailT = tail0
 template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, int variant) {
     snprintf(shape, sizeof shape, "B%zu T%zu E%zu K%zu variant%d", B, T, E, K, variant);
     size_t M = B * T, ld = variant & 1 ? 2 * E : E + (variant & 2 ? 8 : 0), tail = B * (K - 1) * E;
-    bool has_tail = variant & 4, has_bias = variant != 3, has_dtail = variant & 2;
+    bool has_tail = variant & 4, has_bias = variant != 3, has_dtail = variant & 2, silu = !(variant & 8);
     Ints doc = random_docs(B, T, variant % 3 == 2);
     const int *d = variant % 3 ? doc.data() : NULL, *g_doc = d ? gpu(doc) : NULL;
     Vec inp = spread(normal_vec<X>(M * E), E, ld), weight = normal_vec<float>(E * K, 0.6);
     Vec bias = normal_vec<float>(E), tail0 = normal_vec<float>(tail), out(M * E), tailT(tail);
     const double *p_bias = has_bias ? bias.data() : NULL, *p_tail0 = has_tail ? tail0.data() : NULL;
     oracle::causal_conv1d_forward(out.data(), tailT.data(), inp.data(), ld, p_tail0, weight.data(), p_bias,
-                                  true, d, B, T, E, K);
+                                  silu, d, B, T, E, K);
     X *g_inp = gpu<X>(inp), *g_out = gpu_nan<X>(M * E);
     float *g_weight = gpu<float>(weight), *g_bias = has_bias ? gpu<float>(bias) : NULL;
     float *g_tail0 = gpu<float>(tail0), *g_tailT = variant == 6 ? g_tail0 : gpu_nan<float>(tail);
     causal_conv1d_forward_cuda<X>(g_out, g_tailT, g_inp, ld, has_tail ? g_tail0 : NULL, g_weight, g_bias,
-                                  g_doc, B, T, E, K, 0);
+                                  silu, g_doc, B, T, E, K, 0);
     claim<X>("conv forward out", from_gpu(g_out, M * E), out, 1e-6, 4e-3);
     if (tail) claim<X>("conv forward tailT", from_gpu(g_tailT, tail), tailT, 0, 0);
 
@@ -419,7 +441,7 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     oracle::causal_conv1d_backward(dinp.data(), ld, want_dweight.data(), has_bias ? want_dbias.data() : NULL,
                                    has_dtail ? dtail0.data() : NULL, dout.data(),
                                    has_dtail ? dtailT.data() : NULL, inp.data(), ld, p_tail0, weight.data(),
-                                   p_bias, true, d, B, T, E, K);
+                                   p_bias, silu, d, B, T, E, K);
     g_tail0 = gpu<float>(tail0);
     X* g_dout = gpu<X>(dout);
     float* g_dtailT = has_dtail ? gpu<float>(dtailT) : NULL;
@@ -430,8 +452,8 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
         float *g_dtail0 = has_dtail ? gpu_nan<float>(tail) : NULL;
         float* scratch = gpu_nan<float>(causal_conv1d_scratch_cuda(B, T, E, K));
         causal_conv1d_backward_cuda<X>(g_dinp, ld, g_dweight, g_dbias, g_dtail0, g_dout, g_dtailT, g_inp, ld,
-                                       has_tail ? g_tail0 : NULL, g_weight, g_bias, g_doc, scratch, B, T, E,
-                                       K, 0);
+                                       has_tail ? g_tail0 : NULL, g_weight, g_bias, silu, g_doc, scratch, B,
+                                       T, E, K, 0);
         Vec got = from_gpu(g_dweight, E * K);
         if (twice) claim_zero<X>("conv backward, again: bits", differing(got.data(), first.data(), E * K));
         first = got;
@@ -447,6 +469,48 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     gpu_release();
 }
 
+// variant, bits: 1 the norm first, 2 wider rows, 4 dy in the place of dout, 8 without the output again
+template <typename X> void check_gated_rmsnorm(size_t M, size_t S, size_t G, int variant) {
+    const size_t E = S * G, gap = variant & 2 ? 8 + E % 8 : 0, ld = E + gap, ldo = E + 2 * gap;
+    const bool first = variant & 1, in_place = (variant & 4) && !gap, again = !(variant & 8);
+    snprintf(shape, sizeof shape, "M%zu S%zu G%zu variant%d", M, S, G, variant);
+    Vec y = normal_vec<X>(M * E), z = spread(normal_vec<X>(M * E, 2), E, ld), dout = normal_vec<X>(M * E);
+    Vec weight = normal_vec<float>(E, 0.3, 1), dweight = normal_vec<float>(E), out(M * E), rstd(M * G);
+    Vec dy(M * E), dz(M * ld), want = dweight, bits;
+    oracle::gated_rmsnorm_forward(out.data(), rstd.data(), y.data(), z.data(), ld, weight.data(), M, E, S,
+                                  1e-5, first);
+    oracle::gated_rmsnorm_backward(dy.data(), dz.data(), ld, want.data(), dout.data(), y.data(), z.data(), ld,
+                                   weight.data(), rstd.data(), M, E, S, first);
+    X *g_y = gpu<X>(y), *g_z = gpu<X>(z), *g_out = gpu_nan<X>(M * ldo);
+    float *g_rstd = gpu_nan<float>(M * G), *g_weight = gpu<float>(weight);
+    gated_rmsnorm_forward_cuda<X>(g_out, ldo, g_rstd, g_y, g_z, ld, g_weight, M, E, S, 1e-5f, first, 0);
+    Vec got = from_gpu(g_out, M * ldo);
+    claim<X>("gated rmsnorm forward", gathered(got, E, ldo), out, 2e-6, 4e-3);
+    claim_zero<X>("gated rmsnorm: gaps written", written_gaps(got, ldo, E, ldo));
+    claim<X>("gated rmsnorm rstd", from_gpu(g_rstd, M * G), rstd, 1e-6, 1e-6);
+    float* scratch = gpu_nan<float>(gated_rmsnorm_scratch_cuda(M, E));
+    for (int twice = 0; twice < 2; twice++) {
+        X *g_dout = gpu<X>(in_place ? dout : spread(dout, E, ldo)), *g_again = again ? gpu_nan<X>(M * ldo) : NULL;
+        X *g_dy = in_place ? g_dout : gpu_nan<X>(M * E), *g_dz = gpu_nan<X>(M * ld);
+        float* g_dweight = gpu<float>(dweight);
+        gated_rmsnorm_backward_cuda<X>(g_dy, g_dz, ld, g_again, ldo, g_dweight, g_dout, in_place ? E : ldo,
+                                       g_y, g_z, ld, g_weight, g_rstd, scratch, M, E, S, first, 0);
+        Vec dw = from_gpu(g_dweight, E), got_dz = from_gpu(g_dz, M * ld);
+        if (twice) claim_zero<X>("gated rmsnorm backward, again: bits", differing(dw.data(), bits.data(), E));
+        bits = dw;
+        if (twice) continue;
+        claim<X>("gated rmsnorm dy", from_gpu(g_dy, M * E), dy, 1e-5, 4e-3);
+        claim<X>("gated rmsnorm dz", gathered(got_dz, E, ld), gathered(dz, E, ld), 1e-5, 4e-3);
+        claim_zero<X>("gated rmsnorm: gaps written", written_gaps(got_dz, ld, E, ld));
+        claim<X>("gated rmsnorm dweight", minus(dw, dweight), minus(want, dweight), 1e-5, 1e-5);
+        if (!again) continue;
+        Vec same = from_gpu(g_again, M * ldo);
+        claim_zero<X>("gated rmsnorm backward out = that of forward: bits",
+                      differing(gathered(same, E, ldo).data(), gathered(got, E, ldo).data(), M * E));
+    }
+    gpu_release();
+}
+
 template <typename X> void check_gate(size_t M, size_t E, bool strided) {
     snprintf(shape, sizeof shape, "M%zu E%zu%s", M, E, strided ? " strided" : "");
     size_t ld = strided ? 2 * E : E;
@@ -456,8 +520,8 @@ template <typename X> void check_gate(size_t M, size_t E, bool strided) {
     oracle::gate_backward(dy.data(), ld, dz.data(), ld, dout.data(), y.data(), ld, z.data(), ld, M, E);
     X *g_y = gpu<X>(y), *g_z = gpu<X>(z), *g_out = gpu_nan<X>(M * E);
     X *again = strided ? gpu_nan<X>(M * E) : NULL, *g_dy = gpu_nan<X>(M * ld), *g_dz = gpu_nan<X>(M * ld);
-    gate_forward_cuda<X>(g_out, g_y, ld, g_z, ld, M, E, 0);
-    gate_backward_cuda<X>(g_dy, ld, g_dz, ld, again, gpu<X>(dout), g_y, ld, g_z, ld, M, E, 0);
+    gate_forward_cuda<X>(g_out, E, g_y, ld, g_z, ld, M, E, 0);
+    gate_backward_cuda<X>(g_dy, ld, g_dz, ld, again, E, gpu<X>(dout), E, g_y, ld, g_z, ld, M, E, 0);
     claim<X>("gate forward", from_gpu(g_out, M * E), out, 1e-6, 4e-3);
     if (again) claim<X>("gate backward out", from_gpu(again, M * E), out, 1e-6, 4e-3);
     Vec got_dy = from_gpu(g_dy, M * ld), got_dz = from_gpu(g_dz, M * ld);
@@ -494,6 +558,21 @@ template <typename X> void check_crossentropy(size_t M, size_t V, int variant) {
                                                                                losses.data(), M));
     else claim<X>("crossentropy losses", from_gpu(g_losses, M), losses, 1e-5, 1e-5);
     if (g_dz) claim<X>("crossentropy dlogits", from_gpu(g_dz, M * V), dz, 1e-5, 4e-3);
+    // which targets are the best tokens; half of them are made so, and a NaN is larger than everything
+    for (size_t m = 0; m < M; m++)
+        for (size_t v = 0; m % 2 == 0 && targets[m] >= 0 && v < V; v++)
+            if (z[m * V + v] > z[m * V + targets[m]]) z[m * V + v] = z[m * V + targets[m]];
+    if (M > 4 && V > 1) z[4 * V + V / 2] = NAN;
+    int* g_best = gpu(targets);
+    is_best_kernel<X><<<(unsigned)M, 256>>>(g_best, gpu<X>(z), V);
+    Vec got = from_gpu(g_best, M);
+    size_t wrong = 0;
+    for (size_t m = 0; m < M; m++) {
+        bool best = targets[m] >= 0;
+        for (size_t v = 0; v < V; v++) best = best && z[m * V + v] <= z[m * V + targets[m]];
+        wrong += got[m] != best;
+    }
+    claim_zero<X>("best tokens: wrong", (double)wrong);
     gpu_release();
 }
 
@@ -553,10 +632,16 @@ template <typename X> void check_layers(void) {
                               {2, 100, 264}, {1, 517, 96}};
     for (int i = 0; i < (small ? 6 : 8); i++)
         for (size_t K = 1; K <= 8; K++)
-            for (int variant = 0; variant < 8; variant++)
+            for (int variant = 0; variant < (K == 4 || K == 3 ? 16 : 8); variant++)
                 if (!small || K == 4 || K == 3) check_conv<X>(conv[i][0], conv[i][1], conv[i][2], K, variant);
-    for (int variant = 0; variant < 8 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
+    for (int variant = 0; variant < 16 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
     if (!small) check_conv<X>(sizeof(X) == 2 ? 64 : 128, 140, 1536, 4, 6);      // the longest runs of tokens
+    const size_t gated[][3] = {{1, 1, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
+                               {33, 768, 2}, {700, 1536, 1}, {21, 2048, 2}, {5, 5120, 1}, {3, 5128, 1}};
+    for (size_t i = 0; i < sizeof gated / sizeof gated[0]; i++)
+        for (int variant = 0; variant < 16; variant++)
+            if (!small || gated[i][0] < 100)
+                check_gated_rmsnorm<X>(gated[i][0], gated[i][1], gated[i][2], variant);
     const size_t gate[][2] = {{1, 1}, {3, 37}, {37, 33}, {70, 64}, {513, 1536}};
     for (int i = 0; i < (small ? 4 : 5); i++)
         for (int strided = 0; strided < 2; strided++) check_gate<X>(gate[i][0], gate[i][1], strided);
@@ -739,6 +824,174 @@ void test_cuda_scan(void) {
         check_scan<float>(&scan_shapes[i], i % 2 ? 16 : 8);
         for (int spacing = 8; spacing <= 16; spacing += 8) check_scan<bf16>(&scan_shapes[i], spacing);
     }
+    use_threads(1);
+    claims_report();
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 3b. SSD, backward
+
+// pad: columns before x, and between x, Bt and Ct (x and Bt, Ct are parts of one row). dt is softplus of a
+// normal number with this mean and scale; decay is added to A_log. offset: elements by which dy is shifted
+typedef struct {
+    size_t B, T, H, P, G, N, pad;
+    int docs;                // -1: none; 0, 1: random; n > 1: a document begins at every n-th token
+    bool state, hdim;
+    double dt_scale, dt_mean, decay;
+    size_t offset;
+    const char* note;
+} SsdShape;
+static const SsdShape ssd_backward_shapes[] = {
+    {1, 1, 1, 1, 1, 1, 0, -1, false, false, 1, -3, 0, 0, ""},
+    {2, 1, 2, 64, 1, 128, 8, -1, true, false, 1, -3, 0, 0, ""},
+    {2, 1, 4, 64, 2, 64, 8, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 64, 1, 64, 1, 128, 0, -1, false, false, 1, -3, 0, 0, ""},
+    {1, 65, 2, 64, 1, 128, 8, -1, true, false, 1, -3, 0, 0, ""},
+    {2, 37, 3, 5, 1, 7, 1, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 100, 4, 33, 2, 17, 3, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 300, 6, 40, 3, 24, 0, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 333, 6, 64, 1, 128, 16, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 333, 4, 64, 2, 128, 8, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 520, 4, 64, 1, 128, 8, 63, true, false, 1, -3, 0, 0, " before chunk edges"},
+    {1, 520, 4, 64, 1, 128, 8, 64, true, false, 1, -3, 0, 0, " at chunk edges"},
+    {1, 520, 4, 64, 1, 128, 8, 65, true, false, 1, -3, 0, 0, " after chunk edges"},
+    {1, 700, 2, 64, 1, 128, 8, 256, true, false, 1, -3, 0, 0, " at saved states"},
+    {1, 200, 2, 64, 1, 128, 8, 2, true, false, 1, -3, 0, 0, " short ones"},
+    {2, 200, 3, 64, 1, 64, 8, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 200, 3, 32, 1, 64, 8, 0, true, true, 1, -3, 0, 0, ""},
+    {2, 200, 4, 32, 2, 128, 8, 1, true, false, 1, -3, 0, 0, ""},
+    {2, 200, 4, 128, 2, 64, 8, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 330, 3, 128, 1, 128, 8, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 200, 3, 64, 1, 128, 8, 0, true, false, 1, -3, 0, 1, " misaligned"},
+    {2, 200, 3, 64, 1, 128, 4, 0, true, false, 1, -3, 0, 0, " rows misaligned"},
+    {1, 128, 3, 64, 1, 128, 8, 0, false, false, 6, 0, 0, 0, " large dt"},
+    {1, 300, 3, 64, 1, 128, 8, 0, true, false, 3, 12, 0, 0, " dt near 12"},
+    {2, 500, 3, 64, 1, 128, 8, -1, true, false, 1, -8, 0, 0, " dt near 0"},
+    {1, 1500, 2, 64, 1, 128, 8, -1, true, false, 1, -3, -9, 0, " slow decay"},
+    {2, 100, 3, 64, 1, 128, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
+    {2, 100, 3, 12, 1, 9, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
+    {1, 2500, 6, 64, 1, 128, 8, -1, true, false, 1, -4, -2, 0, " walks in parts"},
+    {1, 2500, 6, 64, 2, 128, 8, 900, true, false, 1, -4, -2, 0, " walks in parts"},
+    {150, 200, 2, 32, 1, 64, 8, 0, true, false, 1, -3, 0, 0, " many sequences"},
+};
+
+// head by head to token by token, and back
+Vec turned(const Vec& v, size_t B, size_t rows, size_t cols) {
+    Vec r(v.size());
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < rows; i++)
+            for (size_t j = 0; j < cols; j++) r[(b * cols + j) * rows + i] = v[(b * rows + i) * cols + j];
+    return r;
+}
+
+template <typename X> void check_ssd_backward(const SsdShape* s) {
+    const size_t B = s->B, T = s->T, H = s->H, P = s->P, G = s->G, N = s->N, M = B * T, E = H * P;
+    const size_t cols = E + 2 * G * N, ld = s->pad + cols, states = B * H * P * N, n_skip = s->hdim ? E : H;
+    const size_t at_B = s->pad + E, at_C = at_B + G * N;
+    Vec rows = spread(normal_vec<X>(M * cols), cols, ld), dy = normal_vec<X>(M * E), xbc(M * ld, NAN);
+    for (size_t m = 0; m < M; m++)
+        for (size_t i = 0; i < cols; i++) xbc[m * ld + s->pad + i] = rows[m * ld + i];
+    Vec dt = normal_vec<float>(M * H, s->dt_scale, s->dt_mean), A_log = normal_vec<float>(H, 0.2, s->decay);
+    for (size_t i = 0; i < M * H; i++) dt[i] = rounded<float>(dt[i] > 20 ? dt[i] : log1p(exp(dt[i])));
+    for (size_t h = 0; h < H; h++) A_log[h] = rounded<float>(A_log[h] + log((double)(h % 16 + 1)));
+    Vec D = normal_vec<float>(n_skip), h0 = normal_vec<X>(states), dhT = normal_vec<float>(states);
+    Ints doc = random_docs(B, T, s->docs == 1);
+    if (s->docs > 1)
+        for (size_t m = 0; m < M; m++) doc[m] = (int)(m % T / (size_t)s->docs);
+    const int* d = s->docs < 0 ? NULL : doc.data();
+
+    Vec dxbc(M * ld), ddt(M * H), dA(H), dD(n_skip), dh0(states);
+    oracle::ssd_recurrent_backward(dxbc.data() + s->pad, ld, ddt.data(), dA.data(), dxbc.data() + at_B,
+                                   dxbc.data() + at_C, ld, dD.data(), dh0.data(), dy.data(),
+                                   s->state ? dhT.data() : NULL, xbc.data() + s->pad, ld, dt.data(),
+                                   A_log.data(), xbc.data() + at_B, xbc.data() + at_C, ld, D.data(), s->hdim,
+                                   s->state ? h0.data() : NULL, d, B, T, H, P, G, N);
+
+    Vec dy_shifted(s->offset, NAN);
+    dy_shifted.insert(dy_shifted.end(), dy.begin(), dy.end());
+    X *g_xbc = gpu<X>(xbc), *g_dy = gpu<X>(dy_shifted) + s->offset;
+    X *g_states = gpu_nan<X>(ssd_saved_cuda(B, T, H, P, N)), *y = gpu_nan<X>(M * E);
+    float *g_dt = gpu<float>(turned(dt, B, T, H)), *g_A = gpu<float>(A_log), *g_D = gpu<float>(D);
+    float *g_h0 = s->state ? gpu<float>(h0) : NULL, *g_dhT = s->state ? gpu<float>(dhT) : NULL;
+    const int* g_doc = d ? gpu(doc) : NULL;
+    const X *g_x = g_xbc + s->pad, *g_B = g_xbc + at_B, *g_C = g_xbc + at_C;
+    snprintf(shape, sizeof shape, "B%zu T%zu H%zu P%zu G%zu N%zu%s%s%s%s", B, T, H, P, G, N,
+             d ? " doc" : "", s->state ? " state" : "", s->hdim ? " hdim" : "", s->note);
+    ssd_forward_cuda<X>(y, g_states, (float*)NULL, g_x, ld, g_dt, g_A, g_B, g_C, ld, g_D, s->hdim, g_h0, g_doc,
+                        gpu_nan<float>(ssd_forward_scratch_cuda(B, T, H, P, G, N)), B, T, H, P, G, N, 0);
+    // 0 where the decay underflows: dA is then far below what can be seen beside other numbers
+    Vec start_A = normal_vec<float>(H, s->decay > 5 ? 0 : 0.5), start_D = normal_vec<float>(n_skip, 0.5), first;
+    float* scratch = gpu_nan<float>(ssd_backward_scratch_cuda(B, T, H, P, G, N));
+    for (int twice = 0; twice < 2; twice++) {
+        X* g_dxbc = gpu_nan<X>(M * ld);
+        float *g_ddt = gpu_nan<float>(M * H), *g_dA = gpu<float>(start_A), *g_dD = gpu<float>(start_D);
+        float* g_dh0 = s->state ? gpu_nan<float>(states) : NULL;
+        const char* path = ssd_backward_cuda<X>(g_dxbc + s->pad, ld, g_ddt, g_dA, g_dxbc + at_B, g_dxbc + at_C,
+                                                ld, g_dD, g_dh0, g_dy, g_dhT, g_states, g_x, ld, g_dt, g_A,
+                                                g_B, g_C, ld, g_D, s->hdim, g_doc, scratch, B, T, H, P, G, N,
+                                                0);
+        Vec all = from_gpu(g_dxbc, M * ld), got_dt = from_gpu(g_ddt, M * H), got_A = from_gpu(g_dA, H);
+        const double gaps = written_gaps(all, ld, 0, s->pad);
+        Vec dx = gathered(all, E, ld, s->pad), dB = gathered(all, G * N, ld, at_B);
+        Vec dC = gathered(all, G * N, ld, at_C), got_D = from_gpu(g_dD, n_skip);
+        all = gathered(all, cols, ld, s->pad);
+        all.insert(all.end(), got_dt.begin(), got_dt.end());
+        all.insert(all.end(), got_A.begin(), got_A.end());
+        all.insert(all.end(), got_D.begin(), got_D.end());
+        if (twice) {
+            claim_zero<X>("ssd backward, again: bits", differing(all.data(), first.data(), all.size()));
+            continue;
+        }
+        first = all;
+        const bool fast = sizeof(X) == 2 && (P == 32 || P == 64 || P == 128) && (N == 64 || N == 128) &&
+                          !s->offset && s->pad % 8 == 0;
+        claim_zero<X>("ssd backward: another path than expected", (double)((strcmp(path, "fast") == 0) != fast));
+        claim_zero<X>("ssd backward: gaps written", gaps);
+        claim<X>("ssd dx", dx, gathered(dxbc, E, ld, s->pad), 1e-5, 4e-3);
+        claim<X>("ssd ddt", turned(got_dt, B, H, T), ddt, 1e-4, 4e-3);
+        claim<X>("ssd dB", dB, gathered(dxbc, G * N, ld, at_B), 1e-4, 5e-3);
+        claim<X>("ssd dC", dC, gathered(dxbc, G * N, ld, at_C), 1e-4, 5e-3);
+        claim<X>("ssd dA", minus(got_A, start_A), dA, 1e-4, 3e-3);
+        claim<X>("ssd dD", minus(got_D, start_D), dD, 1e-4, 3e-3);
+        if (s->state) claim<X>("ssd dh0", from_gpu(g_dh0, states), dh0, 1e-5, 4e-3);
+    }
+    gpu_release();
+}
+
+template <typename X> void check_ssd_dt(size_t B, size_t T, size_t H, size_t ld, double lo, double hi) {
+    const size_t M = B * T;
+    snprintf(shape, sizeof shape, "B%zu T%zu H%zu ld%zu limits %g %g", B, T, H, ld, lo, hi);
+    Vec raw = normal_vec<X>(M * H, 8), bias = normal_vec<float>(H), ddt = normal_vec<float>(M * H), dbias(H);
+    Vec want(M * H), start = normal_vec<float>(H, 0.5);
+    oracle::dt_softplus_backward(want.data(), H, dbias.data(), ddt.data(), raw.data(), H, bias.data(),
+                                 (double)(float)lo, (double)(float)hi, M, H);
+    X *g_raw = gpu<X>(spread(raw, H, ld)), *out = gpu_nan<X>(M * ld);
+    float *g_ddt = gpu<float>(turned(ddt, B, T, H)), *g_bias = gpu<float>(bias), *g_dbias = gpu<float>(start);
+    ssd_dt_backward_cuda<X>(out, ld, g_dbias, g_ddt, g_raw, ld, g_bias, (float)lo, (float)hi,
+                            gpu_nan<float>(ssd_dt_backward_scratch_cuda(B, T, H)), B, T, H, 0);
+    Vec got = from_gpu(out, M * ld);
+    claim<X>("ssd ddt_raw", gathered(got, H, ld), want, 1e-6, 4e-3);
+    claim<X>("ssd ddt_bias", minus(from_gpu(g_dbias, H), start), dbias, 1e-5, 1e-5);
+    claim_zero<X>("ssd ddt_raw: gaps written", written_gaps(got, ld, H, ld));
+    gpu_release();
+}
+
+// Catches: a chunk's first or last token, a document's first one, a pair of tokens counted twice or not at
+// all, a path between states left out, a padded state or channel used, sums over the wrong heads, a decay
+// that becomes NaN, a difference of large numbers, a sum that depends on the order of the threads.
+void test_cuda_ssd_backward(void) {
+    if (!gpu_present()) return;
+    use_threads(8);
+    for (size_t i = 0; i < sizeof ssd_backward_shapes / sizeof ssd_backward_shapes[0]; i++) {
+        if (only_small() && ssd_backward_shapes[i].T > 600) continue;
+        check_ssd_backward<float>(&ssd_backward_shapes[i]);
+        check_ssd_backward<bf16>(&ssd_backward_shapes[i]);
+    }
+    check_ssd_dt<float>(2, 300, 3, 3, 0, INFINITY);
+    check_ssd_dt<float>(2, 257, 40, 45, 0.01, 5);
+    check_ssd_dt<bf16>(1, 1, 24, 30, 0.01, 5);
+    check_ssd_dt<bf16>(3, 513, 33, 40, 0.001, 0.1);
+    check_ssd_dt<bf16>(2, 300, 24, 24, 0, INFINITY);
     use_threads(1);
     claims_report();
 }
@@ -1113,14 +1366,15 @@ void test_cuda_attention(void) {
 // ---------------------------------------------------------------------------------------------------
 // 5. The whole model
 
-typedef struct {
+struct CudaShape {
     const char* pattern;
     int64_t n_layer, D, E, N, K, R, F, V;
     bool tie, bias, conv_bias;
     size_t B, T;
     int docs;
     double dropout;
-} CudaShape;
+    const char* mamba2 = NULL;       // see toy_mamba2
+};
 static const CudaShape cuda_shapes[] = {
     {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0},
     {"1", 2, 7, 9, 5, 2, 3, 0, 11, false, true, false, 3, 7, 0, 0},
@@ -1130,12 +1384,20 @@ static const CudaShape cuda_shapes[] = {
     {"1", 2, 32, 64, 16, 4, 8, 0, 101, true, false, true, 3, 70, -1, 0},        // from here on the fast scan
     {"1m", 2, 64, 128, 16, 4, 16, 96, 257, false, true, true, 2, 133, 0, 0.4},
     {"1", 3, 96, 192, 16, 3, 8, 0, 64, true, true, false, 2, 64, 5, 0},
+    {"2", 2, 5, 6, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0, "P3 S1 L7"},                 // Mamba-2
+    {"2", 2, 13, 24, 3, 3, 1, 0, 29, false, true, false, 3, 37, 0, 0, "P3 S2 L16 hdim before limit"},
+    {"2m", 2, 24, 48, 7, 2, 1, 19, 29, true, true, true, 3, 70, 1, 0.3, "P6 S3 L16 W36"},
+    {"12m", 2, 32, 64, 16, 4, 8, 24, 101, true, false, true, 2, 133, 2, 0, "P8 S2 L64 plain"},
+    {"2", 2, 64, 128, 64, 4, 1, 0, 101, true, false, true, 3, 300, -1, 0, "P32 S2 L64"},        // fast
+    {"2m", 2, 64, 192, 128, 4, 1, 96, 257, false, true, true, 2, 533, 0, 0.4, "P64 S1 L256 W128"},
+    {"221", 1, 96, 192, 128, 4, 8, 0, 64, true, true, false, 2, 64, 5, 0, "P64 S1 L64 hdim"},
 };
 
 // toy_model with parameters that are exact in X: the CPU then computes with the same weights
 template <typename X> Model cuda_toy(const CudaShape* s) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     if (s->F) c.d_intermediate = s->F;
+    if (s->mamba2) toy_mamba2(&c, s->mamba2);
     c.tie_embeddings = s->tie; c.bias = s->bias; c.conv_bias = s->conv_bias;
     Model m = toy_model(&c, true, 3);
     for (int i = 0; i < m.n_tensors; i++)
@@ -1167,6 +1429,36 @@ double gradients_of(Backend* b, real* grads, const int* tokens, const int* targe
     b->download(b);
     memcpy(grads, b->model->grads, b->model->n_elements * sizeof(real));
     return loss;
+}
+
+// poke: one number in the device's memory, there before any stream of the program goes on
+void poke(float* device, float value) {
+    cudaCheck(cudaMemcpy(device, &value, sizeof value, cudaMemcpyHostToDevice));
+    cudaCheck(cudaDeviceSynchronize());
+}
+
+__global__ void spin_kernel(long long clocks) {
+    for (long long start = clock64(); clock64() - start < clocks;) {}
+}
+
+// Catches: memory that is cleared or copied in the default stream when the program's streams already use it.
+template <typename X> void check_busy(const CudaShape* s) {
+    snprintf(shape, sizeof shape, "%s D%d", s->pattern, (int)s->D);
+    size_t M = s->B * s->T;
+    Model m = cuda_toy<X>(s);
+    std::vector<int> tokens(2 * M), targets(2 * M);
+    cuda_batch(tokens.data(), targets.data(), 2 * M, 5, s->V);
+    std::vector<real> grads[2];
+    for (int busy = 0; busy < 2; busy++) {
+        grads[busy].resize(m.n_elements);
+        if (busy) spin_kernel<<<1, 1>>>(400000000);                    // 0.2 s
+        Backend b = backend_cuda_of<X>(&m, s->B, s->T, true, RECOMPUTE_NONE);
+        b.upload(&b);
+        gradients_of(&b, grads[busy].data(), tokens.data(), targets.data(), NULL, s->B, s->T, 2);
+        b.destroy(&b);
+    }
+    claim_value(type_name<X>() + std::string(" on a busy GPU: bits"),
+                bits_differ(grads[0].data(), grads[1].data(), m.n_elements), 0);
 }
 
 template <typename X> void check_gradients(const CudaShape* s, bool carry) {
@@ -1393,7 +1685,7 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
                        clip,
                        STEPS + 1,
                        {s->dropout, 99, 0, 0}};
-            cudaCheck(cudaMemcpy(device, &nan, sizeof nan, cudaMemcpyHostToDevice));
+            poke(device, nan);
             b.step_begin(&b, &st);
             b.step_begin(&b, &st);
             StepResult r = b.step_end(&b);
@@ -1401,7 +1693,7 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
             claim_value(name + " broken step: the parameter is not seen", !isnan(m.params[bad]), 0);
             r = b.step_end(&b);
             claim_value(name + " broken step: the next one taken", r.taken, 0);
-            cudaCheck(cudaMemcpy(device, &value, sizeof value, cudaMemcpyHostToDevice));
+            poke(device, value);
             b.download(&b);
             claim_value(name + " broken step: changed parameters", bits_differ(m.params, params[1], n), 0);
             b.step_begin(&b, &st);
@@ -1444,8 +1736,13 @@ template <typename X> void check_model(void) {
     size_t longest = only_small() ? 129 : 8192;
     static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0};
     static const CudaShape even = {"1m", 1, 32, 32, 16, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0};
+    static const CudaShape odd2 = {"2", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0, "P7 S1 L32"};
+    static const CudaShape even2 = {"2m", 1, 32, 64, 64, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0,
+                                    "P32 S1 L64"};
     check_lengths<X>(&odd, longest);
     check_lengths<X>(&even, longest);
+    check_lengths<X>(&odd2, only_small() ? 129 : 1000);
+    check_lengths<X>(&even2, longest);
     check_steps<X>(&cuda_shapes[3], true, 0);
     check_steps<X>(&cuda_shapes[5], true, 0);
     check_steps<X>(&cuda_shapes[6], false, 0);
@@ -1454,6 +1751,12 @@ template <typename X> void check_model(void) {
     check_training<X>(&cuda_shapes[5], RECOMPUTE_CHEAP);
     check_training<X>(&cuda_shapes[6], RECOMPUTE_ALL);
     check_training<X>(&cuda_shapes[6], RECOMPUTE_NONE, true);
+    check_busy<X>(&cuda_shapes[6]);
+    check_steps<X>(&cuda_shapes[10], true, 0);
+    check_steps<X>(&cuda_shapes[13], false, 0);
+    check_training<X>(&cuda_shapes[10], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[12], RECOMPUTE_NONE);
+    check_training<X>(&cuda_shapes[13], RECOMPUTE_ALL);
 }
 
 // Catches: a gradient written where it must be added, a buffer used by two layers at once, arguments of a
@@ -1528,9 +1831,11 @@ void test_cuda_generate(void) {
     const char* fp32 = "--precision fp32";
     Worst tokens = {0, ""}, chunks = {0, ""}, saved = {0, ""}, logits_cpu = {0, ""};
     Worst logits_chunk[2] = {{0, ""}, {0, ""}};
-    for (int fast = 0; fast < 2; fast++) {
-        Config c = fast ? toy_config("1m", 2, 32, 64, 16, 4, 8, 257)
-                        : toy_config("1m", 2, 13, 22, 5, 4, 2, 257);
+    Config configs[] = {toy_config("1m", 2, 13, 22, 5, 4, 2, 257), toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
+                        toy_config("2m", 2, 13, 24, 5, 4, 2, 257), toy_config("221", 1, 32, 64, 64, 4, 8, 257)};
+    toy_mamba2(&configs[2], "P3 S2 L16 W18");
+    toy_mamba2(&configs[3], "P32 S1 L64");
+    for (const Config& c : configs) {
         Model m = toy_model(&c, false, 6);
         char prompt[301], options[400];
         for (size_t i = 0; i < 300; i++) prompt[i] = (char)('!' + random_bits(10, 0, i) % 90);
@@ -1998,11 +2303,11 @@ static void check_large_block(size_t times) {
     Twice<bf16> xz = twice_normal<bf16>(2 * n, times), dxz = twice_nan<bf16>(2 * n, times);
     Twice<bf16> x = twice_nan<bf16>(n, times), dx = twice_normal<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
-        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T,
-                                         E, K, 0);
+        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, true, no_doc, B[big],
+                                         T, E, K, 0);
         causal_conv1d_backward_cuda<bf16>(dxz[big], 2 * E, dweight[big], dbias[big], none, dx[big], none,
-                                          xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E,
-                                          K, 0);
+                                          xz[big], 2 * E, none, weight, bias, true, no_doc, scratch,
+                                          B[big], T, E, K, 0);
     }
     claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, times, 0);
     claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, times, 0);
@@ -2036,8 +2341,8 @@ static void check_large_block(size_t times) {
 
     for (int big = 0; big < 2; big++) {                      // gate: y and z are the halves of xz, dout is x
         bf16 *u = xz[big], *du = dxz[big];
-        gate_forward_cuda<bf16>(s[big], u, 2 * E, u + E, 2 * E, B[big] * T, E, 0);
-        gate_backward_cuda<bf16>(du, 2 * E, du + E, 2 * E, again[big], x[big], u, 2 * E, u + E, 2 * E,
+        gate_forward_cuda<bf16>(s[big], E, u, 2 * E, u + E, 2 * E, B[big] * T, E, 0);
+        gate_backward_cuda<bf16>(du, 2 * E, du + E, 2 * E, again[big], E, x[big], E, u, 2 * E, u + E, 2 * E,
                                  B[big] * T, E, 0);
     }
     claim_rows("2^31: gate forward", s[1], s[0], E, E, tokens, times, 0);
