@@ -750,8 +750,9 @@ bool document_starts(const Problem* p, size_t b, size_t t) {
     return p->doc[b * p->T + t] != (t ? p->doc[b * p->T + t - 1] : 0);
 }
 
-// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}). Inputs before t = 0 come from the tail;
-// none come from another document.
+// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}); `linear`: without silu. Inputs before
+// t = 0 come from the tail; none come from another document.
+bool conv_silu(const Problem* p) { return !strstr(p->shape, "linear"); }
 void conv_make(Problem* p) {
     add_input(p, "inp", PER_TOKEN, p->B * p->T, p->E, 3, -1, 1);
     add_input(p, "weight", SHARED, p->E, p->K, 0, -1, 1);
@@ -764,12 +765,12 @@ void conv_make(Problem* p) {
 }
 void conv_fwd(Problem* p) {
     causal_conv1d_forward(p->out[0].value, p->out[1].value, p->in[0].value, p->in[0].ld, p->in[3].value,
-                          p->in[1].value, p->in[2].value, p->doc, p->B, p->T, p->E, p->K);
+                          p->in[1].value, p->in[2].value, conv_silu(p), p->doc, p->B, p->T, p->E, p->K);
 }
 void conv_bwd(Problem* p) {
     causal_conv1d_backward(p->in[0].grad, p->in[0].ld, p->in[1].grad, p->in[2].grad, p->in[3].grad,
                            p->out[0].grad, p->out[1].grad, p->in[0].value, p->in[0].ld, p->in[3].value,
-                           p->in[1].value, p->in[2].value, p->doc, p->B, p->T, p->E, p->K);
+                           p->in[1].value, p->in[2].value, conv_silu(p), p->doc, p->B, p->T, p->E, p->K);
 }
 // the input j tokens before token t of sequence b, as token t sees it: 0 if it is of another document
 double conv_past(const Problem* p, double** in, size_t b, size_t t, size_t j, size_t e) {
@@ -784,7 +785,7 @@ void conv_formula(const Problem* p, double** in, double** out) {
                 double c = in[2] ? in[2][e] : 0;
                 for (size_t k = 0; k < p->K; k++)
                     c += in[1][e * p->K + k] * conv_past(p, in, b, t, p->K - 1 - k, e);
-                out[0][(b * p->T + t) * p->E + e] = c / (1 + exp(-c));
+                out[0][(b * p->T + t) * p->E + e] = conv_silu(p) ? c / (1 + exp(-c)) : c;
             }
             // oldest first: K-2-j tokens before the last one
             for (size_t j = 0; out[1] && j + 1 < p->K; j++)
@@ -803,7 +804,8 @@ void test_conv(void) {
         "B3 T7 E13 K3 bias final documents6", "B8 T2 E3 K4 state final documents0",
         "B8 T9 E5 K2 state final documents0", "B8 T7 E5 K1 bias state final documents0",
         "B8 T67 E70 K4 bias state final big documents0",
-        "B2 T5 E31 K4 bias state final" };       // one channel short of a tile
+        "B2 T5 E31 K4 bias state final",         // one channel short of a tile
+        "B3 T7 E5 K4 bias state final documents0 linear", "B1 T1 E33 K3 final linear" };
     check_layer(&conv_layer, shapes, COUNT_OF(shapes));
 }
 
@@ -970,7 +972,8 @@ void crossentropy_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest crossentropy_layer = {
-    "crossentropy", crossentropy_make, crossentropy_fwd, crossentropy_bwd, crossentropy_formula, -1, true, false
+    "crossentropy", crossentropy_make, crossentropy_fwd, crossentropy_bwd, crossentropy_formula, -1, true,
+    false
 };
 void test_crossentropy(void) {
     const char* const shapes[] = {
@@ -1013,7 +1016,7 @@ void problem_join(Problem* left, Problem* right) {
     left->out[1].grad = in->grad;
 }
 
-// compare_parts: the outputs of the parts equal the whole to the bit (or round), their gradients, summed, round
+// compare_parts: the outputs of the parts equal the whole to the bit, their gradients, summed, to rounding
 void compare_parts(const Problem* p, const double* whole, Worst* forward, Worst* backward, size_t cut) {
     size_t n, at = count(&p->out[0]) + count(&p->out[1]);
     double* parts = snapshot(p, &n);
@@ -1121,9 +1124,6 @@ void test_packed(void) {
     check_packed(&conv_layer, conv_shapes, COUNT_OF(conv_shapes));
     check_packed(&scan_layer, scan_shapes, COUNT_OF(scan_shapes));
 }
-
-// defines: test_dt_softplus, test_ssd_recurrent, test_ssd, test_gated_rmsnorm
-#include "dev/test/test_mamba2.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Extreme and degenerate inputs
@@ -1304,6 +1304,44 @@ void must(bool ok, const Error* err) {
     if (!ok) die("test: %s", err->text);
 }
 
+// number_after_letter: 7 for "H" in "Q4 G2 H7", 0 when there is none
+int64_t number_after_letter(const char* text, char letter) {
+    const char* at = strchr(text, letter);
+    return at ? atoll(at + 1) : 0;
+}
+
+// toy_attention: what describes attention layers, from a text: Q query heads, G KV heads, H numbers in each,
+// R of them turned, a conv of K taps, an MLP of width F, room for T tokens after the C in the cache
+void toy_attention(Config* c, const char* text, size_t T) {
+    c->attn_heads = number_after_letter(text, 'Q');
+    c->attn_heads_kv = number_after_letter(text, 'G');
+    c->attn_head_dim = number_after_letter(text, 'H');
+    c->rotary_dim = number_after_letter(text, 'R');
+    c->attn_conv = number_after_letter(text, 'K');
+    c->attn_mlp = 2 * number_after_letter(text, 'F');
+    c->context = number_after_letter(text, 'C') + (int64_t)T;
+    c->rotary_interleaved = strstr(text, "interleaved") != NULL;
+    c->attn_in_bias = c->attn_out_bias = strstr(text, "biases") != NULL;
+    c->softmax_scale = strstr(text, "scale") ? 0.4 : 0;
+    c->rotary_base = 50;
+}
+
+// toy_mamba2: the same for Mamba-2 layers: P channels per head, S groups, chunks of L tokens, W of the E
+// channels in the SSM (all when not given)
+void toy_mamba2(Config* c, const char* text) {
+    c->headdim = number_after_letter(text, 'P');
+    c->ngroups = number_after_letter(text, 'S');
+    c->chunk_size = number_after_letter(text, 'L');
+    c->d_ssm = strchr(text, 'W') ? number_after_letter(text, 'W') : c->d_inner;
+    c->D_has_hdim = strstr(text, "hdim") != NULL;
+    c->norm_before_gate = strstr(text, "before") != NULL;
+    c->rmsnorm = strstr(text, "plain") == NULL;
+    c->dt_low = strstr(text, "limit") ? 0.3 : 0;
+    c->dt_high = strstr(text, "limit") ? 0.8 : INFINITY;
+    c->A_low = 1;
+    c->A_high = 16;
+}
+
 // toy_config: a small model; Vp is V rounded up to 8, so most toys have padded ids
 Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, int64_t N, int64_t K, int64_t R,
                   int64_t V) {
@@ -1318,6 +1356,8 @@ Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, in
     c.norm_eps = 1e-5; c.dt_min = 1e-3; c.dt_max = 0.1; c.dt_init_floor = 1e-4; c.dt_scale = 1;
     c.initializer_range = 0.02;
     c.eos_token = -1;
+    if (strchr(pattern, 'a')) toy_attention(&c, "Q2 G1 H4 R2 K3", 100);
+    if (strchr(pattern, '2')) toy_mamba2(&c, "P1 S1 L4");
     return c;
 }
 
@@ -1368,6 +1408,12 @@ void toy_make(Toy* toy, const Config* config, size_t B, size_t T, int doc_patter
     for (size_t i = 0; i < toy->s0.n_elements; i++) {
         toy->s0.data[i] = (real)test_uniform(-1, 1, 77, i);
         toy->dsT.data[i] = (real)test_uniform(-0.1, 0.1, 78, i);
+    }
+    for (int l = 0; l < m->n_layers; l++) {
+        if (m->layer[l].kind->letter != 'a') continue;
+        size_t most = config->context > (int64_t)T ? (size_t)config->context - T : 0;
+        AttentionState* s0 = (AttentionState*)toy->s0.field[l];
+        for (size_t b = 0; b < B; b++) s0->position[b] = (real)((most + 3 * b) % (most + 1));
     }
     toy->tokens = (int*)test_alloc(B * T, sizeof(int));
     toy->targets = (int*)test_alloc(B * T, sizeof(int));
@@ -1435,7 +1481,9 @@ double* to_double(const real* x, size_t n) {
 void test_counts(void) {
     const struct { const char* preset; size_t total; } published[] = {
         { "mamba-130m", 129135360 }, { "mamba-370m", 371516416 }, { "mamba-790m", 793204224 },
-        { "mamba-1.4b", 1372178432 }, { "mamba-2.8b", 2768345600 } };
+        { "mamba-1.4b", 1372178432 }, { "mamba-2.8b", 2768345600 }, { "mamba2-130m", 128989632 },
+        { "mamba2-370m", 368346624 }, { "mamba2-780m", 780161280 }, { "mamba2-1.3b", 1343757312 },
+        { "mamba2-2.7b", 2702599680 }, { "mamba2attn-2.7b", 2697590880 } };
     for (int i = 0; i < COUNT_OF(published); i++) {
         char name[64], option[] = "--preset", value[32];
         char* argv[] = { option, value };
@@ -1629,16 +1677,29 @@ typedef struct {
     size_t B, T;
     int docs;                // pattern of documents, -1: none
     double dropout;
+    const char* mixers;      // see toy_attention and toy_mamba2
 } ToyShape;
 const ToyShape toy_shapes[] = {
-    { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0 },
-    { "1", 2, 7, 9, 5, 2, 3, 11, false, true, false, 3, 7, 0, 0 },
-    { "1m", 2, 5, 6, 3, 3, 2, 9, true, true, true, 3, 37, 1, 0 },
-    { "11m", 2, 7, 5, 5, 4, 1, 8, false, false, true, 3, 7, 2, 0.3 },
-    { "1m", 2, 8, 6, 3, 3, 2, 9, true, true, true, 2, 9, 1, 0.6 },
-    { "1m", 1, 5, 7, 5, 2, 1, 11, false, true, true, 3, 37, 4, 0 },
-    { "1", 2, 3, 5, 5, 3, 2, 7, true, false, false, 3, 37, -1, 0 },
-    { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0 },
+    { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "" },
+    { "1", 2, 7, 9, 5, 2, 3, 11, false, true, false, 3, 7, 0, 0, "" },
+    { "1m", 2, 5, 6, 3, 3, 2, 9, true, true, true, 3, 37, 1, 0, "" },
+    { "11m", 2, 7, 5, 5, 4, 1, 8, false, false, true, 3, 7, 2, 0.3, "" },
+    { "1m", 2, 8, 6, 3, 3, 2, 9, true, true, true, 2, 9, 1, 0.6, "" },
+    { "1m", 1, 5, 7, 5, 2, 1, 11, false, true, true, 3, 37, 4, 0, "" },
+    { "1", 2, 3, 5, 5, 3, 2, 7, true, false, false, 3, 37, -1, 0, "" },
+    { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0, "" },
+    { "a", 2, 6, 5, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "Q4 G2 H4 R2 K4 C3" },
+    { "am", 1, 5, 6, 3, 3, 2, 9, false, false, true, 3, 9, 0, 0, "Q2 G1 H5 R4 C62 interleaved biases" },
+    { "1am", 4, 5, 6, 3, 3, 2, 9, true, true, true, 3, 7, 2, 0.3, "Q3 G3 H2 K2 C1 scale" },
+    { "a", 1, 5, 5, 5, 4, 1, 11, true, false, true, 2, 37, 1, 0, "Q2 G2 H3 R2 K3 F3 C4 biases" },
+    { "a1", 2, 7, 5, 5, 4, 1, 7, true, false, true, 1, 1, -1, 0, "Q1 G1 H1 K1 F1" },
+    { "2", 2, 5, 12, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "P3 S2 L4" },
+    { "2", 2, 7, 6, 3, 2, 1, 11, false, true, false, 3, 7, 0, 0, "P2 S1 L3 hdim" },
+    { "2m", 2, 5, 12, 3, 3, 1, 9, true, true, true, 3, 19, 1, 0, "P2 S2 L8 W8 before" },
+    { "12", 4, 5, 6, 3, 3, 2, 9, true, false, true, 2, 9, 2, 0.3, "P3 S1 L5 limit" },
+    { "2", 1, 5, 12, 3, 4, 1, 9, false, true, true, 3, 37, 4, 0, "P3 S1 L16 W9 plain" },
+    { "12am", 6, 4, 6, 3, 3, 1, 9, true, false, true, 2, 7, 0, 0, "Q2 G1 H4 R2 K3 C2 P2 S1 L2" },
+    { "2", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0, "P4 S1 L1" },
 };
 
 void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
@@ -1646,6 +1707,8 @@ void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
     c.tie_embeddings = s->tie;
     c.bias = s->bias;
     c.conv_bias = s->conv_bias;
+    if (strchr(s->pattern, 'a')) toy_attention(&c, s->mixers, s->T);
+    if (strchr(s->pattern, '2')) toy_mamba2(&c, s->mixers);
     toy_make(toy, &c, s->B, s->T, s->docs, recompute);
     Dropout drop = { s->dropout, random_bits(6, STREAM_DROPOUT, 2), 5, 0 };
     toy->w.dropout = drop;
@@ -1698,6 +1761,7 @@ void test_model_gradient(void) {
             const Kind* kind = toy.m.layer[l].kind;
             for (int i = 0; i < kind->n_state; i++) {
                 size_t n = shape->B * spec_count(&kind->state[i], &toy.m.config);
+                if (strcmp(kind->state[i].name, "position") == 0) continue;       // a number of tokens
                 double *numeric = (double*)test_alloc(n, sizeof(double)),
                     *g = to_double(toy.ds0.field[l][i], n);
                 numeric_gradient(&toy, toy.s0.field[l][i], numeric, n);
@@ -1822,7 +1886,7 @@ void test_guards(void) {
                                            activation_count(&kind->acts[i], c, toy.B, toy.T));
         }
         for (int kind = 0; kind < N_KINDS; kind++)
-            for (int i = 0; i < kinds[kind].n_scratch; i++)
+            for (int i = 0; strchr(c->pattern, kinds[kind].letter) && i < kinds[kind].n_scratch; i++)
                 toy.w.scratch[kind][i] = guarded(fields, counts, &n,
                                                  activation_count(&kinds[kind].scratch[i], c, toy.B, toy.T));
         for (int l = 0; l <= toy.m.n_layers; l++) toy.w.res[l] = guarded(fields, counts, &n, M * D);
@@ -1857,7 +1921,7 @@ void test_mlp(void) {
     toy_make(&toy, &c, 1, M, -1, false);
     const Layer* layer = &toy.m.layer[1];
     const MlpParams* p = (const MlpParams*)layer->params;
-    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 } };
+    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 }, { NULL, NULL } };
     real res[M * D], out[M * D];
     double want[M * D];
     for (size_t i = 0; i < M * D; i++) res[i] = (real)test_uniform(-0.01, 0.01, 81, i);     // eps counts
@@ -1887,7 +1951,8 @@ void test_mlp(void) {
 // Two micro-batches give the gradient of the batch of both. Catches: = instead of += in any layer, a scale
 // per micro-batch. B*T is above CLASSIFIER_ROWS, so the loss is also made in pieces.
 void test_accumulation(void) {
-    Config c = toy_config("11m", 2, 9, 12, 5, 4, 2, 21);
+    Config c = toy_config("12m", 4, 9, 12, 5, 4, 2, 21);
+    toy_mamba2(&c, "P3 S2 L16");
     c.tie_embeddings = false;
     Worst worst = { 0, "" };
     Toy whole, half;
@@ -1918,8 +1983,11 @@ void test_accumulation(void) {
 void test_pieces(void) {
     enum { T = 40 };
     Worst split = { 0, "" }, steps = { 0, "" }, rows = { 0, "" };
-    for (int64_t K = 1; K <= 4; K++) {
-        Config c = toy_config(K % 2 ? "11m" : "1", 2, 9, 14, 5, K, 2, 19);
+    for (int64_t k = 0; k < 8; k++) {
+        const char* const patterns[4] = { "1", "11m", "a", "1am" };
+        int64_t K = k % 4 + 1;
+        Config c = toy_config(patterns[k / 4 * 2 + K % 2], 2, 9, 14, 5, K, 2, 19);
+        c.attn_conv = K;
         Toy toy;
         toy_make(&toy, &c, 1, T, -1, false);
         Model* m = &toy.m;
@@ -1934,8 +2002,8 @@ void test_pieces(void) {
             memcpy(g, w.f, cut * D * sizeof(real));
             model_forward(m, &w, toy.tokens + cut, NULL, 1, T - cut, &s, &s);
             memcpy(g + cut * D, w.f, (T - cut) * D * sizeof(real));
-            worst_add(&split, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT), "K %d, cut at %zu",
-                      (int)K, cut);
+            worst_add(&split, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT), "%s, K %d, cut at %zu",
+                      c.pattern, (int)K, cut);
         }
         for (size_t first = 1; first <= (size_t)K + 1; first++) {
             memset(s.data, 0, s.n_elements * sizeof(real));
@@ -1944,7 +2012,7 @@ void test_pieces(void) {
                 memcpy(g + t * D, w.f, n * D * sizeof(real));
             }
             worst_add(&steps, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT),
-                      "K %d, prefill of %zu", (int)K, first);
+                      "%s, K %d, prefill of %zu", c.pattern, (int)K, first);
         }
         workspace_free(&w);
         state_free(&s);
@@ -1955,7 +2023,7 @@ void test_pieces(void) {
 
     // Prompts of different lengths, decoded as one batch = each alone. Catches: rows that see each other's
     // state.
-    Config c = toy_config("1m", 2, 9, 14, 5, 4, 2, 19);
+    Config c = toy_config("1am", 3, 9, 14, 5, 4, 2, 19);
     Model m = toy_model(&c, false, 4);
     Backend backend = backend_cpu(&m, 0, 0, false, false);
     enum { ROWS = 5, STEPS = 12 };
@@ -1998,7 +2066,8 @@ void test_pieces(void) {
 void test_model_packed(void) {
     // K-1 = 3
     const size_t lengths[] = { 1, 2, 3, SCAN_CHUNK, SCAN_CHUNK - 1, SCAN_CHUNK + 1, 1, 1, 1, 5 };
-    Config c = toy_config("1m", 2, 7, 9, 5, 4, 2, 19);
+    Config c = toy_config("1am", 3, 7, 9, 5, 4, 2, 19);
+    c.context = 200;
     for (int only_ends = 0; only_ends < 2; only_ends++) {
         Worst forward = { 0, "" }, backward = { 0, "" };
         size_t T = 0, n_docs = only_ends ? 37 : COUNT_OF(lengths);
@@ -2055,7 +2124,8 @@ void toy_train(Toy* toy, int steps) {
 // Ten steps end in the same bits for any number of threads. Catches: a reduction shared out over threads
 // anywhere between the embedding and the optimizer.
 void test_threads(void) {
-    Config c = toy_config("1m", 2, 64, 96, 8, 4, 4, 300);
+    Config c = toy_config("1m2a", 4, 64, 96, 8, 4, 4, 300);
+    toy_mamba2(&c, "P16 S2 L16");
     c.d_intermediate = 40;
     const int threads[] = { 1, 1, 2, 3, 4, 7 };
     Worst worst = { 0, "" };
@@ -2170,6 +2240,9 @@ void test_fixtures(void) {
     test_fixture("bias_untied");
     test_fixture("no_conv_bias");
 }
+
+// defines: test_dt_softplus, test_ssd_recurrent, test_ssd, test_gated_rmsnorm, test_mamba2
+#include "dev/test/test_mamba2.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 8. Checkpoints and training runs
@@ -3017,7 +3090,9 @@ void test_generate(void) {
     model_free(&m);
 }
 
-// What goes in and out: each file adds one case to the table below.
+// Each file adds one case to the table below: attention, then what goes in and out.
+// defines: test_attention
+#include "dev/test/test_attention.h"
 // defines: test_files
 #include "dev/test/test_files.h"
 // defines: test_data
@@ -3034,6 +3109,8 @@ void test_generate(void) {
 #endif
 // defines: test_eval, with a GPU test_cuda_eval
 #include "dev/test/test_eval.h"
+// defines: test_half
+#include "dev/test/test_half.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 10. List of cases, main
@@ -3106,6 +3183,7 @@ const Case cases[] = {
     { "ssd recurrent", test_ssd_recurrent },
     { "ssd", test_ssd },
     { "gated rmsnorm", test_gated_rmsnorm },
+    { "attention", test_attention },
     { "crossentropy", test_crossentropy },
     { "split", test_split },
     { "packed", test_packed },
@@ -3117,6 +3195,7 @@ const Case cases[] = {
     { "dropout", test_dropout },
     { "guards", test_guards },
     { "mlp", test_mlp },
+    { "mamba2", test_mamba2 },
     { "accumulation", test_accumulation },
     { "pieces", test_pieces },
     { "model packed", test_model_packed },
@@ -3137,13 +3216,16 @@ const Case cases[] = {
     { "models", test_models },
     { "tokenizer", test_tokenizer },
     { "eval", test_eval },
+    { "half", test_half },
 #ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
     { "cuda faults", test_cuda_faults },
     { "cuda layers", test_cuda_layers },
     { "cuda scan", test_cuda_scan },
     { "cuda ssd forward", test_cuda_ssd_forward },
+    { "cuda ssd backward", test_cuda_ssd_backward },
     { "cuda matmul", test_cuda_matmul },
+    { "cuda attention", test_cuda_attention },
     { "cuda model", test_cuda_model },
     { "cuda generate", test_cuda_generate },
     { "cuda eval", test_cuda_eval },

@@ -41,7 +41,8 @@ for pair in """B T, E N, D M, I O, R K, F D, V M, Vp D, RBC E, b t, e n, l n, i 
         i0 j0, l0 j, m0 m, ldi ldo, lddi lddo, ai al, bl bj, ldy ldz, lddy lddz, ldbc E, rows cols, lanes
         states, tile chunk, beta1 beta2, lr min_lr, warmup decay, steps warmup, norm clip, params grads, s0
         sT, ds0 dsT, before sum, kept n, lo hi, INIT_ONE INIT_ZERO, INIT_LINEAR INIT_RESIDUAL, INIT_CONV
-        INIT_LINEAR, INIT_DT_WEIGHT INIT_DT_BIAS, INIT_A_LOG INIT_ONE""".split(","):
+        INIT_LINEAR, INIT_DT_WEIGHT INIT_DT_BIAS, INIT_A_LOG INIT_ONE, Hq Hkv, ldq ldkv, lddq
+        lddkv, ldk ldv, dk dv, dk_p dv_p, kept length, start end, keys seen, kv0 kvT, a_i b_i""".split(","):
     one, other = pair.split()
     PARTNER.setdefault(one, other)
     PARTNER.setdefault(other, one)
