@@ -3650,27 +3650,9 @@ enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt
 #define SSD_WGMMA 0
 #endif
 
-__device__ __forceinline__ uint32_t ssd_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-// address of piece c of row r of a tile
-__device__ __forceinline__ uint32_t ssd_piece(uint32_t tile, int r, int c) {
-    return tile + r * 128 + ((c ^ (r & 7)) << 4);
-}
+// where piece c of row r of a tile begins
+__device__ __forceinline__ int ssd_piece(int r, int c) { return r * 64 + ((c ^ (r & 7)) << 3); }
 
-// four 8 x 8 matrices from shared memory into the registers of a warp, in the order that mma wants
-__device__ __forceinline__ void ssd_ldmatrix(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void ssd_ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void ssd_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-                 "{%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ float log2_unit(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -3681,23 +3663,23 @@ __device__ __forceinline__ float log2_unit(float x) {
 // layout of mma: d[i] are 8 columns 8i.., of which a lane has columns 2tg, 2tg+1 of row g, then of row g + 8
 // (lane = 4g + tg).
 // ssd_mma_rows: d += a b^T; the rows of both tiles are 64 numbers of the summed dimension.
-__device__ __forceinline__ void ssd_mma_rows(float (&d)[8][4], uint32_t a, uint32_t b, int w) {
+__device__ __forceinline__ void ssd_mma_rows(float (&d)[8][4], const bf16* a, const bf16* b, int w) {
     const int lane = threadIdx.x % WARP;
     #pragma unroll
     for (int k = 0; k < 4; k++) {
         uint32_t ra[4], rb[4];
-        ssd_ldmatrix(ra, ssd_piece(a, w * 16 + (lane & 15), 2 * k + (lane >> 4)));
+        load_matrices(ra, a + ssd_piece(w * 16 + (lane & 15), 2 * k + (lane >> 4)));
         #pragma unroll
         for (int j = 0; j < 4; j++) {
-            ssd_ldmatrix(rb, ssd_piece(b, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
-            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
-            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
+            load_matrices(rb, b + ssd_piece(j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+            scan_mma_bf16(d[2 * j], ra, rb[0], rb[1]);
+            scan_mma_bf16(d[2 * j + 1], ra, rb[2], rb[3]);
         }
     }
 }
 // ssd_mma_columns: d += a b; a in registers (a[k]: columns 16k.. of this warp's rows), b a tile with one row
 // for each number of the summed dimension, of which only the first 16 `steps` count.
-__device__ __forceinline__ void ssd_mma_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b,
+__device__ __forceinline__ void ssd_mma_columns(float (&d)[8][4], const uint32_t (&a)[4][4], const bf16* b,
                                                 int steps) {
     const int lane = threadIdx.x % WARP;
     #pragma unroll
@@ -3706,9 +3688,9 @@ __device__ __forceinline__ void ssd_mma_columns(float (&d)[8][4], const uint32_t
         uint32_t rb[4];
         #pragma unroll
         for (int j = 0; j < 4; j++) {
-            ssd_ldmatrix_transposed(rb, ssd_piece(b, k * 16 + (lane & 15), 2 * j + (lane >> 4)));
-            ssd_mma(d[2 * j], a[k], rb[0], rb[1]);
-            ssd_mma(d[2 * j + 1], a[k], rb[2], rb[3]);
+            load_matrices_trans(rb, b + ssd_piece(k * 16 + (lane & 15), 2 * j + (lane >> 4)));
+            scan_mma_bf16(d[2 * j], a[k], rb[0], rb[1]);
+            scan_mma_bf16(d[2 * j + 1], a[k], rb[2], rb[3]);
         }
     }
 }
@@ -3731,29 +3713,32 @@ __device__ __forceinline__ void ssd_arrived(float (&d)[8][4]) {
         asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]) :: "memory");
 }
 // a tile as operand: 1024 bytes from 8 rows to the next 8; bit 62: pieces in the order of ssd_piece
-__device__ __forceinline__ uint64_t ssd_operand(uint32_t tile) {
-    return (uint64_t)(tile >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+__device__ __forceinline__ uint64_t ssd_operand(const bf16* tile) {
+    const uint64_t address = (uint32_t)__cvta_generic_to_shared(tile);
+    return address >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 #define SSD_SUMS "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
     "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
 #define SSD_SUMS4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define SSD_SUMS32 SSD_SUMS4(0), SSD_SUMS4(1), SSD_SUMS4(2), SSD_SUMS4(3), SSD_SUMS4(4), SSD_SUMS4(5), SSD_SUMS4(6), SSD_SUMS4(7)
-__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int) {
+#define SSD_SUMS16(i) SSD_SUMS4(i), SSD_SUMS4(i + 1), SSD_SUMS4(i + 2), SSD_SUMS4(i + 3)
+#define SSD_SUMS32 SSD_SUMS16(0), SSD_SUMS16(4)
+__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], const bf16* a, const bf16* b, bool first,
+                                                  int) {
     #pragma unroll
     for (int k = 0; k < 4; k++)
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                     SSD_SUMS ", %32, %33, p, 1, 1, 0, 0; }"
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_SUMS ", %32, %33, p, 1, 1, 0, 0; }"
                      : SSD_SUMS32
-                     : "l"(ssd_operand(a + k * 32)), "l"(ssd_operand(b + k * 32)), "r"((int)!(first && k == 0)));
+                     : "l"(ssd_operand(a + k * 16)), "l"(ssd_operand(b + k * 16)), "r"((int)!(first && k == 0)));
 }
-__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b,
+__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], const bf16* b,
                                                      int) {
     #pragma unroll
     for (int k = 0; k < 4; k++)
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_SUMS
                      ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
                      : SSD_SUMS32
-                     : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 2048)));
+                     : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 16 * 64)));
 }
 #else
 __device__ __forceinline__ void ssd_begin() {}
@@ -3761,14 +3746,15 @@ __device__ __forceinline__ void ssd_end() {}
 __device__ __forceinline__ void ssd_wait() {}
 __device__ __forceinline__ void ssd_publish() {}
 __device__ __forceinline__ void ssd_arrived(float (&)[8][4]) {}
-__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int w) {
+__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], const bf16* a, const bf16* b, bool first,
+                                                  int w) {
     if (first) {
         #pragma unroll
         for (int i = 0; i < 8; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
     }
     ssd_mma_rows(d, a, b, w);
 }
-__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b,
+__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], const bf16* b,
                                                      int steps) {
     ssd_mma_columns(d, a, b, steps);
 }
@@ -3779,17 +3765,15 @@ __device__ __forceinline__ void ssd_recompute(uint32_t& x) { asm volatile("" : "
 
 // ssd_load_tile: starts the copy of 64 rows, of which `rows` exist, and of 64 columns, of which `columns` exist
 template <int THREADS>
-__device__ __forceinline__ void ssd_load_tile(uint32_t tile, const bf16* from, uint32_t ld, int rows, int columns,
+__device__ __forceinline__ void ssd_load_tile(bf16* tile, const bf16* from, uint32_t ld, int rows, int columns,
                                               int thread) {
     const int r = thread / 8, c = thread % 8;
-    const uint32_t to = ssd_piece(tile, r, c);                 // r + 16, r + 32 .. have the same place for c
+    bf16* to = tile + ssd_piece(r, c);                         // r + 16, r + 32 .. have the same place for c
     ssd_recompute(ld);
     #pragma unroll
     for (int i = 0; i < 64; i += THREADS / 8) {
         const bool inside = r + i < rows && c * 8 < columns;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(to + i * 128), "l"(from + (inside ? (r + i) * ld + c * 8 : 0)), "r"(inside ? 16 : 0)
-                     : "memory");
+        scan_copy16(to + i * 64, from + (inside ? (r + i) * ld + c * 8 : 0), inside);
     }
 }
 
@@ -3798,41 +3782,33 @@ __device__ __forceinline__ void ssd_load_tile(uint32_t tile, const bf16* from, u
 //   cb (B, chunks, G, 10, 32) packs
 template <int NB>
 __global__ void __launch_bounds__(4 * WARP)
-ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, size_t G, size_t N, size_t chunks) {
+ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, size_t G, size_t N,
+              size_t chunks) {
     extern __shared__ __align__(128) char shared[];
+    bf16 (*tile)[SSD_TILE] = (bf16 (*)[SSD_TILE])shared;       // Bt, Ct of 64 states, of the next 64, ..
     const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
     const size_t g = blockIdx.x % G, c = blockIdx.x / G % chunks, b = blockIdx.x / G / chunks;
-    const uint32_t tiles = ssd_address(shared);
     #pragma unroll
     for (int n = 0; n < NB; n++) {
         const size_t at = (b * T + c * SSD_TOKENS) * ldbc + g * N + n * 64;
         const int rows = (int)(T - c * SSD_TOKENS), columns = (int)N - n * 64;
-        ssd_load_tile<128>(tiles + 2 * n * SSD_TILE * 2, Bt + at, (uint32_t)ldbc, rows, columns, tid);
-        ssd_load_tile<128>(tiles + (2 * n + 1) * SSD_TILE * 2, Ct + at, (uint32_t)ldbc, rows, columns, tid);
+        ssd_load_tile<128>(tile[2 * n], Bt + at, (uint32_t)ldbc, rows, columns, tid);
+        ssd_load_tile<128>(tile[2 * n + 1], Ct + at, (uint32_t)ldbc, rows, columns, tid);
     }
     copy_async_commit();
     copy_async_wait(0);
     __syncthreads();
     float d[8][4] = {};
     #pragma unroll
-    for (int k = 0; k < 4 * NB; k++) {
-        const uint32_t B_tile = tiles + 2 * (k / 4) * SSD_TILE * 2, C_tile = B_tile + SSD_TILE * 2;
-        uint32_t ra[4], rb[4];
-        ssd_ldmatrix(ra, ssd_piece(C_tile, w * 16 + (lane & 15), 2 * (k % 4) + (lane >> 4)));
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (j > w) continue;
-            ssd_ldmatrix(rb, ssd_piece(B_tile, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * (k % 4) + (lane >> 3 & 1)));
-            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
-            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
-        }
-    }
+    for (int n = 0; n < NB; n++) ssd_mma_rows(d, tile[2 * n + 1], tile[2 * n], w);
     cb += (size_t)blockIdx.x * SSD_CB + w * (w + 1) / 2 * WARP + lane;
     #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < 4; k++) {
+        const float *v = d[2 * k], *v8 = d[2 * k + 1];
         if (k <= w)
-            cb[k * WARP] = make_uint4(scan_pack(d[2 * k][0], d[2 * k][1]), scan_pack(d[2 * k][2], d[2 * k][3]),
-                                      scan_pack(d[2 * k + 1][0], d[2 * k + 1][1]), scan_pack(d[2 * k + 1][2], d[2 * k + 1][3]));
+            cb[k * WARP] = make_uint4(scan_pack(v[0], v[1]), scan_pack(v[2], v[3]), scan_pack(v8[0], v8[1]),
+                                      scan_pack(v8[2], v8[3]));
+    }
 }
 
 // SsdShared: SLICES slices of 64 channels, N up to 64 NB. Tiles come first: they start at multiples of 1024 bytes.
@@ -3919,11 +3895,11 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
                 const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
                 #pragma unroll
                 for (int n = 0; n < NB; n++) {
-                    ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, l);
+                    ssd_load_tile<SLICES * 128>(st.Bt[n], B_c + n * 64, ldbc, rows, N - n * 64, l);
                     if (ENDS) continue;
-                    ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, l);
+                    ssd_load_tile<SLICES * 128>(st.Ct[n], C_c + n * 64, ldbc, rows, N - n * 64, l);
                 }
-                ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, l % 128);
+                ssd_load_tile<128>(st.x[m], x + (size_t)c * 64 * ldx, ldx, rows, columns, l % 128);
             }
             copy_async_commit();
         };
@@ -3971,15 +3947,15 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             }
         };
         float S[NB][8][4];                                     // row 16w + g or +8, columns 64n + 8i + 2tg, +1
-        const uint32_t at = (w * 16 + g) * 128 + (g << 4) + 4 * tg;
+        const uint32_t at = ssd_piece(w * 16 + g, 0) + 2 * tg;
         auto store_state = [&]() {
             #pragma unroll
             for (int n = 0; n < NB; n++) {
                 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    char* to = (char*)s.S[m][n] + (at ^ i << 4);
+                    bf16* to = s.S[m][n] + (at ^ i << 3);
                     *(uint32_t*)to = scan_pack(S[n][i][0], S[n][i][1]);
-                    *(uint32_t*)(to + 8 * 128) = scan_pack(S[n][i][2], S[n][i][3]);
+                    *(uint32_t*)(to + 8 * 64) = scan_pack(S[n][i][2], S[n][i][3]);
                 }
             }
             ssd_publish();
@@ -3999,7 +3975,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
                     const int r = w * 16 + i * 4 + l / 8, q = l % 8;
                     if (r < columns && n * 64 + q * 8 < N)
                         *(uint4*)(to + r * N + n * 64 + q * 8) =
-                            *(uint4*)((char*)s.S[m][n] + ssd_piece(0, r, q));
+                            *(uint4*)(s.S[m][n] + ssd_piece(r, q));
                 }
             }
             __syncwarp();
@@ -4040,7 +4016,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             #pragma unroll
             for (int j = 0; j < 4; j++) {                      // x^T, rows: channels, columns: tokens
                 uint32_t r[4];
-                ssd_ldmatrix_transposed(r, ssd_piece(ssd_address(st.x[m]), j * 16 + (lane & 15), 2 * w + (lane >> 4)));
+                load_matrices_trans(r, st.x[m] + ssd_piece(j * 16 + (lane & 15), 2 * w + (lane >> 4)));
                 const float2 l0 = *(float2*)&k.leave[j * 16 + 2 * tg], l8 = *(float2*)&k.leave[j * 16 + 8 + 2 * tg];
                 const __nv_bfloat162 w0 = __floats2bfloat162_rn(l0.x, l0.y), w8 = __floats2bfloat162_rn(l8.x, l8.y);
                 *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], w0);
@@ -4060,7 +4036,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             }
             ssd_begin();
             #pragma unroll
-            for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, ssd_address(st.Bt[n]), 4);
+            for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, st.Bt[n], 4);
             ssd_end();
             load(c + STAGES - 1);
             if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
@@ -4109,13 +4085,12 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         const int i = c - begin;
         auto& st = s.stage[i % STAGES];
         auto& k = s.tokens[c % 4][m];
-        const uint32_t x_tile = ssd_address(st.x[m]);
         scan_wait(&s.full[i % STAGES], i / STAGES & 1);
         scan_wait(&s.state_ready[m], i & 1);
         float Y[8][4];
         ssd_begin();
         #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
+        for (int n = 0; n < NB; n++) ssd_multiply_rows(Y, st.Ct[n], s.S[m][n], n == 0, w);
         ssd_end();
         // M, meanwhile, as the first operand of the next product
         uint32_t M[4][4];
@@ -4160,28 +4135,28 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         #pragma unroll
         for (int i = 0; i < 8; i++) { Y[i][0] *= enter0; Y[i][1] *= enter0; Y[i][2] *= enter8; Y[i][3] *= enter8; }
         ssd_begin();
-        ssd_multiply_columns(Y, M, x_tile, w + 1);
+        ssd_multiply_columns(Y, M, st.x[m], w + 1);
         ssd_end();
         uint32_t r[4][4];                                      // x of the same tokens and channels as Y
-        uint32_t x_at = ssd_piece(0, w * 16 + (lane & 15), lane >> 4);
+        uint32_t x_at = ssd_piece(w * 16 + (lane & 15), lane >> 4);
         ssd_recompute(x_at);
         #pragma unroll
-        for (int j = 0; j < 4; j++) ssd_ldmatrix(r[j], x_tile + (x_at ^ j << 5));
+        for (int j = 0; j < 4; j++) load_matrices(r[j], st.x[m] + (x_at ^ j << 4));
         ssd_wait();
         ssd_arrived(Y);
         scan_arrive_warp(&s.empty[i % STAGES]);
         // + Dskip x, and out: whole rows, by way of shared memory
-        uint32_t y_at = ssd_piece(0, i0, 0) + 4 * tg, stride = ldy;
+        uint32_t y_at = ssd_piece(i0, 0) + 2 * tg, stride = ldy;
         ssd_recompute(y_at);
         ssd_recompute(stride);
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float2 D = *(float2*)&s.D[m][j * 8 + 2 * tg];
-            char* to = (char*)s.y[m] + (y_at ^ j << 4);
+            bf16* to = s.y[m] + (y_at ^ j << 3);
             #pragma unroll
             for (int q = 0; q < 2; q++) {
                 const uint32_t v = r[j / 2][j % 2 * 2 + q];
-                *(uint32_t*)(to + q * 8 * 128) =
+                *(uint32_t*)(to + q * 8 * 64) =
                     scan_pack(fmaf(D.x, scan_low(v), Y[j][2 * q]), fmaf(D.y, scan_high(v), Y[j][2 * q + 1]));
             }
         }
@@ -4189,7 +4164,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int t = row + j * 4;
-            const uint4 v = *(uint4*)((char*)s.y[m] + ssd_piece(0, t, piece));
+            const uint4 v = *(uint4*)(s.y[m] + ssd_piece(t, piece));
             if (c * 64 + t < T && piece * 8 < columns) *(uint4*)(y + j * 4 * stride) = v;
         }
         y += 64 * stride;

@@ -125,14 +125,15 @@ __global__ void y_kernel2(Ssd p, Between m) {
 // those of the shipped kernel.
 
 enum { TILE = SSD_TILE * (int)sizeof(bf16) };
+typedef bf16 Tile[SSD_TILE];
 
 // tiles of 64 tokens: Bt and Ct two each, x one
-__device__ __forceinline__ void load_bc(uint32_t tiles, const Ssd& p, const bf16* from, size_t b, size_t t0) {
+__device__ __forceinline__ void load_bc(Tile* tiles, const Ssd& p, const bf16* from, size_t b, size_t t0) {
     for (int n = 0; n < N / 64; n++)
-        ssd_load_tile<128>(tiles + n * TILE, from + (b * p.T + t0) * p.ldbc + n * 64, (uint32_t)p.ldbc,
+        ssd_load_tile<128>(tiles[n], from + (b * p.T + t0) * p.ldbc + n * 64, (uint32_t)p.ldbc,
                            (int)(p.T - t0), 64, threadIdx.x);
 }
-__device__ __forceinline__ void load_x(uint32_t tile, const Ssd& p, size_t b, size_t t0, size_t h) {
+__device__ __forceinline__ void load_x(bf16* tile, const Ssd& p, size_t b, size_t t0, size_t h) {
     ssd_load_tile<128>(tile, p.x + (b * p.T + t0) * p.ldx + h * P, (uint32_t)p.ldx, (int)(p.T - t0), 64,
                        threadIdx.x);
 }
@@ -151,10 +152,10 @@ __device__ __forceinline__ void load_tokens(Tokens& k, const Ssd& p, const float
     }
 }
 // (exp(cs_last - cs_j) dt_j x_j)^T, rows 16w.. of 64 channels
-__device__ __forceinline__ void weighted_x(uint32_t (&a)[4][4], uint32_t x, const Tokens& k, int w, int lane) {
+__device__ __forceinline__ void weighted_x(uint32_t (&a)[4][4], const bf16* x, const Tokens& k, int w, int lane) {
     for (int j = 0; j < 4; j++) {
         uint32_t r[4];
-        ssd_ldmatrix_transposed(r, ssd_piece(x, j * 16 + (lane & 15), 2 * w + (lane >> 4)));
+        load_matrices_trans(r, x + ssd_piece(j * 16 + (lane & 15), 2 * w + (lane >> 4)));
         const int order[4] = {0, 2, 1, 3};
         for (int i = 0; i < 4; i++) {
             const int t = j * 16 + i / 2 * 8 + 2 * (lane % 4);
@@ -179,9 +180,9 @@ __device__ __forceinline__ void weighted_cb(uint32_t (&M)[4][4], const float (&c
 // a row of 8 x 8 columns of accumulators as bf16 into a tile
 __device__ __forceinline__ void store_rows(bf16* tile, const float (&d)[8][4], int w, int lane) {
     for (int i = 0; i < 8; i++) {
-        char* to = (char*)tile + (w * 16 + lane / 4) * 128 + ((i ^ (lane / 4)) << 4) + 4 * (lane % 4);
+        bf16* to = tile + ssd_piece(w * 16 + lane / 4, i) + 2 * (lane % 4);
         *(uint32_t*)to = scan_pack(d[i][0], d[i][1]);
-        *(uint32_t*)(to + 8 * 128) = scan_pack(d[i][2], d[i][3]);
+        *(uint32_t*)(to + 8 * 64) = scan_pack(d[i][2], d[i][3]);
     }
 }
 // y = d + Dskip x
@@ -200,14 +201,14 @@ __device__ __forceinline__ void store_y(const Ssd& p, const float (&d)[8][4], si
 
 __global__ void __launch_bounds__(128) cb_kernel3(Ssd p, Between m) {
     extern __shared__ __align__(128) char shared[];
-    const uint32_t tiles = ssd_address(shared);
+    Tile* tiles = (Tile*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP;
     const size_t chunks = (p.T + Q - 1) / Q, b = blockIdx.x / chunks, t0 = blockIdx.x % chunks * Q;
     float d[8][4] = {};
     load_bc(tiles, p, p.Ct, b, t0);
-    load_bc(tiles + 2 * TILE, p, p.Bt, b, t0);
+    load_bc(tiles + 2, p, p.Bt, b, t0);
     arrive();
-    for (int n = 0; n < N / 64; n++) ssd_mma_rows(d, tiles + n * TILE, tiles + (2 + n) * TILE, w);
+    for (int n = 0; n < N / 64; n++) ssd_mma_rows(d, tiles[n], tiles[2 + n], w);
     for (int i = 0; i < 32; i++) {
         const int row = w * 16 + lane / 4 + i % 4 / 2 * 8, col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
         m.cb[(blockIdx.x * Q + row) * Q + col] = d[i / 4][i % 4];
@@ -216,18 +217,18 @@ __global__ void __launch_bounds__(128) cb_kernel3(Ssd p, Between m) {
 __global__ void __launch_bounds__(128) states_kernel3(Ssd p, Between m) {
     extern __shared__ __align__(128) char shared[];
     __shared__ Tokens k;
-    const uint32_t tiles = ssd_address(shared);
+    Tile* tiles = (Tile*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP;
     const size_t chunks = (p.T + Q - 1) / Q, h = blockIdx.x % p.H, c = blockIdx.x / p.H % chunks, b = blockIdx.x / p.H / chunks;
     float d[N / 64][8][4] = {};
     uint32_t a[4][4];
     load_bc(tiles, p, p.Bt, b, c * Q);
-    load_x(tiles + 2 * TILE, p, b, c * Q, h);
+    load_x(tiles[2], p, b, c * Q, h);
     load_tokens(k, p, m.cs, b * p.H + h, c * Q);
     arrive();
-    weighted_x(a, tiles + 2 * TILE, k, w, lane);
+    weighted_x(a, tiles[2], k, w, lane);
     for (int n = 0; n < N / 64; n++) {
-        ssd_mma_columns(d[n], a, tiles + n * TILE, 4);
+        ssd_mma_columns(d[n], a, tiles[n], 4);
         for (int i = 0; i < 32; i++) {
             const int row = w * 16 + lane / 4 + i % 4 / 2 * 8, col = n * 64 + i / 4 * 8 + 2 * (lane % 4) + i % 2;
             m.state[((size_t)blockIdx.x * P + row) * N + col] = d[n][i / 4][i % 4];
@@ -237,29 +238,28 @@ __global__ void __launch_bounds__(128) states_kernel3(Ssd p, Between m) {
 __global__ void __launch_bounds__(128) y_kernel3(Ssd p, Between m) {
     extern __shared__ __align__(128) char shared[];
     __shared__ Tokens k;
-    const uint32_t tiles = ssd_address(shared);
+    Tile* tiles = (Tile*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP;
     const size_t chunks = (p.T + Q - 1) / Q, h = blockIdx.x % p.H, c = blockIdx.x / p.H % chunks, b = blockIdx.x / p.H / chunks;
     float d[8][4] = {}, cb[8][4];
     uint32_t M[4][4];
     load_bc(tiles, p, p.Ct, b, c * Q);
-    load_x(tiles + 2 * TILE, p, b, c * Q, h);
+    load_x(tiles[2], p, b, c * Q, h);
     load_tokens(k, p, m.cs, b * p.H + h, c * Q);
     for (int e = threadIdx.x; e < P * N / 2; e += 128) {        // the state, rounded
         const int row = 2 * e / N, col = 2 * e % N;
         const float* v = m.state + ((size_t)blockIdx.x * P + row) * N + col;
-        *(uint32_t*)(shared + 3 * TILE + col / 64 * TILE + row * 128 + ((col % 64 / 8 ^ (row & 7)) << 4) + col % 8 * 2) =
-            scan_pack(v[0], v[1]);
+        *(uint32_t*)(tiles[3 + col / 64] + ssd_piece(row, col % 64 / 8) + col % 8) = scan_pack(v[0], v[1]);
     }
     for (int i = 0; i < 32; i++) {
         const int row = w * 16 + lane / 4 + i % 4 / 2 * 8, col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
         cb[i / 4][i % 4] = m.cb[((b * chunks + c) * Q + row) * Q + col];
     }
     arrive();
-    for (int n = 0; n < N / 64; n++) ssd_mma_rows(d, tiles + n * TILE, tiles + (3 + n) * TILE, w);
+    for (int n = 0; n < N / 64; n++) ssd_mma_rows(d, tiles[n], tiles[3 + n], w);
     for (int i = 0; i < 32; i++) d[i / 4][i % 4] *= expf(k.cs[w * 16 + lane / 4 + i % 4 / 2 * 8]);
     weighted_cb(M, cb, k, w, lane);
-    ssd_mma_columns(d, M, tiles + 2 * TILE, w + 1);
+    ssd_mma_columns(d, M, tiles[2], w + 1);
     store_y(p, d, b, c * Q, h, w, lane);
 }
 
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(128) y_kernel3(Ssd p, Between m) {
 // v5 (CB): Ct Bt^T is the same for the 24 heads, so a small kernel makes it once, in the order in which the
 // threads want it.
 
-struct March { bf16 Bt[2][N / 64][SSD_TILE], Ct[2][N / 64][SSD_TILE], x[2][SSD_TILE], S[N / 64][SSD_TILE]; Tokens k; };
+struct March { Tile Bt[2][N / 64], Ct[2][N / 64], x[2], S[N / 64]; Tokens k; };
 
 template <bool CB> __global__ void __launch_bounds__(128, 2) march_kernel(Ssd p, const uint4* ready) {
     extern __shared__ __align__(128) char shared[];
@@ -280,15 +280,16 @@ template <bool CB> __global__ void __launch_bounds__(128, 2) march_kernel(Ssd p,
     float S[N / 64][8][4] = {};
     auto load = [&](size_t c) {
         if (c < chunks) {
-            load_bc(ssd_address(s.Bt[c % 2]), p, p.Bt, b, c * Q);
-            load_bc(ssd_address(s.Ct[c % 2]), p, p.Ct, b, c * Q);
-            load_x(ssd_address(s.x[c % 2]), p, b, c * Q, h);
+            load_bc(s.Bt[c % 2], p, p.Bt, b, c * Q);
+            load_bc(s.Ct[c % 2], p, p.Ct, b, c * Q);
+            load_x(s.x[c % 2], p, b, c * Q, h);
         }
         copy_async_commit();
     };
     load(0);
     for (size_t c = 0; c < chunks; c++) {
-        const uint32_t Bt = ssd_address(s.Bt[c % 2]), Ct = ssd_address(s.Ct[c % 2]), x = ssd_address(s.x[c % 2]);
+        const Tile *Bt = s.Bt[c % 2], *Ct = s.Ct[c % 2];
+        const bf16* x = s.x[c % 2];
         __syncthreads();                                       // the chunk before is done
         load(c + 1);
         if (w == 0) {                                          // cs: two tokens per lane
@@ -326,9 +327,9 @@ template <bool CB> __global__ void __launch_bounds__(128, 2) march_kernel(Ssd p,
                 cb[2 * k + 1][0] = scan_low(v.z); cb[2 * k + 1][1] = scan_high(v.z);
                 cb[2 * k + 1][2] = scan_low(v.w); cb[2 * k + 1][3] = scan_high(v.w);
             }
-        } else for (int n = 0; n < N / 64; n++) ssd_mma_rows(cb, Ct + n * TILE, Bt + n * TILE, w);
+        } else for (int n = 0; n < N / 64; n++) ssd_mma_rows(cb, Ct[n], Bt[n], w);
         weighted_cb(M, cb, s.k, w, lane);
-        for (int n = 0; n < N / 64; n++) ssd_mma_rows(d, Ct + n * TILE, ssd_address(s.S[n]), w);
+        for (int n = 0; n < N / 64; n++) ssd_mma_rows(d, Ct[n], s.S[n], w);
         for (int i = 0; i < 32; i++) d[i / 4][i % 4] *= expf(s.k.cs[w * 16 + lane / 4 + i % 4 / 2 * 8]);
         ssd_mma_columns(d, M, x, w + 1);
         store_y(p, d, b, c * Q, h, w, lane);
@@ -336,7 +337,7 @@ template <bool CB> __global__ void __launch_bounds__(128, 2) march_kernel(Ssd p,
         const float pass = expf(s.k.cs[Q - 1]);
         for (int n = 0; n < N / 64; n++) {
             for (int i = 0; i < 32; i++) S[n][i / 4][i % 4] *= pass;
-            ssd_mma_columns(S[n], a, Bt + n * TILE, 4);
+            ssd_mma_columns(S[n], a, Bt[n], 4);
         }
     }
 }
