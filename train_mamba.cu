@@ -3702,7 +3702,9 @@ __device__ __forceinline__ void ssd_mma_columns(float (&d)[8][4], const uint32_t
 #if SSD_WGMMA
 __device__ __forceinline__ void ssd_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void ssd_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void ssd_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int LEFT = 0> __device__ __forceinline__ void ssd_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
+}
 __device__ __forceinline__ void ssd_publish() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -3743,7 +3745,7 @@ __device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uin
 #else
 __device__ __forceinline__ void ssd_begin() {}
 __device__ __forceinline__ void ssd_end() {}
-__device__ __forceinline__ void ssd_wait() {}
+template <int LEFT = 0> __device__ __forceinline__ void ssd_wait() {}
 __device__ __forceinline__ void ssd_publish() {}
 __device__ __forceinline__ void ssd_arrived(float (&)[8][4]) {}
 __device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], const bf16* a, const bf16* b, bool first,
@@ -3820,7 +3822,7 @@ template <int SLICES, int NB, int STAGES> struct SsdShared {
         float cs[SSD_TOKENS];
         float u[SSD_TOKENS];                                   // cs - log2(dt)
         float enter[SSD_TOKENS];                               // 2^cs_i, 0 in documents that begin here
-        float leave[SSD_TOKENS];                               // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
+        bf16 leave[SSD_TOKENS];                                // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
         float pass;                                            // 2^cs_63, 0 if a document begins here
         unsigned long long resets;                             // bit i: a document begins at token i
     } tokens[4][SLICES];
@@ -3939,7 +3941,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
                 k.cs[t] = cs[i];
                 k.u[t] = cs[i] - log2_unit(dt_next[i]);
                 k.enter[t] = resets & ((2ull << t) - 1) ? 0.0f : exp2_unit(cs[i]);
-                k.leave[t] = resets >> t >> 1 ? 0.0f : exp2_unit(last - cs[i]) * dt_next[i];
+                k.leave[t] = from_float<bf16>(resets >> t >> 1 ? 0.0f : exp2_unit(last - cs[i]) * dt_next[i]);
             }
             if (lane == 0) {
                 k.pass = resets ? 0.0f : exp2_unit(last);
@@ -4017,12 +4019,12 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             for (int j = 0; j < 4; j++) {                      // x^T, rows: channels, columns: tokens
                 uint32_t r[4];
                 load_matrices_trans(r, st.x[m] + ssd_piece(j * 16 + (lane & 15), 2 * w + (lane >> 4)));
-                const float2 l0 = *(float2*)&k.leave[j * 16 + 2 * tg], l8 = *(float2*)&k.leave[j * 16 + 8 + 2 * tg];
-                const __nv_bfloat162 w0 = __floats2bfloat162_rn(l0.x, l0.y), w8 = __floats2bfloat162_rn(l8.x, l8.y);
-                *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], w0);
-                *(__nv_bfloat162*)&a[j][1] = __hmul2(*(__nv_bfloat162*)&r[2], w0);
-                *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], w8);
-                *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], w8);
+                const __nv_bfloat162 first = *(__nv_bfloat162*)&k.leave[j * 16 + 2 * tg];
+                const __nv_bfloat162 second = *(__nv_bfloat162*)&k.leave[j * 16 + 8 + 2 * tg];
+                *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], first);
+                *(__nv_bfloat162*)&a[j][1] = __hmul2(*(__nv_bfloat162*)&r[2], first);
+                *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], second);
+                *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], second);
             }
             const float pass = k.pass;
             decay *= pass;
@@ -4076,6 +4078,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     if (thread < 64)
         s.D[m][thread] = thread < columns ? p.Dskip[p.D_has_hdim ? h * P + p0 + thread : h] : 0.0f;
     asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");
+    const float skip = s.D[m][0];
     const uint32_t ldy = (uint32_t)(H * P);
     const int row = w * 16 + lane / 8, piece = lane % 8;       // of y, when it is stored
     bf16* y = p.y + ((token + begin * 64 + row) * H + h) * P + p0 + piece * 8;
@@ -4087,7 +4090,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         auto& k = s.tokens[c % 4][m];
         scan_wait(&s.full[i % STAGES], i / STAGES & 1);
         scan_wait(&s.state_ready[m], i & 1);
-        float Y[8][4];
+        float Y[8][4], own[8][4];                              // S Ct; M x
         ssd_begin();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_multiply_rows(Y, st.Ct[n], s.S[m][n], n == 0, w);
@@ -4128,22 +4131,22 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
             }
         }
         fetch_cb(c + 1);
+        #pragma unroll
+        for (int j = 0; j < 8; j++) own[j][0] = own[j][1] = own[j][2] = own[j][3] = 0.0f;
+        ssd_begin();
+        ssd_multiply_columns(own, M, st.x[m], w + 1);
+        ssd_end();
         const float enter0 = k.enter[i0], enter8 = k.enter[i0 + 8];
+        ssd_wait<1>();
+        scan_arrive_warp(&s.state_read[m]);
         ssd_wait();
         ssd_arrived(Y);
-        scan_arrive_warp(&s.state_read[m]);
-        #pragma unroll
-        for (int i = 0; i < 8; i++) { Y[i][0] *= enter0; Y[i][1] *= enter0; Y[i][2] *= enter8; Y[i][3] *= enter8; }
-        ssd_begin();
-        ssd_multiply_columns(Y, M, st.x[m], w + 1);
-        ssd_end();
+        ssd_arrived(own);
         uint32_t r[4][4];                                      // x of the same tokens and channels as Y
         uint32_t x_at = ssd_piece(w * 16 + (lane & 15), lane >> 4);
         ssd_recompute(x_at);
         #pragma unroll
         for (int j = 0; j < 4; j++) load_matrices(r[j], st.x[m] + (x_at ^ j << 4));
-        ssd_wait();
-        ssd_arrived(Y);
         scan_arrive_warp(&s.empty[i % STAGES]);
         // + Dskip x, and out: whole rows, by way of shared memory
         uint32_t y_at = ssd_piece(i0, 0) + 2 * tg, stride = ldy;
@@ -4151,13 +4154,15 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
         ssd_recompute(stride);
         #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const float2 D = *(float2*)&s.D[m][j * 8 + 2 * tg];
+            const float2 D = p.D_has_hdim ? *(float2*)&s.D[m][j * 8 + 2 * tg] : make_float2(skip, skip);
             bf16* to = s.y[m] + (y_at ^ j << 3);
             #pragma unroll
             for (int q = 0; q < 2; q++) {
                 const uint32_t v = r[j / 2][j % 2 * 2 + q];
+                const float enter = q ? enter8 : enter0;
                 *(uint32_t*)(to + q * 8 * 64) =
-                    scan_pack(fmaf(D.x, scan_low(v), Y[j][2 * q]), fmaf(D.y, scan_high(v), Y[j][2 * q + 1]));
+                    scan_pack(fmaf(enter, Y[j][2 * q], fmaf(D.x, scan_low(v), own[j][2 * q])),
+                              fmaf(enter, Y[j][2 * q + 1], fmaf(D.y, scan_high(v), own[j][2 * q + 1])));
             }
         }
         __syncwarp();
@@ -4236,7 +4241,7 @@ static inline void ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t 
 }
 
 #ifndef SSD_ST
-#define SSD_ST 3
+#define SSD_ST 2
 #endif
 static const char* ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t stream) {
     const size_t slices = p.H / p.G * ((p.P + 63) / 64), rows = 8;

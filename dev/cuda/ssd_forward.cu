@@ -153,10 +153,12 @@ __device__ __forceinline__ void load_tokens(Tokens& k, const Ssd& p, const float
 }
 // (exp(cs_last - cs_j) dt_j x_j)^T, rows 16w.. of 64 channels
 __device__ __forceinline__ void weighted_x(uint32_t (&a)[4][4], const bf16* x, const Tokens& k, int w, int lane) {
+    #pragma unroll
     for (int j = 0; j < 4; j++) {
         uint32_t r[4];
         load_matrices_trans(r, x + ssd_piece(j * 16 + (lane & 15), 2 * w + (lane >> 4)));
         const int order[4] = {0, 2, 1, 3};
+        #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int t = j * 16 + i / 2 * 8 + 2 * (lane % 4);
             const float w0 = expf(k.cs[Q - 1] - k.cs[t]) * k.dt[t], w1 = expf(k.cs[Q - 1] - k.cs[t + 1]) * k.dt[t + 1];
@@ -167,7 +169,9 @@ __device__ __forceinline__ void weighted_x(uint32_t (&a)[4][4], const bf16* x, c
 // M from CB, rows 16w..
 __device__ __forceinline__ void weighted_cb(uint32_t (&M)[4][4], const float (&cb)[8][4], const Tokens& k, int w,
                                             int lane) {
+    #pragma unroll
     for (int q = 0; q < 4; q++) {
+        #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int i = w * 16 + lane / 4 + e % 2 * 8, j = q * 16 + e / 2 * 8 + 2 * (lane % 4);
             const float* v = &cb[2 * q + e / 2][e % 2 * 2];
@@ -179,6 +183,7 @@ __device__ __forceinline__ void weighted_cb(uint32_t (&M)[4][4], const float (&c
 }
 // a row of 8 x 8 columns of accumulators as bf16 into a tile
 __device__ __forceinline__ void store_rows(bf16* tile, const float (&d)[8][4], int w, int lane) {
+    #pragma unroll
     for (int i = 0; i < 8; i++) {
         bf16* to = tile + ssd_piece(w * 16 + lane / 4, i) + 2 * (lane % 4);
         *(uint32_t*)to = scan_pack(d[i][0], d[i][1]);
@@ -188,7 +193,9 @@ __device__ __forceinline__ void store_rows(bf16* tile, const float (&d)[8][4], i
 // y = d + Dskip x
 __device__ __forceinline__ void store_y(const Ssd& p, const float (&d)[8][4], size_t b, size_t t0, size_t h, int w,
                                         int lane) {
+    #pragma unroll
     for (int i = 0; i < 8; i++) {
+        #pragma unroll
         for (int q = 0; q < 2; q++) {
             const size_t t = t0 + w * 16 + lane / 4 + q * 8, col = h * P + i * 8 + 2 * (lane % 4);
             if (t >= p.T) continue;
@@ -208,7 +215,9 @@ __global__ void __launch_bounds__(128) cb_kernel3(Ssd p, Between m) {
     load_bc(tiles, p, p.Ct, b, t0);
     load_bc(tiles + 2, p, p.Bt, b, t0);
     arrive();
+    #pragma unroll
     for (int n = 0; n < N / 64; n++) ssd_mma_rows(d, tiles[n], tiles[2 + n], w);
+    #pragma unroll
     for (int i = 0; i < 32; i++) {
         const int row = w * 16 + lane / 4 + i % 4 / 2 * 8, col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
         m.cb[(blockIdx.x * Q + row) * Q + col] = d[i / 4][i % 4];
@@ -227,8 +236,10 @@ __global__ void __launch_bounds__(128) states_kernel3(Ssd p, Between m) {
     load_tokens(k, p, m.cs, b * p.H + h, c * Q);
     arrive();
     weighted_x(a, tiles[2], k, w, lane);
+    #pragma unroll
     for (int n = 0; n < N / 64; n++) {
         ssd_mma_columns(d[n], a, tiles[n], 4);
+        #pragma unroll
         for (int i = 0; i < 32; i++) {
             const int row = w * 16 + lane / 4 + i % 4 / 2 * 8, col = n * 64 + i / 4 * 8 + 2 * (lane % 4) + i % 2;
             m.state[((size_t)blockIdx.x * P + row) * N + col] = d[n][i / 4][i % 4];
@@ -251,12 +262,15 @@ __global__ void __launch_bounds__(128) y_kernel3(Ssd p, Between m) {
         const float* v = m.state + ((size_t)blockIdx.x * P + row) * N + col;
         *(uint32_t*)(tiles[3 + col / 64] + ssd_piece(row, col % 64 / 8) + col % 8) = scan_pack(v[0], v[1]);
     }
+    #pragma unroll
     for (int i = 0; i < 32; i++) {
         const int row = w * 16 + lane / 4 + i % 4 / 2 * 8, col = i / 4 * 8 + 2 * (lane % 4) + i % 2;
         cb[i / 4][i % 4] = m.cb[((b * chunks + c) * Q + row) * Q + col];
     }
     arrive();
+    #pragma unroll
     for (int n = 0; n < N / 64; n++) ssd_mma_rows(d, tiles[n], tiles[3 + n], w);
+    #pragma unroll
     for (int i = 0; i < 32; i++) d[i / 4][i % 4] *= expf(k.cs[w * 16 + lane / 4 + i % 4 / 2 * 8]);
     weighted_cb(M, cb, k, w, lane);
     ssd_mma_columns(d, M, tiles[2], w + 1);
@@ -306,8 +320,10 @@ template <bool CB> __global__ void __launch_bounds__(128, 2) march_kernel(Ssd p,
             s.k.cs[2 * lane] = A * (sum - dt1);
             s.k.cs[2 * lane + 1] = A * sum;
         }
+        #pragma unroll
         for (int n = 0; n < N / 64; n++) store_rows(s.S[n], S[n], w, lane);
         if (c % EVERY == 0) {
+            #pragma unroll
             for (int i = 0; i < 32 * (N / 64); i += 2) {
                 const int row = w * 16 + lane / 4 + i % 4 / 2 * 8, col = i / 32 * 64 + i % 32 / 4 * 8 + 2 * (lane % 4);
                 const float* v = &S[i / 32][i % 32 / 4][i % 4];
@@ -320,22 +336,30 @@ template <bool CB> __global__ void __launch_bounds__(128, 2) march_kernel(Ssd p,
         uint32_t M[4][4], a[4][4];
         if (CB) {
             const uint4* r = ready + (b * chunks + c) * SSD_CB + w * (w + 1) / 2 * WARP + lane;
-            for (int k = 0; k <= w; k++) {
-                const uint4 v = r[k * WARP];
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const uint4 v = k <= w ? r[k * WARP] : make_uint4(0, 0, 0, 0);
                 cb[2 * k][0] = scan_low(v.x); cb[2 * k][1] = scan_high(v.x);
                 cb[2 * k][2] = scan_low(v.y); cb[2 * k][3] = scan_high(v.y);
                 cb[2 * k + 1][0] = scan_low(v.z); cb[2 * k + 1][1] = scan_high(v.z);
                 cb[2 * k + 1][2] = scan_low(v.w); cb[2 * k + 1][3] = scan_high(v.w);
             }
-        } else for (int n = 0; n < N / 64; n++) ssd_mma_rows(cb, Ct[n], Bt[n], w);
+        } else {
+            #pragma unroll
+            for (int n = 0; n < N / 64; n++) ssd_mma_rows(cb, Ct[n], Bt[n], w);
+        }
         weighted_cb(M, cb, s.k, w, lane);
+        #pragma unroll
         for (int n = 0; n < N / 64; n++) ssd_mma_rows(d, Ct[n], s.S[n], w);
+        #pragma unroll
         for (int i = 0; i < 32; i++) d[i / 4][i % 4] *= expf(s.k.cs[w * 16 + lane / 4 + i % 4 / 2 * 8]);
         ssd_mma_columns(d, M, x, w + 1);
         store_y(p, d, b, c * Q, h, w, lane);
         weighted_x(a, x, s.k, w, lane);
         const float pass = expf(s.k.cs[Q - 1]);
+        #pragma unroll
         for (int n = 0; n < N / 64; n++) {
+            #pragma unroll
             for (int i = 0; i < 32; i++) S[n][i / 4][i % 4] *= pass;
             ssd_mma_columns(S[n], a, Bt[n], 4);
         }

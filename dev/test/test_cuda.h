@@ -10,7 +10,8 @@
 //  1. Memory with guards, claims, kernels counted
 //  2. Layers
 //  3. Selective scan
-//  3b. State space duality: forward
+//  3b. SSD, forward
+//  3c. SSD, backward
 //  4. Matmul
 //  4.1 Attention
 //  5. The whole model
@@ -830,8 +831,7 @@ void test_cuda_scan(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------
-<<<<<<< HEAD
-// 3b. State space duality: forward
+// 3b. SSD, forward
 
 namespace oracle {
 void dt_softplus_forward(double* dt, const double* dt_raw, size_t ldr, const double* dt_bias, double lo,
@@ -851,8 +851,8 @@ typedef struct {
     bool state, hdim;
     double dt_scale, dt_mean, decay;
     const char* note;
-} SsdShape;
-static const SsdShape ssd_shapes[] = {
+} SsdForwardShape;
+static const SsdForwardShape ssd_forward_shapes[] = {
     {1, 1, 1, 1, 1, 1, 0, NO_DOCS, false, false, 1, -3, 0, ""},
     {2, 1, 2, 64, 1, 128, 8, FEW_DOCS, true, true, 1, -3, 0, ""},
     {2, 7, 3, 5, 3, 3, 1, FEW_DOCS, true, true, 1, -3, 0, ""},
@@ -881,12 +881,13 @@ static const SsdShape ssd_shapes[] = {
     {70, 130, 4, 64, 1, 128, 0, EDGE_DOCS, true, false, 1, -3, 0, " many sequences"},
 };
 
-template <typename X> void check_ssd_forward(const SsdShape* s) {
+template <typename X> void check_ssd_forward(const SsdForwardShape* s) {
     size_t B = s->B, T = s->T, H = s->H, P = s->P, G = s->G, N = s->N, E = H * P, M = B * T;
     size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING, size = H * P * N, width = E + 2 * G * N;
     size_t ld = width + s->gap;
-    Vec xbc = spread(normal_vec<X>(M * width), width, ld), dt_raw = normal_vec<X>(M * H, s->dt_scale, s->dt_mean);
-    Vec bias = normal_vec<float>(H, 0.3), D = normal_vec<float>(s->hdim ? E : H), h0 = normal_vec<float>(B * size);
+    Vec xbc = spread(normal_vec<X>(M * width), width, ld);
+    Vec dt_raw = normal_vec<X>(M * H, s->dt_scale, s->dt_mean), bias = normal_vec<float>(H, 0.3);
+    Vec D = normal_vec<float>(s->hdim ? E : H), h0 = normal_vec<float>(B * size);
     Vec A_log(H), dt(M * H), dt_turned(M * H), Y(M * E), hT(B * size), states(B * saved * size);
     for (size_t h = 0; h < H; h++)
         A_log[h] = rounded<float>(log(1.0 + 15.0 * (double)(7 * h % H) / (double)H) + s->decay);
@@ -951,8 +952,53 @@ template <typename X> void check_ssd_forward(const SsdShape* s) {
             claim<X>("ssd states", got, states, 1e-5, 5e-3);
         }
         claim_zero<X>("ssd forward, again: bits", differing(all.data(), first.data(), all.size()));
-=======
-// 3b. SSD, backward
+    }
+    gpu_release();
+}
+
+// dt: every limit is reached by some
+template <typename X>
+void check_ssd_dt_forward(size_t B, size_t T, size_t H, size_t ld, double lo, double hi) {
+    Vec raw = spread(normal_vec<X>(B * T * H, 3, -1), H, ld), bias = normal_vec<float>(H);
+    Vec dt(B * T * H), want(B * T * H);
+    raw[0] = rounded<X>(-30);                                  // softplus(raw) = exp(raw)
+    oracle::dt_softplus_forward(dt.data(), raw.data(), ld, bias.data(), lo, hi, B * T, H);
+    for (size_t m = 0; m < B * T; m++)
+        for (size_t h = 0; h < H; h++) want[(m / T * H + h) * T + m % T] = dt[m * H + h];
+    snprintf(shape, sizeof shape, "B%zu T%zu H%zu ld %zu, %g to %g", B, T, H, ld, lo, hi);
+    float* g_dt = gpu_nan<float>(B * T * H);
+    ssd_dt_forward_cuda<X>(g_dt, gpu<X>(raw), ld, gpu<float>(bias), (float)lo, (float)hi, B, T, H, 0);
+    Vec got = from_gpu(g_dt, B * T * H);
+    claim<X>("ssd dt", got, want, 1e-6, 1e-6);
+    for (size_t i = 0; i < got.size(); i++) got[i] /= want[i];                 // small ones count as well
+    claim<X>("ssd dt, each", got, Vec(got.size(), 1.0), 1e-6, 1e-6);
+    gpu_release();
+}
+
+// Catches: a chunk's first or last token, a padded channel or state used, a document that leaks into the next,
+// a state saved at another token, a decay that overflows or becomes NaN, a buffer used before it is filled or
+// after it is filled again, a sum that depends on the order of the threads.
+void test_cuda_ssd_forward(void) {
+    if (!gpu_present()) return;
+    use_threads(8);
+    for (int limits = 0; limits < 2; limits++) {
+        double lo = limits ? rounded<float>(0.01) : 0, hi = limits ? 0.5 : INFINITY;
+        check_ssd_dt_forward<float>(2, 37, 5, 5, lo, hi);
+        check_ssd_dt_forward<bf16>(1, 1, 1, 3, lo, hi);
+        check_ssd_dt_forward<bf16>(3, 65, 40, 47, lo, hi);
+    }
+    for (size_t i = 0; i < sizeof ssd_forward_shapes / sizeof ssd_forward_shapes[0]; i++) {
+        if (only_small() && ssd_forward_shapes[i].T * ssd_forward_shapes[i].B > 800) continue;
+        check_ssd_forward<float>(&ssd_forward_shapes[i]);
+        check_ssd_forward<bf16>(&ssd_forward_shapes[i]);
+    }
+    use_threads(1);
+    claims_report();
+    gpu_release();
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 3c. SSD, backward
 
 // pad: columns before x, and between x, Bt and Ct (x and Bt, Ct are parts of one row). dt is softplus of a
 // normal number with this mean and scale; decay is added to A_log. offset: elements by which dy is shifted
@@ -1077,50 +1123,10 @@ template <typename X> void check_ssd_backward(const SsdShape* s) {
         claim<X>("ssd dA", minus(got_A, start_A), dA, 1e-4, 3e-3);
         claim<X>("ssd dD", minus(got_D, start_D), dD, 1e-4, 3e-3);
         if (s->state) claim<X>("ssd dh0", from_gpu(g_dh0, states), dh0, 1e-5, 4e-3);
->>>>>>> main
     }
     gpu_release();
 }
 
-<<<<<<< HEAD
-// dt: every limit is reached by some
-template <typename X> void check_ssd_dt(size_t B, size_t T, size_t H, size_t ld, double lo, double hi) {
-    Vec raw = spread(normal_vec<X>(B * T * H, 3, -1), H, ld), bias = normal_vec<float>(H), dt(B * T * H), want(B * T * H);
-    raw[0] = rounded<X>(-30);                                  // softplus(raw) = exp(raw)
-    oracle::dt_softplus_forward(dt.data(), raw.data(), ld, bias.data(), lo, hi, B * T, H);
-    for (size_t m = 0; m < B * T; m++)
-        for (size_t h = 0; h < H; h++) want[(m / T * H + h) * T + m % T] = dt[m * H + h];
-    snprintf(shape, sizeof shape, "B%zu T%zu H%zu ld %zu, %g to %g", B, T, H, ld, lo, hi);
-    float* g_dt = gpu_nan<float>(B * T * H);
-    ssd_dt_forward_cuda<X>(g_dt, gpu<X>(raw), ld, gpu<float>(bias), (float)lo, (float)hi, B, T, H, 0);
-    Vec got = from_gpu(g_dt, B * T * H);
-    claim<X>("ssd dt", got, want, 1e-6, 1e-6);
-    for (size_t i = 0; i < got.size(); i++) got[i] = got[i] / want[i] - 1;     // small ones count as well
-    claim<X>("ssd dt, each", got, Vec(got.size()), 1e-4, 1e-4);
-    gpu_release();
-}
-
-// Catches: a chunk's first or last token, a padded channel or state used, a document that leaks into the next,
-// a state saved at another token, a decay that overflows or becomes NaN, a buffer used before it is filled or
-// after it is filled again, a sum that depends on the order of the threads.
-void test_cuda_ssd_forward(void) {
-    if (!gpu_present()) return;
-    use_threads(8);
-    for (int limits = 0; limits < 2; limits++) {
-        double lo = limits ? rounded<float>(0.01) : 0, hi = limits ? 0.5 : INFINITY;
-        check_ssd_dt<float>(2, 37, 5, 5, lo, hi);
-        check_ssd_dt<bf16>(1, 1, 1, 3, lo, hi);
-        check_ssd_dt<bf16>(3, 65, 40, 47, lo, hi);
-    }
-    for (size_t i = 0; i < sizeof ssd_shapes / sizeof ssd_shapes[0]; i++) {
-        if (only_small() && ssd_shapes[i].T * ssd_shapes[i].B > 800) continue;
-        check_ssd_forward<float>(&ssd_shapes[i]);
-        check_ssd_forward<bf16>(&ssd_shapes[i]);
-    }
-    use_threads(1);
-    claims_report();
-    gpu_release();
-=======
 template <typename X> void check_ssd_dt(size_t B, size_t T, size_t H, size_t ld, double lo, double hi) {
     const size_t M = B * T;
     snprintf(shape, sizeof shape, "B%zu T%zu H%zu ld%zu limits %g %g", B, T, H, ld, lo, hi);
@@ -1157,7 +1163,6 @@ void test_cuda_ssd_backward(void) {
     check_ssd_dt<bf16>(2, 300, 24, 24, 0, INFINITY);
     use_threads(1);
     claims_report();
->>>>>>> main
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -1537,7 +1542,7 @@ struct CudaShape {
     size_t B, T;
     int docs;
     double dropout;
-    const char* mamba2 = NULL;       // see toy_mamba2
+    const char* mixers = NULL;       // see toy_mamba2, toy_attention
 };
 static const CudaShape cuda_shapes[] = {
     {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0},
@@ -1555,13 +1560,20 @@ static const CudaShape cuda_shapes[] = {
     {"2", 2, 64, 128, 64, 4, 1, 0, 101, true, false, true, 3, 300, -1, 0, "P32 S2 L64"},        // fast
     {"2m", 2, 64, 192, 128, 4, 1, 96, 257, false, true, true, 2, 533, 0, 0.4, "P64 S1 L256 W128"},
     {"221", 1, 96, 192, 128, 4, 8, 0, 64, true, true, false, 2, 64, 5, 0, "P64 S1 L64 hdim"},
+    {"a", 2, 13, 22, 5, 4, 1, 0, 29, true, false, true, 3, 37, 0, 0, "Q4 G2 H6 R4 K4 C3"},      // attention
+    {"am", 2, 24, 22, 5, 4, 1, 19, 29, false, false, true, 3, 70, 1, 0.3, "Q3 G1 H5 F7 C2 interleaved R4 biases"},
+    {"a", 2, 64, 22, 5, 4, 1, 0, 101, true, false, true, 2, 300, -1, 0, "Q4 G2 H32 R16 C5"},
+    {"12am", 4, 64, 128, 64, 4, 8, 96, 101, true, false, true, 2, 133, 0, 0.2,
+     "Q2 G1 H64 R64 K4 F32 C8 P32 S1 L64"},
+    {"222a", 4, 64, 128, 64, 4, 8, 0, 101, true, false, true, 2, 70, 2, 0, "Q2 G2 H64 R32 C4 P32 S1 L64"},
 };
 
 // toy_model with parameters that are exact in X: the CPU then computes with the same weights
 template <typename X> Model cuda_toy(const CudaShape* s) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     if (s->F) c.d_intermediate = s->F;
-    if (s->mamba2) toy_mamba2(&c, s->mamba2);
+    if (strchr(s->pattern, '2')) toy_mamba2(&c, s->mixers);
+    if (strchr(s->pattern, 'a')) toy_attention(&c, s->mixers, s->T);
     c.tie_embeddings = s->tie; c.bias = s->bias; c.conv_bias = s->conv_bias;
     Model m = toy_model(&c, true, 3);
     for (int i = 0; i < m.n_tensors; i++)
@@ -1625,6 +1637,17 @@ template <typename X> void check_busy(const CudaShape* s) {
                 bits_differ(grads[0].data(), grads[1].data(), m.n_elements), 0);
 }
 
+// random_state: numbers that are exact in bf16, as the device keeps them of attention; `filled` tokens in the
+// caches
+void random_state(const Model* m, State* s, uint64_t seed, double filled) {
+    for (size_t i = 0; i < s->n_elements; i++)
+        s->data[i] = (real)rounded<bf16>(test_uniform(-1, 1, seed, i));
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            for (size_t b = 0; b < s->rows && strcmp(m->layer[l].kind->state[i].name, "position") == 0; b++)
+                s->field[l][i][b] = (real)fmin(filled - (double)(b % 2), (double)s->context);
+}
+
 template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     snprintf(shape, sizeof shape, "%s D%d E%d N%d K%d B%zu T%zu%s%s%s", s->pattern, (int)s->D, (int)s->E,
              (int)s->N, (int)s->K, s->B, s->T, s->docs < 0 ? "" : " doc", carry ? " carried" : "",
@@ -1639,7 +1662,7 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
         s0[k] = state_alloc(&m, B);
         sT[k] = state_alloc(&m, B);
         sG[k] = state_alloc(&m, B);
-        for (size_t i = 0; i < s0[k].n_elements; i++) s0[k].data[i] = (real)test_uniform(-1, 1, 77 + k, i);
+        random_state(&m, &s0[k], 77 + (uint64_t)k, 3);
     }
     real* want = (real*)test_alloc(m.n_elements, sizeof(real));
     enum { RUNS = 4 };                                       // once, again, and with both levels of recompute
@@ -1907,6 +1930,12 @@ template <typename X> void check_model(void) {
     check_lengths<X>(&even, longest);
     check_lengths<X>(&odd2, only_small() ? 129 : 1000);
     check_lengths<X>(&even2, longest);
+    static const CudaShape odd3 = {"a", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0,
+                                   "Q3 G1 H5 R2 K3 F3"};
+    static const CudaShape even3 = {"am", 1, 32, 64, 64, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0,
+                                    "Q2 G1 H32 R16"};
+    check_lengths<X>(&odd3, only_small() ? 129 : 1000);
+    check_lengths<X>(&even3, longest);
     check_steps<X>(&cuda_shapes[3], true, 0);
     check_steps<X>(&cuda_shapes[5], true, 0);
     check_steps<X>(&cuda_shapes[6], false, 0);
@@ -1921,6 +1950,10 @@ template <typename X> void check_model(void) {
     check_training<X>(&cuda_shapes[10], RECOMPUTE_CHEAP);
     check_training<X>(&cuda_shapes[12], RECOMPUTE_NONE);
     check_training<X>(&cuda_shapes[13], RECOMPUTE_ALL);
+    check_steps<X>(&cuda_shapes[18], false, 0);
+    check_training<X>(&cuda_shapes[15], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[18], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[19], RECOMPUTE_ALL);
 }
 
 // Catches: a gradient written where it must be added, a buffer used by two layers at once, arguments of a
@@ -1996,9 +2029,13 @@ void test_cuda_generate(void) {
     Worst tokens = {0, ""}, chunks = {0, ""}, saved = {0, ""}, logits_cpu = {0, ""};
     Worst logits_chunk[2] = {{0, ""}, {0, ""}};
     Config configs[] = {toy_config("1m", 2, 13, 22, 5, 4, 2, 257), toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
-                        toy_config("2m", 2, 13, 24, 5, 4, 2, 257), toy_config("221", 1, 32, 64, 64, 4, 8, 257)};
+                        toy_config("2m", 2, 13, 24, 5, 4, 2, 257), toy_config("221", 1, 32, 64, 64, 4, 8, 257),
+                        toy_config("12am", 4, 13, 24, 5, 4, 2, 257), toy_config("a2", 4, 64, 64, 64, 4, 8, 257)};
     toy_mamba2(&configs[2], "P3 S2 L16 W18");
     toy_mamba2(&configs[3], "P32 S1 L64");
+    toy_attention(&configs[4], "Q4 G2 H5 R4 K3 F6", 400);
+    toy_attention(&configs[5], "Q2 G1 H32 R16", 400);
+    toy_mamba2(&configs[5], "P32 S1 L64");
     for (const Config& c : configs) {
         Model m = toy_model(&c, false, 6);
         char prompt[301], options[400];
