@@ -564,8 +564,8 @@ static void seeds(const Target* t) {
                   "\"vocab_size\": 104, \"time_step_limit\": [0.0, Infinity]}");
         keep_text("{\"d_model\": 48, \"n_layer\": 6, \"vocab_size\": 101, \"d_intermediate\": 100, "
                   "\"ssm_cfg\": {\"layer\": \"Mamba2\", \"headdim\": 8, \"dt_limit\": [0.0, 0.1]}, "
-                  "\"attn_layer_idx\": [2, 5], \"attn_cfg\": {\"causal\": true, \"num_heads\": 4, \"num_heads_kv\": 2, "
-                  "\"mlp_dim\": 100, \"rotary_emb_dim\": 8, \"softmax_scale\": null}}");
+                  "\"attn_layer_idx\": [2, 5], \"attn_cfg\": {\"causal\": true, \"num_heads\": 4, "
+                  "\"num_heads_kv\": 2, \"mlp_dim\": 100, \"rotary_emb_dim\": 8, \"softmax_scale\": null}}");
     }
 }
 
