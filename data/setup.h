@@ -270,7 +270,8 @@ static double mib(double bytes) { return bytes / 1048576.0; }
 //   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
 //            head (of a tied embedding the head alone; looking up a row computes nothing)
 //   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and
-//   add C h), 18 backward (the forward's again, and 11 for the gradients)
+//   add C h), 18 backward (the forward's again, and 11 for the gradients). Mamba-2: 12 per state (x B and
+//   C H, three times) and, within chunks of Q tokens of which half are seen, 3 Q per channel and number of B
 // The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
 // figure 6 N per token that others quote counts every parameter N, the embedding too.
 typedef struct { double matmul, scan; } Flop;
@@ -283,6 +284,9 @@ Flop flop_per_token(const Model* m) {
         bool lookup = t->spec->init == INIT_EMBEDDING && !c->tie_embeddings;
         if (t->ndim == 2 && (t->spec->flags & DECAY) && !lookup) f.matmul += 6.0 * (double)t->count;
         if (t->spec->init == INIT_A_LOG) f.scan += 25.0 * (double)t->count;
+        if (t->spec->init == INIT_A_UNIFORM)
+            f.scan += 12.0 * (double)(c->d_ssm * c->d_state) +
+                      3.0 * (double)c->chunk_size * (double)(c->d_ssm + c->ngroups * c->d_state);
     }
     return f;
 }
