@@ -5026,8 +5026,8 @@ int generate_main(Settings* s) {
             "--tokenizer");
     Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
     for (size_t i = 0; i < list.n; i++) {
-        prompts[i] = prompt_open(&tok, list.text[i], NULL);
-        prompts[i].left = list.size[i];
+        prompts[i] = prompt_open(&tok, list.text + list.start[i], NULL);
+        prompts[i].left = prompts_size(&list, i);
     }
     if (!context_set(&m, o, list.n ? prompts : &prompt, n, &err)) die("%s", err.text);
     double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
