@@ -1326,6 +1326,22 @@ void toy_attention(Config* c, const char* text, size_t T) {
     c->rotary_base = 50;
 }
 
+// toy_mamba2: the same for Mamba-2 layers: P channels per head, S groups, chunks of L tokens, W of the E
+// channels in the SSM (all when not given)
+void toy_mamba2(Config* c, const char* text) {
+    c->headdim = number_after_letter(text, 'P');
+    c->ngroups = number_after_letter(text, 'S');
+    c->chunk_size = number_after_letter(text, 'L');
+    c->d_ssm = strchr(text, 'W') ? number_after_letter(text, 'W') : c->d_inner;
+    c->D_has_hdim = strstr(text, "hdim") != NULL;
+    c->norm_before_gate = strstr(text, "before") != NULL;
+    c->rmsnorm = strstr(text, "plain") == NULL;
+    c->dt_low = strstr(text, "limit") ? 0.3 : 0;
+    c->dt_high = strstr(text, "limit") ? 0.8 : INFINITY;
+    c->A_low = 1;
+    c->A_high = 16;
+}
+
 // toy_config: a small model; Vp is V rounded up to 8, so most toys have padded ids
 Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, int64_t N, int64_t K, int64_t R,
                   int64_t V) {
@@ -1341,22 +1357,8 @@ Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, in
     c.initializer_range = 0.02;
     c.eos_token = -1;
     if (strchr(pattern, 'a')) toy_attention(&c, "Q2 G1 H4 R2 K3", 100);
+    if (strchr(pattern, '2')) toy_mamba2(&c, "P1 S1 L4");
     return c;
-}
-
-// toy_mamba2: what describes Mamba-2 layers, from a text: P channels per head, S groups, chunks of L tokens,
-// W of the E channels in the SSM (0: all), and words
-void toy_mamba2(Config* c, const char* text) {
-    int64_t* const fields[] = { &c->headdim, &c->ngroups, &c->chunk_size, &c->d_ssm };
-    for (int i = 0; i < 4; i++) *fields[i] = strchr(text, "PSLW"[i]) ? atoll(strchr(text, "PSLW"[i]) + 1) : 0;
-    if (!c->d_ssm) c->d_ssm = c->d_inner;
-    c->D_has_hdim = strstr(text, "hdim") != NULL;
-    c->norm_before_gate = strstr(text, "before") != NULL;
-    c->rmsnorm = strstr(text, "plain") == NULL;
-    c->dt_low = strstr(text, "limit") ? 0.3 : 0;
-    c->dt_high = strstr(text, "limit") ? 0.8 : INFINITY;
-    c->A_low = 1;
-    c->A_high = 16;
 }
 
 // toy_model: parameters far from their initial values, at sizes where every one of them changes the loss
@@ -1479,7 +1481,9 @@ double* to_double(const real* x, size_t n) {
 void test_counts(void) {
     const struct { const char* preset; size_t total; } published[] = {
         { "mamba-130m", 129135360 }, { "mamba-370m", 371516416 }, { "mamba-790m", 793204224 },
-        { "mamba-1.4b", 1372178432 }, { "mamba-2.8b", 2768345600 } };
+        { "mamba-1.4b", 1372178432 }, { "mamba-2.8b", 2768345600 }, { "mamba2-130m", 128989632 },
+        { "mamba2-370m", 368346624 }, { "mamba2-780m", 780161280 }, { "mamba2-1.3b", 1343757312 },
+        { "mamba2-2.7b", 2702599680 }, { "mamba2attn-2.7b", 2697590880 } };
     for (int i = 0; i < COUNT_OF(published); i++) {
         char name[64], option[] = "--preset", value[32];
         char* argv[] = { option, value };
@@ -1673,7 +1677,7 @@ typedef struct {
     size_t B, T;
     int docs;                // pattern of documents, -1: none
     double dropout;
-    const char* attention;   // see toy_attention
+    const char* mixers;      // see toy_attention and toy_mamba2
 } ToyShape;
 const ToyShape toy_shapes[] = {
     { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "" },
@@ -1689,6 +1693,13 @@ const ToyShape toy_shapes[] = {
     { "1am", 4, 5, 6, 3, 3, 2, 9, true, true, true, 3, 7, 2, 0.3, "Q3 G3 H2 K2 C1 scale" },
     { "a", 1, 5, 5, 5, 4, 1, 11, true, false, true, 2, 37, 1, 0, "Q2 G2 H3 R2 K3 F3 C4 biases" },
     { "a1", 2, 7, 5, 5, 4, 1, 7, true, false, true, 1, 1, -1, 0, "Q1 G1 H1 K1 F1" },
+    { "2", 2, 5, 12, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "P3 S2 L4" },
+    { "2", 2, 7, 6, 3, 2, 1, 11, false, true, false, 3, 7, 0, 0, "P2 S1 L3 hdim" },
+    { "2m", 2, 5, 12, 3, 3, 1, 9, true, true, true, 3, 19, 1, 0, "P2 S2 L8 W8 before" },
+    { "12", 4, 5, 6, 3, 3, 2, 9, true, false, true, 2, 9, 2, 0.3, "P3 S1 L5 limit" },
+    { "2", 1, 5, 12, 3, 4, 1, 9, false, true, true, 3, 37, 4, 0, "P3 S1 L16 W9 plain" },
+    { "12am", 6, 4, 6, 3, 3, 1, 9, true, false, true, 2, 7, 0, 0, "Q2 G1 H4 R2 K3 C2 P2 S1 L2" },
+    { "2", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0, "P4 S1 L1" },
 };
 
 void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
@@ -1696,7 +1707,8 @@ void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
     c.tie_embeddings = s->tie;
     c.bias = s->bias;
     c.conv_bias = s->conv_bias;
-    if (s->attention[0]) toy_attention(&c, s->attention, s->T);
+    if (strchr(s->pattern, 'a')) toy_attention(&c, s->mixers, s->T);
+    if (strchr(s->pattern, '2')) toy_mamba2(&c, s->mixers);
     toy_make(toy, &c, s->B, s->T, s->docs, recompute);
     Dropout drop = { s->dropout, random_bits(6, STREAM_DROPOUT, 2), 5, 0 };
     toy->w.dropout = drop;
@@ -1874,7 +1886,7 @@ void test_guards(void) {
                                            activation_count(&kind->acts[i], c, toy.B, toy.T));
         }
         for (int kind = 0; kind < N_KINDS; kind++)
-            for (int i = 0; i < kinds[kind].n_scratch; i++)
+            for (int i = 0; strchr(c->pattern, kinds[kind].letter) && i < kinds[kind].n_scratch; i++)
                 toy.w.scratch[kind][i] = guarded(fields, counts, &n,
                                                  activation_count(&kinds[kind].scratch[i], c, toy.B, toy.T));
         for (int l = 0; l <= toy.m.n_layers; l++) toy.w.res[l] = guarded(fields, counts, &n, M * D);
@@ -1939,7 +1951,8 @@ void test_mlp(void) {
 // Two micro-batches give the gradient of the batch of both. Catches: = instead of += in any layer, a scale
 // per micro-batch. B*T is above CLASSIFIER_ROWS, so the loss is also made in pieces.
 void test_accumulation(void) {
-    Config c = toy_config("11m", 2, 9, 12, 5, 4, 2, 21);
+    Config c = toy_config("12m", 4, 9, 12, 5, 4, 2, 21);
+    toy_mamba2(&c, "P3 S2 L16");
     c.tie_embeddings = false;
     Worst worst = { 0, "" };
     Toy whole, half;
@@ -2111,7 +2124,8 @@ void toy_train(Toy* toy, int steps) {
 // Ten steps end in the same bits for any number of threads. Catches: a reduction shared out over threads
 // anywhere between the embedding and the optimizer.
 void test_threads(void) {
-    Config c = toy_config("1ma", 3, 64, 96, 8, 4, 4, 300);
+    Config c = toy_config("1m2a", 4, 64, 96, 8, 4, 4, 300);
+    toy_mamba2(&c, "P16 S2 L16");
     c.d_intermediate = 40;
     const int threads[] = { 1, 1, 2, 3, 4, 7 };
     Worst worst = { 0, "" };
@@ -3213,7 +3227,9 @@ const Case cases[] = {
     { "cuda faults", test_cuda_faults },
     { "cuda layers", test_cuda_layers },
     { "cuda scan", test_cuda_scan },
+    { "cuda ssd backward", test_cuda_ssd_backward },
     { "cuda matmul", test_cuda_matmul },
+    { "cuda attention", test_cuda_attention },
     { "cuda model", test_cuda_model },
     { "cuda generate", test_cuda_generate },
     { "cuda eval", test_cuda_eval },

@@ -2246,6 +2246,7 @@ enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2
        DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT, DIM_MLP_A };
 
 int64_t config_dim(const Config* c, int dim) {
+    int64_t heads = c->headdim ? c->d_ssm / c->headdim : 0;        // H of Mamba-2
     switch (dim) {
         case DIM_1:   return 1;
         case DIM_2:   return 2;
@@ -2260,13 +2261,13 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_F:   return c->d_intermediate;
         case DIM_2F:  return 2 * c->d_intermediate;
         case DIM_VP:  return c->vocab_padded;
-        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + c->d_ssm / c->headdim;
+        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + heads;
         case DIM_ES:  return c->d_ssm;
         case DIM_XBC: return c->d_ssm + 2 * c->ngroups * c->d_state;
-        case DIM_H:   return c->d_ssm / c->headdim;
+        case DIM_H:   return heads;
         case DIM_P:   return c->headdim;
         case DIM_G:   return c->ngroups;
-        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : heads;
         case DIM_JOINED: return c->d_ssm < c->d_inner ? c->d_inner : 0;
         case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
         case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
@@ -2941,31 +2942,23 @@ static const Kind kinds[] = {
 enum { N_KINDS = sizeof(kinds) / sizeof(kinds[0]) };
 
 #define FIELDS(type) (sizeof(type) / sizeof(void*))
-static_assert(FIELDS(Mamba1Params) == sizeof(mamba1_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1Acts) == sizeof(mamba1_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba2Params) == sizeof(mamba2_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba2Acts) == sizeof(mamba2_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba2Scratch) == sizeof(mamba2_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba2State) == sizeof(mamba2_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(AttentionParams) == sizeof(attention_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(AttentionActs) == sizeof(attention_acts) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(AttentionScratch) == sizeof(attention_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(AttentionState) == sizeof(attention_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(MlpParams) == sizeof(mlp_params) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpActs) == sizeof(mlp_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpScratch) == sizeof(mlp_scratch) / sizeof(TensorSpec), "one row per field, in order");
+#define ONE_ROW_PER_FIELD(type, table) \
+    static_assert(FIELDS(type) == sizeof(table) / sizeof(TensorSpec), "one row per field, in order")
+ONE_ROW_PER_FIELD(Mamba1Params, mamba1_params);
+ONE_ROW_PER_FIELD(Mamba1Acts, mamba1_acts);
+ONE_ROW_PER_FIELD(Mamba1Scratch, mamba1_scratch);
+ONE_ROW_PER_FIELD(Mamba1State, mamba1_state);
+ONE_ROW_PER_FIELD(Mamba2Params, mamba2_params);
+ONE_ROW_PER_FIELD(Mamba2Acts, mamba2_acts);
+ONE_ROW_PER_FIELD(Mamba2Scratch, mamba2_scratch);
+ONE_ROW_PER_FIELD(Mamba2State, mamba2_state);
+ONE_ROW_PER_FIELD(AttentionParams, attention_params);
+ONE_ROW_PER_FIELD(AttentionActs, attention_acts);
+ONE_ROW_PER_FIELD(AttentionScratch, attention_scratch);
+ONE_ROW_PER_FIELD(AttentionState, attention_state);
+ONE_ROW_PER_FIELD(MlpParams, mlp_params);
+ONE_ROW_PER_FIELD(MlpActs, mlp_acts);
+ONE_ROW_PER_FIELD(MlpScratch, mlp_scratch);
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Model: tensor table, memory plan, initialization, forward, backward
@@ -3271,10 +3264,10 @@ static size_t activation_count(const TensorSpec* spec, const Config* c, size_t B
     size_t E = (size_t)c->d_inner, N = (size_t)c->d_state;
     if (spec->dim[0] == DIM_SCAN_SAVED) return selective_scan_saved(B, T, E, N);
     if (spec->dim[0] == DIM_SCAN_SCRATCH) return selective_scan_scratch(B, T, E, N);
-    size_t Es = (size_t)c->d_ssm, P = (size_t)c->headdim, G = (size_t)c->ngroups;
+    size_t H = (size_t)config_dim(c, DIM_H), P = (size_t)c->headdim, G = (size_t)c->ngroups;
     size_t Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
-    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, Es / P, P, N, Q);
-    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, Es / P, P, G, N, Q);
+    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, H, P, N, Q);
+    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, H, P, G, N, Q);
     return B * T * spec_count(spec, c);
 }
 
@@ -4752,9 +4745,12 @@ static int train_loop(Trainer* t) {
 
 static void print_model(const Model* m) {
     const Config* c = &m->config;
-    printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
-           (long long)c->n_layer, (long long)c->d_model, (long long)c->d_inner, (long long)c->d_state,
-           (long long)c->d_conv, (long long)c->dt_rank);
+    printf("model: pattern %s, %lld blocks, D %lld", c->pattern, (long long)c->n_layer,
+           (long long)c->d_model);
+    if (strpbrk(c->pattern, "12"))
+        printf(", E %lld, N %lld, K %lld", (long long)c->d_inner, (long long)c->d_state,
+               (long long)c->d_conv);
+    if (strchr(c->pattern, '1')) printf(", R %lld", (long long)c->dt_rank);
     if (strchr(c->pattern, '2'))
         printf(", H %lld, P %lld, G %lld", (long long)(c->d_ssm / c->headdim), (long long)c->headdim,
                (long long)c->ngroups);
