@@ -1919,7 +1919,7 @@ void test_mlp(void) {
     toy_make(&toy, &c, 1, M, -1, false);
     const Layer* layer = &toy.m.layer[1];
     const MlpParams* p = (const MlpParams*)layer->params;
-    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 } };
+    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 }, { NULL, NULL } };
     real res[M * D], out[M * D];
     double want[M * D];
     for (size_t i = 0; i < M * D; i++) res[i] = (real)test_uniform(-0.01, 0.01, 81, i);     // eps counts
@@ -3107,6 +3107,8 @@ void test_generate(void) {
 #endif
 // defines: test_eval, with a GPU test_cuda_eval
 #include "dev/test/test_eval.h"
+// defines: test_half
+#include "dev/test/test_half.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 10. List of cases, main
@@ -3212,6 +3214,7 @@ const Case cases[] = {
     { "models", test_models },
     { "tokenizer", test_tokenizer },
     { "eval", test_eval },
+    { "half", test_half },
 #ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
     { "cuda faults", test_cuda_faults },

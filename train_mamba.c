@@ -46,6 +46,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -627,6 +628,87 @@ void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const re
     }
 }
 
+// Half: weight matrices in bfloat16, the upper half of a float, for generation on the CPU: half as much to
+// read. from[i] is at bits + i, but for the order within a row: of 2 VEC neighbours, i and i + VEC share a
+// 32-bit word, so that a shift and a mask make two vectors of floats out of one load. bits NULL: there are
+// none.
+typedef struct { const real* from; const uint16_t* bits; } Half;
+
+typedef uint32_t vec_bits __attribute__((vector_size(VEC * 4), aligned(2), may_alias));
+typedef float vec_float __attribute__((vector_size(VEC * 4)));
+
+// half_at: where element i of a row of length I is in the row
+static inline size_t half_at(size_t i, size_t I) {
+    size_t block = i / (2 * VEC) * (2 * VEC), k = i - block;
+    return block + 2 * VEC <= I ? block + 2 * (k % VEC) + k / VEC : i;
+}
+static inline real real_of_half(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return (real)x;
+}
+
+enum { HALF_ROWS = 2 };              // rows of the input that use a loaded weight
+
+// half_tile: `rows` x `outputs` outputs, each a sum over vectors of neighbouring i, then over the lanes of
+// the vector, then over the last i. The two sizes are constants at every call, see matmul_tile.
+static inline __attribute__((always_inline))
+void half_tile(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight, const real* bias,
+               size_t I, int rows, int outputs) {
+    vec sum[HALF_ROWS][ROW_OUTPUTS];
+    size_t i = 0;
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) sum[r][o] = (vec){0};
+    for (; i + 2 * VEC <= I; i += 2 * VEC)
+        for (int o = 0; o < outputs; o++) {
+            const uint16_t* w = weight + (size_t)o * I + i;
+            vec_bits both = *(const vec_bits*)w;
+            vec low = __builtin_convertvector((vec_float)(both << 16), vec);
+            vec high = __builtin_convertvector((vec_float)(both & 0xffff0000u), vec);
+            __builtin_prefetch(w + ROW_OUTPUTS * I);
+            for (int r = 0; r < rows; r++) {
+                const real* x = inp + (size_t)r * ldi + i;
+                sum[r][o] = FMA_VEC(*(const vec*)x, low, sum[r][o]);
+                sum[r][o] = FMA_VEC(*(const vec*)(x + VEC), high, sum[r][o]);
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) {
+            real total = bias ? bias[o] : 0;
+            for (int l = 0; l < VEC; l++) total += sum[r][o][l];
+            for (size_t k = i; k < I; k++)
+                total += inp[(size_t)r * ldi + k] * real_of_half(weight[(size_t)o * I + k]);
+            out[(size_t)r * ldo + (size_t)o] = total;
+        }
+}
+
+// matmul_forward_half: matmul_forward with weights in bfloat16. A row has the same bits whatever the others.
+void matmul_forward_half(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight,
+                         const real* bias, size_t M, size_t I, size_t O) {
+    #pragma omp parallel for schedule(static) if (M * I * O > 65536)
+    for (size_t o = 0; o < O; o += ROW_OUTPUTS)
+        for (size_t m = 0; m < M; m += HALF_ROWS) {
+            real* to = out + m * ldo + o;
+            const real *from = inp + m * ldi, *b = bias ? bias + o : NULL;
+            const uint16_t* w = weight + o * I;
+            if (o + ROW_OUTPUTS <= O && m + 1 < M) half_tile(to, ldo, from, ldi, w, b, I, 2, ROW_OUTPUTS);
+            else if (o + ROW_OUTPUTS <= O) half_tile(to, ldo, from, ldi, w, b, I, 1, ROW_OUTPUTS);
+            else for (size_t r = m; r < min_size(m + HALF_ROWS, M); r++)
+                for (size_t k = o; k < O; k++)
+                    half_tile(out + r * ldo + k, ldo, inp + r * ldi, ldi, weight + k * I,
+                              bias ? bias + k : NULL, I, 1, 1);
+        }
+}
+
+// linear_forward: matmul_forward with the weights as they are kept
+static void linear_forward(const Half* half, real* out, size_t ldo, const real* inp, size_t ldi,
+                           const real* weight, const real* bias, size_t M, size_t I, size_t O) {
+    if (half->bits)
+        matmul_forward_half(out, ldo, inp, ldi, half->bits + (weight - half->from), bias, M, I, O);
+    else matmul_forward(out, ldo, inp, ldi, weight, bias, M, I, O);
+}
+
 // matmul_backward: out[m,o] = sum_i inp[m,i] * weight[o,i] + bias[o]  =>
 //   dinp[m,i]    += sum_o dout[m,o] * weight[o,i]
 //   dweight[o,i] += sum_m dout[m,o] * inp[m,i]           dbias[o] += sum_m dout[m,o]
@@ -758,6 +840,12 @@ void embedding_forward(real* out, const int* tokens, const real* weight, size_t 
     for (size_t m = 0; m < M; m++) memcpy(out + m * D, weight + (size_t)tokens[m] * D, D * sizeof(real));
 }
 
+void embedding_forward_half(real* out, const int* tokens, const uint16_t* weight, size_t M, size_t D) {
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++)
+        for (size_t d = 0; d < D; d++) out[m * D + d] = real_of_half(weight[(size_t)tokens[m] * D + half_at(d, D)]);
+}
+
 // out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over
 // columns.
 void embedding_backward(real* dweight, const real* dout, const int* tokens, size_t M, size_t D) {
@@ -864,10 +952,10 @@ void residual_forward(real* out, const real* a, const real* b, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
-// copy_columns: n columns of M rows, to a part of wider rows or from one
-static void copy_columns(real* out, size_t ldo, const real* inp, size_t ldi, size_t M, size_t n) {
+// copy_columns: n numbers of each of M rows, from row stride lds to row stride ldd
+void copy_columns(real* dst, size_t ldd, const real* src, size_t lds, size_t M, size_t n) {
     #pragma omp parallel for if (M * n > 16384)
-    for (size_t m = 0; m < M; m++) memcpy(out + m * ldo, inp + m * ldi, n * sizeof(real));
+    for (size_t m = 0; m < M; m++) memcpy(dst + m * ldd, src + m * lds, n * sizeof(real));
 }
 
 // conv_row: the input row that a tap reads at time s for an output of document `id`, or NULL when the tap
@@ -2158,6 +2246,7 @@ enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2
        DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT, DIM_MLP_A };
 
 int64_t config_dim(const Config* c, int dim) {
+    int64_t heads = c->headdim ? c->d_ssm / c->headdim : 0;        // H of Mamba-2
     switch (dim) {
         case DIM_1:   return 1;
         case DIM_2:   return 2;
@@ -2172,13 +2261,13 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_F:   return c->d_intermediate;
         case DIM_2F:  return 2 * c->d_intermediate;
         case DIM_VP:  return c->vocab_padded;
-        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + c->d_ssm / c->headdim;
+        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + heads;
         case DIM_ES:  return c->d_ssm;
         case DIM_XBC: return c->d_ssm + 2 * c->ngroups * c->d_state;
-        case DIM_H:   return c->d_ssm / c->headdim;
+        case DIM_H:   return heads;
         case DIM_P:   return c->headdim;
         case DIM_G:   return c->ngroups;
-        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : heads;
         case DIM_JOINED: return c->d_ssm < c->d_inner ? c->d_inner : 0;
         case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
         case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
@@ -2239,6 +2328,7 @@ typedef struct {
     const int* doc;      // (B,T) document ids, or NULL: one document per row
     int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
     Dropout dropout;     // of what this sub-layer adds
+    Half half;           // the weight matrices
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -2326,17 +2416,17 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
 
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
     // (F1) to (F4)
-    matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
+    linear_forward(&run->half, a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
     causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
                           B, T, E, K);
-    matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
-    matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
+    linear_forward(&run->half, a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
+    linear_forward(&run->half, a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
     // (F5) to (F8), then the residual
     selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc,
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
+    linear_forward(&run->half, w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -2515,7 +2605,7 @@ void mamba2_block_forward(const Run* run, real* res_out, const real* res_in, rea
 
     // (S1) and (S2)
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
-    matmul_forward(a->zxbcdt, s.in, a->u, s.D, p->in_proj, p->in_proj_bias, s.M, s.D, s.in);
+    linear_forward(&run->half, a->zxbcdt, s.in, a->u, s.D, p->in_proj, p->in_proj_bias, s.M, s.D, s.in);
     causal_conv1d_forward(a->xbc, sT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
                           true, run->doc, run->B, run->T, s.Cd, s.K);
     dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
@@ -2524,7 +2614,7 @@ void mamba2_block_forward(const Run* run, real* res_out, const real* res_in, rea
     ssd_forward(a->y, a->hs, sT->ssm, a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim,
                 s0->ssm, run->doc, w->ssd, run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
     const real* joined = mamba2_join(c, &s, p, a, w);
-    matmul_forward(w->out, s.D, joined, s.E, p->out_proj, p->out_proj_bias, s.M, s.E, s.D);
+    linear_forward(&run->half, w->out, s.D, joined, s.E, p->out_proj, p->out_proj_bias, s.M, s.E, s.D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, s.M, s.D), s.M * s.D);
 }
 
@@ -2586,78 +2676,7 @@ void mamba2_block_backward(const Run* run, real* dres, const real* res_in, real*
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.3 Gated MLP
-
-typedef struct { real *norm, *fc1, *fc2; } MlpParams;
-
-static const TensorSpec mlp_params[] = {
-    {"norm2.weight", {DIM_D}, INIT_ONE, 0},
-    {"mlp.fc1.weight",
-     {DIM_2F, DIM_D},
-     INIT_LINEAR,
-     DECAY},    // rows 0..F-1 make up, rows F..2F-1 make the gate
-    {"mlp.fc2.weight", {DIM_D, DIM_F}, INIT_RESIDUAL, DECAY},
-};
-
-typedef struct { real *rstd, *u, *h; } MlpActs;
-
-static const TensorSpec mlp_acts[] = {
-    {"rstd", {DIM_1}, 0, 0},
-    {"u",    {DIM_D}, 0, CHEAP},
-    {"h",    {DIM_2F}, 0, 0},          // up, gate
-};
-
-typedef struct { real *m, *out, *du, *dh, *dm; } MlpScratch;
-
-static const TensorSpec mlp_scratch[] = {
-    {"m",   {DIM_F}, 0, 0},
-    {"out", {DIM_D}, 0, 0},
-    {"du",  {DIM_D}, 0, BACKWARD_ONLY},
-    {"dh",  {DIM_2F}, 0, BACKWARD_ONLY},
-    {"dm",  {DIM_F}, 0, BACKWARD_ONLY},
-};
-
-// mlp_block_forward: res_out = res_in + W_2 (up * silu(gate)),  [up; gate] = W_1 RMSNorm(res_in).
-// Shazeer (arXiv 2002.05202)
-void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
-                       real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
-    const MlpParams* p = (const MlpParams*)params;
-    const MlpActs* a = (const MlpActs*)acts;
-    const MlpScratch* w = (const MlpScratch*)scratch;
-    (void)state0; (void)stateT;
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
-    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
-    matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
-    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
-    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
-}
-
-void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
-                        real* const* params, real* const* acts, real* const* scratch, real* const* state0,
-                        real* const* dstate0, real* const* dstateT) {
-    const MlpParams *p = (const MlpParams*)params, *dp = (const MlpParams*)dparams;
-    const MlpActs* a = (const MlpActs*)acts;
-    const MlpScratch* w = (const MlpScratch*)scratch;
-    (void)state0; (void)dstate0; (void)dstateT;
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
-    if (run->recompute == RECOMPUTE_CHEAP)
-        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
-    zero_real(w->dm, M * F);
-    zero_real(w->dh, M * 2 * F);
-    zero_real(w->du, M * D);
-    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
-    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    // out = W_2 m, m = up silu(gate)
-    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
-    gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    // [up; gate] = W_1 u, u = RMSNorm(res_in)
-    matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
-    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
-}
-
-// ------------------------------------------------------------------------------------------------
-// 5.4 Attention
+// 5.3 Attention
 
 typedef struct {
     real *norm;                        // (D)
@@ -2759,7 +2778,7 @@ void attention_block_forward(const Run* run, real* res_out, const real* res_in, 
     const real *k = a->qkv + s.Hq * s.dh, *v = k + s.Hkv * s.dh, *up = a->in + s.qkv, *gate = up + s.F;
 
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
-    matmul_forward(a->in, s.in, a->u, D, p->in_proj, p->in_proj_bias, M, D, s.in);
+    linear_forward(&run->half, a->in, s.in, a->u, D, p->in_proj, p->in_proj_bias, M, D, s.in);
     token_positions(a->position, s0->position, run->doc, B, T);
     attention_qkv(run, p, a, sT->conv, s0->conv);
     attention_forward(a->y, s.out, a->lse, a->qkv, s.qkv, k, v, s.qkv, s0->kv, s.capacity, a->position,
@@ -2769,7 +2788,7 @@ void attention_block_forward(const Run* run, real* res_out, const real* res_in, 
                           s.dh);
     gate_forward(w->mlp, up, s.in, gate, s.in, M, s.F);
     copy_columns(a->y + s.Hq * s.dh, s.out, w->mlp, s.F, M, s.F);
-    matmul_forward(w->out, D, a->y, s.out, p->out_proj, p->out_proj_bias, M, s.out, D);
+    linear_forward(&run->half, w->out, D, a->y, s.out, p->out_proj, p->out_proj_bias, M, s.out, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -2819,6 +2838,77 @@ void attention_block_backward(const Run* run, real* dres, const real* res_in, re
 }
 
 // ------------------------------------------------------------------------------------------------
+// 5.4 Gated MLP
+
+typedef struct { real *norm, *fc1, *fc2; } MlpParams;
+
+static const TensorSpec mlp_params[] = {
+    {"norm2.weight", {DIM_D}, INIT_ONE, 0},
+    {"mlp.fc1.weight",
+     {DIM_2F, DIM_D},
+     INIT_LINEAR,
+     DECAY},    // rows 0..F-1 make up, rows F..2F-1 make the gate
+    {"mlp.fc2.weight", {DIM_D, DIM_F}, INIT_RESIDUAL, DECAY},
+};
+
+typedef struct { real *rstd, *u, *h; } MlpActs;
+
+static const TensorSpec mlp_acts[] = {
+    {"rstd", {DIM_1}, 0, 0},
+    {"u",    {DIM_D}, 0, CHEAP},
+    {"h",    {DIM_2F}, 0, 0},          // up, gate
+};
+
+typedef struct { real *m, *out, *du, *dh, *dm; } MlpScratch;
+
+static const TensorSpec mlp_scratch[] = {
+    {"m",   {DIM_F}, 0, 0},
+    {"out", {DIM_D}, 0, 0},
+    {"du",  {DIM_D}, 0, BACKWARD_ONLY},
+    {"dh",  {DIM_2F}, 0, BACKWARD_ONLY},
+    {"dm",  {DIM_F}, 0, BACKWARD_ONLY},
+};
+
+// mlp_block_forward: res_out = res_in + W_2 (up * silu(gate)),  [up; gate] = W_1 RMSNorm(res_in).
+// Shazeer (arXiv 2002.05202)
+void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                       real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
+    const MlpParams* p = (const MlpParams*)params;
+    const MlpActs* a = (const MlpActs*)acts;
+    const MlpScratch* w = (const MlpScratch*)scratch;
+    (void)state0; (void)stateT;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
+    linear_forward(&run->half, a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
+    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    linear_forward(&run->half, w->out, D, w->m, F, p->fc2, NULL, M, F, D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
+}
+
+void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                        real* const* params, real* const* acts, real* const* scratch, real* const* state0,
+                        real* const* dstate0, real* const* dstateT) {
+    const MlpParams *p = (const MlpParams*)params, *dp = (const MlpParams*)dparams;
+    const MlpActs* a = (const MlpActs*)acts;
+    const MlpScratch* w = (const MlpScratch*)scratch;
+    (void)state0; (void)dstate0; (void)dstateT;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    if (run->recompute == RECOMPUTE_CHEAP)
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
+    zero_real(w->dm, M * F);
+    zero_real(w->dh, M * 2 * F);
+    zero_real(w->du, M * D);
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
+    gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    // out = W_2 m, m = up silu(gate)
+    matmul_backward(w->dm, F, dp->fc2, NULL, dout, D, w->m, F, p->fc2, M, F, D);
+    gate_backward(w->dh, 2 * F, w->dh + F, 2 * F, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F);
+    // [up; gate] = W_1 u, u = RMSNorm(res_in)
+    matmul_backward(w->du, D, dp->fc1, NULL, w->dh, 2 * F, a->u, D, p->fc1, M, D, 2 * F);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
+}
+
+// ------------------------------------------------------------------------------------------------
 // 5.5 The table of kinds
 
 enum { MAX_FIELDS = 16 };     // pointers in a kind's struct
@@ -2852,31 +2942,23 @@ static const Kind kinds[] = {
 enum { N_KINDS = sizeof(kinds) / sizeof(kinds[0]) };
 
 #define FIELDS(type) (sizeof(type) / sizeof(void*))
-static_assert(FIELDS(Mamba1Params) == sizeof(mamba1_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1Acts) == sizeof(mamba1_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba2Params) == sizeof(mamba2_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba2Acts) == sizeof(mamba2_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba2Scratch) == sizeof(mamba2_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba2State) == sizeof(mamba2_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(AttentionParams) == sizeof(attention_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(AttentionActs) == sizeof(attention_acts) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(AttentionScratch) == sizeof(attention_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(AttentionState) == sizeof(attention_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(MlpParams) == sizeof(mlp_params) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpActs) == sizeof(mlp_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpScratch) == sizeof(mlp_scratch) / sizeof(TensorSpec), "one row per field, in order");
+#define ONE_ROW_PER_FIELD(type, table) \
+    static_assert(FIELDS(type) == sizeof(table) / sizeof(TensorSpec), "one row per field, in order")
+ONE_ROW_PER_FIELD(Mamba1Params, mamba1_params);
+ONE_ROW_PER_FIELD(Mamba1Acts, mamba1_acts);
+ONE_ROW_PER_FIELD(Mamba1Scratch, mamba1_scratch);
+ONE_ROW_PER_FIELD(Mamba1State, mamba1_state);
+ONE_ROW_PER_FIELD(Mamba2Params, mamba2_params);
+ONE_ROW_PER_FIELD(Mamba2Acts, mamba2_acts);
+ONE_ROW_PER_FIELD(Mamba2Scratch, mamba2_scratch);
+ONE_ROW_PER_FIELD(Mamba2State, mamba2_state);
+ONE_ROW_PER_FIELD(AttentionParams, attention_params);
+ONE_ROW_PER_FIELD(AttentionActs, attention_acts);
+ONE_ROW_PER_FIELD(AttentionScratch, attention_scratch);
+ONE_ROW_PER_FIELD(AttentionState, attention_state);
+ONE_ROW_PER_FIELD(MlpParams, mlp_params);
+ONE_ROW_PER_FIELD(MlpActs, mlp_acts);
+ONE_ROW_PER_FIELD(MlpScratch, mlp_scratch);
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Model: tensor table, memory plan, initialization, forward, backward
@@ -2908,6 +2990,7 @@ typedef struct {
     size_t n_params;          // trainable numbers, the figure that is quoted
     size_t n_elements;        // the same with padding between tensors
     real *params, *grads, *m, *v;             // grads, m, v only when training
+    Half half;                                // see model_to_half
     real *embedding, *norm_f, *head;          // head == embedding when tied
     real *dembedding, *dnorm_f, *dhead;
 } Model;
@@ -3004,7 +3087,32 @@ void model_alloc(Model* m, bool training) {
     model_bind(m);
 }
 
+// model_to_half: keeps the weight matrices in bfloat16 (rounded to nearest, ties to even) instead of `real`.
+// Only the forward of inference works after that; the memory of the matrices goes back to the system.
+void model_to_half(Model* m) {
+    uint16_t* bits = (uint16_t*)xcalloc(m->n_elements, sizeof(uint16_t));
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        if (!(t->spec->flags & DECAY)) continue;
+        real* p = m->params + t->offset;
+        #pragma omp parallel for
+        for (size_t j = 0; j < t->count; j++) {
+            float x = (float)p[j];
+            uint32_t u;
+            memcpy(&u, &x, sizeof u);
+            size_t I = (size_t)t->shape[1], at = t->offset + j / I * I + half_at(j % I, I);
+            bits[at] = (uint16_t)(isnan(x) ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+        }
+        uintptr_t begin = ((uintptr_t)p + page - 1) / page * page, end = (uintptr_t)(p + t->count) / page * page;
+        if (begin < end) madvise((void*)begin, end - begin, MADV_DONTNEED);
+    }
+    m->half.from = m->params;
+    m->half.bits = bits;
+}
+
 void model_free(Model* m) {
+    free((void*)m->half.bits);
     free(m->layer);
     free(m->tensor);
     free(m->params);
@@ -3156,10 +3264,10 @@ static size_t activation_count(const TensorSpec* spec, const Config* c, size_t B
     size_t E = (size_t)c->d_inner, N = (size_t)c->d_state;
     if (spec->dim[0] == DIM_SCAN_SAVED) return selective_scan_saved(B, T, E, N);
     if (spec->dim[0] == DIM_SCAN_SCRATCH) return selective_scan_scratch(B, T, E, N);
-    size_t Es = (size_t)c->d_ssm, P = (size_t)c->headdim, G = (size_t)c->ngroups;
+    size_t H = (size_t)config_dim(c, DIM_H), P = (size_t)c->headdim, G = (size_t)c->ngroups;
     size_t Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
-    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, Es / P, P, N, Q);
-    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, Es / P, P, G, N, Q);
+    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, H, P, N, Q);
+    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, H, P, G, N, Q);
     return B * T * spec_count(spec, c);
 }
 
@@ -3270,9 +3378,11 @@ static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, c
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model;
-    embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    if (m->half.bits)
+        embedding_forward_half(w->res[0], tokens, m->half.bits + (m->embedding - m->half.from), B * T, D);
+    else embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
     dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
@@ -3313,7 +3423,7 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
@@ -3353,7 +3463,7 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
@@ -3741,7 +3851,7 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
     model_forward(m, &s->work, tokens, NULL, rows, T, &s->view, &s->view);
     for (size_t r = 0; logits && r < rows; r++)      // the last token of each row, side by side
         if (T > 1) memmove(s->work.f + r * D, s->work.f + (r * T + T - 1) * D, D * sizeof(real));
-    if (logits) matmul_forward(logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
+    if (logits) linear_forward(&m->half, logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
 }
 
 // `rows` x 1 or 1 x `chunk` tokens
@@ -4882,6 +4992,10 @@ int generate_main(Settings* s) {
     set_threads(o->threads);
     model_open(&m, &tok, s, dir);
     if (o->save_state[0] && !state_replaceable(o->save_state, &err)) die("%s", err.text);
+    if (settings_origin(s, "dtype") != FROM_DEFAULT && !on_cpu(o))
+        die("--dtype: only the CPU keeps weights in another type; on the GPU give --precision");
+    if (strcmp(o->dtype, "f16") == 0) die("--dtype f16: the CPU generates with f32 or bf16");
+    if (strcmp(o->dtype, "bf16") == 0) model_to_half(&m);
     Backend backend = backend_create(o, &m, 0, 0, false, false);
     backend.upload(&backend);
     PromptList list = {NULL, NULL, 0};

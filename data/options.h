@@ -146,8 +146,9 @@ static const Option options[] = {
      "model directory: published, or a run's for its last checkpoint; none: out, for train a new model"},
     {"dialect", 'c', OPT(dialect), WORD_CONVERT, "hf", 0, 0, "hf mamba_ssm",
      "form of the converted model: that of transformers, or of mamba_ssm"},
-    {"dtype", 'c', OPT(dtype), WORD_CONVERT, "f32", 0, 0, "f32 f16 bf16",
-     "of its matrices; everything else stays f32"},
+    {"dtype", 'c', OPT(dtype), WORD_CONVERT | WORD_GENERATE, "f32", 0, 0, "f32 f16 bf16",
+     "of the weight matrices, everything else stays f32: as convert writes them; as generate keeps them on "
+     "the CPU (f32 or bf16), which reads all of them for every token"},
     {"seed", 'u', OPT(seed), WORD_ALL, "1337", 0, 0, NULL, "of initialization, data order and sampling"},
 #ifdef __CUDACC__
     {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},

@@ -302,6 +302,7 @@ const CliRow cli_options[] = {
     {NEW "--d-state 257", NULL, 1, "--d-state"}, {"--d-model 0", NULL, 1, "--d-model"},
     {"--n-layer 10001", NULL, 1, "--n-layer"}, {NEW "--dt-rank -1", NULL, 1, "--dt-rank"},
     {"generate --from run --prompt a --prompt-file a.txt", NULL, 1, "only one"},
+    {"generate --from run --dtype f16", NULL, 1, "f32 or bf16"},
     {"generate --from nowhere", NULL, 1, "nowhere"}, {"generate --from run --top-p 1.1", NULL, 1, "--top-p"},
     {"generate --from run --top-k -1", NULL, 1, "--top-k"},
     {"generate --from run --temperature -1", NULL, 1, "--temperature"},

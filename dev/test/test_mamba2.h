@@ -441,7 +441,7 @@ double mamba2_formula_error(const char* text) {
             for (size_t e = 0; e < E; e++) want[t * D + d] += (double)p->out_proj[d * E + e] * joined[e];
         }
     }
-    Run run = { &toy.m.config, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 } };
+    Run run = { &toy.m.config, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 }, { NULL, NULL } };
     const Layer* layer = &toy.m.layer[0];
     layer->kind->forward(&run, out, res, layer->params, toy.w.acts[0], toy.w.scratch[layer->kind - kinds],
                          toy.none.field[0], toy.none.field[0]);
