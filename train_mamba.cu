@@ -4271,7 +4271,7 @@ enum { SSD_SPAN = 64, SSD_PER_SAVED = SSD_SPACING / SSD_SPAN, SSD_ROUND = 16384 
 // SsdTokens: the decays of a tile. from_i = exp(cs_i): what is left at i of the state before the tile, 0 when a
 // document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds; all:
 // from before the tile to after it. cs is in base 2.
-struct SsdTokens {
+struct alignas(16) SsdTokens {
     float cs[SSD_SPAN], dt[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
     float all;
 };
