@@ -3031,8 +3031,8 @@ size_t resident_bytes(void) {
 
 // Text does not depend on how it is made. Catches: a chunk boundary seen by the model, a saved state
 // without the tokens seen or without its position, memory that grows with the text, ids that have no text.
-void test_generate(void) {
-    Config c = toy_config("1m", 2, 12, 18, 5, 4, 2, 257);
+void check_written(const char* pattern) {
+    Config c = toy_config(pattern, 2, 12, 18, 5, 4, 2, 257);
     Model m = toy_model(&c, false, 6);
     char prompt[301], first[151], options[400];
     for (size_t i = 0; i < 300; i++) prompt[i] = (char)('!' + random_bits(10, 0, i) % 90);
@@ -3048,8 +3048,8 @@ void test_generate(void) {
                      samples ? 3 : 1);
             char* text = written(&m, prompt, options);
             if (k == 0) base[samples] = text;
-            worst_add(&chunks, texts_differ(base[samples], text), "chunk %d, %d samples", chunk[k],
-                      samples ? 3 : 1);
+            worst_add(&chunks, texts_differ(base[samples], text), "%s, chunk %d, %d samples", pattern,
+                      chunk[k], samples ? 3 : 1);
         }
     }
     worst_report("chunks of 1, 7, 256, 1000: texts differ", &chunks, 0);
@@ -3074,10 +3074,15 @@ void test_generate(void) {
     char* empty = written(&m, "", "--max-tokens 5 --raw");
     report("empty prompt: no text", !empty || !*empty, 0);
     model_free(&m);
+}
+
+void test_generate(void) {
+    check_written("1m");
+    check_written("1am");
 
     // padded ids: here their logits are larger than all others
-    c = toy_config("1", 1, 6, 8, 3, 2, 1, 11);
-    m = toy_model(&c, false, 6);
+    Config c = toy_config("1", 1, 6, 8, 3, 2, 1, 11);
+    Model m = toy_model(&c, false, 6);
     for (size_t v = 11; v < 16; v++)
         for (size_t d = 0; d < 6; d++) m.embedding[v * 6 + d] = (real)test_uniform(-1e3, 1e3, 66, v * 6 + d);
     char* ids = written(&m, "", "--max-tokens 300 --temperature 1");
