@@ -2306,6 +2306,7 @@ enum {
     CHEAP = 16,         // activation that backward can make again at little cost from the others
     IF_RMSNORM = 32,    // exists only with config.rmsnorm
     IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
+    TOKENS = 512,       // state: the number of tokens in a cache; it has no gradient
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -2723,7 +2724,7 @@ typedef struct { real *conv, *kv, *position; } AttentionState;
 static const TensorSpec attention_state[] = {
     {"conv",     {DIM_KA1, DIM_QKV}, 0, 0},                  // the last inputs of the conv
     {"kv",       {DIM_CONTEXT, DIM_2, DIM_HKV, DIM_DH}, 0, 0},    // keys, turned, and values of the document
-    {"position", {DIM_1}, 0, 0},                             // how many of them there are
+    {"position", {DIM_1}, 0, TOKENS},                        // how many of them there are
 };
 
 // Heads: the sizes of an attention layer
@@ -4061,6 +4062,11 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     else
         ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
              safetensors_read_real(&st, c, seen, err);
+    for (int l = 0; ok && l < m->n_layers; l++)          // a larger number would be read beyond the cache
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            if (m->layer[l].kind->state[i].flags & TOKENS && one.field[l][i][0] != (real)*tokens)
+                ok = fail(err, "%s: damaged: %lld tokens, but %g in the cache of a layer", path,
+                          (long long)*tokens, (double)one.field[l][i][0]);
     if (ok) state_copy_row(m, s, 0, &one, 0);
     state_free(&one);
     safetensors_close(&st);
@@ -4085,7 +4091,7 @@ static bool context_set(Model* m, const Options* o, Prompt* prompt, size_t n, Er
         safetensors_close(&st);
     }
     double tokens = o->interactive ? (double)o->context : saved + (double)longest + (double)o->max_tokens;
-    if (!(tokens <= MAX_CONTEXT))
+    if (!(tokens >= 1 && tokens <= MAX_CONTEXT))
         return fail(err, "%.0f tokens of context, attention takes at most %d; lower --max-tokens", tokens,
                     MAX_CONTEXT);
     m->config.context = (int64_t)tokens;
