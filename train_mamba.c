@@ -2306,6 +2306,7 @@ enum {
     CHEAP = 16,         // activation that backward can make again at little cost from the others
     IF_RMSNORM = 32,    // exists only with config.rmsnorm
     IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
+    TOKENS = 512,       // state: the number of tokens in a cache; it has no gradient
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -2723,7 +2724,7 @@ typedef struct { real *conv, *kv, *position; } AttentionState;
 static const TensorSpec attention_state[] = {
     {"conv",     {DIM_KA1, DIM_QKV}, 0, 0},                  // the last inputs of the conv
     {"kv",       {DIM_CONTEXT, DIM_2, DIM_HKV, DIM_DH}, 0, 0},    // keys, turned, and values of the document
-    {"position", {DIM_1}, 0, 0},                             // how many of them there are
+    {"position", {DIM_1}, 0, TOKENS},                        // how many of them there are
 };
 
 // Heads: the sizes of an attention layer
@@ -4064,6 +4065,11 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     else
         ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
              safetensors_read_real(&st, c, seen, err);
+    for (int l = 0; ok && l < m->n_layers; l++)          // a larger number would be read beyond the cache
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            if (m->layer[l].kind->state[i].flags & TOKENS && one.field[l][i][0] != (real)*tokens)
+                ok = fail(err, "%s: damaged: %lld tokens, but %g in the cache of a layer", path,
+                          (long long)*tokens, (double)one.field[l][i][0]);
     if (ok) state_copy_row(m, s, 0, &one, 0);
     state_free(&one);
     safetensors_close(&st);
@@ -4088,7 +4094,7 @@ static bool context_set(Model* m, const Options* o, Prompt* prompt, size_t n, Er
         safetensors_close(&st);
     }
     double tokens = o->interactive ? (double)o->context : saved + (double)longest + (double)o->max_tokens;
-    if (!(tokens <= MAX_CONTEXT))
+    if (!(tokens >= 1 && tokens <= MAX_CONTEXT))
         return fail(err, "%.0f tokens of context, attention takes at most %d; lower --max-tokens", tokens,
                     MAX_CONTEXT);
     m->config.context = (int64_t)tokens;
@@ -4196,7 +4202,7 @@ static void generation_copy(Generation* g, size_t r, size_t count) {
     }
 }
 
-// generation_write: every sequence goes on, one token at a time with constant memory, until its end token,
+// generation_write: every sequence goes on, one token at a time in the memory there is, until its end token,
 // --stop or --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
 bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* err) {
     const Options* o = g->o;
@@ -4735,7 +4741,7 @@ static int train_loop(Trainer* t) {
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
     if (timed > 0) {
-        Flop flop = flop_per_token(&t->model);
+        Flop flop = flop_per_token(&t->model, o->seq_len);
         double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
         printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)",
                rate, rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
