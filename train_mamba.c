@@ -4750,9 +4750,12 @@ static int train_loop(Trainer* t) {
 
 static void print_model(const Model* m) {
     const Config* c = &m->config;
-    printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
-           (long long)c->n_layer, (long long)c->d_model, (long long)c->d_inner, (long long)c->d_state,
-           (long long)c->d_conv, (long long)c->dt_rank);
+    printf("model: pattern %s, %lld blocks, D %lld", c->pattern, (long long)c->n_layer,
+           (long long)c->d_model);
+    if (strpbrk(c->pattern, "12"))
+        printf(", E %lld, N %lld, K %lld", (long long)c->d_inner, (long long)c->d_state,
+               (long long)c->d_conv);
+    if (strchr(c->pattern, '1')) printf(", R %lld", (long long)c->dt_rank);
     if (strchr(c->pattern, '2'))
         printf(", H %lld, P %lld, G %lld", (long long)(c->d_ssm / c->headdim), (long long)c->headdim,
                (long long)c->ngroups);
@@ -5013,6 +5016,8 @@ int generate_main(Settings* s) {
         (o->num_samples > 1 || strcmp(o->prompt, "-") == 0 || o->load_state[0] || o->save_state[0]))
         die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from "
             "standard input");
+    if (!o->interactive && settings_origin(s, "context") == FROM_USER)
+        die("--context is for --interactive; otherwise the room is counted: leave it out");
     size_t n = o->prompts[0] ? list.n : 1;
     Prompt prompt = prompt_open(&tok, o->prompt, NULL);
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");

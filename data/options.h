@@ -240,6 +240,19 @@ static const Preset presets[] = {
     {"mamba-790m", "published size", "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
     {"mamba-1.4b", "published size", "--n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
     {"mamba-2.8b", "published size", "--n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-130m", "published size",
+     "--pattern 2 --n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-370m", "published size",
+     "--pattern 2 --n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-780m", "published size",
+     "--pattern 2 --n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-1.3b", "published size",
+     "--pattern 2 --n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-2.7b", "published size",
+     "--pattern 2 --n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
+    {"mamba2attn-2.7b", "published size: attention in blocks 9, 18, 27, 36, 45, 56",
+     "--pattern 222222222a22222222a22222222a22222222a22222222a2222222222a2222222 --n-layer 64 --d-model 2560 "
+     "--attn-heads 30 --attn-head-dim 128 --attn-conv 4 --rotary-dim 64 --vocab-size 50277 --eos-token 0"},
 };
 enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
 
