@@ -1818,15 +1818,12 @@ void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, 
         for (size_t e0 = 0; e0 < E; e0 += S) {
             const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0;
             real *out_m = out + m * E + e0, sum = 0;
-            #pragma omp simd reduction(+:sum)
-            for (size_t s = 0; s < S; s++) {
-                real gate = silu_real(z_m[s]), w = norm_before_gate ? y_m[s] : y_m[s] * gate;
-                sum += w * w;
-                out_m[s] = weight[e0 + s] * y_m[s] * gate;
-            }
+            #pragma omp simd
+            for (size_t s = 0; s < S; s++) out_m[s] = y_m[s] * silu_real(z_m[s]);
+            sum = norm_before_gate ? dot_real(y_m, y_m, S) : dot_real(out_m, out_m, S);
             real r = 1 / (real)sqrt((double)(sum / (real)S + eps));
             if (r == 0) r = (real)NAN;        // as in rmsnorm_forward
-            for (size_t s = 0; s < S; s++) out_m[s] *= r;
+            for (size_t s = 0; s < S; s++) out_m[s] *= weight[e0 + s] * r;
             rstd[m * (E / S) + e0 / S] = r;
         }
     }
@@ -1848,20 +1845,28 @@ void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, cons
             const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
             const real* weight_g = weight + e0;
             real *dy_m = dy + m * E + e0, *dz_m = dz + m * lddz + e0;
-            real r = rstd[m * (E / S) + e0 / S], dot = 0;
-            #pragma omp simd reduction(+:dot)
-            for (size_t s = 0; s < S; s++) dot += weight_g[s] * dout_m[s] * (y_m[s] * silu_real(z_m[s]));
-            real mean = dot * r / (real)S;
-            #pragma omp simd
-            for (size_t s = 0; s < S; s++) {
-                real gate = silu_real(z_m[s]), dgate = silu_grad_real(z_m[s]), q = weight_g[s] * dout_m[s];
-                if (norm_before_gate) {
-                    dy_m[s] += r * (q * gate - y_m[s] * r * mean);
-                    dz_m[s] += q * y_m[s] * r * dgate;
-                } else {
-                    real dw = r * (q - y_m[s] * gate * r * mean);
+            real r = rstd[m * (E / S) + e0 / S], dot[CHANNEL_TILE] = {0}, mean = 0;
+            for (size_t s0 = 0; s0 < S; s0 += CHANNEL_TILE) {
+                size_t n = min_size(CHANNEL_TILE, S - s0);
+                #pragma omp simd
+                for (size_t s = 0; s < n; s++)
+                    dot[s] += weight_g[s0 + s] * dout_m[s0 + s] * (y_m[s0 + s] * silu_real(z_m[s0 + s]));
+            }
+            for (size_t s = 0; s < CHANNEL_TILE; s++) mean += dot[s] * r / (real)S;
+            if (norm_before_gate) {
+                #pragma omp simd
+                for (size_t s = 0; s < S; s++) {
+                    real q = weight_g[s] * dout_m[s];
+                    dy_m[s] += r * (q * silu_real(z_m[s]) - y_m[s] * r * mean);
+                    dz_m[s] += q * y_m[s] * r * silu_grad_real(z_m[s]);
+                }
+            } else {
+                #pragma omp simd
+                for (size_t s = 0; s < S; s++) {
+                    real gate = silu_real(z_m[s]);
+                    real dw = r * (weight_g[s] * dout_m[s] - y_m[s] * gate * r * mean);
                     dy_m[s] += dw * gate;
-                    dz_m[s] += dw * y_m[s] * dgate;
+                    dz_m[s] += dw * y_m[s] * silu_grad_real(z_m[s]);
                 }
             }
         }
