@@ -6848,57 +6848,60 @@ template <int DH> struct AttentionTiles {
     enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 64, KV_MT = 2, KV_QUERIES = 64 };
 };
 template <> struct AttentionTiles<96> {
-    enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 32, KV_MT = 1, KV_QUERIES = 32 };
+    enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 32, KV_MT = 2, KV_QUERIES = 32 };
 };
 template <> struct AttentionTiles<128> {
     enum { MT = 2, KEYS = 32, Q_MT = 2, Q_KEYS = 32, KV_MT = 1, KV_QUERIES = 32 };
 };
 
+// false: the GPU has too little shared memory (compute capability 8.6 and 8.9, backward of heads above 96)
 template <typename Kernel, typename P>
-static inline void attention_launch_fast(Kernel kernel, size_t shared, const P& p, int heads, int rows,
+static inline bool attention_launch_fast(Kernel kernel, size_t shared, const P& p, int heads, int rows,
                                          cudaStream_t stream) {
     const int tiles = (p.T + rows - 1) / rows;
+    int limit = 0;
+    cudaCheck(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    if (shared > (size_t)limit) return false;
     scan_allow_shared(kernel, shared);
     kernel<<<(unsigned)(tiles * heads), ATTENTION_THREADS, shared, stream>>>(p, tiles);
     cudaCheck(cudaGetLastError());
+    return true;
 }
 template <int DH>
-static inline void attention_forward_fast_cuda(const AttentionCuda<bf16>& p, cudaStream_t stream) {
+static inline bool attention_forward_fast_cuda(const AttentionCuda<bf16>& p, cudaStream_t stream) {
     typedef AttentionTiles<DH> Tiles;
-    attention_launch_fast(attention_forward_fast_kernel<DH, Tiles::MT, Tiles::KEYS>,
-                          sizeof(AttentionForwardShared<DH, Tiles::MT, Tiles::KEYS>), p, p.B * p.Hq,
-                          64 * Tiles::MT, stream);
+    return attention_launch_fast(attention_forward_fast_kernel<DH, Tiles::MT, Tiles::KEYS>,
+                                 sizeof(AttentionForwardShared<DH, Tiles::MT, Tiles::KEYS>), p, p.B * p.Hq,
+                                 64 * Tiles::MT, stream);
 }
 template <int DH>
-static inline void attention_backward_fast_cuda(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
+static inline bool attention_backward_fast_cuda(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
     typedef AttentionTiles<DH> Tiles;
-    attention_launch_fast(attention_backward_q_fast_kernel<DH, Tiles::Q_MT, Tiles::Q_KEYS>,
-                          sizeof(AttentionBackwardQShared<DH, Tiles::Q_MT, Tiles::Q_KEYS>), p, p.B * p.Hq,
-                          64 * Tiles::Q_MT, stream);
-    attention_launch_fast(attention_backward_kv_fast_kernel<DH, Tiles::KV_MT, Tiles::KV_QUERIES>,
-                          sizeof(AttentionBackwardKVShared<DH, Tiles::KV_MT, Tiles::KV_QUERIES>), p,
-                          p.B * p.Hkv, 64 * Tiles::KV_MT, stream);
+    return attention_launch_fast(attention_backward_q_fast_kernel<DH, Tiles::Q_MT, Tiles::Q_KEYS>,
+                                 sizeof(AttentionBackwardQShared<DH, Tiles::Q_MT, Tiles::Q_KEYS>), p,
+                                 p.B * p.Hq, 64 * Tiles::Q_MT, stream) &&
+           attention_launch_fast(attention_backward_kv_fast_kernel<DH, Tiles::KV_MT, Tiles::KV_QUERIES>,
+                                 sizeof(AttentionBackwardKVShared<DH, Tiles::KV_MT, Tiles::KV_QUERIES>), p,
+                                 p.B * p.Hkv, 64 * Tiles::KV_MT, stream);
 }
-static inline void attention_forward_fast_any(const AttentionCuda<bf16>& p, cudaStream_t stream) {
-    if (p.dh <= 32) attention_forward_fast_cuda<32>(p, stream);
-    else if (p.dh <= 64) attention_forward_fast_cuda<64>(p, stream);
-    else if (p.dh <= 96) attention_forward_fast_cuda<96>(p, stream);
-    else attention_forward_fast_cuda<128>(p, stream);
+static inline bool attention_fast(const AttentionCuda<bf16>& p, cudaStream_t stream) {
+    return p.dh <= 32   ? attention_forward_fast_cuda<32>(p, stream)
+           : p.dh <= 64 ? attention_forward_fast_cuda<64>(p, stream)
+           : p.dh <= 96 ? attention_forward_fast_cuda<96>(p, stream)
+                        : attention_forward_fast_cuda<128>(p, stream);
 }
-static inline void attention_backward_fast_any(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
-    if (p.dh <= 32) attention_backward_fast_cuda<32>(p, stream);
-    else if (p.dh <= 64) attention_backward_fast_cuda<64>(p, stream);
-    else if (p.dh <= 96) attention_backward_fast_cuda<96>(p, stream);
-    else attention_backward_fast_cuda<128>(p, stream);
+static inline bool attention_fast(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
+    return p.dh <= 32   ? attention_backward_fast_cuda<32>(p, stream)
+           : p.dh <= 64 ? attention_backward_fast_cuda<64>(p, stream)
+           : p.dh <= 96 ? attention_backward_fast_cuda<96>(p, stream)
+                        : attention_backward_fast_cuda<128>(p, stream);
 }
-// never called: attention_is_fast is false for float
-static inline void attention_forward_fast_any(const AttentionCuda<float>&, cudaStream_t) {}
-static inline void attention_backward_fast_any(const AttentionBackwardCuda<float>&, cudaStream_t) {}
+static inline bool attention_fast(const AttentionCuda<float>&, cudaStream_t) { return false; }
+static inline bool attention_fast(const AttentionBackwardCuda<float>&, cudaStream_t) { return false; }
 
 // attention_is_fast: rows of heads, each aligned to 16 bytes
 template <typename X> static inline bool attention_is_fast(const X* rows, size_t ld, size_t dh) {
-    return sizeof(X) == sizeof(bf16) && dh % 8 == 0 && dh <= 128 && is_aligned(rows, 16, ld * sizeof(X)) &&
-           ld < (size_t)1 << 23;
+    return dh % 8 == 0 && dh <= 128 && is_aligned(rows, 16, ld * sizeof(X)) && ld < (size_t)1 << 23;
 }
 
 template <typename Kernel, typename P>
@@ -6935,10 +6938,8 @@ const char* attention_forward_cuda(X* out, size_t ldo, float* lse, const X* qkv,
     (AttentionKeys<X>&)p = attention_keys(qkv, ldqkv, kv0, capacity, position0, span, B, T, Hq, Hkv, dh);
     p.out = out; p.ldo = ldo; p.lse = lse; p.q = qkv; p.scale = scale * ATTENTION_LOG2E;
     if (attention_is_fast(qkv, ldqkv, dh) && attention_is_fast(out, ldo, dh) &&
-        attention_is_fast(kv0, 8, dh)) {
-        attention_forward_fast_any(p, stream);
+        attention_is_fast(kv0, 8, dh) && attention_fast(p, stream))
         return "fast";
-    }
     attention_launch_general(attention_forward_kernel<X>, p, B * T * Hq, 2 * dh + WARP, stream);
     return "general";
 }
@@ -6960,10 +6961,8 @@ const char* attention_backward_cuda(X* dqkv, size_t lddqkv, const X* dout, size_
     p.lse = lse; p.delta = scratch; p.scale = scale; p.rotary = rotary;
     if (attention_is_fast(qkv, ldqkv, dh) && attention_is_fast(dqkv, lddqkv, dh) &&
         attention_is_fast(dout, lddo, dh) && attention_is_fast(out, ldo, dh) &&
-        attention_is_fast(kv0, 8, dh)) {
-        attention_backward_fast_any(p, stream);
+        attention_is_fast(kv0, 8, dh) && attention_fast(p, stream))
         return "fast";
-    }
     attention_launch_general(attention_backward_q_kernel<X>, p, B * T * Hq, 3 * dh + WARP, stream);
     attention_launch_general(attention_backward_kv_kernel<X>, p, B * T * Hkv, 4 * dh + 2 * WARP, stream);
     return "general";
