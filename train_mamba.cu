@@ -72,6 +72,14 @@ template <typename Y> static Y* device_copy(const Y* host, size_t n) {
     return p;
 }
 
+// to_device, to_host: copies in a stream
+template <typename Y> static void to_device(Y* device, const Y* host, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(Y), cudaMemcpyHostToDevice, stream));
+}
+template <typename Y> static void to_host(Y* host, const Y* device, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(host, device, n * sizeof(Y), cudaMemcpyDeviceToHost, stream));
+}
+
 // host_pinned: host memory that the GPU copies from and to by itself, while both sides go on
 void* host_pinned(size_t bytes) {
     void* p;
@@ -4271,7 +4279,7 @@ enum { SSD_SPAN = 64, SSD_PER_SAVED = SSD_SPACING / SSD_SPAN, SSD_ROUND = 16384 
 // SsdTokens: the decays of a tile. from_i = exp(cs_i): what is left at i of the state before the tile, 0 when a
 // document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds; all:
 // from before the tile to after it. cs is in base 2.
-struct SsdTokens {
+struct alignas(16) SsdTokens {
     float cs[SSD_SPAN], dt[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
     float all;
 };
@@ -7173,7 +7181,8 @@ void adamw_cuda(float* params, X* params_x, const float* grads, float* m, float*
 
 // Rows of the tables are TensorSpecs: a shape per token, or one of the sizes in array_count. In addition to
 // the sizes and flags of train_mamba.c (BACKWARD_ONLY also among what is saved):
-enum { DIM_IN2_ROW = 1000 };          // DIM_IN2, padded
+enum { DIM_IN2_ROW = 1000,            // DIM_IN2, padded
+       DIM_QKV_CONV };                // DIM_QKV where attention has a conv, otherwise nothing
 enum { IS_FLOAT = 1 << 16 };          // the elements are float, otherwise X
 
 // The float parameters of a layer, as train_mamba.c names them. weight_x: one of them in the type of the
@@ -7496,14 +7505,17 @@ static const TensorSpec mamba2_scratch_cuda[] = {
 // mamba2_row: the row stride of zxbcdt; rows begin at multiples of 128 bytes (bf16)
 static size_t mamba2_row(size_t in) { return (in + 63) / 64 * 64; }
 
-template <typename X> static Mamba2Sizes mamba2_sizes_cuda(const CudaRun<X>* run) {
-    Run same = {run->config, run->B, run->T, NULL, 0, {0, 0, 0, 0}};
-    return mamba2_sizes(&same);
+static Mamba2Sizes mamba2_sizes_cuda(const Config* c, size_t B, size_t T) {
+    Run run;
+    memset(&run, 0, sizeof run);
+    run.config = c;
+    run.B = B;
+    run.T = T;
+    return mamba2_sizes(&run);
 }
 
 static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
-    Run run = {c, B, T, NULL, 0, {0, 0, 0, 0}};
-    const Mamba2Sizes s = mamba2_sizes(&run);
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, B, T);
     const size_t forward = ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
                  backward[] = {ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
                                ssd_dt_backward_scratch_cuda(B, T, s.H), gated_rmsnorm_scratch_cuda(s.M, s.Es),
@@ -7538,7 +7550,7 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
     const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
     const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
     const Config* c = run->config;
-    const Mamba2Sizes s = mamba2_sizes_cuda(run);
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
     const size_t ld = mamba2_row(s.in);
     const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N;
     cudaStream_t stream = run->stream;
@@ -7568,7 +7580,7 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
     const Mamba2State* s0 = (const Mamba2State*)state0;
     const Config* c = run->config;
-    const Mamba2Sizes s = mamba2_sizes_cuda(run);
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
     const size_t ld = mamba2_row(s.in), GN = s.G * s.N;
     const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es;
     X *dz0 = w->dzxbcdt, *dx0 = dz0 + s.mlp, *dz = dz0 + s.z, *dy = s.mlp ? w->dy : w->dn;
@@ -7609,8 +7621,141 @@ template <typename X> static void mamba2_paths(const Config* c) {
     size_t S = (size_t)(c->d_ssm / c->ngroups), N = (size_t)c->d_state, P = (size_t)c->headdim;
     bool ssd = sizeof(X) == 2 && ssd_backward_fast_of(P, N) && (size_t)c->d_ssm * sizeof(X) % 16 == 0;
     printf("SSD %s%s, gated norm %s, ", ssd ? "fast" : "general",
-           !ssd && sizeof(X) == 2 ? " (the fast one needs --headdim 32, 64 or 128 and --d-state 64 or 128)" : "",
+           !ssd && sizeof(X) == 2
+               ? " (the fast one needs --headdim 32, 64 or 128, --d-state 64 or 128)" : "",
            gated_threads(S) ? "fast" : "general");
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.3 Attention
+
+template <typename X> struct AttentionActsCuda { X *in, *qkv; float* lse; X* y; };
+
+static const TensorSpec attention_acts_cuda[] = {
+    {"in",  {DIM_IN_A}, 0, 0},                           // q, k, v before the conv, up, gate
+    {"qkv", {DIM_QKV_CONV}, 0, CHEAP},                   // after conv and rotation; without conv part of `in`
+    {"lse", {DIM_HQ}, 0, BACKWARD_ONLY | IS_FLOAT},      // (B,Hq,T)
+    {"y",   {DIM_OUT_A}, 0, 0},                          // out of the heads, of the MLP
+};
+
+template <typename X> struct AttentionScratchCuda { int2* span; X *din, *dqkv, *dy; };
+
+static const TensorSpec attention_scratch_cuda[] = {
+    {"span", {DIM_2}, 0, IS_FLOAT},                      // of documents
+    {"din",  {DIM_IN_A}, 0, BACKWARD_ONLY},
+    {"dqkv", {DIM_QKV_CONV}, 0, BACKWARD_ONLY},
+    {"dy",   {DIM_OUT_A}, 0, BACKWARD_ONLY},
+};
+
+static size_t attention_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
+    const Heads s = heads_of(c);
+    if (!training) return attention_decode_scratch_cuda(B, s.Hq, s.dh, s.capacity);
+    size_t conv = s.K ? causal_conv1d_scratch_cuda(B, T, s.qkv, s.K) : 0;
+    return max_size(B * s.Hq * T, max_size(conv, bias_backward_scratch_cuda(B * T, s.in)));
+}
+
+// the documents of the call; NULL: one per sequence
+template <typename X>
+static const int2* attention_spans(const CudaRun<X>* run, const AttentionScratchCuda<X>* w,
+                                   const float* position0) {
+    if (!run->doc) return NULL;
+    attention_span_cuda(w->span, run->doc, position0, run->B, run->T, run->stream);
+    return w->span;
+}
+
+// (A2) q, k, v through the conv
+template <typename X>
+static void attention_conv(const CudaRun<X>* run, const Heads& s, const AttentionParams* p,
+                           const AttentionActsCuda<X>* a, const float* tail0, float* tailT) {
+    causal_conv1d_forward_cuda(a->qkv, tailT, a->in, s.in, tail0, p->conv1d, p->conv1d_bias, false, run->doc,
+                               run->B, run->T, s.qkv, s.K, run->stream);
+}
+
+// (A3) q and k turned in place
+template <typename X>
+static void attention_turn(const CudaRun<X>* run, const Heads& s, X* qkv, size_t ld, const float* position0,
+                           const int2* span, const RotaryCuda& rotary) {
+    attention_rotate_cuda(qkv, ld, position0, span, rotary, run->B, run->T, s.Hq, s.Hkv, s.dh, run->stream);
+}
+
+// attention_block_forward_cuda: delta = Attention(RMSNorm(res)), res = res_in + delta_in; formulas (A1) to
+// (A4) at attention_block_forward.   state: conv, position float, kv (keys turned, values) in X; NULL: none
+template <typename X>
+void attention_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                  const ScratchCuda<X>* shared, const float* res_in, const X* delta_in,
+                                  float* const* state0, float* const* stateT) {
+    const AttentionParams* p = (const AttentionParams*)L->p;
+    const AttentionActsCuda<X>* a = (const AttentionActsCuda<X>*)acts->field;
+    const AttentionScratchCuda<X>* w = (const AttentionScratchCuda<X>*)acts->scratch;
+    const AttentionState *s0 = (const AttentionState*)state0, *sT = (const AttentionState*)stateT;
+    const Config* c = run->config;
+    const Heads s = heads_of(c);
+    const size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, ld = s.K ? s.qkv : s.in;
+    const X* up = a->in + s.qkv;
+    X *qkv = s.K ? a->qkv : a->in, *kv0 = (X*)s0->kv, *kvT = (X*)sT->kv;
+    const RotaryCuda rotary = rotary_cuda(s.ro, c->rotary_base, c->rotary_interleaved);
+    cudaStream_t stream = run->stream;
+    block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->in, s.in, p->in_proj, p->in_proj_bias,
+                        s.in);
+    if (s.K) attention_conv(run, s, p, a, s0->conv, sT->conv);
+    if (T == 1 && kv0 && kv0 == kvT && !a->lse && !run->doc) {           // generation
+        attention_decode_cuda<X>(a->y, s.out, kvT, sT->position, s.capacity, qkv, ld, rotary, s.scale,
+                                 shared->sums, B, s.Hq, s.Hkv, s.dh, stream);
+    } else {
+        const int2* span = attention_spans(run, w, s0->position);
+        attention_turn(run, s, qkv, ld, s0->position, span, rotary);
+        attention_forward_cuda<X>(a->y, s.out, a->lse, qkv, ld, kv0, s.capacity, s0->position, span, s.scale,
+                                  B, T, s.Hq, s.Hkv, s.dh, stream);
+        if (kvT)
+            attention_append_cuda<X>(kvT, sT->position, kv0, s.capacity, s0->position, qkv, ld, span, B, T,
+                                     s.Hq, s.Hkv, s.dh, stream);
+    }
+    if (s.F) gate_forward_cuda(a->y + s.Hq * s.dh, s.out, up, s.in, up + s.F, s.in, M, s.F, stream);
+    matmul_forward_cuda(run->matmul, shared->delta, D, a->y, s.out, weight_x(L, p->out_proj),
+                        p->out_proj_bias, M, s.out, D, stream);
+}
+
+// attention_block_backward_cuda: gradients as in block_begin_backward
+template <typename X>
+void attention_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                   const ScratchCuda<X>* shared, float* const* state0) {
+    const AttentionParams *p = (const AttentionParams*)L->p, *dp = (const AttentionParams*)L->grad;
+    const AttentionActsCuda<X>* a = (const AttentionActsCuda<X>*)acts->field;
+    const AttentionScratchCuda<X>* w = (const AttentionScratchCuda<X>*)acts->scratch;
+    const AttentionState* s0 = (const AttentionState*)state0;
+    const Config* c = run->config;
+    const Heads s = heads_of(c);
+    const size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, ld = s.K ? s.qkv : s.in;
+    const X* up = a->in + s.qkv;
+    X *qkv = s.K ? a->qkv : a->in, *dup = w->din + s.qkv, *dqkv = s.K ? w->dqkv : w->din;
+    const RotaryCuda rotary = rotary_cuda(s.ro, c->rotary_base, c->rotary_interleaved);
+    cudaStream_t stream = run->stream;
+    const int2* span = attention_spans(run, w, s0->position);
+    if (run->recompute == RECOMPUTE_CHEAP && s.K) {          // qkv now, u in block_begin_backward
+        attention_conv(run, s, p, a, s0->conv, (float*)NULL);
+        attention_turn(run, s, qkv, ld, s0->position, span, rotary);
+    }
+    linear_backward_input(run, w->dy, s.out, false, shared->dres_x, D, weight_x(L, p->out_proj), s.out, D);
+    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, D, a->y, s.out,
+                           shared->sums, s.out, D);
+    side_join(run);                                // of the layer before: din is written again
+    if (s.F)
+        gate_backward_cuda(dup, s.in, dup + s.F, s.in, (X*)NULL, 0, w->dy + s.Hq * s.dh, s.out, up, s.in,
+                           up + s.F, s.in, M, s.F, stream);
+    attention_backward_cuda<X>(dqkv, ld, w->dy, s.out, a->y, s.out, a->lse, qkv, ld, (const X*)s0->kv,
+                               s.capacity, s0->position, span, rotary, s.scale, shared->sums, B, T, s.Hq,
+                               s.Hkv, s.dh, stream);
+    if (s.K)
+        causal_conv1d_backward_cuda(w->din, s.in, dp->conv1d, dp->conv1d_bias, (float*)NULL, dqkv,
+                                    (const float*)NULL, a->in, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                                    false, run->doc, shared->sums, B, T, s.qkv, s.K, stream);
+    block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->din, s.in, p->norm,
+                         p->in_proj, s.in);
+}
+
+template <typename X> static void attention_paths(const Config* c) {
+    printf("attention %s, ", sizeof(X) == 2 && c->attn_head_dim % 8 == 0 && c->attn_head_dim <= 128
+                                 ? "fast" : "general");
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -7694,16 +7839,21 @@ template <typename X> struct KindCuda {
                    const ScratchCuda<bf16>*, float* res_out, const float* res_in, const bf16* delta_in,
                    float* const* state);
     void (*paths)(const Config*);                  // prints which of its kernels are fast; NULL: no choice
+    int state_x;                                   // bit i: field i of its state is X, not float
 };
+#define FIELD(type, name) (offsetof(type, name) / sizeof(void*))
 
-enum { N_KINDS_CUDA = 3 };
+enum { N_KINDS_CUDA = 4 };
 template <typename X> static const KindCuda<X> kinds_cuda[N_KINDS_CUDA] = {
     {'1', TABLE(mamba1_acts_cuda), TABLE(mamba1_scratch_cuda), mamba1_sums_cuda, mamba1_block_forward_cuda<X>,
-     mamba1_block_backward_cuda<X>, mamba1_decodes, mamba1_block_decode_cuda, mamba1_paths<X>},
+     mamba1_block_backward_cuda<X>, mamba1_decodes, mamba1_block_decode_cuda, mamba1_paths<X>, 0},
     {'2', TABLE(mamba2_acts_cuda), TABLE(mamba2_scratch_cuda), mamba2_sums_cuda, mamba2_block_forward_cuda<X>,
-     mamba2_block_backward_cuda<X>, NULL, NULL, mamba2_paths<X>},
+     mamba2_block_backward_cuda<X>, NULL, NULL, mamba2_paths<X>, 0},
+    {'a', TABLE(attention_acts_cuda), TABLE(attention_scratch_cuda), attention_sums_cuda,
+     attention_block_forward_cuda<X>, attention_block_backward_cuda<X>, NULL, NULL, attention_paths<X>,
+     1 << FIELD(AttentionState, kv)},
     {'m', TABLE(mlp_acts_cuda), TABLE(mlp_scratch_cuda), NULL, mlp_block_forward_cuda<X>,
-     mlp_block_backward_cuda<X>, mlp_decodes, mlp_block_decode_cuda, NULL},
+     mlp_block_backward_cuda<X>, mlp_decodes, mlp_block_decode_cuda, NULL, 0},
 };
 
 #define SAME_FIELDS(type, table)                                          \
@@ -7712,6 +7862,8 @@ SAME_FIELDS(Mamba1ActsCuda, mamba1_acts_cuda);
 SAME_FIELDS(Mamba1ScratchCuda, mamba1_scratch_cuda);
 SAME_FIELDS(Mamba2ActsCuda, mamba2_acts_cuda);
 SAME_FIELDS(Mamba2ScratchCuda, mamba2_scratch_cuda);
+SAME_FIELDS(AttentionActsCuda, attention_acts_cuda);
+SAME_FIELDS(AttentionScratchCuda, attention_scratch_cuda);
 SAME_FIELDS(MlpActsCuda, mlp_acts_cuda);
 SAME_FIELDS(MlpScratchCuda, mlp_scratch_cuda);
 
@@ -7728,6 +7880,7 @@ static size_t array_count(const TensorSpec* spec, const Config* c, size_t B, siz
                                          scan_spacing(recompute));
     if (spec->dim[0] == DIM_SSD_SAVED)
         return ssd_saved_cuda(B, T, (size_t)(c->d_ssm / c->headdim), (size_t)c->headdim, (size_t)c->d_state);
+    if (spec->dim[0] == DIM_QKV_CONV) return c->attn_conv ? B * T * (size_t)config_dim(c, DIM_QKV) : 0;
     if (spec->dim[0] == DIM_IN2_ROW) return B * T * mamba2_row((size_t)config_dim(c, DIM_IN2));
     return B * T * spec_count(spec, c);
 }
@@ -7852,7 +8005,8 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
         if (kind->sums) sums = max_size(sums, kind->sums(c, B, T, train));
         if (kind->sums && !train) sums = max_size(sums, kind->sums(c, M, 1, false));   // a token of each row
     }
-    // a smaller call may cut time differently; its partial sums are never more than twice those of the full one
+    // a smaller call may cut time differently; its partial sums are never more than twice those of the full
+    // one
     if (sums) arena_take(arena, &s->sums, 2 * sums);
     if (train) {
         arena_take(arena, &s->dres, M * D);
@@ -8015,20 +8169,61 @@ template <typename X> void model_cuda_free(ModelCuda<X>* d) {
     free(d->layer);
 }
 
-// the fields of one layer's state in a device copy of a State; all NULL without one
-static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device, const State* host, int l,
-                         size_t row0) {
-    for (int i = 0; i < MAX_FIELDS; i++) field[i] = NULL;
-    for (int i = 0; device && i < m->layer[l].kind->n_state; i++)
-        field[i] = device + (host->field[l][i] - host->data) +
-                   row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
+// A State on the device: field after field like on the host, in words of 4 bytes, each field aligned to 16
+// bytes. A field of a row has one word per float; the keys and values of attention are X.
+template <typename X> static size_t state_words(const Model* m, int l, int i) {
+    size_t n = spec_count(&m->layer[l].kind->state[i], &m->config);
+    return kind_cuda<X>(m->layer[l].kind)->state_x >> i & 1 ? n * sizeof(X) / 4 : n;
 }
 
-// model_forward_cuda: tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or
-// NULL
+// where layer l begins; l = n_layers: how many words there are
+template <typename X> static size_t state_begin(const Model* m, size_t rows, int l) {
+    size_t n = 0;
+    for (int k = 0; k < l; k++)
+        for (int i = 0; i < m->layer[k].kind->n_state; i++) n += (rows * state_words<X>(m, k, i) + 3) / 4 * 4;
+    return n;
+}
+
+// the fields of one layer's state from row0 on, rows: of all; all NULL without a state
+template <typename X>
+static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device, size_t rows, int l,
+                         size_t row0) {
+    for (int i = 0; i < MAX_FIELDS; i++) field[i] = NULL;
+    if (!device) return;
+    device += state_begin<X>(m, rows, l);
+    for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+        field[i] = device + row0 * state_words<X>(m, l, i);
+        device += (rows * state_words<X>(m, l, i) + 3) / 4 * 4;
+    }
+}
+
+// state_copy_cuda: a State of the host to the device, or back; returns when it is there
+template <typename X>
+static void state_copy_cuda(const Model* m, float* device, const State* host, bool to_the_host,
+                            cudaStream_t stream) {
+    for (int l = 0; l < m->n_layers; l++) {
+        float* field[MAX_FIELDS];
+        state_fields<X>(field, m, device, host->rows, l, 0);
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+            size_t n = host->rows * spec_count(&m->layer[l].kind->state[i], &m->config);
+            size_t bytes = host->rows * state_words<X>(m, l, i) * 4;
+            real* p = host->field[l][i];
+            X* narrow = bytes < n * sizeof(real) ? (X*)xcalloc(n, sizeof(X)) : NULL;
+            void* there = narrow ? (void*)narrow : (void*)p;
+            for (size_t j = 0; narrow && !to_the_host && j < n; j++) narrow[j] = (X)p[j];
+            if (to_the_host) to_host((char*)there, (const char*)field[i], bytes, stream);
+            else to_device((char*)field[i], (const char*)there, bytes, stream);
+            cudaCheck(cudaStreamSynchronize(stream));
+            for (size_t j = 0; narrow && to_the_host && j < n; j++) p[j] = (float)narrow[j];
+            free(narrow);
+        }
+    }
+}
+
+// model_forward_cuda: tokens (B,T) to w->f. state: states of `rows` rows on the device, from row0 on, or NULL
 template <typename X>
 void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
-                        const int* tokens, float* state0, float* stateT, const State* host, size_t row0) {
+                        const int* tokens, float* state0, float* stateT, size_t rows, size_t row0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     const float* res = w->acts[0].res;
     run->dropout.place = 0;
@@ -8036,8 +8231,8 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
     embedding_forward_cuda(w->acts[0].res, tokens, d->embedding_x, M, D, run->stream, run->dropout);
     for (int l = 0; l < m->n_layers; l++) {
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
-        state_fields(s0, m, state0, host, l, row0);
-        state_fields(sT, m, stateT, host, l, row0);
+        state_fields<X>(s0, m, state0, rows, l, row0);
+        state_fields<X>(sT, m, stateT, rows, l, row0);
         d->layer[l].kind->forward(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
         res = w->acts[l].res;
         delta = w->scratch.delta;
@@ -8050,7 +8245,7 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
 // model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states updated in place.
 // Returns false when the shapes do not fit section 4.10; then nothing was done.
 static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
-                              CudaRun<bf16>* run, const int* tokens, float* state, const State* host,
+                              CudaRun<bf16>* run, const int* tokens, float* state, size_t rows,
                               float* logits) {
     size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     bool fits = run->B <= DECODE_ROWS && D % 32 == 0;
@@ -8062,7 +8257,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     embedding_forward_cuda(res[0], tokens, d->embedding_x, run->B, D, run->stream, run->dropout);
     for (int l = 0; l < m->n_layers; l++) {
         float* fields[MAX_FIELDS];
-        state_fields(fields, m, state, host, l, 0);
+        state_fields<bf16>(fields, m, state, rows, l, 0);
         d->layer[l].kind->decode(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
                                  delta, fields);
         delta = w->scratch.delta;
@@ -8077,7 +8272,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     return true;
 }
 static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
-                              const int*, float*, const State*, float*) {
+                              const int*, float*, size_t, float*) {
     return false;
 }
 
@@ -8152,7 +8347,7 @@ void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, cons
 // just before.
 template <typename X>
 void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
-                         const int* tokens, float* state0, const State* host) {
+                         const int* tokens, float* state0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
     side_fork(run);
@@ -8162,7 +8357,7 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
                           s->sums, M, D, run->stream, run->dropout);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
-        state_fields(s0, m, state0, host, l, 0);
+        state_fields<X>(s0, m, state0, run->B, l, 0);
         run->dropout.place = (uint64_t)l;
         const LayerCuda<X>* L = &d->layer[l];
         if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
@@ -8205,7 +8400,7 @@ __global__ void step_judge_kernel(StepOutput* out, double* norm) {
     *norm = NAN;
 }
 
-// Carried states of one micro-batch, laid out as State: for every layer and field (rows, count).
+// Carried states of one micro-batch: for every layer and field (rows, count) words.
 typedef struct { size_t offset, count; } StateField;
 
 // state_fresh: clears the rows that start anew.   grid (fields, rows)
@@ -8245,7 +8440,7 @@ template <typename X> struct CudaBackend {
     Matmul matmul;
     cudaStream_t stream;
     SideCuda side;                     // when training
-    // carried states of `micros` micro-batches, each as State; n_state floats each
+    // carried states of `micros` micro-batches, n_state words each
     float *carry_in, *carry_out;
     size_t micros, n_state;
     StateField* field;
@@ -8260,6 +8455,7 @@ template <typename X> struct CudaBackend {
 template <typename X> struct CudaSession {
     WorkCuda<X> work;
     float *state, *logits;
+    size_t state_words;
     int* host_tokens;                  // pinned
     float* host_logits;
     int64_t decoded[2];                // calls with one token for all rows: for logits; for the next tokens
@@ -8279,13 +8475,6 @@ static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t
     return run;
 }
 
-template <typename Y> static void to_device(Y* device, const Y* host, size_t n, cudaStream_t stream) {
-    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(Y), cudaMemcpyHostToDevice, stream));
-}
-template <typename Y> static void to_host(Y* host, const Y* device, size_t n, cudaStream_t stream) {
-    cudaCheck(cudaMemcpyAsync(host, device, n * sizeof(Y), cudaMemcpyDeviceToHost, stream));
-}
-
 // graph_record: what `launch` puts into the stream becomes a graph instead of running
 template <typename Launch> static cudaGraphExec_t graph_record(cudaStream_t stream, Launch launch) {
     cudaGraph_t graph;
@@ -8302,7 +8491,7 @@ template <typename Launch> static cudaGraphExec_t graph_record(cudaStream_t stre
 template <typename X> static void carry_reserve(Backend* b, size_t micros, size_t B) {
     CudaBackend<X>* c = cuda_of<X>(b);
     const Model* m = b->model;
-    size_t n_state = B * state_count(m);
+    size_t n_state = state_begin<X>(m, B, m->n_layers);
     if (c->micros >= micros && c->n_state == n_state) return;
     cudaCheck(cudaFree(c->carry_in));
     cudaCheck(cudaFree(c->carry_out));
@@ -8312,14 +8501,15 @@ template <typename X> static void carry_reserve(Backend* b, size_t micros, size_
     c->carry_in = (float*)device_calloc(micros * n_state, sizeof(float));
     c->carry_out = (float*)device_calloc(micros * n_state, sizeof(float));
     StateField* field = (StateField*)xcalloc((size_t)m->n_layers * MAX_FIELDS, sizeof(StateField));
-    size_t offset = 0;
     c->n_fields = 0;
-    for (int l = 0; l < m->n_layers; l++)
+    for (int l = 0; l < m->n_layers; l++) {
+        float* fields[MAX_FIELDS];
+        state_fields<X>(fields, m, c->carry_in, B, l, 0);
         for (int i = 0; i < m->layer[l].kind->n_state; i++) {
-            StateField f = {offset, spec_count(&m->layer[l].kind->state[i], &m->config)};
+            StateField f = {(size_t)(fields[i] - c->carry_in), state_words<X>(m, l, i)};
             field[c->n_fields++] = f;
-            offset += B * f.count;
         }
+    }
     c->field = device_copy(field, (size_t)c->n_fields);
     free(field);
 }
@@ -8335,13 +8525,11 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     size_t M = B * T;
     float scale_float = (float)scale;
     float *s0 = NULL, *sT = NULL;
-    const State* host = NULL;
     if (b->carry_in && micro >= 0) {
         carry_reserve<X>(b, (size_t)micro + 1, B);
-        host = &b->carry_in[micro];
         s0 = c->carry_in + (size_t)micro * c->n_state;
         sT = c->carry_out + (size_t)micro * c->n_state;
-        to_device(s0, host->data, host->n_elements, c->stream);
+        state_copy_cuda<X>(b->model, s0, &b->carry_in[micro], false, c->stream);
     }
     to_device(batch->tokens, tokens, M, c->stream);
     to_device(batch->targets, targets, M, c->stream);
@@ -8349,7 +8537,7 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     to_device(&batch->step->dropout_key, &b->dropout.key, 1, c->stream);
     if (doc) to_device(batch->doc, doc, M, c->stream);
     CudaRun<X> run = run_of<X>(b, micro, doc ? batch->doc : NULL, B, T, w->recompute);
-    model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, host, 0);
+    model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, B, 0);
     model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0,
                     b->token_best ? batch->targets : (int*)NULL);
     if (b->token_loss) to_host(b->token_loss, w->losses, M, c->stream);
@@ -8358,7 +8546,7 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     cudaCheck(cudaGetLastError());
     double sum;
     to_host(&sum, &c->out->loss, 1, c->stream);
-    if (sT) to_host(b->carry_out[micro].data, sT, b->carry_out[micro].n_elements, c->stream);
+    if (sT) state_copy_cuda<X>(b->model, sT, &b->carry_out[micro], true, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
     return sum;
 }
@@ -8371,8 +8559,7 @@ static void cuda_backward(Backend* b, int micro, const int* tokens, const int* d
     bool carried = b->carry_in && micro >= 0;
     CudaRun<X> run = run_of<X>(b, micro, doc ? w->batch.doc : NULL, B, T, w->recompute);
     model_backward_cuda(b->model, &c->model, w, &run, w->batch.tokens,
-                        carried ? c->carry_in + (size_t)micro * c->n_state : NULL,
-                        carried ? &b->carry_in[micro] : NULL);
+                        carried ? c->carry_in + (size_t)micro * c->n_state : NULL);
 }
 
 template <typename X> static void cuda_zero_gradients(Backend* b) {
@@ -8426,9 +8613,7 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
     cudaCheck(cudaGetLastError());
     for (size_t micro = 0; micro < s->accum; micro++) {
         float *s0 = NULL, *sT = NULL;
-        const State* host = NULL;
         if (b->carry_in) {
-            host = &b->carry_in[micro];
             s0 = c->carry_in + micro * c->n_state;
             sT = c->carry_out + micro * c->n_state;
             state_fresh_kernel<<<dim3((unsigned)c->n_fields, (unsigned)s->B), 256, 0, c->stream>>>(
@@ -8439,11 +8624,11 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
         CudaRun<X> run =
             run_of<X>(b, (int)micro, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
         run.add = micro > 0;
-        model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, host, 0);
+        model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, s->B, 0);
         model_loss_cuda(b->model, d, w, &run, batch->targets + micro * M, &batch->step->scale, true);
         loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, micro == 0);
         cudaCheck(cudaGetLastError());
-        model_backward_cuda(b->model, d, w, &run, tokens, s0, host);
+        model_backward_cuda(b->model, d, w, &run, tokens, s0);
     }
     norm_launch(c, b->model);
     step_judge_kernel<<<1, 1, 0, c->stream>>>(c->out, d->norm);
@@ -8533,7 +8718,7 @@ template <typename X> static void cuda_upload(Backend* b) {
     if ((void*)c->model.params_x != (void*)c->model.params)
         cast_cuda(c->model.params_x, c->model.params, m->n_elements, c->stream);
     for (size_t i = 0; b->carry_in && i < c->micros; i++)
-        to_device(c->carry_in + i * c->n_state, b->carry_in[i].data, c->n_state, c->stream);
+        state_copy_cuda<X>(m, c->carry_in + i * c->n_state, &b->carry_in[i], false, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
@@ -8545,7 +8730,7 @@ template <typename X> static void cuda_download(Backend* b) {
     for (int i = 0; i < 4; i++)
         if (host[i] && device[i]) to_host(host[i], device[i], m->n_elements, c->stream);
     for (size_t i = 0; b->carry_in && c->begun > 0 && i < c->micros; i++)
-        to_host(b->carry_in[i].data, c->carry_in + i * c->n_state, c->n_state, c->stream);
+        state_copy_cuda<X>(m, c->carry_in + i * c->n_state, &b->carry_in[i], true, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
@@ -8555,7 +8740,8 @@ template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)xcalloc(1, sizeof(CudaSession<X>));
     size_t tokens = s->chunk > s->rows ? s->chunk : s->rows, Vp = (size_t)b->model->config.vocab_padded;
     d->work = work_create<X>(b->model, 1, tokens, 1, false, RECOMPUTE_NONE);
-    d->state = (float*)device_calloc(s->state.n_elements, sizeof(float));
+    d->state_words = state_begin<X>(b->model, s->rows, b->model->n_layers);
+    d->state = (float*)device_calloc(d->state_words, sizeof(float));
     d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
     d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
     d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));
@@ -8566,7 +8752,7 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     work_free(&d->work);
-    device_bytes -= (s->state.n_elements + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
+    device_bytes -= (d->state_words + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
     cudaCheck(cudaFree(d->state));
     cudaCheck(cudaFree(d->logits));
     cudaCheck(cudaFreeHost(d->host_tokens));
@@ -8579,9 +8765,7 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
 template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool to_the_host) {
     CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    if (to_the_host) to_host(s->state.data, d->state, s->state.n_elements, c->stream);
-    else to_device(d->state, s->state.data, s->state.n_elements, c->stream);
-    cudaCheck(cudaStreamSynchronize(c->stream));
+    state_copy_cuda<X>(b->model, d->state, &s->state, to_the_host, c->stream);
 }
 
 // decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token;
@@ -8595,9 +8779,9 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
     if (T == 1 && row0 == 0 && logits &&
-        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, &s->state, d->logits))
+        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, s->rows, d->logits))
         return;
-    model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, &s->state, row0);
+    model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, s->rows, row0);
     for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
         const X* last = w->f + r * D;

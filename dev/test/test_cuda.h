@@ -1379,7 +1379,7 @@ struct CudaShape {
     size_t B, T;
     int docs;
     double dropout;
-    const char* mamba2 = NULL;       // see toy_mamba2
+    const char* mixers = NULL;       // see toy_mamba2, toy_attention
 };
 static const CudaShape cuda_shapes[] = {
     {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0},
@@ -1397,13 +1397,20 @@ static const CudaShape cuda_shapes[] = {
     {"2", 2, 64, 128, 64, 4, 1, 0, 101, true, false, true, 3, 300, -1, 0, "P32 S2 L64"},        // fast
     {"2m", 2, 64, 192, 128, 4, 1, 96, 257, false, true, true, 2, 533, 0, 0.4, "P64 S1 L256 W128"},
     {"221", 1, 96, 192, 128, 4, 8, 0, 64, true, true, false, 2, 64, 5, 0, "P64 S1 L64 hdim"},
+    {"a", 2, 13, 22, 5, 4, 1, 0, 29, true, false, true, 3, 37, 0, 0, "Q4 G2 H6 R4 K4 C3"},      // attention
+    {"am", 2, 24, 22, 5, 4, 1, 19, 29, false, false, true, 3, 70, 1, 0.3, "Q3 G1 H5 F7 C2 interleaved R4 biases"},
+    {"a", 2, 64, 22, 5, 4, 1, 0, 101, true, false, true, 2, 300, -1, 0, "Q4 G2 H32 R16 C5"},
+    {"12am", 4, 64, 128, 64, 4, 8, 96, 101, true, false, true, 2, 133, 0, 0.2,
+     "Q2 G1 H64 R64 K4 F32 C8 P32 S1 L64"},
+    {"222a", 4, 64, 128, 64, 4, 8, 0, 101, true, false, true, 2, 70, 2, 0, "Q2 G2 H64 R32 C4 P32 S1 L64"},
 };
 
 // toy_model with parameters that are exact in X: the CPU then computes with the same weights
 template <typename X> Model cuda_toy(const CudaShape* s) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     if (s->F) c.d_intermediate = s->F;
-    if (s->mamba2) toy_mamba2(&c, s->mamba2);
+    if (strchr(s->pattern, '2')) toy_mamba2(&c, s->mixers);
+    if (strchr(s->pattern, 'a')) toy_attention(&c, s->mixers, s->T);
     c.tie_embeddings = s->tie; c.bias = s->bias; c.conv_bias = s->conv_bias;
     Model m = toy_model(&c, true, 3);
     for (int i = 0; i < m.n_tensors; i++)
@@ -1467,6 +1474,17 @@ template <typename X> void check_busy(const CudaShape* s) {
                 bits_differ(grads[0].data(), grads[1].data(), m.n_elements), 0);
 }
 
+// random_state: numbers that are exact in bf16, as the device keeps them of attention; `filled` tokens in the
+// caches
+void random_state(const Model* m, State* s, uint64_t seed, double filled) {
+    for (size_t i = 0; i < s->n_elements; i++)
+        s->data[i] = (real)rounded<bf16>(test_uniform(-1, 1, seed, i));
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            for (size_t b = 0; b < s->rows && strcmp(m->layer[l].kind->state[i].name, "position") == 0; b++)
+                s->field[l][i][b] = (real)fmin(filled - (double)(b % 2), (double)s->context);
+}
+
 template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     snprintf(shape, sizeof shape, "%s D%d E%d N%d K%d B%zu T%zu%s%s%s", s->pattern, (int)s->D, (int)s->E,
              (int)s->N, (int)s->K, s->B, s->T, s->docs < 0 ? "" : " doc", carry ? " carried" : "",
@@ -1481,7 +1499,7 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
         s0[k] = state_alloc(&m, B);
         sT[k] = state_alloc(&m, B);
         sG[k] = state_alloc(&m, B);
-        for (size_t i = 0; i < s0[k].n_elements; i++) s0[k].data[i] = (real)test_uniform(-1, 1, 77 + k, i);
+        random_state(&m, &s0[k], 77 + (uint64_t)k, 3);
     }
     real* want = (real*)test_alloc(m.n_elements, sizeof(real));
     enum { RUNS = 4 };                                       // once, again, and with both levels of recompute
@@ -1749,6 +1767,12 @@ template <typename X> void check_model(void) {
     check_lengths<X>(&even, longest);
     check_lengths<X>(&odd2, only_small() ? 129 : 1000);
     check_lengths<X>(&even2, longest);
+    static const CudaShape odd3 = {"a", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0,
+                                   "Q3 G1 H5 R2 K3 F3"};
+    static const CudaShape even3 = {"am", 1, 32, 64, 64, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0,
+                                    "Q2 G1 H32 R16"};
+    check_lengths<X>(&odd3, only_small() ? 129 : 1000);
+    check_lengths<X>(&even3, longest);
     check_steps<X>(&cuda_shapes[3], true, 0);
     check_steps<X>(&cuda_shapes[5], true, 0);
     check_steps<X>(&cuda_shapes[6], false, 0);
@@ -1763,6 +1787,10 @@ template <typename X> void check_model(void) {
     check_training<X>(&cuda_shapes[10], RECOMPUTE_CHEAP);
     check_training<X>(&cuda_shapes[12], RECOMPUTE_NONE);
     check_training<X>(&cuda_shapes[13], RECOMPUTE_ALL);
+    check_steps<X>(&cuda_shapes[18], false, 0);
+    check_training<X>(&cuda_shapes[15], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[18], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[19], RECOMPUTE_ALL);
 }
 
 // Catches: a gradient written where it must be added, a buffer used by two layers at once, arguments of a
@@ -1838,9 +1866,13 @@ void test_cuda_generate(void) {
     Worst tokens = {0, ""}, chunks = {0, ""}, saved = {0, ""}, logits_cpu = {0, ""};
     Worst logits_chunk[2] = {{0, ""}, {0, ""}};
     Config configs[] = {toy_config("1m", 2, 13, 22, 5, 4, 2, 257), toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
-                        toy_config("2m", 2, 13, 24, 5, 4, 2, 257), toy_config("221", 1, 32, 64, 64, 4, 8, 257)};
+                        toy_config("2m", 2, 13, 24, 5, 4, 2, 257), toy_config("221", 1, 32, 64, 64, 4, 8, 257),
+                        toy_config("12am", 4, 13, 24, 5, 4, 2, 257), toy_config("a2", 4, 64, 64, 64, 4, 8, 257)};
     toy_mamba2(&configs[2], "P3 S2 L16 W18");
     toy_mamba2(&configs[3], "P32 S1 L64");
+    toy_attention(&configs[4], "Q4 G2 H5 R4 K3 F6", 400);
+    toy_attention(&configs[5], "Q2 G1 H32 R16", 400);
+    toy_mamba2(&configs[5], "P32 S1 L64");
     for (const Config& c : configs) {
         Model m = toy_model(&c, false, 6);
         char prompt[301], options[400];
