@@ -5011,6 +5011,8 @@ int generate_main(Settings* s) {
         (o->num_samples > 1 || strcmp(o->prompt, "-") == 0 || o->load_state[0] || o->save_state[0]))
         die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from "
             "standard input");
+    if (!o->interactive && settings_origin(s, "context") == FROM_USER)
+        die("--context is for --interactive; otherwise the room is counted: leave it out");
     size_t n = o->prompts[0] ? list.n : 1;
     Prompt prompt = prompt_open(&tok, o->prompt, NULL);
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");

@@ -6089,18 +6089,6 @@ attention_backward_kv_kernel(const __grid_constant__ AttentionBackwardCuda<X> p)
 // products are made by the tensor core (mma, see scan_mma_bf16). Rows in shared memory are DH + 8 long: then
 // eight rows of 16 bytes lie in different banks wherever they begin.
 
-// four 8 x 8 matrices from shared memory, one row of one of them per lane's pointer; r[i]: of matrix i, lane
-// 4g + q gets row g, columns 2q, 2q+1, transposed: column g, rows 2q, 2q+1
-__device__ __forceinline__ void attention_matrix(uint32_t* r, const bf16* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(p)) : "memory");
-}
-__device__ __forceinline__ void attention_matrix_transposed(uint32_t* r, const bf16* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(p)) : "memory");
-}
 // Operands from tiles [row][channel] with rows of LD: this lane's pointer into the 16 x 16 block at (row, col).
 //   A (16 x k): rows are rows.   B (k x 16) from rows that are the columns of B (`by_column`: the product of
 //   two tiles along their channels), or from rows that are the rows of B (transposed on the way)
@@ -6162,7 +6150,7 @@ __device__ __forceinline__ void attention_product(float (&s)[MT][2 * N2][4], C c
         uint32_t own[MT][4];
         #pragma unroll
         for (int m = 0; m < MT; m++) {
-            if (!a) attention_matrix(own[m], attention_at<DH + 8>(a_tile, a_row + 16 * m, 16 * k));
+            if (!a) load_matrices(own[m], attention_at<DH + 8>(a_tile, a_row + 16 * m, 16 * k));
             else {
                 #pragma unroll
                 for (int i = 0; i < 4; i++) own[m][i] = a[m][k][i];
@@ -6171,7 +6159,7 @@ __device__ __forceinline__ void attention_product(float (&s)[MT][2 * N2][4], C c
         #pragma unroll
         for (int n = 0; n < N2; n++) {
             uint32_t b[4];
-            attention_matrix(b, attention_at_by_column<DH + 8>(b_tile, b_row + 16 * n, 16 * k));
+            load_matrices(b, attention_at_by_column<DH + 8>(b_tile, b_row + 16 * n, 16 * k));
             #pragma unroll
             for (int m = 0; m < MT; m++) {
                 attention_mma(s[m][2 * n], k ? s[m][2 * n] : c(m, 2 * n), own[m], b[0], b[1]);
@@ -6218,7 +6206,7 @@ __device__ __forceinline__ void attention_accumulate(float (&acc)[MT][DH / 8][4]
         #pragma unroll
         for (int n = 0; n < DH / 16; n++) {
             uint32_t b[4];
-            attention_matrix_transposed(b, attention_at<DH + 8>(b_tile, b_row + 16 * k, 16 * n));
+            load_matrices_trans(b, attention_at<DH + 8>(b_tile, b_row + 16 * k, 16 * n));
             #pragma unroll
             for (int m = 0; m < MT; m++) {
                 scan_mma_bf16(acc[m][2 * n], a[m], b[0], b[1]);
@@ -6239,15 +6227,13 @@ template <int DH, int MT, int BN> struct AttentionForwardShared {
 
 template <int DH, int MT, int BN>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int tiles, int heads_at_once) {
+attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int tiles) {
     enum { BM = 64 * MT, ROWS = 16 * MT, IN_REGISTERS = DH <= 64 };
     extern __shared__ __align__(128) char shared[];
     AttentionForwardShared<DH, MT, BN>& sh = *(AttentionForwardShared<DH, MT, BN>*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
-    // blocks start in order: the last tiles, which see the most keys, of `heads_at_once` heads first
-    const int heads = p.B * p.Hq, of = blockIdx.x / (heads_at_once * tiles) * heads_at_once;
-    const int n_heads = heads - of < heads_at_once ? heads - of : heads_at_once;
-    const int place = blockIdx.x - of * tiles, head = of + place % n_heads, tile = tiles - 1 - place / n_heads;
+    // blocks start in order: first the last tiles, which see the most keys
+    const int heads = p.B * p.Hq, head = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
     const int b = head / p.Hq, h = head % p.Hq, i0 = tile * BM, row0 = i0 + w * ROWS;
     const AttentionHead<bf16> kv(p, b, h * p.Hkv / p.Hq);
     const int old = kv.old, keys = old + (i0 + BM < p.T ? i0 + BM : p.T);
@@ -6290,7 +6276,7 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
             for (int m = 0; m < MT; m++) {
                 #pragma unroll
                 for (int c = 0; c < DH / 16; c++)
-                    attention_matrix(q[m][c], attention_at<DH + 8>(sh.q[0], w * ROWS + 16 * m, 16 * c));
+                    load_matrices(q[m][c], attention_at<DH + 8>(sh.q[0], w * ROWS + 16 * m, 16 * c));
             }
         }
         start = false;
@@ -6425,15 +6411,12 @@ template <int DH, int MT, int BN> struct AttentionBackwardQShared {
 
 template <int DH, int MT, int BN>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<bf16> p, int tiles,
-                                 int heads_at_once) {
+attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<bf16> p, int tiles) {
     enum { BM = 64 * MT, ROWS = 16 * MT, IN_REGISTERS = DH <= 64, STEP = 32 };
     extern __shared__ __align__(128) char shared[];
     AttentionBackwardQShared<DH, MT, BN>& sh = *(AttentionBackwardQShared<DH, MT, BN>*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
-    const int heads = p.B * p.Hq, of = blockIdx.x / (heads_at_once * tiles) * heads_at_once;
-    const int n_heads = heads - of < heads_at_once ? heads - of : heads_at_once;
-    const int place = blockIdx.x - of * tiles, head = of + place % n_heads, tile = tiles - 1 - place / n_heads;
+    const int heads = p.B * p.Hq, head = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
     const int b = head / p.Hq, h = head % p.Hq, i0 = tile * BM, row0 = i0 + w * ROWS;
     const AttentionHead<bf16> kv(p, b, h * p.Hkv / p.Hq);
     const int old = kv.old, keys = old + (i0 + BM < p.T ? i0 + BM : p.T);
@@ -6482,8 +6465,8 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
         for (int m = 0; m < MT; m++) {
             #pragma unroll
             for (int c = 0; c < DH / 16; c++) {
-                attention_matrix(q[m][c], attention_at<DH + 8>(sh.q[0], w * ROWS + 16 * m, 16 * c));
-                attention_matrix(dout[m][c], attention_at<DH + 8>(sh.dout[0], w * ROWS + 16 * m, 16 * c));
+                load_matrices(q[m][c], attention_at<DH + 8>(sh.q[0], w * ROWS + 16 * m, 16 * c));
+                load_matrices(dout[m][c], attention_at<DH + 8>(sh.dout[0], w * ROWS + 16 * m, 16 * c));
             }
         }
     }
@@ -6555,16 +6538,13 @@ template <int DH, int MT, int BQ> struct AttentionBackwardKVShared {
 
 template <int DH, int MT, int BQ>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_backward_kv_fast_kernel(const __grid_constant__ AttentionBackwardCuda<bf16> p, int tiles,
-                                  int heads_at_once) {
+attention_backward_kv_fast_kernel(const __grid_constant__ AttentionBackwardCuda<bf16> p, int) {
     enum { BN = 64 * MT, ROWS = 16 * MT, STEP = 32 };
     extern __shared__ __align__(128) char shared[];
     AttentionBackwardKVShared<DH, MT, BQ>& sh = *(AttentionBackwardKVShared<DH, MT, BQ>*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
     // the first tiles, which most queries see, start first
-    const int heads = p.B * p.Hkv, of = blockIdx.x / (heads_at_once * tiles) * heads_at_once;
-    const int n_heads = heads - of < heads_at_once ? heads - of : heads_at_once;
-    const int place = blockIdx.x - of * tiles, head = of + place % n_heads, tile = place / n_heads;
+    const int heads = p.B * p.Hkv, head = blockIdx.x % heads, tile = blockIdx.x / heads;
     const int b = head / p.Hkv, kv = head % p.Hkv, group = p.Hq / p.Hkv, j0 = tile * BN, row0 = j0 + w * ROWS;
     const size_t m0 = (size_t)b * p.T + j0, first_token = (size_t)b * p.T;
     const bf16* k = p.q + m0 * p.ld + (size_t)(p.Hq + kv) * p.dh;
@@ -6867,15 +6847,12 @@ template <> struct AttentionTiles<128> {
     enum { MT = 2, KEYS = 32, Q_MT = 2, Q_KEYS = 32, KV_MT = 1, KV_QUERIES = 32 };
 };
 
-enum { ATTENTION_AT_ONCE = 1 << 20 };
-
 template <typename Kernel, typename P>
 static inline void attention_launch_fast(Kernel kernel, size_t shared, const P& p, int heads, int rows,
-                                         int at_once, cudaStream_t stream) {
+                                         cudaStream_t stream) {
     const int tiles = (p.T + rows - 1) / rows;
-    if (at_once > heads) at_once = heads;
     scan_allow_shared(kernel, shared);
-    kernel<<<(unsigned)(tiles * heads), ATTENTION_THREADS, shared, stream>>>(p, tiles, at_once);
+    kernel<<<(unsigned)(tiles * heads), ATTENTION_THREADS, shared, stream>>>(p, tiles);
     cudaCheck(cudaGetLastError());
 }
 template <int DH>
@@ -6883,17 +6860,17 @@ static inline void attention_forward_fast_cuda(const AttentionCuda<bf16>& p, cud
     typedef AttentionTiles<DH> Tiles;
     attention_launch_fast(attention_forward_fast_kernel<DH, Tiles::MT, Tiles::KEYS>,
                           sizeof(AttentionForwardShared<DH, Tiles::MT, Tiles::KEYS>), p, p.B * p.Hq,
-                          64 * Tiles::MT, ATTENTION_AT_ONCE, stream);
+                          64 * Tiles::MT, stream);
 }
 template <int DH>
 static inline void attention_backward_fast_cuda(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
     typedef AttentionTiles<DH> Tiles;
     attention_launch_fast(attention_backward_q_fast_kernel<DH, Tiles::Q_MT, Tiles::Q_KEYS>,
                           sizeof(AttentionBackwardQShared<DH, Tiles::Q_MT, Tiles::Q_KEYS>), p, p.B * p.Hq,
-                          64 * Tiles::Q_MT, ATTENTION_AT_ONCE, stream);
+                          64 * Tiles::Q_MT, stream);
     attention_launch_fast(attention_backward_kv_fast_kernel<DH, Tiles::KV_MT, Tiles::KV_QUERIES>,
                           sizeof(AttentionBackwardKVShared<DH, Tiles::KV_MT, Tiles::KV_QUERIES>), p,
-                          p.B * p.Hkv, 64 * Tiles::KV_MT, ATTENTION_AT_ONCE, stream);
+                          p.B * p.Hkv, 64 * Tiles::KV_MT, stream);
 }
 static inline void attention_forward_fast_any(const AttentionCuda<bf16>& p, cudaStream_t stream) {
     if (p.dh <= 32) attention_forward_fast_cuda<32>(p, stream);

@@ -186,19 +186,18 @@ static void launch3(void) {
     attention_launch_general(attention_backward_kv_kernel<bf16>, problem(), a.B * a.T * a.Hkv,
                              4 * DH + 2 * WARP, 0);
 }
-template <int MT, int KEYS, int AT_ONCE> static void launch_q(void) {
+template <int MT, int KEYS> static void launch_q(void) {
     attention_launch_fast(attention_backward_q_fast_kernel<DH, MT, KEYS>,
-                          sizeof(AttentionBackwardQShared<DH, MT, KEYS>), problem(), (int)(a.B * a.Hq), 64 * MT,
-                          AT_ONCE, 0);
+                          sizeof(AttentionBackwardQShared<DH, MT, KEYS>), problem(), (int)(a.B * a.Hq), 64 * MT, 0);
 }
-template <int MT, int QUERIES, int AT_ONCE> static void launch_kv(void) {
+template <int MT, int QUERIES> static void launch_kv(void) {
     attention_launch_fast(attention_backward_kv_fast_kernel<DH, MT, QUERIES>,
                           sizeof(AttentionBackwardKVShared<DH, MT, QUERIES>), problem(), (int)(a.B * a.Hkv),
-                          64 * MT, AT_ONCE, 0);
+                          64 * MT, 0);
 }
 static void launch4(void) {
-    launch_q<1, 64, 1 << 20>();
-    launch_kv<1, 64, 1 << 20>();
+    launch_q<1, 64>();
+    launch_kv<1, 64>();
 }
 static void shipped(void) {
     attention_backward_cuda<bf16>(a.dqkv, a.ld, a.dout, a.Hq * DH, a.out, a.Hq * DH, a.lse, a.qkv, a.ld, NULL,

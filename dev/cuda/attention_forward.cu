@@ -183,12 +183,12 @@ static void launch3(void) {
     scan_allow_shared(attention_kernel3, sizeof(Tile3));
     attention_kernel3<<<dim3(ceil_div(a.T, 64), (unsigned)a.Hq, (unsigned)a.B), 256, sizeof(Tile3)>>>(a);
 }
-template <int MT, int KEYS, int AT_ONCE = 1 << 20> static void launch_tiles(void) {
+template <int MT, int KEYS> static void launch_tiles(void) {
     AttentionCuda<bf16> p;
     (AttentionKeys<bf16>&)p = attention_keys<bf16>(a.qkv, a.ld, NULL, 0, NULL, NULL, a.B, a.T, a.Hq, a.Hkv, DH);
     p.out = a.out; p.ldo = a.Hq * DH; p.lse = a.lse; p.q = a.qkv; p.scale = a.scale * ATTENTION_LOG2E;
     attention_launch_fast(attention_forward_fast_kernel<DH, MT, KEYS>,
-                          sizeof(AttentionForwardShared<DH, MT, KEYS>), p, p.B * p.Hq, 64 * MT, AT_ONCE, 0);
+                          sizeof(AttentionForwardShared<DH, MT, KEYS>), p, p.B * p.Hq, 64 * MT, 0);
 }
 static void shipped(void) {
     attention_forward_cuda<bf16>(a.out, a.Hq * DH, a.lse, a.qkv, a.ld, NULL, 0, NULL, NULL, a.scale, a.B, a.T,

@@ -560,12 +560,12 @@ static void seeds(const Target* t) {
                   "\"layer_norm_epsilon\": 1e-05, \"time_step_limit\": [0.0, Infinity], "
                   "\"tie_word_embeddings\": true}");
         keep_text("{\"model_type\": \"mamba2\", \"hidden_size\": 32, \"num_hidden_layers\": 2, "
-                  "\"n_groups\": 2, \"num_heads\": 8, \"head_dim\": 8, \"chunk_size\": 16, \"vocab_size\": 104, "
-                  "\"time_step_limit\": [0.0, Infinity]}");
+                  "\"n_groups\": 2, \"num_heads\": 8, \"head_dim\": 8, \"chunk_size\": 16, "
+                  "\"vocab_size\": 104, \"time_step_limit\": [0.0, Infinity]}");
         keep_text("{\"d_model\": 48, \"n_layer\": 6, \"vocab_size\": 101, \"d_intermediate\": 100, "
                   "\"ssm_cfg\": {\"layer\": \"Mamba2\", \"headdim\": 8, \"dt_limit\": [0.0, 0.1]}, "
-                  "\"attn_layer_idx\": [2, 5], \"attn_cfg\": {\"causal\": true, \"num_heads\": 4, \"num_heads_kv\": 2, \"mlp_dim\": 100, "
-                  "\"rotary_emb_dim\": 8, \"softmax_scale\": null}}");
+                  "\"attn_layer_idx\": [2, 5], \"attn_cfg\": {\"causal\": true, \"num_heads\": 4, "
+                  "\"num_heads_kv\": 2, \"mlp_dim\": 100, \"rotary_emb_dim\": 8, \"softmax_scale\": null}}");
     }
 }
 
