@@ -4730,7 +4730,7 @@ static int train_loop(Trainer* t) {
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
     if (timed > 0) {
-        Flop flop = flop_per_token(&t->model);
+        Flop flop = flop_per_token(&t->model, t->settings->o.seq_len);
         double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
         printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)",
                rate, rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
