@@ -1963,8 +1963,12 @@ void test_cuda_resume(void) {
         "--precision fp32 --carry-state --reset-documents --grad-accum 1",
         "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
         "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
-        "--dropout 0.3"};
-    for (int k = 0; k < 3; k++) {
+        "--dropout 0.3",
+        "--precision bf16 --carry-state --no-reset-documents --grad-accum 2 --pattern 2m --headdim 32",
+        "--precision bf16 --no-carry-state --reset-documents --grad-accum 2 --pattern 2a --headdim 32 "
+        "--attn-heads 2"};
+    const int n_cases = (int)(sizeof cases_ / sizeof cases_[0]);
+    for (int k = 0; k < n_cases; k++) {
         TrainRun run;
         memset(&run, 0, sizeof run);
         snprintf(straight, sizeof straight, "%.200s%d", scratch("straight"), k);
@@ -1988,8 +1992,8 @@ void test_cuda_resume(void) {
         }
     }
     other_backend = NULL;
-    worst_report("3 cases: straight, stopped and resumed runs end as they should", &stops, 0);
-    worst_report("3 cases: files differ", &worst, 0);
+    worst_report("5 cases: straight, stopped and resumed runs end as they should", &stops, 0);
+    worst_report("5 cases: files differ", &worst, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------
