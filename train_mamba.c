@@ -3708,6 +3708,7 @@ typedef struct {
     size_t rows, chunk;      // sequences; most tokens per call
     State state;
     State view;              // state from some row on: pointers only
+    size_t state_bytes;      // of all rows, where the backend keeps it
     Workspace work;          // of the CPU backend
     void* device;            // of another one
 } Session;
@@ -3925,6 +3926,7 @@ Session session_create(Backend* b, size_t rows, size_t chunk) {
     s.chunk = chunk;
     s.state = state_alloc(b->model, rows);
     s.view = state_none(b->model);
+    s.state_bytes = s.state.n_elements * sizeof(real);
     b->session_open(b, &s);
     return s;
 }
@@ -3993,6 +3995,7 @@ static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error
 typedef struct {
     int64_t prompt_tokens, new_tokens;
     double prefill_seconds, decode_seconds;
+    double state_bytes;      // of one sequence
 } GenerateStats;
 
 // state_save, state_load: everything that a context has left behind: the recurrent state of one sequence (of
@@ -4285,6 +4288,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     if (ok && (fflush(out) != 0 || ferror(out)))
         ok = fail(err, "could not write the text: %s", strerror(errno));
     *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
     free(seen);
     generation_close(&g);
     return ok;
@@ -4314,6 +4318,7 @@ bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Pr
             ok = fail(err, "could not write the text: %s", strerror(errno));
     }
     *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
     free(line);
     generation_close(&g);
     return ok;
@@ -5063,11 +5068,11 @@ int generate_main(Settings* s) {
     for (size_t i = 0; i < list.n; i++) prompt_close(&prompts[i]);
     free(prompts);
     prompts_free(&list);
-    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s\n",
+    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s; state: %.2f MiB\n",
             (long long)stats.prompt_tokens,
             stats.prompt_tokens ? (double)stats.prompt_tokens / stats.prefill_seconds : 0,
             (long long)stats.new_tokens,
-            stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0);
+            stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0, mib(stats.state_bytes));
     if (prompt.file && prompt.file != stdin) fclose(prompt.file);
     prompt_close(&prompt);
     tokenizer_free(&tok);

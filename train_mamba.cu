@@ -8727,6 +8727,7 @@ template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     d->work = work_create<X>(b->model, 1, tokens, 1, false, RECOMPUTE_NONE);
     d->state_words = state_begin<X>(b->model, s->rows, b->model->n_layers);
     d->state = (float*)device_calloc(d->state_words, sizeof(float));
+    s->state_bytes = d->state_words * sizeof(float);
     d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
     d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
     d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));
