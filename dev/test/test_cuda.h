@@ -636,7 +636,7 @@ template <typename X> void check_layers(void) {
                 if (!small || K == 4 || K == 3) check_conv<X>(conv[i][0], conv[i][1], conv[i][2], K, variant);
     for (int variant = 0; variant < 16 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
     if (!small) check_conv<X>(sizeof(X) == 2 ? 64 : 128, 140, 1536, 4, 6);      // the longest runs of tokens
-    const size_t gated[][3] = {{1, 1, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
+    const size_t gated[][3] = {{2, 3, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
                                {33, 768, 2}, {700, 1536, 1}, {21, 2048, 2}, {5, 5120, 1}, {3, 5128, 1}};
     for (size_t i = 0; i < sizeof gated / sizeof gated[0]; i++)
         for (int variant = 0; variant < 16; variant++)
@@ -1969,8 +1969,12 @@ void test_cuda_resume(void) {
         "--precision fp32 --carry-state --reset-documents --grad-accum 1",
         "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
         "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
-        "--dropout 0.3"};
-    for (int k = 0; k < 3; k++) {
+        "--dropout 0.3",
+        "--precision bf16 --carry-state --no-reset-documents --grad-accum 2 --pattern 2m --headdim 32",
+        "--precision bf16 --no-carry-state --reset-documents --grad-accum 2 --pattern 2a --headdim 32 "
+        "--attn-heads 2"};
+    const int n_cases = (int)(sizeof cases_ / sizeof cases_[0]);
+    for (int k = 0; k < n_cases; k++) {
         TrainRun run;
         memset(&run, 0, sizeof run);
         snprintf(straight, sizeof straight, "%.200s%d", scratch("straight"), k);
@@ -1994,8 +1998,8 @@ void test_cuda_resume(void) {
         }
     }
     other_backend = NULL;
-    worst_report("3 cases: straight, stopped and resumed runs end as they should", &stops, 0);
-    worst_report("3 cases: files differ", &worst, 0);
+    worst_report("5 cases: straight, stopped and resumed runs end as they should", &stops, 0);
+    worst_report("5 cases: files differ", &worst, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------
