@@ -3242,6 +3242,7 @@ const Case cases[] = {
     { "cuda faults", test_cuda_faults },
     { "cuda layers", test_cuda_layers },
     { "cuda scan", test_cuda_scan },
+    { "cuda ssd forward", test_cuda_ssd_forward },
     { "cuda ssd backward", test_cuda_ssd_backward },
     { "cuda matmul", test_cuda_matmul },
     { "cuda attention", test_cuda_attention },
