@@ -2790,8 +2790,8 @@ void attention_block_forward(const Run* run, real* res_out, const real* res_in, 
     attention_forward(a->y, s.out, a->lse, a->qkv, s.qkv, k, v, s.qkv, s0->kv, s.capacity, a->position,
                       s.scale, B, T, s.Hq, s.Hkv, s.dh);
     if (sT->kv)
-        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T, s.Hkv,
-                          s.dh);
+        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T,
+                          s.Hkv, s.dh);
     gate_forward(w->mlp, up, s.in, gate, s.in, M, s.F);
     copy_columns(a->y + s.Hq * s.dh, s.out, w->mlp, s.F, M, s.F);
     linear_forward(&run->half, w->out, D, a->y, s.out, p->out_proj, p->out_proj_bias, M, s.out, D);
