@@ -2079,13 +2079,12 @@ void attention_forward(real* out, size_t ldo, real* lse, const real* q, size_t l
 //   pointers at the first row; k, v, dk, dv (keys,dh) at position p, dk and dv contiguous
 static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, const real* dout,
                                     const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
-                                    const real* k, size_t ldk, const real* v, size_t ldv,
-                                    const real* position, size_t p, real scale, size_t rows, size_t keys,
-                                    size_t dh) {
+                                    const real* k, const real* v, size_t ldkv, const real* position,
+                                    size_t p, real scale, size_t rows, size_t keys, size_t dh) {
     real P[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
     real dS[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64))) = {0};
-    attention_scores(P, q, ldq, k, ldk, position, p, scale, rows, keys, dh);
-    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldv, rows, keys, dh);         // dP
+    attention_scores(P, q, ldq, k, ldkv, position, p, scale, rows, keys, dh);
+    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldkv, rows, keys, dh);        // dP
     for (size_t i = 0; i < rows; i++) {
         real *P_i = P + i * ATTENTION_KEYS, *dS_i = dS + i * ATTENTION_KEYS, delta = 0;
         #pragma omp simd reduction(+:delta)
@@ -2098,7 +2097,7 @@ static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, c
     }
     matmul_block(dv, dh, P, 1, ATTENTION_KEYS, dout, ldo, 1, keys, dh, rows);
     matmul_block(dk, dh, dS, 1, ATTENTION_KEYS, q, ldq, 1, keys, dh, rows);
-    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldk, 1, rows, dh, keys);
+    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldkv, 1, rows, dh, keys);
 }
 
 // attention_backward: tile of keys by tile of keys; each collects the gradients of its keys and values from
@@ -2120,12 +2119,12 @@ void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv,
             for (size_t start = 0, end; start < T; start = end) {                      // documents
                 end = start + same_document(position_b + start, T - start);
                 ptrdiff_t first = (ptrdiff_t)start - (ptrdiff_t)position_b[start];
-                size_t seen = (size_t)position_b[end - 1] + 1, ldk, ldv;
+                size_t seen = (size_t)position_b[end - 1] + 1, ld;
                 for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
                     size_t keys = min_size(ATTENTION_KEYS, seen - p);
                     ptrdiff_t key = first + (ptrdiff_t)p;            // the token of position p
-                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ldk);
-                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ldv);
+                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ld);
+                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ld);
                     memset(dk_p, 0, keys * dh * sizeof(real));
                     memset(dv_p, 0, keys * dh * sizeof(real));
                     for (size_t h = g * Hq / Hkv; h < (g + 1) * Hq / Hkv; h++) {
@@ -2135,7 +2134,7 @@ void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv,
                             attention_tile_backward(dq + row * lddq + h * dh, lddq, dk_p, dv_p,
                                                     dout + row * ldo + h * dh, out + row * ldo + h * dh, ldo,
                                                     lse + (b * Hq + h) * T + t, q + row * ldq + h * dh, ldq,
-                                                    k_p, ldk, v_p, ldv, position + row, p, scale,
+                                                    k_p, v_p, ld, position + row, p, scale,
                                                     min_size(ATTENTION_ROWS, end - t), keys, dh);
                         }
                     }
@@ -2790,8 +2789,8 @@ void attention_block_forward(const Run* run, real* res_out, const real* res_in, 
     attention_forward(a->y, s.out, a->lse, a->qkv, s.qkv, k, v, s.qkv, s0->kv, s.capacity, a->position,
                       s.scale, B, T, s.Hq, s.Hkv, s.dh);
     if (sT->kv)
-        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T, s.Hkv,
-                          s.dh);
+        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T,
+                          s.Hkv, s.dh);
     gate_forward(w->mlp, up, s.in, gate, s.in, M, s.F);
     copy_columns(a->y + s.Hq * s.dh, s.out, w->mlp, s.F, M, s.F);
     linear_forward(&run->half, w->out, D, a->y, s.out, p->out_proj, p->out_proj_bias, M, s.out, D);
