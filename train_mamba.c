@@ -1818,15 +1818,12 @@ void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, 
         for (size_t e0 = 0; e0 < E; e0 += S) {
             const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0;
             real *out_m = out + m * E + e0, sum = 0;
-            #pragma omp simd reduction(+:sum)
-            for (size_t s = 0; s < S; s++) {
-                real gate = silu_real(z_m[s]), w = norm_before_gate ? y_m[s] : y_m[s] * gate;
-                sum += w * w;
-                out_m[s] = weight[e0 + s] * y_m[s] * gate;
-            }
+            #pragma omp simd
+            for (size_t s = 0; s < S; s++) out_m[s] = y_m[s] * silu_real(z_m[s]);
+            sum = norm_before_gate ? dot_real(y_m, y_m, S) : dot_real(out_m, out_m, S);
             real r = 1 / (real)sqrt((double)(sum / (real)S + eps));
             if (r == 0) r = (real)NAN;        // as in rmsnorm_forward
-            for (size_t s = 0; s < S; s++) out_m[s] *= r;
+            for (size_t s = 0; s < S; s++) out_m[s] *= weight[e0 + s] * r;
             rstd[m * (E / S) + e0 / S] = r;
         }
     }
@@ -1848,20 +1845,28 @@ void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, cons
             const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
             const real* weight_g = weight + e0;
             real *dy_m = dy + m * E + e0, *dz_m = dz + m * lddz + e0;
-            real r = rstd[m * (E / S) + e0 / S], dot = 0;
-            #pragma omp simd reduction(+:dot)
-            for (size_t s = 0; s < S; s++) dot += weight_g[s] * dout_m[s] * (y_m[s] * silu_real(z_m[s]));
-            real mean = dot * r / (real)S;
-            #pragma omp simd
-            for (size_t s = 0; s < S; s++) {
-                real gate = silu_real(z_m[s]), dgate = silu_grad_real(z_m[s]), q = weight_g[s] * dout_m[s];
-                if (norm_before_gate) {
-                    dy_m[s] += r * (q * gate - y_m[s] * r * mean);
-                    dz_m[s] += q * y_m[s] * r * dgate;
-                } else {
-                    real dw = r * (q - y_m[s] * gate * r * mean);
+            real r = rstd[m * (E / S) + e0 / S], dot[CHANNEL_TILE] = {0}, mean = 0;
+            for (size_t s0 = 0; s0 < S; s0 += CHANNEL_TILE) {
+                size_t n = min_size(CHANNEL_TILE, S - s0);
+                #pragma omp simd
+                for (size_t s = 0; s < n; s++)
+                    dot[s] += weight_g[s0 + s] * dout_m[s0 + s] * (y_m[s0 + s] * silu_real(z_m[s0 + s]));
+            }
+            for (size_t s = 0; s < CHANNEL_TILE; s++) mean += dot[s] * r / (real)S;
+            if (norm_before_gate) {
+                #pragma omp simd
+                for (size_t s = 0; s < S; s++) {
+                    real q = weight_g[s] * dout_m[s];
+                    dy_m[s] += r * (q * silu_real(z_m[s]) - y_m[s] * r * mean);
+                    dz_m[s] += q * y_m[s] * r * silu_grad_real(z_m[s]);
+                }
+            } else {
+                #pragma omp simd
+                for (size_t s = 0; s < S; s++) {
+                    real gate = silu_real(z_m[s]);
+                    real dw = r * (weight_g[s] * dout_m[s] - y_m[s] * gate * r * mean);
                     dy_m[s] += dw * gate;
-                    dz_m[s] += dw * y_m[s] * dgate;
+                    dz_m[s] += dw * y_m[s] * silu_grad_real(z_m[s]);
                 }
             }
         }
@@ -2306,6 +2311,7 @@ enum {
     CHEAP = 16,         // activation that backward can make again at little cost from the others
     IF_RMSNORM = 32,    // exists only with config.rmsnorm
     IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
+    TOKENS = 512,       // state: the number of tokens in a cache; it has no gradient
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -2723,7 +2729,7 @@ typedef struct { real *conv, *kv, *position; } AttentionState;
 static const TensorSpec attention_state[] = {
     {"conv",     {DIM_KA1, DIM_QKV}, 0, 0},                  // the last inputs of the conv
     {"kv",       {DIM_CONTEXT, DIM_2, DIM_HKV, DIM_DH}, 0, 0},    // keys, turned, and values of the document
-    {"position", {DIM_1}, 0, 0},                             // how many of them there are
+    {"position", {DIM_1}, 0, TOKENS},                        // how many of them there are
 };
 
 // Heads: the sizes of an attention layer
@@ -4064,6 +4070,11 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     else
         ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
              safetensors_read_real(&st, c, seen, err);
+    for (int l = 0; ok && l < m->n_layers; l++)          // a larger number would be read beyond the cache
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            if (m->layer[l].kind->state[i].flags & TOKENS && one.field[l][i][0] != (real)*tokens)
+                ok = fail(err, "%s: damaged: %lld tokens, but %g in the cache of a layer", path,
+                          (long long)*tokens, (double)one.field[l][i][0]);
     if (ok) state_copy_row(m, s, 0, &one, 0);
     state_free(&one);
     safetensors_close(&st);
@@ -4088,7 +4099,7 @@ static bool context_set(Model* m, const Options* o, Prompt* prompt, size_t n, Er
         safetensors_close(&st);
     }
     double tokens = o->interactive ? (double)o->context : saved + (double)longest + (double)o->max_tokens;
-    if (!(tokens <= MAX_CONTEXT))
+    if (!(tokens >= 1 && tokens <= MAX_CONTEXT))
         return fail(err, "%.0f tokens of context, attention takes at most %d; lower --max-tokens", tokens,
                     MAX_CONTEXT);
     m->config.context = (int64_t)tokens;
@@ -4196,7 +4207,7 @@ static void generation_copy(Generation* g, size_t r, size_t count) {
     }
 }
 
-// generation_write: every sequence goes on, one token at a time with constant memory, until its end token,
+// generation_write: every sequence goes on, one token at a time in the memory there is, until its end token,
 // --stop or --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
 bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* err) {
     const Options* o = g->o;
@@ -4735,7 +4746,7 @@ static int train_loop(Trainer* t) {
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
     if (timed > 0) {
-        Flop flop = flop_per_token(&t->model);
+        Flop flop = flop_per_token(&t->model, o->seq_len);
         double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
         printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)",
                rate, rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,

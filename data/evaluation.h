@@ -1,8 +1,9 @@
 // `eval`: what a model makes of texts and of test items.
 //   --task loss     as training evaluates: rows of --seq-len tokens, each from a state of zero
 //   --task text     every token of a text once, with all that stands before it: the state is carried over the
-//                   whole file, in passes of constant memory; or with --window W in windows of W tokens that
-//                   move by --stride S, each scoring its last S tokens (the first one all of its tokens)
+//                   whole file, in passes of constant memory (but attention keeps keys and values of it all);
+//                   or with --window W in windows of W tokens that move by --stride S, each scoring its last
+//                   S tokens (the first one all of its tokens)
 //   --task lambada  JSON lines {"text": ...}: its last word, predicted from what stands before it
 //   --task choice   JSON lines {"context": ..., "choices": [..., ...], "gold": number of the right one}:
 //                   multiple choice; gold counts from 0

@@ -264,16 +264,19 @@ void test_gated_rmsnorm(void) {
 }
 
 // dt and A far from where decays are between 0 and 1: the chunked form = the recurrence, both finite.
-// Catches: 0 * infinity, infinity - infinity, a mask that is NaN.
+// Catches: 0 * infinity, infinity - infinity, a mask that is NaN; in a long chunk a gradient of dt made from
+// differences of nearly equal numbers.
 void test_ssd_extremes(void) {
     const struct { const char* name; double A_log, dt; } rows[] = {
         { "A 0", -200, 0.5 }, { "A huge", 80, 0.5 }, { "A above every number", 200, 0.5 }, { "dt 0", 1, 0 },
         { "dt 0, A huge", 80, 0 }, { "dt tiny", 1, 1e-30 }, { "dt large", 2.77, 100 },
         { "dt A -50", 2.77, 50 / 16. }, { "dt A -5", 2.77, 5 / 16. },
-        { "every third dt large", 2.77, -100 } };
+        { "every third dt large", 2.77, -100 }, { "dt A -1.6, a long chunk", 2.77, 0.1 } };
     Worst forward = { 0, "" }, backward = { 0, "" };
     for (int k = 0; k < COUNT_OF(rows); k++) {
-        const char* shape = "B1 T37 H2 P3 G1 N5 Q16 state final";
+        bool is_long = strstr(rows[k].name, "long") != NULL;
+        const char* shape = is_long ? "B1 T256 H4 P16 G1 N32 Q256 state final"
+                                    : "B1 T37 H2 P3 G1 N5 Q16 state final";
         Problem p;
         random_stream = 1 << 20;
         problem_make(&p, &ssd_layer, shape);
