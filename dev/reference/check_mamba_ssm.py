@@ -3,9 +3,9 @@
     python dev/reference/check_mamba_ssm.py SOURCE [--binary build/train_mamba]
 
 SOURCE is the unpacked source of mamba_ssm (`pip download mamba-ssm==2.2.4 --no-deps --no-binary :all:`;
-einops must be installed). Its CUDA and Triton kernels are replaced by the scans and the gated norm that it ships
-for reference, by RMSNorm in PyTorch and, for flash_attn's rotary embedding, by that of formulas.py, so that it runs
-on a CPU. Random models in odd configurations:
+einops must be installed). Its CUDA and Triton kernels are replaced by the scans and the gated norm that it
+ships for reference, by RMSNorm in PyTorch and, for flash_attn's rotary embedding, by that of formulas.py, so
+that it runs on a CPU. Random models in odd configurations:
 
   theirs to ours   MambaLMHeadModel.save_pretrained writes pytorch_model.bin, config.json; ours evaluates
   ours to theirs   `train_mamba convert --dialect mamba_ssm` in three dtypes, loaded by their from_pretrained
@@ -88,7 +88,7 @@ def import_mamba_ssm(source):
 
     def scan(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_limit=(0.0, float("inf")), **unused):
         dt = torch.nn.functional.softplus(dt + dt_bias).clamp(*dt_limit)
-        T, pad = x.shape[1], -x.shape[1] % chunk_size         # their reference wants whole chunks; dt = 0 is none
+        T, pad = x.shape[1], -x.shape[1] % chunk_size     # their reference wants whole chunks; dt = 0 is none
         x, dt, B, C, z = (None if a is None else torch.cat([a, torch.zeros_like(a[:, :1]).expand(
             -1, pad, *a.shape[2:])], dim=1) for a in (x, dt, B, C, z))
         return ssd_chunk_scan_combined_ref(x, dt, A, B, C, chunk_size, D=D, z=z)[:, :T]
