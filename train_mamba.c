@@ -2311,6 +2311,7 @@ enum {
     CHEAP = 16,         // activation that backward can make again at little cost from the others
     IF_RMSNORM = 32,    // exists only with config.rmsnorm
     IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
+    TOKENS = 512,       // state: the number of tokens in a cache; it has no gradient
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -2728,7 +2729,7 @@ typedef struct { real *conv, *kv, *position; } AttentionState;
 static const TensorSpec attention_state[] = {
     {"conv",     {DIM_KA1, DIM_QKV}, 0, 0},                  // the last inputs of the conv
     {"kv",       {DIM_CONTEXT, DIM_2, DIM_HKV, DIM_DH}, 0, 0},    // keys, turned, and values of the document
-    {"position", {DIM_1}, 0, 0},                             // how many of them there are
+    {"position", {DIM_1}, 0, TOKENS},                        // how many of them there are
 };
 
 // Heads: the sizes of an attention layer
@@ -3713,6 +3714,7 @@ typedef struct {
     size_t rows, chunk;      // sequences; most tokens per call
     State state;
     State view;              // state from some row on: pointers only
+    size_t state_bytes;      // of all rows, where the backend keeps it
     Workspace work;          // of the CPU backend
     void* device;            // of another one
 } Session;
@@ -3930,6 +3932,7 @@ Session session_create(Backend* b, size_t rows, size_t chunk) {
     s.chunk = chunk;
     s.state = state_alloc(b->model, rows);
     s.view = state_none(b->model);
+    s.state_bytes = s.state.n_elements * sizeof(real);
     b->session_open(b, &s);
     return s;
 }
@@ -3998,6 +4001,7 @@ static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error
 typedef struct {
     int64_t prompt_tokens, new_tokens;
     double prefill_seconds, decode_seconds;
+    double state_bytes;      // of one sequence
 } GenerateStats;
 
 // state_save, state_load: everything that a context has left behind: the recurrent state of one sequence (of
@@ -4066,6 +4070,11 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     else
         ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
              safetensors_read_real(&st, c, seen, err);
+    for (int l = 0; ok && l < m->n_layers; l++)          // a larger number would be read beyond the cache
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            if (m->layer[l].kind->state[i].flags & TOKENS && one.field[l][i][0] != (real)*tokens)
+                ok = fail(err, "%s: damaged: %lld tokens, but %g in the cache of a layer", path,
+                          (long long)*tokens, (double)one.field[l][i][0]);
     if (ok) state_copy_row(m, s, 0, &one, 0);
     state_free(&one);
     safetensors_close(&st);
@@ -4090,7 +4099,7 @@ static bool context_set(Model* m, const Options* o, Prompt* prompt, size_t n, Er
         safetensors_close(&st);
     }
     double tokens = o->interactive ? (double)o->context : saved + (double)longest + (double)o->max_tokens;
-    if (!(tokens <= MAX_CONTEXT))
+    if (!(tokens >= 1 && tokens <= MAX_CONTEXT))
         return fail(err, "%.0f tokens of context, attention takes at most %d; lower --max-tokens", tokens,
                     MAX_CONTEXT);
     m->config.context = (int64_t)tokens;
@@ -4198,7 +4207,7 @@ static void generation_copy(Generation* g, size_t r, size_t count) {
     }
 }
 
-// generation_write: every sequence goes on, one token at a time with constant memory, until its end token,
+// generation_write: every sequence goes on, one token at a time in the memory there is, until its end token,
 // --stop or --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
 bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* err) {
     const Options* o = g->o;
@@ -4290,6 +4299,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     if (ok && (fflush(out) != 0 || ferror(out)))
         ok = fail(err, "could not write the text: %s", strerror(errno));
     *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
     free(seen);
     generation_close(&g);
     return ok;
@@ -4319,6 +4329,7 @@ bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Pr
             ok = fail(err, "could not write the text: %s", strerror(errno));
     }
     *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
     free(line);
     generation_close(&g);
     return ok;
@@ -4735,7 +4746,7 @@ static int train_loop(Trainer* t) {
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
     if (timed > 0) {
-        Flop flop = flop_per_token(&t->model);
+        Flop flop = flop_per_token(&t->model, o->seq_len);
         double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
         printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)",
                rate, rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
@@ -5033,8 +5044,8 @@ int generate_main(Settings* s) {
             "--tokenizer");
     Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
     for (size_t i = 0; i < list.n; i++) {
-        prompts[i] = prompt_open(&tok, list.text[i], NULL);
-        prompts[i].left = list.size[i];
+        prompts[i] = prompt_open(&tok, list.text + list.start[i], NULL);
+        prompts[i].left = prompts_size(&list, i);
     }
     if (!context_set(&m, o, list.n ? prompts : &prompt, n, &err)) die("%s", err.text);
     double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
@@ -5068,11 +5079,11 @@ int generate_main(Settings* s) {
     for (size_t i = 0; i < list.n; i++) prompt_close(&prompts[i]);
     free(prompts);
     prompts_free(&list);
-    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s\n",
+    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s; state: %.2f MiB\n",
             (long long)stats.prompt_tokens,
             stats.prompt_tokens ? (double)stats.prompt_tokens / stats.prefill_seconds : 0,
             (long long)stats.new_tokens,
-            stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0);
+            stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0, mib(stats.state_bytes));
     if (prompt.file && prompt.file != stdin) fclose(prompt.file);
     prompt_close(&prompt);
     tokenizer_free(&tok);

@@ -5684,21 +5684,23 @@ const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_
 // --------------------------------------------------------------------------------------------------
 // 4.14 Attention
 //
-//   s_ij = scale <q_i, k_j>     P_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)     out_i = sum_j P_ij v_j
+//   s_ij = scale <q_i, k_j>       lse_i = log sum_j exp(s_ij)     P_ij = exp(s_ij - lse_i)
+//   out_i = sum_j P_ij v_j
 // Token i sees the keys of its own document up to itself. Query head h uses KV head h Hkv / Hq. q, k and v of
 // a token are one row of qkv, (Hq + 2 Hkv) dh wide: all q heads, all k heads, all v heads.
 //
-// The matrix of scores is never stored (FlashAttention, arXiv 2205.14135): a block takes a tile of queries and
-// walks over the keys, tile by tile. What softmax needs of a whole row, its largest score and the sum of the
-// exponentials, is corrected as it goes: when a larger score turns up, what has been summed so far shrinks by
-// exp(old - new). lse is kept for backward, which then computes any P_ij anew from two rows.
+// The matrix of scores is never stored (FlashAttention, arXiv 2205.14135): a block takes a tile of queries
+// and walks over the keys, tile by tile. What softmax needs of a whole row, its largest score and the sum of
+// the exponentials, is corrected as it goes: when a larger score turns up, what has been summed so far
+// shrinks by exp(old - new). lse is kept for backward, which computes any P_ij anew from two rows.
 // Exponentials are powers of 2 (one instruction): scores are multiplied by scale log2(e), and lse is the
-// logarithm to base 2 of the sum of those.
+// logarithm to base 2.
 //
-// Before attention q and k are rotated, in place: 0.024 ms for 8 x 2048 tokens of width 768, where rotating
-// as tiles are loaded would do it anew for every tile of queries that meets the key.
+// q and k are turned (rotary embedding) before, in place: 0.029 ms for 8 x 2048 tokens of 12 heads of 64
+// (H200). As tiles are loaded it would be done anew for every tile of queries that meets the key. Backward
+// turns the gradients of q and k back when it stores them.
 //
-// Tokens before the call are in a cache kv0 (B,capacity,2,Hkv,dh), keys rotated, in X: position0[b] of them
+// Tokens before the call are in a cache kv0 (B,capacity,2,Hkv,dh), keys turned, in X: position0[b] of them
 // (whole numbers in float like all states; on the device, so that a recorded graph of launches stays valid).
 // Keys are numbered on from there: key j is row j of the cache, or token j - position0[b] of the call.
 
@@ -5729,8 +5731,8 @@ static inline RotaryCuda rotary_cuda(size_t dim, double base, bool interleaved) 
 // rotary_turn: cosine and sine of position * theta. Between -pi and pi the special function unit is exact to
 // 5e-7.
 __device__ __forceinline__ float2 rotary_turn(int position, uint64_t theta) {
-    const int turns = (int)((position * theta) >> 32);                          // 2^-32 turns, -2^31 .. 2^31-1
-    const float angle = (float)turns * 1.46291808e-9f;                          // 2 pi / 2^32
+    const int turns = (int)((position * theta) >> 32);          // of 2^-32, from -2^31 to 2^31 - 1
+    const float angle = (float)turns * 1.46291808e-9f;          // 2 pi / 2^32
     return make_float2(__cosf(angle), __sinf(angle));
 }
 
@@ -5772,7 +5774,7 @@ attention_span_kernel(int2* span, const int* doc, const float* position0, size_t
     const int* id = doc + blockIdx.x * T;
     const int tid = threadIdx.x, old = position0 ? (int)position0[blockIdx.x] : 0;
     span += blockIdx.x * T;
-    // a thread has neighbouring tokens t0..t1-1; the last document that begins and the first that ends in them
+    // a thread has the tokens t0..t1-1: the last document that begins in them, and the first that ends
     const size_t each = (T + SPAN_THREADS - 1) / SPAN_THREADS, t0 = tid * each;
     const size_t t1 = t0 + each < T ? t0 + each : T;
     int first = -1, last = -1;
@@ -5859,15 +5861,19 @@ attention_append_kernel(X* kvT, size_t capacity, const X* kv0, const float* posi
     const int kept = length > T ? length - T : 0;
     for (int row = (kvT == kv0 ? kept : 0) + blockIdx.x; row < length && row < (int)capacity;
          row += gridDim.x) {
-        const X* from = row < kept ? kv0 + (b * capacity + row) * width : kv + (b * T + T - length + row) * ld;
+        const X* from = row < kept ? kv0 + (b * capacity + row) * width
+                                   : kv + (b * T + T - length + row) * ld;
         X* to = kvT + (b * capacity + row) * width;
-        for (int c = threadIdx.x * W; c < width; c += 128 * W) *(Pack<X, W>*)(to + c) = load_pack<W>(from + c);
+        for (int c = threadIdx.x * W; c < width; c += 128 * W)
+            *(Pack<X, W>*)(to + c) = load_pack<W>(from + c);
     }
 }
 __global__ void attention_position_kernel(float* positionT, const float* position0, const int2* span, int B,
                                           int T) {
     int b = blockIdx.x * blockDim.x + threadIdx.x;
-    if (b < B) positionT[b] = (position0 ? position0[b] : 0) + (float)(T - (span ? span[b * T + T - 1].x : 0));
+    if (b >= B) return;
+    const float first = span ? (float)span[b * T + T - 1].x : 0.0f;
+    positionT[b] = (position0 ? position0[b] : 0.0f) + (float)T - first;
 }
 
 // attention_append_cuda: kvT (B,capacity,2,Hkv,dh), positionT (B) after the call; they may be kv0, position0
@@ -5977,7 +5983,8 @@ attention_forward_kernel(const AttentionCuda<X> p) {
         const int n = last - j0 < WARP - 1 ? last - j0 + 1 : (int)WARP;
         for (int c = lane; c < dh; c += WARP) {
             float acc = sum[c] * shrink;
-            for (int j = 0; j < n; j++) acc = fmaf(weight[j], to_float(keys.row(j0 + j)[keys.value + c]), acc);
+            for (int j = 0; j < n; j++)
+                acc = fmaf(weight[j], to_float(keys.row(j0 + j)[keys.value + c]), acc);
             sum[c] = acc;
         }
         __syncwarp();
@@ -5987,9 +5994,10 @@ attention_forward_kernel(const AttentionCuda<X> p) {
     if (p.lse && lane == 0) p.lse[(b * p.Hq + h) * p.T + m % p.T] = max + log2f(total);
 }
 
-//   dv_j = sum_i P_ij dout_i    dP_ij = <dout_i, v_j>    dS_ij = P_ij (dP_ij - delta_i),  delta_i = <dout_i, out_i>
-//   dq_i = scale sum_j dS_ij k_j       dk_j = scale sum_i dS_ij q_i
-// delta: since sum_j P_ij dP_ij = <dout_i, sum_j P_ij v_j>
+// forward: out_i = sum_j P_ij v_j     =>  dv_j = sum_i P_ij dout_i      dP_ij = <dout_i, v_j>
+// forward: P_i = softmax(s_i)         =>  ds_ij = P_ij (dP_ij - delta_i)
+//                                         delta_i = sum_j P_ij dP_ij = <dout_i, out_i>
+// forward: s_ij = scale <q_i, k_j>    =>  dq_i = scale sum_j ds_ij k_j  dk_j = scale sum_i ds_ij q_i
 template <typename X>
 __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
 attention_backward_q_kernel(const __grid_constant__ AttentionBackwardCuda<X> p) {
@@ -6089,9 +6097,10 @@ attention_backward_kv_kernel(const __grid_constant__ AttentionBackwardCuda<X> p)
 // products are made by the tensor core (mma, see scan_mma_bf16). Rows in shared memory are DH + 8 long: then
 // eight rows of 16 bytes lie in different banks wherever they begin.
 
-// Operands from tiles [row][channel] with rows of LD: this lane's pointer into the 16 x 16 block at (row, col).
-//   A (16 x k): rows are rows.   B (k x 16) from rows that are the columns of B (`by_column`: the product of
-//   two tiles along their channels), or from rows that are the rows of B (transposed on the way)
+// Operands from tiles [row][channel] with rows of LD numbers: this lane's pointer into the 16 x 16 block at
+// (row, col). attention_at: for A, rows are rows; for B (load_matrices_trans), rows are rows.
+// attention_at_by_column: for B, whose columns are the rows of the tile: a product of two tiles along their
+// channels
 template <int LD> __device__ __forceinline__ const bf16* attention_at(const bf16* tile, int row, int col) {
     const int lane = threadIdx.x % WARP;
     return tile + (row + (lane & 15)) * LD + col + (lane >> 4) * 8;
@@ -6118,7 +6127,8 @@ template <int ROWS, int DH, int THREADS>
 __device__ __forceinline__ void attention_load_keys(bf16* to, const AttentionHead<bf16>& keys, size_t value,
                                                     int j, int rows, int dh) {
     if (j >= keys.old) {
-        attention_load<ROWS, DH, THREADS>(to, keys.call + (j - keys.old) * keys.ld + value, keys.ld, rows, dh);
+        attention_load<ROWS, DH, THREADS>(to, keys.call + (j - keys.old) * keys.ld + value, keys.ld, rows,
+                                          dh);
         return;
     }
     #pragma unroll 1
@@ -6169,9 +6179,9 @@ __device__ __forceinline__ void attention_product(float (&s)[MT][2 * N2][4], C c
     }
 }
 
-// attention_mask: scores (columns col0..) that do not count become -infinity. Rows are queries, row0 that of the
-// first, in the numbers of keys, and border is the first key of each row; or, KEYS, rows are keys and border is
-// the last query of each.
+// attention_mask: scores (rows row0.., columns col0..) that do not count become -infinity. Rows are queries,
+// numbered like keys, and border is the first key of each row; or, KEYS, rows are keys, and border is the
+// last query of each.
 template <bool KEYS, int MT, int N>
 __device__ __forceinline__ void attention_mask(float (&s)[MT][N][4], int col0, int row0,
                                                const int (&border)[MT][2]) {
@@ -6192,8 +6202,9 @@ __device__ __forceinline__ void attention_mask(float (&s)[MT][N][4], int col0, i
 
 // attention_accumulate: acc (16 MT x DH) += P B, P (16 MT x 16 K2) as the tensor core left it, B rows b_row..
 template <int DH, int MT, int K2>
-__device__ __forceinline__ void attention_accumulate(float (&acc)[MT][DH / 8][4], const float (&P)[MT][2 * K2][4],
-                                                     const bf16* b_tile, int b_row) {
+__device__ __forceinline__ void attention_accumulate(float (&acc)[MT][DH / 8][4],
+                                                     const float (&P)[MT][2 * K2][4], const bf16* b_tile,
+                                                     int b_row) {
     #pragma unroll
     for (int k = 0; k < K2; k++) {
         uint32_t a[MT][4];
@@ -6261,9 +6272,10 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
     load(j0, 0);
 
     uint32_t q[MT][DH / 16][4];
-    float base[MT][2], total[MT][2] = {}, out[MT][DH / 8][4] = {};       // base: what is subtracted from scores
+    // base: what is subtracted from scores; finite, so that -infinity - base is no NaN
+    float base[MT][2], total[MT][2] = {}, out[MT][DH / 8][4] = {};
     #pragma unroll
-    for (int m = 0; m < MT; m++) base[m][0] = base[m][1] = -1e30f;       // finite: -infinity - base is no NaN
+    for (int m = 0; m < MT; m++) base[m][0] = base[m][1] = -1e30f;
     const float zero[4] = {};
     auto none = [&](int, int) { return zero; };
     bool start = true;
@@ -6280,9 +6292,10 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
             }
         }
         start = false;
-        if (j0 > old + row0 + ROWS - 1) continue;               // every key is in the future of this warp's rows
+        if (j0 > old + row0 + ROWS - 1) continue;               // all keys are in the future of these rows
         float s[MT][BN / 8][4];
-        attention_product<DH, MT, BN / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS, sh.k[stage][0], 0);
+        attention_product<DH, MT, BN / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS,
+                                           sh.k[stage][0], 0);
         if (j0 + BN - 1 > old + row0 || j0 < first_all) attention_mask<false>(s, j0, old + row0, first);
         // P is made with the largest score of some time ago, as long as no score is larger by more than 8 (of
         // exponents to base 2): then P is at most 256, and float and bf16 lose nothing
@@ -6365,12 +6378,13 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
 // registers of one warp until it is complete; a single kernel would have to add up dq (or dk and dv) over
 // blocks, in memory.
 
-// attention_store_gradient: rows (ROWS x DH floats of each warp, in shared memory) times scale, `turned` back,
-// to rows of dqkv. Units of 16 channels: two packs that hold 8 pairs, or any two.
+// attention_store_gradient: ROWS x DH floats of a warp, in shared memory, times scale, `turned` back, to rows
+// of dqkv. Units of 16 channels: two packs that hold 8 pairs, or any two.
 template <int ROWS, int DH>
 __device__ __forceinline__ void attention_store_gradient(bf16* to, size_t ld, const float (*rows)[DH + 4],
-                                                         int t0, int T, int old, const int2* span, float scale,
-                                                         const RotaryCuda& rotary, bool turned, int dh) {
+                                                         int t0, int T, int old, const int2* span,
+                                                         float scale, const RotaryCuda& rotary, bool turned,
+                                                         int dh) {
     const int dim = turned ? rotary.dim : 0;
     const bool whole = dim % 16 == 0;
     for (int u = threadIdx.x % WARP; u < ROWS * DH / 16; u += WARP) {
@@ -6492,8 +6506,8 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
             float s[MT][STEP / 8][4], dP[MT][STEP / 8][4];
             attention_product<DH, MT, STEP / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS,
                                                  sh.k[stage][0], j1);
-            attention_product<DH, MT, STEP / 16>(dP, minus_delta, IN_REGISTERS ? dout : NULL, sh.dout[0], w * ROWS,
-                                                 sh.v[stage][0], j1);
+            attention_product<DH, MT, STEP / 16>(dP, minus_delta, IN_REGISTERS ? dout : NULL, sh.dout[0],
+                                                 w * ROWS, sh.v[stage][0], j1);
             if (j0 + j1 + STEP - 1 > old + row0 || j0 + j1 < first_all)
                 attention_mask<false>(s, j0 + j1, old + row0, first);
             #pragma unroll
@@ -6637,8 +6651,9 @@ attention_backward_kv_fast_kernel(const __grid_constant__ AttentionBackwardCuda<
             }
         }
         __syncwarp();
-        attention_store_gradient<ROWS, DH>(to + which * (size_t)p.Hkv * p.dh, p.lddqkv, sh.dkv + w * ROWS, row0,
-                                           p.T, old, span, which ? 1.0f : p.scale, p.rotary, !which, p.dh);
+        attention_store_gradient<ROWS, DH>(to + which * (size_t)p.Hkv * p.dh, p.lddqkv, sh.dkv + w * ROWS,
+                                           row0, p.T, old, span, which ? 1.0f : p.scale, p.rotary, !which,
+                                           p.dh);
     }
 }
 
@@ -6841,57 +6856,60 @@ template <int DH> struct AttentionTiles {
     enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 64, KV_MT = 2, KV_QUERIES = 64 };
 };
 template <> struct AttentionTiles<96> {
-    enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 32, KV_MT = 1, KV_QUERIES = 32 };
+    enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 32, KV_MT = 2, KV_QUERIES = 32 };
 };
 template <> struct AttentionTiles<128> {
     enum { MT = 2, KEYS = 32, Q_MT = 2, Q_KEYS = 32, KV_MT = 1, KV_QUERIES = 32 };
 };
 
+// false: the GPU has too little shared memory (compute capability 8.6 and 8.9, backward of heads above 96)
 template <typename Kernel, typename P>
-static inline void attention_launch_fast(Kernel kernel, size_t shared, const P& p, int heads, int rows,
+static inline bool attention_launch_fast(Kernel kernel, size_t shared, const P& p, int heads, int rows,
                                          cudaStream_t stream) {
     const int tiles = (p.T + rows - 1) / rows;
+    int limit = 0;
+    cudaCheck(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    if (shared > (size_t)limit) return false;
     scan_allow_shared(kernel, shared);
     kernel<<<(unsigned)(tiles * heads), ATTENTION_THREADS, shared, stream>>>(p, tiles);
     cudaCheck(cudaGetLastError());
+    return true;
 }
 template <int DH>
-static inline void attention_forward_fast_cuda(const AttentionCuda<bf16>& p, cudaStream_t stream) {
+static inline bool attention_forward_fast_cuda(const AttentionCuda<bf16>& p, cudaStream_t stream) {
     typedef AttentionTiles<DH> Tiles;
-    attention_launch_fast(attention_forward_fast_kernel<DH, Tiles::MT, Tiles::KEYS>,
-                          sizeof(AttentionForwardShared<DH, Tiles::MT, Tiles::KEYS>), p, p.B * p.Hq,
-                          64 * Tiles::MT, stream);
+    return attention_launch_fast(attention_forward_fast_kernel<DH, Tiles::MT, Tiles::KEYS>,
+                                 sizeof(AttentionForwardShared<DH, Tiles::MT, Tiles::KEYS>), p, p.B * p.Hq,
+                                 64 * Tiles::MT, stream);
 }
 template <int DH>
-static inline void attention_backward_fast_cuda(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
+static inline bool attention_backward_fast_cuda(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
     typedef AttentionTiles<DH> Tiles;
-    attention_launch_fast(attention_backward_q_fast_kernel<DH, Tiles::Q_MT, Tiles::Q_KEYS>,
-                          sizeof(AttentionBackwardQShared<DH, Tiles::Q_MT, Tiles::Q_KEYS>), p, p.B * p.Hq,
-                          64 * Tiles::Q_MT, stream);
-    attention_launch_fast(attention_backward_kv_fast_kernel<DH, Tiles::KV_MT, Tiles::KV_QUERIES>,
-                          sizeof(AttentionBackwardKVShared<DH, Tiles::KV_MT, Tiles::KV_QUERIES>), p,
-                          p.B * p.Hkv, 64 * Tiles::KV_MT, stream);
+    return attention_launch_fast(attention_backward_q_fast_kernel<DH, Tiles::Q_MT, Tiles::Q_KEYS>,
+                                 sizeof(AttentionBackwardQShared<DH, Tiles::Q_MT, Tiles::Q_KEYS>), p,
+                                 p.B * p.Hq, 64 * Tiles::Q_MT, stream) &&
+           attention_launch_fast(attention_backward_kv_fast_kernel<DH, Tiles::KV_MT, Tiles::KV_QUERIES>,
+                                 sizeof(AttentionBackwardKVShared<DH, Tiles::KV_MT, Tiles::KV_QUERIES>), p,
+                                 p.B * p.Hkv, 64 * Tiles::KV_MT, stream);
 }
-static inline void attention_forward_fast_any(const AttentionCuda<bf16>& p, cudaStream_t stream) {
-    if (p.dh <= 32) attention_forward_fast_cuda<32>(p, stream);
-    else if (p.dh <= 64) attention_forward_fast_cuda<64>(p, stream);
-    else if (p.dh <= 96) attention_forward_fast_cuda<96>(p, stream);
-    else attention_forward_fast_cuda<128>(p, stream);
+static inline bool attention_fast(const AttentionCuda<bf16>& p, cudaStream_t stream) {
+    return p.dh <= 32   ? attention_forward_fast_cuda<32>(p, stream)
+           : p.dh <= 64 ? attention_forward_fast_cuda<64>(p, stream)
+           : p.dh <= 96 ? attention_forward_fast_cuda<96>(p, stream)
+                        : attention_forward_fast_cuda<128>(p, stream);
 }
-static inline void attention_backward_fast_any(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
-    if (p.dh <= 32) attention_backward_fast_cuda<32>(p, stream);
-    else if (p.dh <= 64) attention_backward_fast_cuda<64>(p, stream);
-    else if (p.dh <= 96) attention_backward_fast_cuda<96>(p, stream);
-    else attention_backward_fast_cuda<128>(p, stream);
+static inline bool attention_fast(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
+    return p.dh <= 32   ? attention_backward_fast_cuda<32>(p, stream)
+           : p.dh <= 64 ? attention_backward_fast_cuda<64>(p, stream)
+           : p.dh <= 96 ? attention_backward_fast_cuda<96>(p, stream)
+                        : attention_backward_fast_cuda<128>(p, stream);
 }
-// never called: attention_is_fast is false for float
-static inline void attention_forward_fast_any(const AttentionCuda<float>&, cudaStream_t) {}
-static inline void attention_backward_fast_any(const AttentionBackwardCuda<float>&, cudaStream_t) {}
+static inline bool attention_fast(const AttentionCuda<float>&, cudaStream_t) { return false; }
+static inline bool attention_fast(const AttentionBackwardCuda<float>&, cudaStream_t) { return false; }
 
 // attention_is_fast: rows of heads, each aligned to 16 bytes
 template <typename X> static inline bool attention_is_fast(const X* rows, size_t ld, size_t dh) {
-    return sizeof(X) == sizeof(bf16) && dh % 8 == 0 && dh <= 128 && is_aligned(rows, 16, ld * sizeof(X)) &&
-           ld < (size_t)1 << 23;
+    return dh % 8 == 0 && dh <= 128 && is_aligned(rows, 16, ld * sizeof(X)) && ld < (size_t)1 << 23;
 }
 
 template <typename Kernel, typename P>
@@ -6900,7 +6918,8 @@ static inline void attention_launch_general(Kernel kernel, const P& p, size_t ro
     const size_t shared = ATTENTION_WARPS * floats * sizeof(float);
     if (shared > 200 << 10) die("attention head size %d is too large for the GPU", p.dh);
     scan_allow_shared(kernel, shared);
-    kernel<<<(unsigned)((rows + ATTENTION_WARPS - 1) / ATTENTION_WARPS), ATTENTION_THREADS, shared, stream>>>(p);
+    const unsigned blocks = (unsigned)((rows + ATTENTION_WARPS - 1) / ATTENTION_WARPS);
+    kernel<<<blocks, ATTENTION_THREADS, shared, stream>>>(p);
     cudaCheck(cudaGetLastError());
 }
 
@@ -6927,10 +6946,8 @@ const char* attention_forward_cuda(X* out, size_t ldo, float* lse, const X* qkv,
     (AttentionKeys<X>&)p = attention_keys(qkv, ldqkv, kv0, capacity, position0, span, B, T, Hq, Hkv, dh);
     p.out = out; p.ldo = ldo; p.lse = lse; p.q = qkv; p.scale = scale * ATTENTION_LOG2E;
     if (attention_is_fast(qkv, ldqkv, dh) && attention_is_fast(out, ldo, dh) &&
-        attention_is_fast(kv0, 8, dh)) {
-        attention_forward_fast_any(p, stream);
+        attention_is_fast(kv0, 8, dh) && attention_fast(p, stream))
         return "fast";
-    }
     attention_launch_general(attention_forward_kernel<X>, p, B * T * Hq, 2 * dh + WARP, stream);
     return "general";
 }
@@ -6952,16 +6969,14 @@ const char* attention_backward_cuda(X* dqkv, size_t lddqkv, const X* dout, size_
     p.lse = lse; p.delta = scratch; p.scale = scale; p.rotary = rotary;
     if (attention_is_fast(qkv, ldqkv, dh) && attention_is_fast(dqkv, lddqkv, dh) &&
         attention_is_fast(dout, lddo, dh) && attention_is_fast(out, ldo, dh) &&
-        attention_is_fast(kv0, 8, dh)) {
-        attention_backward_fast_any(p, stream);
+        attention_is_fast(kv0, 8, dh) && attention_fast(p, stream))
         return "fast";
-    }
     attention_launch_general(attention_backward_q_kernel<X>, p, B * T * Hq, 3 * dh + WARP, stream);
     attention_launch_general(attention_backward_kv_kernel<X>, p, B * T * Hkv, 4 * dh + 2 * WARP, stream);
     return "general";
 }
 
-// parts of the cache that one query is split over: enough blocks for four per processor, at least 64 keys each
+// parts that a cache is split into: enough blocks for four per processor, at least 64 keys each
 static inline size_t attention_splits_cuda(size_t blocks, size_t capacity) {
     int sms = 1;
     cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
@@ -6973,7 +6988,7 @@ static inline size_t attention_decode_scratch_cuda(size_t B, size_t Hq, size_t d
     return B * Hq * attention_splits_cuda(1, capacity) * (dh + 2);
 }
 
-// attention_decode_cuda: one token of each sequence: turns q and k, attends to the cache and to itself, appends.
+// attention_decode_cuda: one token of each sequence: turns q and k, attends to the cache and itself, appends.
 //   out (B,Hq dh), row stride ldo   kv (B,capacity,2,Hkv,dh), position (B): the state, in place
 //   qkv (B,(Hq+2Hkv)dh), row stride ldqkv, not yet turned   scratch: attention_decode_scratch_cuda() floats
 template <typename X>
@@ -8727,6 +8742,7 @@ template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     d->work = work_create<X>(b->model, 1, tokens, 1, false, RECOMPUTE_NONE);
     d->state_words = state_begin<X>(b->model, s->rows, b->model->n_layers);
     d->state = (float*)device_calloc(d->state_words, sizeof(float));
+    s->state_bytes = d->state_words * sizeof(float);
     d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
     d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
     d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));

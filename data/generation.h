@@ -1,59 +1,68 @@
 // Around generation: prompts from a file, and where a text ends. Part of section 10 of train_mamba.c.
 
 // PromptList: --prompts: a text file with a prompt in every line, or JSON lines {"prompt": ...}. Empty lines
-// are none.
-typedef struct {
-    char** text;
-    size_t* size;
-    size_t n;
-} PromptList;
+// are none. They lie in the memory that the file was read into, prompt i from start[i] to the NUL in front of
+// start[i + 1]: a file of a million letters must not become a million blocks of memory.
+typedef struct { char* text; size_t* start; size_t n; } PromptList;
+
+enum { MAX_PROMPTS = 1 << 20 };
 
 static void prompts_free(PromptList* list) {
-    for (size_t i = 0; i < list->n; i++) free(list->text[i]);
     free(list->text);
-    free(list->size);
+    free(list->start);
     memset(list, 0, sizeof *list);
 }
 
-static void prompts_add(PromptList* list, const char* text, size_t n) {
-    list->text = (char**)xrealloc(list->text, list->n + 1, sizeof(char*));
-    list->size = (size_t*)xrealloc(list->size, list->n + 1, sizeof(size_t));
-    char* copy = (char*)xcalloc(n + 1, 1);
-    memcpy(copy, text, n);
-    list->text[list->n] = copy;
-    list->size[list->n++] = n;
+// prompts_add: the next prompt, moved to its place; what it is made of is never in front of that
+static bool prompts_add(PromptList* list, const char* text, size_t n, Error* err) {
+    if (list->n == MAX_PROMPTS) return fail(err, "more than %d prompts", MAX_PROMPTS);
+    if ((list->n & (list->n - 1)) == 0)                  // twice the room
+        list->start = (size_t*)xrealloc(list->start, 2 * list->n + 2, sizeof(size_t));
+    if (list->n == 0) list->start[0] = 0;
+    char* place = list->text + list->start[list->n];
+    memmove(place, text, n);
+    place[n] = 0;
+    list->start[list->n + 1] = list->start[list->n] + n + 1;
+    list->n++;
+    return true;
+}
+
+static size_t prompts_size(const PromptList* list, size_t i) {
+    return list->start[i + 1] - list->start[i] - 1;
+}
+
+// prompts_line: the prompt in one line of JSON
+static bool prompts_line(PromptList* list, const char* line, size_t n, Error* err) {
+    json_t* root = json_line(line, n, err);
+    const json_t* text = json_object_get(root, "prompt");
+    bool ok = json_is_string(text);
+    if (ok) ok = prompts_add(list, json_string_value(text), json_string_length(text), err);
+    else if (root)
+        fail(err, "expected an object with a string \"prompt\", found %s",
+             text ? "another type" : "none of that name");
+    json_decref(root);
+    return ok;
 }
 
 static bool prompts_read(PromptList* list, const char* path, Error* err) {
-    struct stat st;
-    char* line = NULL;
-    size_t room = 0;
-    ssize_t n = 0;
+    size_t size = 0;
+    Error why;
     memset(list, 0, sizeof *list);
-    int fd = open_regular(path, &st, err);
-    if (fd < 0) return false;
-    FILE* f = fdopen(fd, "rb");
+    if (!(list->text = read_text(path, INT64_MAX - 1, &size, err))) return false;
+    const char *p = list->text, *end = p + size;
     bool ok = true;
-    for (int64_t number = 1; ok && (n = getline(&line, &room, f)) > 0; number++) {
-        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) n--;
-        if (n && !is_json_lines(path)) prompts_add(list, line, (size_t)n);
-        if (!n || !is_json_lines(path)) continue;
-        json_error_t where;
-        json_t* root = json_loadb(line, (size_t)n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &where);
-        const json_t* text = json_object_get(root, "prompt");
-        if (!root)
-            ok = fail_line(err, "%s: line %lld: expected JSON, found: %s", path, (long long)number,
-                           where.text);
-        else if (!json_is_string(text))
-            ok = fail_line(err, "%s: line %lld: expected an object with a string \"prompt\", found %s", path,
-                           (long long)number, text ? "another type" : "none of that name");
-        else prompts_add(list, json_string_value(text), json_string_length(text));
-        json_decref(root);
+    for (int64_t number = 1; ok && p < end; number++) {
+        const char* stop = (const char*)memchr(p, '\n', (size_t)(end - p));
+        const char* next = stop ? stop + 1 : end;
+        size_t n = (size_t)((stop ? stop : end) - p);
+        while (n && p[n - 1] == '\r') n--;
+        if (n)
+            ok = is_json_lines(path) ? prompts_line(list, p, n, &why) : prompts_add(list, p, n, &why);
+        if (!ok) fail_line(err, "%s: line %lld: %s", path, (long long)number, why.text);
+        p = next;
     }
-    if (ok && ferror(f)) ok = fail_line(err, "%s: cannot read: %s", path, strerror(errno));
     if (ok && list->n == 0) ok = fail_line(err, "%s: expected a prompt in every line, found none", path);
-    fclose(f);
-    free(line);
+    if (!ok) prompts_free(list);
     return ok;
 }
 

@@ -383,6 +383,19 @@ void test_context(void) {
         report(k ? "a state that is too long: not refused" : "a state that just fits: refused", ok != !k, 0);
         state_free(&s[k]);
     }
+    m.config.context = 17;
+    State good = state_alloc(&m, 1);
+    must(state_load(&m, &good, logits, seen, &tokens, scratch("part.state"), &err), &err);
+    for (int k = 0; k < 3; k++) {
+        ((AttentionState*)good.field[1])->position[0] = (real)(k == 0 ? 1e6 : k == 1 ? -1 : NAN);
+        must(state_save(&m, &good, logits, seen, 17, scratch("damaged.state"), &err), &err);
+        s[0] = state_alloc(&m, 1);
+        bool ok = state_load(&m, &s[0], logits, seen, &tokens, scratch("damaged.state"), &err);
+        report("a saved state with a wrong number of tokens: not refused",
+               refused(ok, &err, "in the cache of a layer"), 0);
+        state_free(&s[0]);
+    }
+    state_free(&good);
     static Settings set;
     snprintf(option, sizeof option, "--interactive --max-tokens 8 --context 30 --temperature 0");
     int argc = split_words(option, argv);
