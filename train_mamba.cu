@@ -3649,7 +3649,7 @@ ssd_forward_kernel(X* y, X* states, float* hT, const X* x, size_t ldx, const flo
 // row r lies in place c ^ (r % 8), so that the 8 pieces of a column are in different banks. Columns beyond N
 // or P and tokens beyond T are zeros with dt = 0.
 
-enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64, SSD_PIECE_BYTES = 16, SSD_STAGES = 2 };
+enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64 };
 enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt per chunk, see ssd_cb_kernel
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SSD_PORTABLE)
@@ -3658,99 +3658,37 @@ enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt
 #define SSD_WGMMA 0
 #endif
 
-__device__ __forceinline__ uint32_t ssd_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-// address of piece c of row r of a tile
-__device__ __forceinline__ uint32_t ssd_piece(uint32_t tile, int r, int c) {
-    return tile + r * 128 + ((c ^ (r & 7)) << 4);
-}
+// where piece c of row r of a tile begins
+__device__ __forceinline__ int ssd_piece(int r, int c) { return r * 64 + ((c ^ (r & 7)) << 3); }
 
-// four 8 x 8 matrices from shared memory into the registers of a warp, in the order that mma wants
-__device__ __forceinline__ void ssd_ldmatrix(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void ssd_ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void ssd_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-                 "{%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ float log2_unit(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-#if SSD_WGMMA
-// sm_90: the four warps of a group multiply together (wgmma), operands straight from shared memory, and go on
-// with other work meanwhile.
-__device__ __forceinline__ void ssd_mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void ssd_mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(GROUPS) : "memory");
-}
-// the compiler must not use these registers before here
-__device__ __forceinline__ void ssd_mma_done(float (&d)[8][4]) {
-    #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        #pragma unroll
-        for (int j = 0; j < 4; j++) asm volatile("" : "+f"(d[i][j]) :: "memory");
-    }
-}
-// writes to shared memory become visible to wgmma
-__device__ __forceinline__ void ssd_shared_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// a tile as operand: rows of 128 bytes, swizzled, 1024 bytes from 8 rows to the next 8
-__device__ __forceinline__ uint64_t ssd_operand(uint32_t tile) {
-    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-#define SSD_ACC "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define SSD_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define SSD_ACC32 SSD_ACC4(0), SSD_ACC4(1), SSD_ACC4(2), SSD_ACC4(3), SSD_ACC4(4), SSD_ACC4(5), SSD_ACC4(6), SSD_ACC4(7)
-#endif
-
-// d (64 x 64) += a b^T, or = with `first`: a and b tiles whose rows are 64 numbers of the summed dimension
-__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int w) {
-#if SSD_WGMMA
-    #pragma unroll
-    for (int k = 0; k < 4; k++)
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
-                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC ", %32, %33, p, 1, 1, 0, 0; }"
-                     : SSD_ACC32 : "l"(ssd_operand(a + k * 32)), "l"(ssd_operand(b + k * 32)), "r"((int)!(first && k == 0)));
-#else
+// The products, on tiles, by the four warps of a group: warp w makes rows 16w..16w+15 of d (64 x 64), in the
+// layout of mma: d[i] are 8 columns 8i.., of which a lane has columns 2tg, 2tg+1 of row g, then of row g + 8
+// (lane = 4g + tg).
+// ssd_mma_rows: d += a b^T; the rows of both tiles are 64 numbers of the summed dimension.
+__device__ __forceinline__ void ssd_mma_rows(float (&d)[8][4], const bf16* a, const bf16* b, int w) {
     const int lane = threadIdx.x % WARP;
-    if (first) {
-        #pragma unroll
-        for (int i = 0; i < 8; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
-    }
     #pragma unroll
     for (int k = 0; k < 4; k++) {
         uint32_t ra[4], rb[4];
-        ssd_ldmatrix(ra, ssd_piece(a, w * 16 + (lane & 15), 2 * k + (lane >> 4)));
+        load_matrices(ra, a + ssd_piece(w * 16 + (lane & 15), 2 * k + (lane >> 4)));
         #pragma unroll
         for (int j = 0; j < 4; j++) {
-            ssd_ldmatrix(rb, ssd_piece(b, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
-            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
-            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
+            load_matrices(rb, b + ssd_piece(j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+            scan_mma_bf16(d[2 * j], ra, rb[0], rb[1]);
+            scan_mma_bf16(d[2 * j + 1], ra, rb[2], rb[3]);
         }
     }
-#endif
 }
-
-// d (64 x 64) += a b: a in registers, b a tile with one row for each number of the summed dimension. Of that
-// only the first 16 `steps` numbers of this warp's a are not 0.
-__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b, int steps) {
-#if SSD_WGMMA
-    #pragma unroll
-    for (int k = 0; k < 4; k++)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC
-                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                     : SSD_ACC32 : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 2048)));
-#else
+// ssd_mma_columns: d += a b; a in registers (a[k]: columns 16k.. of this warp's rows), b a tile with one row
+// for each number of the summed dimension, of which only the first 16 `steps` count.
+__device__ __forceinline__ void ssd_mma_columns(float (&d)[8][4], const uint32_t (&a)[4][4], const bf16* b,
+                                                int steps) {
     const int lane = threadIdx.x % WARP;
     #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -3758,33 +3696,94 @@ __device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uin
         uint32_t rb[4];
         #pragma unroll
         for (int j = 0; j < 4; j++) {
-            ssd_ldmatrix_transposed(rb, ssd_piece(b, k * 16 + (lane & 15), 2 * j + (lane >> 4)));
-            ssd_mma(d[2 * j], a[k], rb[0], rb[1]);
-            ssd_mma(d[2 * j + 1], a[k], rb[2], rb[3]);
+            load_matrices_trans(rb, b + ssd_piece(k * 16 + (lane & 15), 2 * j + (lane >> 4)));
+            scan_mma_bf16(d[2 * j], a[k], rb[0], rb[1]);
+            scan_mma_bf16(d[2 * j + 1], a[k], rb[2], rb[3]);
         }
     }
-#endif
 }
-#if !SSD_WGMMA
-__device__ __forceinline__ void ssd_mma_begin() {}
-__device__ __forceinline__ void ssd_mma_commit() {}
-template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {}
-__device__ __forceinline__ void ssd_mma_done(float (&)[8][4]) {}
-__device__ __forceinline__ void ssd_shared_written() {}
+
+// The same where the hardware can do better, sm_90: the four warps multiply together (wgmma), operands come
+// straight from shared memory, and the warps go on meanwhile:
+//   ssd_begin();  ssd_multiply_..();  ssd_end();  other work;  ssd_wait();  d is there
+// `first`: = instead of +=. What warps write to shared memory becomes an operand by ssd_publish.
+#if SSD_WGMMA
+__device__ __forceinline__ void ssd_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ssd_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT = 0> __device__ __forceinline__ void ssd_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
+}
+__device__ __forceinline__ void ssd_publish() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// the compiler must not use d before here
+__device__ __forceinline__ void ssd_arrived(float (&d)[8][4]) {
+    #pragma unroll
+    for (int i = 0; i < 8; i++)
+        asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]) :: "memory");
+}
+// a tile as operand: 1024 bytes from 8 rows to the next 8; bit 62: pieces in the order of ssd_piece
+__device__ __forceinline__ uint64_t ssd_operand(const bf16* tile) {
+    const uint64_t address = (uint32_t)__cvta_generic_to_shared(tile);
+    return address >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+#define SSD_SUMS "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define SSD_SUMS4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define SSD_SUMS16(i) SSD_SUMS4(i), SSD_SUMS4(i + 1), SSD_SUMS4(i + 2), SSD_SUMS4(i + 3)
+#define SSD_SUMS32 SSD_SUMS16(0), SSD_SUMS16(4)
+__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], const bf16* a, const bf16* b, bool first,
+                                                  int) {
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_SUMS ", %32, %33, p, 1, 1, 0, 0; }"
+                     : SSD_SUMS32
+                     : "l"(ssd_operand(a + k * 16)), "l"(ssd_operand(b + k * 16)), "r"((int)!(first && k == 0)));
+}
+__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], const bf16* b,
+                                                     int) {
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_SUMS
+                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                     : SSD_SUMS32
+                     : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 16 * 64)));
+}
+#else
+__device__ __forceinline__ void ssd_begin() {}
+__device__ __forceinline__ void ssd_end() {}
+template <int LEFT = 0> __device__ __forceinline__ void ssd_wait() {}
+__device__ __forceinline__ void ssd_publish() {}
+__device__ __forceinline__ void ssd_arrived(float (&)[8][4]) {}
+__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], const bf16* a, const bf16* b, bool first,
+                                                  int w) {
+    if (first) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
+    }
+    ssd_mma_rows(d, a, b, w);
+}
+__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], const bf16* b,
+                                                     int steps) {
+    ssd_mma_columns(d, a, b, steps);
+}
 #endif
+
+// keeps the compiler from holding in registers, all the time, what follows quickly from x
+__device__ __forceinline__ void ssd_recompute(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // ssd_load_tile: starts the copy of 64 rows, of which `rows` exist, and of 64 columns, of which `columns` exist
 template <int THREADS>
-__device__ __forceinline__ void ssd_load_tile(uint32_t tile, const bf16* from, uint32_t ld, int rows, int columns,
+__device__ __forceinline__ void ssd_load_tile(bf16* tile, const bf16* from, uint32_t ld, int rows, int columns,
                                               int thread) {
     const int r = thread / 8, c = thread % 8;
-    const uint32_t to = ssd_piece(tile, r, c);                 // r + 16, r + 32 .. have the same place for c
+    bf16* to = tile + ssd_piece(r, c);                         // r + 16, r + 32 .. have the same place for c
+    ssd_recompute(ld);
     #pragma unroll
     for (int i = 0; i < 64; i += THREADS / 8) {
         const bool inside = r + i < rows && c * 8 < columns;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(to + i * 128), "l"(from + (inside ? (r + i) * ld + c * 8 : 0)), "r"(inside ? 16 : 0)
-                     : "memory");
+        scan_copy16(to + i * 64, from + (inside ? (r + i) * ld + c * 8 : 0), inside);
     }
 }
 
@@ -3793,56 +3792,51 @@ __device__ __forceinline__ void ssd_load_tile(uint32_t tile, const bf16* from, u
 //   cb (B, chunks, G, 10, 32) packs
 template <int NB>
 __global__ void __launch_bounds__(4 * WARP)
-ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, size_t G, size_t N, size_t chunks) {
+ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, size_t G, size_t N,
+              size_t chunks) {
     extern __shared__ __align__(128) char shared[];
+    bf16 (*tile)[SSD_TILE] = (bf16 (*)[SSD_TILE])shared;       // Bt, Ct of 64 states, of the next 64, ..
     const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
     const size_t g = blockIdx.x % G, c = blockIdx.x / G % chunks, b = blockIdx.x / G / chunks;
-    const uint32_t tiles = ssd_address(shared);
     #pragma unroll
     for (int n = 0; n < NB; n++) {
         const size_t at = (b * T + c * SSD_TOKENS) * ldbc + g * N + n * 64;
         const int rows = (int)(T - c * SSD_TOKENS), columns = (int)N - n * 64;
-        ssd_load_tile<128>(tiles + 2 * n * SSD_TILE * 2, Bt + at, (uint32_t)ldbc, rows, columns, tid);
-        ssd_load_tile<128>(tiles + (2 * n + 1) * SSD_TILE * 2, Ct + at, (uint32_t)ldbc, rows, columns, tid);
+        ssd_load_tile<128>(tile[2 * n], Bt + at, (uint32_t)ldbc, rows, columns, tid);
+        ssd_load_tile<128>(tile[2 * n + 1], Ct + at, (uint32_t)ldbc, rows, columns, tid);
     }
     copy_async_commit();
     copy_async_wait(0);
     __syncthreads();
     float d[8][4] = {};
     #pragma unroll
-    for (int k = 0; k < 4 * NB; k++) {
-        const uint32_t B_tile = tiles + 2 * (k / 4) * SSD_TILE * 2, C_tile = B_tile + SSD_TILE * 2;
-        uint32_t ra[4], rb[4];
-        ssd_ldmatrix(ra, ssd_piece(C_tile, w * 16 + (lane & 15), 2 * (k % 4) + (lane >> 4)));
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (j > w) continue;
-            ssd_ldmatrix(rb, ssd_piece(B_tile, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * (k % 4) + (lane >> 3 & 1)));
-            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
-            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
-        }
-    }
+    for (int n = 0; n < NB; n++) ssd_mma_rows(d, tile[2 * n + 1], tile[2 * n], w);
     cb += (size_t)blockIdx.x * SSD_CB + w * (w + 1) / 2 * WARP + lane;
     #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < 4; k++) {
+        const float *v = d[2 * k], *v8 = d[2 * k + 1];
         if (k <= w)
-            cb[k * WARP] = make_uint4(scan_pack(d[2 * k][0], d[2 * k][1]), scan_pack(d[2 * k][2], d[2 * k][3]),
-                                      scan_pack(d[2 * k + 1][0], d[2 * k + 1][1]), scan_pack(d[2 * k + 1][2], d[2 * k + 1][3]));
+            cb[k * WARP] = make_uint4(scan_pack(v[0], v[1]), scan_pack(v[2], v[3]), scan_pack(v8[0], v8[1]),
+                                      scan_pack(v8[2], v8[3]));
+    }
 }
 
 // SsdShared: SLICES slices of 64 channels, N up to 64 NB. Tiles come first: they start at multiples of 1024 bytes.
-template <int SLICES, int NB> struct SsdShared {
-    struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[SSD_STAGES];
+template <int SLICES, int NB, int STAGES> struct SsdShared {
+    struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[STAGES];
     bf16 S[SLICES][NB][SSD_TILE];                              // rows: channels, columns: states
+    bf16 y[SLICES][SSD_TILE];                                  // rows: tokens, on their way out
     struct {
         float cs[SSD_TOKENS];
-        float u[SSD_TOKENS];                                    // cs - log2(dt)
-        float enter[SSD_TOKENS];                                // 2^cs_i, 0 in documents that begin here
-        float leave[SSD_TOKENS];                                // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
+        float u[SSD_TOKENS];                                   // cs - log2(dt)
+        float enter[SSD_TOKENS];                               // 2^cs_i, 0 in documents that begin here
+        bf16 leave[SSD_TOKENS];                                // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
         float pass;                                            // 2^cs_63, 0 if a document begins here
         unsigned long long resets;                             // bit i: a document begins at token i
-    } tokens[2][SLICES];
+    } tokens[4][SLICES];
     float D[SLICES][64];
+    uint64_t full[STAGES], empty[STAGES];                      // a stage has arrived, is no longer needed
+    uint64_t state_ready[SLICES], state_read[SLICES];          // S of the next chunk is there, has been used
 };
 
 // what the marching kernel needs, one struct: see ssd_forward_cuda
@@ -3861,14 +3855,19 @@ struct SsdForward {
 };
 
 // ssd_forward_fast_kernel: y, states and hT; with ENDS the states after all segments but the last, if they
-// begin with 0, and their decays instead.
-template <int SLICES, int NB, bool ENDS>
-__global__ void __launch_bounds__(SLICES * 4 * WARP, SLICES == 1 && NB <= 2 ? 2 : 1)
+// begin with 0, and their decays instead. A slice has two groups of four warps that work side by side:
+//   the first brings the chunks to shared memory, carries the state from one to the next
+//   the second makes y                                                   (not with ENDS)
+// Four kinds of signals, in SsdShared, keep them in step.
+template <int SLICES, int NB, int STAGES, bool ENDS>
+__global__ void __launch_bounds__(SLICES * (ENDS ? 1 : 2) * 128, SLICES == 1 && NB <= 2 ? 2 : 1)
 ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     extern __shared__ __align__(128) char shared[];
-    typedef SsdShared<SLICES, NB> Shared;
+    typedef SsdShared<SLICES, NB, STAGES> Shared;
     Shared& s = *(Shared*)shared;
-    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP % 4, m = tid / (4 * WARP), g = lane / 4, tg = lane % 4;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP % 4, g = lane / 4, tg = lane % 4;
+    const int part = __shfl_sync(~0u, tid / 128, 0), m = part % SLICES, thread = tid % 128;
+    const bool makes_y = part >= SLICES;
     const int T = (int)p.T, N = (int)p.N, P = (int)p.P, H = (int)p.H, G = (int)p.G;
     const uint32_t ldx = (uint32_t)p.ldx, ldbc = (uint32_t)p.ldbc;
     const int parts = (P + 63) / 64, slices = H * parts;       // slices of a head, of a sequence
@@ -3877,246 +3876,312 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     const size_t b = blockIdx.x * SLICES / slices % p.B, token = b * T;        // the sequence, its first token
     const int segment = (int)(blockIdx.x * SLICES / slices / p.B), begin = segment * (int)p.each;
     const int end = min(begin + (int)p.each, chunks);
-    const bf16 *Bt = p.Bt + token * ldbc + group * N, *Ct = p.Ct + token * ldbc + group * N;
-    const bf16* x = p.x + token * ldx + h * P + p0;
-    const float* dt = p.dt + (b * H + h) * T;
-    const uint4* cb = p.cb + (b * chunks * G + group) * SSD_CB + w * (w + 1) / 2 * WARP + lane;
-    const float A2 = scan_decay(p.A_log[h]);
     const int columns = min(P - p0, 64);
-    bf16* y = p.y + ((token + w * 16 + g) * H + h) * P + p0 + 2 * tg;
-    const uint32_t ldy = (uint32_t)(H * P);
 
-    auto load = [&](int c) {                                   // starts the copies of chunk c
-        auto& st = s.stage[c % SSD_STAGES];
-        const int rows = T - c * 64;
-        if (c < end) {
-            const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
-            #pragma unroll
-            for (int n = 0; n < NB; n++) {
-                ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, tid);
-                if (ENDS) continue;
-                ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, tid);
-            }
-            ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, tid % 128);
+    if (tid == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            scan_signal_init(&s.full[i], SLICES * 4);
+            scan_signal_init(&s.empty[i], SLICES * (ENDS ? 4 : 8));
         }
-        copy_async_commit();
-    };
-    // warp 0 of the slice: two tokens per lane
-    float dt0 = 0, dt1 = 0;
-    bool reset0 = false, reset1 = false;
-    auto fetch_tokens = [&](int c) {
-        const int t = c * 64 + 2 * lane;
-        dt0 = t < T ? dt[t] : 0.0f;
-        dt1 = t + 1 < T ? dt[t + 1] : 0.0f;
-        if (p.doc) {
-            reset0 = t < T && scan_resets_cuda(p.doc, b, t, T);
-            reset1 = t + 1 < T && scan_resets_cuda(p.doc, b, t + 1, T);
-        }
-    };
-    auto prepare_tokens = [&](int c) {
-        auto& k = s.tokens[c % 2][m];
-        // below 2^-256 a decay is 0 in float
-        const float a0 = fmaxf(A2 * dt0, -256.0f), a1 = fmaxf(A2 * dt1, -256.0f);
-        float sum = a0 + a1;
-        #pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            float v = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += v;
-        }
-        const float cs0 = sum - a1, cs1 = sum, last = __shfl_sync(~0u, sum, WARP - 1);
-        unsigned long long resets = 0;
-        if (p.doc) {
-            unsigned even = __ballot_sync(~0u, reset0), odd = __ballot_sync(~0u, reset1);
-            for (int i = 0; i < WARP; i++)
-                resets |= (unsigned long long)((even >> i & 1) | (odd >> i & 1) << 1) << 2 * i;
-        }
-        const bool enter0 = !(resets & ((2ull << 2 * lane) - 1)), enter1 = !(resets & ((4ull << 2 * lane) - 1));
-        const bool leave0 = !(resets >> 2 * lane >> 1), leave1 = !(resets >> 2 * lane >> 1 >> 1);
-        *(float2*)&k.cs[2 * lane] = make_float2(cs0, cs1);
-        *(float2*)&k.u[2 * lane] = make_float2(cs0 - log2_unit(dt0), cs1 - log2_unit(dt1));
-        *(float2*)&k.enter[2 * lane] = make_float2(enter0 ? exp2_unit(cs0) : 0.0f, enter1 ? exp2_unit(cs1) : 0.0f);
-        *(float2*)&k.leave[2 * lane] = make_float2(leave0 ? exp2_unit(last - cs0) * dt0 : 0.0f,
-                                                   leave1 ? exp2_unit(last - cs1) * dt1 : 0.0f);
-        if (lane == 0) { k.pass = resets ? 0.0f : exp2_unit(last); k.resets = resets; }
-    };
-    uint4 cb_k[4];
-    auto fetch_cb = [&](int c) {
-        const uint4* cb_c = cb + (size_t)c * G * SSD_CB;
-        #pragma unroll
-        for (int k = 0; k < 4; k++) cb_k[k] = !ENDS && k <= w && c < end ? cb_c[k * WARP] : make_uint4(0, 0, 0, 0);
-    };
-
-    load(begin);
-    if (tid % 128 < 64)
-        s.D[m][tid % 128] = tid % 128 < columns ? p.Dskip[p.D_has_hdim ? h * P + p0 + tid % 128 : h] : 0.0f;
-    if (w == 0) { fetch_tokens(begin); prepare_tokens(begin); fetch_tokens(begin + 1); }
-    fetch_cb(begin);
-    const float* start = ENDS ? NULL : p.segments > 1 ? p.start + segment * p.B * H * P * N : p.h0;
-    float S[NB][8][4];                                         // row 16w + g or +8, columns 64n + 8i + 2tg, +1
-    const size_t row = (b * H + h) * P + p0 + w * 16 + g;      // of start and hT
-    #pragma unroll
-    for (int n = 0; n < NB; n++) {
-        #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
-                const bool inside = start && w * 16 + g + j / 2 * 8 < columns && col < N;
-                S[n][i][j] = inside ? start[(row + j / 2 * 8) * N + col] : 0.0f;
-            }
+        for (int i = 0; i < SLICES; i++) {
+            scan_signal_init(&s.state_ready[i], 4);
+            scan_signal_init(&s.state_read[i], 4);
         }
     }
-    auto store_state = [&]() {
-        #pragma unroll
-        for (int n = 0; n < NB; n++) {
-            #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                char* to = (char*)s.S[m][n] + (w * 16 + g) * 128 + ((i ^ g) << 4) + 4 * tg;
-                *(uint32_t*)to = scan_pack(S[n][i][0], S[n][i][1]);
-                *(uint32_t*)(to + 8 * 128) = scan_pack(S[n][i][2], S[n][i][3]);
-            }
-        }
-    };
-    store_state();
-    float decay = 1.0f;
+    __syncthreads();
 
-    #pragma unroll 1
-    for (int c = begin; c < end; c++) {
-        auto& st = s.stage[c % SSD_STAGES];
-        auto& k = s.tokens[c % 2][m];
-        const uint32_t x_tile = ssd_address(st.x[m]);
-        copy_async_wait(0);
-        ssd_shared_written();
-        __syncthreads();
-        load(c + 1);
-        const float pass = k.pass;
-        decay *= pass;
-        #pragma unroll
-        for (int n = 0; n < NB; n++) {
-            #pragma unroll
-            for (int i = 0; i < 8; i++) {
+    if (!makes_y) {
+        const bf16 *Bt = p.Bt + token * ldbc + group * N, *Ct = p.Ct + token * ldbc + group * N;
+        const bf16* x = p.x + token * ldx + h * P + p0;
+        const float* dt = p.dt + (b * H + h) * T;
+        const float A2 = scan_decay(p.A_log[h]);
+        auto load = [&](int c) {                               // starts the copies of chunk c
+            uint32_t l = tid;
+            ssd_recompute(l);
+            if (c < end) {
+                const int i = c - begin, use = i / STAGES, rows = T - c * 64;
+                auto& st = s.stage[i % STAGES];
+                if (use > 0) scan_wait(&s.empty[i % STAGES], (use - 1) & 1);
+                const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
                 #pragma unroll
-                for (int j = 0; j < 4; j++) S[n][i][j] *= pass;
+                for (int n = 0; n < NB; n++) {
+                    ssd_load_tile<SLICES * 128>(st.Bt[n], B_c + n * 64, ldbc, rows, N - n * 64, l);
+                    if (ENDS) continue;
+                    ssd_load_tile<SLICES * 128>(st.Ct[n], C_c + n * 64, ldbc, rows, N - n * 64, l);
+                }
+                ssd_load_tile<128>(st.x[m], x + (size_t)c * 64 * ldx, ldx, rows, columns, l % 128);
             }
-        }
-        // what enters with the state, and the next state; both need S
-        float Y[8][4];
-        if (!ENDS) {
-            ssd_mma_begin();
+            copy_async_commit();
+        };
+        // warp 0: tokens lane and lane + 32 of a chunk
+        float dt_next[2] = {0, 0};
+        bool reset_next[2] = {false, false};
+        auto fetch_tokens = [&](int c) {
             #pragma unroll
-            for (int n = 0; n < NB; n++)
-                ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
-            ssd_mma_commit();
-        }
-        uint32_t a[4][4];
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {                          // x^T, rows: channels, columns: tokens
-            uint32_t r[4];
-            ssd_ldmatrix_transposed(r, ssd_piece(x_tile, j * 16 + (lane & 15), 2 * w + (lane >> 4)));
-            const float2 l0 = *(float2*)&k.leave[j * 16 + 2 * tg], l8 = *(float2*)&k.leave[j * 16 + 8 + 2 * tg];
-            const __nv_bfloat162 w0 = __floats2bfloat162_rn(l0.x, l0.y), w8 = __floats2bfloat162_rn(l8.x, l8.y);
-            *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], w0);
-            *(__nv_bfloat162*)&a[j][1] = __hmul2(*(__nv_bfloat162*)&r[2], w0);
-            *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], w8);
-            *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], w8);
-        }
-        if (!ENDS && p.states && c % (SSD_SPACING / SSD_TOKENS) == 0) {  // save the state: from shared memory, whole rows
-            const int saved = (T + SSD_SPACING - 1) / SSD_SPACING, at = c / (SSD_SPACING / SSD_TOKENS);
-            bf16* to = p.states + (((b * saved + at) * H + h) * P + p0) * N;
+            for (int i = 0; i < 2; i++) {
+                const int t = c * 64 + i * 32 + lane;
+                dt_next[i] = t < T ? dt[t] : 0.0f;
+                reset_next[i] = t < T && scan_resets_cuda(p.doc, b, t, T);
+            }
+        };
+        auto prepare_tokens = [&](int c) {
+            auto& k = s.tokens[c % 4][m];
+            float cs[2];
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                cs[i] = fmaxf(A2 * dt_next[i], -256.0f);       // 2^-256 is 0 in float
+                #pragma unroll
+                for (int step = 1; step < WARP; step *= 2) {
+                    const float v = __shfl_up_sync(~0u, cs[i], step);
+                    if (lane >= step) cs[i] += v;
+                }
+            }
+            cs[1] += __shfl_sync(~0u, cs[0], WARP - 1);
+            const float last = __shfl_sync(~0u, cs[1], WARP - 1);
+            unsigned long long resets = 0;
+            if (p.doc) resets = __ballot_sync(~0u, reset_next[0]) |
+                                (unsigned long long)__ballot_sync(~0u, reset_next[1]) << 32;
+            uint32_t first = lane;
+            ssd_recompute(first);
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t t = i * 32 + first;
+                k.cs[t] = cs[i];
+                k.u[t] = cs[i] - log2_unit(dt_next[i]);
+                k.enter[t] = resets & ((2ull << t) - 1) ? 0.0f : exp2_unit(cs[i]);
+                k.leave[t] = from_float<bf16>(resets >> t >> 1 ? 0.0f : exp2_unit(last - cs[i]) * dt_next[i]);
+            }
+            if (lane == 0) {
+                k.pass = resets ? 0.0f : exp2_unit(last);
+                k.resets = resets;
+            }
+        };
+        float S[NB][8][4];                                     // row 16w + g or +8, columns 64n + 8i + 2tg, +1
+        const uint32_t at = ssd_piece(w * 16 + g, 0) + 2 * tg;
+        auto store_state = [&]() {
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                #pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    bf16* to = s.S[m][n] + (at ^ i << 3);
+                    *(uint32_t*)to = scan_pack(S[n][i][0], S[n][i][1]);
+                    *(uint32_t*)(to + 8 * 64) = scan_pack(S[n][i][2], S[n][i][3]);
+                }
+            }
+            ssd_publish();
+            scan_arrive_warp(&s.state_ready[m]);
+        };
+        // saves the state before chunk c: whole rows, from shared memory
+        auto save_state = [&](int c) {
+            if (!p.states || c % (SSD_SPACING / SSD_TOKENS) != 0 || c >= chunks) return;
+            const int saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+            uint32_t l = lane;
+            ssd_recompute(l);
+            bf16* to = p.states + (((b * saved + c / (SSD_SPACING / SSD_TOKENS)) * H + h) * P + p0) * N;
             #pragma unroll
             for (int n = 0; n < NB; n++) {
                 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int r = tid % 128 / 8 + 16 * i, q = tid % 8;
+                    const int r = w * 16 + i * 4 + l / 8, q = l % 8;
                     if (r < columns && n * 64 + q * 8 < N)
                         *(uint4*)(to + r * N + n * 64 + q * 8) =
-                            *(uint4*)((char*)s.S[m][n] + r * 128 + ((q ^ (r & 7)) << 4));
+                            *(uint4*)(s.S[m][n] + ssd_piece(r, q));
                 }
             }
-        }
-        ssd_mma_begin();
-        #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, ssd_address(st.Bt[n]), 4);
-        ssd_mma_commit();
-        if (ENDS) {
-            if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
-            ssd_mma_wait<0>();
-            #pragma unroll
-            for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
-            continue;
-        }
-        // M, meanwhile
-        uint32_t M[4][4];
-        const int i0 = 16 * w + g;
-        const unsigned long long resets = k.resets;
-        const float cs0 = k.cs[i0], cs8 = k.cs[i0 + 8];
-        unsigned span0 = i0, span8 = i0 + 8;                   // tokens of this document before i
-        if (resets) {
-            const unsigned long long before0 = resets & ((2ull << i0) - 1), before8 = resets & ((2ull << (i0 + 8)) - 1);
-            if (before0) span0 -= 63 - __clzll(before0);
-            if (before8) span8 -= 63 - __clzll(before8);
-        }
-        auto weight = [&](float v, float cs, float u, int i, int j, unsigned span) {
-            return v * exp2_unit((unsigned)(i - j) <= span ? cs - u : -INFINITY);
+            __syncwarp();
         };
+
+        #pragma unroll
+        for (int i = 0; i < STAGES - 1; i++) load(begin + i);
+        if (w == 0) { fetch_tokens(begin); prepare_tokens(begin); fetch_tokens(begin + 1); }
+        const size_t first = ((b * H + h) * P + p0) * N, states = p.B * H * P * N; // of this slice, of a segment
+        const float* start = ENDS ? NULL : p.segments > 1 ? p.start + segment * states : p.h0;
+        const int r0 = w * 16 + g;
+        #pragma unroll
+        for (int q = 0; q < 2; q++) {                          // rows r0 and r0 + 8
+            const float* from = start + first + (r0 + 8 * q) * N + 2 * tg;
+            #pragma unroll
+            for (int i = 0; i < 8 * NB; i++) {
+                const bool inside = start && r0 + 8 * q < columns && i * 8 < N;
+                const float2 v = inside ? *(const float2*)(from + i * 8) : make_float2(0.0f, 0.0f);
+                S[i / 8][i % 8][2 * q] = v.x;
+                S[i / 8][i % 8][2 * q + 1] = v.y;
+            }
+        }
+        if (!ENDS) {
+            store_state();
+            save_state(begin);
+        }
+        float decay = 1.0f;
+        #pragma unroll 1
+        for (int c = begin; c < end; c++) {
+            const int i = c - begin;
+            auto& st = s.stage[i % STAGES];
+            auto& k = s.tokens[c % 4][m];
+            copy_async_wait(STAGES - 2);
+            ssd_publish();
+            scan_arrive_warp(&s.full[i % STAGES]);
+            scan_wait(&s.full[i % STAGES], i / STAGES & 1);
+            uint32_t a[4][4];
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {                      // x^T, rows: channels, columns: tokens
+                uint32_t r[4];
+                load_matrices_trans(r, st.x[m] + ssd_piece(j * 16 + (lane & 15), 2 * w + (lane >> 4)));
+                const __nv_bfloat162 first = *(__nv_bfloat162*)&k.leave[j * 16 + 2 * tg];
+                const __nv_bfloat162 second = *(__nv_bfloat162*)&k.leave[j * 16 + 8 + 2 * tg];
+                *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], first);
+                *(__nv_bfloat162*)&a[j][1] = __hmul2(*(__nv_bfloat162*)&r[2], first);
+                *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], second);
+                *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], second);
+            }
+            const float pass = k.pass;
+            decay *= pass;
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                #pragma unroll
+                for (int q = 0; q < 8; q++) {
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) S[n][q][j] *= pass;
+                }
+            }
+            ssd_begin();
+            #pragma unroll
+            for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, st.Bt[n], 4);
+            ssd_end();
+            load(c + STAGES - 1);
+            if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
+            ssd_wait();
+            #pragma unroll
+            for (int n = 0; n < NB; n++) ssd_arrived(S[n]);
+            scan_arrive_warp(&s.empty[i % STAGES]);
+            if (ENDS || c + 1 == end) continue;
+            scan_wait(&s.state_read[m], i & 1);
+            store_state();
+            save_state(c + 1);
+        }
+        if (ENDS && thread == 0 && p0 == 0) p.decay[((segment + 1) * p.B + b) * H + h] = decay;
+        float* to = ENDS ? p.start + (segment + 1) * states : end == chunks ? p.hT : NULL;
+        if (!to) return;
+        #pragma unroll
+        for (int q = 0; q < 2; q++) {
+            float* out = to + first + (r0 + 8 * q) * N + 2 * tg;
+            #pragma unroll
+            for (int i = 0; i < 8 * NB; i++) {
+                const float* v = &S[i / 8][i % 8][2 * q];
+                if (r0 + 8 * q < columns && i * 8 < N) *(float2*)(out + i * 8) = make_float2(v[0], v[1]);
+            }
+        }
+        return;
+    }
+
+    // y
+    const uint4* cb = p.cb + (b * chunks * G + group) * SSD_CB + w * (w + 1) / 2 * WARP + lane;
+    uint4 cb_k[4];
+    auto fetch_cb = [&](int c) {
+        const uint4* cb_c = cb + (size_t)c * G * SSD_CB;
+        #pragma unroll
+        for (int k = 0; k < 4; k++) cb_k[k] = k <= w && c < end ? cb_c[k * WARP] : make_uint4(0, 0, 0, 0);
+    };
+    fetch_cb(begin);
+    if (thread < 64)
+        s.D[m][thread] = thread < columns ? p.Dskip[p.D_has_hdim ? h * P + p0 + thread : h] : 0.0f;
+    asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");
+    const float skip = s.D[m][0];
+    const uint32_t ldy = (uint32_t)(H * P);
+    const int row = w * 16 + lane / 8, piece = lane % 8;       // of y, when it is stored
+    bf16* y = p.y + ((token + begin * 64 + row) * H + h) * P + p0 + piece * 8;
+    const int i0 = 16 * w + g;
+    #pragma unroll 1
+    for (int c = begin; c < end; c++) {
+        const int i = c - begin;
+        auto& st = s.stage[i % STAGES];
+        auto& k = s.tokens[c % 4][m];
+        scan_wait(&s.full[i % STAGES], i / STAGES & 1);
+        scan_wait(&s.state_ready[m], i & 1);
+        float Y[8][4], own[8][4];                              // S Ct; M x
+        ssd_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_rows(Y, st.Ct[n], s.S[m][n], n == 0, w);
+        ssd_end();
+        // M, meanwhile, as the first operand of the next product
+        uint32_t M[4][4];
+        const float cs[2] = {k.cs[i0], k.cs[i0 + 8]};
         #pragma unroll
         for (int q = 0; q < 4; q++) {
             M[q][0] = M[q][1] = M[q][2] = M[q][3] = 0;
             if (q > w) continue;
-            const int j = q * 16 + 2 * tg;
-            const float2 u0 = *(float2*)&k.u[j], u8 = *(float2*)&k.u[j + 8];
-            const uint4 v = cb_k[q];
-            M[q][0] = scan_pack(weight(scan_low(v.x), cs0, u0.x, i0, j, span0), weight(scan_high(v.x), cs0, u0.y, i0, j + 1, span0));
-            M[q][1] = scan_pack(weight(scan_low(v.y), cs8, u0.x, i0 + 8, j, span8), weight(scan_high(v.y), cs8, u0.y, i0 + 8, j + 1, span8));
-            M[q][2] = scan_pack(weight(scan_low(v.z), cs0, u8.x, i0, j + 8, span0), weight(scan_high(v.z), cs0, u8.y, i0, j + 9, span0));
-            M[q][3] = scan_pack(weight(scan_low(v.w), cs8, u8.x, i0 + 8, j + 8, span8), weight(scan_high(v.w), cs8, u8.y, i0 + 8, j + 9, span8));
+            const uint32_t v[4] = {cb_k[q].x, cb_k[q].y, cb_k[q].z, cb_k[q].w};
+            #pragma unroll
+            for (int e = 0; e < 4; e++) {                      // rows i0 + e % 2 8, columns q 16 + e / 2 8 + 2tg
+                const float2 u = *(float2*)&k.u[q * 16 + e / 2 * 8 + 2 * tg];
+                float low = cs[e % 2] - u.x, high = cs[e % 2] - u.y;
+                if (q == w && e != 1) {                        // on the diagonal: what comes later is 0
+                    if (e == 2 || 2 * tg > g) low = -INFINITY;
+                    if (e == 2 || 2 * tg + 1 > g) high = -INFINITY;
+                }
+                M[q][e] = scan_pack(scan_low(v[e]) * exp2_unit(low), scan_high(v[e]) * exp2_unit(high));
+            }
         }
-        fetch_cb(c + 1);
-        if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
-        const float enter0 = k.enter[i0], enter8 = k.enter[i0 + 8];
-        ssd_mma_wait<1>();
-        ssd_mma_done(Y);
-        #pragma unroll
-        for (int i = 0; i < 8; i++) { Y[i][0] *= enter0; Y[i][1] *= enter0; Y[i][2] *= enter8; Y[i][3] *= enter8; }
-        ssd_mma_begin();
-        ssd_multiply_columns(Y, M, x_tile, w + 1);
-        ssd_mma_commit();
-        ssd_mma_wait<1>();
-        #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
-        asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");   // all four warps have used the old S
-        store_state();
-        ssd_mma_wait<0>();
-        ssd_mma_done(Y);
-        // + Dskip x, and out
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t r[4];
-            ssd_ldmatrix(r, ssd_piece(x_tile, w * 16 + (lane & 15), 2 * j + (lane >> 4)));
+        if (k.resets) {                                        // what belongs to documents before is 0
+            int first[2];                                      // first token of the document of i
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const unsigned long long before = k.resets & ((2ull << (i0 + 8 * e)) - 1);
+                first[e] = before ? 63 - __clzll(before) : 0;
+            }
             #pragma unroll
             for (int q = 0; q < 4; q++) {
-                const int col = j * 16 + q / 2 * 8 + 2 * tg;
-                if (c * 64 + i0 + q % 2 * 8 >= T || col >= columns) continue;
-                const float2 D = *(float2*)&s.D[m][col];
-                const float* v = &Y[2 * j + q / 2][q % 2 * 2];
-                *(uint32_t*)(y + ((size_t)c * 64 + q % 2 * 8) * ldy + j * 16 + q / 2 * 8) =
-                    scan_pack(fmaf(D.x, scan_low(r[q]), v[0]), fmaf(D.y, scan_high(r[q]), v[1]));
+                #pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int j = q * 16 + e / 2 * 8 + 2 * tg;
+                    M[q][e] &= j >= first[e % 2] ? 0xffffffffu : j + 1 == first[e % 2] ? 0xffff0000u : 0u;
+                }
             }
         }
-    }
-    if (ENDS && tid % 128 == 0 && p0 == 0) p.decay[((segment + 1) * p.B + b) * H + h] = decay;
-    float* to = ENDS ? p.start + (segment + 1) * p.B * H * P * N : end == chunks ? p.hT : NULL;
-    if (!to) return;
-    #pragma unroll
-    for (int n = 0; n < NB; n++) {
+        fetch_cb(c + 1);
         #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int j = 0; j < 8; j++) own[j][0] = own[j][1] = own[j][2] = own[j][3] = 0.0f;
+        ssd_begin();
+        ssd_multiply_columns(own, M, st.x[m], w + 1);
+        ssd_end();
+        const float enter0 = k.enter[i0], enter8 = k.enter[i0 + 8];
+        ssd_wait<1>();
+        scan_arrive_warp(&s.state_read[m]);
+        ssd_wait();
+        ssd_arrived(Y);
+        ssd_arrived(own);
+        uint32_t r[4][4];                                      // x of the same tokens and channels as Y
+        uint32_t x_at = ssd_piece(w * 16 + (lane & 15), lane >> 4);
+        ssd_recompute(x_at);
+        #pragma unroll
+        for (int j = 0; j < 4; j++) load_matrices(r[j], st.x[m] + (x_at ^ j << 4));
+        scan_arrive_warp(&s.empty[i % STAGES]);
+        // + Dskip x, and out: whole rows, by way of shared memory
+        uint32_t y_at = ssd_piece(i0, 0) + 2 * tg, stride = ldy;
+        ssd_recompute(y_at);
+        ssd_recompute(stride);
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 D = p.D_has_hdim ? *(float2*)&s.D[m][j * 8 + 2 * tg] : make_float2(skip, skip);
+            bf16* to = s.y[m] + (y_at ^ j << 3);
             #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
-                if (w * 16 + g + j / 2 * 8 < columns && col < N) to[(row + j / 2 * 8) * N + col] = S[n][i][j];
+            for (int q = 0; q < 2; q++) {
+                const uint32_t v = r[j / 2][j % 2 * 2 + q];
+                const float enter = q ? enter8 : enter0;
+                *(uint32_t*)(to + q * 8 * 64) =
+                    scan_pack(fmaf(enter, Y[j][2 * q], fmaf(D.x, scan_low(v), own[j][2 * q])),
+                              fmaf(enter, Y[j][2 * q + 1], fmaf(D.y, scan_high(v), own[j][2 * q + 1])));
             }
         }
+        __syncwarp();
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int t = row + j * 4;
+            const uint4 v = *(uint4*)(s.y[m] + ssd_piece(t, piece));
+            if (c * 64 + t < T && piece * 8 < columns) *(uint4*)(y + j * 4 * stride) = v;
+        }
+        y += 64 * stride;
+        __syncwarp();
     }
 }
 
@@ -4160,16 +4225,16 @@ size_t ssd_forward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G
     return B * ssd_chunks(T) * G * SSD_CB * 4 + (segments > 1 ? segments * B * H * (P * N + 1) : 0);
 }
 
-template <int SLICES, int NB>
+template <int SLICES, int NB, int STAGES>
 static inline void ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t stream) {
     const size_t blocks = p.B * p.H * ((p.P + 63) / 64) / SLICES, tiles = 2 * NB * SSD_TILE * sizeof(bf16);
-    const size_t shared = sizeof(SsdShared<SLICES, NB>), n = p.B * p.H * p.P * p.N;
+    const size_t shared = sizeof(SsdShared<SLICES, NB, STAGES>), n = p.B * p.H * p.P * p.N;
     scan_allow_shared(ssd_cb_kernel<NB>, tiles);
     ssd_cb_kernel<NB><<<(unsigned)(p.B * ssd_chunks(p.T) * p.G), 4 * WARP, tiles, stream>>>(
         cb, p.Bt, p.Ct, p.ldbc, p.T, p.G, p.N, ssd_chunks(p.T));
     cudaCheck(cudaGetLastError());
     if (p.segments > 1) {
-        auto ends = ssd_forward_fast_kernel<SLICES, NB, true>;
+        auto ends = ssd_forward_fast_kernel<SLICES, NB, STAGES, true>;
         scan_allow_shared(ends, shared);
         ends<<<(unsigned)(blocks * (p.segments - 1)), SLICES * 4 * WARP, shared, stream>>>(p);
         cudaCheck(cudaGetLastError());
@@ -4177,20 +4242,21 @@ static inline void ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t 
                                                                                p.segments);
         cudaCheck(cudaGetLastError());
     }
-    auto kernel = ssd_forward_fast_kernel<SLICES, NB, false>;
+    auto kernel = ssd_forward_fast_kernel<SLICES, NB, STAGES, false>;
     scan_allow_shared(kernel, shared);
-    kernel<<<(unsigned)(blocks * p.segments), SLICES * 4 * WARP, shared, stream>>>(p);
+    kernel<<<(unsigned)(blocks * p.segments), SLICES * 8 * WARP, shared, stream>>>(p);
     cudaCheck(cudaGetLastError());
 }
+
+#ifndef SSD_ST
+#define SSD_ST 2
+#endif
 static const char* ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t stream) {
-    int most = 0, device = 0;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    const size_t slices = p.H / p.G * ((p.P + 63) / 64), rows = 8, shared = (size_t)most;
+    const size_t slices = p.H / p.G * ((p.P + 63) / 64), rows = 8;
     const bool aligned = p.H % p.G == 0 && p.P % rows == 0 && p.N % rows == 0 && p.N <= 256 &&
                          p.ldx % rows == 0 && p.ldbc % rows == 0 && is_aligned(p.x, 16, 16) &&
                          is_aligned(p.Bt, 16, 16) && is_aligned(p.Ct, 16, 16) && is_aligned(p.y, 16, 16) &&
-                         is_aligned(p.states, 16, 16) && is_aligned(p.h0, 16, 16) && is_aligned(scratch, 16, 16);
+                         is_aligned(p.states, 16, 16) && is_aligned(p.h0, 16, 16) && is_aligned(p.hT, 16, 16) && is_aligned(scratch, 16, 16);
     if (!aligned) return NULL;
     bool two = slices % 2 == 0;
 #ifdef SSD_EXPERIMENT
@@ -4202,17 +4268,13 @@ static const char* ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t 
     p.start = scratch + p.B * ssd_chunks(p.T) * p.G * SSD_CB * 4;
     p.decay = p.start + p.segments * p.B * p.H * p.P * p.N;
     if (p.N <= 64) {
-        if (two && sizeof(SsdShared<2, 1>) <= shared) ssd_launch_fast<2, 1>(p, cb, stream);
-        else if (sizeof(SsdShared<1, 1>) <= shared) ssd_launch_fast<1, 1>(p, cb, stream);
-        else return NULL;
+        if (two) ssd_launch_fast<2, 1, SSD_ST>(p, cb, stream);
+        else ssd_launch_fast<1, 1, 2>(p, cb, stream);
     } else if (p.N <= 128) {
-        if (two && sizeof(SsdShared<2, 2>) <= shared) ssd_launch_fast<2, 2>(p, cb, stream);
-        else if (sizeof(SsdShared<1, 2>) <= shared) ssd_launch_fast<1, 2>(p, cb, stream);
-        else return NULL;
+        if (two) ssd_launch_fast<2, 2, SSD_ST>(p, cb, stream);
+        else ssd_launch_fast<1, 2, 2>(p, cb, stream);
     } else {
-        if (two && sizeof(SsdShared<2, 4>) <= shared) ssd_launch_fast<2, 4>(p, cb, stream);
-        else if (sizeof(SsdShared<1, 4>) <= shared) ssd_launch_fast<1, 4>(p, cb, stream);
-        else return NULL;
+        ssd_launch_fast<1, 4, 2>(p, cb, stream);
     }
     return "fast";
 }

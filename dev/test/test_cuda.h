@@ -10,6 +10,8 @@
 //  1. Memory with guards, claims, kernels counted
 //  2. Layers
 //  3. Selective scan
+//  3b. SSD, forward
+//  3c. SSD, backward
 //  4. Matmul
 //  4.1 Attention
 //  5. The whole model
@@ -636,7 +638,7 @@ template <typename X> void check_layers(void) {
                 if (!small || K == 4 || K == 3) check_conv<X>(conv[i][0], conv[i][1], conv[i][2], K, variant);
     for (int variant = 0; variant < 16 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
     if (!small) check_conv<X>(sizeof(X) == 2 ? 64 : 128, 140, 1536, 4, 6);      // the longest runs of tokens
-    const size_t gated[][3] = {{1, 1, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
+    const size_t gated[][3] = {{2, 3, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
                                {33, 768, 2}, {700, 1536, 1}, {21, 2048, 2}, {5, 5120, 1}, {3, 5128, 1}};
     for (size_t i = 0; i < sizeof gated / sizeof gated[0]; i++)
         for (int variant = 0; variant < 16; variant++)
@@ -829,7 +831,174 @@ void test_cuda_scan(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------
-// 3b. SSD, backward
+// 3b. SSD, forward
+
+namespace oracle {
+void dt_softplus_forward(double* dt, const double* dt_raw, size_t ldr, const double* dt_bias, double lo,
+                         double hi, size_t M, size_t H);
+void ssd_recurrent_forward(double* y, double* hT, const double* x, size_t ldx, const double* dt,
+                           const double* A_log, const double* Bt, const double* Ct, size_t ldbc,
+                           const double* Dskip, bool D_has_hdim, const double* h0, const int* doc, size_t B,
+                           size_t T, size_t H, size_t P, size_t G, size_t N);
+}
+
+// gap: columns between the rows of x, Bt, Ct; a multiple of 8 keeps them on the fast path. decay is added to
+// A_log, whose A is 1 to 16.
+enum { NO_DOCS, FEW_DOCS, MANY_DOCS, EDGE_DOCS };
+typedef struct {
+    size_t B, T, H, P, G, N, gap;
+    int docs;
+    bool state, hdim;
+    double dt_scale, dt_mean, decay;
+    const char* note;
+} SsdForwardShape;
+static const SsdForwardShape ssd_forward_shapes[] = {
+    {1, 1, 1, 1, 1, 1, 0, NO_DOCS, false, false, 1, -3, 0, ""},
+    {2, 1, 2, 64, 1, 128, 8, FEW_DOCS, true, true, 1, -3, 0, ""},
+    {2, 7, 3, 5, 3, 3, 1, FEW_DOCS, true, true, 1, -3, 0, ""},
+    {2, 63, 4, 64, 2, 128, 0, NO_DOCS, false, false, 1, -3, 0, ""},
+    {2, 64, 2, 64, 1, 64, 16, EDGE_DOCS, true, false, 1, -3, 0, ""},
+    {2, 65, 3, 64, 1, 128, 0, EDGE_DOCS, true, true, 1, -3, 0, ""},
+    {3, 333, 4, 64, 2, 128, 8, EDGE_DOCS, true, true, 1, -3, 0, ""},
+    {2, 333, 4, 64, 2, 64, 8, MANY_DOCS, true, false, 1, -3, 0, ""},
+    {1, 129, 2, 32, 2, 16, 0, EDGE_DOCS, true, false, 1, -3, 0, ""},
+    {2, 300, 4, 32, 1, 40, 8, FEW_DOCS, true, true, 1, -3, 0, ""},
+    {2, 300, 3, 128, 1, 32, 8, FEW_DOCS, true, true, 1, -3, 0, ""},
+    {2, 200, 2, 72, 1, 24, 8, EDGE_DOCS, true, true, 1, -3, 0, ""},
+    {2, 300, 2, 64, 1, 256, 8, EDGE_DOCS, true, false, 1, -3, 0, ""},
+    {2, 100, 3, 33, 1, 17, 3, EDGE_DOCS, true, true, 1, -3, 0, ""},
+    {2, 100, 2, 64, 1, 128, 4, FEW_DOCS, true, false, 1, -3, 0, " rows not aligned"},
+    {2, 700, 4, 64, 1, 128, 8, EDGE_DOCS, true, true, 1, -3, 0, " segments"},
+    {1, 1990, 3, 64, 1, 128, 0, NO_DOCS, true, false, 1, -3, 0, " segments"},
+    {2, 1025, 2, 64, 2, 64, 0, FEW_DOCS, true, false, 1, -6, -2, " segments"},
+    {1, 1100, 1, 64, 1, 64, 0, NO_DOCS, false, false, 1, -3, -2, " segments"},
+    {1, 600, 2, 32, 1, 200, 0, EDGE_DOCS, true, false, 1, -3, -2, " segments"},
+    {1, 200, 2, 64, 1, 128, 0, FEW_DOCS, true, false, 6, 0, 0, " large dt"},
+    {1, 200, 2, 64, 1, 128, 0, FEW_DOCS, true, false, 3, 12, 0, " dt near 12"},
+    {1, 1000, 2, 64, 1, 128, 0, NO_DOCS, true, false, 1, -8, 0, " dt near 0"},
+    {2, 200, 2, 64, 1, 128, 0, FEW_DOCS, true, false, 1, 2, 6, " decay underflows"},
+    {2, 200, 2, 40, 1, 12, 0, FEW_DOCS, true, false, 1, 2, 6, " decay underflows"},
+    {70, 130, 4, 64, 1, 128, 0, EDGE_DOCS, true, false, 1, -3, 0, " many sequences"},
+};
+
+template <typename X> void check_ssd_forward(const SsdForwardShape* s) {
+    size_t B = s->B, T = s->T, H = s->H, P = s->P, G = s->G, N = s->N, E = H * P, M = B * T;
+    size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING, size = H * P * N, width = E + 2 * G * N;
+    size_t ld = width + s->gap;
+    Vec xbc = spread(normal_vec<X>(M * width), width, ld);
+    Vec dt_raw = normal_vec<X>(M * H, s->dt_scale, s->dt_mean), bias = normal_vec<float>(H, 0.3);
+    Vec D = normal_vec<float>(s->hdim ? E : H), h0 = normal_vec<float>(B * size);
+    Vec A_log(H), dt(M * H), dt_turned(M * H), Y(M * E), hT(B * size), states(B * saved * size);
+    for (size_t h = 0; h < H; h++)
+        A_log[h] = rounded<float>(log(1.0 + 15.0 * (double)(7 * h % H) / (double)H) + s->decay);
+    Ints doc = random_docs(B, T, s->docs == MANY_DOCS);
+    if (s->docs == EDGE_DOCS) {                                // before, at and after the edges of chunks
+        const size_t edge[] = {0, 62, 63, 64, 65, 127, 128, 192, 256, 257, 511, 513, 600, 640};
+        for (size_t b = 0, id = 3; b < B; b++) {
+            for (size_t t = 0; t < T; t++) {
+                for (size_t e = 0; e < sizeof edge / sizeof edge[0]; e++)
+                    id += t == edge[e] && (e + b) % 3 != 1;
+                doc[b * T + t] = (int)id;
+            }
+        }
+    }
+    const int* d = s->docs == NO_DOCS ? NULL : doc.data();
+    const double *Bt = xbc.data() + E, *Ct = Bt + G * N, *start = s->state ? h0.data() : NULL;
+    oracle::dt_softplus_forward(dt.data(), dt_raw.data(), H, bias.data(), 0, INFINITY, M, H);
+    for (size_t i = 0; i < M * H; i++) dt[i] = rounded<float>(dt[i]);
+    for (size_t m = 0; m < M; m++)
+        for (size_t h = 0; h < H; h++) dt_turned[(m / T * H + h) * T + m % T] = dt[m * H + h];
+    oracle::ssd_recurrent_forward(Y.data(), hT.data(), xbc.data(), ld, dt.data(), A_log.data(), Bt, Ct, ld,
+                                  D.data(), s->hdim, start, d, B, T, H, P, G, N);
+    for (size_t b = 0; b < B; b++) {                           // the state before tokens 0, 256, ..
+        for (size_t i = 0; i < saved; i++) {
+            Vec y(i * SSD_SPACING * E), none(size);
+            double* to = &states[(b * saved + i) * size];
+            size_t at = b * T;
+            for (size_t j = 0; j < size; j++) to[j] = start ? start[b * size + j] : 0.0;
+            if (i == 0) continue;
+            oracle::ssd_recurrent_forward(y.data(), to, &xbc[at * ld], ld, &dt[at * H], A_log.data(),
+                                          Bt + at * ld, Ct + at * ld, ld, D.data(), s->hdim, to,
+                                          d ? d + at : NULL, 1, i * SSD_SPACING, H, P, G, N);
+        }
+    }
+
+    X* g_xbc = gpu<X>(xbc);
+    float *g_dt = gpu<float>(dt_turned), *g_A = gpu<float>(A_log), *g_D = gpu<float>(D);
+    float *g_h0 = s->state ? gpu<float>(h0) : NULL;
+    const int* g_doc = d ? gpu(doc) : NULL;
+    Vec first;
+    // as in training; again; in inference: nothing saved, the state in place; without any state
+    for (int variant = 0; variant < (s->state ? 3 : 4); variant++) {
+        X *y = gpu_nan<X>(M * E), *g_states = variant < 2 ? gpu_nan<X>(ssd_saved_cuda(B, T, H, P, N)) : NULL;
+        float* g_hT = variant == 3 ? NULL : gpu_nan<float>(B * size);
+        float* scratch = gpu_nan<float>(ssd_forward_scratch_cuda(B, T, H, P, G, N));
+        if (variant == 2 && s->state) g_hT = gpu<float>(h0);
+        const char* path = ssd_forward_cuda<X>(
+            y, g_states, g_hT, g_xbc, ld, g_dt, g_A, g_xbc + E, g_xbc + E + G * N, ld, g_D, s->hdim,
+            variant == 2 && s->state ? g_hT : g_h0, g_doc, scratch, B, T, H, P, G, N, 0);
+        snprintf(shape, sizeof shape, "%s B%zu T%zu H%zu P%zu G%zu N%zu%s%s%s", path, B, T, H, P, G, N,
+                 d ? " doc" : "", s->state ? " state" : "", s->note);
+        const bool fast = !strcmp(path, "fast");
+        Vec all = from_gpu(y, M * E);
+        if (g_hT) {
+            Vec got = from_gpu(g_hT, B * size);
+            claim<X>(fast ? "ssd hT, fast" : "ssd hT", got, hT, 1e-5, fast ? 5e-3 : 1e-5);
+        }
+        if (variant == 0) {
+            first = all;
+            claim<X>("ssd y", all, Y, 1e-5, 5e-3);
+            Vec got = from_gpu(g_states, B * saved * size);
+            claim<X>("ssd states", got, states, 1e-5, 5e-3);
+        }
+        claim_zero<X>("ssd forward, again: bits", differing(all.data(), first.data(), all.size()));
+    }
+    gpu_release();
+}
+
+// dt: every limit is reached by some
+template <typename X>
+void check_ssd_dt_forward(size_t B, size_t T, size_t H, size_t ld, double lo, double hi) {
+    Vec raw = spread(normal_vec<X>(B * T * H, 3, -1), H, ld), bias = normal_vec<float>(H);
+    Vec dt(B * T * H), want(B * T * H);
+    raw[0] = rounded<X>(-30);                                  // softplus(raw) = exp(raw)
+    oracle::dt_softplus_forward(dt.data(), raw.data(), ld, bias.data(), lo, hi, B * T, H);
+    for (size_t m = 0; m < B * T; m++)
+        for (size_t h = 0; h < H; h++) want[(m / T * H + h) * T + m % T] = dt[m * H + h];
+    snprintf(shape, sizeof shape, "B%zu T%zu H%zu ld %zu, %g to %g", B, T, H, ld, lo, hi);
+    float* g_dt = gpu_nan<float>(B * T * H);
+    ssd_dt_forward_cuda<X>(g_dt, gpu<X>(raw), ld, gpu<float>(bias), (float)lo, (float)hi, B, T, H, 0);
+    Vec got = from_gpu(g_dt, B * T * H);
+    claim<X>("ssd dt", got, want, 1e-6, 1e-6);
+    for (size_t i = 0; i < got.size(); i++) got[i] /= want[i];                 // small ones count as well
+    claim<X>("ssd dt, each", got, Vec(got.size(), 1.0), 1e-6, 1e-6);
+    gpu_release();
+}
+
+// Catches: a chunk's first or last token, a padded channel or state used, a document that leaks into the next,
+// a state saved at another token, a decay that overflows or becomes NaN, a buffer used before it is filled or
+// after it is filled again, a sum that depends on the order of the threads.
+void test_cuda_ssd_forward(void) {
+    if (!gpu_present()) return;
+    use_threads(8);
+    for (int limits = 0; limits < 2; limits++) {
+        double lo = limits ? rounded<float>(0.01) : 0, hi = limits ? 0.5 : INFINITY;
+        check_ssd_dt_forward<float>(2, 37, 5, 5, lo, hi);
+        check_ssd_dt_forward<bf16>(1, 1, 1, 3, lo, hi);
+        check_ssd_dt_forward<bf16>(3, 65, 40, 47, lo, hi);
+    }
+    for (size_t i = 0; i < sizeof ssd_forward_shapes / sizeof ssd_forward_shapes[0]; i++) {
+        if (only_small() && ssd_forward_shapes[i].T * ssd_forward_shapes[i].B > 800) continue;
+        check_ssd_forward<float>(&ssd_forward_shapes[i]);
+        check_ssd_forward<bf16>(&ssd_forward_shapes[i]);
+    }
+    use_threads(1);
+    claims_report();
+    gpu_release();
+}
+
+// ---------------------------------------------------------------------------------------------------
+// 3c. SSD, backward
 
 // pad: columns before x, and between x, Bt and Ct (x and Bt, Ct are parts of one row). dt is softplus of a
 // normal number with this mean and scale; decay is added to A_log. offset: elements by which dy is shifted
@@ -1969,8 +2138,12 @@ void test_cuda_resume(void) {
         "--precision fp32 --carry-state --reset-documents --grad-accum 1",
         "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
         "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
-        "--dropout 0.3"};
-    for (int k = 0; k < 3; k++) {
+        "--dropout 0.3",
+        "--precision bf16 --carry-state --no-reset-documents --grad-accum 2 --pattern 2m --headdim 32",
+        "--precision bf16 --no-carry-state --reset-documents --grad-accum 2 --pattern 2a --headdim 32 "
+        "--attn-heads 2"};
+    const int n_cases = (int)(sizeof cases_ / sizeof cases_[0]);
+    for (int k = 0; k < n_cases; k++) {
         TrainRun run;
         memset(&run, 0, sizeof run);
         snprintf(straight, sizeof straight, "%.200s%d", scratch("straight"), k);
@@ -1994,8 +2167,8 @@ void test_cuda_resume(void) {
         }
     }
     other_backend = NULL;
-    worst_report("3 cases: straight, stopped and resumed runs end as they should", &stops, 0);
-    worst_report("3 cases: files differ", &worst, 0);
+    worst_report("5 cases: straight, stopped and resumed runs end as they should", &stops, 0);
+    worst_report("5 cases: files differ", &worst, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------
