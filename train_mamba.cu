@@ -5777,16 +5777,22 @@ attention_span_kernel(int2* span, const int* doc, const float* position0, size_t
     // a thread has the tokens t0..t1-1: the last document that begins in them, and the first that ends
     const size_t each = (T + SPAN_THREADS - 1) / SPAN_THREADS, t0 = tid * each;
     const size_t t1 = t0 + each < T ? t0 + each : T;
-    int first = -1, last = -1;
+    int first = -1, last = (int)T - 1;
     for (size_t t = t0; t < t1; t++) if (t > 0 && id[t] != id[t - 1]) first = (int)t;
     for (size_t t = t1; t > t0; t--) if (t < T && id[t] != id[t - 1]) last = (int)t - 1;
     begin[tid] = first;
     end[tid] = last;
     __syncthreads();
-    first = last = -1;
-    for (int i = tid - 1; i >= 0 && first < 0; i--) first = begin[i];
-    for (int i = tid + 1; i < SPAN_THREADS && last < 0; i++) last = end[i];
-    if (last < 0) last = (int)T - 1;
+    for (int step = 1; step < SPAN_THREADS; step *= 2) {        // of this thread and all before (behind) it
+        first = tid >= step ? begin[tid - step] : -1;
+        last = tid + step < SPAN_THREADS ? end[tid + step] : (int)T - 1;
+        __syncthreads();
+        begin[tid] = max(begin[tid], first);
+        end[tid] = min(end[tid], last);
+        __syncthreads();
+    }
+    first = tid > 0 ? begin[tid - 1] : -1;
+    last = tid + 1 < SPAN_THREADS ? end[tid + 1] : (int)T - 1;
     int from = first >= 0 ? old + first : id[0] == 0 ? 0 : old;
     for (size_t t = t0; t < t1; t++) {
         if (t > 0 && id[t] != id[t - 1]) from = old + (int)t;
