@@ -5839,16 +5839,22 @@ attention_span_kernel(int2* span, const int* doc, const float* position0, size_t
     // a thread has the tokens t0..t1-1: the last document that begins in them, and the first that ends
     const size_t each = (T + SPAN_THREADS - 1) / SPAN_THREADS, t0 = tid * each;
     const size_t t1 = t0 + each < T ? t0 + each : T;
-    int first = -1, last = -1;
+    int first = -1, last = (int)T - 1;
     for (size_t t = t0; t < t1; t++) if (t > 0 && id[t] != id[t - 1]) first = (int)t;
     for (size_t t = t1; t > t0; t--) if (t < T && id[t] != id[t - 1]) last = (int)t - 1;
     begin[tid] = first;
     end[tid] = last;
     __syncthreads();
-    first = last = -1;
-    for (int i = tid - 1; i >= 0 && first < 0; i--) first = begin[i];
-    for (int i = tid + 1; i < SPAN_THREADS && last < 0; i++) last = end[i];
-    if (last < 0) last = (int)T - 1;
+    for (int step = 1; step < SPAN_THREADS; step *= 2) {        // of this thread and all before (behind) it
+        first = tid >= step ? begin[tid - step] : -1;
+        last = tid + step < SPAN_THREADS ? end[tid + step] : (int)T - 1;
+        __syncthreads();
+        begin[tid] = max(begin[tid], first);
+        end[tid] = min(end[tid], last);
+        __syncthreads();
+    }
+    first = tid > 0 ? begin[tid - 1] : -1;
+    last = tid + 1 < SPAN_THREADS ? end[tid + 1] : (int)T - 1;
     int from = first >= 0 ? old + first : id[0] == 0 ? 0 : old;
     for (size_t t = t0; t < t1; t++) {
         if (t > 0 && id[t] != id[t - 1]) from = old + (int)t;
@@ -6289,6 +6295,28 @@ __device__ __forceinline__ void attention_accumulate(float (&acc)[MT][DH / 8][4]
     }
 }
 
+// AttentionQueries: which 64 MT queries of which head a block has. Blocks start in order: first those of the
+// last tiles, which see the most keys.
+template <int MT> struct AttentionQueries {
+    int head, b, h, i0, row0;            // i0: the block's first token, row0: the first one of this warp
+    int begin, latest, first[MT][2];     // first key: of the block's first query, of the warp's last one, of
+    const int2* span;                    //   this lane's rows row0 + 16 m + 8 half + g; span of the sequence
+    template <typename P> __device__ __forceinline__ AttentionQueries(const P& p, int tiles) {
+        const int heads = p.B * p.Hq, w = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
+        head = blockIdx.x % heads;
+        b = head / p.Hq;
+        h = head % p.Hq;
+        i0 = (tiles - 1 - blockIdx.x / heads) * 64 * MT;
+        row0 = i0 + w * 16 * MT;
+        span = p.span ? p.span + (size_t)b * p.T : NULL;
+        auto first_key = [&](int t) { return span ? span[t < p.T ? t : p.T - 1].x : 0; };
+        begin = first_key(i0);
+        latest = first_key(row0 + 16 * MT - 1);
+        #pragma unroll
+        for (int i = 0; i < 2 * MT; i++) first[i / 2][i % 2] = first_key(row0 + 8 * i + g);
+    }
+};
+
 // --- fast path: forward ---------------------------------------------------------------------------------
 // A block has 64 MT queries of one head, a warp 16 MT of them; keys come in tiles of BN, the next one is
 // copied while this one is used.
@@ -6305,26 +6333,12 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
     extern __shared__ __align__(128) char shared[];
     AttentionForwardShared<DH, MT, BN>& sh = *(AttentionForwardShared<DH, MT, BN>*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
-    // blocks start in order: first the last tiles, which see the most keys
-    const int heads = p.B * p.Hq, head = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
-    const int b = head / p.Hq, h = head % p.Hq, i0 = tile * BM, row0 = i0 + w * ROWS;
-    const AttentionHead<bf16> kv(p, b, h * p.Hkv / p.Hq);
+    const AttentionQueries<MT> at(p, tiles);
+    const int h = at.h, i0 = at.i0, row0 = at.row0;
+    const AttentionHead<bf16> kv(p, at.b, h * p.Hkv / p.Hq);
     const int old = kv.old, keys = old + (i0 + BM < p.T ? i0 + BM : p.T);
-    const size_t m0 = (size_t)b * p.T + i0;
-    // first[m][half]: the first key of this lane's rows row0 + 16 m + 8 half + g; first_all: of the last row
-    const int2* span = p.span ? p.span + (size_t)b * p.T : NULL;
-    int first[MT][2], first_all = 0, j0 = 0;
-    #pragma unroll
-    for (int i = 0; i < 2 * MT; i++) {
-        const int t = row0 + 8 * i + g;
-        first[i / 2][i % 2] = span && t < p.T ? span[t].x : 0;
-    }
-    if (span) {
-        const int t = row0 + ROWS - 1;
-        first_all = span[t < p.T ? t : p.T - 1].x;
-        j0 = span[i0].x / BN * BN;
-    }
-
+    const size_t m0 = (size_t)at.b * p.T + i0;
+    int j0 = at.begin / BN * BN;
     auto load = [&](int j, int stage) {
         attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.k[stage][0], kv, 0, j, keys - j, p.dh);
         attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.v[stage][0], kv, kv.value, j, keys - j, p.dh);
@@ -6358,7 +6372,7 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
         float s[MT][BN / 8][4];
         attention_product<DH, MT, BN / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS,
                                            sh.k[stage][0], 0);
-        if (j0 + BN - 1 > old + row0 || j0 < first_all) attention_mask<false>(s, j0, old + row0, first);
+        if (j0 + BN - 1 > old + row0 || j0 < at.latest) attention_mask<false>(s, j0, old + row0, at.first);
         // P is made with the largest score of some time ago, as long as no score is larger by more than 8 (of
         // exponents to base 2): then P is at most 256, and float and bf16 lose nothing
         float larger[MT][2];
@@ -6423,7 +6437,7 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
                 *(uint32_t*)&sh.q[r][8 * n + 2 * quad] =
                     scan_pack(out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
             if (p.lse && quad == 0 && i0 + r < p.T)
-                p.lse[(size_t)head * p.T + i0 + r] = base[m][half] + log2f(sum);
+                p.lse[(size_t)at.head * p.T + i0 + r] = base[m][half] + log2f(sum);
         }
     }
     __syncwarp();
@@ -6492,23 +6506,12 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
     extern __shared__ __align__(128) char shared[];
     AttentionBackwardQShared<DH, MT, BN>& sh = *(AttentionBackwardQShared<DH, MT, BN>*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
-    const int heads = p.B * p.Hq, head = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
-    const int b = head / p.Hq, h = head % p.Hq, i0 = tile * BM, row0 = i0 + w * ROWS;
-    const AttentionHead<bf16> kv(p, b, h * p.Hkv / p.Hq);
+    const AttentionQueries<MT> at(p, tiles);
+    const int h = at.h, i0 = at.i0, row0 = at.row0;
+    const AttentionHead<bf16> kv(p, at.b, h * p.Hkv / p.Hq);
     const int old = kv.old, keys = old + (i0 + BM < p.T ? i0 + BM : p.T);
-    const size_t m0 = (size_t)b * p.T + i0, stat = (size_t)head * p.T + i0;
-    const int2* span = p.span ? p.span + (size_t)b * p.T : NULL;
-    int first[MT][2], first_all = 0, j0 = 0;
-    #pragma unroll
-    for (int i = 0; i < 2 * MT; i++) {
-        const int t = row0 + 8 * i + g;
-        first[i / 2][i % 2] = span && t < p.T ? span[t].x : 0;
-    }
-    if (span) {
-        const int t = row0 + ROWS - 1;
-        first_all = span[t < p.T ? t : p.T - 1].x;
-        j0 = span[i0].x / BN * BN;
-    }
+    const size_t m0 = (size_t)at.b * p.T + i0, stat = (size_t)at.head * p.T + i0;
+    int j0 = at.begin / BN * BN;
     auto load = [&](int j, int stage) {
         attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.k[stage][0], kv, 0, j, keys - j, p.dh);
         attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.v[stage][0], kv, kv.value, j, keys - j, p.dh);
@@ -6570,8 +6573,8 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
                                                  sh.k[stage][0], j1);
             attention_product<DH, MT, STEP / 16>(dP, minus_delta, IN_REGISTERS ? dout : NULL, sh.dout[0],
                                                  w * ROWS, sh.v[stage][0], j1);
-            if (j0 + j1 + STEP - 1 > old + row0 || j0 + j1 < first_all)
-                attention_mask<false>(s, j0 + j1, old + row0, first);
+            if (j0 + j1 + STEP - 1 > old + row0 || j0 + j1 < at.latest)
+                attention_mask<false>(s, j0 + j1, old + row0, at.first);
             #pragma unroll
             for (int m = 0; m < MT; m++) {
                 #pragma unroll
@@ -6597,7 +6600,7 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
     }
     __syncwarp();
     attention_store_gradient<ROWS, DH>(p.dqkv + (m0 + w * ROWS) * p.lddqkv + h * p.dh, p.lddqkv,
-                                       sh.dq + w * ROWS, row0, p.T, old, span, p.scale, p.rotary, true, p.dh);
+                                       sh.dq + w * ROWS, row0, p.T, old, at.span, p.scale, p.rotary, true, p.dh);
 }
 
 // dk, dv: a block has 64 MT keys of one KV head and walks over the queries that see them, of all query heads
