@@ -443,6 +443,7 @@ typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(r
 #endif
 
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
 // transpose4: t[k] = { src[k], src[stride + k], src[2*stride + k], src[3*stride + k] }, k < 4
 static inline __attribute__((always_inline)) void transpose4(vec4* t, const real* src, size_t stride) {
@@ -3034,7 +3035,9 @@ static void model_add_tensor(Model* m, const TensorSpec* spec, int layer) {
     if (!checked_size(t->ndim, t->shape, 1, &t->count)) die("%s: its size does not fit in 63 bits", t->name);
     t->offset = m->n_elements;
     m->n_params += t->count;
-    m->n_elements += (t->count + 15) / 16 * 16;
+    // a matrix has 8 n rows: those behind its own are zero and let the matmuls of a GPU work on whole tiles
+    size_t cols = t->ndim == 2 ? (size_t)t->shape[1] : 0, rows = ((size_t)t->shape[0] + 7) / 8 * 8;
+    m->n_elements += (max_size(t->count, rows * cols) + 15) / 16 * 16;
 }
 
 // model_describe: fills the layer list and the tensor table from a configuration; allocates no parameters.
