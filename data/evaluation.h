@@ -248,7 +248,8 @@ static bool item_choice(Items* f, Item* item, const char* context, size_t n, con
     if (kept == 0) length = 0;
     if (c->ids.n <= length) return fail(err, "choice %d gives no token", item->n - 1);
     memmove(c->ids.id, c->ids.id + length, (c->ids.n -= length) * sizeof(int));
-    c->ids.id = (int*)xrealloc(c->ids.id, c->ids.room = c->ids.n, sizeof(int));   // not the context's room too
+    // not the context's room too
+    c->ids.id = (int*)xrealloc(c->ids.id, c->ids.room = c->ids.n, sizeof(int));
     c->bytes = (double)size;
     for (size_t i = 0; i < size; i++) c->chars += (text[i] & 0xC0) != 0x80;
     c->context = &item->context;
