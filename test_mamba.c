@@ -352,7 +352,7 @@ void problem_make(Problem* p, const LayerTest* layer, const char* shape) {
         if (at) *sizes[i] = (size_t)atoi(at + 1);
     }
     const char* docs = strstr(shape, "documents");
-    if (docs) p->doc = make_docs_at((size_t)atoi(docs + 9), p->B, p->T, p->Q > 1 ? p->Q : SCAN_CHUNK);
+    if (docs) p->doc = make_docs_at((size_t)atoi(docs + 9), p->B, p->T, p->Q > 1 ? p->Q : (size_t)SCAN_CHUNK);
     if (p->V) {
         p->ids = (int*)test_alloc(p->B * p->T, sizeof(int));
         for (size_t i = 0; i < p->B * p->T; i++) p->ids[i] = (int)(random_bits(7, 1, i) % p->V);

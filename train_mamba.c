@@ -443,6 +443,7 @@ typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(r
 #endif
 
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
 // transpose4: t[k] = { src[k], src[stride + k], src[2*stride + k], src[3*stride + k] }, k < 4
 static inline __attribute__((always_inline)) void transpose4(vec4* t, const real* src, size_t stride) {
@@ -1538,7 +1539,8 @@ void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real
 // so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
 // on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
 enum { SSD_MAX_CHUNK = 256 };       // the largest Q
-enum { SSD_CHUNK = 128 };           // the fastest one on a CPU; the result depends on Q by rounding only
+enum { SSD_CHUNK = 128 };           // the fastest of 16 .. 256 at N 128, P 64 (AMD EPYC, one thread); Q changes
+                                    // the result by rounding only
 
 typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
 
@@ -2079,13 +2081,12 @@ void attention_forward(real* out, size_t ldo, real* lse, const real* q, size_t l
 //   pointers at the first row; k, v, dk, dv (keys,dh) at position p, dk and dv contiguous
 static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, const real* dout,
                                     const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
-                                    const real* k, size_t ldk, const real* v, size_t ldv,
-                                    const real* position, size_t p, real scale, size_t rows, size_t keys,
-                                    size_t dh) {
+                                    const real* k, const real* v, size_t ldkv, const real* position,
+                                    size_t p, real scale, size_t rows, size_t keys, size_t dh) {
     real P[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
     real dS[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64))) = {0};
-    attention_scores(P, q, ldq, k, ldk, position, p, scale, rows, keys, dh);
-    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldv, rows, keys, dh);         // dP
+    attention_scores(P, q, ldq, k, ldkv, position, p, scale, rows, keys, dh);
+    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldkv, rows, keys, dh);        // dP
     for (size_t i = 0; i < rows; i++) {
         real *P_i = P + i * ATTENTION_KEYS, *dS_i = dS + i * ATTENTION_KEYS, delta = 0;
         #pragma omp simd reduction(+:delta)
@@ -2098,7 +2099,7 @@ static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, c
     }
     matmul_block(dv, dh, P, 1, ATTENTION_KEYS, dout, ldo, 1, keys, dh, rows);
     matmul_block(dk, dh, dS, 1, ATTENTION_KEYS, q, ldq, 1, keys, dh, rows);
-    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldk, 1, rows, dh, keys);
+    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldkv, 1, rows, dh, keys);
 }
 
 // attention_backward: tile of keys by tile of keys; each collects the gradients of its keys and values from
@@ -2120,12 +2121,12 @@ void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv,
             for (size_t start = 0, end; start < T; start = end) {                      // documents
                 end = start + same_document(position_b + start, T - start);
                 ptrdiff_t first = (ptrdiff_t)start - (ptrdiff_t)position_b[start];
-                size_t seen = (size_t)position_b[end - 1] + 1, ldk, ldv;
+                size_t seen = (size_t)position_b[end - 1] + 1, ld;
                 for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
                     size_t keys = min_size(ATTENTION_KEYS, seen - p);
                     ptrdiff_t key = first + (ptrdiff_t)p;            // the token of position p
-                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ldk);
-                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ldv);
+                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ld);
+                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ld);
                     memset(dk_p, 0, keys * dh * sizeof(real));
                     memset(dv_p, 0, keys * dh * sizeof(real));
                     for (size_t h = g * Hq / Hkv; h < (g + 1) * Hq / Hkv; h++) {
@@ -2135,7 +2136,7 @@ void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv,
                             attention_tile_backward(dq + row * lddq + h * dh, lddq, dk_p, dv_p,
                                                     dout + row * ldo + h * dh, out + row * ldo + h * dh, ldo,
                                                     lse + (b * Hq + h) * T + t, q + row * ldq + h * dh, ldq,
-                                                    k_p, ldk, v_p, ldv, position + row, p, scale,
+                                                    k_p, v_p, ld, position + row, p, scale,
                                                     min_size(ATTENTION_ROWS, end - t), keys, dh);
                         }
                     }
@@ -2790,8 +2791,8 @@ void attention_block_forward(const Run* run, real* res_out, const real* res_in, 
     attention_forward(a->y, s.out, a->lse, a->qkv, s.qkv, k, v, s.qkv, s0->kv, s.capacity, a->position,
                       s.scale, B, T, s.Hq, s.Hkv, s.dh);
     if (sT->kv)
-        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T, s.Hkv,
-                          s.dh);
+        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T,
+                          s.Hkv, s.dh);
     gate_forward(w->mlp, up, s.in, gate, s.in, M, s.F);
     copy_columns(a->y + s.Hq * s.dh, s.out, w->mlp, s.F, M, s.F);
     linear_forward(&run->half, w->out, D, a->y, s.out, p->out_proj, p->out_proj_bias, M, s.out, D);
@@ -3034,7 +3035,9 @@ static void model_add_tensor(Model* m, const TensorSpec* spec, int layer) {
     if (!checked_size(t->ndim, t->shape, 1, &t->count)) die("%s: its size does not fit in 63 bits", t->name);
     t->offset = m->n_elements;
     m->n_params += t->count;
-    m->n_elements += (t->count + 15) / 16 * 16;
+    // a matrix has 8 n rows: those behind its own are zero and let the matmuls of a GPU work on whole tiles
+    size_t cols = t->ndim == 2 ? (size_t)t->shape[1] : 0, rows = ((size_t)t->shape[0] + 7) / 8 * 8;
+    m->n_elements += (max_size(t->count, rows * cols) + 15) / 16 * 16;
 }
 
 // model_describe: fills the layer list and the tensor table from a configuration; allocates no parameters.

@@ -161,7 +161,7 @@ template <bool KEYS> __global__ void __launch_bounds__(1024) sums_kernel2(Attent
 }
 
 // ------------------------------------------------------------------------------------------------
-// Launchers. From v4 on the kernels are those that ship, with other tiles.
+// Launchers. From v3 on the kernels are those that ship, with other tiles.
 
 static void launch1(void) {
     query_kernel1<<<dim3(ceil_div(a.T, 128), (unsigned)a.Hq, (unsigned)a.B), 128>>>(a);
@@ -183,12 +183,6 @@ static AttentionBackwardCuda<bf16> problem(void) {
     p.lse = a.lse; p.delta = a.delta; p.scale = a.scale; p.rotary = rotary;
     return p;
 }
-static void launch3(void) {
-    attention_launch_general(attention_backward_q_kernel<bf16>, problem(), a.B * a.T * a.Hq, 3 * DH + WARP,
-                             0);
-    attention_launch_general(attention_backward_kv_kernel<bf16>, problem(), a.B * a.T * a.Hkv,
-                             4 * DH + 2 * WARP, 0);
-}
 template <int MT, int KEYS> static void launch_q(void) {
     attention_launch_fast(attention_backward_q_fast_kernel<DH, MT, KEYS>,
                           sizeof(AttentionBackwardQShared<DH, MT, KEYS>), problem(), (int)(a.B * a.Hq),
@@ -199,7 +193,7 @@ template <int MT, int QUERIES> static void launch_kv(void) {
                           sizeof(AttentionBackwardKVShared<DH, MT, QUERIES>), problem(), (int)(a.B * a.Hkv),
                           64 * MT, 0);
 }
-static void launch4(void) {
+static void launch3(void) {
     launch_q<1, 64>();
     launch_kv<1, 64>();
 }
@@ -210,8 +204,7 @@ static void shipped(void) {
 static const Rung rungs[] = {
     {"a thread per query, then a thread per key", launch1, 0},
     {"P and dS in memory, products of shared tiles", launch2, 0},
-    {"a warp per row (the general path, exact for float)", launch3, 0},
-    {"tensor core; 16 rows per warp", launch4, 0},
+    {"tensor core; 16 rows per warp", launch3, 0},
     {"shipped: 32 rows per warp use each operand that is read", shipped, 0},
 };
 
