@@ -506,14 +506,15 @@ static const LargeRow large_rows[] = {
     {"numbers", true, "{\"prompt\": \"a\", \"x\": [0", ",0", "]}", 200000, "found 400025 and 200005"},
     {"brackets", true, "{\"prompt\": \"a\", \"x\": ", "[", "", 4000, "line 1: expected JSON"},
     {"objects", true, "{\"prompt\": \"a\", \"x\": ", "{\"\":", "", 200000, "values in a line of JSON"},
-    {"items: 20 choices after 500 kB", false, "{\"gold\": 1, \"choices\": [\"a\", \"b\", \"c\", \"d\", \"e\", "
-     "\"f\", \"g\", \"h\", \"i\", \"j\", \"k\", \"l\", \"m\", \"n\", \"o\", \"p\", \"q\", \"r\", \"s\", \"t\"], "
+    {"items: 20 choices after 500 kB", false, "{\"gold\": 1, \"choices\": [\"a\", \"b\", \"c\", "
+     "\"d\", \"e\", \"f\", \"g\", \"h\", \"i\", \"j\", \"k\", \"l\", \"m\", \"n\", \"o\", \"p\", \"q\", "
+     "\"r\", \"s\", \"t\"], "
      "\"context\": \"", "many words ", "\"}", 500000 / 11, NULL},
     {"items: 1000 choices", false, "{\"gold\": 1, \"context\": \"a long one, that stands in front of all of "
      "these, and would be kept a thousand times\", \"choices\": [\"a\"", ",\"b\"", "]}", 999, NULL},
     {"items: 1001 choices", false, "{\"gold\": 1, \"context\": \"\", \"choices\": [\"a\"", ",\"b\"", "]}",
      1000, "found more"},
-    {"items: numbers", false, "{\"gold\": 1, \"choices\": [0", ",0", "]}", 250000, "values in a line of JSON"},
+    {"items: numbers", false, "{\"gold\": 1, \"choices\": [0", ",0", "]}", 250000, "values in a line"},
     {"items: empty lines", false, "", " \n\r\n", "", 5000000, "found none"},
 };
 
