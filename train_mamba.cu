@@ -3875,12 +3875,15 @@ __device__ __forceinline__ void ssd_decays(SsdDecays& k, const float (&dt)[2], c
 
 // SsdShared: SLICES slices, N up to 64 NB. The tiles come first: they start at multiples of 1024 bytes. Two
 // stages: the next chunk arrives while this one is used.
-enum { SSD_STAGES = 2 };
+#ifndef SSD_ST
+#define SSD_ST 2
+#endif
+enum { SSD_STAGES = SSD_ST };
 template <int SLICES, int NB> struct SsdShared {
     struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[SSD_STAGES];
     bf16 S[SLICES][NB][SSD_TILE];                 // rows: channels, columns: states
     bf16 y[SLICES][SSD_TILE];                     // rows: tokens, on their way out
-    SsdDecays decays[4][SLICES];                  // of this chunk, the next, and those that may still be read
+    SsdDecays decays[2][SLICES];                  // of this chunk and the next
     float skip[SLICES][64];
     uint64_t full[SSD_STAGES], empty[SSD_STAGES]; // signals: a stage has arrived, is no longer needed
     uint64_t state_ready[SLICES], state_read[SLICES];          // S of the next chunk is there, has been used
@@ -3933,49 +3936,31 @@ template <int SLICES> __device__ __forceinline__ SsdPlace ssd_place(const SsdFor
     return at;
 }
 
-// SsdLoader: what brings the chunks to shared memory, by the threads that carry states
-template <int SLICES, int NB, bool ENDS> struct SsdLoader {
-    const bf16 *Bt, *Ct, *x;
+// SsdNextTokens: one warp of a slice prepares the decays of a chunk while the chunk before is used. (The group
+// that makes y has the time for it, in the warp with the fewest numbers of M.)
+struct SsdNextTokens {
     const float* dt;
-    float A2, dt_next[2];
-    bool reset_next[2];
-
-    __device__ __forceinline__ SsdLoader(const SsdForward& p, const SsdPlace& at) {
-        Bt = p.Bt + at.token * p.ldbc + at.group * at.N;
-        Ct = p.Ct + at.token * p.ldbc + at.group * at.N;
-        x = p.x + at.token * p.ldx + at.h * at.P + at.p0;
+    float A2, next[2];
+    bool reset[2];
+    __device__ __forceinline__ SsdNextTokens(const SsdForward& p, const SsdPlace& at) {
         dt = p.dt + (at.b * at.H + at.h) * at.T;
         A2 = scan_decay(p.A_log[at.h]);
     }
-    // starts the copies of chunk c
-    __device__ __forceinline__ void tiles(SsdShared<SLICES, NB>& s, const SsdForward& p, const SsdPlace& at,
-                                          int c) {
-        const uint32_t ldbc = (uint32_t)p.ldbc, ldx = (uint32_t)p.ldx;
-        uint32_t thread = threadIdx.x;
-        ssd_recompute(thread);
-        if (c < at.end) {
-            const int i = c - at.begin, use = i / SSD_STAGES, rows = at.T - c * 64;
-            auto& st = s.stage[i % SSD_STAGES];
-            if (use > 0) scan_wait(&s.empty[i % SSD_STAGES], (use - 1) & 1);
-            const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
-            #pragma unroll
-            for (int n = 0; n < NB; n++) {
-                ssd_load_tile<SLICES * 128>(st.Bt[n], B_c + n * 64, ldbc, rows, at.N - n * 64, thread);
-                if (ENDS) continue;
-                ssd_load_tile<SLICES * 128>(st.Ct[n], C_c + n * 64, ldbc, rows, at.N - n * 64, thread);
-            }
-            ssd_load_tile<128>(st.x[at.m], x + (size_t)c * 64 * ldx, ldx, rows, at.columns, thread % 128);
-        }
-        copy_async_commit();
-    }
-    // warp 0: starts to read dt and documents of chunk c
-    __device__ __forceinline__ void tokens(const SsdForward& p, const SsdPlace& at, int c) {
+    // starts to read dt and the documents of chunk c
+    __device__ __forceinline__ void fetch(const SsdForward& p, const SsdPlace& at, int c) {
         #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int t = c * 64 + i * 32 + at.lane;
-            dt_next[i] = t < at.T ? dt[t] : 0.0f;
-            reset_next[i] = t < at.T && scan_resets_cuda(p.doc, at.b, t, at.T);
+            next[i] = t < at.T ? dt[t] : 0.0f;
+            reset[i] = t < at.T && scan_resets_cuda(p.doc, at.b, t, at.T);
         }
+    }
+    // what was fetched becomes the decays of chunk c
+    template <int SLICES, int NB>
+    __device__ __forceinline__ void prepare(SsdShared<SLICES, NB>& s, const SsdForward& p, const SsdPlace& at,
+                                            int c) {
+        ssd_decays(s.decays[c % 2][at.m], next, reset, A2, p.doc);
+        fetch(p, at, c + 1);
     }
 };
 
@@ -4018,12 +4003,34 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
         __syncwarp();
     };
 
-    SsdLoader<SLICES, NB, ENDS> load(p, at);
-    load.tiles(s, p, at, at.begin);
-    if (w == 0) {
-        load.tokens(p, at, at.begin);
-        ssd_decays(s.decays[at.begin % 4][m], load.dt_next, load.reset_next, load.A2, p.doc);
-        load.tokens(p, at, at.begin + 1);
+    // starts the copies of chunk c
+    const bf16 *Bt = p.Bt + at.token * p.ldbc + at.group * at.N, *Ct = p.Ct + at.token * p.ldbc + at.group * at.N;
+    const bf16* x = p.x + at.token * p.ldx + at.h * at.P + at.p0;
+    auto load = [&](int c) {
+        const uint32_t ldbc = (uint32_t)p.ldbc, ldx = (uint32_t)p.ldx;
+        uint32_t thread = threadIdx.x;
+        ssd_recompute(thread);
+        if (c < at.end) {
+            const int i = c - at.begin, use = i / SSD_STAGES, rows = at.T - c * 64;
+            auto& st = s.stage[i % SSD_STAGES];
+            if (use > 0) scan_wait(&s.empty[i % SSD_STAGES], (use - 1) & 1);
+            const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                ssd_load_tile<SLICES * 128>(st.Bt[n], B_c + n * 64, ldbc, rows, at.N - n * 64, thread);
+                if (ENDS) continue;
+                ssd_load_tile<SLICES * 128>(st.Ct[n], C_c + n * 64, ldbc, rows, at.N - n * 64, thread);
+            }
+            ssd_load_tile<128>(st.x[m], x + (size_t)c * 64 * ldx, ldx, rows, at.columns, thread % 128);
+        }
+        copy_async_commit();
+    };
+    #pragma unroll
+    for (int i = 0; i < SSD_STAGES - 1; i++) load(at.begin + i);
+    SsdNextTokens tokens(p, at);
+    if (ENDS && w == 0) {
+        tokens.fetch(p, at, at.begin);
+        tokens.prepare(s, p, at, at.begin);
     }
     // h0, start and hT: two numbers of rows r0 and r0 + 8 at a time
     const size_t first = ((at.b * at.H + at.h) * at.P + at.p0) * at.N, states = p.B * p.H * p.P * p.N;
@@ -4045,8 +4052,8 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
     for (int c = at.begin; c < at.end; c++) {
         const int i = c - at.begin;
         auto& st = s.stage[i % SSD_STAGES];
-        const SsdDecays& k = s.decays[c % 4][m];
-        copy_async_wait(0);
+        const SsdDecays& k = s.decays[c % 2][m];
+        copy_async_wait(SSD_STAGES - 2);
         ssd_publish();
         scan_arrive_warp(&s.full[i % SSD_STAGES]);
         scan_wait(&s.full[i % SSD_STAGES], i / SSD_STAGES & 1);
@@ -4070,11 +4077,8 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, st.Bt[n], 4);
         ssd_end();
-        load.tiles(s, p, at, c + 1);
-        if (w == 0) {
-            ssd_decays(s.decays[(c + 1) % 4][m], load.dt_next, load.reset_next, load.A2, p.doc);
-            load.tokens(p, at, c + 2);
-        }
+        load(c + SSD_STAGES - 1);
+        if (ENDS && w == 0) tokens.prepare(s, p, at, c + 1);
         ssd_wait();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_arrived(S[n]);
@@ -4155,13 +4159,19 @@ __device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const Ss
             thread < at.columns ? p.Dskip[p.D_has_hdim ? at.h * at.P + at.p0 + thread : at.h] : 0.0f;
     asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");        // a barrier of this group alone
     const float skip = s.skip[m][0];
+    SsdNextTokens tokens(p, at);
+    if (w == 0) {
+        tokens.fetch(p, at, at.begin);
+        tokens.prepare(s, p, at, at.begin);
+        scan_arrive_warp(&s.full[0]);
+    }
     const int row = w * 16 + at.lane / 8, piece = at.lane % 8; // of y, when it is stored
     bf16* y = p.y + ((at.token + at.begin * 64 + row) * at.H + at.h) * at.P + at.p0 + piece * 8;
     #pragma unroll 1
     for (int c = at.begin; c < at.end; c++) {
         const int i = c - at.begin;
         auto& st = s.stage[i % SSD_STAGES];
-        const SsdDecays& k = s.decays[c % 4][m];
+        const SsdDecays& k = s.decays[c % 2][m];
         scan_wait(&s.full[i % SSD_STAGES], i / SSD_STAGES & 1);
         scan_wait(&s.state_ready[m], i & 1);
         float old[8][4], own[8][4] = {};                       // Ct S^T; M x
@@ -4172,6 +4182,10 @@ __device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const Ss
         uint32_t M[4][4];
         ssd_weights(M, cb_q, k, w, g, tg);
         fetch_cb(c + 1);
+        if (w == 0) {
+            tokens.prepare(s, p, at, c + 1);
+            scan_arrive_warp(&s.full[(i + 1) % SSD_STAGES]);
+        }
         ssd_begin();
         ssd_multiply_columns(own, M, st.x[m], w + 1);
         ssd_end();
@@ -4225,7 +4239,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     SsdShared<SLICES, NB>& s = *(SsdShared<SLICES, NB>*)shared;
     if (threadIdx.x == 0) {
         for (int i = 0; i < SSD_STAGES; i++) {
-            scan_signal_init(&s.full[i], SLICES * 4);
+            scan_signal_init(&s.full[i], SLICES * (ENDS ? 4 : 5));
             scan_signal_init(&s.empty[i], SLICES * (ENDS ? 4 : 8));
         }
         for (int i = 0; i < SLICES; i++) {
