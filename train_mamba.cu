@@ -6670,7 +6670,8 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
     }
     __syncwarp();
     attention_store_gradient<ROWS, DH>(p.dqkv + (m0 + w * ROWS) * p.lddqkv + h * p.dh, p.lddqkv,
-                                       sh.dq + w * ROWS, row0, p.T, old, at.span, p.scale, p.rotary, true, p.dh);
+                                       sh.dq + w * ROWS, row0, p.T, old, at.span, p.scale, p.rotary, true,
+                                       p.dh);
 }
 
 // dk, dv: a block has 64 MT keys of one KV head and walks over the queries that see them, of all query heads
