@@ -72,6 +72,14 @@ template <typename Y> static Y* device_copy(const Y* host, size_t n) {
     return p;
 }
 
+// to_device, to_host: copies in a stream
+template <typename Y> static void to_device(Y* device, const Y* host, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(Y), cudaMemcpyHostToDevice, stream));
+}
+template <typename Y> static void to_host(Y* host, const Y* device, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(host, device, n * sizeof(Y), cudaMemcpyDeviceToHost, stream));
+}
+
 // host_pinned: host memory that the GPU copies from and to by itself, while both sides go on
 void* host_pinned(size_t bytes) {
     void* p;
@@ -354,8 +362,6 @@ void matmul_backward_cuda(Matmul* mm, X* dinp, size_t lddi, bool add_dinp, float
 typedef __nv_bfloat16 bf16;
 
 enum { WARP = 32 };
-
-static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
 // Pack: W neighbouring values, loaded and stored by one instruction of at most 16 bytes
 template <typename X, int W> struct alignas(sizeof(X) * W) Pack { X v[W]; };
@@ -5513,15 +5519,17 @@ const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* 
 // ssd_dt_backward: of formula (S2), dt = clip(softplus(p), lo, hi), p = dt_raw + dt_bias
 //   ddt_raw = ddt sigmoid(p), 0 where softplus(p) < lo or > hi         ddt_bias += sum over tokens of ddt_raw
 //   ddt_raw, dt_raw (B,T,H) in X, row strides ldd and ld   ddt (B,H,T)
-// A block turns SSD_SPACING tokens of 32 heads around, 32 at a time, and leaves its part of ddt_bias in parts
+// A block turns SSD_DT_TOKENS tokens of 32 heads around, 32 at a time, and leaves its part of ddt_bias in parts
 // (blocks,H).   bytes: 4 + 2 sizeof(X) per token and head
+enum { SSD_DT_TOKENS = 64 };
+
 template <typename X>
 __global__ void __launch_bounds__(8 * WARP)
 ssd_dt_backward_kernel(X* ddt_raw, size_t ldd, float* parts, const float* ddt, const X* dt_raw, size_t ld,
                        const float* dt_bias, float lo, float hi, size_t T, size_t H) {
     __shared__ float tile[WARP][WARP + 1];
-    const size_t blocks = (T + SSD_SPACING - 1) / SSD_SPACING, b = blockIdx.x / blocks;
-    const size_t begin = blockIdx.x % blocks * SSD_SPACING, end = begin + SSD_SPACING < T ? begin + SSD_SPACING : T;
+    const size_t blocks = (T + SSD_DT_TOKENS - 1) / SSD_DT_TOKENS, b = blockIdx.x / blocks;
+    const size_t begin = blockIdx.x % blocks * SSD_DT_TOKENS, end = begin + SSD_DT_TOKENS < T ? begin + SSD_DT_TOKENS : T;
     const size_t h0 = (size_t)blockIdx.y * WARP, h = h0 + threadIdx.x;
     const float bias = h < H ? dt_bias[h] : 0.0f;
     float sum = 0.0f;
@@ -5551,14 +5559,14 @@ ssd_dt_backward_kernel(X* ddt_raw, size_t ldd, float* parts, const float* ddt, c
 
 // floats of ssd_dt_backward's scratch
 size_t ssd_dt_backward_scratch_cuda(size_t B, size_t T, size_t H) {
-    return B * ((T + SSD_SPACING - 1) / SSD_SPACING) * H;
+    return B * ((T + SSD_DT_TOKENS - 1) / SSD_DT_TOKENS) * H;
 }
 
 template <typename X>
 void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* ddt, const X* dt_raw, size_t ld,
                           const float* dt_bias, float lo, float hi, float* scratch, size_t B, size_t T,
                           size_t H, cudaStream_t stream) {
-    const size_t blocks = B * ((T + SSD_SPACING - 1) / SSD_SPACING);
+    const size_t blocks = B * ((T + SSD_DT_TOKENS - 1) / SSD_DT_TOKENS);
     ssd_dt_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)((H + WARP - 1) / WARP)), dim3(WARP, 8), 0,
                                 stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld, dt_bias, lo, hi, T, H);
     cudaCheck(cudaGetLastError());
@@ -5808,21 +5816,23 @@ const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_
 // --------------------------------------------------------------------------------------------------
 // 4.14 Attention
 //
-//   s_ij = scale <q_i, k_j>     P_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)     out_i = sum_j P_ij v_j
+//   s_ij = scale <q_i, k_j>       lse_i = log sum_j exp(s_ij)     P_ij = exp(s_ij - lse_i)
+//   out_i = sum_j P_ij v_j
 // Token i sees the keys of its own document up to itself. Query head h uses KV head h Hkv / Hq. q, k and v of
 // a token are one row of qkv, (Hq + 2 Hkv) dh wide: all q heads, all k heads, all v heads.
 //
-// The matrix of scores is never stored (FlashAttention, arXiv 2205.14135): a block takes a tile of queries and
-// walks over the keys, tile by tile. What softmax needs of a whole row, its largest score and the sum of the
-// exponentials, is corrected as it goes: when a larger score turns up, what has been summed so far shrinks by
-// exp(old - new). lse is kept for backward, which then computes any P_ij anew from two rows.
+// The matrix of scores is never stored (FlashAttention, arXiv 2205.14135): a block takes a tile of queries
+// and walks over the keys, tile by tile. What softmax needs of a whole row, its largest score and the sum of
+// the exponentials, is corrected as it goes: when a larger score turns up, what has been summed so far
+// shrinks by exp(old - new). lse is kept for backward, which computes any P_ij anew from two rows.
 // Exponentials are powers of 2 (one instruction): scores are multiplied by scale log2(e), and lse is the
-// logarithm to base 2 of the sum of those.
+// logarithm to base 2.
 //
-// Before attention q and k are rotated, in place: 0.024 ms for 8 x 2048 tokens of width 768, where rotating
-// as tiles are loaded would do it anew for every tile of queries that meets the key.
+// q and k are turned (rotary embedding) before, in place: 0.029 ms for 8 x 2048 tokens of 12 heads of 64
+// (H200). As tiles are loaded it would be done anew for every tile of queries that meets the key. Backward
+// turns the gradients of q and k back when it stores them.
 //
-// Tokens before the call are in a cache kv0 (B,capacity,2,Hkv,dh), keys rotated, in X: position0[b] of them
+// Tokens before the call are in a cache kv0 (B,capacity,2,Hkv,dh), keys turned, in X: position0[b] of them
 // (whole numbers in float like all states; on the device, so that a recorded graph of launches stays valid).
 // Keys are numbered on from there: key j is row j of the cache, or token j - position0[b] of the call.
 
@@ -5853,8 +5863,8 @@ static inline RotaryCuda rotary_cuda(size_t dim, double base, bool interleaved) 
 // rotary_turn: cosine and sine of position * theta. Between -pi and pi the special function unit is exact to
 // 5e-7.
 __device__ __forceinline__ float2 rotary_turn(int position, uint64_t theta) {
-    const int turns = (int)((position * theta) >> 32);                          // 2^-32 turns, -2^31 .. 2^31-1
-    const float angle = (float)turns * 1.46291808e-9f;                          // 2 pi / 2^32
+    const int turns = (int)((position * theta) >> 32);          // of 2^-32, from -2^31 to 2^31 - 1
+    const float angle = (float)turns * 1.46291808e-9f;          // 2 pi / 2^32
     return make_float2(__cosf(angle), __sinf(angle));
 }
 
@@ -5896,19 +5906,25 @@ attention_span_kernel(int2* span, const int* doc, const float* position0, size_t
     const int* id = doc + blockIdx.x * T;
     const int tid = threadIdx.x, old = position0 ? (int)position0[blockIdx.x] : 0;
     span += blockIdx.x * T;
-    // a thread has neighbouring tokens t0..t1-1; the last document that begins and the first that ends in them
+    // a thread has the tokens t0..t1-1: the last document that begins in them, and the first that ends
     const size_t each = (T + SPAN_THREADS - 1) / SPAN_THREADS, t0 = tid * each;
     const size_t t1 = t0 + each < T ? t0 + each : T;
-    int first = -1, last = -1;
+    int first = -1, last = (int)T - 1;
     for (size_t t = t0; t < t1; t++) if (t > 0 && id[t] != id[t - 1]) first = (int)t;
     for (size_t t = t1; t > t0; t--) if (t < T && id[t] != id[t - 1]) last = (int)t - 1;
     begin[tid] = first;
     end[tid] = last;
     __syncthreads();
-    first = last = -1;
-    for (int i = tid - 1; i >= 0 && first < 0; i--) first = begin[i];
-    for (int i = tid + 1; i < SPAN_THREADS && last < 0; i++) last = end[i];
-    if (last < 0) last = (int)T - 1;
+    for (int step = 1; step < SPAN_THREADS; step *= 2) {        // of this thread and all before (behind) it
+        first = tid >= step ? begin[tid - step] : -1;
+        last = tid + step < SPAN_THREADS ? end[tid + step] : (int)T - 1;
+        __syncthreads();
+        begin[tid] = max(begin[tid], first);
+        end[tid] = min(end[tid], last);
+        __syncthreads();
+    }
+    first = tid > 0 ? begin[tid - 1] : -1;
+    last = tid + 1 < SPAN_THREADS ? end[tid + 1] : (int)T - 1;
     int from = first >= 0 ? old + first : id[0] == 0 ? 0 : old;
     for (size_t t = t0; t < t1; t++) {
         if (t > 0 && id[t] != id[t - 1]) from = old + (int)t;
@@ -5983,15 +5999,19 @@ attention_append_kernel(X* kvT, size_t capacity, const X* kv0, const float* posi
     const int kept = length > T ? length - T : 0;
     for (int row = (kvT == kv0 ? kept : 0) + blockIdx.x; row < length && row < (int)capacity;
          row += gridDim.x) {
-        const X* from = row < kept ? kv0 + (b * capacity + row) * width : kv + (b * T + T - length + row) * ld;
+        const X* from = row < kept ? kv0 + (b * capacity + row) * width
+                                   : kv + (b * T + T - length + row) * ld;
         X* to = kvT + (b * capacity + row) * width;
-        for (int c = threadIdx.x * W; c < width; c += 128 * W) *(Pack<X, W>*)(to + c) = load_pack<W>(from + c);
+        for (int c = threadIdx.x * W; c < width; c += 128 * W)
+            *(Pack<X, W>*)(to + c) = load_pack<W>(from + c);
     }
 }
 __global__ void attention_position_kernel(float* positionT, const float* position0, const int2* span, int B,
                                           int T) {
     int b = blockIdx.x * blockDim.x + threadIdx.x;
-    if (b < B) positionT[b] = (position0 ? position0[b] : 0) + (float)(T - (span ? span[b * T + T - 1].x : 0));
+    if (b >= B) return;
+    const float first = span ? (float)span[b * T + T - 1].x : 0.0f;
+    positionT[b] = (position0 ? position0[b] : 0.0f) + (float)T - first;
 }
 
 // attention_append_cuda: kvT (B,capacity,2,Hkv,dh), positionT (B) after the call; they may be kv0, position0
@@ -6101,7 +6121,8 @@ attention_forward_kernel(const AttentionCuda<X> p) {
         const int n = last - j0 < WARP - 1 ? last - j0 + 1 : (int)WARP;
         for (int c = lane; c < dh; c += WARP) {
             float acc = sum[c] * shrink;
-            for (int j = 0; j < n; j++) acc = fmaf(weight[j], to_float(keys.row(j0 + j)[keys.value + c]), acc);
+            for (int j = 0; j < n; j++)
+                acc = fmaf(weight[j], to_float(keys.row(j0 + j)[keys.value + c]), acc);
             sum[c] = acc;
         }
         __syncwarp();
@@ -6111,9 +6132,10 @@ attention_forward_kernel(const AttentionCuda<X> p) {
     if (p.lse && lane == 0) p.lse[(b * p.Hq + h) * p.T + m % p.T] = max + log2f(total);
 }
 
-//   dv_j = sum_i P_ij dout_i    dP_ij = <dout_i, v_j>    dS_ij = P_ij (dP_ij - delta_i),  delta_i = <dout_i, out_i>
-//   dq_i = scale sum_j dS_ij k_j       dk_j = scale sum_i dS_ij q_i
-// delta: since sum_j P_ij dP_ij = <dout_i, sum_j P_ij v_j>
+// forward: out_i = sum_j P_ij v_j     =>  dv_j = sum_i P_ij dout_i      dP_ij = <dout_i, v_j>
+// forward: P_i = softmax(s_i)         =>  ds_ij = P_ij (dP_ij - delta_i)
+//                                         delta_i = sum_j P_ij dP_ij = <dout_i, out_i>
+// forward: s_ij = scale <q_i, k_j>    =>  dq_i = scale sum_j ds_ij k_j  dk_j = scale sum_i ds_ij q_i
 template <typename X>
 __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
 attention_backward_q_kernel(const __grid_constant__ AttentionBackwardCuda<X> p) {
@@ -6213,9 +6235,10 @@ attention_backward_kv_kernel(const __grid_constant__ AttentionBackwardCuda<X> p)
 // products are made by the tensor core (mma, see scan_mma_bf16). Rows in shared memory are DH + 8 long: then
 // eight rows of 16 bytes lie in different banks wherever they begin.
 
-// Operands from tiles [row][channel] with rows of LD: this lane's pointer into the 16 x 16 block at (row, col).
-//   A (16 x k): rows are rows.   B (k x 16) from rows that are the columns of B (`by_column`: the product of
-//   two tiles along their channels), or from rows that are the rows of B (transposed on the way)
+// Operands from tiles [row][channel] with rows of LD numbers: this lane's pointer into the 16 x 16 block at
+// (row, col). attention_at: for A, rows are rows; for B (load_matrices_trans), rows are rows.
+// attention_at_by_column: for B, whose columns are the rows of the tile: a product of two tiles along their
+// channels
 template <int LD> __device__ __forceinline__ const bf16* attention_at(const bf16* tile, int row, int col) {
     const int lane = threadIdx.x % WARP;
     return tile + (row + (lane & 15)) * LD + col + (lane >> 4) * 8;
@@ -6242,7 +6265,8 @@ template <int ROWS, int DH, int THREADS>
 __device__ __forceinline__ void attention_load_keys(bf16* to, const AttentionHead<bf16>& keys, size_t value,
                                                     int j, int rows, int dh) {
     if (j >= keys.old) {
-        attention_load<ROWS, DH, THREADS>(to, keys.call + (j - keys.old) * keys.ld + value, keys.ld, rows, dh);
+        attention_load<ROWS, DH, THREADS>(to, keys.call + (j - keys.old) * keys.ld + value, keys.ld, rows,
+                                          dh);
         return;
     }
     #pragma unroll 1
@@ -6293,9 +6317,9 @@ __device__ __forceinline__ void attention_product(float (&s)[MT][2 * N2][4], C c
     }
 }
 
-// attention_mask: scores (columns col0..) that do not count become -infinity. Rows are queries, row0 that of the
-// first, in the numbers of keys, and border is the first key of each row; or, KEYS, rows are keys and border is
-// the last query of each.
+// attention_mask: scores (rows row0.., columns col0..) that do not count become -infinity. Rows are queries,
+// numbered like keys, and border is the first key of each row; or, KEYS, rows are keys, and border is the
+// last query of each.
 template <bool KEYS, int MT, int N>
 __device__ __forceinline__ void attention_mask(float (&s)[MT][N][4], int col0, int row0,
                                                const int (&border)[MT][2]) {
@@ -6316,8 +6340,9 @@ __device__ __forceinline__ void attention_mask(float (&s)[MT][N][4], int col0, i
 
 // attention_accumulate: acc (16 MT x DH) += P B, P (16 MT x 16 K2) as the tensor core left it, B rows b_row..
 template <int DH, int MT, int K2>
-__device__ __forceinline__ void attention_accumulate(float (&acc)[MT][DH / 8][4], const float (&P)[MT][2 * K2][4],
-                                                     const bf16* b_tile, int b_row) {
+__device__ __forceinline__ void attention_accumulate(float (&acc)[MT][DH / 8][4],
+                                                     const float (&P)[MT][2 * K2][4], const bf16* b_tile,
+                                                     int b_row) {
     #pragma unroll
     for (int k = 0; k < K2; k++) {
         uint32_t a[MT][4];
@@ -6340,6 +6365,28 @@ __device__ __forceinline__ void attention_accumulate(float (&acc)[MT][DH / 8][4]
     }
 }
 
+// AttentionQueries: which 64 MT queries of which head a block has. Blocks start in order: first those of the
+// last tiles, which see the most keys.
+template <int MT> struct AttentionQueries {
+    int head, b, h, i0, row0;            // i0: the block's first token, row0: the first one of this warp
+    int begin, latest, first[MT][2];     // first key: of the block's first query, of the warp's last one, of
+    const int2* span;                    //   this lane's rows row0 + 16 m + 8 half + g; span of the sequence
+    template <typename P> __device__ __forceinline__ AttentionQueries(const P& p, int tiles) {
+        const int heads = p.B * p.Hq, w = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
+        head = blockIdx.x % heads;
+        b = head / p.Hq;
+        h = head % p.Hq;
+        i0 = (tiles - 1 - blockIdx.x / heads) * 64 * MT;
+        row0 = i0 + w * 16 * MT;
+        span = p.span ? p.span + (size_t)b * p.T : NULL;
+        auto first_key = [&](int t) { return span ? span[t < p.T ? t : p.T - 1].x : 0; };
+        begin = first_key(i0);
+        latest = first_key(row0 + 16 * MT - 1);
+        #pragma unroll
+        for (int i = 0; i < 2 * MT; i++) first[i / 2][i % 2] = first_key(row0 + 8 * i + g);
+    }
+};
+
 // --- fast path: forward ---------------------------------------------------------------------------------
 // A block has 64 MT queries of one head, a warp 16 MT of them; keys come in tiles of BN, the next one is
 // copied while this one is used.
@@ -6356,26 +6403,12 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
     extern __shared__ __align__(128) char shared[];
     AttentionForwardShared<DH, MT, BN>& sh = *(AttentionForwardShared<DH, MT, BN>*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
-    // blocks start in order: first the last tiles, which see the most keys
-    const int heads = p.B * p.Hq, head = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
-    const int b = head / p.Hq, h = head % p.Hq, i0 = tile * BM, row0 = i0 + w * ROWS;
-    const AttentionHead<bf16> kv(p, b, h * p.Hkv / p.Hq);
+    const AttentionQueries<MT> at(p, tiles);
+    const int h = at.h, i0 = at.i0, row0 = at.row0;
+    const AttentionHead<bf16> kv(p, at.b, h * p.Hkv / p.Hq);
     const int old = kv.old, keys = old + (i0 + BM < p.T ? i0 + BM : p.T);
-    const size_t m0 = (size_t)b * p.T + i0;
-    // first[m][half]: the first key of this lane's rows row0 + 16 m + 8 half + g; first_all: of the last row
-    const int2* span = p.span ? p.span + (size_t)b * p.T : NULL;
-    int first[MT][2], first_all = 0, j0 = 0;
-    #pragma unroll
-    for (int i = 0; i < 2 * MT; i++) {
-        const int t = row0 + 8 * i + g;
-        first[i / 2][i % 2] = span && t < p.T ? span[t].x : 0;
-    }
-    if (span) {
-        const int t = row0 + ROWS - 1;
-        first_all = span[t < p.T ? t : p.T - 1].x;
-        j0 = span[i0].x / BN * BN;
-    }
-
+    const size_t m0 = (size_t)at.b * p.T + i0;
+    int j0 = at.begin / BN * BN;
     auto load = [&](int j, int stage) {
         attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.k[stage][0], kv, 0, j, keys - j, p.dh);
         attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.v[stage][0], kv, kv.value, j, keys - j, p.dh);
@@ -6385,9 +6418,10 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
     load(j0, 0);
 
     uint32_t q[MT][DH / 16][4];
-    float base[MT][2], total[MT][2] = {}, out[MT][DH / 8][4] = {};       // base: what is subtracted from scores
+    // base: what is subtracted from scores; finite, so that -infinity - base is no NaN
+    float base[MT][2], total[MT][2] = {}, out[MT][DH / 8][4] = {};
     #pragma unroll
-    for (int m = 0; m < MT; m++) base[m][0] = base[m][1] = -1e30f;       // finite: -infinity - base is no NaN
+    for (int m = 0; m < MT; m++) base[m][0] = base[m][1] = -1e30f;
     const float zero[4] = {};
     auto none = [&](int, int) { return zero; };
     bool start = true;
@@ -6404,10 +6438,11 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
             }
         }
         start = false;
-        if (j0 > old + row0 + ROWS - 1) continue;               // every key is in the future of this warp's rows
+        if (j0 > old + row0 + ROWS - 1) continue;               // all keys are in the future of these rows
         float s[MT][BN / 8][4];
-        attention_product<DH, MT, BN / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS, sh.k[stage][0], 0);
-        if (j0 + BN - 1 > old + row0 || j0 < first_all) attention_mask<false>(s, j0, old + row0, first);
+        attention_product<DH, MT, BN / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS,
+                                           sh.k[stage][0], 0);
+        if (j0 + BN - 1 > old + row0 || j0 < at.latest) attention_mask<false>(s, j0, old + row0, at.first);
         // P is made with the largest score of some time ago, as long as no score is larger by more than 8 (of
         // exponents to base 2): then P is at most 256, and float and bf16 lose nothing
         float larger[MT][2];
@@ -6472,7 +6507,7 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
                 *(uint32_t*)&sh.q[r][8 * n + 2 * quad] =
                     scan_pack(out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
             if (p.lse && quad == 0 && i0 + r < p.T)
-                p.lse[(size_t)head * p.T + i0 + r] = base[m][half] + log2f(sum);
+                p.lse[(size_t)at.head * p.T + i0 + r] = base[m][half] + log2f(sum);
         }
     }
     __syncwarp();
@@ -6489,12 +6524,13 @@ attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int
 // registers of one warp until it is complete; a single kernel would have to add up dq (or dk and dv) over
 // blocks, in memory.
 
-// attention_store_gradient: rows (ROWS x DH floats of each warp, in shared memory) times scale, `turned` back,
-// to rows of dqkv. Units of 16 channels: two packs that hold 8 pairs, or any two.
+// attention_store_gradient: ROWS x DH floats of a warp, in shared memory, times scale, `turned` back, to rows
+// of dqkv. Units of 16 channels: two packs that hold 8 pairs, or any two.
 template <int ROWS, int DH>
 __device__ __forceinline__ void attention_store_gradient(bf16* to, size_t ld, const float (*rows)[DH + 4],
-                                                         int t0, int T, int old, const int2* span, float scale,
-                                                         const RotaryCuda& rotary, bool turned, int dh) {
+                                                         int t0, int T, int old, const int2* span,
+                                                         float scale, const RotaryCuda& rotary, bool turned,
+                                                         int dh) {
     const int dim = turned ? rotary.dim : 0;
     const bool whole = dim % 16 == 0;
     for (int u = threadIdx.x % WARP; u < ROWS * DH / 16; u += WARP) {
@@ -6540,23 +6576,12 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
     extern __shared__ __align__(128) char shared[];
     AttentionBackwardQShared<DH, MT, BN>& sh = *(AttentionBackwardQShared<DH, MT, BN>*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
-    const int heads = p.B * p.Hq, head = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
-    const int b = head / p.Hq, h = head % p.Hq, i0 = tile * BM, row0 = i0 + w * ROWS;
-    const AttentionHead<bf16> kv(p, b, h * p.Hkv / p.Hq);
+    const AttentionQueries<MT> at(p, tiles);
+    const int h = at.h, i0 = at.i0, row0 = at.row0;
+    const AttentionHead<bf16> kv(p, at.b, h * p.Hkv / p.Hq);
     const int old = kv.old, keys = old + (i0 + BM < p.T ? i0 + BM : p.T);
-    const size_t m0 = (size_t)b * p.T + i0, stat = (size_t)head * p.T + i0;
-    const int2* span = p.span ? p.span + (size_t)b * p.T : NULL;
-    int first[MT][2], first_all = 0, j0 = 0;
-    #pragma unroll
-    for (int i = 0; i < 2 * MT; i++) {
-        const int t = row0 + 8 * i + g;
-        first[i / 2][i % 2] = span && t < p.T ? span[t].x : 0;
-    }
-    if (span) {
-        const int t = row0 + ROWS - 1;
-        first_all = span[t < p.T ? t : p.T - 1].x;
-        j0 = span[i0].x / BN * BN;
-    }
+    const size_t m0 = (size_t)at.b * p.T + i0, stat = (size_t)at.head * p.T + i0;
+    int j0 = at.begin / BN * BN;
     auto load = [&](int j, int stage) {
         attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.k[stage][0], kv, 0, j, keys - j, p.dh);
         attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.v[stage][0], kv, kv.value, j, keys - j, p.dh);
@@ -6616,10 +6641,10 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
             float s[MT][STEP / 8][4], dP[MT][STEP / 8][4];
             attention_product<DH, MT, STEP / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS,
                                                  sh.k[stage][0], j1);
-            attention_product<DH, MT, STEP / 16>(dP, minus_delta, IN_REGISTERS ? dout : NULL, sh.dout[0], w * ROWS,
-                                                 sh.v[stage][0], j1);
-            if (j0 + j1 + STEP - 1 > old + row0 || j0 + j1 < first_all)
-                attention_mask<false>(s, j0 + j1, old + row0, first);
+            attention_product<DH, MT, STEP / 16>(dP, minus_delta, IN_REGISTERS ? dout : NULL, sh.dout[0],
+                                                 w * ROWS, sh.v[stage][0], j1);
+            if (j0 + j1 + STEP - 1 > old + row0 || j0 + j1 < at.latest)
+                attention_mask<false>(s, j0 + j1, old + row0, at.first);
             #pragma unroll
             for (int m = 0; m < MT; m++) {
                 #pragma unroll
@@ -6645,7 +6670,8 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
     }
     __syncwarp();
     attention_store_gradient<ROWS, DH>(p.dqkv + (m0 + w * ROWS) * p.lddqkv + h * p.dh, p.lddqkv,
-                                       sh.dq + w * ROWS, row0, p.T, old, span, p.scale, p.rotary, true, p.dh);
+                                       sh.dq + w * ROWS, row0, p.T, old, at.span, p.scale, p.rotary, true,
+                                       p.dh);
 }
 
 // dk, dv: a block has 64 MT keys of one KV head and walks over the queries that see them, of all query heads
@@ -6761,8 +6787,9 @@ attention_backward_kv_fast_kernel(const __grid_constant__ AttentionBackwardCuda<
             }
         }
         __syncwarp();
-        attention_store_gradient<ROWS, DH>(to + which * (size_t)p.Hkv * p.dh, p.lddqkv, sh.dkv + w * ROWS, row0,
-                                           p.T, old, span, which ? 1.0f : p.scale, p.rotary, !which, p.dh);
+        attention_store_gradient<ROWS, DH>(to + which * (size_t)p.Hkv * p.dh, p.lddqkv, sh.dkv + w * ROWS,
+                                           row0, p.T, old, span, which ? 1.0f : p.scale, p.rotary, !which,
+                                           p.dh);
     }
 }
 
@@ -6965,57 +6992,60 @@ template <int DH> struct AttentionTiles {
     enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 64, KV_MT = 2, KV_QUERIES = 64 };
 };
 template <> struct AttentionTiles<96> {
-    enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 32, KV_MT = 1, KV_QUERIES = 32 };
+    enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 32, KV_MT = 2, KV_QUERIES = 32 };
 };
 template <> struct AttentionTiles<128> {
     enum { MT = 2, KEYS = 32, Q_MT = 2, Q_KEYS = 32, KV_MT = 1, KV_QUERIES = 32 };
 };
 
+// false: the GPU has too little shared memory (compute capability 8.6 and 8.9, backward of heads above 96)
 template <typename Kernel, typename P>
-static inline void attention_launch_fast(Kernel kernel, size_t shared, const P& p, int heads, int rows,
+static inline bool attention_launch_fast(Kernel kernel, size_t shared, const P& p, int heads, int rows,
                                          cudaStream_t stream) {
     const int tiles = (p.T + rows - 1) / rows;
+    int limit = 0;
+    cudaCheck(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    if (shared > (size_t)limit) return false;
     scan_allow_shared(kernel, shared);
     kernel<<<(unsigned)(tiles * heads), ATTENTION_THREADS, shared, stream>>>(p, tiles);
     cudaCheck(cudaGetLastError());
+    return true;
 }
 template <int DH>
-static inline void attention_forward_fast_cuda(const AttentionCuda<bf16>& p, cudaStream_t stream) {
+static inline bool attention_forward_fast_cuda(const AttentionCuda<bf16>& p, cudaStream_t stream) {
     typedef AttentionTiles<DH> Tiles;
-    attention_launch_fast(attention_forward_fast_kernel<DH, Tiles::MT, Tiles::KEYS>,
-                          sizeof(AttentionForwardShared<DH, Tiles::MT, Tiles::KEYS>), p, p.B * p.Hq,
-                          64 * Tiles::MT, stream);
+    return attention_launch_fast(attention_forward_fast_kernel<DH, Tiles::MT, Tiles::KEYS>,
+                                 sizeof(AttentionForwardShared<DH, Tiles::MT, Tiles::KEYS>), p, p.B * p.Hq,
+                                 64 * Tiles::MT, stream);
 }
 template <int DH>
-static inline void attention_backward_fast_cuda(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
+static inline bool attention_backward_fast_cuda(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
     typedef AttentionTiles<DH> Tiles;
-    attention_launch_fast(attention_backward_q_fast_kernel<DH, Tiles::Q_MT, Tiles::Q_KEYS>,
-                          sizeof(AttentionBackwardQShared<DH, Tiles::Q_MT, Tiles::Q_KEYS>), p, p.B * p.Hq,
-                          64 * Tiles::Q_MT, stream);
-    attention_launch_fast(attention_backward_kv_fast_kernel<DH, Tiles::KV_MT, Tiles::KV_QUERIES>,
-                          sizeof(AttentionBackwardKVShared<DH, Tiles::KV_MT, Tiles::KV_QUERIES>), p,
-                          p.B * p.Hkv, 64 * Tiles::KV_MT, stream);
+    return attention_launch_fast(attention_backward_q_fast_kernel<DH, Tiles::Q_MT, Tiles::Q_KEYS>,
+                                 sizeof(AttentionBackwardQShared<DH, Tiles::Q_MT, Tiles::Q_KEYS>), p,
+                                 p.B * p.Hq, 64 * Tiles::Q_MT, stream) &&
+           attention_launch_fast(attention_backward_kv_fast_kernel<DH, Tiles::KV_MT, Tiles::KV_QUERIES>,
+                                 sizeof(AttentionBackwardKVShared<DH, Tiles::KV_MT, Tiles::KV_QUERIES>), p,
+                                 p.B * p.Hkv, 64 * Tiles::KV_MT, stream);
 }
-static inline void attention_forward_fast_any(const AttentionCuda<bf16>& p, cudaStream_t stream) {
-    if (p.dh <= 32) attention_forward_fast_cuda<32>(p, stream);
-    else if (p.dh <= 64) attention_forward_fast_cuda<64>(p, stream);
-    else if (p.dh <= 96) attention_forward_fast_cuda<96>(p, stream);
-    else attention_forward_fast_cuda<128>(p, stream);
+static inline bool attention_fast(const AttentionCuda<bf16>& p, cudaStream_t stream) {
+    return p.dh <= 32   ? attention_forward_fast_cuda<32>(p, stream)
+           : p.dh <= 64 ? attention_forward_fast_cuda<64>(p, stream)
+           : p.dh <= 96 ? attention_forward_fast_cuda<96>(p, stream)
+                        : attention_forward_fast_cuda<128>(p, stream);
 }
-static inline void attention_backward_fast_any(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
-    if (p.dh <= 32) attention_backward_fast_cuda<32>(p, stream);
-    else if (p.dh <= 64) attention_backward_fast_cuda<64>(p, stream);
-    else if (p.dh <= 96) attention_backward_fast_cuda<96>(p, stream);
-    else attention_backward_fast_cuda<128>(p, stream);
+static inline bool attention_fast(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
+    return p.dh <= 32   ? attention_backward_fast_cuda<32>(p, stream)
+           : p.dh <= 64 ? attention_backward_fast_cuda<64>(p, stream)
+           : p.dh <= 96 ? attention_backward_fast_cuda<96>(p, stream)
+                        : attention_backward_fast_cuda<128>(p, stream);
 }
-// never called: attention_is_fast is false for float
-static inline void attention_forward_fast_any(const AttentionCuda<float>&, cudaStream_t) {}
-static inline void attention_backward_fast_any(const AttentionBackwardCuda<float>&, cudaStream_t) {}
+static inline bool attention_fast(const AttentionCuda<float>&, cudaStream_t) { return false; }
+static inline bool attention_fast(const AttentionBackwardCuda<float>&, cudaStream_t) { return false; }
 
 // attention_is_fast: rows of heads, each aligned to 16 bytes
 template <typename X> static inline bool attention_is_fast(const X* rows, size_t ld, size_t dh) {
-    return sizeof(X) == sizeof(bf16) && dh % 8 == 0 && dh <= 128 && is_aligned(rows, 16, ld * sizeof(X)) &&
-           ld < (size_t)1 << 23;
+    return dh % 8 == 0 && dh <= 128 && is_aligned(rows, 16, ld * sizeof(X)) && ld < (size_t)1 << 23;
 }
 
 template <typename Kernel, typename P>
@@ -7024,7 +7054,8 @@ static inline void attention_launch_general(Kernel kernel, const P& p, size_t ro
     const size_t shared = ATTENTION_WARPS * floats * sizeof(float);
     if (shared > 200 << 10) die("attention head size %d is too large for the GPU", p.dh);
     scan_allow_shared(kernel, shared);
-    kernel<<<(unsigned)((rows + ATTENTION_WARPS - 1) / ATTENTION_WARPS), ATTENTION_THREADS, shared, stream>>>(p);
+    const unsigned blocks = (unsigned)((rows + ATTENTION_WARPS - 1) / ATTENTION_WARPS);
+    kernel<<<blocks, ATTENTION_THREADS, shared, stream>>>(p);
     cudaCheck(cudaGetLastError());
 }
 
@@ -7051,10 +7082,8 @@ const char* attention_forward_cuda(X* out, size_t ldo, float* lse, const X* qkv,
     (AttentionKeys<X>&)p = attention_keys(qkv, ldqkv, kv0, capacity, position0, span, B, T, Hq, Hkv, dh);
     p.out = out; p.ldo = ldo; p.lse = lse; p.q = qkv; p.scale = scale * ATTENTION_LOG2E;
     if (attention_is_fast(qkv, ldqkv, dh) && attention_is_fast(out, ldo, dh) &&
-        attention_is_fast(kv0, 8, dh)) {
-        attention_forward_fast_any(p, stream);
+        attention_is_fast(kv0, 8, dh) && attention_fast(p, stream))
         return "fast";
-    }
     attention_launch_general(attention_forward_kernel<X>, p, B * T * Hq, 2 * dh + WARP, stream);
     return "general";
 }
@@ -7076,16 +7105,14 @@ const char* attention_backward_cuda(X* dqkv, size_t lddqkv, const X* dout, size_
     p.lse = lse; p.delta = scratch; p.scale = scale; p.rotary = rotary;
     if (attention_is_fast(qkv, ldqkv, dh) && attention_is_fast(dqkv, lddqkv, dh) &&
         attention_is_fast(dout, lddo, dh) && attention_is_fast(out, ldo, dh) &&
-        attention_is_fast(kv0, 8, dh)) {
-        attention_backward_fast_any(p, stream);
+        attention_is_fast(kv0, 8, dh) && attention_fast(p, stream))
         return "fast";
-    }
     attention_launch_general(attention_backward_q_kernel<X>, p, B * T * Hq, 3 * dh + WARP, stream);
     attention_launch_general(attention_backward_kv_kernel<X>, p, B * T * Hkv, 4 * dh + 2 * WARP, stream);
     return "general";
 }
 
-// parts of the cache that one query is split over: enough blocks for four per processor, at least 64 keys each
+// parts that a cache is split into: enough blocks for four per processor, at least 64 keys each
 static inline size_t attention_splits_cuda(size_t blocks, size_t capacity) {
     int sms = 1;
     cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
@@ -7097,7 +7124,7 @@ static inline size_t attention_decode_scratch_cuda(size_t B, size_t Hq, size_t d
     return B * Hq * attention_splits_cuda(1, capacity) * (dh + 2);
 }
 
-// attention_decode_cuda: one token of each sequence: turns q and k, attends to the cache and to itself, appends.
+// attention_decode_cuda: one token of each sequence: turns q and k, attends to the cache and itself, appends.
 //   out (B,Hq dh), row stride ldo   kv (B,capacity,2,Hkv,dh), position (B): the state, in place
 //   qkv (B,(Hq+2Hkv)dh), row stride ldqkv, not yet turned   scratch: attention_decode_scratch_cuda() floats
 template <typename X>
@@ -7290,7 +7317,8 @@ void adamw_cuda(float* params, X* params_x, const float* grads, float* m, float*
 
 // Rows of the tables are TensorSpecs: a shape per token, or one of the sizes in array_count. In addition to
 // the sizes and flags of train_mamba.c (BACKWARD_ONLY also among what is saved):
-enum { DIM_IN2_ROW = 1000 };          // DIM_IN2, padded
+enum { DIM_IN2_ROW = 1000,            // DIM_IN2, padded
+       DIM_QKV_CONV };                // DIM_QKV where attention has a conv, otherwise nothing
 enum { IS_FLOAT = 1 << 16 };          // the elements are float, otherwise X
 
 // The float parameters of a layer, as train_mamba.c names them. weight_x: one of them in the type of the
@@ -7376,6 +7404,11 @@ static void linear_backward_input(const CudaRun<X>* run, X* dinp, size_t lddi, b
                          0, weight, (float*)NULL, run->B * run->T, I, O, run->stream);
 }
 
+// matmul_outputs: how many outputs a matmul computes for O, when rows of the output have ld numbers. Other
+// than multiples of 8 do not suit the tensor core (16 bytes of bf16): 0.17 ms instead of 0.03 for 1804 of 384
+// (16384 tokens, H200). Parameters have the rows for it (model_add_tensor): zeros.
+static size_t matmul_outputs(size_t O, size_t ld) { return (O + 7) / 8 * 8 <= ld ? (O + 7) / 8 * 8 : O; }
+
 // block_begin_forward: how every block begins.
 //   res = res_in + dropout(delta_in)     u = RMSNorm(res)     out (M,O) = W u + bias, row stride ldo
 template <typename X>
@@ -7385,7 +7418,9 @@ static void block_begin_forward(const CudaRun<X>* run, const LayerCuda<X>* L, co
     size_t M = run->B * run->T, D = (size_t)run->config->d_model;
     residual_rmsnorm_forward_cuda(acts->res, acts->u, acts->rstd, res_in, delta_in, norm, M, D,
                                   (float)run->config->norm_eps, run->stream, run->dropout);
-    matmul_forward_cuda(run->matmul, out, ldo, acts->u, D, weight_x(L, weight), bias, M, D, O, run->stream);
+    matmul_forward_cuda(run->matmul, out, ldo, acts->u, D, weight_x(L, weight), (const float*)NULL, M, D,
+                        matmul_outputs(O, ldo), run->stream);
+    if (bias) bias_forward_cuda(out, ldo, bias, M, O, run->stream);
 }
 
 // block_begin_backward: its backward, the end of every block's. shared->dres is the gradient of what the next
@@ -7394,19 +7429,22 @@ static void block_begin_forward(const CudaRun<X>* run, const LayerCuda<X>* L, co
 template <typename X>
 static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
                                  const ScratchCuda<X>* shared, float* dnorm, float* dweight, float* dbias,
-                                 const X* dout, size_t lddo, const float* norm, const float* weight,
-                                 size_t O) {
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model;
+                                 X* dout, size_t lddo, const float* norm, const float* weight, size_t O) {
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, more = matmul_outputs(O, lddo) - O;
     bool cheap = run->recompute == RECOMPUTE_CHEAP;          // u is made again by the norm's backward
+    if (more)
+        cudaCheck(cudaMemset2DAsync(dout + O, lddo * sizeof(X), 0, more * sizeof(X), M, run->stream));
+    if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, shared->sums, run->stream);
+    O += more;
     linear_backward_input(run, shared->du, D, false, dout, lddo, weight_x(L, weight), D, O);
     side_join(run);                                // dres_x, and with cheap u, are written again
     if (!cheap)
-        linear_backward_weight(run, dweight, dbias, dout, lddo, acts->u, D, shared->sums, D, O);
+        linear_backward_weight(run, dweight, (float*)NULL, dout, lddo, acts->u, D, shared->sums, D, O);
     X* dres_x = run->dropout.place ? shared->dres_x : NULL;  // the first sub-layer has no other before it
     rmsnorm_backward_cuda(shared->dres, dres_x, cheap ? acts->u : NULL, dnorm, shared->du, acts->res, norm,
                           acts->rstd, shared->sums, M, D, run->stream, run->dropout);
     if (cheap)
-        linear_backward_weight(run, dweight, dbias, dout, lddo, acts->u, D, shared->sums, D, O);
+        linear_backward_weight(run, dweight, (float*)NULL, dout, lddo, acts->u, D, shared->sums, D, O);
 }
 
 // Blocks with one token of each sequence (section 4.10), in bf16. res_in and delta_in as above; the residual
@@ -7613,14 +7651,17 @@ static const TensorSpec mamba2_scratch_cuda[] = {
 // mamba2_row: the row stride of zxbcdt; rows begin at multiples of 128 bytes (bf16)
 static size_t mamba2_row(size_t in) { return (in + 63) / 64 * 64; }
 
-template <typename X> static Mamba2Sizes mamba2_sizes_cuda(const CudaRun<X>* run) {
-    Run same = {run->config, run->B, run->T, NULL, 0, {0, 0, 0, 0}};
-    return mamba2_sizes(&same);
+static Mamba2Sizes mamba2_sizes_cuda(const Config* c, size_t B, size_t T) {
+    Run run;
+    memset(&run, 0, sizeof run);
+    run.config = c;
+    run.B = B;
+    run.T = T;
+    return mamba2_sizes(&run);
 }
 
 static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
-    Run run = {c, B, T, NULL, 0, {0, 0, 0, 0}};
-    const Mamba2Sizes s = mamba2_sizes(&run);
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, B, T);
     const size_t forward = ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
                  backward[] = {ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
                                ssd_dt_backward_scratch_cuda(B, T, s.H), gated_rmsnorm_scratch_cuda(s.M, s.Es),
@@ -7655,7 +7696,7 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
     const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
     const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
     const Config* c = run->config;
-    const Mamba2Sizes s = mamba2_sizes_cuda(run);
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
     const size_t ld = mamba2_row(s.in);
     const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N;
     cudaStream_t stream = run->stream;
@@ -7685,7 +7726,7 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
     const Mamba2State* s0 = (const Mamba2State*)state0;
     const Config* c = run->config;
-    const Mamba2Sizes s = mamba2_sizes_cuda(run);
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
     const size_t ld = mamba2_row(s.in), GN = s.G * s.N;
     const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es;
     X *dz0 = w->dzxbcdt, *dx0 = dz0 + s.mlp, *dz = dz0 + s.z, *dy = s.mlp ? w->dy : w->dn;
@@ -7726,8 +7767,141 @@ template <typename X> static void mamba2_paths(const Config* c) {
     size_t S = (size_t)(c->d_ssm / c->ngroups), N = (size_t)c->d_state, P = (size_t)c->headdim;
     bool ssd = sizeof(X) == 2 && ssd_backward_fast_of(P, N) && (size_t)c->d_ssm * sizeof(X) % 16 == 0;
     printf("SSD %s%s, gated norm %s, ", ssd ? "fast" : "general",
-           !ssd && sizeof(X) == 2 ? " (the fast one needs --headdim 32, 64 or 128 and --d-state 64 or 128)" : "",
+           !ssd && sizeof(X) == 2
+               ? " (the fast one needs --headdim 32, 64 or 128, --d-state 64 or 128)" : "",
            gated_threads(S) ? "fast" : "general");
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.3 Attention
+
+template <typename X> struct AttentionActsCuda { X *in, *qkv; float* lse; X* y; };
+
+static const TensorSpec attention_acts_cuda[] = {
+    {"in",  {DIM_IN_A}, 0, 0},                           // q, k, v before the conv, up, gate
+    {"qkv", {DIM_QKV_CONV}, 0, CHEAP},                   // after conv and rotation; without conv part of `in`
+    {"lse", {DIM_HQ}, 0, BACKWARD_ONLY | IS_FLOAT},      // (B,Hq,T)
+    {"y",   {DIM_OUT_A}, 0, 0},                          // out of the heads, of the MLP
+};
+
+template <typename X> struct AttentionScratchCuda { int2* span; X *din, *dqkv, *dy; };
+
+static const TensorSpec attention_scratch_cuda[] = {
+    {"span", {DIM_2}, 0, IS_FLOAT},                      // of documents
+    {"din",  {DIM_IN_A}, 0, BACKWARD_ONLY},
+    {"dqkv", {DIM_QKV_CONV}, 0, BACKWARD_ONLY},
+    {"dy",   {DIM_OUT_A}, 0, BACKWARD_ONLY},
+};
+
+static size_t attention_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
+    const Heads s = heads_of(c);
+    if (!training) return attention_decode_scratch_cuda(B, s.Hq, s.dh, s.capacity);
+    size_t conv = s.K ? causal_conv1d_scratch_cuda(B, T, s.qkv, s.K) : 0;
+    return max_size(B * s.Hq * T, max_size(conv, bias_backward_scratch_cuda(B * T, s.in)));
+}
+
+// the documents of the call; NULL: one per sequence
+template <typename X>
+static const int2* attention_spans(const CudaRun<X>* run, const AttentionScratchCuda<X>* w,
+                                   const float* position0) {
+    if (!run->doc) return NULL;
+    attention_span_cuda(w->span, run->doc, position0, run->B, run->T, run->stream);
+    return w->span;
+}
+
+// (A2) q, k, v through the conv
+template <typename X>
+static void attention_conv(const CudaRun<X>* run, const Heads& s, const AttentionParams* p,
+                           const AttentionActsCuda<X>* a, const float* tail0, float* tailT) {
+    causal_conv1d_forward_cuda(a->qkv, tailT, a->in, s.in, tail0, p->conv1d, p->conv1d_bias, false, run->doc,
+                               run->B, run->T, s.qkv, s.K, run->stream);
+}
+
+// (A3) q and k turned in place
+template <typename X>
+static void attention_turn(const CudaRun<X>* run, const Heads& s, X* qkv, size_t ld, const float* position0,
+                           const int2* span, const RotaryCuda& rotary) {
+    attention_rotate_cuda(qkv, ld, position0, span, rotary, run->B, run->T, s.Hq, s.Hkv, s.dh, run->stream);
+}
+
+// attention_block_forward_cuda: delta = Attention(RMSNorm(res)), res = res_in + delta_in; formulas (A1) to
+// (A4) at attention_block_forward.   state: conv, position float, kv (keys turned, values) in X; NULL: none
+template <typename X>
+void attention_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                  const ScratchCuda<X>* shared, const float* res_in, const X* delta_in,
+                                  float* const* state0, float* const* stateT) {
+    const AttentionParams* p = (const AttentionParams*)L->p;
+    const AttentionActsCuda<X>* a = (const AttentionActsCuda<X>*)acts->field;
+    const AttentionScratchCuda<X>* w = (const AttentionScratchCuda<X>*)acts->scratch;
+    const AttentionState *s0 = (const AttentionState*)state0, *sT = (const AttentionState*)stateT;
+    const Config* c = run->config;
+    const Heads s = heads_of(c);
+    const size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, ld = s.K ? s.qkv : s.in;
+    const X* up = a->in + s.qkv;
+    X *qkv = s.K ? a->qkv : a->in, *kv0 = (X*)s0->kv, *kvT = (X*)sT->kv;
+    const RotaryCuda rotary = rotary_cuda(s.ro, c->rotary_base, c->rotary_interleaved);
+    cudaStream_t stream = run->stream;
+    block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->in, s.in, p->in_proj, p->in_proj_bias,
+                        s.in);
+    if (s.K) attention_conv(run, s, p, a, s0->conv, sT->conv);
+    if (T == 1 && kv0 && kv0 == kvT && !a->lse && !run->doc) {           // generation
+        attention_decode_cuda<X>(a->y, s.out, kvT, sT->position, s.capacity, qkv, ld, rotary, s.scale,
+                                 shared->sums, B, s.Hq, s.Hkv, s.dh, stream);
+    } else {
+        const int2* span = attention_spans(run, w, s0->position);
+        attention_turn(run, s, qkv, ld, s0->position, span, rotary);
+        attention_forward_cuda<X>(a->y, s.out, a->lse, qkv, ld, kv0, s.capacity, s0->position, span, s.scale,
+                                  B, T, s.Hq, s.Hkv, s.dh, stream);
+        if (kvT)
+            attention_append_cuda<X>(kvT, sT->position, kv0, s.capacity, s0->position, qkv, ld, span, B, T,
+                                     s.Hq, s.Hkv, s.dh, stream);
+    }
+    if (s.F) gate_forward_cuda(a->y + s.Hq * s.dh, s.out, up, s.in, up + s.F, s.in, M, s.F, stream);
+    matmul_forward_cuda(run->matmul, shared->delta, D, a->y, s.out, weight_x(L, p->out_proj),
+                        p->out_proj_bias, M, s.out, D, stream);
+}
+
+// attention_block_backward_cuda: gradients as in block_begin_backward
+template <typename X>
+void attention_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                   const ScratchCuda<X>* shared, float* const* state0) {
+    const AttentionParams *p = (const AttentionParams*)L->p, *dp = (const AttentionParams*)L->grad;
+    const AttentionActsCuda<X>* a = (const AttentionActsCuda<X>*)acts->field;
+    const AttentionScratchCuda<X>* w = (const AttentionScratchCuda<X>*)acts->scratch;
+    const AttentionState* s0 = (const AttentionState*)state0;
+    const Config* c = run->config;
+    const Heads s = heads_of(c);
+    const size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, ld = s.K ? s.qkv : s.in;
+    const X* up = a->in + s.qkv;
+    X *qkv = s.K ? a->qkv : a->in, *dup = w->din + s.qkv, *dqkv = s.K ? w->dqkv : w->din;
+    const RotaryCuda rotary = rotary_cuda(s.ro, c->rotary_base, c->rotary_interleaved);
+    cudaStream_t stream = run->stream;
+    const int2* span = attention_spans(run, w, s0->position);
+    if (run->recompute == RECOMPUTE_CHEAP && s.K) {          // qkv now, u in block_begin_backward
+        attention_conv(run, s, p, a, s0->conv, (float*)NULL);
+        attention_turn(run, s, qkv, ld, s0->position, span, rotary);
+    }
+    linear_backward_input(run, w->dy, s.out, false, shared->dres_x, D, weight_x(L, p->out_proj), s.out, D);
+    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, D, a->y, s.out,
+                           shared->sums, s.out, D);
+    side_join(run);                                // of the layer before: din is written again
+    if (s.F)
+        gate_backward_cuda(dup, s.in, dup + s.F, s.in, (X*)NULL, 0, w->dy + s.Hq * s.dh, s.out, up, s.in,
+                           up + s.F, s.in, M, s.F, stream);
+    attention_backward_cuda<X>(dqkv, ld, w->dy, s.out, a->y, s.out, a->lse, qkv, ld, (const X*)s0->kv,
+                               s.capacity, s0->position, span, rotary, s.scale, shared->sums, B, T, s.Hq,
+                               s.Hkv, s.dh, stream);
+    if (s.K)
+        causal_conv1d_backward_cuda(w->din, s.in, dp->conv1d, dp->conv1d_bias, (float*)NULL, dqkv,
+                                    (const float*)NULL, a->in, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                                    false, run->doc, shared->sums, B, T, s.qkv, s.K, stream);
+    block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->din, s.in, p->norm,
+                         p->in_proj, s.in);
+}
+
+template <typename X> static void attention_paths(const Config* c) {
+    printf("attention %s, ", sizeof(X) == 2 && c->attn_head_dim % 8 == 0 && c->attn_head_dim <= 128
+                                 ? "fast" : "general");
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -7811,16 +7985,21 @@ template <typename X> struct KindCuda {
                    const ScratchCuda<bf16>*, float* res_out, const float* res_in, const bf16* delta_in,
                    float* const* state);
     void (*paths)(const Config*);                  // prints which of its kernels are fast; NULL: no choice
+    int state_x;                                   // bit i: field i of its state is X, not float
 };
+#define FIELD(type, name) (offsetof(type, name) / sizeof(void*))
 
-enum { N_KINDS_CUDA = 3 };
+enum { N_KINDS_CUDA = 4 };
 template <typename X> static const KindCuda<X> kinds_cuda[N_KINDS_CUDA] = {
     {'1', TABLE(mamba1_acts_cuda), TABLE(mamba1_scratch_cuda), mamba1_sums_cuda, mamba1_block_forward_cuda<X>,
-     mamba1_block_backward_cuda<X>, mamba1_decodes, mamba1_block_decode_cuda, mamba1_paths<X>},
+     mamba1_block_backward_cuda<X>, mamba1_decodes, mamba1_block_decode_cuda, mamba1_paths<X>, 0},
     {'2', TABLE(mamba2_acts_cuda), TABLE(mamba2_scratch_cuda), mamba2_sums_cuda, mamba2_block_forward_cuda<X>,
-     mamba2_block_backward_cuda<X>, NULL, NULL, mamba2_paths<X>},
+     mamba2_block_backward_cuda<X>, NULL, NULL, mamba2_paths<X>, 0},
+    {'a', TABLE(attention_acts_cuda), TABLE(attention_scratch_cuda), attention_sums_cuda,
+     attention_block_forward_cuda<X>, attention_block_backward_cuda<X>, NULL, NULL, attention_paths<X>,
+     1 << FIELD(AttentionState, kv)},
     {'m', TABLE(mlp_acts_cuda), TABLE(mlp_scratch_cuda), NULL, mlp_block_forward_cuda<X>,
-     mlp_block_backward_cuda<X>, mlp_decodes, mlp_block_decode_cuda, NULL},
+     mlp_block_backward_cuda<X>, mlp_decodes, mlp_block_decode_cuda, NULL, 0},
 };
 
 #define SAME_FIELDS(type, table)                                          \
@@ -7829,6 +8008,8 @@ SAME_FIELDS(Mamba1ActsCuda, mamba1_acts_cuda);
 SAME_FIELDS(Mamba1ScratchCuda, mamba1_scratch_cuda);
 SAME_FIELDS(Mamba2ActsCuda, mamba2_acts_cuda);
 SAME_FIELDS(Mamba2ScratchCuda, mamba2_scratch_cuda);
+SAME_FIELDS(AttentionActsCuda, attention_acts_cuda);
+SAME_FIELDS(AttentionScratchCuda, attention_scratch_cuda);
 SAME_FIELDS(MlpActsCuda, mlp_acts_cuda);
 SAME_FIELDS(MlpScratchCuda, mlp_scratch_cuda);
 
@@ -7845,6 +8026,7 @@ static size_t array_count(const TensorSpec* spec, const Config* c, size_t B, siz
                                          scan_spacing(recompute));
     if (spec->dim[0] == DIM_SSD_SAVED)
         return ssd_saved_cuda(B, T, (size_t)(c->d_ssm / c->headdim), (size_t)c->headdim, (size_t)c->d_state);
+    if (spec->dim[0] == DIM_QKV_CONV) return c->attn_conv ? B * T * (size_t)config_dim(c, DIM_QKV) : 0;
     if (spec->dim[0] == DIM_IN2_ROW) return B * T * mamba2_row((size_t)config_dim(c, DIM_IN2));
     return B * T * spec_count(spec, c);
 }
@@ -7969,7 +8151,8 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
         if (kind->sums) sums = max_size(sums, kind->sums(c, B, T, train));
         if (kind->sums && !train) sums = max_size(sums, kind->sums(c, M, 1, false));   // a token of each row
     }
-    // a smaller call may cut time differently; its partial sums are never more than twice those of the full one
+    // a smaller call may cut time differently; its partial sums are never more than twice those of the full
+    // one
     if (sums) arena_take(arena, &s->sums, 2 * sums);
     if (train) {
         arena_take(arena, &s->dres, M * D);
@@ -8132,20 +8315,61 @@ template <typename X> void model_cuda_free(ModelCuda<X>* d) {
     free(d->layer);
 }
 
-// the fields of one layer's state in a device copy of a State; all NULL without one
-static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device, const State* host, int l,
-                         size_t row0) {
-    for (int i = 0; i < MAX_FIELDS; i++) field[i] = NULL;
-    for (int i = 0; device && i < m->layer[l].kind->n_state; i++)
-        field[i] = device + (host->field[l][i] - host->data) +
-                   row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
+// A State on the device: field after field like on the host, in words of 4 bytes, each field aligned to 16
+// bytes. A field of a row has one word per float; the keys and values of attention are X.
+template <typename X> static size_t state_words(const Model* m, int l, int i) {
+    size_t n = spec_count(&m->layer[l].kind->state[i], &m->config);
+    return kind_cuda<X>(m->layer[l].kind)->state_x >> i & 1 ? n * sizeof(X) / 4 : n;
 }
 
-// model_forward_cuda: tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or
-// NULL
+// where layer l begins; l = n_layers: how many words there are
+template <typename X> static size_t state_begin(const Model* m, size_t rows, int l) {
+    size_t n = 0;
+    for (int k = 0; k < l; k++)
+        for (int i = 0; i < m->layer[k].kind->n_state; i++) n += (rows * state_words<X>(m, k, i) + 3) / 4 * 4;
+    return n;
+}
+
+// the fields of one layer's state from row0 on, rows: of all; all NULL without a state
+template <typename X>
+static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device, size_t rows, int l,
+                         size_t row0) {
+    for (int i = 0; i < MAX_FIELDS; i++) field[i] = NULL;
+    if (!device) return;
+    device += state_begin<X>(m, rows, l);
+    for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+        field[i] = device + row0 * state_words<X>(m, l, i);
+        device += (rows * state_words<X>(m, l, i) + 3) / 4 * 4;
+    }
+}
+
+// state_copy_cuda: a State of the host to the device, or back; returns when it is there
+template <typename X>
+static void state_copy_cuda(const Model* m, float* device, const State* host, bool to_the_host,
+                            cudaStream_t stream) {
+    for (int l = 0; l < m->n_layers; l++) {
+        float* field[MAX_FIELDS];
+        state_fields<X>(field, m, device, host->rows, l, 0);
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+            size_t n = host->rows * spec_count(&m->layer[l].kind->state[i], &m->config);
+            size_t bytes = host->rows * state_words<X>(m, l, i) * 4;
+            real* p = host->field[l][i];
+            X* narrow = bytes < n * sizeof(real) ? (X*)xcalloc(n, sizeof(X)) : NULL;
+            void* there = narrow ? (void*)narrow : (void*)p;
+            for (size_t j = 0; narrow && !to_the_host && j < n; j++) narrow[j] = (X)p[j];
+            if (to_the_host) to_host((char*)there, (const char*)field[i], bytes, stream);
+            else to_device((char*)field[i], (const char*)there, bytes, stream);
+            cudaCheck(cudaStreamSynchronize(stream));
+            for (size_t j = 0; narrow && to_the_host && j < n; j++) p[j] = (float)narrow[j];
+            free(narrow);
+        }
+    }
+}
+
+// model_forward_cuda: tokens (B,T) to w->f. state: states of `rows` rows on the device, from row0 on, or NULL
 template <typename X>
 void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
-                        const int* tokens, float* state0, float* stateT, const State* host, size_t row0) {
+                        const int* tokens, float* state0, float* stateT, size_t rows, size_t row0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     const float* res = w->acts[0].res;
     run->dropout.place = 0;
@@ -8153,8 +8377,8 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
     embedding_forward_cuda(w->acts[0].res, tokens, d->embedding_x, M, D, run->stream, run->dropout);
     for (int l = 0; l < m->n_layers; l++) {
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
-        state_fields(s0, m, state0, host, l, row0);
-        state_fields(sT, m, stateT, host, l, row0);
+        state_fields<X>(s0, m, state0, rows, l, row0);
+        state_fields<X>(sT, m, stateT, rows, l, row0);
         d->layer[l].kind->forward(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
         res = w->acts[l].res;
         delta = w->scratch.delta;
@@ -8167,7 +8391,7 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
 // model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states updated in place.
 // Returns false when the shapes do not fit section 4.10; then nothing was done.
 static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
-                              CudaRun<bf16>* run, const int* tokens, float* state, const State* host,
+                              CudaRun<bf16>* run, const int* tokens, float* state, size_t rows,
                               float* logits) {
     size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     bool fits = run->B <= DECODE_ROWS && D % 32 == 0;
@@ -8179,7 +8403,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     embedding_forward_cuda(res[0], tokens, d->embedding_x, run->B, D, run->stream, run->dropout);
     for (int l = 0; l < m->n_layers; l++) {
         float* fields[MAX_FIELDS];
-        state_fields(fields, m, state, host, l, 0);
+        state_fields<bf16>(fields, m, state, rows, l, 0);
         d->layer[l].kind->decode(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
                                  delta, fields);
         delta = w->scratch.delta;
@@ -8194,7 +8418,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     return true;
 }
 static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
-                              const int*, float*, const State*, float*) {
+                              const int*, float*, size_t, float*) {
     return false;
 }
 
@@ -8269,7 +8493,7 @@ void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, cons
 // just before.
 template <typename X>
 void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
-                         const int* tokens, float* state0, const State* host) {
+                         const int* tokens, float* state0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
     side_fork(run);
@@ -8279,7 +8503,7 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
                           s->sums, M, D, run->stream, run->dropout);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
-        state_fields(s0, m, state0, host, l, 0);
+        state_fields<X>(s0, m, state0, run->B, l, 0);
         run->dropout.place = (uint64_t)l;
         const LayerCuda<X>* L = &d->layer[l];
         if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
@@ -8322,7 +8546,7 @@ __global__ void step_judge_kernel(StepOutput* out, double* norm) {
     *norm = NAN;
 }
 
-// Carried states of one micro-batch, laid out as State: for every layer and field (rows, count).
+// Carried states of one micro-batch: for every layer and field (rows, count) words.
 typedef struct { size_t offset, count; } StateField;
 
 // state_fresh: clears the rows that start anew.   grid (fields, rows)
@@ -8362,7 +8586,7 @@ template <typename X> struct CudaBackend {
     Matmul matmul;
     cudaStream_t stream;
     SideCuda side;                     // when training
-    // carried states of `micros` micro-batches, each as State; n_state floats each
+    // carried states of `micros` micro-batches, n_state words each
     float *carry_in, *carry_out;
     size_t micros, n_state;
     StateField* field;
@@ -8377,6 +8601,7 @@ template <typename X> struct CudaBackend {
 template <typename X> struct CudaSession {
     WorkCuda<X> work;
     float *state, *logits;
+    size_t state_words;
     int* host_tokens;                  // pinned
     float* host_logits;
     int64_t decoded[2];                // calls with one token for all rows: for logits; for the next tokens
@@ -8396,13 +8621,6 @@ static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t
     return run;
 }
 
-template <typename Y> static void to_device(Y* device, const Y* host, size_t n, cudaStream_t stream) {
-    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(Y), cudaMemcpyHostToDevice, stream));
-}
-template <typename Y> static void to_host(Y* host, const Y* device, size_t n, cudaStream_t stream) {
-    cudaCheck(cudaMemcpyAsync(host, device, n * sizeof(Y), cudaMemcpyDeviceToHost, stream));
-}
-
 // graph_record: what `launch` puts into the stream becomes a graph instead of running
 template <typename Launch> static cudaGraphExec_t graph_record(cudaStream_t stream, Launch launch) {
     cudaGraph_t graph;
@@ -8419,7 +8637,7 @@ template <typename Launch> static cudaGraphExec_t graph_record(cudaStream_t stre
 template <typename X> static void carry_reserve(Backend* b, size_t micros, size_t B) {
     CudaBackend<X>* c = cuda_of<X>(b);
     const Model* m = b->model;
-    size_t n_state = B * state_count(m);
+    size_t n_state = state_begin<X>(m, B, m->n_layers);
     if (c->micros >= micros && c->n_state == n_state) return;
     cudaCheck(cudaFree(c->carry_in));
     cudaCheck(cudaFree(c->carry_out));
@@ -8429,14 +8647,15 @@ template <typename X> static void carry_reserve(Backend* b, size_t micros, size_
     c->carry_in = (float*)device_calloc(micros * n_state, sizeof(float));
     c->carry_out = (float*)device_calloc(micros * n_state, sizeof(float));
     StateField* field = (StateField*)xcalloc((size_t)m->n_layers * MAX_FIELDS, sizeof(StateField));
-    size_t offset = 0;
     c->n_fields = 0;
-    for (int l = 0; l < m->n_layers; l++)
+    for (int l = 0; l < m->n_layers; l++) {
+        float* fields[MAX_FIELDS];
+        state_fields<X>(fields, m, c->carry_in, B, l, 0);
         for (int i = 0; i < m->layer[l].kind->n_state; i++) {
-            StateField f = {offset, spec_count(&m->layer[l].kind->state[i], &m->config)};
+            StateField f = {(size_t)(fields[i] - c->carry_in), state_words<X>(m, l, i)};
             field[c->n_fields++] = f;
-            offset += B * f.count;
         }
+    }
     c->field = device_copy(field, (size_t)c->n_fields);
     free(field);
 }
@@ -8452,13 +8671,11 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     size_t M = B * T;
     float scale_float = (float)scale;
     float *s0 = NULL, *sT = NULL;
-    const State* host = NULL;
     if (b->carry_in && micro >= 0) {
         carry_reserve<X>(b, (size_t)micro + 1, B);
-        host = &b->carry_in[micro];
         s0 = c->carry_in + (size_t)micro * c->n_state;
         sT = c->carry_out + (size_t)micro * c->n_state;
-        to_device(s0, host->data, host->n_elements, c->stream);
+        state_copy_cuda<X>(b->model, s0, &b->carry_in[micro], false, c->stream);
     }
     to_device(batch->tokens, tokens, M, c->stream);
     to_device(batch->targets, targets, M, c->stream);
@@ -8466,7 +8683,7 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     to_device(&batch->step->dropout_key, &b->dropout.key, 1, c->stream);
     if (doc) to_device(batch->doc, doc, M, c->stream);
     CudaRun<X> run = run_of<X>(b, micro, doc ? batch->doc : NULL, B, T, w->recompute);
-    model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, host, 0);
+    model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, B, 0);
     model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0,
                     b->token_best ? batch->targets : (int*)NULL);
     if (b->token_loss) to_host(b->token_loss, w->losses, M, c->stream);
@@ -8475,7 +8692,7 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     cudaCheck(cudaGetLastError());
     double sum;
     to_host(&sum, &c->out->loss, 1, c->stream);
-    if (sT) to_host(b->carry_out[micro].data, sT, b->carry_out[micro].n_elements, c->stream);
+    if (sT) state_copy_cuda<X>(b->model, sT, &b->carry_out[micro], true, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
     return sum;
 }
@@ -8488,8 +8705,7 @@ static void cuda_backward(Backend* b, int micro, const int* tokens, const int* d
     bool carried = b->carry_in && micro >= 0;
     CudaRun<X> run = run_of<X>(b, micro, doc ? w->batch.doc : NULL, B, T, w->recompute);
     model_backward_cuda(b->model, &c->model, w, &run, w->batch.tokens,
-                        carried ? c->carry_in + (size_t)micro * c->n_state : NULL,
-                        carried ? &b->carry_in[micro] : NULL);
+                        carried ? c->carry_in + (size_t)micro * c->n_state : NULL);
 }
 
 template <typename X> static void cuda_zero_gradients(Backend* b) {
@@ -8543,9 +8759,7 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
     cudaCheck(cudaGetLastError());
     for (size_t micro = 0; micro < s->accum; micro++) {
         float *s0 = NULL, *sT = NULL;
-        const State* host = NULL;
         if (b->carry_in) {
-            host = &b->carry_in[micro];
             s0 = c->carry_in + micro * c->n_state;
             sT = c->carry_out + micro * c->n_state;
             state_fresh_kernel<<<dim3((unsigned)c->n_fields, (unsigned)s->B), 256, 0, c->stream>>>(
@@ -8556,11 +8770,11 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
         CudaRun<X> run =
             run_of<X>(b, (int)micro, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
         run.add = micro > 0;
-        model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, host, 0);
+        model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, s->B, 0);
         model_loss_cuda(b->model, d, w, &run, batch->targets + micro * M, &batch->step->scale, true);
         loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, micro == 0);
         cudaCheck(cudaGetLastError());
-        model_backward_cuda(b->model, d, w, &run, tokens, s0, host);
+        model_backward_cuda(b->model, d, w, &run, tokens, s0);
     }
     norm_launch(c, b->model);
     step_judge_kernel<<<1, 1, 0, c->stream>>>(c->out, d->norm);
@@ -8650,7 +8864,7 @@ template <typename X> static void cuda_upload(Backend* b) {
     if ((void*)c->model.params_x != (void*)c->model.params)
         cast_cuda(c->model.params_x, c->model.params, m->n_elements, c->stream);
     for (size_t i = 0; b->carry_in && i < c->micros; i++)
-        to_device(c->carry_in + i * c->n_state, b->carry_in[i].data, c->n_state, c->stream);
+        state_copy_cuda<X>(m, c->carry_in + i * c->n_state, &b->carry_in[i], false, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
@@ -8662,7 +8876,7 @@ template <typename X> static void cuda_download(Backend* b) {
     for (int i = 0; i < 4; i++)
         if (host[i] && device[i]) to_host(host[i], device[i], m->n_elements, c->stream);
     for (size_t i = 0; b->carry_in && c->begun > 0 && i < c->micros; i++)
-        to_host(b->carry_in[i].data, c->carry_in + i * c->n_state, c->n_state, c->stream);
+        state_copy_cuda<X>(m, c->carry_in + i * c->n_state, &b->carry_in[i], true, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
@@ -8672,7 +8886,9 @@ template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)xcalloc(1, sizeof(CudaSession<X>));
     size_t tokens = s->chunk > s->rows ? s->chunk : s->rows, Vp = (size_t)b->model->config.vocab_padded;
     d->work = work_create<X>(b->model, 1, tokens, 1, false, RECOMPUTE_NONE);
-    d->state = (float*)device_calloc(s->state.n_elements, sizeof(float));
+    d->state_words = state_begin<X>(b->model, s->rows, b->model->n_layers);
+    d->state = (float*)device_calloc(d->state_words, sizeof(float));
+    s->state_bytes = d->state_words * sizeof(float);
     d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
     d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
     d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));
@@ -8683,7 +8899,7 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     work_free(&d->work);
-    device_bytes -= (s->state.n_elements + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
+    device_bytes -= (d->state_words + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
     cudaCheck(cudaFree(d->state));
     cudaCheck(cudaFree(d->logits));
     cudaCheck(cudaFreeHost(d->host_tokens));
@@ -8696,9 +8912,7 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
 template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool to_the_host) {
     CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    if (to_the_host) to_host(s->state.data, d->state, s->state.n_elements, c->stream);
-    else to_device(d->state, s->state.data, s->state.n_elements, c->stream);
-    cudaCheck(cudaStreamSynchronize(c->stream));
+    state_copy_cuda<X>(b->model, d->state, &s->state, to_the_host, c->stream);
 }
 
 // decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token;
@@ -8712,9 +8926,9 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
     if (T == 1 && row0 == 0 && logits &&
-        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, &s->state, d->logits))
+        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, s->rows, d->logits))
         return;
-    model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, &s->state, row0);
+    model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, s->rows, row0);
     for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
         const X* last = w->f + r * D;

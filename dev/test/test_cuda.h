@@ -638,7 +638,7 @@ template <typename X> void check_layers(void) {
                 if (!small || K == 4 || K == 3) check_conv<X>(conv[i][0], conv[i][1], conv[i][2], K, variant);
     for (int variant = 0; variant < 16 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
     if (!small) check_conv<X>(sizeof(X) == 2 ? 64 : 128, 140, 1536, 4, 6);      // the longest runs of tokens
-    const size_t gated[][3] = {{1, 1, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
+    const size_t gated[][3] = {{2, 3, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
                                {33, 768, 2}, {700, 1536, 1}, {21, 2048, 2}, {5, 5120, 1}, {3, 5128, 1}};
     for (size_t i = 0; i < sizeof gated / sizeof gated[0]; i++)
         for (int variant = 0; variant < 16; variant++)
@@ -1395,9 +1395,9 @@ template <typename X> void check_attention(const AttentionShape* s) {
     Vec grad(M * o.row), kvT(B * o.kv, NAN), positionT(B);
     double *dq = grad.data(), *dk = dq + qs, *dv = dk + ks;
     const double *q = turned.data(), *k = q + qs, *v = k + ks;
-    oracle::attention_backward(dq, o.row, dk, dv, o.row, NULL, dout.data(), out.data(), qs, lse.data(), q, o.row,
-                               k, v, o.row, p0 ? kv0.data() : NULL, o.capacity, position.data(), o.scale, B, T,
-                               s->Q, s->KV, dh);
+    oracle::attention_backward(dq, o.row, dk, dv, o.row, NULL, dout.data(), out.data(), qs, lse.data(), q,
+                               o.row, k, v, o.row, p0 ? kv0.data() : NULL, o.capacity, position.data(),
+                               o.scale, B, T, s->Q, s->KV, dh);
     oracle::rotary_backward(dq, o.row, position.data(), o.base, s->interleaved, M, s->Q + s->KV, dh, s->ro);
     oracle::kv_append_forward(kvT.data(), positionT.data(), p0 ? kv0.data() : NULL, k, v, o.row,
                               position.data(), o.capacity, B, T, s->KV, dh);
@@ -1428,10 +1428,15 @@ template <typename X> void check_attention(const AttentionShape* s) {
         first = all;
         if (twice) continue;
         claim_zero<X>("attention: gaps written", written_gaps(got, ld, o.row, ld));
-        claim<X>("attention dq", gathered(all, qs, o.row), gathered(grad, qs, o.row), 1e-5, 5e-3);
-        claim<X>("attention dk", gathered(all, ks, o.row, qs), gathered(grad, ks, o.row, qs), 1e-5, 5e-3);
-        claim<X>("attention dv", gathered(all, ks, o.row, qs + ks), gathered(grad, ks, o.row, qs + ks), 1e-5,
-                 5e-3);
+        // scores near 50: float rounds them by 2e-6 of P_ij; and where one P_ij is almost 1, dP_ij - delta_i is
+        // a small difference, and bf16 has rounded the out that delta is made of: measured 9e-6, 6.1e-3
+        const bool steep = s->scale > 2;
+        claim<X>(steep ? "attention, steep softmax, dq" : "attention dq", gathered(all, qs, o.row),
+                 gathered(grad, qs, o.row), steep ? 5e-5 : 1e-5, steep ? 1.5e-2 : 5e-3);
+        claim<X>(steep ? "attention, steep softmax, dk" : "attention dk", gathered(all, ks, o.row, qs),
+                 gathered(grad, ks, o.row, qs), steep ? 5e-5 : 1e-5, steep ? 1.5e-2 : 5e-3);
+        claim<X>(steep ? "attention, steep softmax, dv" : "attention dv", gathered(all, ks, o.row, qs + ks),
+                 gathered(grad, ks, o.row, qs + ks), steep ? 5e-5 : 1e-5, 5e-3);
     }
     // the cache after the call, in an array of its own and in place; rows that are not filled stay NaN
     for (int inplace = 0; inplace < 2; inplace++) {
@@ -1480,8 +1485,8 @@ template <typename X> void check_attention_steps(const AttentionShape* s, size_t
             X *g_part = gpu<X>(part), *g_out = gpu_nan<X>(B * n * qs);
             if (n > 1) {
                 attention_rotate_cuda<X>(g_part, o.row, length, NULL, rotary, B, n, s->Q, s->KV, dh, 0);
-                attention_forward_cuda<X>(g_out, qs, (float*)NULL, g_part, o.row, kv, o.capacity, length, NULL,
-                                          (float)o.scale, B, n, s->Q, s->KV, dh, 0);
+                attention_forward_cuda<X>(g_out, qs, (float*)NULL, g_part, o.row, kv, o.capacity, length,
+                                          NULL, (float)o.scale, B, n, s->Q, s->KV, dh, 0);
                 attention_append_cuda<X>(kv, length, kv, o.capacity, length, g_part, o.row, NULL, B, n, s->Q,
                                          s->KV, dh, 0);
             } else {
@@ -1497,15 +1502,16 @@ template <typename X> void check_attention_steps(const AttentionShape* s, size_t
         for (size_t b = 0; b < B; b++)
             std::copy(&got[b * n * qs], &got[b * n * qs] + n * qs, &got_all[(b * T + t) * qs]);
     }
-    snprintf(shape, sizeof shape, "%s B%zu T%zu+%zu Q%zu KV%zu dh%zu ro%zu%s", path, B, 2 * piece, steps, s->Q,
-             s->KV, dh, s->ro, s->interleaved ? "i" : "");
+    snprintf(shape, sizeof shape, "%s B%zu T%zu+%zu Q%zu KV%zu dh%zu ro%zu%s", path, B, 2 * piece, steps,
+             s->Q, s->KV, dh, s->ro, s->interleaved ? "i" : "");
     const size_t from = 2 * piece * qs;
-    claim<X>("attention in two pieces", gathered(got_all, from, T * qs), gathered(out, from, T * qs), 1e-5, 5e-3);
+    claim<X>("attention in two pieces", gathered(got_all, from, T * qs), gathered(out, from, T * qs), 1e-5,
+             5e-3);
     claim<X>("attention decode", gathered(got_all, steps * qs, T * qs, from),
              gathered(out, steps * qs, T * qs, from), 1e-5, 5e-3);
     Vec kvT(B * o.kv), positionT(B), got = from_gpu(kv, B * o.kv);
-    oracle::kv_append_forward(kvT.data(), positionT.data(), NULL, &turned[qs], &turned[qs + s->KV * dh], o.row,
-                              position.data(), o.capacity, B, T, s->KV, dh);
+    oracle::kv_append_forward(kvT.data(), positionT.data(), NULL, &turned[qs], &turned[qs + s->KV * dh],
+                              o.row, position.data(), o.capacity, B, T, s->KV, dh);
     const size_t filled = T * 2 * s->KV * dh;
     claim<X>("attention decode: cache", gathered(got, filled, o.kv), gathered(kvT, filled, o.kv), 1e-6, 4e-3);
     claim_zero<X>("attention decode: lengths", differing(from_gpu(length, B).data(), positionT.data(), B));
@@ -2132,8 +2138,12 @@ void test_cuda_resume(void) {
         "--precision fp32 --carry-state --reset-documents --grad-accum 1",
         "--precision bf16 --no-carry-state --no-reset-documents --grad-accum 3",
         "--precision bf16 --carry-state --reset-documents --grad-accum 3 --recompute cheap "
-        "--dropout 0.3"};
-    for (int k = 0; k < 3; k++) {
+        "--dropout 0.3",
+        "--precision bf16 --carry-state --no-reset-documents --grad-accum 2 --pattern 2m --headdim 32",
+        "--precision bf16 --no-carry-state --reset-documents --grad-accum 2 --pattern 2a --headdim 32 "
+        "--attn-heads 2"};
+    const int n_cases = (int)(sizeof cases_ / sizeof cases_[0]);
+    for (int k = 0; k < n_cases; k++) {
         TrainRun run;
         memset(&run, 0, sizeof run);
         snprintf(straight, sizeof straight, "%.200s%d", scratch("straight"), k);
@@ -2157,8 +2167,8 @@ void test_cuda_resume(void) {
         }
     }
     other_backend = NULL;
-    worst_report("3 cases: straight, stopped and resumed runs end as they should", &stops, 0);
-    worst_report("3 cases: files differ", &worst, 0);
+    worst_report("5 cases: straight, stopped and resumed runs end as they should", &stops, 0);
+    worst_report("5 cases: files differ", &worst, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------
