@@ -4213,57 +4213,41 @@ enum { SSD_SPAN = 64, SSD_PER_SAVED = SSD_SPACING / SSD_SPAN, SSD_ROUND = 16384 
 // log2 of a decay that is 0 in float. Nothing smaller is added to cs: its digits are needed for what follows
 #define SSD_GONE -130.0f
 
-// SsdTokens: the decays of a tile. from_i = exp(cs_i): what is left at i of the state before the tile, 0 when a
-// document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds; all:
-// from before the tile to after it. cs is in base 2.
-struct alignas(16) SsdTokens {
-    float cs[SSD_SPAN], dt[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
-    float all;
-};
-
-// ssd_resets: bit l of even, odd: whether a document begins at token t0 + 2 l, t0 + 2 l + 1. By a whole warp.
-__device__ __forceinline__ void ssd_resets(uint32_t* even, uint32_t* odd, const int* doc, size_t b, size_t t0,
-                                           size_t T) {
-    size_t t = t0 + 2 * (threadIdx.x % WARP);
-    *even = doc ? __ballot_sync(0xffffffffu, t < T && scan_resets_cuda(doc, b, t, T)) : 0;
-    *odd = doc ? __ballot_sync(0xffffffffu, t + 1 < T && scan_resets_cuda(doc, b, t + 1, T)) : 0;
-}
-
-// ssd_dt_pair: dt of this lane's tokens, 2 l and 2 l + 1; 0 beyond the last token
-__device__ __forceinline__ float2 ssd_dt_pair(const float* dt, size_t t0, size_t T) {
-    size_t t = t0 + 2 * (threadIdx.x % WARP);
-    return make_float2(t < T ? dt[t] : 0.0f, t + 1 < T ? dt[t + 1] : 0.0f);
-}
-
-// ssd_tokens: fills *s, by a whole warp
-__device__ __forceinline__ void ssd_tokens(SsdTokens* s, float2 dt, float A2, uint32_t even, uint32_t odd) {
+// ssd_begins: begin[i] = where in the tile the document of token i begins, -1: before it. By a whole warp.
+template <int Q>
+__device__ __forceinline__ void ssd_begins(int* begin, const int* doc, size_t b, size_t t0, size_t T) {
     const int lane = threadIdx.x % WARP;
-    const uint32_t upto = 0xffffffffu >> (WARP - 1 - lane), below = upto >> 1;     // lanes 0..lane; 0..lane-1
-    const float a0 = fmaxf(dt.x * A2, SSD_GONE), a1 = fmaxf(dt.y * A2, SSD_GONE);
-    float sum = a0 + a1;
+    int last = -1;
+    #pragma unroll
+    for (int k = 0; k < Q; k += WARP) {
+        const size_t t = t0 + k + lane;
+        const uint32_t resets = __ballot_sync(0xffffffffu, doc && t < T && scan_resets_cuda(doc, b, t, T));
+        const uint32_t upto = resets & 0xffffffffu >> (WARP - 1 - lane);
+        begin[k + lane] = upto ? k + 31 - __clz(upto) : last;
+        if (resets) last = k + 31 - __clz(resets);
+    }
+}
+
+// ssd_decays: cs (in base 2) and dt of a head's tile; dt of tokens K lane .. + K - 1 in registers, 0 beyond the
+// last token. By a whole warp.
+template <int K> __device__ __forceinline__ void ssd_decays(float* cs, float* dt_to, const float* dt, float A2) {
+    const int lane = threadIdx.x % WARP;
+    float sum[K];
+    #pragma unroll
+    for (int k = 0; k < K; k++) sum[k] = fmaxf(dt[k] * A2, SSD_GONE) + (k > 0 ? sum[k - 1] : 0.0f);
+    float all = sum[K - 1];
     #pragma unroll
     for (int step = 1; step < WARP; step *= 2) {
-        float before = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += before;
+        float left = __shfl_up_sync(0xffffffffu, all, step);
+        if (lane >= step) all += left;
     }
-    const float cs0 = sum - a1, cs1 = sum, end = __shfl_sync(0xffffffffu, sum, WARP - 1);
-    *(float2*)&s->cs[2 * lane] = make_float2(cs0, cs1);
-    *(float2*)&s->dt[2 * lane] = dt;
-    *(float2*)&s->from[2 * lane] = make_float2((even & upto) | (odd & below) ? 0.0f : exp2_unit(cs0),
-                                               (even & upto) | (odd & upto) ? 0.0f : exp2_unit(cs1));
-    *(float2*)&s->to[2 * lane] = make_float2((even & ~upto) | (odd & ~below) ? 0.0f : exp2_unit(end - cs0),
-                                             (even & ~upto) | (odd & ~upto) ? 0.0f : exp2_unit(end - cs1));
-    if (lane == 0) s->all = even | odd ? 0.0f : exp2_unit(end);
-}
-
-// ssd_begins: begin[i] = where in the tile the document of token i begins, 0 if before it. By a whole warp.
-__device__ __forceinline__ void ssd_begins(int* begin, uint32_t even, uint32_t odd) {
-    const int lane = threadIdx.x % WARP;
-    const uint32_t upto = 0xffffffffu >> (WARP - 1 - lane), below = upto >> 1;
-    const int e = 2 * (31 - __clz(even & upto)), o0 = 2 * (31 - __clz(odd & below)) + 1,
-              o1 = 2 * (31 - __clz(odd & upto)) + 1;           // negative: none
-    begin[2 * lane] = max(max(e, o0), 0);
-    begin[2 * lane + 1] = max(max(e, o1), 0);
+    float left = __shfl_up_sync(0xffffffffu, all, 1);
+    if (lane == 0) left = 0.0f;
+    #pragma unroll
+    for (int k = 0; k < K; k++) {
+        cs[K * lane + k] = left + sum[k];
+        dt_to[K * lane + k] = dt[k];
+    }
 }
 
 // --- general path -------------------------------------------------------------------------------------
@@ -4468,104 +4452,105 @@ ssd_sum_parts_kernel(X* dBt, X* dCt, size_t lddbc, const float* parts, size_t n_
 }
 
 // --- fast path: states --------------------------------------------------------------------------------
-// The tensor core's matrices: see 4.9. Lane 4g + q of a warp. An operand comes from rows of shared memory in
-// one of four ways, by what a row is (its length must be the operand's width plus 8, so that the 8 rows of a
-// matrix lie in different banks). Operand A (16 x 16) is m x k, B (16 x 16: two of 8 columns) is k x n:
+
+// 64 x 64 pieces of a state, tokens of a tile, warps that share the work of one
+template <int P, int N> struct SsdBackwardSize {
+    enum { PB = (P + 63) / 64, NB = N / 64, GROUPS = PB == 1 ? 2 : 1, Q = 64 * GROUPS, WARPS = 4 * GROUPS,
+           THREADS = WARP * WARPS };
+};
+
+// The walks go 64 tokens at a time, and a state has as many warps as 16 rows. An operand of the tensor core
+// comes from rows of shared memory in one of four ways, by what a row is (its length is the operand's width
+// plus 8, so that the 8 rows of a matrix lie in different banks). A (16 x 16) is m x k, B (16 x 16: two of 8
+// columns) is k x n:
 //   A from rows m: load_matrices at [lr][lc]          A from rows k: load_matrices_trans at [kr][kc]
 //   B from rows n: load_matrices at [kr][kc]          B from rows k: load_matrices_trans at [lr][lc]
-struct SsdLane {
-    int lane, warp, g, q, lr, lc, kr, kc;
-    __device__ __forceinline__ SsdLane() {
-        lane = threadIdx.x % WARP;
-        warp = threadIdx.x / WARP;
-        g = lane >> 2;
-        q = lane & 3;
-        lr = lane & 15;
-        lc = (lane >> 4) * 8;
-        kr = (lane & 7) + (lane >> 4) * 8;
-        kc = (lane >> 3 & 1) * 8;
-    }
+enum { SSD_WALK = 64, SSD_WALK_STAGES = 3 };
+template <int P, int N> struct SsdWalkShared {
+    bf16 rows[SSD_WALK_STAGES][SSD_WALK][P + 8], cols[SSD_WALK_STAGES][SSD_WALK][N + 8];
+    bf16 out[P][N + 8];                                        // 16 rows per warp, for stores of whole rows
+    float cs[2][SSD_WALK], dt[2][SSD_WALK];
+    int begin[2][SSD_WALK];
 };
 
 // 64 rows of COLS bf16 into shared memory, by THREADS threads; zeros beyond the last token
 template <int COLS, int THREADS>
-__device__ __forceinline__ void ssd_copy_tile(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
+__device__ __forceinline__ void ssd_copy_rows(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
     #pragma unroll
-    for (int k = 0; k < SSD_SPAN * COLS / 8 / THREADS; k++) {
+    for (int k = 0; k < SSD_WALK * COLS / 8 / THREADS; k++) {
         int v = (int)threadIdx.x + k * THREADS, row = v / (COLS / 8), col = v % (COLS / 8) * 8;
         scan_copy16(&to[row][col], from + (row < count ? row * ld : 0) + col, row < count);
     }
 }
 
-enum { SSD_WALK_STAGES = 3 };
-template <int P, int N> struct SsdStatesShared {
-    bf16 rows[SSD_WALK_STAGES][SSD_SPAN][P + 8], cols[SSD_WALK_STAGES][SSD_SPAN][N + 8];
-    bf16 out[P][N + 8];                                        // 16 rows per warp, for stores of whole rows
-    SsdTokens tokens[2];
-};
-
-// where H before, or Lambda after, tile c of sequence b is: H only between two saved ones
-static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t c, size_t tiles) {
-    size_t saved = (tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
-    return lambda ? b * tiles + c : b * (tiles - saved) + c - c / SSD_PER_SAVED - 1;
+// where H before, or Lambda after, tile c (of Q tokens) of sequence b is: H only between two saved ones
+template <int Q> static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t c, size_t tiles) {
+    const size_t per = SSD_SPACING / Q, saved = (tiles + per - 1) / per;
+    return lambda ? b * tiles + c : b * (tiles - saved) + c - c / per - 1;
 }
 
-// ssd_states_fast_kernel: ssd_states_kernel for the tensor core, with as many threads as 2 P: warp w holds
-// rows 16w..16w+15 of the state, all N columns, in registers. A walk covers `each` tiles. To the left, walks
-// that cover less than a sequence need what comes from the right, in two launches:
-//   local not NULL, LOCAL true    writes local (B,walks,H,P,N): the state after the walk's first tile, as if
+// ssd_walk_kernel: ssd_states_kernel for the tensor core, with as many threads as 2 P: warp w holds rows
+// 16w..16w+15 of the state, all N columns, in registers. A walk covers `each` pieces of 64 tokens. To the
+// left, walks that cover less than a sequence need what comes from the right, in two launches:
+//   local not NULL, LOCAL true    writes local (B,walks,H,P,N): the state after the walk's first piece, as if
 //                                 nothing came from the right, and decays (B,walks,H): from end to beginning
 //   local not NULL, LOCAL false   begins with what these make
 template <int P, int N, bool REVERSE, bool LOCAL>
 __global__ void __launch_bounds__(2 * P)
-ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const bf16* states,
-                       const float* dhT, const bf16* rows, size_t ldr, const bf16* cols, size_t ldc,
-                       const float* dt, const float* A_log, const int* doc, size_t T, size_t H, size_t G,
-                       int walks, int each) {
+ssd_walk_kernel(bf16* out, float* dh0, float* local, float* decays, const bf16* states, const float* dhT,
+                const bf16* rows, size_t ldr, const bf16* cols, size_t ldc, const float* dt, const float* A_log,
+                const int* doc, size_t T, size_t H, size_t G, int walks, int each) {
+    enum { Q = SsdBackwardSize<P, N>::Q, PER = Q / SSD_WALK };
     extern __shared__ __align__(128) char shared[];
-    SsdStatesShared<P, N>& sh = *(SsdStatesShared<P, N>*)shared;
-    const SsdLane l;
-    const int walk = blockIdx.x % walks, tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN);
+    SsdWalkShared<P, N>& sh = *(SsdWalkShared<P, N>*)shared;
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
+    const int lr = lane & 15, lc = (lane >> 4) * 8, kr = (lane & 7) + (lane >> 4) * 8, kc = (lane >> 3 & 1) * 8;
+    const int walk = blockIdx.x % walks, pieces = (int)((T + SSD_WALK - 1) / SSD_WALK);
     const size_t h = blockIdx.x / walks % H, b = blockIdx.x / walks / H;
-    const int first = walk * each, end = min(first + each, tiles);
-    // tiles to walk through: not the last one, unless somebody wants what is behind it
-    const int steps = end - first - (LOCAL || (REVERSE && first == 0 && dh0) ? 0 : 1);
+    const int first = walk * each, end = min(first + each, pieces);
+    // pieces to walk through: not the last ones, unless somebody wants what is behind them
+    const int steps = LOCAL || (REVERSE && first == 0 && dh0) ? end - first
+                      : REVERSE ? end - min(first + PER, end) : (end - first - 1) / PER * PER;
     const float A2 = scan_decay(A_log[h]);
     const float* dt_h = dt + (b * H + h) * T;
     rows += b * T * ldr + h * P;
     cols += b * T * ldc + h * G / H * N;
-    const int r0 = 16 * l.warp + l.g;
-    auto tile_of = [&](int k) { return REVERSE ? end - 1 - k : first + k; };
+    const int r0 = 16 * w + g;
+    auto piece_of = [&](int k) { return REVERSE ? end - 1 - k : first + k; };
     auto load = [&](int k) {
         if (k < steps) {
-            size_t t0 = (size_t)tile_of(k) * SSD_SPAN;
-            int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN), stage = k % SSD_WALK_STAGES;
-            ssd_copy_tile<P, 2 * P>(sh.rows[stage], rows + t0 * ldr, ldr, count);
-            ssd_copy_tile<N, 2 * P>(sh.cols[stage], cols + t0 * ldc, ldc, count);
+            size_t t0 = (size_t)piece_of(k) * SSD_WALK;
+            int count = (int)(T - t0 < SSD_WALK ? T - t0 : SSD_WALK), stage = k % SSD_WALK_STAGES;
+            ssd_copy_rows<P, 2 * P>(sh.rows[stage], rows + t0 * ldr, ldr, count);
+            ssd_copy_rows<N, 2 * P>(sh.cols[stage], cols + t0 * ldc, ldc, count);
         }
         copy_async_commit();
     };
-    float2 dt_next = make_float2(0.0f, 0.0f);
+    float dt_next[2];
     auto load_dt = [&](int k) {
-        if (l.warp == 0 && k < steps) dt_next = ssd_dt_pair(dt_h, (size_t)tile_of(k) * SSD_SPAN, T);
+        if (w > 0 || k >= steps) return;
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            size_t t = (size_t)piece_of(k) * SSD_WALK + 2 * lane + i;
+            dt_next[i] = t < T ? dt_h[t] : 0.0f;
+        }
     };
-    auto tokens = [&](int k) {
-        if (l.warp > 0 || k >= steps) return;
-        uint32_t even, odd;
-        ssd_resets(&even, &odd, doc, b, (size_t)tile_of(k) * SSD_SPAN, T);
-        ssd_tokens(&sh.tokens[k % 2], dt_next, A2, even, odd);
+    auto decays_of = [&](int k) {
+        if (w > 0 || k >= steps) return;
+        ssd_begins<SSD_WALK>(sh.begin[k % 2], doc, b, (size_t)piece_of(k) * SSD_WALK, T);
+        ssd_decays<2>(sh.cs[k % 2], sh.dt[k % 2], dt_next, A2);
     };
     load_dt(0);
     load(0);
     load(1);
-    tokens(0);
+    decays_of(0);
     load_dt(1);
 
     float s[N / 8][4], decay = 1.0f;                           // rows r0, r0 + 8, columns 8 i + 2 q, + 1
-    const size_t PN = P * N, mine = (size_t)r0 * N + 2 * l.q;
+    const size_t PN = P * N, mine = (size_t)r0 * N + 2 * q;
     if (!REVERSE) {
         const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-        const bf16* from = states + ((b * saved + first / SSD_PER_SAVED) * H + h) * PN + mine;
+        const bf16* from = states + ((b * saved + walk) * H + h) * PN + mine;
         #pragma unroll
         for (int i = 0; i < N / 8; i++) {
             uint32_t v0 = *(const uint32_t*)(from + 8 * i), v1 = *(const uint32_t*)(from + 8 * N + 8 * i);
@@ -4574,8 +4559,8 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     } else {
         #pragma unroll
         for (int i = 0; i < N / 8; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
-        for (int k = LOCAL || !local || walk == walks - 1 ? walk : walks - 1; k >= walk; k--) {
-            // dhT enters the last walk; what walk k leaves to the one before it
+        for (int k = LOCAL || !local ? walk : walks - 1; k >= walk; k--) {
+            // dhT enters the last walk; every other one gets what the one to its right leaves
             const bool start = k == walk;
             if (start && (walk < walks - 1 || !dhT)) break;
             const float* from = start ? dhT + (b * H + h) * PN + mine
@@ -4593,59 +4578,63 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
     auto store = [&](int c) {
         #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            *(uint32_t*)&sh.out[r0][8 * i + 2 * l.q] = scan_pack(s[i][0], s[i][1]);
-            *(uint32_t*)&sh.out[r0 + 8][8 * i + 2 * l.q] = scan_pack(s[i][2], s[i][3]);
+            *(uint32_t*)&sh.out[r0][8 * i + 2 * q] = scan_pack(s[i][0], s[i][1]);
+            *(uint32_t*)&sh.out[r0 + 8][8 * i + 2 * q] = scan_pack(s[i][2], s[i][3]);
         }
         __syncwarp();
-        bf16* to = out + (ssd_slot(REVERSE, b, c, tiles) * H + h) * PN + 16 * l.warp * N;
+        bf16* to = out + (ssd_slot<Q>(REVERSE, b, c, (pieces + PER - 1) / PER) * H + h) * PN + 16 * w * N;
         #pragma unroll
         for (int k = 0; k < 16 * N / 8 / WARP; k++) {
-            int v = l.lane + k * WARP;
-            scan_store16(to + 8 * v, *(const uint4*)&sh.out[16 * l.warp + v / (N / 8)][v % (N / 8) * 8]);
+            int v = lane + k * WARP;
+            scan_store16(to + 8 * v, *(const uint4*)&sh.out[16 * w + v / (N / 8)][v % (N / 8) * 8]);
         }
         __syncwarp();
     };
     #pragma unroll 1
     for (int k = 0; k < steps; k++) {
-        const int c = tile_of(k), stage = k % SSD_WALK_STAGES;
-        const SsdTokens& tk = sh.tokens[k % 2];
-        if (REVERSE && !LOCAL) store(c);
+        const int c = piece_of(k), stage = k % SSD_WALK_STAGES;
+        const float *cs = sh.cs[k % 2], *dts = sh.dt[k % 2];
+        const int* begin = sh.begin[k % 2];
+        if (REVERSE && !LOCAL && ((c + 1) % PER == 0 || c == pieces - 1)) store(c / PER);
         copy_async_wait(1);
-        __syncthreads();                                       // the tile and its decays are there
+        __syncthreads();                                       // the piece and its decays are there
         load(k + 2);
-        tokens(k + 1);
+        decays_of(k + 1);
         load_dt(k + 2);
+        const float last = cs[SSD_WALK - 1], all = begin[SSD_WALK - 1] < 0 ? exp2_unit(last) : 0.0f;
         #pragma unroll
-        for (int i = 0; i < N / 8; i++) { s[i][0] *= tk.all; s[i][1] *= tk.all; s[i][2] *= tk.all; s[i][3] *= tk.all; }
-        if (LOCAL) decay *= tk.all;
+        for (int i = 0; i < N / 8; i++) { s[i][0] *= all; s[i][1] *= all; s[i][2] *= all; s[i][3] *= all; }
+        if (LOCAL) decay *= all;
         #pragma unroll
-        for (int i = 0; i < SSD_SPAN / 16; i++) {              // 16 tokens
+        for (int i = 0; i < SSD_WALK / 16; i++) {              // 16 tokens
             uint32_t a[4];
-            load_matrices_trans(a, &sh.rows[stage][16 * i + l.kr][16 * l.warp + l.kc]);
+            load_matrices_trans(a, &sh.rows[stage][16 * i + kr][16 * w + kc]);
             #pragma unroll
-            for (int j = 0; j < 2; j++) {                      // the decays belong to k
-                const int t = 16 * i + 8 * j + 2 * l.q;
-                float2 weight = *(const float2*)&(REVERSE ? tk.from : tk.to)[t];
-                if (!REVERSE) {
-                    float2 dt_t = *(const float2*)&tk.dt[t];
-                    weight.x *= dt_t.x;
-                    weight.y *= dt_t.y;
+            for (int j = 0; j < 2; j++) {                      // what is left of two tokens at the beginning, the end
+                const int t = 16 * i + 8 * j + 2 * q;
+                const float2 cs_t = *(const float2*)&cs[t], dt_t = *(const float2*)&dts[t];
+                float w0, w1;
+                if (REVERSE) {
+                    w0 = begin[t] < 0 ? exp2_unit(cs_t.x) : 0.0f;
+                    w1 = begin[t + 1] < 0 ? exp2_unit(cs_t.y) : 0.0f;
+                } else {
+                    w0 = t >= begin[SSD_WALK - 1] ? exp2_unit(last - cs_t.x) * dt_t.x : 0.0f;
+                    w1 = t + 1 >= begin[SSD_WALK - 1] ? exp2_unit(last - cs_t.y) * dt_t.y : 0.0f;
                 }
                 #pragma unroll
-                for (int m = 2 * j; m < 2 * j + 2; m++)
-                    a[m] = scan_pack(scan_low(a[m]) * weight.x, scan_high(a[m]) * weight.y);
+                for (int m = 2 * j; m < 2 * j + 2; m++) a[m] = scan_pack(scan_low(a[m]) * w0, scan_high(a[m]) * w1);
             }
             #pragma unroll
             for (int n = 0; n < N / 16; n++) {
                 uint32_t r[4];
-                load_matrices_trans(r, &sh.cols[stage][16 * i + l.lr][16 * n + l.lc]);
+                load_matrices_trans(r, &sh.cols[stage][16 * i + lr][16 * n + lc]);
                 scan_mma_bf16(s[2 * n], a, r[0], r[1]);
                 scan_mma_bf16(s[2 * n + 1], a, r[2], r[3]);
             }
         }
-        if (!REVERSE) store(c + 1);
+        if (!REVERSE && (c + 1) % PER == 0) store((c + 1) / PER);
     }
-    if (REVERSE && !LOCAL && steps < end - first) store(first);
+    if (REVERSE && !LOCAL && steps < end - first) store(first / PER);
     if (LOCAL || (REVERSE && first == 0 && dh0)) {
         float* to = (LOCAL ? local + ((b * walks + walk) * H + h) * PN : dh0 + (b * H + h) * PN) + mine;
         #pragma unroll
@@ -4658,32 +4647,35 @@ ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const
 }
 
 // --- fast path: tiles ---------------------------------------------------------------------------------
-// A block of four warps owns one tile of one sequence and the heads of one group, or of a part of it. Warp w
-// owns tokens 16w..16w+15, as rows i and as rows j of the formulas. For every head it makes
-//   16 x 64 products: S = dy x^T (up to its own tokens), v = (G L)^T dy (from its own tokens on)
-//   state products:   H^T dy, Lambda^T x, Lambda Bt of its tokens, and 16 rows of <Lambda, H>
+// A block owns one tile of one sequence and walks through the heads of one group, or of a part of it. Every
+// four of its warps own 64 tokens, as rows i and as rows j of the formulas, each warp 16 of them. For every
+// head they make, four warps at a time:
+//   64 x 64 products: S = dy x^T (up to their own tokens), v = (G L)^T dy (from their own tokens on)
+//   state products:   H Ct and Lambda Bt of their tokens; H^T dy and Lambda^T x, which add to dCt and dBt
 // and the sums over heads stay: dBt, dCt in registers, dG in shared memory, each value with the thread that
-// adds to it. G is the same for all heads of the group.
-// Sums over pairs: what lies inside the warp's 16 tokens is summed as the formula says. Of the pairs between
+// adds to it. G is the same for all heads of the group. Three barriers per head: Lambda is loaded while the
+// rows i are at work, H, x and dy of the next head while the rows j are.
+// Sums over pairs: what lies inside a warp's 16 tokens is summed as the formula says. Of the pairs between
 // two warps only sums along rows and columns count; those along columns are <x_j, v_j> before v_j has got its
 // own 16 tokens, those along rows are made of S.
 
-template <int P, int N> struct SsdBackwardShared {
-    bf16 Bt[SSD_SPAN][N + 8], Ct[SSD_SPAN][N + 8];
-    bf16 x[SSD_SPAN][P + 8], dy[SSD_SPAN][P + 8];              // x: later dx
-    bf16 before[P][N + 8], after[P][N + 8];                    // H, Lambda
-    bf16 gram[SSD_SPAN][SSD_SPAN + 8];                         // G, 0 where L is; in the end dG
-    float4 dgram[20][WARP];                                    // dG: as the tensor core leaves it, 16 x 8 each
-    SsdTokens tokens[2];
-    int begin[SSD_SPAN];
-    float dalpha[SSD_SPAN], direct[SSD_SPAN];
-    float row[4][16], column[4][16], inner[4][16];             // of the warps' tokens
-    float sums[4][8];
+template <int P, int N> struct alignas(1024) SsdBackwardShared {
+    typedef SsdBackwardSize<P, N> Z;
+    bf16 Bt[Z::GROUPS][Z::NB][SSD_TILE], Ct[Z::GROUPS][Z::NB][SSD_TILE];
+    bf16 x[2][Z::GROUPS][Z::PB][SSD_TILE], dy[2][Z::GROUPS][Z::PB][SSD_TILE];  // two heads; x: later dx
+    bf16 before[Z::PB][Z::NB][SSD_TILE], after[Z::PB][Z::NB][SSD_TILE];        // H, Lambda
+    bf16 gram[Z::GROUPS * (Z::GROUPS + 1) / 2][SSD_TILE];      // G, 0 where L is; in the end dG: (0,0) (1,0) (1,1)
+    float4 dgram[Z::WARPS * (Z::WARPS + 1)][WARP];             // dG: as the tensor core leaves it, 16 x 8 each
+    float cs[2][Z::Q], dt[3][Z::Q];                            // of two and three heads
+    int begin[Z::Q];
+    float dalpha[Z::Q], direct[Z::Q];
+    float row[Z::WARPS][16], column[Z::WARPS][16], inner[Z::WARPS][16];
+    float sums[2][Z::WARPS][16];                               // of two heads
 };
 
-// What a warp leaves in sums: e of its tokens; pairs of its tokens with everything before tile column K = 0,
-// 1, 2 of 16; its part of <Lambda, H>; of <dy, x>
-enum { SSD_SUM_E, SSD_SUM_LEFT, SSD_SUM_THROUGH = SSD_SUM_LEFT + 3, SSD_SUM_SKIP };
+// What a warp leaves in sums: its part of <dy, x>; sums of W over its rows and the columns before 16 K, K = 1,
+// 2, ..; e and f of its tokens; its part of <Lambda, H>
+enum { SSD_SUM_SKIP, SSD_SUM_W = 0, SSD_SUM_E = 8, SSD_SUM_F, SSD_SUM_THROUGH };
 
 // Reductions of eight values at once: every step halves the number of values and of lanes that hold one.
 //   ssd_sum_quad: over the four lanes of a quad; lane q keeps values 2q, 2q + 1
@@ -4748,395 +4740,453 @@ __device__ __forceinline__ float ssd_dot(uint32_t v, float a, float b, float sum
     return fmaf(scan_low(v), a, fmaf(scan_high(v), b, sum));
 }
 
+// address of the pair of neighbouring values r, c of a tile
+__device__ __forceinline__ uint32_t* ssd_pair(bf16* tile, int r, int c) {
+    return (uint32_t*)((char*)tile + r * 128 + ((c / 8 ^ (r & 7)) << 4) + c % 8 * 2);
+}
+
+// ssd_dots: adds <v, rows 16 w + g and 16 w + g + 8 of a tile>, v as the tensor core leaves it: this lane's part
+__device__ __forceinline__ void ssd_dots(float* sum0, float* sum1, const float (&v)[8][4], uint32_t tile, int w) {
+    const int lane = threadIdx.x % WARP;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t r[4];
+        ssd_ldmatrix(r, ssd_piece(tile, 16 * w + (lane & 15), 2 * k + (lane >> 4)));
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+            *sum0 = ssd_dot(r[2 * n], v[2 * k + n][0], v[2 * k + n][1], *sum0);
+            *sum1 = ssd_dot(r[2 * n + 1], v[2 * k + n][2], v[2 * k + n][3], *sum1);
+        }
+    }
+}
+
 // ssd_backward_fast_kernel: the formulas at the top. dBC: NULL, then dBt and dCt are written; or the sums of
 // this part's heads, (parts,B,T,G,2N). sums: as ssd_backward_kernel.
 template <int P, int N>
-__global__ void __launch_bounds__(4 * WARP, P == 128 && N == 128 ? 1 : 2)
+__global__ void __launch_bounds__(SsdBackwardSize<P, N>::THREADS, 1)
 ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt, size_t lddbc, float* dBC,
                          float* sums, size_t n_sums, const bf16* states, const bf16* before,
                          const bf16* after, const bf16* dy, const bf16* x, size_t ldx, const float* dt,
                          const float* A_log, const bf16* Bt, const bf16* Ct, size_t ldbc, const float* Dskip,
                          bool D_has_hdim, const int* doc, size_t B, size_t T, int H, int G, int parts) {
-    extern __shared__ __align__(128) char shared[];
-    SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)shared;
-    const SsdLane l;
-    const int w = l.warp, g = l.g, q = l.q, r0 = 16 * w + g, r1 = r0 + 8;
-    const int tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN), part = blockIdx.x % parts;
+    typedef SsdBackwardSize<P, N> Z;
+    enum { PB = Z::PB, NB = Z::NB, GROUPS = Z::GROUPS, Q = Z::Q, WARPS = Z::WARPS, K = Q / WARP };
+    extern __shared__ __align__(1024) char tile_shared[];
+    SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)tile_shared;
+    const int lane = threadIdx.x % WARP, g = lane >> 2, q = lane & 3;
+    // the compiler must see that these are the same in all threads of a warp
+    const int W = __shfl_sync(0xffffffffu, (int)threadIdx.x / WARP, 0), w = W % 4, own = W / 4;
+    const int thread = threadIdx.x % 128, r0 = 16 * w + g, r1 = r0 + 8, t_0 = 64 * own + r0, t_1 = t_0 + 8;
+    const int tiles = (int)((T + Q - 1) / Q), part = blockIdx.x % parts;
     const int group = blockIdx.x / parts % G, c = blockIdx.x / parts / G % tiles;
-    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_SPAN, E = (size_t)H * P;
-    const int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN);
+    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * Q, E = (size_t)H * P;
+    const int count = (int)(T - t0 < Q ? T - t0 : Q), rows = count - 64 * own;
     const int each = (H / G + parts - 1) / parts, h0 = group * (H / G) + part * each;
     const int h1 = min(h0 + each, (group + 1) * (H / G));
     const size_t PN = P * N, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
     x += (b * T + t0) * ldx;
-    dx += (b * T + t0) * lddx;
+    dx += (b * T + t0 + 64 * own) * lddx;
     dy += (b * T + t0) * E;
-    after += ssd_slot(true, b, c, tiles) * H * PN;
-    before = c % SSD_PER_SAVED ? before + ssd_slot(false, b, c, tiles) * H * PN
-                               : states + (b * saved + c / SSD_PER_SAVED) * H * PN;
+    after += ssd_slot<Q>(true, b, c, tiles) * H * PN;
+    before = c % (SSD_SPACING / Q) ? before + ssd_slot<Q>(false, b, c, tiles) * H * PN
+                                   : states + (b * saved + c / (SSD_SPACING / Q)) * H * PN;
     sums += (b * tiles + c) * n_sums;
+    // a 16 x 16 piece of a tile as operand: rows r.., columns 16 k..; by rows or by columns, see 4.9
+    const int lr = lane & 15, lc = lane >> 4, kr = (lane & 7) + (lane >> 4) * 8, kc = lane >> 3 & 1;
 
     auto load_rows = [&](int h) {
-        ssd_copy_tile<P, 4 * WARP>(sh.x, x + h * P, ldx, count);
-        ssd_copy_tile<P, 4 * WARP>(sh.dy, dy + h * P, E, count);
-    };
-    auto load_state = [&](bf16 (*to)[N + 8], const bf16* from) {
+        const int s = (h - h0) & 1;
         #pragma unroll
-        for (int k = 0; k < P * N / 8 / (4 * WARP); k++) {
-            int v = (int)threadIdx.x + k * 4 * WARP;
-            scan_copy16(&to[v / (N / 8)][v % (N / 8) * 8], from + v * 8, true);
+        for (int p = 0; p < PB; p++) {
+            ssd_load_tile<128>(ssd_address(sh.x[s][own][p]), x + (size_t)64 * own * ldx + h * P + 64 * p, (uint32_t)ldx,
+                               rows, P - 64 * p, thread);
+            ssd_load_tile<128>(ssd_address(sh.dy[s][own][p]), dy + (size_t)64 * own * E + h * P + 64 * p, (uint32_t)E,
+                               rows, P - 64 * p, thread);
         }
     };
-    ssd_copy_tile<N, 4 * WARP>(sh.Bt, Bt + (b * T + t0) * ldbc + group * N, ldbc, count);
-    ssd_copy_tile<N, 4 * WARP>(sh.Ct, Ct + (b * T + t0) * ldbc + group * N, ldbc, count);
+    auto load_state = [&](bf16 (*to)[NB][SSD_TILE], const bf16* from) {
+        #pragma unroll
+        for (int p = 0; p < PB; p++) {
+            #pragma unroll
+            for (int n = 0; n < NB; n++)
+                ssd_load_tile<Z::THREADS>(ssd_address(to[p][n]), from + 64 * p * N + 64 * n, N, P - 64 * p, 64,
+                                          threadIdx.x);
+        }
+    };
+    auto load_dt = [&](int h) {
+        if (threadIdx.x >= Q) return;
+        const size_t t = t0 + threadIdx.x;
+        scan_copy4(&sh.dt[(h - h0) % 3][threadIdx.x], dt + (b * H + h) * T + (t < T ? t : 0), t < T);
+    };
+    auto decays_of = [&](int h) {                              // by one warp
+        float v[K], *dts = sh.dt[(h - h0) % 3];
+        #pragma unroll
+        for (int k = 0; k < K; k++) v[k] = dts[K * lane + k];
+        ssd_decays<K>(sh.cs[(h - h0) & 1], dts, v, scan_decay(A_log[h]));
+    };
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        const size_t at = (b * T + t0 + 64 * own) * ldbc + group * N + 64 * n;
+        ssd_load_tile<128>(ssd_address(sh.Bt[own][n]), Bt + at, (uint32_t)ldbc, rows, 64, thread);
+        ssd_load_tile<128>(ssd_address(sh.Ct[own][n]), Ct + at, (uint32_t)ldbc, rows, 64, thread);
+    }
+    if (h0 < h1) load_dt(h0);
     copy_async_commit();
     if (h0 < h1) {
         load_rows(h0);
         load_state(sh.before, before + h0 * PN);
-        load_state(sh.after, after + h0 * PN);
     }
     copy_async_commit();
-    uint32_t even, odd;
-    ssd_resets(&even, &odd, doc, b, t0, T);
-    if (w == 0) ssd_begins(sh.begin, even, odd);
-    if (w == 0 && h0 < h1)
-        ssd_tokens(&sh.tokens[0], ssd_dt_pair(dt + (b * H + h0) * T, t0, T), scan_decay(A_log[h0]), even, odd);
-    for (int k = 0; k < 2 * (w + 1); k++)
-        sh.dgram[w * (w + 1) + k][l.lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (W == 0) ssd_begins<Q>(sh.begin, doc, b, t0, T);
+    for (int k = 0; k < 2 * (W + 1); k++)
+        sh.dgram[W * (W + 1) + k][lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     copy_async_wait(1);
+    ssd_shared_written();
     __syncthreads();
-    const int begin0 = sh.begin[r0], begin1 = sh.begin[r1];
+    if (W == 0 && h0 < h1) decays_of(h0);
+    const int begin0 = sh.begin[t_0], begin1 = sh.begin[t_1], begin_end = sh.begin[Q - 1];
     #pragma unroll
-    for (int J = 0; J < 4; J++) {                              // G
-        if (J > w) break;
-        float s[2][4] = {};
+    for (int J = 0; J < GROUPS; J++) {                         // G
+        if (J > own) break;
+        float s[8][4];
+        ssd_mma_begin();
         #pragma unroll
-        for (int k = 0; k < N / 16; k++) {
-            uint32_t a[4], r[4];
-            load_matrices(a, &sh.Ct[16 * w + l.lr][16 * k + l.lc]);
-            load_matrices(r, &sh.Bt[16 * J + l.kr][16 * k + l.kc]);
-            scan_mma_bf16(s[0], a, r[0], r[1]);
-            scan_mma_bf16(s[1], a, r[2], r[3]);
-        }
+        for (int n = 0; n < NB; n++)
+            ssd_multiply_rows(s, ssd_address(sh.Ct[own][n]), ssd_address(sh.Bt[J][n]), n == 0, w);
+        ssd_mma_commit();
+        ssd_mma_wait<0>();
+        ssd_mma_done(s);
+        bf16* gram = sh.gram[own + J];
         #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const int j = 16 * J + 8 * n + 2 * q;
-            *(uint32_t*)&sh.gram[r0][j] = scan_pack(j <= r0 && j >= begin0 ? s[n][0] : 0.0f,
-                                                    j + 1 <= r0 && j + 1 >= begin0 ? s[n][1] : 0.0f);
-            *(uint32_t*)&sh.gram[r1][j] = scan_pack(j <= r1 && j >= begin1 ? s[n][2] : 0.0f,
-                                                    j + 1 <= r1 && j + 1 >= begin1 ? s[n][3] : 0.0f);
+        for (int n = 0; n < 8; n++) {
+            const int j = 64 * J + 8 * n + 2 * q;
+            *ssd_pair(gram, r0, 8 * n + 2 * q) = scan_pack(j <= t_0 && j >= begin0 ? s[n][0] : 0.0f,
+                                                           j + 1 <= t_0 && j + 1 >= begin0 ? s[n][1] : 0.0f);
+            *ssd_pair(gram, r1, 8 * n + 2 * q) = scan_pack(j <= t_1 && j >= begin1 ? s[n][2] : 0.0f,
+                                                           j + 1 <= t_1 && j + 1 >= begin1 ? s[n][3] : 0.0f);
         }
     }
 
-    float dB[N / 8][4] = {}, dC[N / 8][4] = {};                // rows r0, r1, columns 8 k + 2 q, + 1
+    float dB[NB][8][4] = {}, dC[NB][8][4] = {};                // rows t_0, t_1, columns 64 n + 8 k + 2 q, + 1
+    // ddt and the sums for dA_log and dDskip of head h, from what the warps left: by one warp
+    auto finish = [&](int h) {
+        const float *cs = sh.cs[(h - h0) & 1], *dts = sh.dt[(h - h0) % 3], A = scan_decay(A_log[h]) * SCAN_LN2;
+        const float (*part_of)[16] = sh.sums[(h - h0) & 1];
+        float through = 0.0f, skip = 0.0f, dA = 0.0f;
+        #pragma unroll
+        for (int k = 0; k < WARPS; k++) {
+            through += part_of[k][SSD_SUM_THROUGH];
+            skip += part_of[k][SSD_SUM_SKIP];
+        }
+        through *= begin_end < 0 ? exp2_unit(cs[Q - 1]) : 0.0f;
+        for (int m = lane; m < Q; m += WARP) {
+            float dalpha = sh.dalpha[m] + through;             // and pairs on both sides of the 16 tokens of m
+            for (int J = 0; J < m / 16; J++) dalpha += part_of[J][SSD_SUM_E];
+            for (int I = m / 16 + 1; I < WARPS; I++)
+                dalpha += part_of[I][SSD_SUM_F] + (m < 16 ? 0.0f : part_of[I][SSD_SUM_W + m / 16]);
+            dA = fmaf(dts[m], dalpha, dA);
+            if (m < count) ddt[(b * H + h) * T + t0 + m] = fmaf(A, dalpha, sh.direct[m]);
+        }
+        dA = warp_sum(dA);
+        if (lane == 0) {
+            sums[h] = A * dA;
+            if (!D_has_hdim) sums[H + h] = skip;
+        }
+    };
     #pragma unroll 1
     for (int h = h0; h < h1; h++) {
-        const SsdTokens& tk = sh.tokens[(h - h0) & 1];
-        const float A2 = scan_decay(A_log[h]);
-        float2 dt_next = make_float2(0.0f, 0.0f);
-        if (w == 0 && h + 1 < h1) dt_next = ssd_dt_pair(dt + (b * H + h + 1) * T, t0, T);
+        const int stage = (h - h0) & 1;
+        const float *cs = sh.cs[stage], *dts = sh.dt[(h - h0) % 3];
+        bf16 (*xs)[PB][SSD_TILE] = sh.x[stage], (*dys)[PB][SSD_TILE] = sh.dy[stage];
         copy_async_wait(0);
-        __syncthreads();                                       // x, dy, H and Lambda of this head are there
-        float left[3] = {}, through = 0.0f, skip = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
-        {   // rows i: S, dG, sums of W; dCt
-            uint32_t a[P / 16][4];
+        ssd_shared_written();
+        __syncthreads();                                       // x, dy and H of this head are there, Lambda is free
+        load_state(sh.after, after + h * PN);
+        if (h + 1 < h1) load_dt(h + 1);
+        copy_async_commit();
+        if (W == 1 && h > h0) finish(h - 1);
+        float left[8] = {}, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;    // left[0]: <dy, x>
+        const float cs0 = cs[t_0], cs1 = cs[t_1];
+        // --- rows i: S, dG, sums of W; dCt, f
+        #pragma unroll
+        for (int J = 0; J < GROUPS; J++) {
+            if (J > own) break;
+            float s[8][4];
+            ssd_mma_begin();
             #pragma unroll
-            for (int k = 0; k < P / 16; k++) load_matrices(a[k], &sh.dy[16 * w + l.lr][16 * k + l.lc]);
-            const float cs0 = tk.cs[r0], cs1 = tk.cs[r1];
+            for (int p = 0; p < PB; p++)
+                ssd_multiply_rows(s, ssd_address(dys[own][p]), ssd_address(xs[J][p]), p == 0, w);
+            ssd_mma_commit();
+            ssd_mma_wait<0>();
+            ssd_mma_done(s);
             #pragma unroll
-            for (int J = 0; J < 4; J++) {
-                if (J > w) break;
-                float s[2][4] = {}, W[2][4];
-                #pragma unroll
-                for (int k = 0; k < P / 16; k++) {
-                    uint32_t r[4];
-                    load_matrices(r, &sh.x[16 * J + l.kr][16 * k + l.kc]);
-                    scan_mma_bf16(s[0], a[k], r[0], r[1]);
-                    scan_mma_bf16(s[1], a[k], r[2], r[3]);
-                }
-                if (J == w && q == g >> 1) skip = g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+            for (int k = 0; k < 4; k++) {                      // 16 columns
+                if (J == own && k > w) break;
+                float pairs[2][4];
+                if (J == own && k == w && q == g >> 1)
+                    left[SSD_SUM_SKIP] = g & 1 ? s[2 * k][1] + s[2 * k + 1][3] : s[2 * k][0] + s[2 * k + 1][2];
                 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    const int j = 16 * J + 8 * n + 2 * q;
-                    const float2 cs_j = *(const float2*)&tk.cs[j], dt_j = *(const float2*)&tk.dt[j];
-                    s[n][0] *= exp2_unit(fminf(cs0 - cs_j.x, 0.0f)) * dt_j.x;
-                    s[n][1] *= exp2_unit(fminf(cs0 - cs_j.y, 0.0f)) * dt_j.y;
-                    s[n][2] *= exp2_unit(fminf(cs1 - cs_j.x, 0.0f)) * dt_j.x;
-                    s[n][3] *= exp2_unit(fminf(cs1 - cs_j.y, 0.0f)) * dt_j.y;
-                    float4* to = &sh.dgram[w * (w + 1) + 2 * J + n][l.lane];
-                    float4 v = *to;
-                    *to = make_float4(v.x + s[n][0], v.y + s[n][1], v.z + s[n][2], v.w + s[n][3]);
-                    const uint32_t g0 = *(const uint32_t*)&sh.gram[r0][j], g1 = *(const uint32_t*)&sh.gram[r1][j];
-                    W[n][0] = scan_low(g0) * s[n][0]; W[n][1] = scan_high(g0) * s[n][1];
-                    W[n][2] = scan_low(g1) * s[n][2]; W[n][3] = scan_high(g1) * s[n][3];
+                    const int col = 16 * k + 8 * n + 2 * q, j = 64 * J + col;
+                    const float2 cs_j = *(const float2*)&cs[j], dt_j = *(const float2*)&dts[j];
+                    float* v = s[2 * k + n];
+                    v[0] *= exp2_unit(fminf(cs0 - cs_j.x, 0.0f)) * dt_j.x;
+                    v[1] *= exp2_unit(fminf(cs0 - cs_j.y, 0.0f)) * dt_j.y;
+                    v[2] *= exp2_unit(fminf(cs1 - cs_j.x, 0.0f)) * dt_j.x;
+                    v[3] *= exp2_unit(fminf(cs1 - cs_j.y, 0.0f)) * dt_j.y;
+                    float4* to = &sh.dgram[W * (W + 1) + 8 * J + 2 * k + n][lane];
+                    float4 old = *to;
+                    *to = make_float4(old.x + v[0], old.y + v[1], old.z + v[2], old.w + v[3]);
+                    const uint32_t g0 = *ssd_pair(sh.gram[own + J], r0, col), g1 = *ssd_pair(sh.gram[own + J], r1, col);
+                    pairs[n][0] = scan_low(g0) * v[0]; pairs[n][1] = scan_high(g0) * v[1];
+                    pairs[n][2] = scan_low(g1) * v[2]; pairs[n][3] = scan_high(g1) * v[3];
                 }
-                if (J < w) {
-                    row0 += (W[0][0] + W[0][1]) + (W[1][0] + W[1][1]);
-                    row1 += (W[0][2] + W[0][3]) + (W[1][2] + W[1][3]);
-                    if (J < 2) left[J + 1] = row0 + row1;      // pairs with columns below 16 (J + 1)
+                if (J < own || k < w) {
+                    row0 += (pairs[0][0] + pairs[0][1]) + (pairs[1][0] + pairs[1][1]);
+                    row1 += (pairs[0][2] + pairs[0][3]) + (pairs[1][2] + pairs[1][3]);
+                    if (4 * J + k + 1 < 8) left[SSD_SUM_W + 4 * J + k + 1] = row0 + row1;
                 } else {
-                    ssd_inner_pairs(sh.inner[w], W[0], W[1], g, q, l.lane);
-                }
-            }
-            const float from0 = tk.from[r0], from1 = tk.from[r1];
-            #pragma unroll
-            for (int n = 0; n < N / 32; n++) {
-                float s[4][4] = {};
-                #pragma unroll
-                for (int k = 0; k < P / 16; k++) {
-                    #pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        uint32_t r[4];
-                        load_matrices_trans(r, &sh.before[16 * k + l.lr][32 * n + 16 * m + l.lc]);
-                        scan_mma_bf16(s[2 * m], a[k], r[0], r[1]);
-                        scan_mma_bf16(s[2 * m + 1], a[k], r[2], r[3]);
-                    }
-                }
-                #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    const int col = 32 * n + 8 * m + 2 * q;
-                    float* to = dC[4 * n + m];
-                    s[m][0] *= from0; s[m][1] *= from0; s[m][2] *= from1; s[m][3] *= from1;
-                    to[0] += s[m][0]; to[1] += s[m][1]; to[2] += s[m][2]; to[3] += s[m][3];
-                    f0 = ssd_dot(*(const uint32_t*)&sh.Ct[r0][col], s[m][0], s[m][1], f0);
-                    f1 = ssd_dot(*(const uint32_t*)&sh.Ct[r1][col], s[m][2], s[m][3], f1);
+                    ssd_inner_pairs(sh.inner[W], pairs[0], pairs[1], g, q, lane);
                 }
             }
         }
-        for (int i = w; i < P / 16; i += 4) {                  // <Lambda, H>: the diagonal of Lambda H^T
+        {
+            float sum = ssd_sum_quads(left, g);
+            if (q == 0) sh.sums[stage][W][g] = sum;
+        }
+        #pragma unroll
+        for (int p = 0; p < PB; p++) {
+            const float from0 = begin0 < 0 ? exp2_unit(cs0) : 0.0f, from1 = begin1 < 0 ? exp2_unit(cs1) : 0.0f;
+            const uint32_t dy_p = ssd_address(dys[own][p]);
+            uint32_t a[4][4];
+            float v[8][4];
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                ssd_ldmatrix(a[k], ssd_piece(dy_p, 16 * w + lr, 2 * k + lc));
+                #pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    const float from = m % 2 ? from1 : from0;
+                    a[k][m] = scan_pack(scan_low(a[k][m]) * from, scan_high(a[k][m]) * from);
+                }
+            }
+            ssd_mma_begin();
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                ssd_multiply_rows(v, ssd_address(sh.Ct[own][n]), ssd_address(sh.before[p][n]), n == 0, w);
+                ssd_multiply_columns(dC[n], a, ssd_address(sh.before[p][n]), 4);
+            }
+            ssd_mma_commit();
+            ssd_mma_wait<0>();
+            ssd_mma_done(v);
+            #pragma unroll
+            for (int n = 0; n < NB; n++) ssd_mma_done(dC[n]);
+            float sum0 = 0.0f, sum1 = 0.0f;
+            ssd_dots(&sum0, &sum1, v, dy_p, w);
+            f0 = fmaf(from0, sum0, f0);
+            f1 = fmaf(from1, sum1, f1);
+        }
+        copy_async_wait(0);
+        ssd_shared_written();
+        __syncthreads();                                       // Lambda is there
+        float through = 0.0f;
+        for (int i = W; i < P / 16; i += WARPS) {              // <Lambda, H>: the diagonal of Lambda H^T
             float s[2][4] = {};
             #pragma unroll
             for (int k = 0; k < N / 16; k++) {
                 uint32_t a[4], r[4];
-                load_matrices(a, &sh.after[16 * i + l.lr][16 * k + l.lc]);
-                load_matrices(r, &sh.before[16 * i + l.kr][16 * k + l.kc]);
+                ssd_ldmatrix(a, ssd_piece(ssd_address(sh.after[i / 4][k / 4]), i % 4 * 16 + lr, 2 * (k % 4) + lc));
+                ssd_ldmatrix(r, ssd_piece(ssd_address(sh.before[i / 4][k / 4]), i % 4 * 16 + kr, 2 * (k % 4) + kc));
                 scan_mma_bf16(s[0], a, r[0], r[1]);
                 scan_mma_bf16(s[1], a, r[2], r[3]);
             }
             if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
         }
         if (D_has_hdim) {
-            for (int p = threadIdx.x; p < P; p += 4 * WARP) {
+            for (int p = threadIdx.x; p < P; p += Z::THREADS) {
                 float sum = 0.0f;
-                for (int t = 0; t < SSD_SPAN; t++) sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
+                for (int t = 0; t < Q; t++) {
+                    const uint32_t y2 = *ssd_pair(dys[t / 64][p / 64], t % 64, p % 64 & ~1);
+                    const uint32_t x2 = *ssd_pair(xs[t / 64][p / 64], t % 64, p % 64 & ~1);
+                    sum += p & 1 ? scan_high(y2) * scan_high(x2) : scan_low(y2) * scan_low(x2);
+                }
                 sums[H + h * P + p] = sum;
             }
         }
         __syncthreads();                                       // H is free, and x but for the warp's own rows
         if (h + 1 < h1) {
             load_state(sh.before, before + (h + 1) * PN);
-            if (w == 0)
-                ssd_tokens(&sh.tokens[(h + 1 - h0) & 1], dt_next, scan_decay(A_log[h + 1]), even, odd);
+            load_rows(h + 1);
+            if (W == 0) decays_of(h + 1);
         }
+        copy_async_commit();
+        // --- rows j: dBt; v and its sums; dx
         float e0 = 0.0f, e1 = 0.0f, column0 = 0.0f, column1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
-        const float dt0 = tk.dt[r0], dt1 = tk.dt[r1];
-        {   // rows j: dBt; v and its sums; dx
-            uint32_t xa[P / 16][4];
+        const float dt0 = dts[t_0], dt1 = dts[t_1], end = cs[Q - 1];
+        const float to0 = t_0 >= begin_end ? exp2_unit(end - cs0) : 0.0f;
+        const float to1 = t_1 >= begin_end ? exp2_unit(end - cs1) : 0.0f;
+        #pragma unroll
+        for (int p = 0; p < PB; p++) {
+            const uint32_t x_p = ssd_address(xs[own][p]);
+            uint32_t a[4][4];
+            float v[8][4];
             #pragma unroll
-            for (int k = 0; k < P / 16; k++) load_matrices(xa[k], &sh.x[16 * w + l.lr][16 * k + l.lc]);
-            const float to0 = tk.to[r0], to1 = tk.to[r1], cs0 = tk.cs[r0], cs1 = tk.cs[r1];
-            #pragma unroll
-            for (int n = 0; n < N / 32; n++) {
-                float s[4][4] = {};
-                #pragma unroll
-                for (int k = 0; k < P / 16; k++) {
-                    #pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        uint32_t r[4];
-                        load_matrices_trans(r, &sh.after[16 * k + l.lr][32 * n + 16 * m + l.lc]);
-                        scan_mma_bf16(s[2 * m], xa[k], r[0], r[1]);
-                        scan_mma_bf16(s[2 * m + 1], xa[k], r[2], r[3]);
-                    }
-                }
+            for (int k = 0; k < 4; k++) {
+                ssd_ldmatrix(a[k], ssd_piece(x_p, 16 * w + lr, 2 * k + lc));
                 #pragma unroll
                 for (int m = 0; m < 4; m++) {
-                    float* to = dB[4 * n + m];
-                    to[0] = fmaf(to0 * dt0, s[m][0], to[0]); to[1] = fmaf(to0 * dt0, s[m][1], to[1]);
-                    to[2] = fmaf(to1 * dt1, s[m][2], to[2]); to[3] = fmaf(to1 * dt1, s[m][3], to[3]);
+                    const float to = m % 2 ? to1 * dt1 : to0 * dt0;
+                    a[k][m] = scan_pack(scan_low(a[k][m]) * to, scan_high(a[k][m]) * to);
                 }
             }
-            enum { WIDTH = P < 64 ? P : 64 };                  // channels at a time
+            ssd_mma_begin();
             #pragma unroll
-            for (int p0 = 0; p0 < P; p0 += WIDTH) {
-                float v[WIDTH / 8][4] = {};
+            for (int n = 0; n < NB; n++) {
+                ssd_multiply_rows(v, ssd_address(sh.Bt[own][n]), ssd_address(sh.after[p][n]), n == 0, w);
+                ssd_multiply_columns(dB[n], a, ssd_address(sh.after[p][n]), 4);
+            }
+            ssd_mma_commit();
+            ssd_mma_wait<0>();
+            ssd_mma_done(v);
+            #pragma unroll
+            for (int n = 0; n < NB; n++) ssd_mma_done(dB[n]);
+            #pragma unroll
+            for (int n = 0; n < 8; n++) { v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1; }
+            ssd_dots(&e0, &e1, v, x_p, w);
+            // (G L)^T, rows j of this warp, columns 16 k of tile I
+            auto decayed = [&](uint32_t (&r)[4], int I, int k) {
+                ssd_ldmatrix_transposed(r, ssd_piece(ssd_address(sh.gram[I + own]), 16 * k + kr, 2 * w + kc));
                 #pragma unroll
-                for (int k = 0; k < N / 16; k++) {             // Lambda Bt
-                    uint32_t a[4];
-                    load_matrices(a, &sh.Bt[16 * w + l.lr][16 * k + l.lc]);
-                    #pragma unroll
-                    for (int n = 0; n < WIDTH / 16; n++) {
-                        uint32_t r[4];
-                        load_matrices(r, &sh.after[p0 + 16 * n + l.kr][16 * k + l.kc]);
-                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
-                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
-                    }
+                for (int m = 0; m < 4; m++) {                  // row j = t_0 or t_1, columns i, i + 1
+                    const float2 cs_i = *(const float2*)&cs[64 * I + 16 * k + 8 * (m / 2) + 2 * q];
+                    const float cs_j = m % 2 ? cs1 : cs0;
+                    r[m] = scan_pack(scan_low(r[m]) * exp2_unit(fminf(cs_i.x - cs_j, 0.0f)),
+                                     scan_high(r[m]) * exp2_unit(fminf(cs_i.y - cs_j, 0.0f)));
                 }
-                // x of this lane's places: v[2 k], v[2 k + 1] lie where xa[k][0], [1] and [2], [3] do
-                auto dots = [&](float* sum0, float* sum1) {
-                    #pragma unroll
-                    for (int n = 0; n < WIDTH / 8; n++) {
-                        const uint32_t* x_n = &xa[p0 / 16 + n / 2][n % 2 * 2];
-                        *sum0 = ssd_dot(x_n[0], v[n][0], v[n][1], *sum0);
-                        *sum1 = ssd_dot(x_n[1], v[n][2], v[n][3], *sum1);
-                    }
-                };
+            };
+            #pragma unroll
+            for (int I = GROUPS - 1; I >= 0; I--) {
+                if (I < own) break;
                 #pragma unroll
-                for (int n = 0; n < WIDTH / 8; n++) { v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1; }
-                dots(&e0, &e1);
-                #pragma unroll
-                for (int I = 3; I >= 0; I--) {                 // (G L)^T dy, the warp's own tokens last
-                    if (I < w) break;
-                    if (I == w) dots(&column0, &column1);
-                    uint32_t a[4];
-                    load_matrices_trans(a, &sh.gram[16 * I + l.kr][16 * w + l.kc]);
-                    #pragma unroll
-                    for (int m = 0; m < 4; m++) {              // a[m]: row j = r0 or r1, columns i, i + 1
-                        const float2 cs_i = *(const float2*)&tk.cs[16 * I + 8 * (m / 2) + 2 * q];
-                        const float cs_j = m % 2 ? cs1 : cs0;
-                        a[m] = scan_pack(scan_low(a[m]) * exp2_unit(fminf(cs_i.x - cs_j, 0.0f)),
-                                         scan_high(a[m]) * exp2_unit(fminf(cs_i.y - cs_j, 0.0f)));
-                    }
-                    #pragma unroll
-                    for (int n = 0; n < WIDTH / 16; n++) {
-                        uint32_t r[4];
-                        load_matrices_trans(r, &sh.dy[16 * I + l.lr][p0 + 16 * n + l.lc]);
-                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
-                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
-                    }
+                for (int k = 0; k < 4; k++) {
+                    if (I > own || k > w) decayed(a[k], I, k);
+                    else a[k][0] = a[k][1] = a[k][2] = a[k][3] = 0;
                 }
-                dots(&direct0, &direct1);
-                #pragma unroll
-                for (int k = 0; k < WIDTH / 16; k++) {         // dx, where x was
-                    uint32_t dy_k[4];
-                    load_matrices(dy_k, &sh.dy[16 * w + l.lr][p0 + 16 * k + l.lc]);
-                    #pragma unroll
-                    for (int n = 0; n < 2; n++) {
-                        const int p = p0 + 16 * k + 8 * n + 2 * q;
-                        const float Da = Dskip[D_has_hdim ? h * P + p : h], Db = Dskip[D_has_hdim ? h * P + p + 1 : h];
-                        const float* s = v[2 * k + n];
-                        const uint32_t y0 = dy_k[2 * n], y1 = dy_k[2 * n + 1];
-                        *(uint32_t*)&sh.x[r0][p] = scan_pack(fmaf(dt0, s[0], Da * scan_low(y0)),
-                                                             fmaf(dt0, s[1], Db * scan_high(y0)));
-                        *(uint32_t*)&sh.x[r1][p] = scan_pack(fmaf(dt1, s[2], Da * scan_low(y1)),
-                                                             fmaf(dt1, s[3], Db * scan_high(y1)));
-                    }
-                }
+                ssd_mma_begin();
+                ssd_multiply_columns(v, a, ssd_address(dys[I][p]), 4);
+                ssd_mma_commit();
+                ssd_mma_wait<0>();
+                ssd_mma_done(v);
+            }
+            ssd_dots(&column0, &column1, v, x_p, w);
+            decayed(a[0], own, w);                             // the warp's own tokens
+            #pragma unroll
+            for (int n = 0; n < 4; n++) {
+                uint32_t r[4];
+                ssd_ldmatrix_transposed(r, ssd_piece(ssd_address(dys[own][p]), 16 * w + lr, 2 * n + lc));
+                scan_mma_bf16(v[2 * n], a[0], r[0], r[1]);
+                scan_mma_bf16(v[2 * n + 1], a[0], r[2], r[3]);
+            }
+            ssd_dots(&direct0, &direct1, v, x_p, w);
+            #pragma unroll
+            for (int n = 0; n < 8; n++) {                      // dx, where x was
+                const int col = 8 * n + 2 * q, ch = min(64 * p + col, P - 2);
+                const float Da = Dskip[D_has_hdim ? h * P + ch : h], Db = Dskip[D_has_hdim ? h * P + ch + 1 : h];
+                const uint32_t y0 = *ssd_pair(dys[own][p], r0, col), y1 = *ssd_pair(dys[own][p], r1, col);
+                *ssd_pair(xs[own][p], r0, col) = scan_pack(fmaf(dt0, v[n][0], Da * scan_low(y0)),
+                                                           fmaf(dt0, v[n][1], Db * scan_high(y0)));
+                *ssd_pair(xs[own][p], r1, col) = scan_pack(fmaf(dt1, v[n][2], Da * scan_low(y1)),
+                                                           fmaf(dt1, v[n][3], Db * scan_high(y1)));
             }
             __syncwarp();
             #pragma unroll
-            for (int k = 0; k < 16 * P / 8 / WARP; k++) {
-                int v = l.lane + k * WARP, row = 16 * w + v / (P / 8), p = v % (P / 8) * 8;
-                if (row < count) scan_store16(dx + row * lddx + h * P + p, *(const uint4*)&sh.x[row][p]);
+            for (int k = 0; k < 4; k++) {
+                const int row = 16 * w + 4 * k + lane / 8, col = lane % 8 * 8;
+                if (row < rows && 64 * p + col < P)
+                    scan_store16(dx + row * lddx + h * P + 64 * p + col, *(const uint4*)ssd_pair(xs[own][p], row, col));
             }
         }
         // the warp's sums
-        left[0] = f0 + f1;
-        left[1] += left[0];
-        left[2] += left[0];
         float v[8] = {column0, column1, f0 + row0, f1 + row1, direct0, direct1, e0, e1};
         ssd_sum_quad(v, q);
-        if (q == 0) { sh.column[w][g] = v[0] * dt0; sh.column[w][g + 8] = v[1] * dt1; }
-        if (q == 1) { sh.row[w][g] = v[0]; sh.row[w][g + 8] = v[1]; }
-        if (q == 2) { sh.direct[r0] = v[0]; sh.direct[r1] = v[1]; }
-        float all[8] = {q == 3 ? v[0] * dt0 + v[1] * dt1 : 0.0f, left[0], left[1], left[2], through, skip, 0.0f, 0.0f};
-        float sum = ssd_sum_quads(all, g);
-        if (q == 0) sh.sums[w][g] = sum;
+        if (q == 0) { sh.column[W][g] = v[0] * dt0; sh.column[W][g + 8] = v[1] * dt1; }
+        if (q == 1) { sh.row[W][g] = v[0]; sh.row[W][g + 8] = v[1]; }
+        if (q == 2) { sh.direct[t_0] = v[0]; sh.direct[t_1] = v[1]; }
+        float all[8] = {q == 3 ? v[0] * dt0 + v[1] * dt1 : 0.0f, f0 + f1, through};
+        const float sum = ssd_sum_quads(all, g);
+        if (q == 0) sh.sums[stage][W][SSD_SUM_E + g] = sum;
         __syncwarp();
         {   // lanes 0..15: what columns before m add; lanes 31..16, from right to left: rows from m on
-            const int m = l.lane < 16 ? l.lane : 31 - l.lane;
-            float s = l.lane < 16 ? sh.column[w][m] : sh.row[w][m];
+            const int m = lane < 16 ? lane : 31 - lane;
+            float s = lane < 16 ? sh.column[W][m] : sh.row[W][m];
             #pragma unroll
             for (int step = 1; step < 16; step *= 2) {
-                float before_ = __shfl_up_sync(0xffffffffu, s, step, 16);
-                if ((l.lane & 15) >= step) s += before_;
+                float left_ = __shfl_up_sync(0xffffffffu, s, step, 16);
+                if ((lane & 15) >= step) s += left_;
             }
-            float columns = __shfl_up_sync(0xffffffffu, s, 1, 16), rows = __shfl_xor_sync(0xffffffffu, s, 31);
-            if (l.lane < 16) sh.dalpha[16 * w + m] = sh.inner[w][m] + (m > 0 ? columns : 0.0f) + rows;
-        }
-        __syncthreads();                                       // everything but the decays is free
-        if (h + 1 < h1) {
-            load_rows(h + 1);
-            load_state(sh.after, after + (h + 1) * PN);
-        }
-        copy_async_commit();
-        if (w == 1) {                                          // ddt and the sums for dA_log, dDskip
-            const float A = A2 * SCAN_LN2;
-            float through_all = 0.0f, skip_all = 0.0f, dA = 0.0f;
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                through_all += sh.sums[k][SSD_SUM_THROUGH];
-                skip_all += sh.sums[k][SSD_SUM_SKIP];
-            }
-            #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const int m = l.lane + 32 * k, K = m / 16;     // pairs on both sides of the 16 tokens of m
-                float dalpha = sh.dalpha[m] + tk.all * through_all;
-                #pragma unroll
-                for (int J = 0; J < 3; J++) dalpha += J < K ? sh.sums[J][SSD_SUM_E] : 0.0f;
-                #pragma unroll
-                for (int I = 1; I < 4; I++) dalpha += I > K ? sh.sums[I][SSD_SUM_LEFT + min(K, 2)] : 0.0f;
-                dA = fmaf(tk.dt[m], dalpha, dA);
-                if (m < count) ddt[(b * H + h) * T + t0 + m] = fmaf(A, dalpha, sh.direct[m]);
-            }
-            dA = warp_sum(dA);
-            if (l.lane == 0) {
-                sums[h] = A * dA;
-                if (!D_has_hdim) sums[H + h] = skip_all;
-            }
-        }
-    }
-
-    // what dG adds
-    #pragma unroll
-    for (int J = 0; J < 4; J++) {
-        if (J > w) break;
-        uint32_t a[4];
-        #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float4 v = sh.dgram[w * (w + 1) + 2 * J + n][l.lane];
-            const int j = 16 * J + 8 * n + 2 * q;
-            a[2 * n] = scan_pack(j <= r0 && j >= begin0 ? v.x : 0.0f, j + 1 <= r0 && j + 1 >= begin0 ? v.y : 0.0f);
-            a[2 * n + 1] = scan_pack(j <= r1 && j >= begin1 ? v.z : 0.0f, j + 1 <= r1 && j + 1 >= begin1 ? v.w : 0.0f);
-            *(uint32_t*)&sh.gram[r0][j] = a[2 * n];
-            *(uint32_t*)&sh.gram[r1][j] = a[2 * n + 1];
-        }
-        #pragma unroll
-        for (int n = 0; n < N / 16; n++) {
-            uint32_t r[4];
-            load_matrices_trans(r, &sh.Bt[16 * J + l.lr][16 * n + l.lc]);
-            scan_mma_bf16(dC[2 * n], a, r[0], r[1]);
-            scan_mma_bf16(dC[2 * n + 1], a, r[2], r[3]);
+            float columns = __shfl_up_sync(0xffffffffu, s, 1, 16), rows_ = __shfl_xor_sync(0xffffffffu, s, 31);
+            if (lane < 16) sh.dalpha[16 * W + m] = sh.inner[W][m] + (m > 0 ? columns : 0.0f) + rows_;
         }
     }
     __syncthreads();
+    if (W == 1 && h1 > h0) finish(h1 - 1);
+
+    // what dG adds
     #pragma unroll
-    for (int I = 3; I >= 0; I--) {
-        if (I < w) break;
-        uint32_t a[4];
-        load_matrices_trans(a, &sh.gram[16 * I + l.kr][16 * w + l.kc]);
+    for (int J = 0; J < GROUPS; J++) {
+        if (J > own) break;
+        uint32_t a[4][4];
         #pragma unroll
-        for (int n = 0; n < N / 16; n++) {
-            uint32_t r[4];
-            load_matrices_trans(r, &sh.Ct[16 * I + l.lr][16 * n + l.lc]);
-            scan_mma_bf16(dB[2 * n], a, r[0], r[1]);
-            scan_mma_bf16(dB[2 * n + 1], a, r[2], r[3]);
+        for (int k = 0; k < 8; k++) {
+            const bool there = J < own || k / 2 <= w;
+            const float4 v = there ? sh.dgram[W * (W + 1) + 8 * J + k][lane] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            const int col = 8 * k + 2 * q, j = 64 * J + col;
+            const uint32_t v0 = scan_pack(j <= t_0 && j >= begin0 ? v.x : 0.0f, j + 1 <= t_0 && j + 1 >= begin0 ? v.y : 0.0f);
+            const uint32_t v1 = scan_pack(j <= t_1 && j >= begin1 ? v.z : 0.0f, j + 1 <= t_1 && j + 1 >= begin1 ? v.w : 0.0f);
+            a[k / 2][k % 2 * 2] = v0;
+            a[k / 2][k % 2 * 2 + 1] = v1;
+            *ssd_pair(sh.gram[own + J], r0, col) = v0;
+            *ssd_pair(sh.gram[own + J], r1, col) = v1;
         }
+        ssd_mma_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_columns(dC[n], a, ssd_address(sh.Bt[J][n]), 4);
+        ssd_mma_commit();
+        ssd_mma_wait<0>();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_mma_done(dC[n]);
+    }
+    __syncthreads();
+    #pragma unroll
+    for (int I = GROUPS - 1; I >= 0; I--) {
+        if (I < own) break;
+        uint32_t a[4][4];
+        #pragma unroll
+        for (int k = 0; k < 4; k++)
+            ssd_ldmatrix_transposed(a[k], ssd_piece(ssd_address(sh.gram[I + own]), 16 * k + kr, 2 * w + kc));
+        ssd_mma_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_columns(dB[n], a, ssd_address(sh.Ct[I][n]), 4);
+        ssd_mma_commit();
+        ssd_mma_wait<0>();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_mma_done(dB[n]);
     }
     #pragma unroll
     for (int k = 0; k < 2; k++) {
-        const int row = k ? r1 : r0;
+        const int row = k ? t_1 : t_0;
         if (row >= count) continue;
         const size_t m = b * T + t0 + row;
         float* to = dBC + ((part * B * T + m) * G + group) * 2 * N + 2 * q;
         #pragma unroll
         for (int n = 0; n < N / 8; n++) {
+            const float *B_n = dB[n / 8][n % 8] + 2 * k, *C_n = dC[n / 8][n % 8] + 2 * k;
             if (dBC) {
-                *(float2*)(to + 8 * n) = make_float2(dB[n][2 * k], dB[n][2 * k + 1]);
-                *(float2*)(to + N + 8 * n) = make_float2(dC[n][2 * k], dC[n][2 * k + 1]);
+                *(float2*)(to + 8 * n) = make_float2(B_n[0], B_n[1]);
+                *(float2*)(to + N + 8 * n) = make_float2(C_n[0], C_n[1]);
             } else {
                 const size_t at = m * lddbc + group * N + 8 * n + 2 * q;
-                *(uint32_t*)(dBt + at) = scan_pack(dB[n][2 * k], dB[n][2 * k + 1]);
-                *(uint32_t*)(dCt + at) = scan_pack(dC[n][2 * k], dC[n][2 * k + 1]);
+                *(uint32_t*)(dBt + at) = scan_pack(B_n[0], B_n[1]);
+                *(uint32_t*)(dCt + at) = scan_pack(C_n[0], C_n[1]);
             }
         }
     }
@@ -5144,8 +5194,8 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
 
 // --- launchers ----------------------------------------------------------------------------------------
 
-// blocks that fill the chip: two on each of the 132 processors of an H200
-enum { SSD_BACKWARD_BLOCKS = 264 };
+// blocks that fill the chip: the processors of an H200
+enum { SSD_BACKWARD_BLOCKS = 132 };
 
 // SsdBackwardPlan: how the launcher cuts the work, and what it keeps in scratch, in floats
 struct SsdBackwardPlan {
@@ -5156,17 +5206,18 @@ struct SsdBackwardPlan {
 static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, size_t H, size_t P, size_t G,
                                                 size_t N) {
     SsdBackwardPlan s;
-    const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N;
+    const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N, half = fast ? 2 : 1;   // bf16, float states
+    const size_t Q = fast && P <= 64 ? 128 : 64;
     s.round = tokens / T < 1 ? 1 : tokens / T < B ? tokens / T : B;
-    s.tiles = (T + SSD_SPAN - 1) / SSD_SPAN;
+    s.tiles = (T + Q - 1) / Q;
     s.saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-    size_t walks = SSD_BACKWARD_BLOCKS / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
-    walks = !fast || walks < 1 ? 1 : walks < most ? walks : most;
-    s.each = (s.tiles + walks - 1) / walks;
-    s.walks = (s.tiles + s.each - 1) / s.each;
+    size_t walks = SSD_BACKWARD_BLOCKS / (s.round * H);
+    walks = !fast || walks < 1 ? 1 : walks < s.saved ? walks : s.saved;
+    s.each = (s.saved + walks - 1) / walks * (SSD_SPACING / 64);
+    s.walks = (s.saved * (SSD_SPACING / 64) + s.each - 1) / s.each;
     s.parts = SSD_BACKWARD_BLOCKS / (s.round * s.tiles * G);
     s.parts = !fast ? H / G : s.parts < 1 ? 1 : s.parts < H / G ? s.parts : H / G;
-    size_t at = 0, half = fast ? 2 : 1;                        // the fast path's states are bf16
+    size_t at = 0;
     auto take = [&at](size_t n) { size_t from = at; at += (n + 3) / 4 * 4; return from; };
     s.before = take(s.round * (fast ? s.tiles - s.saved : s.tiles) * H * PN / half);
     s.after = take(s.round * s.tiles * H * PN / half);
@@ -5225,21 +5276,22 @@ static void ssd_backward_general(const SsdBackwardRound<X>& r, const SsdBackward
 template <int P, int N>
 static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackwardShape& a,
                               const SsdBackwardPlan& s, float* scratch, cudaStream_t stream) {
+    typedef SsdBackwardSize<P, N> Z;
     bf16 *before = (bf16*)(scratch + s.before), *after = (bf16*)(scratch + s.after);
     float *local = s.walks > 1 ? scratch + s.local : NULL, *decays = scratch + s.decays;
     float* dBC = s.parts > 1 ? scratch + s.dBC : NULL;
     const size_t T = a.T, H = a.H, G = a.G;
-    const size_t walk_bytes = sizeof(SsdStatesShared<P, N>), tile_bytes = sizeof(SsdBackwardShared<P, N>);
-    auto right = ssd_states_fast_kernel<P, N, false, false>;
-    auto ends = ssd_states_fast_kernel<P, N, true, true>, left = ssd_states_fast_kernel<P, N, true, false>;
+    const size_t walk_bytes = sizeof(SsdWalkShared<P, N>), tile_bytes = sizeof(SsdBackwardShared<P, N>);
+    auto right = ssd_walk_kernel<P, N, false, false>;
+    auto ends = ssd_walk_kernel<P, N, true, true>, left = ssd_walk_kernel<P, N, true, false>;
     scan_allow_shared(right, walk_bytes);
     scan_allow_shared(ends, walk_bytes);
     scan_allow_shared(left, walk_bytes);
     scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
-    if (T > SSD_SPAN) {
+    if (T > Z::Q) {
         right<<<(unsigned)(r.n * H * s.saved), 2 * P, walk_bytes, stream>>>(
             before, NULL, NULL, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, T, H, G,
-            (int)s.saved, SSD_PER_SAVED);
+            (int)s.saved, SSD_SPACING / SSD_WALK);
         cudaCheck(cudaGetLastError());
     }
     const unsigned walks = (unsigned)(r.n * H * s.walks);
@@ -5251,7 +5303,7 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     left<<<walks, 2 * P, walk_bytes, stream>>>(after, r.dh0, local, decays, NULL, r.dhT, r.dy, H * P, r.Ct, a.ldbc,
                                                r.dt, a.A_log, r.doc, T, H, G, (int)s.walks, (int)s.each);
     cudaCheck(cudaGetLastError());
-    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), 4 * WARP, tile_bytes, stream>>>(
+    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), Z::THREADS, tile_bytes, stream>>>(
         r.dx, a.lddx, r.ddt, r.dBt, r.dCt, a.lddbc, dBC, r.sums, a.n_sums, r.states, before, after, r.dy, r.x,
         a.ldx, r.dt, a.A_log, r.Bt, r.Ct, a.ldbc, a.Dskip, a.D_has_hdim, r.doc, r.n, T, (int)H, (int)G,
         (int)s.parts);
