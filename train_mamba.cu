@@ -4459,191 +4459,210 @@ template <int P, int N> struct SsdBackwardSize {
            THREADS = WARP * WARPS };
 };
 
-// The walks go 64 tokens at a time, and a state has as many warps as 16 rows. An operand of the tensor core
-// comes from rows of shared memory in one of four ways, by what a row is (its length is the operand's width
-// plus 8, so that the 8 rows of a matrix lie in different banks). A (16 x 16) is m x k, B (16 x 16: two of 8
-// columns) is k x n:
-//   A from rows m: load_matrices at [lr][lc]          A from rows k: load_matrices_trans at [kr][kc]
-//   B from rows n: load_matrices at [kr][kc]          B from rows k: load_matrices_trans at [lr][lc]
-enum { SSD_WALK = 64, SSD_WALK_STAGES = 3 };
-template <int P, int N> struct SsdWalkShared {
-    bf16 rows[SSD_WALK_STAGES][SSD_WALK][P + 8], cols[SSD_WALK_STAGES][SSD_WALK][N + 8];
-    bf16 out[P][N + 8];                                        // 16 rows per warp, for stores of whole rows
-    float cs[2][SSD_WALK], dt[2][SSD_WALK];
-    int begin[2][SSD_WALK];
-};
-
-// 64 rows of COLS bf16 into shared memory, by THREADS threads; zeros beyond the last token
-template <int COLS, int THREADS>
-__device__ __forceinline__ void ssd_copy_rows(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
-    #pragma unroll
-    for (int k = 0; k < SSD_WALK * COLS / 8 / THREADS; k++) {
-        int v = (int)threadIdx.x + k * THREADS, row = v / (COLS / 8), col = v % (COLS / 8) * 8;
-        scan_copy16(&to[row][col], from + (row < count ? row * ld : 0) + col, row < count);
-    }
-}
-
 // where H before, or Lambda after, tile c (of Q tokens) of sequence b is: H only between two saved ones
 template <int Q> static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t c, size_t tiles) {
     const size_t per = SSD_SPACING / Q, saved = (tiles + per - 1) / per;
     return lambda ? b * tiles + c : b * (tiles - saved) + c - c / per - 1;
 }
 
-// ssd_walk_kernel: ssd_states_kernel for the tensor core, with as many threads as 2 P: warp w holds rows
-// 16w..16w+15 of the state, all N columns, in registers. A walk covers `each` pieces of 64 tokens. To the
-// left, walks that cover less than a sequence need what comes from the right, in two launches:
-//   local not NULL, LOCAL true    writes local (B,walks,H,P,N): the state after the walk's first piece, as if
-//                                 nothing came from the right, and decays (B,walks,H): from end to beginning
-//   local not NULL, LOCAL false   begins with what these make
+// address of the pair of neighbouring values r, c of a tile
+__device__ __forceinline__ uint32_t* ssd_pair(bf16* tile, int r, int c) {
+    return (uint32_t*)((char*)tile + r * 128 + ((c / 8 ^ (r & 7)) << 4) + c % 8 * 2);
+}
+
+// The walks go 64 tokens at a time; a state has as many warps as 16 rows, and stays in their registers, all N
+// columns of them.
+enum { SSD_WALK_STAGES = 3 };
+template <int P, int N> struct SsdWalkShared {
+    typedef SsdBackwardSize<P, N> Z;
+    bf16 rows[SSD_WALK_STAGES][Z::PB][SSD_TILE], cols[SSD_WALK_STAGES][Z::NB][SSD_TILE];
+    bf16 out[Z::PB][Z::NB][SSD_TILE];                          // 16 rows per warp, for stores of whole rows
+    float cs[2][64], dt[2][64], weight[2][64];
+    int begin[2][64];
+};
+
+// SsdWalks: what the walks need. Walks to the left begin at dhT (or NULL: 0) and cover `each` pieces of 64
+// tokens. Where that is less than a sequence they need what comes from the right, and are launched twice:
+//   LOCAL true     write local (B,walks,H,P,N), the state after the walk's first piece as if nothing came from
+//                  the right, and decays (B,walks,H), from the walk's end to its beginning
+//   LOCAL false    begin with what these make
+struct SsdWalks {
+    bf16 *before, *after;
+    float *dh0, *local, *decays;                               // local NULL: one walk per sequence
+    const bf16 *states, *x, *dy, *Bt, *Ct;
+    const float *dhT, *dt, *A_log;
+    const int* doc;
+    size_t ldx, ldbc, T, H, G;
+    int lefts, walks, each, saved;                             // lefts: blocks that walk to the left
+};
+
+// ssd_walk: ssd_states_kernel for the tensor core; `block`: its number among the blocks of this direction
 template <int P, int N, bool REVERSE, bool LOCAL>
-__global__ void __launch_bounds__(2 * P)
-ssd_walk_kernel(bf16* out, float* dh0, float* local, float* decays, const bf16* states, const float* dhT,
-                const bf16* rows, size_t ldr, const bf16* cols, size_t ldc, const float* dt, const float* A_log,
-                const int* doc, size_t T, size_t H, size_t G, int walks, int each) {
-    enum { Q = SsdBackwardSize<P, N>::Q, PER = Q / SSD_WALK };
-    extern __shared__ __align__(128) char shared[];
-    SsdWalkShared<P, N>& sh = *(SsdWalkShared<P, N>*)shared;
-    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
-    const int lr = lane & 15, lc = (lane >> 4) * 8, kr = (lane & 7) + (lane >> 4) * 8, kc = (lane >> 3 & 1) * 8;
-    const int walk = blockIdx.x % walks, pieces = (int)((T + SSD_WALK - 1) / SSD_WALK);
-    const size_t h = blockIdx.x / walks % H, b = blockIdx.x / walks / H;
+__device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>& sh, int block) {
+    typedef SsdBackwardSize<P, N> Z;
+    enum { PB = Z::PB, NB = Z::NB, Q = Z::Q, PER = Q / 64, THREADS = 128 * PB };
+    const int lane = threadIdx.x % WARP, g = lane >> 2, q = lane & 3;
+    const int W = __shfl_sync(0xffffffffu, (int)threadIdx.x / WARP, 0), w = W % 4, own = W / 4;
+    const int kr = (lane & 7) + (lane >> 4) * 8, kc = lane >> 3 & 1;
+    const int walks = REVERSE ? a.walks : a.saved, each = REVERSE ? a.each : SSD_SPACING / 64;
+    const int walk = block % walks, pieces = (int)((a.T + 63) / 64);
+    const size_t h = block / walks % a.H, b = block / walks / a.H, T = a.T, H = a.H;
     const int first = walk * each, end = min(first + each, pieces);
     // pieces to walk through: not the last ones, unless somebody wants what is behind them
-    const int steps = LOCAL || (REVERSE && first == 0 && dh0) ? end - first
+    const bool to_h0 = REVERSE && !LOCAL && first == 0 && a.dh0;
+    const int steps = LOCAL || to_h0 ? end - first
                       : REVERSE ? end - min(first + PER, end) : (end - first - 1) / PER * PER;
-    const float A2 = scan_decay(A_log[h]);
-    const float* dt_h = dt + (b * H + h) * T;
-    rows += b * T * ldr + h * P;
-    cols += b * T * ldc + h * G / H * N;
-    const int r0 = 16 * w + g;
+    const float A2 = scan_decay(a.A_log[h]);
+    const float* dt = a.dt + (b * H + h) * T;
+    const uint32_t ldr = (uint32_t)(REVERSE ? H * P : a.ldx), ldc = (uint32_t)a.ldbc;
+    const bf16* rows = (REVERSE ? a.dy + b * T * ldr : a.x + b * T * ldr) + h * P;
+    const bf16* cols = (REVERSE ? a.Ct : a.Bt) + b * T * ldc + h * a.G / H * N;
     auto piece_of = [&](int k) { return REVERSE ? end - 1 - k : first + k; };
     auto load = [&](int k) {
         if (k < steps) {
-            size_t t0 = (size_t)piece_of(k) * SSD_WALK;
-            int count = (int)(T - t0 < SSD_WALK ? T - t0 : SSD_WALK), stage = k % SSD_WALK_STAGES;
-            ssd_copy_rows<P, 2 * P>(sh.rows[stage], rows + t0 * ldr, ldr, count);
-            ssd_copy_rows<N, 2 * P>(sh.cols[stage], cols + t0 * ldc, ldc, count);
+            const size_t t0 = (size_t)piece_of(k) * 64;
+            const int count = (int)(T - t0 < 64 ? T - t0 : 64), stage = k % SSD_WALK_STAGES;
+            #pragma unroll
+            for (int p = 0; p < PB; p++)
+                ssd_load_tile<THREADS>(ssd_address(sh.rows[stage][p]), rows + t0 * ldr + 64 * p, ldr, count, P - 64 * p,
+                                       threadIdx.x);
+            #pragma unroll
+            for (int n = 0; n < NB; n++)
+                ssd_load_tile<THREADS>(ssd_address(sh.cols[stage][n]), cols + t0 * ldc + 64 * n, ldc, count, 64,
+                                       threadIdx.x);
         }
         copy_async_commit();
     };
     float dt_next[2];
     auto load_dt = [&](int k) {
-        if (w > 0 || k >= steps) return;
+        if (W > 0 || k >= steps) return;
         #pragma unroll
         for (int i = 0; i < 2; i++) {
-            size_t t = (size_t)piece_of(k) * SSD_WALK + 2 * lane + i;
-            dt_next[i] = t < T ? dt_h[t] : 0.0f;
+            const size_t t = (size_t)piece_of(k) * 64 + 2 * lane + i;
+            dt_next[i] = t < T ? dt[t] : 0.0f;
         }
     };
-    auto decays_of = [&](int k) {
-        if (w > 0 || k >= steps) return;
-        ssd_begins<SSD_WALK>(sh.begin[k % 2], doc, b, (size_t)piece_of(k) * SSD_WALK, T);
-        ssd_decays<2>(sh.cs[k % 2], sh.dt[k % 2], dt_next, A2);
+    auto weigh = [&](int k) {                                  // decays, and what of a token is left at the end
+        if (W > 0 || k >= steps) return;
+        const int s = k & 1;
+        ssd_begins<64>(sh.begin[s], a.doc, b, (size_t)piece_of(k) * 64, T);
+        ssd_decays<2>(sh.cs[s], sh.dt[s], dt_next, A2);
+        __syncwarp();
+        #pragma unroll
+        for (int i = lane; i < 64; i += WARP) {
+            const float cs = sh.cs[s][i], last = sh.cs[s][63];
+            if (REVERSE) sh.weight[s][i] = sh.begin[s][i] < 0 ? exp2_unit(cs) : 0.0f;
+            else sh.weight[s][i] = i >= sh.begin[s][63] ? exp2_unit(last - cs) * sh.dt[s][i] : 0.0f;
+        }
     };
     load_dt(0);
     load(0);
     load(1);
-    decays_of(0);
+    weigh(0);
     load_dt(1);
 
-    float s[N / 8][4], decay = 1.0f;                           // rows r0, r0 + 8, columns 8 i + 2 q, + 1
+    float S[NB][8][4], decay = 1.0f;                           // rows r0, r0 + 8, columns 64 n + 8 i + 2 q, + 1
+    const int r0 = 64 * own + 16 * w + g;
     const size_t PN = P * N, mine = (size_t)r0 * N + 2 * q;
-    if (!REVERSE) {
-        const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-        const bf16* from = states + ((b * saved + walk) * H + h) * PN + mine;
+    const bool inside = P >= 64 || r0 < P;                     // for P < 64: the other rows are 0
+    #pragma unroll
+    for (int i = 0; i < N / 8; i++) {
+        float* s = S[i / 8][i % 8];
+        s[0] = s[1] = s[2] = s[3] = 0.0f;
+        if (REVERSE || !inside) continue;
+        const bf16* from = a.states + ((b * a.saved + walk) * H + h) * PN + mine + 8 * i;
+        const uint32_t v0 = *(const uint32_t*)from, v1 = *(const uint32_t*)(from + 8 * N);
+        s[0] = scan_low(v0); s[1] = scan_high(v0); s[2] = scan_low(v1); s[3] = scan_high(v1);
+    }
+    for (int k = LOCAL || !a.local ? walk : walks - 1; REVERSE && k >= walk && inside; k--) {
+        // dhT enters the last walk; every other one gets what the one to its right leaves
+        const bool start = k == walk;
+        if (start && (walk < walks - 1 || !a.dhT)) break;
+        const float* from = (start ? a.dhT + (b * H + h) * PN : a.local + ((b * walks + k) * H + h) * PN) + mine;
+        const float keep = start ? 0.0f : a.decays[(b * walks + k) * H + h];
         #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            uint32_t v0 = *(const uint32_t*)(from + 8 * i), v1 = *(const uint32_t*)(from + 8 * N + 8 * i);
-            s[i][0] = scan_low(v0); s[i][1] = scan_high(v0); s[i][2] = scan_low(v1); s[i][3] = scan_high(v1);
-        }
-    } else {
-        #pragma unroll
-        for (int i = 0; i < N / 8; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
-        for (int k = LOCAL || !local ? walk : walks - 1; k >= walk; k--) {
-            // dhT enters the last walk; every other one gets what the one to its right leaves
-            const bool start = k == walk;
-            if (start && (walk < walks - 1 || !dhT)) break;
-            const float* from = start ? dhT + (b * H + h) * PN + mine
-                                      : local + ((b * walks + k) * H + h) * PN + mine;
-            const float keep = start ? 0.0f : decays[(b * walks + k) * H + h];
-            #pragma unroll
-            for (int i = 0; i < N / 8; i++) {
-                float2 v0 = *(const float2*)(from + 8 * i), v1 = *(const float2*)(from + 8 * N + 8 * i);
-                s[i][0] = fmaf(keep, s[i][0], v0.x); s[i][1] = fmaf(keep, s[i][1], v0.y);
-                s[i][2] = fmaf(keep, s[i][2], v1.x); s[i][3] = fmaf(keep, s[i][3], v1.y);
-            }
+            float* s = S[i / 8][i % 8];
+            const float2 v0 = *(const float2*)(from + 8 * i), v1 = *(const float2*)(from + 8 * N + 8 * i);
+            s[0] = fmaf(keep, s[0], v0.x); s[1] = fmaf(keep, s[1], v0.y);
+            s[2] = fmaf(keep, s[2], v1.x); s[3] = fmaf(keep, s[3], v1.y);
         }
     }
 
     auto store = [&](int c) {
         #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            *(uint32_t*)&sh.out[r0][8 * i + 2 * q] = scan_pack(s[i][0], s[i][1]);
-            *(uint32_t*)&sh.out[r0 + 8][8 * i + 2 * q] = scan_pack(s[i][2], s[i][3]);
+            const float* s = S[i / 8][i % 8];
+            *ssd_pair(sh.out[own][i / 8], 16 * w + g, i % 8 * 8 + 2 * q) = scan_pack(s[0], s[1]);
+            *ssd_pair(sh.out[own][i / 8], 16 * w + g + 8, i % 8 * 8 + 2 * q) = scan_pack(s[2], s[3]);
         }
         __syncwarp();
-        bf16* to = out + (ssd_slot<Q>(REVERSE, b, c, (pieces + PER - 1) / PER) * H + h) * PN + 16 * w * N;
+        bf16* to = (REVERSE ? a.after : a.before) + (ssd_slot<Q>(REVERSE, b, c, (pieces + PER - 1) / PER) * H + h) * PN;
         #pragma unroll
-        for (int k = 0; k < 16 * N / 8 / WARP; k++) {
-            int v = lane + k * WARP;
-            scan_store16(to + 8 * v, *(const uint4*)&sh.out[16 * w + v / (N / 8)][v % (N / 8) * 8]);
+        for (int v = lane; v < 16 * N / 8; v += WARP) {
+            const int row = 16 * w + v / (N / 8), col = v % (N / 8) * 8;
+            if (P >= 64 || row < P)
+                scan_store16(to + (64 * own + row) * N + col, *(const uint4*)ssd_pair(sh.out[own][col / 64], row, col % 64));
         }
         __syncwarp();
     };
     #pragma unroll 1
     for (int k = 0; k < steps; k++) {
         const int c = piece_of(k), stage = k % SSD_WALK_STAGES;
-        const float *cs = sh.cs[k % 2], *dts = sh.dt[k % 2];
-        const int* begin = sh.begin[k % 2];
         if (REVERSE && !LOCAL && ((c + 1) % PER == 0 || c == pieces - 1)) store(c / PER);
         copy_async_wait(1);
+        ssd_shared_written();
         __syncthreads();                                       // the piece and its decays are there
         load(k + 2);
-        decays_of(k + 1);
+        weigh(k + 1);
         load_dt(k + 2);
-        const float last = cs[SSD_WALK - 1], all = begin[SSD_WALK - 1] < 0 ? exp2_unit(last) : 0.0f;
-        #pragma unroll
-        for (int i = 0; i < N / 8; i++) { s[i][0] *= all; s[i][1] *= all; s[i][2] *= all; s[i][3] *= all; }
+        const float all = sh.begin[k & 1][63] < 0 ? exp2_unit(sh.cs[k & 1][63]) : 0.0f;
         if (LOCAL) decay *= all;
+        uint32_t m[4][4];                                      // rows of the state, columns: 16 tokens each
         #pragma unroll
-        for (int i = 0; i < SSD_WALK / 16; i++) {              // 16 tokens
-            uint32_t a[4];
-            load_matrices_trans(a, &sh.rows[stage][16 * i + kr][16 * w + kc]);
+        for (int i = 0; i < 4; i++) {
+            ssd_ldmatrix_transposed(m[i], ssd_piece(ssd_address(sh.rows[stage][own]), 16 * i + kr, 2 * w + kc));
             #pragma unroll
-            for (int j = 0; j < 2; j++) {                      // what is left of two tokens at the beginning, the end
-                const int t = 16 * i + 8 * j + 2 * q;
-                const float2 cs_t = *(const float2*)&cs[t], dt_t = *(const float2*)&dts[t];
-                float w0, w1;
-                if (REVERSE) {
-                    w0 = begin[t] < 0 ? exp2_unit(cs_t.x) : 0.0f;
-                    w1 = begin[t + 1] < 0 ? exp2_unit(cs_t.y) : 0.0f;
-                } else {
-                    w0 = t >= begin[SSD_WALK - 1] ? exp2_unit(last - cs_t.x) * dt_t.x : 0.0f;
-                    w1 = t + 1 >= begin[SSD_WALK - 1] ? exp2_unit(last - cs_t.y) * dt_t.y : 0.0f;
-                }
-                #pragma unroll
-                for (int m = 2 * j; m < 2 * j + 2; m++) a[m] = scan_pack(scan_low(a[m]) * w0, scan_high(a[m]) * w1);
-            }
-            #pragma unroll
-            for (int n = 0; n < N / 16; n++) {
-                uint32_t r[4];
-                load_matrices_trans(r, &sh.cols[stage][16 * i + lr][16 * n + lc]);
-                scan_mma_bf16(s[2 * n], a, r[0], r[1]);
-                scan_mma_bf16(s[2 * n + 1], a, r[2], r[3]);
+            for (int j = 0; j < 4; j++) {
+                const float2 weight = *(const float2*)&sh.weight[k & 1][16 * i + 8 * (j / 2) + 2 * q];
+                m[i][j] = scan_pack(scan_low(m[i][j]) * weight.x, scan_high(m[i][j]) * weight.y);
             }
         }
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            float* s = S[i / 8][i % 8];
+            s[0] *= all; s[1] *= all; s[2] *= all; s[3] *= all;
+        }
+        ssd_mma_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], m, ssd_address(sh.cols[stage][n]), 4);
+        ssd_mma_commit();
+        ssd_mma_wait<0>();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
         if (!REVERSE && (c + 1) % PER == 0) store((c + 1) / PER);
     }
     if (REVERSE && !LOCAL && steps < end - first) store(first / PER);
-    if (LOCAL || (REVERSE && first == 0 && dh0)) {
-        float* to = (LOCAL ? local + ((b * walks + walk) * H + h) * PN : dh0 + (b * H + h) * PN) + mine;
+    if ((LOCAL || to_h0) && inside) {
+        float* to = (LOCAL ? a.local + ((b * walks + walk) * H + h) * PN : a.dh0 + (b * H + h) * PN) + mine;
         #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            *(float2*)(to + 8 * i) = make_float2(s[i][0], s[i][1]);
-            *(float2*)(to + 8 * N + 8 * i) = make_float2(s[i][2], s[i][3]);
+            const float* s = S[i / 8][i % 8];
+            *(float2*)(to + 8 * i) = make_float2(s[0], s[1]);
+            *(float2*)(to + 8 * N + 8 * i) = make_float2(s[2], s[3]);
         }
-        if (LOCAL && threadIdx.x == 0) decays[(b * walks + walk) * H + h] = decay;
     }
+    if (LOCAL && threadIdx.x == 0) a.decays[(b * walks + walk) * H + h] = decay;
+}
+
+// one launch for both directions: the walks to the left take long and begin first, the short ones fill up
+template <int P, int N, bool LOCAL>
+__global__ void __launch_bounds__(128 * SsdBackwardSize<P, N>::PB)
+ssd_walk_kernel(const __grid_constant__ SsdWalks a) {
+    extern __shared__ __align__(1024) char tile_shared[];
+    SsdWalkShared<P, N>& sh = *(SsdWalkShared<P, N>*)tile_shared;
+    if ((int)blockIdx.x < a.lefts) ssd_walk<P, N, true, LOCAL>(a, sh, blockIdx.x);
+    else ssd_walk<P, N, false, false>(a, sh, blockIdx.x - a.lefts);
 }
 
 // --- fast path: tiles ---------------------------------------------------------------------------------
@@ -4738,11 +4757,6 @@ __device__ __forceinline__ void ssd_inner_pairs(float* line, float* w0, float* w
 // dot of two pairs of bf16 values with two floats
 __device__ __forceinline__ float ssd_dot(uint32_t v, float a, float b, float sum) {
     return fmaf(scan_low(v), a, fmaf(scan_high(v), b, sum));
-}
-
-// address of the pair of neighbouring values r, c of a tile
-__device__ __forceinline__ uint32_t* ssd_pair(bf16* tile, int r, int c) {
-    return (uint32_t*)((char*)tile + r * 128 + ((c / 8 ^ (r & 7)) << 4) + c % 8 * 2);
 }
 
 // ssd_dots: adds <v, rows 16 w + g and 16 w + g + 8 of a tile>, v as the tensor core leaves it: this lane's part
@@ -5282,26 +5296,18 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     float* dBC = s.parts > 1 ? scratch + s.dBC : NULL;
     const size_t T = a.T, H = a.H, G = a.G;
     const size_t walk_bytes = sizeof(SsdWalkShared<P, N>), tile_bytes = sizeof(SsdBackwardShared<P, N>);
-    auto right = ssd_walk_kernel<P, N, false, false>;
-    auto ends = ssd_walk_kernel<P, N, true, true>, left = ssd_walk_kernel<P, N, true, false>;
-    scan_allow_shared(right, walk_bytes);
-    scan_allow_shared(ends, walk_bytes);
-    scan_allow_shared(left, walk_bytes);
+    scan_allow_shared(ssd_walk_kernel<P, N, true>, walk_bytes);
+    scan_allow_shared(ssd_walk_kernel<P, N, false>, walk_bytes);
     scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
-    if (T > Z::Q) {
-        right<<<(unsigned)(r.n * H * s.saved), 2 * P, walk_bytes, stream>>>(
-            before, NULL, NULL, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, T, H, G,
-            (int)s.saved, SSD_SPACING / SSD_WALK);
-        cudaCheck(cudaGetLastError());
-    }
-    const unsigned walks = (unsigned)(r.n * H * s.walks);
+    const unsigned lefts = (unsigned)(r.n * H * s.walks), rights = T > Z::Q ? (unsigned)(r.n * H * s.saved) : 0;
+    const SsdWalks walks = {before, after, r.dh0, local, decays, r.states, r.x, r.dy, r.Bt, r.Ct, r.dhT, r.dt,
+                            a.A_log, r.doc, a.ldx, a.ldbc, T, H, G, (int)lefts, (int)s.walks, (int)s.each,
+                            (int)s.saved};
     if (local) {
-        ends<<<walks, 2 * P, walk_bytes, stream>>>(NULL, NULL, local, decays, NULL, r.dhT, r.dy, H * P, r.Ct, a.ldbc,
-                                                   r.dt, a.A_log, r.doc, T, H, G, (int)s.walks, (int)s.each);
+        ssd_walk_kernel<P, N, true><<<lefts + rights, 128 * Z::PB, walk_bytes, stream>>>(walks);
         cudaCheck(cudaGetLastError());
     }
-    left<<<walks, 2 * P, walk_bytes, stream>>>(after, r.dh0, local, decays, NULL, r.dhT, r.dy, H * P, r.Ct, a.ldbc,
-                                               r.dt, a.A_log, r.doc, T, H, G, (int)s.walks, (int)s.each);
+    ssd_walk_kernel<P, N, false><<<local ? lefts : lefts + rights, 128 * Z::PB, walk_bytes, stream>>>(walks);
     cudaCheck(cudaGetLastError());
     ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), Z::THREADS, tile_bytes, stream>>>(
         r.dx, a.lddx, r.ddt, r.dBt, r.dCt, a.lddbc, dBC, r.sums, a.n_sums, r.states, before, after, r.dy, r.x,
