@@ -4293,7 +4293,8 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
 
 // ssd_backward_kernel: one block per tile, head and sequence, the formulas above. dBC (B,T,H,2N): what the
 // head adds to dBt and dCt. sums (B tiles, n_sums): H sums for dA_log, then H (or H P) for dDskip.
-struct SsdBackward {
+struct alignas(16) SsdBackward {
+    float a[16][SSD_SPAN + 4], b[16][SSD_SPAN + 4];            // a slab of the operands of ssd_product
     float GL[SSD_SPAN][SSD_SPAN + 1];                          // L, then G L
     float dG[SSD_SPAN][SSD_SPAN + 1];                          // L dt S
     float W[SSD_SPAN][SSD_SPAN + 1];                           // then its sums along a row
@@ -4301,6 +4302,47 @@ struct SsdBackward {
     float e[SSD_SPAN], f[SSD_SPAN], direct[SSD_SPAN], dalpha[SSD_SPAN], part[8];
     float all;
 };
+
+// ssd_product: acc += a b, 64 x K times K x 64, in float, by a block of 256 threads. a(i,k), b(k,j): the
+// operands' elements. Thread t has rows i = 4 (t / 16) .. + 3, columns j = 4 (t % 16) .. + 3.
+template <typename A, typename B>
+__device__ __forceinline__ void ssd_product(float (&acc)[4][4], SsdBackward& sh, int K, A a, B b) {
+    const int tid = threadIdx.x;
+    for (int k0 = 0; k0 < K; k0 += 16) {
+        __syncthreads();
+        #pragma unroll
+        for (int i = tid; i < 16 * SSD_SPAN; i += 256) {
+            sh.a[i % 16][i / 16] = k0 + i % 16 < K ? a(i / 16, k0 + i % 16) : 0.0f;
+            sh.b[i / 64][i % 64] = k0 + i / 64 < K ? b(k0 + i / 64, i % 64) : 0.0f;
+        }
+        __syncthreads();
+        #pragma unroll
+        for (int k = 0; k < 16; k++) {
+            float u[4], v[4];
+            *(float4*)u = *(const float4*)&sh.a[k][4 * (tid / 16)];
+            *(float4*)v = *(const float4*)&sh.b[k][4 * (tid % 16)];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                #pragma unroll
+                for (int j = 0; j < 4; j++) acc[i][j] = fmaf(u[i], v[j], acc[i][j]);
+            }
+        }
+    }
+}
+
+// sums[i] += sum_j acc_ij v(i,j)
+template <typename V> __device__ __forceinline__ void ssd_row_dots(float* sums, const float (&acc)[4][4], V v) {
+    const int i0 = 4 * (threadIdx.x / 16), j0 = 4 * (threadIdx.x % 16);
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float sum = 0.0f;
+        #pragma unroll
+        for (int j = 0; j < 4; j++) sum = fmaf(acc[i][j], v(i0 + i, j0 + j), sum);
+        #pragma unroll
+        for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (j0 == 0) sums[i0 + i] += sum;
+    }
+}
 
 template <typename X>
 __global__ void __launch_bounds__(256)
@@ -4310,7 +4352,7 @@ ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, siz
                     bool D_has_hdim, const int* doc, size_t T, size_t H, size_t P, size_t G, size_t N) {
     extern __shared__ __align__(128) char shared[];
     SsdBackward& sh = *(SsdBackward*)shared;
-    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP, i0 = 4 * (tid / 16), j0 = 4 * (tid % 16);
     const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, b = blockIdx.x / tiles, t0 = blockIdx.x % tiles * SSD_SPAN;
     const size_t h = blockIdx.y, E = H * P;
     const int count = T - t0 < SSD_SPAN ? (int)(T - t0) : SSD_SPAN;
@@ -4322,17 +4364,25 @@ ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, siz
     after += (blockIdx.x * H + h) * P * N;
     dBC += ((b * T + t0) * H + h) * 2 * N;
     sums += blockIdx.x * n_sums;
+    // elements: token i, channel p or state n; 0 beyond the last one
+    auto x_at = [&](int i, size_t p) { return i < count && p < P ? to_float(x_h[i * ldx + p]) : 0.0f; };
+    auto dy_at = [&](int i, size_t p) { return i < count && p < P ? to_float(dy_h[i * E + p]) : 0.0f; };
+    auto B_at = [&](int i, size_t n) { return i < count && n < N ? to_float(Bt_h[i * ldbc + n]) : 0.0f; };
+    auto C_at = [&](int i, size_t n) { return i < count && n < N ? to_float(Ct_h[i * ldbc + n]) : 0.0f; };
+    auto H_at = [&](size_t p, size_t n) { return p < P && n < N ? before[p * N + n] : 0.0f; };
+    auto lambda_at = [&](size_t p, size_t n) { return p < P && n < N ? after[p * N + n] : 0.0f; };
 
-    if (tid < count) {
-        sh.dt[tid] = dt[(b * H + h) * T + t0 + tid];
+    if (tid < SSD_SPAN) {
+        sh.dt[tid] = tid < count ? dt[(b * H + h) * T + t0 + tid] : 0.0f;
         // a document that begins: more than any sum of other decays
-        sh.alpha[tid] = scan_resets_cuda(doc, b, t0 + tid, T) ? -FLT_MAX : sh.dt[tid] * A2;
+        sh.alpha[tid] = tid < count && scan_resets_cuda(doc, b, t0 + tid, T) ? -FLT_MAX : sh.dt[tid] * A2;
+        sh.e[tid] = sh.f[tid] = sh.direct[tid] = 0.0f;
     }
     __syncthreads();
-    if (tid < count) {                                         // sums that begin at token tid: no differences
+    if (tid < SSD_SPAN) {                                      // sums that begin at token tid: no differences
         float sum = 0.0f;
         for (int i = 0; i < tid; i++) sh.GL[i][tid] = 0.0f;
-        for (int i = tid; i < count; i++) {
+        for (int i = tid; i < SSD_SPAN; i++) {
             if (i > tid) sum += sh.alpha[i];
             sh.GL[i][tid] = exp2f(sum);
         }
@@ -4340,89 +4390,107 @@ ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, siz
         sum = 0.0f;
         for (int i = 0; i <= tid; i++) sum += sh.alpha[i];
         sh.from[tid] = exp2f(sum);
-        if (tid == count - 1) sh.all = exp2f(sum);
+        if (tid == SSD_SPAN - 1) sh.all = exp2f(sum);
     }
-    __syncthreads();
-    for (int k = tid; k < count * count; k += 256) {
-        int i = k / count, j = k % count;
-        if (j > i) continue;
-        float S = 0.0f, g = 0.0f, L = sh.GL[i][j];
-        for (size_t p = 0; p < P; p++) S = fmaf(to_float(dy_h[i * E + p]), to_float(x_h[j * ldx + p]), S);
-        for (size_t n = 0; n < N; n++) g = fmaf(to_float(Ct_h[i * ldbc + n]), to_float(Bt_h[j * ldbc + n]), g);
-        sh.dG[i][j] = L * sh.dt[j] * S;
-        sh.GL[i][j] = g * L;
-        sh.W[i][j] = j < i ? g * L * sh.dt[j] * S : 0.0f;
-    }
-    __syncthreads();
-    for (int j = w; j < count; j += 8) {                       // token j: dx, <v, x>, e
-        float direct = 0.0f, e = 0.0f;
-        for (size_t p = lane; p < P; p += WARP) {
-            float v = 0.0f, x_j = to_float(x_h[j * ldx + p]);
-            for (size_t n = 0; n < N; n++) v = fmaf(after[p * N + n], to_float(Bt_h[j * ldbc + n]), v);
-            v *= sh.to[j];
-            e = fmaf(v, x_j, e);
-            for (int i = j; i < count; i++) v = fmaf(sh.GL[i][j], to_float(dy_h[i * E + p]), v);
-            direct = fmaf(v, x_j, direct);
-            float D = Dskip[D_has_hdim ? h * P + p : h];
-            dx_h[j * lddx + p] = from_float<X>(fmaf(sh.dt[j], v, D * to_float(dy_h[j * E + p])));
+    float S[4][4] = {}, Gram[4][4] = {};
+    ssd_product(S, sh, (int)P, dy_at, [&](int p, int j) { return x_at(j, p); });
+    ssd_product(Gram, sh, (int)N, C_at, [&](int n, int j) { return B_at(j, n); });
+    #pragma unroll
+    for (int r = 0; r < 4; r++) {
+        #pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const int i = i0 + r, j = j0 + k;
+            const float L = sh.GL[i][j];
+            sh.dG[i][j] = L * sh.dt[j] * S[r][k];
+            sh.GL[i][j] = L * Gram[r][k];
+            sh.W[i][j] = j < i ? L * Gram[r][k] * sh.dt[j] * S[r][k] : 0.0f;
         }
-        direct = warp_sum(direct);
-        e = warp_sum(e);
-        float f = 0.0f;                                        // and dBt, dCt, f
-        for (size_t n = lane; n < N; n += WARP) {
-            float dC = 0.0f, dB = 0.0f;
-            for (size_t p = 0; p < P; p++) {
-                dC = fmaf(to_float(dy_h[j * E + p]), before[p * N + n], dC);
-                dB = fmaf(to_float(x_h[j * ldx + p]), after[p * N + n], dB);
+    }
+    for (size_t p0 = 0; p0 < P; p0 += SSD_SPAN) {              // rows j: v, <v, x>, e, dx
+        float v[4][4] = {};
+        ssd_product(v, sh, (int)N, B_at, [&](int n, int p) { return lambda_at(p0 + p, n); });
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            #pragma unroll
+            for (int k = 0; k < 4; k++) v[r][k] *= sh.to[i0 + r];
+        }
+        ssd_row_dots(sh.e, v, [&](int j, int p) { return sh.dt[j] * x_at(j, p0 + p); });
+        ssd_product(v, sh, SSD_SPAN, [&](int j, int i) { return sh.GL[i][j]; },
+                    [&](int i, int p) { return dy_at(i, p0 + p); });
+        ssd_row_dots(sh.direct, v, [&](int j, int p) { return x_at(j, p0 + p); });
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int j = i0 + r;
+                const size_t p = p0 + j0 + k;
+                if (j >= count || p >= P) continue;
+                const float D = Dskip[D_has_hdim ? h * P + p : h];
+                dx_h[j * lddx + p] = from_float<X>(fmaf(sh.dt[j], v[r][k], D * dy_at(j, p)));
             }
-            dC *= sh.from[j];
-            dB *= sh.to[j] * sh.dt[j];
-            f = fmaf(to_float(Ct_h[j * ldbc + n]), dC, f);
-            for (int i = 0; i <= j; i++) dC = fmaf(sh.dG[j][i], to_float(Bt_h[i * ldbc + n]), dC);
-            for (int i = j; i < count; i++) dB = fmaf(sh.dG[i][j], to_float(Ct_h[i * ldbc + n]), dB);
-            dBC[j * H * 2 * N + n] = dB;
-            dBC[j * H * 2 * N + N + n] = dC;
         }
-        f = warp_sum(f);
-        if (lane == 0) {
-            sh.direct[j] = direct;
-            sh.e[j] = e * sh.dt[j];
-            sh.f[j] = f;
+    }
+    for (size_t n0 = 0; n0 < N; n0 += SSD_SPAN) {              // dCt, f; dBt
+        float dC[4][4] = {}, dB[4][4] = {};
+        ssd_product(dC, sh, (int)P, dy_at, [&](int p, int n) { return H_at(p, n0 + n); });
+        ssd_product(dB, sh, (int)P, x_at, [&](int p, int n) { return lambda_at(p, n0 + n); });
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                dC[r][k] *= sh.from[i0 + r];
+                dB[r][k] *= sh.to[i0 + r] * sh.dt[i0 + r];
+            }
+        }
+        ssd_row_dots(sh.f, dC, [&](int i, int n) { return C_at(i, n0 + n); });
+        ssd_product(dC, sh, SSD_SPAN, [&](int i, int j) { return sh.dG[i][j]; },
+                    [&](int j, int n) { return B_at(j, n0 + n); });
+        ssd_product(dB, sh, SSD_SPAN, [&](int j, int i) { return sh.dG[i][j]; },
+                    [&](int i, int n) { return C_at(i, n0 + n); });
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const size_t n = n0 + j0 + k;
+                if (i0 + r >= count || n >= N) continue;
+                dBC[(i0 + r) * H * 2 * N + n] = dB[r][k];
+                dBC[(i0 + r) * H * 2 * N + N + n] = dC[r][k];
+            }
         }
     }
     float through = 0.0f;
     for (size_t i = tid; i < P * N; i += 256) through = fmaf(before[i], after[i], through);
     through = warp_sum(through);
     if (lane == 0) sh.part[w] = through;
-    if (tid < count) {                                         // W_ij := sum of W_i0 .. W_i,j-1
+    __syncthreads();
+    if (tid < SSD_SPAN) {                                      // W_ij := sum of W_i0 .. W_i,j-1
         float sum = 0.0f;
-        for (int j = 0; j < tid; j++) {
+        for (int j = 0; j <= tid; j++) {
             float v = sh.W[tid][j];
             sh.W[tid][j] = sum;
             sum += v;
         }
-        sh.W[tid][tid] = sum;
     }
     __syncthreads();
-    if (tid < count) {
+    if (tid < SSD_SPAN) {
         float sum = 0.0f;
         for (int k = 0; k < 8; k++) sum += sh.part[k];
         sum *= sh.all;
         for (int j = 0; j < tid; j++) sum += sh.e[j];
-        for (int i = tid; i < count; i++) sum += sh.f[i] + sh.W[i][tid];
+        for (int i = tid; i < SSD_SPAN; i++) sum += sh.f[i] + sh.W[i][tid];
         sh.dalpha[tid] = sum;
-        ddt[(b * H + h) * T + t0 + tid] = fmaf(A2 * SCAN_LN2, sum, sh.direct[tid]);
+        if (tid < count) ddt[(b * H + h) * T + t0 + tid] = fmaf(A2 * SCAN_LN2, sum, sh.direct[tid]);
     }
     __syncthreads();
     if (tid == 0) {
         float sum = 0.0f;
-        for (int j = 0; j < count; j++) sum = fmaf(sh.dt[j], sh.dalpha[j], sum);
+        for (int j = 0; j < SSD_SPAN; j++) sum = fmaf(sh.dt[j], sh.dalpha[j], sum);
         sums[h] = A2 * SCAN_LN2 * sum;
     }
     float skip = 0.0f;                                         // dDskip
     for (size_t p = tid; p < P; p += 256) {
         float sum = 0.0f;
-        for (int j = 0; j < count; j++) sum = fmaf(to_float(dy_h[j * E + p]), to_float(x_h[j * ldx + p]), sum);
+        for (int j = 0; j < count; j++) sum = fmaf(dy_at(j, p), x_at(j, p), sum);
         if (D_has_hdim) sums[H + h * P + p] = sum;
         skip += sum;
     }
