@@ -4521,16 +4521,20 @@ ssd_sum_parts_kernel(X* dBt, X* dCt, size_t lddbc, const float* parts, size_t n_
 
 // --- fast path: states --------------------------------------------------------------------------------
 
-// 64 x 64 pieces of a state, tokens of a tile, warps that share the work of one
-template <int P, int N> struct SsdBackwardSize {
-    enum { PB = (P + 63) / 64, NB = N / 64, GROUPS = PB == 1 ? 2 : 1, Q = 64 * GROUPS, WARPS = 4 * GROUPS,
-           THREADS = WARP * WARPS };
-};
+// where H before, or Lambda after, tile c of sequence b is: H only between two saved ones
+static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t c, size_t tiles) {
+    const size_t saved = (tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
+    return lambda ? b * tiles + c : b * (tiles - saved) + c - c / SSD_PER_SAVED - 1;
+}
 
-// where H before, or Lambda after, tile c (of Q tokens) of sequence b is: H only between two saved ones
-template <int Q> static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t c, size_t tiles) {
-    const size_t per = SSD_SPACING / Q, saved = (tiles + per - 1) / per;
-    return lambda ? b * tiles + c : b * (tiles - saved) + c - c / per - 1;
+// 64 rows of COLS bf16 into shared memory, rows 16 bytes apart, by THREADS threads; zeros beyond the last token
+template <int COLS, int THREADS>
+__device__ __forceinline__ void ssd_copy_rows(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
+    #pragma unroll
+    for (int k = 0; k < SSD_SPAN * COLS / 8 / THREADS; k++) {
+        int v = (int)threadIdx.x + k * THREADS, row = v / (COLS / 8), col = v % (COLS / 8) * 8;
+        scan_copy16(&to[row][col], from + (row < count ? row * ld : 0) + col, row < count);
+    }
 }
 
 // address of the pair of neighbouring values r, c of a tile
@@ -4542,15 +4546,15 @@ __device__ __forceinline__ uint32_t* ssd_pair(bf16* tile, int r, int c) {
 // columns of them.
 enum { SSD_WALK_STAGES = 3 };
 template <int P, int N> struct SsdWalkShared {
-    typedef SsdBackwardSize<P, N> Z;
-    bf16 rows[SSD_WALK_STAGES][Z::PB][SSD_TILE], cols[SSD_WALK_STAGES][Z::NB][SSD_TILE];
-    bf16 out[Z::PB][Z::NB][SSD_TILE];                          // 16 rows per warp, for stores of whole rows
+    enum { PB = (P + 63) / 64, NB = N / 64 };                  // 64 x 64 pieces of a state
+    bf16 rows[SSD_WALK_STAGES][PB][SSD_TILE], cols[SSD_WALK_STAGES][NB][SSD_TILE];
+    bf16 out[PB][NB][SSD_TILE];                          // 16 rows per warp, for stores of whole rows
     float cs[2][64], dt[2][64], weight[2][64];
     int begin[2][64];
 };
 
 // SsdWalks: what the walks need. Walks to the left begin at dhT (or NULL: 0) and cover `each` pieces of 64
-// tokens. Where that is less than a sequence they need what comes from the right, and are launched twice:
+// tokens. Where that is less than a sequence they need what comes from the right, and are made twice:
 //   LOCAL true     write local (B,walks,H,P,N), the state after the walk's first piece as if nothing came from
 //                  the right, and decays (B,walks,H), from the walk's end to its beginning
 //   LOCAL false    begin with what these make
@@ -4567,8 +4571,7 @@ struct SsdWalks {
 // ssd_walk: ssd_states_kernel for the tensor core; `block`: its number among the blocks of this direction
 template <int P, int N, bool REVERSE, bool LOCAL>
 __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>& sh, int block) {
-    typedef SsdBackwardSize<P, N> Z;
-    enum { PB = Z::PB, NB = Z::NB, Q = Z::Q, PER = Q / 64, THREADS = 128 * PB };
+    enum { PB = (P + 63) / 64, NB = N / 64, THREADS = 128 * PB };
     const int lane = threadIdx.x % WARP, g = lane >> 2, q = lane & 3;
     const int W = __shfl_sync(0xffffffffu, (int)threadIdx.x / WARP, 0), w = W % 4, own = W / 4;
     const int kr = (lane & 7) + (lane >> 4) * 8, kc = lane >> 3 & 1;
@@ -4576,10 +4579,9 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
     const int walk = block % walks, pieces = (int)((a.T + 63) / 64);
     const size_t h = block / walks % a.H, b = block / walks / a.H, T = a.T, H = a.H;
     const int first = walk * each, end = min(first + each, pieces);
-    // pieces to walk through: not the last ones, unless somebody wants what is behind them
+    // pieces to walk through: not the last one, unless somebody wants what is behind it
     const bool to_h0 = REVERSE && !LOCAL && first == 0 && a.dh0;
-    const int steps = LOCAL || to_h0 ? end - first
-                      : REVERSE ? end - min(first + PER, end) : (end - first - 1) / PER * PER;
+    const int steps = end - first - !(LOCAL || to_h0);
     const float A2 = scan_decay(a.A_log[h]);
     const float* dt = a.dt + (b * H + h) * T;
     const uint32_t ldr = (uint32_t)(REVERSE ? H * P : a.ldx), ldc = (uint32_t)a.ldbc;
@@ -4665,7 +4667,7 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
             *ssd_pair(sh.out[own][i / 8], 16 * w + g + 8, i % 8 * 8 + 2 * q) = scan_pack(s[2], s[3]);
         }
         __syncwarp();
-        bf16* to = (REVERSE ? a.after : a.before) + (ssd_slot<Q>(REVERSE, b, c, (pieces + PER - 1) / PER) * H + h) * PN;
+        bf16* to = (REVERSE ? a.after : a.before) + (ssd_slot(REVERSE, b, c, pieces) * H + h) * PN;
         #pragma unroll
         for (int v = lane; v < 16 * N / 8; v += WARP) {
             const int row = 16 * w + v / (N / 8), col = v % (N / 8) * 8;
@@ -4677,7 +4679,7 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
     #pragma unroll 1
     for (int k = 0; k < steps; k++) {
         const int c = piece_of(k), stage = k % SSD_WALK_STAGES;
-        if (REVERSE && !LOCAL && ((c + 1) % PER == 0 || c == pieces - 1)) store(c / PER);
+        if (REVERSE && !LOCAL) store(c);
         copy_async_wait(1);
         ssd_shared_written();
         __syncthreads();                                       // the piece and its decays are there
@@ -4708,9 +4710,9 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
         ssd_mma_wait<0>();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
-        if (!REVERSE && (c + 1) % PER == 0) store((c + 1) / PER);
+        if (!REVERSE) store(c + 1);
     }
-    if (REVERSE && !LOCAL && steps < end - first) store(first / PER);
+    if (REVERSE && !LOCAL && steps < end - first) store(first);
     if ((LOCAL || to_h0) && inside) {
         float* to = (LOCAL ? a.local + ((b * walks + walk) * H + h) * PN : a.dh0 + (b * H + h) * PN) + mine;
         #pragma unroll
@@ -4723,46 +4725,51 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
     if (LOCAL && threadIdx.x == 0) a.decays[(b * walks + walk) * H + h] = decay;
 }
 
-// one launch for both directions: the walks to the left take long and begin first, the short ones fill up
-template <int P, int N, bool LOCAL>
-__global__ void __launch_bounds__(128 * SsdBackwardSize<P, N>::PB)
+template <int P, int N>
+__global__ void __launch_bounds__(P <= 64 ? 128 : 256)
+ssd_walk_local_kernel(const __grid_constant__ SsdWalks a) {
+    extern __shared__ __align__(1024) char tile_shared[];
+    ssd_walk<P, N, true, true>(a, *(SsdWalkShared<P, N>*)tile_shared, blockIdx.x);
+}
+// both directions: the walks to the left take long and begin first, the short ones fill up
+template <int P, int N>
+__global__ void __launch_bounds__(P <= 64 ? 128 : 256)
 ssd_walk_kernel(const __grid_constant__ SsdWalks a) {
     extern __shared__ __align__(1024) char tile_shared[];
     SsdWalkShared<P, N>& sh = *(SsdWalkShared<P, N>*)tile_shared;
-    if ((int)blockIdx.x < a.lefts) ssd_walk<P, N, true, LOCAL>(a, sh, blockIdx.x);
+    if ((int)blockIdx.x < a.lefts) ssd_walk<P, N, true, false>(a, sh, blockIdx.x);
     else ssd_walk<P, N, false, false>(a, sh, blockIdx.x - a.lefts);
 }
 
 // --- fast path: tiles ---------------------------------------------------------------------------------
-// A block owns one tile of one sequence and walks through the heads of one group, or of a part of it. Every
-// four of its warps own 64 tokens, as rows i and as rows j of the formulas, each warp 16 of them. For every
-// head they make, four warps at a time:
-//   64 x 64 products: S = dy x^T (up to their own tokens), v = (G L)^T dy (from their own tokens on)
-//   state products:   H Ct and Lambda Bt of their tokens; H^T dy and Lambda^T x, which add to dCt and dBt
-// and the sums over heads stay: dBt, dCt in registers, dG in shared memory, each value with the thread that
-// adds to it. G is the same for all heads of the group. Three barriers per head: Lambda is loaded while the
-// rows i are at work, H, x and dy of the next head while the rows j are.
+// A block of eight warps owns one tile of one sequence and walks through the heads of one group, or of a part
+// of it. Warp w < 4 owns tokens 16w..16w+15 as rows i of the formulas, warp 4 + w the same tokens as rows j.
+// For every head they make, as products of 16 rows:
+//   rows i: S = dy x^T up to the warp's own tokens; H^T dy; a part of <Lambda, H>
+//   rows j: v = (G L)^T dy from the warp's own tokens on; Lambda Bt; Lambda^T x
+// and the sums over heads stay: dCt or dBt in registers, dG in shared memory, each value with the thread that
+// adds to it. G is the same for all heads of the group. Two blocks share a processor: while one waits for the
+// arrays of its next head, the other one works.
 // Sums over pairs: what lies inside a warp's 16 tokens is summed as the formula says. Of the pairs between
 // two warps only sums along rows and columns count; those along columns are <x_j, v_j> before v_j has got its
 // own 16 tokens, those along rows are made of S.
 
-template <int P, int N> struct alignas(1024) SsdBackwardShared {
-    typedef SsdBackwardSize<P, N> Z;
-    bf16 Bt[Z::GROUPS][Z::NB][SSD_TILE], Ct[Z::GROUPS][Z::NB][SSD_TILE];
-    bf16 x[2][Z::GROUPS][Z::PB][SSD_TILE], dy[2][Z::GROUPS][Z::PB][SSD_TILE];  // two heads; x: later dx
-    bf16 before[Z::PB][Z::NB][SSD_TILE], after[Z::PB][Z::NB][SSD_TILE];        // H, Lambda
-    bf16 gram[Z::GROUPS * (Z::GROUPS + 1) / 2][SSD_TILE];      // G, 0 where L is; in the end dG: (0,0) (1,0) (1,1)
-    float4 dgram[Z::WARPS * (Z::WARPS + 1)][WARP];             // dG: as the tensor core leaves it, 16 x 8 each
-    float cs[2][Z::Q], dt[3][Z::Q];                            // of two and three heads
-    int begin[Z::Q];
-    float dalpha[Z::Q], direct[Z::Q];
-    float row[Z::WARPS][16], column[Z::WARPS][16], inner[Z::WARPS][16];
-    float sums[2][Z::WARPS][16];                               // of two heads
+template <int P, int N> struct SsdBackwardShared {
+    bf16 Bt[SSD_SPAN][N + 8], Ct[SSD_SPAN][N + 8];
+    bf16 x[SSD_SPAN][P + 8], dy[SSD_SPAN][P + 8];
+    bf16 before[P][N + 8], after[P][N + 8];                    // H, Lambda
+    bf16 gram[SSD_SPAN][SSD_SPAN + 8];                         // G, 0 where L is; in the end dG
+    float4 dgram[20][WARP];                                    // dG: as the tensor core leaves it, 16 x 8 each
+    float cs[2][SSD_SPAN], dt[3][SSD_SPAN];                    // of two and three heads
+    int begin[SSD_SPAN];
+    float rows[SSD_SPAN], columns[SSD_SPAN], direct[SSD_SPAN]; // of dalpha: what a warp sums for its own tokens
+    float line[8][16], inner[4][16];
+    float sums[4][8], e[4];
 };
 
-// What a warp leaves in sums: its part of <dy, x>; sums of W over its rows and the columns before 16 K, K = 1,
-// 2, ..; e and f of its tokens; its part of <Lambda, H>
-enum { SSD_SUM_SKIP, SSD_SUM_W = 0, SSD_SUM_E = 8, SSD_SUM_F, SSD_SUM_THROUGH };
+// What a warp of rows i leaves in sums: f of its tokens and sums of W over its rows and the columns before 16 K,
+// K = 0, 1, 2; its part of <Lambda, H>; of <dy, x>. e: of the tokens of a warp of rows j
+enum { SSD_SUM_LEFT, SSD_SUM_THROUGH = SSD_SUM_LEFT + 3, SSD_SUM_SKIP };
 
 // Reductions of eight values at once: every step halves the number of values and of lanes that hold one.
 //   ssd_sum_quad: over the four lanes of a quad; lane q keeps values 2q, 2q + 1
@@ -4827,145 +4834,122 @@ __device__ __forceinline__ float ssd_dot(uint32_t v, float a, float b, float sum
     return fmaf(scan_low(v), a, fmaf(scan_high(v), b, sum));
 }
 
-// ssd_dots: adds <v, rows 16 w + g and 16 w + g + 8 of a tile>, v as the tensor core leaves it: this lane's part
-__device__ __forceinline__ void ssd_dots(float* sum0, float* sum1, const float (&v)[8][4], uint32_t tile, int w) {
-    const int lane = threadIdx.x % WARP;
-    #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        uint32_t r[4];
-        ssd_ldmatrix(r, ssd_piece(tile, 16 * w + (lane & 15), 2 * k + (lane >> 4)));
-        #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            *sum0 = ssd_dot(r[2 * n], v[2 * k + n][0], v[2 * k + n][1], *sum0);
-            *sum1 = ssd_dot(r[2 * n + 1], v[2 * k + n][2], v[2 * k + n][3], *sum1);
-        }
-    }
+// the sum over the lanes of a quad, in all four
+__device__ __forceinline__ float ssd_quad_sum(float v) {
+    v += __shfl_xor_sync(0xffffffffu, v, 1);
+    return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
 // ssd_backward_fast_kernel: the formulas at the top. dBC: NULL, then dBt and dCt are written; or the sums of
 // this part's heads, (parts,B,T,G,2N). sums: as ssd_backward_kernel.
 template <int P, int N>
-__global__ void __launch_bounds__(SsdBackwardSize<P, N>::THREADS, 1)
+__global__ void __launch_bounds__(8 * WARP, P == 128 ? 1 : 2)
 ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt, size_t lddbc, float* dBC,
                          float* sums, size_t n_sums, const bf16* states, const bf16* before,
                          const bf16* after, const bf16* dy, const bf16* x, size_t ldx, const float* dt,
                          const float* A_log, const bf16* Bt, const bf16* Ct, size_t ldbc, const float* Dskip,
                          bool D_has_hdim, const int* doc, size_t B, size_t T, int H, int G, int parts) {
-    typedef SsdBackwardSize<P, N> Z;
-    enum { PB = Z::PB, NB = Z::NB, GROUPS = Z::GROUPS, Q = Z::Q, WARPS = Z::WARPS, K = Q / WARP };
-    extern __shared__ __align__(1024) char tile_shared[];
-    SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)tile_shared;
-    const int lane = threadIdx.x % WARP, g = lane >> 2, q = lane & 3;
-    // the compiler must see that these are the same in all threads of a warp
-    const int W = __shfl_sync(0xffffffffu, (int)threadIdx.x / WARP, 0), w = W % 4, own = W / 4;
-    const int thread = threadIdx.x % 128, r0 = 16 * w + g, r1 = r0 + 8, t_0 = 64 * own + r0, t_1 = t_0 + 8;
-    const int tiles = (int)((T + Q - 1) / Q), part = blockIdx.x % parts;
+    extern __shared__ __align__(128) char shared[];
+    SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)shared;
+    enum { THREADS = 8 * WARP, PN = P * N };
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, w = warp % 4, g = lane >> 2, q = lane & 3;
+    const int r0 = 16 * w + g, r1 = r0 + 8;
+    // where a lane points to for a 16 x 16 operand; A (16 x 16) is m x k, B (16 x 16: two of 8 columns) is k x n:
+    //   A from rows m: load_matrices at [lr][lc]          A from rows k: load_matrices_trans at [kr][kc]
+    //   B from rows n: load_matrices at [kr][kc]          B from rows k: load_matrices_trans at [lr][lc]
+    const int lr = lane & 15, lc = (lane >> 4) * 8, kr = (lane & 7) + (lane >> 4) * 8, kc = (lane >> 3 & 1) * 8;
+    const int tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN), part = blockIdx.x % parts;
     const int group = blockIdx.x / parts % G, c = blockIdx.x / parts / G % tiles;
-    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * Q, E = (size_t)H * P;
-    const int count = (int)(T - t0 < Q ? T - t0 : Q), rows = count - 64 * own;
+    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_SPAN, E = (size_t)H * P;
+    const int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN);
     const int each = (H / G + parts - 1) / parts, h0 = group * (H / G) + part * each;
     const int h1 = min(h0 + each, (group + 1) * (H / G));
-    const size_t PN = P * N, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
     x += (b * T + t0) * ldx;
-    dx += (b * T + t0 + 64 * own) * lddx;
+    dx += (b * T + t0) * lddx;
     dy += (b * T + t0) * E;
-    after += ssd_slot<Q>(true, b, c, tiles) * H * PN;
-    before = c % (SSD_SPACING / Q) ? before + ssd_slot<Q>(false, b, c, tiles) * H * PN
-                                   : states + (b * saved + c / (SSD_SPACING / Q)) * H * PN;
+    after += ssd_slot(true, b, c, tiles) * H * PN;
+    before = c % SSD_PER_SAVED ? before + ssd_slot(false, b, c, tiles) * H * PN
+                               : states + (b * saved + c / SSD_PER_SAVED) * H * PN;
     sums += (b * tiles + c) * n_sums;
-    // a 16 x 16 piece of a tile as operand: rows r.., columns 16 k..; by rows or by columns, see 4.9
-    const int lr = lane & 15, lc = lane >> 4, kr = (lane & 7) + (lane >> 4) * 8, kc = lane >> 3 & 1;
 
-    auto load_rows = [&](int h) {
-        const int s = (h - h0) & 1;
+    auto load_state = [&](bf16 (*to)[N + 8], const bf16* from) {
         #pragma unroll
-        for (int p = 0; p < PB; p++) {
-            ssd_load_tile<128>(ssd_address(sh.x[s][own][p]), x + (size_t)64 * own * ldx + h * P + 64 * p, (uint32_t)ldx,
-                               rows, P - 64 * p, thread);
-            ssd_load_tile<128>(ssd_address(sh.dy[s][own][p]), dy + (size_t)64 * own * E + h * P + 64 * p, (uint32_t)E,
-                               rows, P - 64 * p, thread);
+        for (int k = 0; k < PN / 8 / THREADS; k++) {
+            int v = (int)threadIdx.x + k * THREADS;
+            scan_copy16(&to[v / (N / 8)][v % (N / 8) * 8], from + v * 8, true);
         }
     };
-    auto load_state = [&](bf16 (*to)[NB][SSD_TILE], const bf16* from) {
-        #pragma unroll
-        for (int p = 0; p < PB; p++) {
-            #pragma unroll
-            for (int n = 0; n < NB; n++)
-                ssd_load_tile<Z::THREADS>(ssd_address(to[p][n]), from + 64 * p * N + 64 * n, N, P - 64 * p, 64,
-                                          threadIdx.x);
-        }
-    };
-    auto load_dt = [&](int h) {
-        if (threadIdx.x >= Q) return;
-        const size_t t = t0 + threadIdx.x;
-        scan_copy4(&sh.dt[(h - h0) % 3][threadIdx.x], dt + (b * H + h) * T + (t < T ? t : 0), t < T);
+    auto load_head = [&](int h) {
+        if (h >= h1) return;
+        ssd_copy_rows<P, THREADS>(sh.x, x + h * P, ldx, count);
+        ssd_copy_rows<P, THREADS>(sh.dy, dy + h * P, E, count);
+        load_state(sh.before, before + (size_t)h * PN);
+        load_state(sh.after, after + (size_t)h * PN);
+        if (threadIdx.x < SSD_SPAN)
+            scan_copy4(&sh.dt[(h + 1 - h0) % 3][threadIdx.x],
+                       dt + (b * H + min(h + 1, h1 - 1)) * T + t0 + min((int)threadIdx.x, count - 1),
+                       (int)threadIdx.x < count);
     };
     auto decays_of = [&](int h) {                              // by one warp
-        float v[K], *dts = sh.dt[(h - h0) % 3];
-        #pragma unroll
-        for (int k = 0; k < K; k++) v[k] = dts[K * lane + k];
-        ssd_decays<K>(sh.cs[(h - h0) & 1], dts, v, scan_decay(A_log[h]));
+        float* dts = sh.dt[(h - h0) % 3];
+        const float v[2] = {dts[2 * lane], dts[2 * lane + 1]};
+        ssd_decays<2>(sh.cs[(h - h0) & 1], dts, v, scan_decay(A_log[h]));
     };
-    #pragma unroll
-    for (int n = 0; n < NB; n++) {
-        const size_t at = (b * T + t0 + 64 * own) * ldbc + group * N + 64 * n;
-        ssd_load_tile<128>(ssd_address(sh.Bt[own][n]), Bt + at, (uint32_t)ldbc, rows, 64, thread);
-        ssd_load_tile<128>(ssd_address(sh.Ct[own][n]), Ct + at, (uint32_t)ldbc, rows, 64, thread);
-    }
-    if (h0 < h1) load_dt(h0);
+    ssd_copy_rows<N, THREADS>(sh.Bt, Bt + (b * T + t0) * ldbc + group * N, ldbc, count);
+    ssd_copy_rows<N, THREADS>(sh.Ct, Ct + (b * T + t0) * ldbc + group * N, ldbc, count);
+    if (threadIdx.x < SSD_SPAN && h0 < h1)
+        sh.dt[0][threadIdx.x] = (int)threadIdx.x < count ? dt[(b * H + h0) * T + t0 + threadIdx.x] : 0.0f;
     copy_async_commit();
-    if (h0 < h1) {
-        load_rows(h0);
-        load_state(sh.before, before + h0 * PN);
-    }
+    load_head(h0);
     copy_async_commit();
-    if (W == 0) ssd_begins<Q>(sh.begin, doc, b, t0, T);
-    for (int k = 0; k < 2 * (W + 1); k++)
-        sh.dgram[W * (W + 1) + k][lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (warp == 0) ssd_begins<SSD_SPAN>(sh.begin, doc, b, t0, T);
+    if (warp < 4)
+        for (int k = 0; k < 2 * (w + 1); k++)
+            sh.dgram[w * (w + 1) + k][lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     copy_async_wait(1);
-    ssd_shared_written();
     __syncthreads();
-    if (W == 0 && h0 < h1) decays_of(h0);
-    const int begin0 = sh.begin[t_0], begin1 = sh.begin[t_1], begin_end = sh.begin[Q - 1];
-    #pragma unroll
-    for (int J = 0; J < GROUPS; J++) {                         // G
-        if (J > own) break;
-        float s[8][4];
-        ssd_mma_begin();
+    if (warp == 7 && h0 < h1) decays_of(h0);
+    const int begin0 = sh.begin[r0], begin1 = sh.begin[r1], begin_end = sh.begin[SSD_SPAN - 1];
+    #pragma unroll 1
+    for (int J = 0; J <= w && warp < 4; J++) {                 // G
+        float s[2][4] = {};
         #pragma unroll
-        for (int n = 0; n < NB; n++)
-            ssd_multiply_rows(s, ssd_address(sh.Ct[own][n]), ssd_address(sh.Bt[J][n]), n == 0, w);
-        ssd_mma_commit();
-        ssd_mma_wait<0>();
-        ssd_mma_done(s);
-        bf16* gram = sh.gram[own + J];
+        for (int k = 0; k < N / 16; k++) {
+            uint32_t a[4], r[4];
+            load_matrices(a, &sh.Ct[16 * w + lr][16 * k + lc]);
+            load_matrices(r, &sh.Bt[16 * J + kr][16 * k + kc]);
+            scan_mma_bf16(s[0], a, r[0], r[1]);
+            scan_mma_bf16(s[1], a, r[2], r[3]);
+        }
         #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            const int j = 64 * J + 8 * n + 2 * q;
-            *ssd_pair(gram, r0, 8 * n + 2 * q) = scan_pack(j <= t_0 && j >= begin0 ? s[n][0] : 0.0f,
-                                                           j + 1 <= t_0 && j + 1 >= begin0 ? s[n][1] : 0.0f);
-            *ssd_pair(gram, r1, 8 * n + 2 * q) = scan_pack(j <= t_1 && j >= begin1 ? s[n][2] : 0.0f,
-                                                           j + 1 <= t_1 && j + 1 >= begin1 ? s[n][3] : 0.0f);
+        for (int n = 0; n < 2; n++) {
+            const int j = 16 * J + 8 * n + 2 * q;
+            *(uint32_t*)&sh.gram[r0][j] = scan_pack(j <= r0 && j >= begin0 ? s[n][0] : 0.0f,
+                                                    j + 1 <= r0 && j + 1 >= begin0 ? s[n][1] : 0.0f);
+            *(uint32_t*)&sh.gram[r1][j] = scan_pack(j <= r1 && j >= begin1 ? s[n][2] : 0.0f,
+                                                    j + 1 <= r1 && j + 1 >= begin1 ? s[n][3] : 0.0f);
         }
     }
 
-    float dB[NB][8][4] = {}, dC[NB][8][4] = {};                // rows t_0, t_1, columns 64 n + 8 k + 2 q, + 1
     // ddt and the sums for dA_log and dDskip of head h, from what the warps left: by one warp
     auto finish = [&](int h) {
         const float *cs = sh.cs[(h - h0) & 1], *dts = sh.dt[(h - h0) % 3], A = scan_decay(A_log[h]) * SCAN_LN2;
-        const float (*part_of)[16] = sh.sums[(h - h0) & 1];
         float through = 0.0f, skip = 0.0f, dA = 0.0f;
         #pragma unroll
-        for (int k = 0; k < WARPS; k++) {
-            through += part_of[k][SSD_SUM_THROUGH];
-            skip += part_of[k][SSD_SUM_SKIP];
+        for (int k = 0; k < 4; k++) {
+            through += sh.sums[k][SSD_SUM_THROUGH];
+            skip += sh.sums[k][SSD_SUM_SKIP];
         }
-        through *= begin_end < 0 ? exp2_unit(cs[Q - 1]) : 0.0f;
-        for (int m = lane; m < Q; m += WARP) {
-            float dalpha = sh.dalpha[m] + through;             // and pairs on both sides of the 16 tokens of m
-            for (int J = 0; J < m / 16; J++) dalpha += part_of[J][SSD_SUM_E];
-            for (int I = m / 16 + 1; I < WARPS; I++)
-                dalpha += part_of[I][SSD_SUM_F] + (m < 16 ? 0.0f : part_of[I][SSD_SUM_W + m / 16]);
+        through *= begin_end < 0 ? exp2_unit(cs[SSD_SPAN - 1]) : 0.0f;
+        #pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int m = lane + WARP * k, M = m / 16;         // and pairs on both sides of the 16 tokens of m
+            float dalpha = sh.rows[m] + sh.columns[m] + through;
+            #pragma unroll
+            for (int J = 0; J < 3; J++) dalpha += J < M ? sh.e[J] : 0.0f;
+            #pragma unroll
+            for (int I = 1; I < 4; I++) dalpha += I > M ? sh.sums[I][SSD_SUM_LEFT + min(M, 2)] : 0.0f;
             dA = fmaf(dts[m], dalpha, dA);
             if (m < count) ddt[(b * H + h) * T + t0 + m] = fmaf(A, dalpha, sh.direct[m]);
         }
@@ -4975,309 +4959,272 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
             if (!D_has_hdim) sums[H + h] = skip;
         }
     };
+    // sums over the warp's 16 tokens from the line's first (or last, REVERSE) one; the sum at token lane % 16
+    auto running = [&](float* line, float* to, bool reverse) {
+        __syncwarp();
+        const int m = reverse ? 15 - (lane & 15) : lane & 15;
+        float s = line[m];
+        #pragma unroll
+        for (int step = 1; step < 16; step *= 2) {
+            float left = __shfl_up_sync(0xffffffffu, s, step, 16);
+            if ((lane & 15) >= step) s += left;
+        }
+        float left = __shfl_up_sync(0xffffffffu, s, 1, 16);
+        if (lane >= 16) return;
+        if (reverse) to[m] = s + sh.inner[w][m];
+        else to[m] = m > 0 ? left : 0.0f;
+    };
+
+    float sum[N / 8][4] = {};                                  // dCt or dBt, rows r0, r1, columns 8 k + 2 q, + 1
     #pragma unroll 1
     for (int h = h0; h < h1; h++) {
-        const int stage = (h - h0) & 1;
-        const float *cs = sh.cs[stage], *dts = sh.dt[(h - h0) % 3];
-        bf16 (*xs)[PB][SSD_TILE] = sh.x[stage], (*dys)[PB][SSD_TILE] = sh.dy[stage];
+        const float *cs = sh.cs[(h - h0) & 1], *dts = sh.dt[(h - h0) % 3];
         copy_async_wait(0);
-        ssd_shared_written();
-        __syncthreads();                                       // x, dy and H of this head are there, Lambda is free
-        load_state(sh.after, after + h * PN);
-        if (h + 1 < h1) load_dt(h + 1);
-        copy_async_commit();
-        if (W == 1 && h > h0) finish(h - 1);
-        float left[8] = {}, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;    // left[0]: <dy, x>
-        const float cs0 = cs[t_0], cs1 = cs[t_1];
-        // --- rows i: S, dG, sums of W; dCt, f
-        #pragma unroll
-        for (int J = 0; J < GROUPS; J++) {
-            if (J > own) break;
-            float s[8][4];
-            ssd_mma_begin();
+        __syncthreads();                                       // this head's arrays are there
+        if (warp < 4) {                                        // --- rows i: S, dG, sums of W; dCt, f
+            const float cs0 = cs[r0], cs1 = cs[r1];
+            uint32_t a[P / 16][4];
             #pragma unroll
-            for (int p = 0; p < PB; p++)
-                ssd_multiply_rows(s, ssd_address(dys[own][p]), ssd_address(xs[J][p]), p == 0, w);
-            ssd_mma_commit();
-            ssd_mma_wait<0>();
-            ssd_mma_done(s);
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {                      // 16 columns
-                if (J == own && k > w) break;
-                float pairs[2][4];
-                if (J == own && k == w && q == g >> 1)
-                    left[SSD_SUM_SKIP] = g & 1 ? s[2 * k][1] + s[2 * k + 1][3] : s[2 * k][0] + s[2 * k + 1][2];
+            for (int k = 0; k < P / 16; k++) load_matrices(a[k], &sh.dy[16 * w + lr][16 * k + lc]);
+            float left1 = 0.0f, left2 = 0.0f, skip = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
+            #pragma unroll 1
+            for (int J = 0; J <= w; J++) {
+                float s[2][4] = {}, W[2][4];
+                #pragma unroll
+                for (int k = 0; k < P / 16; k++) {
+                    uint32_t r[4];
+                    load_matrices(r, &sh.x[16 * J + kr][16 * k + kc]);
+                    scan_mma_bf16(s[0], a[k], r[0], r[1]);
+                    scan_mma_bf16(s[1], a[k], r[2], r[3]);
+                }
+                if (J == w && q == g >> 1) skip = g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
                 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    const int col = 16 * k + 8 * n + 2 * q, j = 64 * J + col;
+                    const int j = 16 * J + 8 * n + 2 * q;
                     const float2 cs_j = *(const float2*)&cs[j], dt_j = *(const float2*)&dts[j];
-                    float* v = s[2 * k + n];
-                    v[0] *= exp2_unit(fminf(cs0 - cs_j.x, 0.0f)) * dt_j.x;
-                    v[1] *= exp2_unit(fminf(cs0 - cs_j.y, 0.0f)) * dt_j.y;
-                    v[2] *= exp2_unit(fminf(cs1 - cs_j.x, 0.0f)) * dt_j.x;
-                    v[3] *= exp2_unit(fminf(cs1 - cs_j.y, 0.0f)) * dt_j.y;
-                    float4* to = &sh.dgram[W * (W + 1) + 8 * J + 2 * k + n][lane];
-                    float4 old = *to;
-                    *to = make_float4(old.x + v[0], old.y + v[1], old.z + v[2], old.w + v[3]);
-                    const uint32_t g0 = *ssd_pair(sh.gram[own + J], r0, col), g1 = *ssd_pair(sh.gram[own + J], r1, col);
-                    pairs[n][0] = scan_low(g0) * v[0]; pairs[n][1] = scan_high(g0) * v[1];
-                    pairs[n][2] = scan_low(g1) * v[2]; pairs[n][3] = scan_high(g1) * v[3];
+                    s[n][0] *= exp2_unit(fminf(cs0 - cs_j.x, 0.0f)) * dt_j.x;
+                    s[n][1] *= exp2_unit(fminf(cs0 - cs_j.y, 0.0f)) * dt_j.y;
+                    s[n][2] *= exp2_unit(fminf(cs1 - cs_j.x, 0.0f)) * dt_j.x;
+                    s[n][3] *= exp2_unit(fminf(cs1 - cs_j.y, 0.0f)) * dt_j.y;
+                    float4* to = &sh.dgram[w * (w + 1) + 2 * J + n][lane];
+                    const float4 v = *to;
+                    *to = make_float4(v.x + s[n][0], v.y + s[n][1], v.z + s[n][2], v.w + s[n][3]);
+                    const uint32_t g0 = *(const uint32_t*)&sh.gram[r0][j], g1 = *(const uint32_t*)&sh.gram[r1][j];
+                    W[n][0] = scan_low(g0) * s[n][0]; W[n][1] = scan_high(g0) * s[n][1];
+                    W[n][2] = scan_low(g1) * s[n][2]; W[n][3] = scan_high(g1) * s[n][3];
                 }
-                if (J < own || k < w) {
-                    row0 += (pairs[0][0] + pairs[0][1]) + (pairs[1][0] + pairs[1][1]);
-                    row1 += (pairs[0][2] + pairs[0][3]) + (pairs[1][2] + pairs[1][3]);
-                    if (4 * J + k + 1 < 8) left[SSD_SUM_W + 4 * J + k + 1] = row0 + row1;
+                if (J < w) {
+                    row0 += (W[0][0] + W[0][1]) + (W[1][0] + W[1][1]);
+                    row1 += (W[0][2] + W[0][3]) + (W[1][2] + W[1][3]);
+                    if (J == 0) left1 = row0 + row1;           // pairs with columns below 16, 32
+                    if (J == 1) left2 = row0 + row1;
                 } else {
-                    ssd_inner_pairs(sh.inner[W], pairs[0], pairs[1], g, q, lane);
+                    ssd_inner_pairs(sh.inner[w], W[0], W[1], g, q, lane);
                 }
             }
-        }
-        {
-            float sum = ssd_sum_quads(left, g);
-            if (q == 0) sh.sums[stage][W][g] = sum;
-        }
-        #pragma unroll
-        for (int p = 0; p < PB; p++) {
             const float from0 = begin0 < 0 ? exp2_unit(cs0) : 0.0f, from1 = begin1 < 0 ? exp2_unit(cs1) : 0.0f;
-            const uint32_t dy_p = ssd_address(dys[own][p]);
-            uint32_t a[4][4];
-            float v[8][4];
             #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                ssd_ldmatrix(a[k], ssd_piece(dy_p, 16 * w + lr, 2 * k + lc));
+            for (int n = 0; n < N / 16; n++) {
+                float s[2][4] = {};
                 #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    const float from = m % 2 ? from1 : from0;
-                    a[k][m] = scan_pack(scan_low(a[k][m]) * from, scan_high(a[k][m]) * from);
+                for (int k = 0; k < P / 16; k++) {
+                    uint32_t r[4];
+                    load_matrices_trans(r, &sh.before[16 * k + lr][16 * n + lc]);
+                    scan_mma_bf16(s[0], a[k], r[0], r[1]);
+                    scan_mma_bf16(s[1], a[k], r[2], r[3]);
+                }
+                #pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    const int col = 16 * n + 8 * m + 2 * q;
+                    float* to = sum[2 * n + m];
+                    s[m][0] *= from0; s[m][1] *= from0; s[m][2] *= from1; s[m][3] *= from1;
+                    to[0] += s[m][0]; to[1] += s[m][1]; to[2] += s[m][2]; to[3] += s[m][3];
+                    f0 = ssd_dot(*(const uint32_t*)&sh.Ct[r0][col], s[m][0], s[m][1], f0);
+                    f1 = ssd_dot(*(const uint32_t*)&sh.Ct[r1][col], s[m][2], s[m][3], f1);
                 }
             }
-            ssd_mma_begin();
-            #pragma unroll
-            for (int n = 0; n < NB; n++) {
-                ssd_multiply_rows(v, ssd_address(sh.Ct[own][n]), ssd_address(sh.before[p][n]), n == 0, w);
-                ssd_multiply_columns(dC[n], a, ssd_address(sh.before[p][n]), 4);
+            float through = 0.0f;
+            #pragma unroll 1
+            for (int i = w; i < P / 16; i += 4) {              // <Lambda, H>: the diagonal of Lambda H^T
+                float s[2][4] = {};
+                #pragma unroll
+                for (int k = 0; k < N / 16; k++) {
+                    uint32_t u[4], r[4];
+                    load_matrices(u, &sh.after[16 * i + lr][16 * k + lc]);
+                    load_matrices(r, &sh.before[16 * i + kr][16 * k + kc]);
+                    scan_mma_bf16(s[0], u, r[0], r[1]);
+                    scan_mma_bf16(s[1], u, r[2], r[3]);
+                }
+                if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
             }
-            ssd_mma_commit();
-            ssd_mma_wait<0>();
-            ssd_mma_done(v);
+            float all[8] = {f0 + f1, f0 + f1 + left1, f0 + f1 + left2, through, skip};
+            const float total = ssd_sum_quads(all, g);
+            if (q == 0) sh.sums[w][g] = total;
+            f0 = ssd_quad_sum(f0 + row0);
+            f1 = ssd_quad_sum(f1 + row1);
+            if (q == 0) { sh.line[w][g] = f0; sh.line[w][g + 8] = f1; }
+            running(sh.line[w], sh.rows + 16 * w, true);
+        } else {                                               // --- rows j: dBt; v and its sums; dx
+            const float cs0 = cs[r0], cs1 = cs[r1], dt0 = dts[r0], dt1 = dts[r1], end = cs[SSD_SPAN - 1];
+            const float to0 = r0 >= begin_end ? exp2_unit(end - cs0) : 0.0f;
+            const float to1 = r1 >= begin_end ? exp2_unit(end - cs1) : 0.0f;
+            float e0 = 0.0f, e1 = 0.0f, column0 = 0.0f, column1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
+            uint32_t xa[P / 16][4];
             #pragma unroll
-            for (int n = 0; n < NB; n++) ssd_mma_done(dC[n]);
-            float sum0 = 0.0f, sum1 = 0.0f;
-            ssd_dots(&sum0, &sum1, v, dy_p, w);
-            f0 = fmaf(from0, sum0, f0);
-            f1 = fmaf(from1, sum1, f1);
-        }
-        copy_async_wait(0);
-        ssd_shared_written();
-        __syncthreads();                                       // Lambda is there
-        float through = 0.0f;
-        for (int i = W; i < P / 16; i += WARPS) {              // <Lambda, H>: the diagonal of Lambda H^T
-            float s[2][4] = {};
+            for (int k = 0; k < P / 16; k++) load_matrices(xa[k], &sh.x[16 * w + lr][16 * k + lc]);
             #pragma unroll
-            for (int k = 0; k < N / 16; k++) {
-                uint32_t a[4], r[4];
-                ssd_ldmatrix(a, ssd_piece(ssd_address(sh.after[i / 4][k / 4]), i % 4 * 16 + lr, 2 * (k % 4) + lc));
-                ssd_ldmatrix(r, ssd_piece(ssd_address(sh.before[i / 4][k / 4]), i % 4 * 16 + kr, 2 * (k % 4) + kc));
-                scan_mma_bf16(s[0], a, r[0], r[1]);
-                scan_mma_bf16(s[1], a, r[2], r[3]);
+            for (int n = 0; n < N / 16; n++) {
+                float s[2][4] = {};
+                #pragma unroll
+                for (int k = 0; k < P / 16; k++) {
+                    uint32_t r[4];
+                    load_matrices_trans(r, &sh.after[16 * k + lr][16 * n + lc]);
+                    scan_mma_bf16(s[0], xa[k], r[0], r[1]);
+                    scan_mma_bf16(s[1], xa[k], r[2], r[3]);
+                }
+                #pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    float* to = sum[2 * n + m];
+                    to[0] = fmaf(to0 * dt0, s[m][0], to[0]); to[1] = fmaf(to0 * dt0, s[m][1], to[1]);
+                    to[2] = fmaf(to1 * dt1, s[m][2], to[2]); to[3] = fmaf(to1 * dt1, s[m][3], to[3]);
+                }
             }
-            if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+            #pragma unroll
+            for (int p0 = 0; p0 < P; p0 += 32) {               // 32 channels at a time
+                float v[4][4] = {};
+                #pragma unroll
+                for (int k = 0; k < N / 16; k++) {             // Lambda Bt
+                    uint32_t u[4];
+                    load_matrices(u, &sh.Bt[16 * w + lr][16 * k + lc]);
+                    #pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        uint32_t r[4];
+                        load_matrices(r, &sh.after[p0 + 16 * n + kr][16 * k + kc]);
+                        scan_mma_bf16(v[2 * n], u, r[0], r[1]);
+                        scan_mma_bf16(v[2 * n + 1], u, r[2], r[3]);
+                    }
+                }
+                // x of this lane's places: v[2 k], v[2 k + 1] lie where xa[k][0], [1] and [2], [3] do
+                auto dots = [&](float* sum0, float* sum1) {
+                    #pragma unroll
+                    for (int n = 0; n < 4; n++) {
+                        const uint32_t* x_n = &xa[p0 / 16 + n / 2][n % 2 * 2];
+                        *sum0 = ssd_dot(x_n[0], v[n][0], v[n][1], *sum0);
+                        *sum1 = ssd_dot(x_n[1], v[n][2], v[n][3], *sum1);
+                    }
+                };
+                #pragma unroll
+                for (int n = 0; n < 4; n++) { v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1; }
+                dots(&e0, &e1);
+                #pragma unroll 1
+                for (int I = 3; I >= w; I--) {                 // (G L)^T dy, the warp's own tokens last
+                    if (I == w) dots(&column0, &column1);
+                    uint32_t u[4];
+                    load_matrices_trans(u, &sh.gram[16 * I + kr][16 * w + kc]);
+                    #pragma unroll
+                    for (int m = 0; m < 4; m++) {              // u[m]: row j = r0 or r1, columns i, i + 1
+                        const float2 cs_i = *(const float2*)&cs[16 * I + 8 * (m / 2) + 2 * q];
+                        const float cs_j = m % 2 ? cs1 : cs0;
+                        u[m] = scan_pack(scan_low(u[m]) * exp2_unit(fminf(cs_i.x - cs_j, 0.0f)),
+                                         scan_high(u[m]) * exp2_unit(fminf(cs_i.y - cs_j, 0.0f)));
+                    }
+                    #pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        uint32_t r[4];
+                        load_matrices_trans(r, &sh.dy[16 * I + lr][p0 + 16 * n + lc]);
+                        scan_mma_bf16(v[2 * n], u, r[0], r[1]);
+                        scan_mma_bf16(v[2 * n + 1], u, r[2], r[3]);
+                    }
+                }
+                dots(&direct0, &direct1);
+                #pragma unroll
+                for (int n = 0; n < 4; n++) {                  // dx
+                    const int p = p0 + 8 * n + 2 * q;
+                    const float Da = Dskip[D_has_hdim ? h * P + p : h], Db = Dskip[D_has_hdim ? h * P + p + 1 : h];
+                    const uint32_t y0 = *(const uint32_t*)&sh.dy[r0][p], y1 = *(const uint32_t*)&sh.dy[r1][p];
+                    bf16* to = dx + r0 * lddx + h * P + p;
+                    if (r0 < count) *(uint32_t*)to = scan_pack(fmaf(dt0, v[n][0], Da * scan_low(y0)),
+                                                               fmaf(dt0, v[n][1], Db * scan_high(y0)));
+                    to += 8 * lddx;
+                    if (r1 < count) *(uint32_t*)to = scan_pack(fmaf(dt1, v[n][2], Da * scan_low(y1)),
+                                                               fmaf(dt1, v[n][3], Db * scan_high(y1)));
+                }
+            }
+            float v[8] = {column0, column1, direct0, direct1, e0, e1, 0.0f, 0.0f};
+            ssd_sum_quad(v, q);
+            if (q == 0) { sh.line[warp][g] = v[0] * dt0; sh.line[warp][g + 8] = v[1] * dt1; }
+            if (q == 1) { sh.direct[r0] = v[0]; sh.direct[r1] = v[1]; }
+            const float e = warp_sum(q == 2 ? v[0] * dt0 + v[1] * dt1 : 0.0f);
+            if (lane == 0) sh.e[w] = e;
+            running(sh.line[warp], sh.columns + 16 * w, false);
         }
         if (D_has_hdim) {
-            for (int p = threadIdx.x; p < P; p += Z::THREADS) {
-                float sum = 0.0f;
-                for (int t = 0; t < Q; t++) {
-                    const uint32_t y2 = *ssd_pair(dys[t / 64][p / 64], t % 64, p % 64 & ~1);
-                    const uint32_t x2 = *ssd_pair(xs[t / 64][p / 64], t % 64, p % 64 & ~1);
-                    sum += p & 1 ? scan_high(y2) * scan_high(x2) : scan_low(y2) * scan_low(x2);
-                }
-                sums[H + h * P + p] = sum;
+            for (int p = threadIdx.x; p < P; p += THREADS) {
+                float s = 0.0f;
+                for (int t = 0; t < SSD_SPAN; t++) s = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), s);
+                sums[H + h * P + p] = s;
             }
         }
-        __syncthreads();                                       // H is free, and x but for the warp's own rows
-        if (h + 1 < h1) {
-            load_state(sh.before, before + (h + 1) * PN);
-            load_rows(h + 1);
-            if (W == 0) decays_of(h + 1);
-        }
+        if (warp == 7 && h + 1 < h1) decays_of(h + 1);
+        __syncthreads();                                       // x, dy, H and Lambda are free
+        load_head(h + 1);
         copy_async_commit();
-        // --- rows j: dBt; v and its sums; dx
-        float e0 = 0.0f, e1 = 0.0f, column0 = 0.0f, column1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
-        const float dt0 = dts[t_0], dt1 = dts[t_1], end = cs[Q - 1];
-        const float to0 = t_0 >= begin_end ? exp2_unit(end - cs0) : 0.0f;
-        const float to1 = t_1 >= begin_end ? exp2_unit(end - cs1) : 0.0f;
-        #pragma unroll
-        for (int p = 0; p < PB; p++) {
-            const uint32_t x_p = ssd_address(xs[own][p]);
-            uint32_t a[4][4];
-            float v[8][4];
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                ssd_ldmatrix(a[k], ssd_piece(x_p, 16 * w + lr, 2 * k + lc));
-                #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    const float to = m % 2 ? to1 * dt1 : to0 * dt0;
-                    a[k][m] = scan_pack(scan_low(a[k][m]) * to, scan_high(a[k][m]) * to);
-                }
-            }
-            ssd_mma_begin();
-            #pragma unroll
-            for (int n = 0; n < NB; n++) {
-                ssd_multiply_rows(v, ssd_address(sh.Bt[own][n]), ssd_address(sh.after[p][n]), n == 0, w);
-                ssd_multiply_columns(dB[n], a, ssd_address(sh.after[p][n]), 4);
-            }
-            ssd_mma_commit();
-            ssd_mma_wait<0>();
-            ssd_mma_done(v);
-            #pragma unroll
-            for (int n = 0; n < NB; n++) ssd_mma_done(dB[n]);
-            #pragma unroll
-            for (int n = 0; n < 8; n++) { v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1; }
-            ssd_dots(&e0, &e1, v, x_p, w);
-            // (G L)^T, rows j of this warp, columns 16 k of tile I
-            auto decayed = [&](uint32_t (&r)[4], int I, int k) {
-                ssd_ldmatrix_transposed(r, ssd_piece(ssd_address(sh.gram[I + own]), 16 * k + kr, 2 * w + kc));
-                #pragma unroll
-                for (int m = 0; m < 4; m++) {                  // row j = t_0 or t_1, columns i, i + 1
-                    const float2 cs_i = *(const float2*)&cs[64 * I + 16 * k + 8 * (m / 2) + 2 * q];
-                    const float cs_j = m % 2 ? cs1 : cs0;
-                    r[m] = scan_pack(scan_low(r[m]) * exp2_unit(fminf(cs_i.x - cs_j, 0.0f)),
-                                     scan_high(r[m]) * exp2_unit(fminf(cs_i.y - cs_j, 0.0f)));
-                }
-            };
-            #pragma unroll
-            for (int I = GROUPS - 1; I >= 0; I--) {
-                if (I < own) break;
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    if (I > own || k > w) decayed(a[k], I, k);
-                    else a[k][0] = a[k][1] = a[k][2] = a[k][3] = 0;
-                }
-                ssd_mma_begin();
-                ssd_multiply_columns(v, a, ssd_address(dys[I][p]), 4);
-                ssd_mma_commit();
-                ssd_mma_wait<0>();
-                ssd_mma_done(v);
-            }
-            ssd_dots(&column0, &column1, v, x_p, w);
-            decayed(a[0], own, w);                             // the warp's own tokens
-            #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                uint32_t r[4];
-                ssd_ldmatrix_transposed(r, ssd_piece(ssd_address(dys[own][p]), 16 * w + lr, 2 * n + lc));
-                scan_mma_bf16(v[2 * n], a[0], r[0], r[1]);
-                scan_mma_bf16(v[2 * n + 1], a[0], r[2], r[3]);
-            }
-            ssd_dots(&direct0, &direct1, v, x_p, w);
-            #pragma unroll
-            for (int n = 0; n < 8; n++) {                      // dx, where x was
-                const int col = 8 * n + 2 * q, ch = min(64 * p + col, P - 2);
-                const float Da = Dskip[D_has_hdim ? h * P + ch : h], Db = Dskip[D_has_hdim ? h * P + ch + 1 : h];
-                const uint32_t y0 = *ssd_pair(dys[own][p], r0, col), y1 = *ssd_pair(dys[own][p], r1, col);
-                *ssd_pair(xs[own][p], r0, col) = scan_pack(fmaf(dt0, v[n][0], Da * scan_low(y0)),
-                                                           fmaf(dt0, v[n][1], Db * scan_high(y0)));
-                *ssd_pair(xs[own][p], r1, col) = scan_pack(fmaf(dt1, v[n][2], Da * scan_low(y1)),
-                                                           fmaf(dt1, v[n][3], Db * scan_high(y1)));
-            }
-            __syncwarp();
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const int row = 16 * w + 4 * k + lane / 8, col = lane % 8 * 8;
-                if (row < rows && 64 * p + col < P)
-                    scan_store16(dx + row * lddx + h * P + 64 * p + col, *(const uint4*)ssd_pair(xs[own][p], row, col));
-            }
-        }
-        // the warp's sums
-        float v[8] = {column0, column1, f0 + row0, f1 + row1, direct0, direct1, e0, e1};
-        ssd_sum_quad(v, q);
-        if (q == 0) { sh.column[W][g] = v[0] * dt0; sh.column[W][g + 8] = v[1] * dt1; }
-        if (q == 1) { sh.row[W][g] = v[0]; sh.row[W][g + 8] = v[1]; }
-        if (q == 2) { sh.direct[t_0] = v[0]; sh.direct[t_1] = v[1]; }
-        float all[8] = {q == 3 ? v[0] * dt0 + v[1] * dt1 : 0.0f, f0 + f1, through};
-        const float sum = ssd_sum_quads(all, g);
-        if (q == 0) sh.sums[stage][W][SSD_SUM_E + g] = sum;
-        __syncwarp();
-        {   // lanes 0..15: what columns before m add; lanes 31..16, from right to left: rows from m on
-            const int m = lane < 16 ? lane : 31 - lane;
-            float s = lane < 16 ? sh.column[W][m] : sh.row[W][m];
-            #pragma unroll
-            for (int step = 1; step < 16; step *= 2) {
-                float left_ = __shfl_up_sync(0xffffffffu, s, step, 16);
-                if ((lane & 15) >= step) s += left_;
-            }
-            float columns = __shfl_up_sync(0xffffffffu, s, 1, 16), rows_ = __shfl_xor_sync(0xffffffffu, s, 31);
-            if (lane < 16) sh.dalpha[16 * W + m] = sh.inner[W][m] + (m > 0 ? columns : 0.0f) + rows_;
-        }
+        if (warp == 4) finish(h);
     }
-    __syncthreads();
-    if (W == 1 && h1 > h0) finish(h1 - 1);
 
     // what dG adds
-    #pragma unroll
-    for (int J = 0; J < GROUPS; J++) {
-        if (J > own) break;
-        uint32_t a[4][4];
+    #pragma unroll 1
+    for (int J = 0; J <= w && warp < 4; J++) {
+        uint32_t a[4];
         #pragma unroll
-        for (int k = 0; k < 8; k++) {
-            const bool there = J < own || k / 2 <= w;
-            const float4 v = there ? sh.dgram[W * (W + 1) + 8 * J + k][lane] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            const int col = 8 * k + 2 * q, j = 64 * J + col;
-            const uint32_t v0 = scan_pack(j <= t_0 && j >= begin0 ? v.x : 0.0f, j + 1 <= t_0 && j + 1 >= begin0 ? v.y : 0.0f);
-            const uint32_t v1 = scan_pack(j <= t_1 && j >= begin1 ? v.z : 0.0f, j + 1 <= t_1 && j + 1 >= begin1 ? v.w : 0.0f);
-            a[k / 2][k % 2 * 2] = v0;
-            a[k / 2][k % 2 * 2 + 1] = v1;
-            *ssd_pair(sh.gram[own + J], r0, col) = v0;
-            *ssd_pair(sh.gram[own + J], r1, col) = v1;
+        for (int n = 0; n < 2; n++) {
+            const float4 v = sh.dgram[w * (w + 1) + 2 * J + n][lane];
+            const int j = 16 * J + 8 * n + 2 * q;
+            a[2 * n] = scan_pack(j <= r0 && j >= begin0 ? v.x : 0.0f, j + 1 <= r0 && j + 1 >= begin0 ? v.y : 0.0f);
+            a[2 * n + 1] = scan_pack(j <= r1 && j >= begin1 ? v.z : 0.0f, j + 1 <= r1 && j + 1 >= begin1 ? v.w : 0.0f);
+            *(uint32_t*)&sh.gram[r0][j] = a[2 * n];
+            *(uint32_t*)&sh.gram[r1][j] = a[2 * n + 1];
         }
-        ssd_mma_begin();
         #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_multiply_columns(dC[n], a, ssd_address(sh.Bt[J][n]), 4);
-        ssd_mma_commit();
-        ssd_mma_wait<0>();
-        #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_mma_done(dC[n]);
+        for (int n = 0; n < N / 16; n++) {
+            uint32_t r[4];
+            load_matrices_trans(r, &sh.Bt[16 * J + lr][16 * n + lc]);
+            scan_mma_bf16(sum[2 * n], a, r[0], r[1]);
+            scan_mma_bf16(sum[2 * n + 1], a, r[2], r[3]);
+        }
     }
     __syncthreads();
-    #pragma unroll
-    for (int I = GROUPS - 1; I >= 0; I--) {
-        if (I < own) break;
-        uint32_t a[4][4];
+    #pragma unroll 1
+    for (int I = w; I < 4 && warp >= 4; I++) {
+        uint32_t a[4];
+        load_matrices_trans(a, &sh.gram[16 * I + kr][16 * w + kc]);
         #pragma unroll
-        for (int k = 0; k < 4; k++)
-            ssd_ldmatrix_transposed(a[k], ssd_piece(ssd_address(sh.gram[I + own]), 16 * k + kr, 2 * w + kc));
-        ssd_mma_begin();
-        #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_multiply_columns(dB[n], a, ssd_address(sh.Ct[I][n]), 4);
-        ssd_mma_commit();
-        ssd_mma_wait<0>();
-        #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_mma_done(dB[n]);
+        for (int n = 0; n < N / 16; n++) {
+            uint32_t r[4];
+            load_matrices_trans(r, &sh.Ct[16 * I + lr][16 * n + lc]);
+            scan_mma_bf16(sum[2 * n], a, r[0], r[1]);
+            scan_mma_bf16(sum[2 * n + 1], a, r[2], r[3]);
+        }
     }
+    bf16* out = warp < 4 ? dCt : dBt;
     #pragma unroll
     for (int k = 0; k < 2; k++) {
-        const int row = k ? t_1 : t_0;
+        const int row = k ? r1 : r0;
         if (row >= count) continue;
         const size_t m = b * T + t0 + row;
-        float* to = dBC + ((part * B * T + m) * G + group) * 2 * N + 2 * q;
+        float* to = dBC + ((part * B * T + m) * G + group) * 2 * N + (warp < 4 ? N : 0) + 2 * q;
         #pragma unroll
         for (int n = 0; n < N / 8; n++) {
-            const float *B_n = dB[n / 8][n % 8] + 2 * k, *C_n = dC[n / 8][n % 8] + 2 * k;
-            if (dBC) {
-                *(float2*)(to + 8 * n) = make_float2(B_n[0], B_n[1]);
-                *(float2*)(to + N + 8 * n) = make_float2(C_n[0], C_n[1]);
-            } else {
-                const size_t at = m * lddbc + group * N + 8 * n + 2 * q;
-                *(uint32_t*)(dBt + at) = scan_pack(B_n[0], B_n[1]);
-                *(uint32_t*)(dCt + at) = scan_pack(C_n[0], C_n[1]);
-            }
+            if (dBC) *(float2*)(to + 8 * n) = make_float2(sum[n][2 * k], sum[n][2 * k + 1]);
+            else *(uint32_t*)(out + m * lddbc + group * N + 8 * n + 2 * q) = scan_pack(sum[n][2 * k], sum[n][2 * k + 1]);
         }
     }
 }
 
 // --- launchers ----------------------------------------------------------------------------------------
 
-// blocks that fill the chip: the processors of an H200
-enum { SSD_BACKWARD_BLOCKS = 132 };
+// blocks that fill the chip: two on each of the 132 processors of an H200
+enum { SSD_BACKWARD_BLOCKS = 264 };
 
 // SsdBackwardPlan: how the launcher cuts the work, and what it keeps in scratch, in floats
 struct SsdBackwardPlan {
@@ -5289,9 +5236,8 @@ static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, s
                                                 size_t N) {
     SsdBackwardPlan s;
     const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N, half = fast ? 2 : 1;   // bf16, float states
-    const size_t Q = fast && P <= 64 ? 128 : 64;
     s.round = tokens / T < 1 ? 1 : tokens / T < B ? tokens / T : B;
-    s.tiles = (T + Q - 1) / Q;
+    s.tiles = (T + SSD_SPAN - 1) / SSD_SPAN;
     s.saved = (T + SSD_SPACING - 1) / SSD_SPACING;
     size_t walks = SSD_BACKWARD_BLOCKS / (s.round * H);
     walks = !fast || walks < 1 ? 1 : walks < s.saved ? walks : s.saved;
@@ -5309,13 +5255,6 @@ static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, s
     s.sums = take(B * s.tiles * (H + H * P));
     s.floats = at;
     return s;
-}
-
-// floats of scratch
-size_t ssd_backward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
-    size_t fast = ssd_backward_plan(true, B, T, H, P, G, N).floats;
-    size_t general = ssd_backward_plan(false, B, T, H, P, G, N).floats;
-    return fast > general ? fast : general;
 }
 
 // what both paths need for sequences b..b+n-1; X = bf16 in the fast one
@@ -5358,26 +5297,25 @@ static void ssd_backward_general(const SsdBackwardRound<X>& r, const SsdBackward
 template <int P, int N>
 static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackwardShape& a,
                               const SsdBackwardPlan& s, float* scratch, cudaStream_t stream) {
-    typedef SsdBackwardSize<P, N> Z;
     bf16 *before = (bf16*)(scratch + s.before), *after = (bf16*)(scratch + s.after);
     float *local = s.walks > 1 ? scratch + s.local : NULL, *decays = scratch + s.decays;
     float* dBC = s.parts > 1 ? scratch + s.dBC : NULL;
     const size_t T = a.T, H = a.H, G = a.G;
     const size_t walk_bytes = sizeof(SsdWalkShared<P, N>), tile_bytes = sizeof(SsdBackwardShared<P, N>);
-    scan_allow_shared(ssd_walk_kernel<P, N, true>, walk_bytes);
-    scan_allow_shared(ssd_walk_kernel<P, N, false>, walk_bytes);
+    scan_allow_shared(ssd_walk_local_kernel<P, N>, walk_bytes);
+    scan_allow_shared(ssd_walk_kernel<P, N>, walk_bytes);
     scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
-    const unsigned lefts = (unsigned)(r.n * H * s.walks), rights = T > Z::Q ? (unsigned)(r.n * H * s.saved) : 0;
+    const unsigned lefts = (unsigned)(r.n * H * s.walks), rights = T > SSD_SPAN ? (unsigned)(r.n * H * s.saved) : 0;
     const SsdWalks walks = {before, after, r.dh0, local, decays, r.states, r.x, r.dy, r.Bt, r.Ct, r.dhT, r.dt,
                             a.A_log, r.doc, a.ldx, a.ldbc, T, H, G, (int)lefts, (int)s.walks, (int)s.each,
                             (int)s.saved};
     if (local) {
-        ssd_walk_kernel<P, N, true><<<lefts + rights, 128 * Z::PB, walk_bytes, stream>>>(walks);
+        ssd_walk_local_kernel<P, N><<<lefts, P <= 64 ? 128 : 256, walk_bytes, stream>>>(walks);
         cudaCheck(cudaGetLastError());
     }
-    ssd_walk_kernel<P, N, false><<<local ? lefts : lefts + rights, 128 * Z::PB, walk_bytes, stream>>>(walks);
+    ssd_walk_kernel<P, N><<<lefts + rights, P <= 64 ? 128 : 256, walk_bytes, stream>>>(walks);
     cudaCheck(cudaGetLastError());
-    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), Z::THREADS, tile_bytes, stream>>>(
+    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), 8 * WARP, tile_bytes, stream>>>(
         r.dx, a.lddx, r.ddt, r.dBt, r.dCt, a.lddbc, dBC, r.sums, a.n_sums, r.states, before, after, r.dy, r.x,
         a.ldx, r.dt, a.A_log, r.Bt, r.Ct, a.ldbc, a.Dskip, a.D_has_hdim, r.doc, r.n, T, (int)H, (int)G,
         (int)s.parts);
@@ -5388,11 +5326,11 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     cudaCheck(cudaGetLastError());
 }
 
-// the fast path's launcher for these sizes, NULL: there is none, or the GPU has too little shared memory
+// the fast path's launcher for these sizes; NULL: there is none, or the GPU has too little shared memory
 typedef void (*SsdBackwardFast)(const SsdBackwardRound<bf16>&, const SsdBackwardShape&, const SsdBackwardPlan&,
                                 float*, cudaStream_t);
 static inline SsdBackwardFast ssd_backward_fast_of(size_t P, size_t N) {
-    struct { size_t P, N, bytes; SsdBackwardFast launch; } paths[] = {
+    static const struct { size_t P, N, bytes; SsdBackwardFast launch; } paths[] = {
         {32, 64, sizeof(SsdBackwardShared<32, 64>), ssd_backward_fast<32, 64>},
         {32, 128, sizeof(SsdBackwardShared<32, 128>), ssd_backward_fast<32, 128>},
         {64, 64, sizeof(SsdBackwardShared<64, 64>), ssd_backward_fast<64, 64>},
@@ -5406,6 +5344,13 @@ static inline SsdBackwardFast ssd_backward_fast_of(size_t P, size_t N) {
     for (size_t i = 0; i < sizeof paths / sizeof paths[0]; i++)
         if (paths[i].P == P && paths[i].N == N && paths[i].bytes <= (size_t)bytes) return paths[i].launch;
     return NULL;
+}
+
+// floats of scratch
+size_t ssd_backward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    size_t general = ssd_backward_plan(false, B, T, H, P, G, N).floats;
+    size_t fast = ssd_backward_plan(true, B, T, H, P, G, N).floats;
+    return fast > general ? fast : general;
 }
 
 // ssd_backward_cuda: formulas at the top of this section. dy (B,T,H,P) is the gradient of y.
