@@ -780,7 +780,7 @@ static const SsdShape ssd_backward_shapes[] = {
     {1, 128, 3, 64, 1, 128, 8, 0, false, false, 6, 0, 0, 0, " large dt"},
     {1, 300, 3, 64, 1, 128, 8, 0, true, false, 3, 12, 0, 0, " dt near 12"},
     {2, 500, 3, 64, 1, 128, 8, -1, true, false, 1, -8, 0, 0, " dt near 0"},
-    {1, 1500, 2, 64, 1, 128, 8, -1, true, false, 1, -3, -9, 0, " slow decay"},
+    {1, 1000, 16, 64, 2, 128, 8, -1, true, false, 1, -3, -9, 0, " slow decay"},
     {2, 100, 3, 64, 1, 128, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
     {2, 100, 3, 12, 1, 9, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
     {1, 600, 2, 32, 1, 64, 8, 0, true, false, 1, -4, -2, 0, " walks in parts"},
