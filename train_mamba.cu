@@ -264,18 +264,23 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     memset(p, 0, sizeof *p);
     p->key = *key;
     // fp32, for exact comparison: an output row has the bits that it has without the other rows. So the
-    // algorithm of a linear layer's forward is that for 128 rows, however many there are.
-    bool forward = key->op_a == CUBLAS_OP_T && key->op_b == CUBLAS_OP_N;
-    bool fixed = key->type_ab == CUDA_R_32F && forward;
-    if (fixed) p->key.N = 128;
+    // algorithm of a linear layer's forward is that for 128 rows, however many there are, if it can do them.
     cublasLtMatmulHeuristicResult_t result;
-    matmul_candidates(mm, p, &result, 1);
-    p->algo = result.algo;
-    if (fixed) {
-        uint64_t rows = p->key.N = key->N;
+    if (key->type_ab == CUDA_R_32F && key->op_a == CUBLAS_OP_T && key->op_b == CUBLAS_OP_N) {
+        const uint64_t rows = key->N;
+        p->key.N = 128;
+        matmul_candidates(mm, p, &result, 1);
+        p->key.N = key->N;
+        p->algo = result.algo;
         cublasCheck(cublasLtMatrixLayoutSetAttribute(p->b, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
         cublasCheck(cublasLtMatrixLayoutSetAttribute(p->c, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
+        if (cublasLtMatmulAlgoCheck(mm->handle, p->desc, p->a, p->b, p->c, p->c, &p->algo, &result) ==
+                CUBLAS_STATUS_SUCCESS &&
+            result.workspaceSize <= MATMUL_WORKSPACE)
+            return p;
     }
+    matmul_candidates(mm, p, &result, 1);
+    p->algo = result.algo;
     matmul_overlap_output(mm, p);
     return p;
 }
