@@ -778,7 +778,7 @@ static const SsdShape ssd_backward_shapes[] = {
     {1, 200, 3, 64, 1, 128, 8, 0, true, false, 1, -3, 0, 1, " misaligned"},
     {2, 200, 3, 64, 1, 128, 4, 0, true, false, 1, -3, 0, 0, " rows misaligned"},
     {1, 128, 3, 64, 1, 128, 8, 0, false, false, 6, 0, 0, 0, " large dt"},
-    {1, 300, 3, 64, 1, 128, 8, 0, true, false, 3, 12, 0, 0, " dt near 12"},
+    {1, 600, 16, 64, 2, 128, 8, 0, true, false, 3, 12, 0, 0, " dt near 12"},
     {2, 500, 3, 64, 1, 128, 8, -1, true, false, 1, -8, 0, 0, " dt near 0"},
     {1, 1000, 16, 64, 2, 128, 8, -1, true, false, 1, -3, -9, 0, " slow decay"},
     {2, 100, 3, 64, 1, 128, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
