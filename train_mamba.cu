@@ -4213,9 +4213,9 @@ enum { SSD_SPAN = 64, SSD_PER_SAVED = SSD_SPACING / SSD_SPAN, SSD_ROUND = 16384 
 // log2 of a decay that is 0 in float. Nothing smaller is added to cs: its digits are needed for what follows
 #define SSD_GONE -130.0f
 
-// SsdTokens: the decays of a tile. from_i = exp(cs_i): what is left at i of the state before the tile, 0 when a
-// document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds; all:
-// from before the tile to after it. cs is in base 2.
+// SsdTokens: the decays of a tile. from_i = exp(cs_i): what is left at i of the state before the tile, 0 when
+// a document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds;
+// all: from before the tile to after it. cs is in base 2.
 struct alignas(16) SsdTokens {
     float cs[SSD_SPAN], dt[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
     float all;
@@ -4339,7 +4339,8 @@ __device__ __forceinline__ void ssd_product(float (&acc)[4][4], SsdBackward& sh,
 }
 
 // sums[i] += sum_j acc_ij v(i,j)
-template <typename V> __device__ __forceinline__ void ssd_row_dots(float* sums, const float (&acc)[4][4], V v) {
+template <typename V>
+__device__ __forceinline__ void ssd_row_dots(float* sums, const float (&acc)[4][4], V v) {
     const int i0 = 4 * (threadIdx.x / 16), j0 = 4 * (threadIdx.x % 16);
     #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -4354,19 +4355,20 @@ template <typename V> __device__ __forceinline__ void ssd_row_dots(float* sums, 
 
 template <typename X>
 __global__ void __launch_bounds__(256)
-ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, size_t n_sums, const float* before,
-                    const float* after, const X* dy, const X* x, size_t ldx, const float* dt,
-                    const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
+ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, size_t n_sums,
+                    const float* before, const float* after, const X* dy, const X* x, size_t ldx,
+                    const float* dt, const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
                     bool D_has_hdim, const int* doc, size_t T, size_t H, size_t P, size_t G, size_t N) {
     extern __shared__ __align__(128) char shared[];
     SsdBackward& sh = *(SsdBackward*)shared;
     const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP, i0 = 4 * (tid / 16), j0 = 4 * (tid % 16);
-    const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, b = blockIdx.x / tiles, t0 = blockIdx.x % tiles * SSD_SPAN;
-    const size_t h = blockIdx.y, E = H * P;
+    const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, b = blockIdx.x / tiles;
+    const size_t t0 = blockIdx.x % tiles * SSD_SPAN, h = blockIdx.y, E = H * P;
     const int count = T - t0 < SSD_SPAN ? (int)(T - t0) : SSD_SPAN;
     const float A2 = scan_decay(A_log[h]);
     const X *x_h = x + (b * T + t0) * ldx + h * P, *dy_h = dy + (b * T + t0) * E + h * P;
-    const X *Bt_h = Bt + (b * T + t0) * ldbc + h * G / H * N, *Ct_h = Ct + (b * T + t0) * ldbc + h * G / H * N;
+    const size_t at_bc = (b * T + t0) * ldbc + h * G / H * N;
+    const X *Bt_h = Bt + at_bc, *Ct_h = Ct + at_bc;
     X* dx_h = dx + (b * T + t0) * lddx + h * P;
     before += (blockIdx.x * H + h) * P * N;
     after += (blockIdx.x * H + h) * P * N;
@@ -4535,7 +4537,8 @@ static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t 
     return lambda ? b * tiles + c : b * (tiles - saved) + c - c / SSD_PER_SAVED - 1;
 }
 
-// 64 rows of COLS bf16 into shared memory, rows 16 bytes apart, by THREADS threads; zeros beyond the last token
+// 64 rows of COLS bf16 into shared memory, 16 bytes between them, by THREADS threads; zeros beyond the last
+// token
 template <int COLS, int THREADS>
 __device__ __forceinline__ void ssd_copy_rows(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
     #pragma unroll
@@ -4563,8 +4566,8 @@ template <int P, int N> struct SsdWalkShared {
 
 // SsdWalks: what the walks need. Walks to the left begin at dhT (or NULL: 0) and cover `each` pieces of 64
 // tokens. Where that is less than a sequence they need what comes from the right, and are made twice:
-//   LOCAL true     write local (B,walks,H,P,N), the state after the walk's first piece as if nothing came from
-//                  the right, and decays (B,walks,H), from the walk's end to its beginning
+//   LOCAL true     write local (B,walks,H,P,N), the state after the walk's first piece as if nothing came
+//                  from the right, and decays (B,walks,H), from the walk's end to its beginning
 //   LOCAL false    begin with what these make
 struct SsdWalks {
     bf16 *before, *after;
@@ -4602,12 +4605,12 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
             const int count = (int)(T - t0 < 64 ? T - t0 : 64), stage = k % SSD_WALK_STAGES;
             #pragma unroll
             for (int p = 0; p < PB; p++)
-                ssd_load_tile<THREADS>(ssd_address(sh.rows[stage][p]), rows + t0 * ldr + 64 * p, ldr, count, P - 64 * p,
-                                       threadIdx.x);
+                ssd_load_tile<THREADS>(ssd_address(sh.rows[stage][p]), rows + t0 * ldr + 64 * p, ldr, count,
+                                       P - 64 * p, threadIdx.x);
             #pragma unroll
             for (int n = 0; n < NB; n++)
-                ssd_load_tile<THREADS>(ssd_address(sh.cols[stage][n]), cols + t0 * ldc + 64 * n, ldc, count, 64,
-                                       threadIdx.x);
+                ssd_load_tile<THREADS>(ssd_address(sh.cols[stage][n]), cols + t0 * ldc + 64 * n, ldc, count,
+                                       64, threadIdx.x);
         }
         copy_async_commit();
     };
@@ -4632,7 +4635,7 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
     tokens(0);
     load_dt(1);
 
-    float S[NB][8][4], decay = 1.0f;                           // rows r0, r0 + 8, columns 64 n + 8 i + 2 q, + 1
+    float S[NB][8][4], decay = 1.0f;  // rows r0, r0 + 8, columns 64 n + 8 i + 2 q, + 1
     const int r0 = 64 * own + 16 * w + g;
     const size_t PN = P * N, mine = (size_t)r0 * N + 2 * q;
     const bool inside = P >= 64 || r0 < P;                     // for P < 64: the other rows are 0
@@ -4649,7 +4652,8 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
         // dhT enters the last walk; every other one gets what the one to its right leaves
         const bool start = k == walk;
         if (start && (walk < walks - 1 || !a.dhT)) break;
-        const float* from = (start ? a.dhT + (b * H + h) * PN : a.local + ((b * walks + k) * H + h) * PN) + mine;
+        const float* from = mine + (start ? a.dhT + (b * H + h) * PN
+                                          : a.local + ((b * walks + k) * H + h) * PN);
         const float keep = start ? 0.0f : a.decays[(b * walks + k) * H + h];
         #pragma unroll
         for (int i = 0; i < N / 8; i++) {
@@ -4672,8 +4676,9 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
         #pragma unroll
         for (int v = lane; v < 16 * N / 8; v += WARP) {
             const int row = 16 * w + v / (N / 8), col = v % (N / 8) * 8;
-            if (P >= 64 || row < P)
-                scan_store16(to + (64 * own + row) * N + col, *(const uint4*)ssd_pair(sh.out[own][col / 64], row, col % 64));
+            if (P < 64 && row >= P) continue;
+            scan_store16(to + (64 * own + row) * N + col,
+                         *(const uint4*)ssd_pair(sh.out[own][col / 64], row, col % 64));
         }
         __syncwarp();
     };
@@ -4693,7 +4698,8 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
         uint32_t m[4][4];                                      // rows of the state, columns: 16 tokens each
         #pragma unroll
         for (int i = 0; i < 4; i++) {
-            ssd_ldmatrix_transposed(m[i], ssd_piece(ssd_address(sh.rows[stage][own]), 16 * i + kr, 2 * w + kc));
+            ssd_ldmatrix_transposed(m[i],
+                                    ssd_piece(ssd_address(sh.rows[stage][own]), 16 * i + kr, 2 * w + kc));
             #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int t = 16 * i + 8 * (j / 2) + 2 * q;    // what is left of tokens t, t + 1 at the end
@@ -4762,7 +4768,7 @@ template <int P, int N> struct SsdBackwardShared {
     bf16 x[SSD_SPAN][P + 8], dy[SSD_SPAN][P + 8];              // x: later dx
     bf16 before[P][N + 8], after[P][N + 8];                    // H, Lambda
     bf16 gram[SSD_SPAN][SSD_SPAN + 8];                         // G, 0 where L is; in the end dG
-    float4 dgram[20][WARP];                                    // dG: as the tensor core leaves it, 16 x 8 each
+    float4 dgram[20][WARP];  // dG: as the tensor core leaves it, 16 x 8 each
     SsdTokens tokens[2];
     int begin[SSD_SPAN];
     float dalpha[SSD_SPAN], direct[SSD_SPAN];
@@ -4802,8 +4808,8 @@ __device__ __forceinline__ float ssd_sum_quads(float* v, int g) {
     return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 1);
 }
 
-// ssd_inner_pairs: line[m] = sum_{i >= m, j < m} W_ij, i, j, m < 16, of W as the tensor core leaves it: w0 its
-// first 8 columns, w1 the others
+// ssd_inner_pairs: line[m] = sum_{i >= m, j < m} W_ij, i, j, m < 16, of W as the tensor core leaves it: w0
+// its first 8 columns, w1 the others
 __device__ __forceinline__ void ssd_inner_pairs(float* line, float* w0, float* w1, int g, int q, int lane) {
     if (g == 2 * q) w0[0] = w1[2] = 0.0f;                      // the diagonal
     if (g == 2 * q + 1) w0[1] = w1[3] = 0.0f;
@@ -4850,10 +4856,10 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
     SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
     const int r0 = 16 * w + g, r1 = r0 + 8;
-    // where a lane points to for a 16 x 16 operand; A (16 x 16) is m x k, B (16 x 16: two of 8 columns) is k x n:
+    // where a lane points to for an operand; A (16 x 16) is m x k, B (16 x 16: two of 8 columns) is k x n:
     //   A from rows m: load_matrices at [lr][lc]          A from rows k: load_matrices_trans at [kr][kc]
     //   B from rows n: load_matrices at [kr][kc]          B from rows k: load_matrices_trans at [lr][lc]
-    const int lr = lane & 15, lc = (lane >> 4) * 8, kr = (lane & 7) + (lane >> 4) * 8, kc = (lane >> 3 & 1) * 8;
+    const int lr = lane & 15, lc = (lane >> 4) * 8, kr = (lane & 7) + lc, kc = (lane >> 3 & 1) * 8;
     const int tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN), part = blockIdx.x % parts;
     const int group = blockIdx.x / parts % G, c = blockIdx.x / parts / G % tiles;
     const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_SPAN, E = (size_t)H * P;
@@ -4968,7 +4974,8 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                     float4* to = &sh.dgram[w * (w + 1) + 2 * J + n][lane];
                     float4 v = *to;
                     *to = make_float4(v.x + s[n][0], v.y + s[n][1], v.z + s[n][2], v.w + s[n][3]);
-                    const uint32_t g0 = *(const uint32_t*)&sh.gram[r0][j], g1 = *(const uint32_t*)&sh.gram[r1][j];
+                    const uint32_t g0 = *(const uint32_t*)&sh.gram[r0][j];
+                    const uint32_t g1 = *(const uint32_t*)&sh.gram[r1][j];
                     W[n][0] = scan_low(g0) * s[n][0]; W[n][1] = scan_high(g0) * s[n][1];
                     W[n][2] = scan_low(g1) * s[n][2]; W[n][3] = scan_high(g1) * s[n][3];
                 }
@@ -5020,7 +5027,8 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         if (D_has_hdim) {
             for (int p = threadIdx.x; p < P; p += 4 * WARP) {
                 float sum = 0.0f;
-                for (int t = 0; t < SSD_SPAN; t++) sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
+                for (int t = 0; t < SSD_SPAN; t++)
+                    sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
                 sums[H + h * P + p] = sum;
             }
         }
@@ -5083,7 +5091,9 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                     }
                 };
                 #pragma unroll
-                for (int n = 0; n < WIDTH / 8; n++) { v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1; }
+                for (int n = 0; n < WIDTH / 8; n++) {
+                    v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1;
+                }
                 dots(&e0, &e1);
                 #pragma unroll
                 for (int I = 3; I >= 0; I--) {                 // (G L)^T dy, the warp's own tokens last
@@ -5114,7 +5124,8 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                     #pragma unroll
                     for (int n = 0; n < 2; n++) {
                         const int p = p0 + 16 * k + 8 * n + 2 * q;
-                        const float Da = Dskip[D_has_hdim ? h * P + p : h], Db = Dskip[D_has_hdim ? h * P + p + 1 : h];
+                        const float Da = Dskip[D_has_hdim ? h * P + p : h];
+                        const float Db = Dskip[D_has_hdim ? h * P + p + 1 : h];
                         const float* s = v[2 * k + n];
                         const uint32_t y0 = dy_k[2 * n], y1 = dy_k[2 * n + 1];
                         *(uint32_t*)&sh.x[r0][p] = scan_pack(fmaf(dt0, s[0], Da * scan_low(y0)),
@@ -5140,7 +5151,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         if (q == 0) { sh.column[w][g] = v[0] * dt0; sh.column[w][g + 8] = v[1] * dt1; }
         if (q == 1) { sh.row[w][g] = v[0]; sh.row[w][g + 8] = v[1]; }
         if (q == 2) { sh.direct[r0] = v[0]; sh.direct[r1] = v[1]; }
-        float all[8] = {q == 3 ? v[0] * dt0 + v[1] * dt1 : 0.0f, left[0], left[1], left[2], through, skip, 0.0f, 0.0f};
+        float all[8] = {q == 3 ? v[0] * dt0 + v[1] * dt1 : 0.0f, left[0], left[1], left[2], through, skip};
         float sum = ssd_sum_quads(all, g);
         if (q == 0) sh.sums[w][g] = sum;
         __syncwarp();
@@ -5197,8 +5208,10 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         for (int n = 0; n < 2; n++) {
             const float4 v = sh.dgram[w * (w + 1) + 2 * J + n][lane];
             const int j = 16 * J + 8 * n + 2 * q;
-            a[2 * n] = scan_pack(j <= r0 && j >= begin0 ? v.x : 0.0f, j + 1 <= r0 && j + 1 >= begin0 ? v.y : 0.0f);
-            a[2 * n + 1] = scan_pack(j <= r1 && j >= begin1 ? v.z : 0.0f, j + 1 <= r1 && j + 1 >= begin1 ? v.w : 0.0f);
+            a[2 * n] = scan_pack(j <= r0 && j >= begin0 ? v.x : 0.0f,
+                                 j + 1 <= r0 && j + 1 >= begin0 ? v.y : 0.0f);
+            a[2 * n + 1] = scan_pack(j <= r1 && j >= begin1 ? v.z : 0.0f,
+                                     j + 1 <= r1 && j + 1 >= begin1 ? v.w : 0.0f);
             *(uint32_t*)&sh.gram[r0][j] = a[2 * n];
             *(uint32_t*)&sh.gram[r1][j] = a[2 * n + 1];
         }
@@ -5258,7 +5271,8 @@ struct SsdBackwardPlan {
 static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, size_t H, size_t P, size_t G,
                                                 size_t N) {
     SsdBackwardPlan s;
-    const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N, half = fast ? 2 : 1;   // bf16, float states
+    const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N;
+    const size_t half = fast ? 2 : 1;                          // states are bf16, float
     s.round = tokens / T < 1 ? 1 : tokens / T < B ? tokens / T : B;
     s.tiles = (T + SSD_SPAN - 1) / SSD_SPAN;
     s.saved = (T + SSD_SPACING - 1) / SSD_SPACING;
@@ -5302,18 +5316,21 @@ static void ssd_backward_general(const SsdBackwardRound<X>& r, const SsdBackward
     float *before = scratch + s.before, *after = scratch + s.after, *dBC = scratch + s.dBC;
     const unsigned blocks = (unsigned)((a.P * a.N + 255) / 256), H = (unsigned)a.H;
     ssd_states_kernel<X, false><<<dim3(blocks, H, (unsigned)(r.n * s.saved)), 256, 0, stream>>>(
-        before, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, a.T, a.H, a.P, a.G, a.N);
+        before, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, a.T, a.H, a.P, a.G,
+        a.N);
     cudaCheck(cudaGetLastError());
     ssd_states_kernel<X, true><<<dim3(blocks, H, (unsigned)r.n), 256, 0, stream>>>(
-        after, r.dh0, NULL, r.dhT, r.dy, a.H * a.P, r.Ct, a.ldbc, r.dt, a.A_log, r.doc, a.T, a.H, a.P, a.G, a.N);
+        after, r.dh0, NULL, r.dhT, r.dy, a.H * a.P, r.Ct, a.ldbc, r.dt, a.A_log, r.doc, a.T, a.H, a.P, a.G,
+        a.N);
     cudaCheck(cudaGetLastError());
     scan_allow_shared(ssd_backward_kernel<X>, sizeof(SsdBackward));
     ssd_backward_kernel<X><<<dim3((unsigned)(r.n * s.tiles), H), 256, sizeof(SsdBackward), stream>>>(
-        r.dx, a.lddx, r.ddt, dBC, r.sums, a.n_sums, before, after, r.dy, r.x, a.ldx, r.dt, a.A_log, r.Bt, r.Ct,
-        a.ldbc, a.Dskip, a.D_has_hdim, r.doc, a.T, a.H, a.P, a.G, a.N);
+        r.dx, a.lddx, r.ddt, dBC, r.sums, a.n_sums, before, after, r.dy, r.x, a.ldx, r.dt, a.A_log, r.Bt,
+        r.Ct, a.ldbc, a.Dskip, a.D_has_hdim, r.doc, a.T, a.H, a.P, a.G, a.N);
     cudaCheck(cudaGetLastError());
     ssd_sum_parts_kernel<X><<<(unsigned)((r.n * a.T * a.G * 2 * a.N + 255) / 256), 256, 0, stream>>>(
-        r.dBt, r.dCt, a.lddbc, dBC, a.H / a.G, 2 * a.N, a.H * 2 * a.N, a.H / a.G * 2 * a.N, r.n * a.T, a.G, a.N);
+        r.dBt, r.dCt, a.lddbc, dBC, a.H / a.G, 2 * a.N, a.H * 2 * a.N, a.H / a.G * 2 * a.N, r.n * a.T, a.G,
+        a.N);
     cudaCheck(cudaGetLastError());
 }
 
@@ -5328,7 +5345,8 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     scan_allow_shared(ssd_walk_local_kernel<P, N>, walk_bytes);
     scan_allow_shared(ssd_walk_kernel<P, N>, walk_bytes);
     scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
-    const unsigned lefts = (unsigned)(r.n * H * s.walks), rights = T > SSD_SPAN ? (unsigned)(r.n * H * s.saved) : 0;
+    const unsigned lefts = (unsigned)(r.n * H * s.walks);
+    const unsigned rights = T > SSD_SPAN ? (unsigned)(r.n * H * s.saved) : 0;
     const SsdWalks walks = {before, after, r.dh0, local, decays, r.states, r.x, r.dy, r.Bt, r.Ct, r.dhT, r.dt,
                             a.A_log, r.doc, a.ldx, a.ldbc, T, H, G, (int)lefts, (int)s.walks, (int)s.each,
                             (int)s.saved};
@@ -5350,8 +5368,8 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
 }
 
 // the fast path's launcher for these sizes; NULL: there is none, or the GPU has too little shared memory
-typedef void (*SsdBackwardFast)(const SsdBackwardRound<bf16>&, const SsdBackwardShape&, const SsdBackwardPlan&,
-                                float*, cudaStream_t);
+typedef void (*SsdBackwardFast)(const SsdBackwardRound<bf16>&, const SsdBackwardShape&,
+                                const SsdBackwardPlan&, float*, cudaStream_t);
 static inline SsdBackwardFast ssd_backward_fast_of(size_t P, size_t N) {
     static const struct { size_t P, N, bytes; SsdBackwardFast launch; } paths[] = {
         {32, 64, sizeof(SsdBackwardShared<32, 64>), ssd_backward_fast<32, 64>},
@@ -5397,7 +5415,8 @@ const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* 
         is_aligned(dhT, 8, 8) && is_aligned(dh0, 8, 8) && is_aligned(scratch, 16, 16))
         launch = ssd_backward_fast_of(P, N);
     const SsdBackwardPlan s = ssd_backward_plan(launch != NULL, B, T, H, P, G, N);
-    const SsdBackwardShape shape = {lddx, lddbc, ldx, ldbc, H + n_skip, T, H, P, G, N, A_log, Dskip, D_has_hdim};
+    const SsdBackwardShape shape = {lddx, lddbc, ldx, ldbc, H + n_skip, T, H, P, G, N, A_log, Dskip,
+                                    D_has_hdim};
     float* sums = scratch + s.sums;
     for (size_t b = 0; b < B; b += s.round) {
         const size_t m = b * T;
@@ -5428,7 +5447,8 @@ ssd_dt_backward_kernel(X* ddt_raw, size_t ldd, float* parts, const float* ddt, c
                        const float* dt_bias, float lo, float hi, size_t T, size_t H) {
     __shared__ float tile[WARP][WARP + 1];
     const size_t blocks = (T + SSD_SPACING - 1) / SSD_SPACING, b = blockIdx.x / blocks;
-    const size_t begin = blockIdx.x % blocks * SSD_SPACING, end = begin + SSD_SPACING < T ? begin + SSD_SPACING : T;
+    const size_t begin = blockIdx.x % blocks * SSD_SPACING;
+    const size_t end = begin + SSD_SPACING < T ? begin + SSD_SPACING : T;
     const size_t h0 = (size_t)blockIdx.y * WARP, h = h0 + threadIdx.x;
     const float bias = h < H ? dt_bias[h] : 0.0f;
     float sum = 0.0f;
@@ -5462,9 +5482,9 @@ size_t ssd_dt_backward_scratch_cuda(size_t B, size_t T, size_t H) {
 }
 
 template <typename X>
-void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* ddt, const X* dt_raw, size_t ld,
-                          const float* dt_bias, float lo, float hi, float* scratch, size_t B, size_t T,
-                          size_t H, cudaStream_t stream) {
+void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* ddt, const X* dt_raw,
+                          size_t ld, const float* dt_bias, float lo, float hi, float* scratch, size_t B,
+                          size_t T, size_t H, cudaStream_t stream) {
     const size_t blocks = B * ((T + SSD_SPACING - 1) / SSD_SPACING);
     ssd_dt_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)((H + WARP - 1) / WARP)), dim3(WARP, 8), 0,
                                 stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld, dt_bias, lo, hi, T, H);
