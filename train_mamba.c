@@ -46,6 +46,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -246,6 +247,8 @@ typedef struct {
     int64_t eos_token;       // the end token, -1 when the vocabulary has none
 } Config;
 
+enum { MAX_CONTEXT = 1 << 24 };      // positions are whole numbers in a float
+
 // add_count: total += a*b*c, false when that leaves [0, 2^40)
 static bool add_count(int64_t* total, int64_t a, int64_t b, int64_t c) {
     int64_t dim[3] = {a, b, c};
@@ -289,9 +292,9 @@ static bool config_check_mamba2(const Config* c, Error* err) {
 static bool config_check_attention(const Config* c, Error* err) {
     const Range range[] = {
         {"attention heads", c->attn_heads, 1, 65536}, {"KV heads", c->attn_heads_kv, 1, c->attn_heads},
-        {"attention head_dim", c->attn_head_dim, 1, 65536},
+        {"attention head_dim", c->attn_head_dim, 1, 256},
         {"attention d_conv", c->attn_conv, 0, 8},     {"attention mlp_dim", c->attn_mlp, 0, INT32_MAX},
-        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, INT32_MAX} };
+        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, MAX_CONTEXT} };
     if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
     if (c->attn_heads % c->attn_heads_kv != 0)
         return fail(err, "%lld attention heads cannot share %lld KV heads", (long long)c->attn_heads,
@@ -440,6 +443,7 @@ typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(r
 #endif
 
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
 // transpose4: t[k] = { src[k], src[stride + k], src[2*stride + k], src[3*stride + k] }, k < 4
 static inline __attribute__((always_inline)) void transpose4(vec4* t, const real* src, size_t stride) {
@@ -625,6 +629,87 @@ void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const re
     }
 }
 
+// Half: weight matrices in bfloat16, the upper half of a float, for generation on the CPU: half as much to
+// read. from[i] is at bits + i, but for the order within a row: of 2 VEC neighbours, i and i + VEC share a
+// 32-bit word, so that a shift and a mask make two vectors of floats out of one load. bits NULL: there are
+// none.
+typedef struct { const real* from; const uint16_t* bits; } Half;
+
+typedef uint32_t vec_bits __attribute__((vector_size(VEC * 4), aligned(2), may_alias));
+typedef float vec_float __attribute__((vector_size(VEC * 4)));
+
+// half_at: where element i of a row of length I is in the row
+static inline size_t half_at(size_t i, size_t I) {
+    size_t block = i / (2 * VEC) * (2 * VEC), k = i - block;
+    return block + 2 * VEC <= I ? block + 2 * (k % VEC) + k / VEC : i;
+}
+static inline real real_of_half(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return (real)x;
+}
+
+enum { HALF_ROWS = 2 };              // rows of the input that use a loaded weight
+
+// half_tile: `rows` x `outputs` outputs, each a sum over vectors of neighbouring i, then over the lanes of
+// the vector, then over the last i. The two sizes are constants at every call, see matmul_tile.
+static inline __attribute__((always_inline))
+void half_tile(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight, const real* bias,
+               size_t I, int rows, int outputs) {
+    vec sum[HALF_ROWS][ROW_OUTPUTS];
+    size_t i = 0;
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) sum[r][o] = (vec){0};
+    for (; i + 2 * VEC <= I; i += 2 * VEC)
+        for (int o = 0; o < outputs; o++) {
+            const uint16_t* w = weight + (size_t)o * I + i;
+            vec_bits both = *(const vec_bits*)w;
+            vec low = __builtin_convertvector((vec_float)(both << 16), vec);
+            vec high = __builtin_convertvector((vec_float)(both & 0xffff0000u), vec);
+            __builtin_prefetch(w + ROW_OUTPUTS * I);
+            for (int r = 0; r < rows; r++) {
+                const real* x = inp + (size_t)r * ldi + i;
+                sum[r][o] = FMA_VEC(*(const vec*)x, low, sum[r][o]);
+                sum[r][o] = FMA_VEC(*(const vec*)(x + VEC), high, sum[r][o]);
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) {
+            real total = bias ? bias[o] : 0;
+            for (int l = 0; l < VEC; l++) total += sum[r][o][l];
+            for (size_t k = i; k < I; k++)
+                total += inp[(size_t)r * ldi + k] * real_of_half(weight[(size_t)o * I + k]);
+            out[(size_t)r * ldo + (size_t)o] = total;
+        }
+}
+
+// matmul_forward_half: matmul_forward with weights in bfloat16. A row has the same bits whatever the others.
+void matmul_forward_half(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight,
+                         const real* bias, size_t M, size_t I, size_t O) {
+    #pragma omp parallel for schedule(static) if (M * I * O > 65536)
+    for (size_t o = 0; o < O; o += ROW_OUTPUTS)
+        for (size_t m = 0; m < M; m += HALF_ROWS) {
+            real* to = out + m * ldo + o;
+            const real *from = inp + m * ldi, *b = bias ? bias + o : NULL;
+            const uint16_t* w = weight + o * I;
+            if (o + ROW_OUTPUTS <= O && m + 1 < M) half_tile(to, ldo, from, ldi, w, b, I, 2, ROW_OUTPUTS);
+            else if (o + ROW_OUTPUTS <= O) half_tile(to, ldo, from, ldi, w, b, I, 1, ROW_OUTPUTS);
+            else for (size_t r = m; r < min_size(m + HALF_ROWS, M); r++)
+                for (size_t k = o; k < O; k++)
+                    half_tile(out + r * ldo + k, ldo, inp + r * ldi, ldi, weight + k * I,
+                              bias ? bias + k : NULL, I, 1, 1);
+        }
+}
+
+// linear_forward: matmul_forward with the weights as they are kept
+static void linear_forward(const Half* half, real* out, size_t ldo, const real* inp, size_t ldi,
+                           const real* weight, const real* bias, size_t M, size_t I, size_t O) {
+    if (half->bits)
+        matmul_forward_half(out, ldo, inp, ldi, half->bits + (weight - half->from), bias, M, I, O);
+    else matmul_forward(out, ldo, inp, ldi, weight, bias, M, I, O);
+}
+
 // matmul_backward: out[m,o] = sum_i inp[m,i] * weight[o,i] + bias[o]  =>
 //   dinp[m,i]    += sum_o dout[m,o] * weight[o,i]
 //   dweight[o,i] += sum_m dout[m,o] * inp[m,i]           dbias[o] += sum_m dout[m,o]
@@ -756,6 +841,13 @@ void embedding_forward(real* out, const int* tokens, const real* weight, size_t 
     for (size_t m = 0; m < M; m++) memcpy(out + m * D, weight + (size_t)tokens[m] * D, D * sizeof(real));
 }
 
+void embedding_forward_half(real* out, const int* tokens, const uint16_t* weight, size_t M, size_t D) {
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++)
+        for (size_t d = 0; d < D; d++)
+            out[m * D + d] = real_of_half(weight[(size_t)tokens[m] * D + half_at(d, D)]);
+}
+
 // out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over
 // columns.
 void embedding_backward(real* dweight, const real* dout, const int* tokens, size_t M, size_t D) {
@@ -860,6 +952,12 @@ void rmsnorm_backward(real* dinp, real* dweight, const real* dout, const real* i
 void residual_forward(real* out, const real* a, const real* b, size_t n) {
     #pragma omp parallel for simd if (parallel : n > 16384)
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
+}
+
+// copy_columns: n numbers of each of M rows, from row stride lds to row stride ldd
+void copy_columns(real* dst, size_t ldd, const real* src, size_t lds, size_t M, size_t n) {
+    #pragma omp parallel for if (M * n > 16384)
+    for (size_t m = 0; m < M; m++) memcpy(dst + m * ldd, src + m * lds, n * sizeof(real));
 }
 
 // conv_row: the input row that a tap reads at time s for an output of document `id`, or NULL when the tap
@@ -1442,7 +1540,8 @@ void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real
 // so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
 // on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
 enum { SSD_MAX_CHUNK = 256 };       // the largest Q
-enum { SSD_CHUNK = 128 };           // the fastest one here; the result depends on Q by rounding only
+enum { SSD_CHUNK = 128 };   // the fastest of 16 .. 256 at N 128, P 64 (AMD EPYC, one thread); Q changes
+                            // the result by rounding only
 
 typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
 
@@ -1722,15 +1821,12 @@ void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, 
         for (size_t e0 = 0; e0 < E; e0 += S) {
             const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0;
             real *out_m = out + m * E + e0, sum = 0;
-            #pragma omp simd reduction(+:sum)
-            for (size_t s = 0; s < S; s++) {
-                real gate = silu_real(z_m[s]), w = norm_before_gate ? y_m[s] : y_m[s] * gate;
-                sum += w * w;
-                out_m[s] = weight[e0 + s] * y_m[s] * gate;
-            }
+            #pragma omp simd
+            for (size_t s = 0; s < S; s++) out_m[s] = y_m[s] * silu_real(z_m[s]);
+            sum = norm_before_gate ? dot_real(y_m, y_m, S) : dot_real(out_m, out_m, S);
             real r = 1 / (real)sqrt((double)(sum / (real)S + eps));
             if (r == 0) r = (real)NAN;        // as in rmsnorm_forward
-            for (size_t s = 0; s < S; s++) out_m[s] *= r;
+            for (size_t s = 0; s < S; s++) out_m[s] *= weight[e0 + s] * r;
             rstd[m * (E / S) + e0 / S] = r;
         }
     }
@@ -1752,20 +1848,28 @@ void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, cons
             const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
             const real* weight_g = weight + e0;
             real *dy_m = dy + m * E + e0, *dz_m = dz + m * lddz + e0;
-            real r = rstd[m * (E / S) + e0 / S], dot = 0;
-            #pragma omp simd reduction(+:dot)
-            for (size_t s = 0; s < S; s++) dot += weight_g[s] * dout_m[s] * (y_m[s] * silu_real(z_m[s]));
-            real mean = dot * r / (real)S;
-            #pragma omp simd
-            for (size_t s = 0; s < S; s++) {
-                real gate = silu_real(z_m[s]), dgate = silu_grad_real(z_m[s]), q = weight_g[s] * dout_m[s];
-                if (norm_before_gate) {
-                    dy_m[s] += r * (q * gate - y_m[s] * r * mean);
-                    dz_m[s] += q * y_m[s] * r * dgate;
-                } else {
-                    real dw = r * (q - y_m[s] * gate * r * mean);
+            real r = rstd[m * (E / S) + e0 / S], dot[CHANNEL_TILE] = {0}, mean = 0;
+            for (size_t s0 = 0; s0 < S; s0 += CHANNEL_TILE) {
+                size_t n = min_size(CHANNEL_TILE, S - s0);
+                #pragma omp simd
+                for (size_t s = 0; s < n; s++)
+                    dot[s] += weight_g[s0 + s] * dout_m[s0 + s] * (y_m[s0 + s] * silu_real(z_m[s0 + s]));
+            }
+            for (size_t s = 0; s < CHANNEL_TILE; s++) mean += dot[s] * r / (real)S;
+            if (norm_before_gate) {
+                #pragma omp simd
+                for (size_t s = 0; s < S; s++) {
+                    real q = weight_g[s] * dout_m[s];
+                    dy_m[s] += r * (q * silu_real(z_m[s]) - y_m[s] * r * mean);
+                    dz_m[s] += q * y_m[s] * r * silu_grad_real(z_m[s]);
+                }
+            } else {
+                #pragma omp simd
+                for (size_t s = 0; s < S; s++) {
+                    real gate = silu_real(z_m[s]);
+                    real dw = r * (weight_g[s] * dout_m[s] - y_m[s] * gate * r * mean);
                     dy_m[s] += dw * gate;
-                    dz_m[s] += dw * y_m[s] * dgate;
+                    dz_m[s] += dw * y_m[s] * silu_grad_real(z_m[s]);
                 }
             }
         }
@@ -1978,13 +2082,12 @@ void attention_forward(real* out, size_t ldo, real* lse, const real* q, size_t l
 //   pointers at the first row; k, v, dk, dv (keys,dh) at position p, dk and dv contiguous
 static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, const real* dout,
                                     const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
-                                    const real* k, size_t ldk, const real* v, size_t ldv,
-                                    const real* position, size_t p, real scale, size_t rows, size_t keys,
-                                    size_t dh) {
+                                    const real* k, const real* v, size_t ldkv, const real* position,
+                                    size_t p, real scale, size_t rows, size_t keys, size_t dh) {
     real P[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
     real dS[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64))) = {0};
-    attention_scores(P, q, ldq, k, ldk, position, p, scale, rows, keys, dh);
-    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldv, rows, keys, dh);         // dP
+    attention_scores(P, q, ldq, k, ldkv, position, p, scale, rows, keys, dh);
+    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldkv, rows, keys, dh);        // dP
     for (size_t i = 0; i < rows; i++) {
         real *P_i = P + i * ATTENTION_KEYS, *dS_i = dS + i * ATTENTION_KEYS, delta = 0;
         #pragma omp simd reduction(+:delta)
@@ -1997,7 +2100,7 @@ static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, c
     }
     matmul_block(dv, dh, P, 1, ATTENTION_KEYS, dout, ldo, 1, keys, dh, rows);
     matmul_block(dk, dh, dS, 1, ATTENTION_KEYS, q, ldq, 1, keys, dh, rows);
-    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldk, 1, rows, dh, keys);
+    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldkv, 1, rows, dh, keys);
 }
 
 // attention_backward: tile of keys by tile of keys; each collects the gradients of its keys and values from
@@ -2019,12 +2122,12 @@ void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv,
             for (size_t start = 0, end; start < T; start = end) {                      // documents
                 end = start + same_document(position_b + start, T - start);
                 ptrdiff_t first = (ptrdiff_t)start - (ptrdiff_t)position_b[start];
-                size_t seen = (size_t)position_b[end - 1] + 1, ldk, ldv;
+                size_t seen = (size_t)position_b[end - 1] + 1, ld;
                 for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
                     size_t keys = min_size(ATTENTION_KEYS, seen - p);
                     ptrdiff_t key = first + (ptrdiff_t)p;            // the token of position p
-                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ldk);
-                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ldv);
+                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ld);
+                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ld);
                     memset(dk_p, 0, keys * dh * sizeof(real));
                     memset(dv_p, 0, keys * dh * sizeof(real));
                     for (size_t h = g * Hq / Hkv; h < (g + 1) * Hq / Hkv; h++) {
@@ -2034,7 +2137,7 @@ void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv,
                             attention_tile_backward(dq + row * lddq + h * dh, lddq, dk_p, dv_p,
                                                     dout + row * ldo + h * dh, out + row * ldo + h * dh, ldo,
                                                     lse + (b * Hq + h) * T + t, q + row * ldq + h * dh, ldq,
-                                                    k_p, ldk, v_p, ldv, position + row, p, scale,
+                                                    k_p, v_p, ld, position + row, p, scale,
                                                     min_size(ATTENTION_ROWS, end - t), keys, dh);
                         }
                     }
@@ -2143,12 +2246,14 @@ void crossentropy(real* losses, real* dlogits, const real* logits, const int* ta
 // Symbolic sizes, so that a table can be written before the model is known.
 enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP,
        DIM_K1, DIM_SCAN_SAVED, DIM_SCAN_SCRATCH,
-       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D
-       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
+       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D;
+       // E where Es < E
+       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_JOINED, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
        // attention: q, k, v and MLP together; q, k, v; heads and MLP; heads; Hkv; dh; taps, taps - 1; cache
-       DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT };
+       DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT, DIM_MLP_A };
 
 int64_t config_dim(const Config* c, int dim) {
+    int64_t heads = c->headdim ? c->d_ssm / c->headdim : 0;        // H of Mamba-2
     switch (dim) {
         case DIM_1:   return 1;
         case DIM_2:   return 2;
@@ -2163,13 +2268,14 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_F:   return c->d_intermediate;
         case DIM_2F:  return 2 * c->d_intermediate;
         case DIM_VP:  return c->vocab_padded;
-        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + c->d_ssm / c->headdim;
+        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + heads;
         case DIM_ES:  return c->d_ssm;
         case DIM_XBC: return c->d_ssm + 2 * c->ngroups * c->d_state;
-        case DIM_H:   return c->d_ssm / c->headdim;
+        case DIM_H:   return heads;
         case DIM_P:   return c->headdim;
         case DIM_G:   return c->ngroups;
-        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : heads;
+        case DIM_JOINED: return c->d_ssm < c->d_inner ? c->d_inner : 0;
         case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
         case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
         case DIM_OUT_A: return c->attn_head_dim * c->attn_heads + c->attn_mlp / 2;
@@ -2179,6 +2285,7 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_KA:  return c->attn_conv;
         case DIM_KA1: return c->attn_conv > 0 ? c->attn_conv - 1 : 0;
         case DIM_CONTEXT: return c->context;
+        case DIM_MLP_A: return c->attn_mlp / 2;
     }
     return 0;
 }
@@ -2206,6 +2313,7 @@ enum {
     CHEAP = 16,         // activation that backward can make again at little cost from the others
     IF_RMSNORM = 32,    // exists only with config.rmsnorm
     IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
+    TOKENS = 512,       // state: the number of tokens in a cache; it has no gradient
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -2217,7 +2325,7 @@ enum { RECOMPUTE_NONE, RECOMPUTE_CHEAP, RECOMPUTE_ALL };      // the positions o
 // fields of the kind's struct of pointers, so binding a struct to memory is one loop over the table.
 typedef struct {
     const char* name;
-    int dim[3];
+    int dim[4];
     int init, flags;
 } TensorSpec;
 
@@ -2228,6 +2336,7 @@ typedef struct {
     const int* doc;      // (B,T) document ids, or NULL: one document per row
     int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
     Dropout dropout;     // of what this sub-layer adds
+    Half half;           // the weight matrices
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -2315,17 +2424,17 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
 
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
     // (F1) to (F4)
-    matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
+    linear_forward(&run->half, a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
     causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
                           B, T, E, K);
-    matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
-    matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
+    linear_forward(&run->half, a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
+    linear_forward(&run->half, a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
     // (F5) to (F8), then the residual
     selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc,
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
+    linear_forward(&run->half, w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -2386,7 +2495,358 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.2 Gated MLP
+// 5.2 Mamba-2
+
+typedef struct {
+    real *norm;                        // (D)
+    real *in_proj, *in_proj_bias;      // (2E+2GN+H,D): rows for z0, x0 (each E-Es), z, x (Es), B, C, dt (H)
+    real *conv1d, *conv1d_bias;        // (Es+2GN,1,K), (Es+2GN): over x, B and C
+    real *dt_bias, *A_log, *D;         // (H), (H), (H) or (Es)
+    real *gated_norm;                  // (Es)
+    real *out_proj, *out_proj_bias;    // (D,E), (D)
+} Mamba2Params;
+
+static const TensorSpec mamba2_params[] = {
+    {"norm.weight",            {DIM_D},                 INIT_ONE, 0},
+    {"mixer.in_proj.weight",   {DIM_IN2, DIM_D},        INIT_LINEAR, DECAY},
+    {"mixer.in_proj.bias",     {DIM_IN2},               INIT_ZERO, IF_BIAS},
+    {"mixer.conv1d.weight",    {DIM_XBC, DIM_1, DIM_K}, INIT_CONV, 0},
+    {"mixer.conv1d.bias",      {DIM_XBC},               INIT_CONV, IF_CONV_BIAS},
+    {"mixer.dt_bias",          {DIM_H},                 INIT_DT_BIAS, 0},
+    {"mixer.A_log",            {DIM_H},                 INIT_A_UNIFORM, 0},
+    {"mixer.D",                {DIM_DSKIP},             INIT_ONE, 0},
+    {"mixer.norm.weight",      {DIM_ES},                INIT_ONE, IF_RMSNORM},
+    {"mixer.out_proj.weight",  {DIM_D, DIM_E},          INIT_RESIDUAL, DECAY},
+    {"mixer.out_proj.bias",    {DIM_D},                 INIT_ZERO, IF_BIAS},
+};
+
+typedef struct { real *rstd, *u, *zxbcdt, *xbc, *dt, *hs, *y, *gated_rstd; } Mamba2Acts;
+
+static const TensorSpec mamba2_acts[] = {
+    {"rstd",       {DIM_1}, 0, 0},         // of the norm
+    {"u",          {DIM_D}, 0, CHEAP},     // normalized input
+    {"zxbcdt",     {DIM_IN2}, 0, 0},       // z0, x0, gate z, x, B, C before the conv, dt before softplus
+    {"xbc",        {DIM_XBC}, 0, CHEAP},   // x, B, C after conv and SiLU
+    {"dt",         {DIM_H}, 0, CHEAP},     // step size
+    {"hs",         {DIM_SSD_SAVED}, 0, 0}, // state at the start of each chunk
+    {"y",          {DIM_ES}, 0, 0},        // output of the SSM, before gate and norm
+    {"gated_rstd", {DIM_G}, 0, 0},         // of the gated norm
+};
+
+typedef struct {
+    real *n, *joined, *out, *du, *dzxbcdt, *dxbc, *ddt, *dn, *djoined, *dy, *ssd;
+} Mamba2Scratch;
+
+static const TensorSpec mamba2_scratch[] = {
+    {"n",       {DIM_E}, 0, 0},            // y after gate and norm
+    {"joined",  {DIM_JOINED}, 0, 0},       // beside the output of the inner MLP, if there is one
+    {"out",     {DIM_D}, 0, 0},            // what the block adds to the residual stream
+    {"du",      {DIM_D}, 0, BACKWARD_ONLY},
+    {"dzxbcdt", {DIM_IN2}, 0, BACKWARD_ONLY},
+    {"dxbc",    {DIM_XBC}, 0, BACKWARD_ONLY},
+    {"ddt",     {DIM_H}, 0, BACKWARD_ONLY},
+    {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
+    {"djoined", {DIM_JOINED}, 0, BACKWARD_ONLY},
+    {"dy",      {DIM_ES}, 0, BACKWARD_ONLY},
+    {"ssd",     {DIM_SSD_SCRATCH}, 0, 0},
+};
+
+typedef struct { real *conv, *ssm; } Mamba2State;
+
+static const TensorSpec mamba2_state[] = {
+    {"conv", {DIM_K1, DIM_XBC}, 0, 0},     // the last K-1 inputs of the conv
+    {"ssm",  {DIM_H, DIM_P, DIM_N}, 0, 0}, // H
+};
+
+// Mamba2Sizes: the sizes of a block and, in a row of in_proj's output, where its parts begin
+typedef struct {
+    size_t M, D, E, K, H, P, G, N, Es, Cd, Q;
+    size_t mlp, z, xbc, dt, in;            // width of z0 and of x0; columns of z, xbc, dt; their number
+} Mamba2Sizes;
+
+static Mamba2Sizes mamba2_sizes(const Run* run) {
+    const Config* c = run->config;
+    Mamba2Sizes s;
+    s.M = run->B * run->T;
+    s.D = (size_t)c->d_model; s.E = (size_t)c->d_inner; s.K = (size_t)c->d_conv; s.N = (size_t)c->d_state;
+    s.P = (size_t)c->headdim; s.G = (size_t)c->ngroups; s.Es = (size_t)c->d_ssm; s.H = s.Es / s.P;
+    s.Cd = s.Es + 2 * s.G * s.N;
+    s.Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
+    s.mlp = s.E - s.Es; s.z = 2 * s.mlp; s.xbc = s.z + s.Es; s.dt = s.xbc + s.Cd; s.in = s.dt + s.H;
+    return s;
+}
+
+// mamba2_join: what out_proj reads, (M,E): the inner MLP and the normed and gated y side by side
+static const real* mamba2_join(const Config* c, const Mamba2Sizes* s, const Mamba2Params* p,
+                               const Mamba2Acts* a, const Mamba2Scratch* w) {
+    const real *z0 = a->zxbcdt, *x0 = z0 + s->mlp, *z = z0 + s->z;
+    if (s->mlp) {
+        gate_forward(w->n, x0, s->in, z0, s->in, s->M, s->mlp);
+        copy_columns(w->joined, s->E, w->n, s->mlp, s->M, s->mlp);
+    }
+    if (c->rmsnorm)
+        gated_rmsnorm_forward(w->n, a->gated_rstd, a->y, z, s->in, p->gated_norm, s->M, s->Es, s->Es / s->G,
+                              (real)c->norm_eps, c->norm_before_gate);
+    else gate_forward(w->n, a->y, s->Es, z, s->in, s->M, s->Es);
+    if (s->mlp) copy_columns(w->joined + s->mlp, s->E, w->n, s->Es, s->M, s->Es);
+    return s->mlp ? w->joined : w->n;
+}
+
+// mamba2_block_forward: res_out = res_in + Mamba2(RMSNorm(res_in)).   res (B,T,D), res_out may be res_in
+//   (S1) [z0; x0; z; xBC; dt_raw] = W_in u,  u = RMSNorm(res_in);   [x; B; C] = silu(conv(xBC))
+//   (S2) dt = clip(softplus(dt_raw + dt_bias))      (S3) a_t = exp(dt_t A)
+//   (S4) H_t = a_t H_{t-1} + dt_t x_t B_t^T,  y_t = H_t C_t + D x_t          every head by itself
+//   (S5) n = gated RMSNorm(y, z), without rmsnorm y silu(z)
+//   (S6) out = W_out [x0 silu(z0); n]               (published models: no z0 and x0)
+//   saved for backward: Mamba2Acts; n is made again
+//   s0, sT: state before and after, fields may be NULL, may be the same
+//   Mamba-2 paper (arXiv 2405.21060), section 7.1, figure 6
+void mamba2_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                          real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
+    const Mamba2Params* p = (const Mamba2Params*)params;
+    const Mamba2Acts* a = (const Mamba2Acts*)acts;
+    const Mamba2Scratch* w = (const Mamba2Scratch*)scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes(run);
+    const real *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N;
+
+    // (S1) and (S2)
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
+    linear_forward(&run->half, a->zxbcdt, s.in, a->u, s.D, p->in_proj, p->in_proj_bias, s.M, s.D, s.in);
+    causal_conv1d_forward(a->xbc, sT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                          true, run->doc, run->B, run->T, s.Cd, s.K);
+    dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
+                        s.H);
+    // (S3) to (S6), then the residual
+    ssd_forward(a->y, a->hs, sT->ssm, a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim,
+                s0->ssm, run->doc, w->ssd, run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
+    const real* joined = mamba2_join(c, &s, p, a, w);
+    linear_forward(&run->half, w->out, s.D, joined, s.E, p->out_proj, p->out_proj_bias, s.M, s.E, s.D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, s.M, s.D), s.M * s.D);
+}
+
+// mamba2_block_backward: the lines of the forward in reverse order; arguments as in mamba1_block_backward
+void mamba2_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                           real* const* params, real* const* acts, real* const* scratch, real* const* state0,
+                           real* const* dstate0, real* const* dstateT) {
+    const Mamba2Params *p = (const Mamba2Params*)params, *dp = (const Mamba2Params*)dparams;
+    const Mamba2Acts* a = (const Mamba2Acts*)acts;
+    const Mamba2Scratch* w = (const Mamba2Scratch*)scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *ds0 = (const Mamba2State*)dstate0,
+                      *dsT = (const Mamba2State*)dstateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes(run);
+    const real *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N, *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z;
+    real *dBt = w->dxbc + s.Es, *dCt = dBt + s.G * s.N, *dz0 = w->dzxbcdt, *dz = dz0 + s.z;
+    if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
+        causal_conv1d_forward(a->xbc, NULL, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                              true, run->doc, run->B, run->T, s.Cd, s.K);
+        dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
+                            s.H);
+    }
+    zero_real(w->du, s.M * s.D);
+    zero_real(w->dzxbcdt, s.M * s.in);
+    zero_real(w->dxbc, s.M * s.Cd);
+    zero_real(w->ddt, s.M * s.H);
+    zero_real(w->dy, s.M * s.Es);
+
+    // (S6) out = W_out [x0 silu(z0); n]; the residual passes dres on unchanged
+    const real *dout = dropout(w->out, dres, &run->dropout, s.M, s.D), *joined = mamba2_join(c, &s, p, a, w);
+    real* djoined = s.mlp ? w->djoined : w->dn;
+    zero_real(djoined, s.M * s.E);
+    matmul_backward(djoined, s.E, dp->out_proj, dp->out_proj_bias, dout, s.D, joined, s.E, p->out_proj, s.M,
+                    s.E, s.D);
+    if (s.mlp) {
+        copy_columns(w->dn, s.mlp, djoined, s.E, s.M, s.mlp);
+        gate_backward(dz0 + s.mlp, s.in, dz0, s.in, w->dn, x0, s.in, z0, s.in, s.M, s.mlp);
+        copy_columns(w->dn, s.Es, djoined + s.mlp, s.E, s.M, s.Es);
+    }
+    // (S5) n = gated RMSNorm(y, z) or y silu(z)
+    if (c->rmsnorm)
+        gated_rmsnorm_backward(w->dy, dz, s.in, dp->gated_norm, w->dn, a->y, z, s.in, p->gated_norm,
+                               a->gated_rstd, s.M, s.Es, s.Es / s.G, c->norm_before_gate);
+    else gate_backward(w->dy, s.Es, dz, s.in, w->dn, a->y, s.Es, z, s.in, s.M, s.Es);
+    // (S4), (S3), (S2)
+    ssd_backward(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dCt, s.Cd, dp->D, ds0->ssm, w->dy, dsT->ssm, a->hs,
+                 a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim, s0->ssm, run->doc, w->ssd,
+                 run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
+    dt_softplus_backward(w->dzxbcdt + s.dt, s.in, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, s.in, p->dt_bias,
+                         (real)c->dt_low, (real)c->dt_high, s.M, s.H);
+    // (S1) [x; B; C] = silu(conv(xBC)), [..] = W_in u, u = RMSNorm(res_in)
+    causal_conv1d_backward(w->dzxbcdt + s.xbc, s.in, dp->conv1d, dp->conv1d_bias, ds0->conv, w->dxbc,
+                           dsT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias, true,
+                           run->doc, run->B, run->T, s.Cd, s.K);
+    matmul_backward(w->du, s.D, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, s.in, a->u, s.D, p->in_proj, s.M,
+                    s.D, s.in);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, s.M, s.D);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5.3 Attention
+
+typedef struct {
+    real *norm;                        // (D)
+    real *in_proj, *in_proj_bias;      // rows: all query heads, all key heads, all value heads, up, gate
+    real *conv1d, *conv1d_bias;        // over q, k and v; only with attn_conv
+    real *out_proj, *out_proj_bias;    // columns: the heads, the MLP
+} AttentionParams;
+
+static const TensorSpec attention_params[] = {
+    {"norm.weight",           {DIM_D},                  INIT_ONE, 0},
+    {"mixer.in_proj.weight",  {DIM_IN_A, DIM_D},        INIT_LINEAR, DECAY},
+    {"mixer.in_proj.bias",    {DIM_IN_A},               INIT_ZERO, IF_ATTN_IN_BIAS},
+    {"mixer.conv1d.weight",   {DIM_QKV, DIM_1, DIM_KA}, INIT_CONV, IF_ATTN_CONV},
+    {"mixer.conv1d.bias",     {DIM_QKV},                INIT_CONV, IF_ATTN_CONV},
+    {"mixer.out_proj.weight", {DIM_D, DIM_OUT_A},       INIT_RESIDUAL, DECAY},
+    {"mixer.out_proj.bias",   {DIM_D},                  INIT_ZERO, IF_ATTN_OUT_BIAS},
+};
+
+typedef struct { real *rstd, *u, *position, *in, *qkv, *lse, *y; } AttentionActs;
+
+static const TensorSpec attention_acts[] = {
+    {"rstd",     {DIM_1}, 0, 0},
+    {"u",        {DIM_D}, 0, CHEAP},
+    {"position", {DIM_1}, 0, 0},
+    {"in",       {DIM_IN_A}, 0, 0},    // q, k, v before the conv, up, gate
+    {"qkv",      {DIM_QKV}, 0, CHEAP}, // after conv and rotation
+    {"lse",      {DIM_HQ}, 0, 0},
+    {"y",        {DIM_OUT_A}, 0, 0},   // out of the heads, of the MLP
+};
+
+typedef struct { real *mlp, *out, *du, *din, *dqkv, *dy; } AttentionScratch;
+
+static const TensorSpec attention_scratch[] = {
+    {"mlp",  {DIM_MLP_A}, 0, 0},       // out of the MLP, or its gradient
+    {"out",  {DIM_D}, 0, 0},
+    {"du",   {DIM_D}, 0, BACKWARD_ONLY},
+    {"din",  {DIM_IN_A}, 0, BACKWARD_ONLY},
+    {"dqkv", {DIM_QKV}, 0, BACKWARD_ONLY},
+    {"dy",   {DIM_OUT_A}, 0, BACKWARD_ONLY},
+};
+
+typedef struct { real *conv, *kv, *position; } AttentionState;
+
+static const TensorSpec attention_state[] = {
+    {"conv",     {DIM_KA1, DIM_QKV}, 0, 0},                  // the last inputs of the conv
+    {"kv",       {DIM_CONTEXT, DIM_2, DIM_HKV, DIM_DH}, 0, 0},    // keys, turned, and values of the document
+    {"position", {DIM_1}, 0, TOKENS},                        // how many of them there are
+};
+
+// Heads: the sizes of an attention layer
+typedef struct { size_t Hq, Hkv, dh, ro, K, F, capacity, in, qkv, out; real scale; } Heads;
+
+static Heads heads_of(const Config* c) {
+    Heads s;
+    s.Hq = (size_t)c->attn_heads;
+    s.Hkv = (size_t)c->attn_heads_kv;
+    s.dh = (size_t)c->attn_head_dim;
+    s.ro = (size_t)c->rotary_dim;
+    s.K = (size_t)c->attn_conv;
+    s.F = (size_t)c->attn_mlp / 2;
+    s.capacity = (size_t)c->context;
+    s.qkv = (s.Hq + 2 * s.Hkv) * s.dh;
+    s.in = s.qkv + 2 * s.F;
+    s.out = s.Hq * s.dh + s.F;
+    s.scale = (real)(c->softmax_scale > 0 ? c->softmax_scale : 1 / sqrt((double)s.dh));
+    return s;
+}
+
+// attention_qkv: (A2) and (A3)
+static void attention_qkv(const Run* run, const AttentionParams* p, const AttentionActs* a, real* tailT,
+                          const real* tail0) {
+    const Config* c = run->config;
+    Heads s = heads_of(c);
+    size_t M = run->B * run->T;
+    if (s.K)
+        causal_conv1d_forward(a->qkv, tailT, a->in, s.in, tail0, p->conv1d, p->conv1d_bias, false, run->doc,
+                              run->B, run->T, s.qkv, s.K);
+    else copy_columns(a->qkv, s.qkv, a->in, s.in, M, s.qkv);
+    rotary_forward(a->qkv, s.qkv, a->position, c->rotary_base, c->rotary_interleaved, M, s.Hq + s.Hkv, s.dh,
+                   s.ro);
+}
+
+// attention_block_forward: res_out = res_in + W_out [O; up * silu(gate)]
+//   (A1) [q; k; v; up; gate] = W_in u,  u = RMSNorm(res_in)     (A2) [q; k; v] = conv of them, no activation
+//   (A3) rotary embedding of q and k                      (A4) O_i = sum_j softmax_j(scale q_i k_j) v_j
+//   the conv and the MLP are optional
+//   saved for backward: AttentionActs       state: the inputs of the conv, and the keys and values so far
+//   Hybrid models of the Mamba-2 paper (arXiv 2405.21060), section 9.2.3, as in mamba_ssm's modules/mha.py
+void attention_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                             real* const* acts, real* const* scratch, real* const* state0,
+                             real* const* stateT) {
+    const AttentionParams* p = (const AttentionParams*)params;
+    const AttentionActs* a = (const AttentionActs*)acts;
+    const AttentionScratch* w = (const AttentionScratch*)scratch;
+    const AttentionState *s0 = (const AttentionState*)state0, *sT = (const AttentionState*)stateT;
+    const Config* c = run->config;
+    Heads s = heads_of(c);
+    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model;
+    const real *k = a->qkv + s.Hq * s.dh, *v = k + s.Hkv * s.dh, *up = a->in + s.qkv, *gate = up + s.F;
+
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+    linear_forward(&run->half, a->in, s.in, a->u, D, p->in_proj, p->in_proj_bias, M, D, s.in);
+    token_positions(a->position, s0->position, run->doc, B, T);
+    attention_qkv(run, p, a, sT->conv, s0->conv);
+    attention_forward(a->y, s.out, a->lse, a->qkv, s.qkv, k, v, s.qkv, s0->kv, s.capacity, a->position,
+                      s.scale, B, T, s.Hq, s.Hkv, s.dh);
+    if (sT->kv)
+        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T,
+                          s.Hkv, s.dh);
+    gate_forward(w->mlp, up, s.in, gate, s.in, M, s.F);
+    copy_columns(a->y + s.Hq * s.dh, s.out, w->mlp, s.F, M, s.F);
+    linear_forward(&run->half, w->out, D, a->y, s.out, p->out_proj, p->out_proj_bias, M, s.out, D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
+}
+
+void attention_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                              real* const* params, real* const* acts, real* const* scratch,
+                              real* const* state0, real* const* dstate0, real* const* dstateT) {
+    const AttentionParams *p = (const AttentionParams*)params, *dp = (const AttentionParams*)dparams;
+    const AttentionActs* a = (const AttentionActs*)acts;
+    const AttentionScratch* w = (const AttentionScratch*)scratch;
+    const AttentionState *s0 = (const AttentionState*)state0, *ds0 = (const AttentionState*)dstate0,
+                         *dsT = (const AttentionState*)dstateT;
+    const Config* c = run->config;
+    Heads s = heads_of(c);
+    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model;
+    const real *k = a->qkv + s.Hq * s.dh, *v = k + s.Hkv * s.dh, *up = a->in + s.qkv, *gate = up + s.F;
+    real *dk = w->dqkv + s.Hq * s.dh, *dv = dk + s.Hkv * s.dh, *dup = w->din + s.qkv, *dgate = dup + s.F;
+    if (run->recompute == RECOMPUTE_CHEAP) {
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+        attention_qkv(run, p, a, NULL, s0->conv);
+    }
+    zero_real(w->dy, M * s.out);
+    zero_real(w->dqkv, M * s.qkv);
+    zero_real(w->din, M * s.in);
+    zero_real(w->du, M * D);
+
+    // out = W_out [O; up silu(gate)]
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
+    matmul_backward(w->dy, s.out, dp->out_proj, dp->out_proj_bias, dout, D, a->y, s.out, p->out_proj, M,
+                    s.out, D);
+    copy_columns(w->mlp, s.F, w->dy + s.Hq * s.dh, s.out, M, s.F);
+    gate_backward(dup, s.in, dgate, s.in, w->mlp, up, s.in, gate, s.in, M, s.F);
+    // (A4), the cache
+    attention_backward(w->dqkv, s.qkv, dk, dv, s.qkv, ds0->kv, w->dy, a->y, s.out, a->lse, a->qkv, s.qkv, k,
+                       v, s.qkv, s0->kv, s.capacity, a->position, s.scale, B, T, s.Hq, s.Hkv, s.dh);
+    if (dsT->kv)
+        kv_append_backward(dk, dv, s.qkv, ds0->kv, dsT->kv, a->position, s.capacity, B, T, s.Hkv, s.dh);
+    // (A3), (A2), (A1), u = RMSNorm(res_in)
+    rotary_backward(w->dqkv, s.qkv, a->position, c->rotary_base, c->rotary_interleaved, M, s.Hq + s.Hkv, s.dh,
+                    s.ro);
+    if (s.K)
+        causal_conv1d_backward(w->din, s.in, dp->conv1d, dp->conv1d_bias, ds0->conv, w->dqkv, dsT->conv,
+                               a->in, s.in, s0->conv, p->conv1d, p->conv1d_bias, false, run->doc, B, T,
+                               s.qkv, s.K);
+    else copy_columns(w->din, s.in, w->dqkv, s.qkv, M, s.qkv);
+    matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, w->din, s.in, a->u, D, p->in_proj, M, D, s.in);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5.4 Gated MLP
 
 typedef struct { real *norm, *fc1, *fc2; } MlpParams;
 
@@ -2427,9 +2887,9 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     (void)state0; (void)stateT;
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
-    matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
+    linear_forward(&run->half, a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
+    linear_forward(&run->half, w->out, D, w->m, F, p->fc2, NULL, M, F, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -2457,7 +2917,7 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.3 The table of kinds
+// 5.5 The table of kinds
 
 enum { MAX_FIELDS = 16 };     // pointers in a kind's struct
 
@@ -2480,22 +2940,33 @@ typedef struct {
 static const Kind kinds[] = {
     {'1', "Mamba-1", TABLE(mamba1_params), TABLE(mamba1_acts), TABLE(mamba1_scratch), TABLE(mamba1_state),
      mamba1_block_forward, mamba1_block_backward},
+    {'2', "Mamba-2", TABLE(mamba2_params), TABLE(mamba2_acts), TABLE(mamba2_scratch), TABLE(mamba2_state),
+     mamba2_block_forward, mamba2_block_backward},
+    {'a', "attention", TABLE(attention_params), TABLE(attention_acts), TABLE(attention_scratch),
+     TABLE(attention_state), attention_block_forward, attention_block_backward},
     {'m', "gated MLP", TABLE(mlp_params), TABLE(mlp_acts), TABLE(mlp_scratch), NULL, 0,
      mlp_block_forward, mlp_block_backward},
 };
 enum { N_KINDS = sizeof(kinds) / sizeof(kinds[0]) };
 
 #define FIELDS(type) (sizeof(type) / sizeof(void*))
-static_assert(FIELDS(Mamba1Params) == sizeof(mamba1_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1Acts) == sizeof(mamba1_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(MlpParams) == sizeof(mlp_params) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpActs) == sizeof(mlp_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpScratch) == sizeof(mlp_scratch) / sizeof(TensorSpec), "one row per field, in order");
+#define ONE_ROW_PER_FIELD(type, table) \
+    static_assert(FIELDS(type) == sizeof(table) / sizeof(TensorSpec), "one row per field, in order")
+ONE_ROW_PER_FIELD(Mamba1Params, mamba1_params);
+ONE_ROW_PER_FIELD(Mamba1Acts, mamba1_acts);
+ONE_ROW_PER_FIELD(Mamba1Scratch, mamba1_scratch);
+ONE_ROW_PER_FIELD(Mamba1State, mamba1_state);
+ONE_ROW_PER_FIELD(Mamba2Params, mamba2_params);
+ONE_ROW_PER_FIELD(Mamba2Acts, mamba2_acts);
+ONE_ROW_PER_FIELD(Mamba2Scratch, mamba2_scratch);
+ONE_ROW_PER_FIELD(Mamba2State, mamba2_state);
+ONE_ROW_PER_FIELD(AttentionParams, attention_params);
+ONE_ROW_PER_FIELD(AttentionActs, attention_acts);
+ONE_ROW_PER_FIELD(AttentionScratch, attention_scratch);
+ONE_ROW_PER_FIELD(AttentionState, attention_state);
+ONE_ROW_PER_FIELD(MlpParams, mlp_params);
+ONE_ROW_PER_FIELD(MlpActs, mlp_acts);
+ONE_ROW_PER_FIELD(MlpScratch, mlp_scratch);
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Model: tensor table, memory plan, initialization, forward, backward
@@ -2527,6 +2998,7 @@ typedef struct {
     size_t n_params;          // trainable numbers, the figure that is quoted
     size_t n_elements;        // the same with padding between tensors
     real *params, *grads, *m, *v;             // grads, m, v only when training
+    Half half;                                // see model_to_half
     real *embedding, *norm_f, *head;          // head == embedding when tied
     real *dembedding, *dnorm_f, *dhead;
 } Model;
@@ -2564,7 +3036,9 @@ static void model_add_tensor(Model* m, const TensorSpec* spec, int layer) {
     if (!checked_size(t->ndim, t->shape, 1, &t->count)) die("%s: its size does not fit in 63 bits", t->name);
     t->offset = m->n_elements;
     m->n_params += t->count;
-    m->n_elements += (t->count + 15) / 16 * 16;
+    // a matrix has 8 n rows: those behind its own are zero and let the matmuls of a GPU work on whole tiles
+    size_t cols = t->ndim == 2 ? (size_t)t->shape[1] : 0, rows = ((size_t)t->shape[0] + 7) / 8 * 8;
+    m->n_elements += (max_size(t->count, rows * cols) + 15) / 16 * 16;
 }
 
 // model_describe: fills the layer list and the tensor table from a configuration; allocates no parameters.
@@ -2623,7 +3097,33 @@ void model_alloc(Model* m, bool training) {
     model_bind(m);
 }
 
+// model_to_half: keeps the weight matrices in bfloat16 (rounded to nearest, ties to even) instead of `real`.
+// Only the forward of inference works after that; the memory of the matrices goes back to the system.
+void model_to_half(Model* m) {
+    uint16_t* bits = (uint16_t*)xcalloc(m->n_elements, sizeof(uint16_t));
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        if (!(t->spec->flags & DECAY)) continue;
+        real* p = m->params + t->offset;
+        #pragma omp parallel for
+        for (size_t j = 0; j < t->count; j++) {
+            float x = (float)p[j];
+            uint32_t u;
+            memcpy(&u, &x, sizeof u);
+            size_t I = (size_t)t->shape[1], at = t->offset + j / I * I + half_at(j % I, I);
+            bits[at] = (uint16_t)(isnan(x) ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+        }
+        uintptr_t begin = ((uintptr_t)p + page - 1) / page * page;
+        uintptr_t end = (uintptr_t)(p + t->count) / page * page;
+        if (begin < end) madvise((void*)begin, end - begin, MADV_DONTNEED);
+    }
+    m->half.from = m->params;
+    m->half.bits = bits;
+}
+
 void model_free(Model* m) {
+    free((void*)m->half.bits);
     free(m->layer);
     free(m->tensor);
     free(m->params);
@@ -2647,7 +3147,7 @@ void model_init(Model* m, uint64_t seed) {
         double scale = 1 / sqrt((double)t->shape[t->ndim - 1]);
         if (t->spec->init == INIT_CONV)
             scale = 1 / sqrt((double)(t->spec->flags & IF_ATTN_CONV ? c->attn_conv : c->d_conv));
-        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(m->config.pattern, '2') && c->conv_init > 0 &&
+        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(c->pattern, '2') && c->conv_init > 0 &&
             !(t->spec->flags & IF_ATTN_CONV))
             scale = c->conv_init;
         if (t->spec->init == INIT_DT_WEIGHT) scale = c->dt_scale / sqrt((double)c->dt_rank);
@@ -2679,9 +3179,10 @@ void model_init(Model* m, uint64_t seed) {
 // 6.1 State and workspace
 
 // State: the recurrent state of `rows` sequences in every layer. It is all that a sequence leaves behind:
-// constant memory.
+// constant memory, but for the cache of attention, which has room for `context` tokens.
 typedef struct {
     size_t rows, n_elements;
+    int64_t context;                // config.context when it was made
     real* data;
     real* (*field)[MAX_FIELDS];     // [layer][field]: (rows, shape)
 } State;
@@ -2689,14 +3190,14 @@ typedef struct {
 // A state without memory: every field NULL. As an input it means "start from zero", as an output "not
 // wanted".
 State state_none(const Model* m) {
-    State s = {0, 0, NULL, NULL};
+    State s = {0, 0, m->config.context, NULL, NULL};
     s.field = (real*(*)[MAX_FIELDS])xcalloc((size_t)m->n_layers, sizeof(*s.field));
     return s;
 }
 
 static size_t spec_count(const TensorSpec* spec, const Config* c) {
     size_t n = 1;
-    for (int i = 0; i < 3 && spec->dim[i]; i++) n *= (size_t)config_dim(c, spec->dim[i]);
+    for (int i = 0; i < 4 && spec->dim[i]; i++) n *= (size_t)config_dim(c, spec->dim[i]);
     return n;
 }
 
@@ -2722,15 +3223,24 @@ void state_free(State* s) {
     memset(s, 0, sizeof *s);
 }
 
-// state_copy_row: row `from` of src becomes row `to` of dst; src NULL clears the row.
+// state_copy_row: row `from` of src becomes row `to` of dst; src NULL clears the row. Of caches with room for
+// different numbers of tokens it copies what both can hold.
 void state_copy_row(const Model* m, State* dst, size_t to, const State* src, size_t from) {
+    Config c_dst = m->config, c_src = m->config;
+    c_dst.context = dst->context;
+    if (src) c_src.context = src->context;
     for (int l = 0; l < m->n_layers; l++)
         for (int i = 0; i < m->layer[l].kind->n_state; i++) {
-            size_t n = spec_count(&m->layer[l].kind->state[i], &m->config);
-            if (src) memcpy(dst->field[l][i] + to * n, src->field[l][i] + from * n, n * sizeof(real));
-            else memset(dst->field[l][i] + to * n, 0, n * sizeof(real));
+            const TensorSpec* spec = &m->layer[l].kind->state[i];
+            size_t n = spec_count(spec, &c_dst), n_src = spec_count(spec, &c_src);
+            real* row = dst->field[l][i] + to * n;
+            if (src) memcpy(row, src->field[l][i] + from * n_src, min_size(n, n_src) * sizeof(real));
+            else memset(row, 0, n * sizeof(real));
         }
 }
+
+// has_cache: does the state of the model grow with the number of tokens?
+static bool has_cache(const Model* m) { return strchr(m->config.pattern, 'a') != NULL; }
 
 // state_count: numbers in the state of one sequence
 static size_t state_count(const Model* m) {
@@ -2765,6 +3275,10 @@ static size_t activation_count(const TensorSpec* spec, const Config* c, size_t B
     size_t E = (size_t)c->d_inner, N = (size_t)c->d_state;
     if (spec->dim[0] == DIM_SCAN_SAVED) return selective_scan_saved(B, T, E, N);
     if (spec->dim[0] == DIM_SCAN_SCRATCH) return selective_scan_scratch(B, T, E, N);
+    size_t H = (size_t)config_dim(c, DIM_H), P = (size_t)c->headdim, G = (size_t)c->ngroups;
+    size_t Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
+    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, H, P, N, Q);
+    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, H, P, G, N, Q);
     return B * T * spec_count(spec, c);
 }
 
@@ -2789,7 +3303,8 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             if (m->layer[l].kind != &kinds[k]) continue;
             used = true;
             for (int i = 0; i < kinds[k].n_acts; i++) {
-                if (!w->training && kinds[k].acts[i].dim[0] == DIM_SCAN_SAVED)
+                int dim = kinds[k].acts[i].dim[0];
+                if (!w->training && (dim == DIM_SCAN_SAVED || dim == DIM_SSD_SAVED))
                     continue;    // stays NULL: nothing is saved
                 bool made_again = w->recompute == RECOMPUTE_ALL ||
                                   (w->recompute == RECOMPUTE_CHEAP && (kinds[k].acts[i].flags & CHEAP));
@@ -2817,7 +3332,7 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
 static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
     const Config* c = &m->config;
     int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate +
-                    c->vocab_padded + c->ngroups * c->d_state + c->attn_mlp +
+                    c->vocab_padded + c->ngroups * (8 * SSD_CHUNK + 2 * c->d_state) + c->attn_mlp +
                     c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
     int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
     size_t bytes;
@@ -2874,9 +3389,11 @@ static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, c
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model;
-    embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    if (m->half.bits)
+        embedding_forward_half(w->res[0], tokens, m->half.bits + (m->embedding - m->half.from), B * T, D);
+    else embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
     dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
@@ -2917,7 +3434,7 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
@@ -2939,8 +3456,9 @@ static void name_tensor(char* text, size_t size, const char* what, const Tensor*
     if (t->layer >= 0 && (size_t)n < size) snprintf(text + n, size - (size_t)n, " (layer %d)", t->layer);
 }
 
+// p NULL: not kept
 static bool all_finite(const real* p, size_t n) {
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; p && i < n; i++)
         if (!isfinite((double)p[i])) return false;
     return true;
 }
@@ -2956,7 +3474,7 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
@@ -3201,6 +3719,7 @@ typedef struct {
     size_t rows, chunk;      // sequences; most tokens per call
     State state;
     State view;              // state from some row on: pointers only
+    size_t state_bytes;      // of all rows, where the backend keeps it
     Workspace work;          // of the CPU backend
     void* device;            // of another one
 } Session;
@@ -3344,7 +3863,7 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
     model_forward(m, &s->work, tokens, NULL, rows, T, &s->view, &s->view);
     for (size_t r = 0; logits && r < rows; r++)      // the last token of each row, side by side
         if (T > 1) memmove(s->work.f + r * D, s->work.f + (r * T + T - 1) * D, D * sizeof(real));
-    if (logits) matmul_forward(logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
+    if (logits) linear_forward(&m->half, logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
 }
 
 // `rows` x 1 or 1 x `chunk` tokens
@@ -3418,6 +3937,7 @@ Session session_create(Backend* b, size_t rows, size_t chunk) {
     s.chunk = chunk;
     s.state = state_alloc(b->model, rows);
     s.view = state_none(b->model);
+    s.state_bytes = s.state.n_elements * sizeof(real);
     b->session_open(b, &s);
     return s;
 }
@@ -3428,125 +3948,8 @@ void session_free(Backend* b, Session* s) {
     state_free(&s->view);
 }
 
-// defines: PromptList, prompts_read, Written
+// defines: PromptList, prompts_read, Written, Prompt, state_save, state_load, context_set
 #include "data/generation.h"
-
-// Prompt: a source of tokens of any length; text comes from memory or, piece by piece, from an open file.
-typedef struct {
-    Encoder encoder;
-    const char* text;
-    size_t left;
-    FILE* file;
-    TokenList ready;         // made, and given out up to `given`
-    size_t given;
-    bool ended;
-} Prompt;
-
-Prompt prompt_open(const Tokenizer* tok, const char* text, FILE* file) {
-    Prompt p;
-    memset(&p, 0, sizeof p);
-    encoder_open(&p.encoder, tok);
-    p.text = text;
-    p.left = strlen(text);
-    p.file = file;
-    return p;
-}
-
-void prompt_close(Prompt* p) {
-    encoder_close(&p->encoder);
-    free(p->ready.id);
-    memset(p, 0, sizeof *p);
-}
-
-// prompt_read: *count: up to `max` more tokens; 0 at the end
-static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
-    char piece[4096];
-    while (p->given == p->ready.n && !p->ended) {
-        size_t n = p->file ? fread(piece, 1, sizeof piece, p->file) : min_size(sizeof piece, p->left);
-        p->ended = n == 0;
-        p->ready.n = p->given = 0;
-        if (!encoder_add(&p->encoder, p->file ? piece : p->text, n, p->ended, &p->ready, err)) return false;
-        if (!p->file) { p->text += n; p->left -= n; }
-        if (p->ended && p->encoder.utf8.replaced)
-            warn("the prompt has invalid UTF-8, %lld times replaced by U+FFFD, first at byte %lld",
-                 (long long)p->encoder.utf8.replaced, (long long)p->encoder.first_replaced);
-    }
-    *count = min_size(max, p->ready.n - p->given);
-    if (*count) memcpy(tokens, p->ready.id + p->given, *count * sizeof(int));
-    p->given += *count;
-    return true;
-}
-
-typedef struct {
-    int64_t prompt_tokens, new_tokens;
-    double prefill_seconds, decode_seconds;
-} GenerateStats;
-
-// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence, the
-// logits after its last token, and which tokens have occurred. Tied to the weights by their hash.
-bool state_save(const Model* m, const State* s, const real* logits, const real* seen, int64_t tokens,
-                const char* path, Error* err) {
-    char hash[32], count[32];
-    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
-    snprintf(count, sizeof count, "%lld", (long long)tokens);
-    const char* meta[] = {"format", "pt", "model", hash, "tokens", count, NULL};
-    size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
-    State one = state_alloc(m, 1);
-    state_copy_row(m, &one, 0, s, 0);
-    SafeTensorOut out[3] = {flat_tensor("state", one.data, n), flat_tensor("logits", logits, Vp),
-                            flat_tensor("seen", seen, Vp)};
-    bool ok = safetensors_write(path, out, 3, meta, err);
-    state_free(&one);
-    return ok;
-}
-
-// state_replaceable: --save-state writes a new file, or over an older state, but over nothing else
-static bool state_replaceable(const char* path, Error* err) {
-    SafeTensors st;
-    struct stat info;
-    Error ignored;
-    if (lstat(path, &info) != 0) return true;
-    bool state = safetensors_open(&st, path, &ignored);
-    if (state) {
-        state = safetensors_metadata(&st, "model") && safetensors_find(&st, "state");
-        safetensors_close(&st);
-    }
-    return state || fail_line(err, "%s: exists and is no saved state; choose another --save-state", path);
-}
-
-bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tokens, const char* path,
-                Error* err) {
-    SafeTensors st;
-    char hash[32];
-    if (!safetensors_open(&st, path, err)) return false;
-    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
-    const char *found = safetensors_metadata(&st, "model"), *count = safetensors_metadata(&st, "tokens");
-    const SafeTensor *a = safetensors_find(&st, "state"), *b = safetensors_find(&st, "logits"),
-                     *c = safetensors_find(&st, "seen");
-    size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
-    State one = state_alloc(m, 1);
-    bool ok = true;
-    if (!found || !count || !a || !b || !c)
-        ok = fail(err, "%s: expected a file written by --save-state", path);
-    else if (strcmp(found, hash) != 0)
-        ok = fail(
-            err,
-            "%s: this state was made with other weights (%s, these are %s); make it anew with --save-state",
-            path, found, hash);
-    else if (a->count != n || b->count != Vp || c->count != Vp)
-        ok = fail(err, "%s: holds %zu, %zu and %zu numbers, expected %zu, %zu and %zu", path, a->count,
-                  b->count, c->count, n, Vp, Vp);
-    else
-        ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
-             safetensors_read_real(&st, c, seen, err);
-    if (ok) {
-        state_copy_row(m, s, 0, &one, 0);
-        *tokens = atoll(count);
-    }
-    state_free(&one);
-    safetensors_close(&st);
-    return ok;
-}
 
 // Generation: sequences side by side, each with all that it has read and written.
 typedef struct {
@@ -3597,6 +4000,14 @@ void generation_close(Generation* g) {
     memset(g, 0, sizeof *g);
 }
 
+// context_left: is there room in the caches for n more tokens of sequence r?
+static bool context_left(const Generation* g, size_t r, int64_t n, Error* err) {
+    const Model* m = g->backend->model;
+    return !has_cache(m) || g->position[r] + n <= m->config.context ||
+           fail(err, "the context is full, it has room for %lld tokens; raise --context",
+                (long long)m->config.context);
+}
+
 // generation_read: sequence r reads a prompt in chunks; one that has read nothing at all starts a document
 bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomic_t* interrupted,
                      Error* err) {
@@ -3604,6 +4015,7 @@ bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomi
     size_t Vp = (size_t)c->vocab_padded;
     double start = seconds_now();
     bool ok = true;
+    if (g->unread[r] && !context_left(g, r, 0, err)) return false;
     if (g->unread[r]) g->backend->decode(g->backend, &g->s, r, 1, &g->last[r], 1, g->logits + r * Vp);
     g->unread[r] = false;
     for (size_t n; (ok = prompt_read(prompt, g->piece, (size_t)g->o->chunk, &n, err)) && n > 0;) {
@@ -3613,6 +4025,7 @@ bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomi
                             Vp - 1);
             g->seen[r * Vp + (size_t)g->piece[i]] = 1;
         }
+        if (!context_left(g, r, (int64_t)n, err)) return false;
         g->backend->decode(g->backend, &g->s, r, 1, g->piece, n, g->logits + r * Vp);
         g->stats.prompt_tokens += (int64_t)n;
         g->position[r] += (int64_t)n;
@@ -3639,7 +4052,7 @@ static void generation_copy(Generation* g, size_t r, size_t count) {
     }
 }
 
-// generation_write: every sequence goes on, one token at a time with constant memory, until its end token,
+// generation_write: every sequence goes on, one token at a time in the memory there is, until its end token,
 // --stop or --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
 bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* err) {
     const Options* o = g->o;
@@ -3652,6 +4065,7 @@ bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* 
     double start = seconds_now();
     for (size_t r = 0; r < g->rows; r++) g->done[r] = false;
     for (int64_t i = 0; i < o->max_tokens && active > 0 && !*interrupted; i++) {
+        if (i && !context_left(g, 0, 0, err)) return false;
         if (i && greedy) backend->decode_greedy(backend, &g->s, g->last, g->last);
         else if (i) backend->decode(backend, &g->s, 0, g->rows, g->last, 1, g->logits);
         for (size_t r = 0; r < g->rows; r++) {
@@ -3698,6 +4112,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
               GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
     const Model* m = backend->model;
     size_t samples = (size_t)o->num_samples, rows = n * samples, Vp = (size_t)m->config.vocab_padded;
+    if (!context_set(backend->model, o, prompt, n, err)) return false;
     Generation g = generation_open(backend, tok, o, rows);
     real* seen = (real*)xcalloc(Vp, sizeof(real));               // as the state file has it
     bool ok = true;
@@ -3729,6 +4144,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     if (ok && (fflush(out) != 0 || ferror(out)))
         ok = fail(err, "could not write the text: %s", strerror(errno));
     *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
     free(seen);
     generation_close(&g);
     return ok;
@@ -3738,6 +4154,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 // with the state of all that came before
 bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* in,
                     FILE* out, GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
+    if (!context_set(backend->model, o, prompt, 1, err)) return false;
     Generation g = generation_open(backend, tok, o, 1);
     char* line = NULL;
     size_t room = 0;
@@ -3757,6 +4174,7 @@ bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Pr
             ok = fail(err, "could not write the text: %s", strerror(errno));
     }
     *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
     free(line);
     generation_close(&g);
     return ok;
@@ -4173,7 +4591,7 @@ static int train_loop(Trainer* t) {
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
     if (timed > 0) {
-        Flop flop = flop_per_token(&t->model);
+        Flop flop = flop_per_token(&t->model, o->seq_len);
         double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
         printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)",
                rate, rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
@@ -4186,415 +4604,13 @@ static int train_loop(Trainer* t) {
     return t->save_failed ? 1 : 0;
 }
 
-static void print_model(const Model* m) {
-    const Config* c = &m->config;
-    printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
-           (long long)c->n_layer, (long long)c->d_model, (long long)c->d_inner, (long long)c->d_state,
-           (long long)c->d_conv, (long long)c->dt_rank);
-    if (strchr(c->pattern, '2'))
-        printf(", H %lld, P %lld, G %lld", (long long)(c->d_ssm / c->headdim), (long long)c->headdim,
-               (long long)c->ngroups);
-    if (strchr(c->pattern, 'a'))
-        printf(", Hq %lld, Hkv %lld, dh %lld", (long long)c->attn_heads, (long long)c->attn_heads_kv,
-               (long long)c->attn_head_dim);
-    if (c->d_intermediate) printf(", F %lld", (long long)c->d_intermediate);
-    printf(", vocabulary %lld (padded %lld)\nparameters: %zu\n", (long long)c->vocab_size,
-           (long long)c->vocab_padded, m->n_params);
-}
-
-// trainer_create: everything between the command line and the first step.
-static void trainer_create(Trainer* t, Settings* s) {
-    Error err;
-    char dir[4096], path[4352];
-    SafeTensors st, source;
-    memset(t, 0, sizeof *t);
-    t->settings = s;
-    const Options* o = &s->o;
-    t->progress.best_loss = INFINITY;
-    Config config;
-    if (o->from[0] && o->resume)
-        die("--resume continues the run in %s, --from starts a new one with the weights of a model; give one",
-            o->out);
-    if (o->from[0] && model_option_given(s) >= 0)
-        die("--%s describes a new model, but the model comes from %s; leave it out",
-            options[model_option_given(s)].name, o->from);
-    if (o->resume) {
-        if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
-        if (strcmp(dir, o->out) == 0)
-            die("%s is a checkpoint; --resume needs the directory of the run, the one that holds the link "
-                "`last`",
-                o->out);
-        snprintf(path, sizeof path, "%s/optimizer.safetensors", dir);
-        if (!safetensors_open(&st, path, &err) || !resume_settings(s, &st, &err) ||
-            !config_read(&config, dir, &err))
-            die("%s", err.text);
-    } else {
-        snprintf(path, sizeof path, "%s/last", o->out);
-        struct stat info;
-        if (lstat(path, &info) == 0)
-            die("%s already holds a run; --resume continues it, --out DIR starts another one elsewhere",
-                o->out);
-        snprintf(path, sizeof path, "%s/config.json", o->out);
-        if (lstat(path, &info) == 0)
-            warn("%s holds a model; from now on --from %s means the last checkpoint of this run", o->out,
-                 o->out);
-        if (checkpoint_any(o->out))
-            die("%s holds checkpoints (step_*) but no link `last`; `ln -s step_<number> last` there and "
-                "--resume, or choose "
-                "another --out",
-                o->out);
-    }
-    if (o->min_lr > o->lr && strcmp(o->schedule, "constant") != 0) {
-        if (settings_origin(s, "min-lr") == FROM_USER) die("--min-lr %g is above --lr %g", o->min_lr, o->lr);
-        s->o.min_lr = o->lr;        // the default, for a small --lr
-    }
-    if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
-    set_threads(o->threads);
-    const char* list = o->data;
-    Tokenizer* tok = &t->data.tokenizer;
-    if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
-          : o->resume ? tokenizer_open(tok, dir, &config, &err) : tokenizer_choose(tok, s, list, &err)))
-        die("%s", err.text);
-    if ((o->from[0] || o->resume) &&
-        !tokenizer_given(tok, o->tokenizer, dir, o->from[0] ? &t->model.config : &config, &err))
-        die("%s", err.text);
-    if (o->from[0]) {
-        config = t->model.config;
-        settings_from_config(s, &config);
-        model_free(&t->model);       // described again below, with the others
-        if (tok->kind == TOKENIZER_NONE && (!list[0] || !ends_with(list, ".bin")))
-            die("%s has no tokenizer.json, so it trains on token shards only: --data FILE.bin", dir);
-    }
-    if (!data_open_all(&t->data, s, &err)) die("%s", err.text);
-    if (!o->resume && !o->from[0]) {
-        int64_t V = t->data.tokenizer.vocab_size;
-        if (settings_origin(s, "vocab-size") == FROM_USER && o->vocab_size > V) V = o->vocab_size;
-        config = config_from_options(s, V, t->data.tokenizer.eos);
-    }
-    if (!config_check(&config, &err)) die("%s", err.text);
-    model_describe(&t->model, &config);
-    Model* m = &t->model;
-    if (!freeze_tensors(m, o->freeze, &err)) die("%s", err.text);
-    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
-    int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
-    if (!checked_size(4, dims, 1, &step_size))
-        die("--batch-size x --grad-accum x --seq-len does not fit in 63 bits");
-
-    if (!workspace_fits(m, o->batch_size, o->seq_len))
-        die("--batch-size x --seq-len x model does not fit in 63 bits");
-
-    // memory, before anything is allocated
-    Workspace measured = workspace_alloc(m, B, T, true, o->recompute, true);
-    double parameter_bytes = (double)m->n_elements * sizeof(real);
-    double activation_bytes = on_cpu(o) ? (double)measured.bytes : 0;
-    double batch_bytes = (double)step_size / 64 * (3 * sizeof(int)), carried_bytes = 0;
-    if (o->carry_state) carried_bytes = 2.0 * (double)(accum * B) * (double)state_count(m) * sizeof(real);
-    workspace_free(&measured);
-    print_model(m);
-    if (on_cpu(o))
-        printf("memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f "
-               "MiB%s\n",
-               mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
-               o->recompute == RECOMPUTE_ALL ? " (--recompute)" : o->recompute ? " (--recompute cheap)" : "");
-    if (!check_memory(4 * parameter_bytes + activation_bytes + batch_bytes + carried_bytes,
-                      "try a smaller --batch-size, --seq-len or model, or --recompute", &err))
-        die("%s", err.text);
-    if (!checkpoint_make_dir(o->out, &err)) die("%s", err.text);
-    lock_run(o->out);           // first: the probe removes unfinished saves, and must not meet another
-    if (!checkpoint_probe(o->out, (uint64_t)(6 * parameter_bytes) + (1 << 20), &err)) die("%s", err.text);
-
-    model_alloc(m, true);
-    t->backend = backend_create(o, m, B, T, true, o->recompute);
-    if (on_cpu(o)) assert(t->backend.activation_bytes == (size_t)activation_bytes);
-    if (o->resume) {
-        SafeTensors weights;
-        snprintf(path, sizeof path, "%s/model.safetensors", dir);
-        if (!resume_progress(t, &st, &err) || !safetensors_open(&weights, path, &err) ||
-            !model_load_tensors(m, &weights, &err) ||
-            !optimizer_load(m, &weights, &st, t->backend.carry_in, o->carry_state ? (int)accum : 0, &err))
-            die("%s", err.text);
-        safetensors_close(&weights);
-        safetensors_close(&st);
-        printf("resumed: %s, step %lld\n", dir, (long long)t->progress.step);
-        if (s->validation_changed) {
-            t->progress.best_loss = INFINITY;
-            printf("validation is measured in another way now: the best loss starts anew\n");
-        }
-    } else if (o->from[0]) {
-        if (!model_load_tensors(m, &source, &err)) die("%s", err.text);
-        safetensors_close(&source);
-        printf("weights: %s\n", dir);
-    } else {
-        model_init(m, o->seed);
-    }
-    t->backend.upload(&t->backend);
-
-    Loader loader = {&t->data.train,        o->seq_len, o->seed, o->carry_state, (int64_t)(B * accum),
-                     t->data.tokenizer.eos, 0,          1};
-    t->loader = loader;
-    if (!loader_check(&t->loader, &err)) die("%s", err.text);
-    loader.data = &t->data.val;
-    loader.sequential = false;
-    t->val_loader = loader;
-    if (t->data.has_val && loader_eval_samples(&t->val_loader) == 0)
-        die("%s: the validation data has %lld tokens, an evaluation needs at least 2", o->val_data,
-            (long long)t->data.val.n_tokens);
-    t->inputs = (int*)xcalloc(accum * B * T, sizeof(int));
-    t->targets = (int*)xcalloc(accum * B * T, sizeof(int));
-    t->doc = (int*)xcalloc(accum * B * T, sizeof(int));
-    t->fresh = (bool*)xcalloc(accum * B, sizeof(bool));
-    if (!log_open(t, o->resume, &err)) die("%s", err.text);
-    printf("data: %lld tokens for training, %lld for validation\n", (long long)t->data.train.n_tokens,
-           t->data.has_val ? (long long)t->data.val.n_tokens : 0);
-    printf("device: %s, %d threads, %s\n", t->backend.name, thread_count(),
-           REAL_IS_DOUBLE ? "float64" : "float32");
-}
-
-static void trainer_free(Trainer* t) {
-    for (int64_t i = 0; t->backend.carry_in && i < t->settings->o.grad_accum; i++) {
-        state_free(&t->backend.carry_in[i]);
-        state_free(&t->backend.carry_out[i]);
-    }
-    free(t->backend.carry_in);
-    free(t->backend.carry_out);
-    t->backend.destroy(&t->backend);
-    model_free(&t->model);
-    data_close_all(&t->data);
-    free(t->inputs); free(t->targets); free(t->doc); free(t->fresh);
-    if (t->log) fclose(t->log);
-}
-
-int train_main(Settings* s) {
-    Trainer t;
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    trainer_create(&t, s);
-    printf("settings:\n");
-    settings_print(s);
-    catch_signals(true);
-    int code = train_loop(&t);
-    if (code == 0) {
-        plot_loss(s->o.out);
-        printf("checkpoint: %s/last\n", s->o.out);
-    }
-    trainer_free(&t);
-    return code;
-}
-
 // ---------------------------------------------------------------------------------------------------
 // 12. Main
 
-// model_open: the model of --from, or with --preset and no --from a freshly initialized one.
-static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
-    Error err;
-    const Options* o = &s->o;
-    int given = model_option_given(s);
-    bool from = settings_origin(s, "from") != FROM_DEFAULT;
-    if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
-        die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
-            options[given].name, o->from[0] ? o->from : "out");
-    if (given >= 0) {
-        if (o->tokenizer[0])
-            die("--tokenizer is for a trained model; --%s makes a new one", options[given].name);
-        int64_t V = o->vocab_size ? o->vocab_size : 257;
-        tokenizer_bytes(tok);
-        if (V != tok->vocab_size) { tok->kind = TOKENIZER_NONE; tok->vocab_size = V; }
-        tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : V - 1);
-        Config c = config_from_options(s, V, tok->eos);
-        if (!config_check(&c, &err)) die("%s", err.text);
-        model_describe(m, &c);
-        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
-            die("%s", err.text);
-        dir[0] = 0;
-        if (s->word == WORD_INFO) return;
-        model_alloc(m, false);
-        model_init(m, o->seed);
-        return;
-    }
-    SafeTensors st;
-    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err) ||
-        !tokenizer_given(tok, o->tokenizer, dir, &m->config, &err))
-        die("%s", err.text);
-    if (s->word != WORD_INFO) {
-        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
-            die("%s", err.text);
-        model_alloc(m, false);
-        if (!model_load_tensors(m, &st, &err)) die("%s", err.text);
-    }
-    safetensors_close(&st);
-}
-
-int generate_main(Settings* s) {
-    Model m;
-    Tokenizer tok;
-    Error err;
-    char dir[4096];
-    const Options* o = &s->o;
-    set_threads(o->threads);
-    model_open(&m, &tok, s, dir);
-    if (o->save_state[0] && !state_replaceable(o->save_state, &err)) die("%s", err.text);
-    Backend backend = backend_create(o, &m, 0, 0, false, false);
-    backend.upload(&backend);
-    PromptList list = {NULL, NULL, 0};
-    if (o->prompts[0] &&
-        (o->prompt[0] || o->prompt_file[0] || o->load_state[0] || o->save_state[0] || o->interactive))
-        die("--prompts: leave out --prompt, --prompt-file, --interactive and the saved states, which are for "
-            "one text");
-    if (o->prompts[0] && !prompts_read(&list, o->prompts, &err)) die("%s", err.text);
-    if (o->interactive &&
-        (o->num_samples > 1 || strcmp(o->prompt, "-") == 0 || o->load_state[0] || o->save_state[0]))
-        die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from "
-            "standard input");
-    size_t n = o->prompts[0] ? list.n : 1;
-    double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
-    int64_t tokens = (double)o->chunk > rows ? o->chunk : (int64_t)rows;
-    if (!workspace_fits(&m, 1, tokens))
-        die("--prompts, --num-samples or --chunk: the memory does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
-    double bytes =
-        (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
-    workspace_free(&measured);
-    if (!check_memory(bytes, "try fewer --prompts, a smaller --num-samples or --chunk", &err))
-        die("%s", err.text);
-    Prompt prompt = prompt_open(&tok, o->prompt, NULL);
-    if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
-    bool from_stdin = strcmp(o->prompt, "-") == 0;
-    if (from_stdin) prompt.file = stdin;
-    if (o->prompt_file[0] && !(prompt.file = fopen(o->prompt_file, "rb")))
-        die("%s: %s", o->prompt_file, strerror(errno));
-    struct stat info;
-    if (o->prompt_file[0] && fstat(fileno(prompt.file), &info) == 0 && S_ISDIR(info.st_mode))
-        die("%s: expected a text file, found a directory", o->prompt_file);
-    if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file || o->prompts[0] || o->interactive))
-        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with "
-            "--tokenizer");
-    if (!prompt.file && o->prompt[0] && !o->interactive &&
-        o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
-        Utf8Stream echo = {{0}, 0, o->raw, 0};
-        char text[TOKENIZER_MAX_TEXT];
-        for (const char* p = o->prompt; *p; p++)
-            fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
-        fwrite(text, 1, tokenizer_flush(&echo, text), stdout);
-    }
-    if (!prompt.file && !o->interactive)
-        catch_signals(false);    // waiting for a prompt, Ctrl-C simply ends it
-    GenerateStats stats;
-    Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
-    for (size_t i = 0; i < list.n; i++) {
-        prompts[i] = prompt_open(&tok, list.text[i], NULL);
-        prompts[i].left = list.size[i];
-    }
-    bool ok =
-        o->interactive
-            ? generate_turns(&backend, &tok, o, &prompt, stdin, stdout, &stats, &stop_signal, &err)
-            : generate(&backend, &tok, o, list.n ? prompts : &prompt, n, stdout, &stats, &stop_signal, &err);
-    if (!ok) die("%s", err.text);
-    for (size_t i = 0; i < list.n; i++) prompt_close(&prompts[i]);
-    free(prompts);
-    prompts_free(&list);
-    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s\n",
-            (long long)stats.prompt_tokens,
-            stats.prompt_tokens ? (double)stats.prompt_tokens / stats.prefill_seconds : 0,
-            (long long)stats.new_tokens,
-            stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0);
-    if (prompt.file && prompt.file != stdin) fclose(prompt.file);
-    prompt_close(&prompt);
-    tokenizer_free(&tok);
-    backend.destroy(&backend);
-    model_free(&m);
-    return stop_signal ? 128 + (int)stop_signal : 0;
-}
-
 // defines: eval_check, eval_text, items_open, eval_items, results_write
 #include "data/evaluation.h"
-
-// dump_logits: inputs and logits of the first batch, for comparison with other implementations.
-static bool dump_logits(Backend* b, const Loader* loader, size_t B, size_t T, const char* path, Error* err) {
-    const Model* m = b->model;
-    size_t n = B * T, D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
-    int *inputs = (int*)xcalloc(n, sizeof(int)), *targets = (int*)xcalloc(n, sizeof(int));
-    real *logits = (real*)xcalloc(n * Vp, sizeof(real)), *ids = (real*)xcalloc(n, sizeof(real));
-    bool ok = loader_eval_batch(loader, 0, (int64_t)B, inputs, targets, NULL, err);
-    if (ok) {
-        model_forward(m, &b->work, inputs, NULL, B, T, &b->none, &b->none);
-        matmul_forward(logits, Vp, b->work.f, D, m->head, NULL, n, D, Vp);
-        for (size_t i = 0; i < n; i++) ids[i] = (real)inputs[i];
-        SafeTensorOut out[2] = {flat_tensor("input_ids", ids, n), flat_tensor("logits", logits, n * Vp)};
-        for (int i = 0; i < 2; i++) {
-            out[i].ndim = 2 + i;
-            out[i].shape[0] = (int64_t)B;
-            out[i].shape[1] = (int64_t)T;
-            out[i].shape[2] = (int64_t)Vp;
-        }
-        const char* meta[] = {"format", "pt", NULL};
-        ok = safetensors_write(path, out, 2, meta, err);
-    }
-    free(inputs); free(targets); free(logits); free(ids);
-    return ok;
-}
-
-// eval_loss: --task loss
-static bool eval_loss(Backend* b, const Data* data, const Options* o, json_t* results, Error* err) {
-    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
-    Loader loader = {&data->train, o->seq_len, o->seed, false, 0, data->tokenizer.eos, 0, 1};
-    Evaluation result;
-    if (o->dump_logits[0] && !dump_logits(b, &loader, B, T, o->dump_logits, err)) return false;
-    double start = seconds_now();
-    if (!evaluate(b, &loader, B, T, o->eval_batches, o->reset_documents, &stop_signal, &result, err))
-        return false;
-    double seconds = seconds_now() - start;
-    char bpb[32];
-    bits_per_byte(&data->tokenizer, result.loss, bpb);
-    printf("tokens %lld | loss %.6f | perplexity %.4f | bits per byte %s | %.0f tok/s\n",
-           (long long)result.targets, result.loss, exp(result.loss), bpb[0] ? bpb : "(--task text)",
-           (double)result.targets / seconds);
-    json_object_set_new(results, "tokens", json_integer(result.targets));
-    json_object_set_new(results, "loss", json_finite(result.loss));
-    return true;
-}
-
-int eval_main(Settings* s) {
-    Model m;
-    Data data;
-    Items items;
-    Error err;
-    char dir[4096];
-    const Options* o = &s->o;
-    int task = task_of(o);
-    memset(&data, 0, sizeof data);
-    memset(&items, 0, sizeof items);
-    set_threads(o->threads);
-    if (!eval_check(s, &err)) die("%s", err.text);
-    model_open(&m, &data.tokenizer, s, dir);
-    // rows and tokens of a call: a text with its state carried is one long row
-    int64_t B = o->batch_size, T = o->window ? o->window : o->seq_len;
-    if (task == TASK_TEXT && !o->window) T = B > INT64_MAX / T ? INT64_MAX : B * T, B = 1;
-    const char* list = o->data;
-    if (!list[0]) list = data.default_list = default_data();
-    if (task & TASK_ITEMS ? !items_open(&items, &data.tokenizer, o, &T, &err)
-                          : !open_list(&data.train, list, &data.tokenizer, &err))
-        die("%s", err.text);
-    if (!workspace_fits(&m, B, T)) die("--batch-size x length of the rows x model does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, (size_t)B, (size_t)T, false, RECOMPUTE_NONE, true);
-    double bytes = (double)measured.bytes + 5.0 * sizeof(int) * (double)(B * T);
-    workspace_free(&measured);
-    if (!check_memory(bytes, "try a smaller --batch-size, --seq-len or --window", &err)) die("%s", err.text);
-    Backend backend = backend_create(o, &m, (size_t)B, (size_t)T, false, false);
-    backend.upload(&backend);
-    catch_signals(false);
-    json_t* results = json_pack("{s:s, s:s, s:s}", "task", o->task, "model", dir, "device", backend.name);
-    bool ok = task == TASK_LOSS   ? eval_loss(&backend, &data, o, results, &err)
-              : task == TASK_TEXT ? eval_text(&backend, &data, o, B, T, results, &err)
-                                  : eval_items(&backend, &items, B, T, results, &err);
-    if (ok && o->results[0] && !stop_signal) ok = results_write(o->results, results, &err);
-    if (!ok) die("%s", err.text);
-    json_decref(results);
-    items_close(&items);
-    backend.destroy(&backend);
-    data_close_all(&data);
-    model_free(&m);
-    return stop_signal ? 128 + (int)stop_signal : 0;
-}
-
+// defines: train_main, generate_main, eval_main
+#include "data/words.h"
 // defines: info_main, convert_main
 #include "data/info.h"
 // defines: tokenize_main

@@ -120,7 +120,7 @@ static void forward4(void) {
 
 // the last rung loads groups of 4 tokens as well, and the next ones while one is computed
 static void forward_shipped(void) {
-    causal_conv1d_forward_cuda<bf16>(out, NULL, inp, E, NULL, weight, bias, NULL, B, T, E, K, 0);
+    causal_conv1d_forward_cuda<bf16>(out, NULL, inp, E, NULL, weight, bias, true, NULL, B, T, E, K, 0);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ template <int G> static void backward_parts(void) {
 }
 
 static void backward_shipped(void) {
-    causal_conv1d_backward_cuda<bf16>(dinp, E, dweight, dbias, NULL, dout, NULL, inp, E, NULL, weight, bias,
+    causal_conv1d_backward_cuda<bf16>(dinp, E, dweight, dbias, NULL, dout, NULL, inp, E, NULL, weight, bias, true,
                                       NULL, scratch, B, T, E, K, 0);
 }
 
