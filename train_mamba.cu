@@ -5701,10 +5701,9 @@ void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* 
 //   y (M,E)   z (M,E), row stride ldz   weight (E)   out (M,E), row stride ldo   E a multiple of S
 //   saved for backward: rstd (M,E/S)
 // In both orders out = weight * rstd * (y silu(z)): they differ only in what is squared.
-// A thread owns GATED_PACK neighbouring channels of a group, the threads of a block a whole group, of every
-// gridDim.x-th token; blockIdx.y is the group. It starts the loads of its next token before it waits for the
-// sum over this one.   bytes: 3 sizeof(X) per element
-enum { GATED_PACK = 8, GATED_THREADS = 640, GATED_FORWARD_BLOCKS = 2112 };
+// A block works on one group of a token, a thread on GATED_PACK neighbouring channels; blockIdx: token, group.
+// So few registers suffice that many blocks are under way.   bytes: 3 sizeof(X) per element
+enum { GATED_PACK = 8, GATED_THREADS = 1024, GATED_BLOCKS = 660 };
 
 // gated_sum: the sum over the block, the same bits in every thread; `phase` as in group_sum
 __device__ __forceinline__ float gated_sum(float x, float* shared, int phase) {
@@ -5725,39 +5724,30 @@ __device__ __forceinline__ float gated_rstd(float sum, float S, float eps) {
 template <typename X>
 __global__ void __launch_bounds__(GATED_THREADS)
 gated_rmsnorm_forward_kernel(X* out, size_t ldo, float* rstd, const X* y, const X* z, size_t ldz,
-                             const float* weight, size_t M, size_t E, int S, float eps, bool norm_first) {
+                             const float* weight, size_t E, int S, float eps, bool norm_first) {
     __shared__ float shared[2 * WARP];
-    const int s = (int)threadIdx.x * GATED_PACK;
-    const size_t e = (size_t)blockIdx.y * S + s;
-    const bool own = s < S;
-    float w[GATED_PACK] = {};
-    Pack<X, GATED_PACK> y_next = {}, z_next = {};
+    const size_t m = blockIdx.x, e = (size_t)blockIdx.y * S + threadIdx.x * GATED_PACK;
+    const bool own = (int)threadIdx.x * GATED_PACK < S;
+    Pack<X, GATED_PACK> y_m = {}, z_m = {};
     if (own) {
-        unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));
-        y_next = load_pack<GATED_PACK>(y + blockIdx.x * E + e);
-        z_next = load_pack<GATED_PACK>(z + blockIdx.x * ldz + e);
+        y_m = load_pack<GATED_PACK>(y + m * E + e);
+        z_m = load_pack<GATED_PACK>(z + m * ldz + e);
     }
-    int phase = 0;
-    for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
-        float y_m[GATED_PACK], v[GATED_PACK], sum = 0;
-        unpack<GATED_PACK>(y_m, y_next);
-        unpack<GATED_PACK>(v, z_next);
-        if (own && m + gridDim.x < M) {
-            y_next = load_pack<GATED_PACK>(y + (m + gridDim.x) * E + e);
-            z_next = load_pack<GATED_PACK>(z + (m + gridDim.x) * ldz + e);
-        }
-        #pragma unroll
-        for (int j = 0; j < GATED_PACK; j++) {
-            v[j] = y_m[j] * silu_cuda(v[j]);
-            float x = norm_first ? y_m[j] : v[j];
-            sum += x * x;
-        }
-        float r = gated_rstd(gated_sum(sum, shared, phase), (float)S, eps);
-        #pragma unroll
-        for (int j = 0; j < GATED_PACK; j++) v[j] *= w[j] * r;
-        if (own) store_pack<GATED_PACK>(out + m * ldo + e, v);
-        if (threadIdx.x == 0) rstd[m * gridDim.y + blockIdx.y] = r;
+    float v[GATED_PACK], sum = 0;
+    #pragma unroll
+    for (int j = 0; j < GATED_PACK; j++) {
+        v[j] = to_float(y_m.v[j]) * silu_cuda(to_float(z_m.v[j]));
+        float x = norm_first ? to_float(y_m.v[j]) : v[j];
+        sum += x * x;
     }
+    float r = gated_rstd(gated_sum(sum, shared, 0), (float)S, eps);
+    if (threadIdx.x == 0) rstd[m * gridDim.y + blockIdx.y] = r;
+    if (!own) return;
+    float w[GATED_PACK];
+    unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));
+    #pragma unroll
+    for (int j = 0; j < GATED_PACK; j++) v[j] *= w[j] * r;
+    store_pack<GATED_PACK>(out + m * ldo + e, v);
 }
 
 // any S, any alignment: a block per token and group, whose values are read twice
@@ -5790,12 +5780,12 @@ template <typename X>
 const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X* y, const X* z, size_t ldz,
                                        const float* weight, size_t M, size_t E, size_t S, float eps,
                                        bool norm_first, cudaStream_t stream) {
-    const size_t pack = GATED_PACK * sizeof(X), bound = GATED_FORWARD_BLOCKS;
+    const size_t pack = GATED_PACK * sizeof(X);
     const unsigned threads = gated_threads(S), groups = (unsigned)(E / S);
     if (threads && is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(y, pack, E * sizeof(X)) &&
         is_aligned(z, pack, ldz * sizeof(X)) && is_aligned(weight, GATED_PACK * 4, 0)) {
-        gated_rmsnorm_forward_kernel<<<dim3((unsigned)min_size(M, bound), groups), threads, 0, stream>>>(
-            out, ldo, rstd, y, z, ldz, weight, M, E, (int)S, eps, norm_first);
+        gated_rmsnorm_forward_kernel<<<dim3((unsigned)M, groups), threads, 0, stream>>>(
+            out, ldo, rstd, y, z, ldz, weight, E, (int)S, eps, norm_first);
         cudaCheck(cudaGetLastError());
         return "gated_rmsnorm_forward_kernel";
     }
@@ -5812,10 +5802,10 @@ const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X*
 //   dy (M,E), may be dout   dz, dout with row strides lddz, lddo   y, z, rstd: as in forward
 //   out (row stride ldo), unless NULL, receives the output of the forward again, the same bits, which the
 //   next weight gradient needs
-// The blocks walk as in forward and sum dweight in registers; parts (gridDim.x,E) takes their sums.
+// A block takes every gridDim.x-th token and sums dweight in registers; parts (gridDim.x,E) takes the sums.
 // bytes: 6 sizeof(X) per element with out
-template <typename X, int THREADS>
-__global__ void __launch_bounds__(THREADS, THREADS <= 192 ? 4 : 1)
+template <typename X>
+__global__ void __launch_bounds__(GATED_THREADS)
 gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* parts, const X* dout,
                               size_t lddo, const X* y, const X* z, size_t ldz, const float* weight,
                               const float* rstd, size_t M, size_t E, int S, bool norm_first) {
@@ -5823,24 +5813,18 @@ gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, flo
     const int s = (int)threadIdx.x * GATED_PACK;
     const size_t e = (size_t)blockIdx.y * S + s;
     const bool own = s < S;
-    float w[GATED_PACK] = {}, dw[GATED_PACK] = {};
-    Pack<X, GATED_PACK> d_next = {}, y_next = {}, z_next = {};
-    if (own) {
-        unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));
-        d_next = load_pack<GATED_PACK>(dout + blockIdx.x * lddo + e);
-        y_next = load_pack<GATED_PACK>(y + blockIdx.x * E + e);
-        z_next = load_pack<GATED_PACK>(z + blockIdx.x * ldz + e);
-    }
+    float dw[GATED_PACK] = {};
     int phase = 0;
     for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
-        const Pack<X, GATED_PACK> d_m = d_next, y_m = y_next, z_m = z_next;
-        const float r = rstd[m * gridDim.y + blockIdx.y];
-        float sigma[GATED_PACK], dot = 0;
-        if (own && m + gridDim.x < M) {
-            d_next = load_pack<GATED_PACK>(dout + (m + gridDim.x) * lddo + e);
-            y_next = load_pack<GATED_PACK>(y + (m + gridDim.x) * E + e);
-            z_next = load_pack<GATED_PACK>(z + (m + gridDim.x) * ldz + e);
+        Pack<X, GATED_PACK> d_m = {}, y_m = {}, z_m = {};
+        float w[GATED_PACK] = {}, sigma[GATED_PACK], dot = 0;
+        if (own) {
+            d_m = load_pack<GATED_PACK>(dout + m * lddo + e);
+            y_m = load_pack<GATED_PACK>(y + m * E + e);
+            z_m = load_pack<GATED_PACK>(z + m * ldz + e);
+            unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));      // in the cache after the first token
         }
+        const float r = rstd[m * gridDim.y + blockIdx.y];
         #pragma unroll
         for (int j = 0; j < GATED_PACK; j++) {
             float z_j = to_float(z_m.v[j]);
@@ -5902,14 +5886,14 @@ __global__ void gated_rmsnorm_backward_general_kernel(X* dy, X* dz, size_t lddz,
 }
 
 // the scratch of gated_rmsnorm_backward_cuda, in floats
-size_t gated_rmsnorm_scratch_cuda(size_t M, size_t E) { return rmsnorm_backward_scratch_cuda(M, E); }
+size_t gated_rmsnorm_scratch_cuda(size_t M, size_t E) { return min_size(M, GATED_BLOCKS) * E; }
 
 template <typename X>
 const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* dweight,
                                         const X* dout, size_t lddo, const X* y, const X* z, size_t ldz,
                                         const float* weight, const float* rstd, float* scratch, size_t M,
                                         size_t E, size_t S, bool norm_first, cudaStream_t stream) {
-    const size_t pack = GATED_PACK * sizeof(X), blocks = M < NORM_BLOCKS ? M : (size_t)NORM_BLOCKS;
+    const size_t pack = GATED_PACK * sizeof(X), blocks = min_size(M, GATED_BLOCKS);
     const unsigned threads = gated_threads(S);
     const dim3 grid((unsigned)blocks, (unsigned)(E / S));
     const char* name = "gated_rmsnorm_backward_kernel";
@@ -5917,10 +5901,8 @@ const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_
         is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(dout, pack, lddo * sizeof(X)) &&
         is_aligned(y, pack, E * sizeof(X)) && is_aligned(z, pack, ldz * sizeof(X)) &&
         is_aligned(weight, GATED_PACK * 4, 0) && is_aligned(scratch, GATED_PACK * 4, E * 4)) {
-        auto kernel = threads <= 192 ? gated_rmsnorm_backward_kernel<X, 192>
-                                     : gated_rmsnorm_backward_kernel<X, GATED_THREADS>;
-        kernel<<<grid, threads, 0, stream>>>(dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight,
-                                             rstd, M, E, (int)S, norm_first);
+        gated_rmsnorm_backward_kernel<<<grid, threads, 0, stream>>>(
+            dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight, rstd, M, E, (int)S, norm_first);
     } else {
         gated_rmsnorm_backward_general_kernel<<<grid, 256, 0, stream>>>(
             dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight, rstd, M, E, S, norm_first);
@@ -7523,9 +7505,13 @@ static void linear_backward_input(const CudaRun<X>* run, X* dinp, size_t lddi, b
 }
 
 // matmul_outputs: how many outputs a matmul computes for O, when rows of the output have ld numbers. Other
-// than multiples of 8 do not suit the tensor core (16 bytes of bf16): 0.17 ms instead of 0.03 for 1804 of 384
-// (16384 tokens, H200). Parameters have the rows for it (model_add_tensor): zeros.
-static size_t matmul_outputs(size_t O, size_t ld) { return (O + 7) / 8 * 8 <= ld ? (O + 7) / 8 * 8 : O; }
+// than multiples of 8 do not suit the tensor core (16 bytes of bf16): a step of 12 Mamba-2 layers of width 384,
+// 1804 outputs, took 11.0 ms instead of 8.4 (16384 tokens, H200). Parameters have the rows for it
+// (model_add_tensor): zeros. With D inputs of which no 16 bytes are aligned there is nothing to gain.
+static size_t matmul_outputs(size_t O, size_t ld, size_t D) {
+    size_t all = (O + 7) / 8 * 8;
+    return all <= ld && D % 8 == 0 ? all : O;
+}
 
 // block_begin_forward: how every block begins.
 //   res = res_in + dropout(delta_in)     u = RMSNorm(res)     out (M,O) = W u + bias, row stride ldo
@@ -7537,7 +7523,7 @@ static void block_begin_forward(const CudaRun<X>* run, const LayerCuda<X>* L, co
     residual_rmsnorm_forward_cuda(acts->res, acts->u, acts->rstd, res_in, delta_in, norm, M, D,
                                   (float)run->config->norm_eps, run->stream, run->dropout);
     matmul_forward_cuda(run->matmul, out, ldo, acts->u, D, weight_x(L, weight), (const float*)NULL, M, D,
-                        matmul_outputs(O, ldo), run->stream);
+                        matmul_outputs(O, ldo, D), run->stream);
     if (bias) bias_forward_cuda(out, ldo, bias, M, O, run->stream);
 }
 
@@ -7548,7 +7534,7 @@ template <typename X>
 static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
                                  const ScratchCuda<X>* shared, float* dnorm, float* dweight, float* dbias,
                                  X* dout, size_t lddo, const float* norm, const float* weight, size_t O) {
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model, more = matmul_outputs(O, lddo) - O;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model, more = matmul_outputs(O, lddo, D) - O;
     bool cheap = run->recompute == RECOMPUTE_CHEAP;          // u is made again by the norm's backward
     if (more)
         cudaCheck(cudaMemset2DAsync(dout + O, lddo * sizeof(X), 0, more * sizeof(X), M, run->stream));

@@ -640,7 +640,7 @@ template <typename X> void check_layers(void) {
     for (int variant = 0; variant < 16 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
     if (!small) check_conv<X>(sizeof(X) == 2 ? 64 : 128, 140, 1536, 4, 6);      // the longest runs of tokens
     const size_t gated[][3] = {{2, 3, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
-                               {33, 768, 2}, {700, 1536, 1}, {21, 2048, 2}, {5, 5120, 1}, {3, 5128, 1}};
+                               {33, 768, 2}, {700, 1536, 1}, {21, 2048, 2}, {5, 5120, 1}, {3, 8200, 1}};
     for (size_t i = 0; i < sizeof gated / sizeof gated[0]; i++)
         for (int variant = 0; variant < 16; variant++)
             if (!small || gated[i][0] < 100)
