@@ -3650,7 +3650,7 @@ ssd_forward_kernel(X* y, X* states, float* hT, const X* x, size_t ldx, const flo
 //   the state: S stays in float registers, warp w has rows 16w..16w+15; as bf16 it goes to shared memory
 //   y:         from Ct, the S that it finds there, M and x
 // One group alone would do everything one after the other, each step waiting for the one before: 0.123 ms
-// instead of 0.098 (H200, B8 T2048 H24 P64 N128, bf16, cold cache; 24 heads of 8 sequences are 192 slices on
+// instead of 0.093 (H200, B8 T2048 H24 P64 N128, bf16, cold cache; 24 heads of 8 sequences are 192 slices on
 // 132 processors, which leaves each scheduler only a few warps to choose from).
 //
 // Matrices live in shared memory as tiles of 64 rows x 64 bf16; a row is 8 pieces of 16 bytes, and piece c of
@@ -3880,15 +3880,12 @@ __device__ __forceinline__ void ssd_decays(SsdDecays& k, const float (&dt)[2], c
 
 // SsdShared: SLICES slices, N up to 64 NB. The tiles come first: they start at multiples of 1024 bytes. Two
 // stages: the next chunk arrives while this one is used.
-#ifndef SSD_ST
-#define SSD_ST 2
-#endif
-enum { SSD_STAGES = SSD_ST };
+enum { SSD_STAGES = 2 };
 template <int SLICES, int NB> struct SsdShared {
     struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[SSD_STAGES];
     bf16 S[SLICES][NB][SSD_TILE];                 // rows: channels, columns: states
     bf16 y[SLICES][SSD_TILE];                     // rows: tokens, on their way out
-    SsdDecays decays[2][SLICES];                  // of this chunk and the next
+    SsdDecays decays[4][SLICES];                  // of this chunk, the next, and those that may still be read
     float skip[SLICES][64];
     uint64_t full[SSD_STAGES], empty[SSD_STAGES]; // signals: a stage has arrived, is no longer needed
     uint64_t state_ready[SLICES], state_read[SLICES];          // S of the next chunk is there, has been used
@@ -3941,8 +3938,11 @@ template <int SLICES> __device__ __forceinline__ SsdPlace ssd_place(const SsdFor
     return at;
 }
 
-// SsdNextTokens: one warp of a slice prepares the decays of a chunk while the chunk before is used. (The group
-// that makes y has the time for it, in the warp with the fewest numbers of M.)
+// SsdNextTokens: warp 0 of one of the two groups makes the decays of a chunk while the chunk before is used.
+// Which one has the time depends on N. Measured (H200, B8 T2048 H24 P64, bf16, cold cache): N = 128 0.0975 ms
+// if the group of the state does it, 0.0934 if that of y does, N = 64 0.070 and 0.0885.
+__device__ constexpr bool ssd_y_prepares(int NB, bool ENDS) { return NB > 1 && !ENDS; }
+
 struct SsdNextTokens {
     const float* dt;
     float A2, next[2];
@@ -3964,7 +3964,7 @@ struct SsdNextTokens {
     template <int SLICES, int NB>
     __device__ __forceinline__ void prepare(SsdShared<SLICES, NB>& s, const SsdForward& p, const SsdPlace& at,
                                             int c) {
-        ssd_decays(s.decays[c % 2][at.m], next, reset, A2, p.doc);
+        ssd_decays(s.decays[c % 4][at.m], next, reset, A2, p.doc);
         fetch(p, at, c + 1);
     }
 };
@@ -4009,7 +4009,8 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
     };
 
     // starts the copies of chunk c
-    const bf16 *Bt = p.Bt + at.token * p.ldbc + at.group * at.N, *Ct = p.Ct + at.token * p.ldbc + at.group * at.N;
+    const bf16* Bt = p.Bt + at.token * p.ldbc + at.group * at.N;
+    const bf16* Ct = p.Ct + at.token * p.ldbc + at.group * at.N;
     const bf16* x = p.x + at.token * p.ldx + at.h * at.P + at.p0;
     auto load = [&](int c) {
         const uint32_t ldbc = (uint32_t)p.ldbc, ldx = (uint32_t)p.ldx;
@@ -4033,7 +4034,7 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
     #pragma unroll
     for (int i = 0; i < SSD_STAGES - 1; i++) load(at.begin + i);
     SsdNextTokens tokens(p, at);
-    if (ENDS && w == 0) {
+    if (!ssd_y_prepares(NB, ENDS) && w == 0) {
         tokens.fetch(p, at, at.begin);
         tokens.prepare(s, p, at, at.begin);
     }
@@ -4057,7 +4058,7 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
     for (int c = at.begin; c < at.end; c++) {
         const int i = c - at.begin;
         auto& st = s.stage[i % SSD_STAGES];
-        const SsdDecays& k = s.decays[c % 2][m];
+        const SsdDecays& k = s.decays[c % 4][m];
         copy_async_wait(SSD_STAGES - 2);
         ssd_publish();
         scan_arrive_warp(&s.full[i % SSD_STAGES]);
@@ -4083,7 +4084,7 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
         for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, st.Bt[n], 4);
         ssd_end();
         load(c + SSD_STAGES - 1);
-        if (ENDS && w == 0) tokens.prepare(s, p, at, c + 1);
+        if (!ssd_y_prepares(NB, ENDS) && w == 0) tokens.prepare(s, p, at, c + 1);
         ssd_wait();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_arrived(S[n]);
@@ -4165,7 +4166,7 @@ __device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const Ss
     asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");        // a barrier of this group alone
     const float skip = s.skip[m][0];
     SsdNextTokens tokens(p, at);
-    if (w == 0) {
+    if (ssd_y_prepares(NB, false) && w == 0) {
         tokens.fetch(p, at, at.begin);
         tokens.prepare(s, p, at, at.begin);
         scan_arrive_warp(&s.full[0]);
@@ -4176,7 +4177,7 @@ __device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const Ss
     for (int c = at.begin; c < at.end; c++) {
         const int i = c - at.begin;
         auto& st = s.stage[i % SSD_STAGES];
-        const SsdDecays& k = s.decays[c % 2][m];
+        const SsdDecays& k = s.decays[c % 4][m];
         scan_wait(&s.full[i % SSD_STAGES], i / SSD_STAGES & 1);
         scan_wait(&s.state_ready[m], i & 1);
         float old[8][4], own[8][4] = {};                       // Ct S^T; M x
@@ -4187,7 +4188,7 @@ __device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const Ss
         uint32_t M[4][4];
         ssd_weights(M, cb_q, k, w, g, tg);
         fetch_cb(c + 1);
-        if (w == 0) {
+        if (ssd_y_prepares(NB, false) && w == 0) {
             tokens.prepare(s, p, at, c + 1);
             scan_arrive_warp(&s.full[(i + 1) % SSD_STAGES]);
         }
@@ -4244,7 +4245,7 @@ ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     SsdShared<SLICES, NB>& s = *(SsdShared<SLICES, NB>*)shared;
     if (threadIdx.x == 0) {
         for (int i = 0; i < SSD_STAGES; i++) {
-            scan_signal_init(&s.full[i], SLICES * (ENDS ? 4 : 5));
+            scan_signal_init(&s.full[i], SLICES * (ssd_y_prepares(NB, ENDS) ? 5 : 4));
             scan_signal_init(&s.empty[i], SLICES * (ENDS ? 4 : 8));
         }
         for (int i = 0; i < SLICES; i++) {
