@@ -4557,7 +4557,8 @@ __global__ void __launch_bounds__(256)
 ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, size_t n_sums,
                     const float* before, const float* after, const X* dy, const X* x, size_t ldx,
                     const float* dt, const float* A_log, const X* Bt, const X* Ct, size_t ldbc,
-                    const float* Dskip, bool D_has_hdim, const int* doc, size_t T, size_t H, size_t P, size_t G, size_t N) {
+                    const float* Dskip, bool D_has_hdim, const int* doc, size_t T, size_t H, size_t P,
+                    size_t G, size_t N) {
     extern __shared__ __align__(128) char shared[];
     SsdBackward& sh = *(SsdBackward*)shared;
     const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP, i0 = 4 * (tid / 16), j0 = 4 * (tid % 16);
