@@ -1589,7 +1589,9 @@ static const CudaShape cuda_shapes[] = {
     {"2a", 2, 64, 128, 64, 4, 8, 0, 101, true, false, true, 2, 70, 2, 0, "Q2 G2 H64 R32 C4 P32 S1 L64"},
 };
 
-// toy_model with parameters that are exact in X: the CPU then computes with the same weights
+// toy_model with parameters that are exact in X: the CPU then computes with the same weights. The A of Mamba-2
+// is between 0.1 and 3 instead of 1 and 20: dt_raw comes in X out of in_proj, and a decay exp(-20 dt) with a dt
+// that is rounded to 1 in 300 changes by a tenth, on the CPU as well. (The cases of the layer have large A.)
 template <typename X> Model cuda_toy(const CudaShape* s) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     if (s->F) c.d_intermediate = s->F;
@@ -1600,6 +1602,7 @@ template <typename X> Model cuda_toy(const CudaShape* s) {
     for (int i = 0; i < m.n_tensors; i++)
         for (size_t j = 0; j < m.tensor[i].count; j++) {
             real* p = &m.params[m.tensor[i].offset + j];
+            if (m.tensor[i].spec->init == INIT_A_UNIFORM) *p -= 2;
             *p = (real)rounded<X>((double)*p);
         }
     return m;
