@@ -3167,231 +3167,598 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // 4.10 Decoding: one token of each of a few sequences
 //
 // With one token per sequence every weight is read to be used a few times: the time of a token is the time of
-// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what lies between the kernels, about
-// 2.5 us for each. So a Mamba-1 layer is four kernels:
-//   norm + W_in + conv | W_x | W_dt + state + gate | W_out
+// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what the reading has to wait for. As
+// kernels, one after the other, a token waits at every end of a kernel: 100 times 2.5 us. So the whole token is
+// one kernel, with a block on every processor of the chip, and two ideas:
+//
+//   - The token is a list of steps (DecodeStep): a matmul, then what follows it element by element. Each block
+//     makes its share of the outputs of a step. Where the next step needs the outputs of all blocks, the blocks
+//     wait for each other (decode_arrive, decode_wait: about 1 us).
+//   - The weights do not wait. Which weights a thread will need, and in which order, is known from the
+//     beginning: every thread keeps the next 32 KB / 64 .. of them on their way into a queue of its own in shared memory
+//     (DecodeStream), across all waits.
+//
+//   Mamba-1:   IN: norm, W_in, conv | X: W_x | SCAN: W_dt, state, gate | OUT: W_out, residual
+//   MLP:       UP: norm, W_1, gate | OUT: W_2, residual
+//   at the end HEAD: norm, logits, the largest
+//
+// A block has the same channels in IN and SCAN, so x, z and the states stay with it; and the same columns of
+// the residual stream in all OUT, so that never leaves its shared memory. Of the norm, 1/rms is a factor of the
+// whole row: OUT writes res * weight and each block's sum of squares, and the matmul that reads it applies
+// 1/rms at its end.
+//
+// With many sequences the blocks form groups, each with its own sequences: `blocks` of them share the rows of
+// every matrix. Groups never wait for each other, and read the same weights at about the same time.
 
-enum { DECODE_WARPS = 8, DECODE_ROWS = 64 };     // DECODE_ROWS: the most sequences
+#ifndef DECODE_QUEUE_
+#define DECODE_QUEUE_ 16
+#endif
+enum { DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, DECODE_QUEUE = DECODE_QUEUE_, DECODE_ROWS = 64 };
+enum { DECODE_IN, DECODE_X, DECODE_SCAN, DECODE_OUT, DECODE_UP, DECODE_HEAD };
 
-// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias
-//   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in:
-//   other blocks still read it). With conv_weight the first E outputs go through the causal convolution and
-//   SiLU; conv_state (rows,taps-1,E) holds its last inputs.
+// DecodeStep: out (rows,O) = input (rows,K) weight^T + bias, then by kind:
+//   IN    O = E, K = D: rows o (x) and second + o (z). x goes through the convolution.
+//         p: conv weight, conv bias; state: conv (rows,taps-1,E)
+//   X     O = R+2N, K = E: r, B, C
+//   SCAN  O = E, K = R: dt, then one step of the recurrence, skip and gate. bias: of dt
+//         p: A_log, D; state: h (rows,E,N)
+//   OUT   O = D: added to the residual stream.   p: weight of the next norm
+//   UP    O = F, K = D: rows o (up) and second + o (gate)
+//   HEAD  O = Vp, K = D: logits
 typedef struct {
-    const bf16* weight;                // (O,K)
-    const float* bias;                 // (O) or NULL
-    size_t O, K;
-    int rows;
-    const bf16* act;
-    size_t ld_act;
-    const float* res_in;               // (rows,K)
-    const bf16* delta;                 // (rows,K) or NULL
-    float* res_out;
-    const float* norm;                 // (K)
+    int kind, O, K, second;
+    const bf16* weight;
+    const float *bias, *p[2];
+    float* state;
+} DecodeStep;
+
+// Decode: one token of `rows` sequences
+typedef struct {
+    const DecodeStep* step;
+    int n_steps, blocks;               // of a group
+    int rows, D, E, N, R, taps, F, V, Vp;
     float eps;
-    bf16* out;                         // (rows,O), row stride ldo; NULL: out_float
-    float* out_float;
-    size_t ldo;
-    const float *conv_weight, *conv_bias;
-    float* conv_state;
-    int taps;
-    size_t E;
-} DecodeLinear;
+    const bf16* embedding;
+    const float* norm;                 // weight of the first norm
+    // what blocks leave for each other; ld_rbc: row stride of rbc
+    char *u, *x, *rbc, *y;
+    int ld_rbc;
+    uint2* squares;                    // (groups,blocks,8 TILES)
+    unsigned tag;
+    float2* best;                      // the same: a logit, and its index as bits
+    unsigned* arrived;                 // (groups, 32), zero before and after
+    // out
+    float* logits;                     // (rows,Vp), or NULL
+    int* next;                         // (rows) the most likely tokens, -1 after a logit that is not finite; or NULL
+    // floats of shared memory behind queue and partial sums
+    int out_at, xz_at, bc_at, decay_at, res_at, scale_at;
+    int token[DECODE_ROWS];
+} Decode;
 
-// decode_linear: a block makes 16 outputs of all sequences, its eight warps share the sum over k: warp w
-// takes the chunks w, w + 8, ... of 32. The tensor core multiplies weights (16 outputs x 16 k) with inputs
-// (16 k x 8 sequences). The order of k within a chunk does not matter as long as both sides have the same, so lane
-// (g, q) simply takes k = 8q..8q+7 of its row, 16 bytes, for two multiplications.
-// TILES: groups of 8 sequences.   bytes: 2 per weight
-template <int TILES, bool NORM>
-__global__ void __launch_bounds__(DECODE_WARPS * WARP)
-decode_linear_kernel(const DecodeLinear a) {
-    extern __shared__ __align__(128) char shared[];
-    bf16* normalized = (bf16*)shared;                        // NORM: (8, K + 32)
-    __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8];
-    // AHEAD: chunks of weights in registers; with many sequences these are needed for the inputs
-    const int AHEAD = TILES == 8 ? 3 : 6;
-    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
-    const size_t o0 = (size_t)blockIdx.x * 16, K = a.K, ld_norm = K + 32;
-    const int chunks = (int)(K / 32);
-    size_t o_low = o0 + g < a.O ? o0 + g : a.O - 1, o_high = o0 + g + 8 < a.O ? o0 + g + 8 : a.O - 1;
-    const bf16 *low = a.weight + o_low * K + 8 * q, *high = a.weight + o_high * K + 8 * q;
-    uint4 w_low[AHEAD], w_high[AHEAD];
-    #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        int c = w + i * DECODE_WARPS;
-        if (c >= chunks) break;
-        w_low[i] = __ldg((const uint4*)(low + 32 * c));
-        w_high[i] = __ldg((const uint4*)(high + 32 * c));
+// decode_arrive: everything that the block wrote is visible to blocks that have waited for it
+__device__ __forceinline__ void decode_arrive(unsigned* arrived) {
+    __syncthreads();
+    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(arrived) : "memory");
+}
+__device__ __forceinline__ void decode_wait(const unsigned* arrived, unsigned count) {
+    if (threadIdx.x == 0) {
+        unsigned now;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+        while (now < count);
     }
-    if (NORM) {
-        // every block does it again, for at most 8 rows; 1/rms is a factor of the whole row and comes last
-        for (int n = 0; n < a.rows; n++) {
-            float sum = 0;
-            for (size_t k = 2 * threadIdx.x; k < K; k += 2 * DECODE_WARPS * WARP) {
-                float2 x = *(const float2*)(a.res_in + n * K + k), scale = *(const float2*)(a.norm + k);
-                if (a.delta) {
-                    Pack<bf16, 2> add = load_pack<2>(a.delta + n * K + k);
-                    x.x += to_float(add.v[0]);
-                    x.y += to_float(add.v[1]);
+    __syncthreads();
+}
+
+// Share: the outputs [first, first + count) of O that are those of block `index`, in pairs
+struct Share {
+    int first, count;
+    __device__ __forceinline__ Share(int O, int index, int blocks) {
+        first = 2 * (int)((unsigned)(O / 2) * (unsigned)index / (unsigned)blocks);
+        count = 2 * (int)((unsigned)(O / 2) * (unsigned)(index + 1) / (unsigned)blocks) - first;
+    }
+};
+
+// two words of 8 bytes
+__device__ __forceinline__ uint4 decode_peek(const char* p) {
+    unsigned long long x, y;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(x), "=l"(y) : "l"(p) : "memory");
+    return make_uint4((uint32_t)x, (uint32_t)(x >> 32), (uint32_t)y, (uint32_t)(y >> 32));
+}
+__device__ __forceinline__ uint2 decode_peek8(const char* p) {
+    unsigned long long x;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+    return make_uint2((uint32_t)x, (uint32_t)(x >> 32));
+}
+
+// decode_send: neighbouring threads have neighbouring values: a pair of them becomes one word.
+template <bool TAGGED> __device__ __forceinline__ void decode_send(char* to, size_t at, float value, unsigned tag) {
+    int lane = threadIdx.x % WARP;
+    float other = __shfl_xor_sync(3u << (lane & ~1), value, 1);
+    uint32_t word = scan_pack(value, other);
+    if (lane & 1) return;
+    if (TAGGED)
+        asm volatile("st.relaxed.gpu.global.u64 [%0], %1;"
+                     :: "l"(to + 4 * at), "l"((unsigned long long)tag << 32 | word) : "memory");
+    else *(uint32_t*)(to + 2 * at) = word;
+}
+
+// DecodeInput: 8 values that other blocks have sent
+template <bool TAGGED> struct DecodeInput {
+    uint4 a, b;
+    __device__ __forceinline__ void load(const char* from, bool inside, unsigned tag) {
+        if (!inside) a = b = make_uint4(0, tag, 0, tag);
+        if (!inside && !TAGGED) a = make_uint4(0, 0, 0, 0);
+        if (inside && TAGGED) { a = decode_peek(from); b = decode_peek(from + 16); }
+        if (inside && !TAGGED) a = __ldcg((const uint4*)from);
+    }
+    __device__ __forceinline__ bool arrived(unsigned tag) const {
+        return !TAGGED || (a.y == tag && a.w == tag && b.y == tag && b.w == tag);
+    }
+    __device__ __forceinline__ uint4 value() const { return TAGGED ? make_uint4(a.x, a.z, b.x, b.z) : a; }
+};
+
+// DecodeStream: the weights of one warp, in the order of use. A unit is 16 rows x 32 k: lane (g, q) holds k =
+// 8q..8q+7 of the rows g and g + 8. Of each matrix the warp has the chunks of 32 k: w, w + 8, ..; TALL tiles of
+// 16 rows are worked on together.
+template <int TALL> struct DecodeStream {
+    const DecodeStep *ahead, *end;     // the step whose fields are on their way; behind the last
+    const bf16 *weight, *weight_ahead;
+    int K, second, O_ahead, K_ahead, second_ahead;
+    int first_row, count, tiles, chunks;       // of this block in this matrix
+    int first, tile, chunk;
+    int index, blocks, lane, warp;
+    uint32_t queue, slot;              // shared memory of this lane; the slot to be taken next
+
+    __device__ __forceinline__ void look_ahead() {
+        if (ahead == end) return;
+        weight_ahead = (const bf16*)__ldg((const unsigned long long*)&ahead->weight);
+        O_ahead = __ldg(&ahead->O);
+        K_ahead = __ldg(&ahead->K);
+        second_ahead = __ldg(&ahead->second);
+    }
+    __device__ __forceinline__ void enter() {                // the next matrix that has work for this warp
+        do {
+            if (ahead == end) { weight = NULL; return; }
+            Share share(O_ahead, index, blocks);
+            weight = weight_ahead;
+            K = K_ahead;
+            second = second_ahead;
+            first_row = share.first;
+            count = share.count;
+            tiles = (count * (second ? 2 : 1) + 15) / 16;
+            chunks = (K + 31) / 32;
+            ahead++;
+            look_ahead();
+        } while (count == 0 || warp >= chunks);
+        first = tile = 0;
+        chunk = warp;
+    }
+    __device__ __forceinline__ void fetch() {
+        if (weight) {
+            int i = 16 * tile + (lane >> 2), k = 32 * chunk + 8 * (lane & 3), rows = second ? 2 * count : count;
+            #pragma unroll
+            for (int half = 0; half < 2; half++, i += 8) {
+                int row = first_row + (i < count ? i : second + i - count);
+                if (i < rows)
+                    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                                 :: "r"(queue + 1024 * slot + 512 * half), "l"(weight + (size_t)row * K + k),
+                                    "r"(k < K ? 16 : 0) : "memory");
+            }
+            int last = first + TALL < tiles ? first + TALL : tiles;
+            if (++tile == last) {
+                tile = first;
+                chunk += DECODE_WARPS;
+                if (chunk >= chunks) {
+                    chunk = warp;
+                    tile = first = last;
+                    if (first == tiles) enter();
                 }
-                if (blockIdx.x == 0) *(float2*)(a.res_out + n * K + k) = x;
-                sum += x.x * x.x + x.y * x.y;
-                *(uint32_t*)(normalized + n * ld_norm + k) = scan_pack(x.x * scale.x, x.y * scale.y);
             }
-            sum = warp_sum(sum);
-            if (lane == 0) squares[w][n] = sum;
         }
-        __syncthreads();
+        copy_async_commit();
     }
-    // the inputs of the sequence that this lane loads in each tile; beyond the last one the last again, what
-    // comes of it is not stored
-    const bf16* input[TILES];
-    #pragma unroll
-    for (int t = 0; t < TILES; t++) {
-        int n = 8 * t + g < a.rows ? 8 * t + g : a.rows - 1;
-        input[t] = (NORM ? normalized + n * ld_norm : a.act + n * a.ld_act) + 8 * q;
+    __device__ __forceinline__ DecodeStream(const DecodeStep* step, int n, int index_, int blocks_, char* memory) {
+        lane = threadIdx.x % WARP;
+        warp = threadIdx.x / WARP;
+        index = index_;
+        blocks = blocks_;
+        ahead = step;
+        end = step + n;
+        queue = (uint32_t)__cvta_generic_to_shared(memory + warp * DECODE_QUEUE * 1024 + lane * 16);
+        look_ahead();
+        enter();
+        for (slot = 0; slot < DECODE_QUEUE; slot++) fetch();
+        slot = 0;
     }
-    float acc[TILES][4] = {};
-    uint4 v[TILES], v_next[TILES];
-    #pragma unroll
-    for (int t = 0; t < TILES; t++) if (w < chunks) v[t] = *(const uint4*)(input[t] + 32 * w);
-    for (int c0 = w; c0 < chunks; c0 += AHEAD * DECODE_WARPS) {
+    __device__ __forceinline__ void take(uint4* low, uint4* high) {
+        asm volatile("cp.async.wait_group %0;" :: "n"(DECODE_QUEUE - 1) : "memory");
+        uint32_t from = queue + 1024 * slot;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(low->x), "=r"(low->y), "=r"(low->z), "=r"(low->w) : "r"(from) : "memory");
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(high->x), "=r"(high->y), "=r"(high->z), "=r"(high->w) : "r"(from + 512) : "memory");
+        fetch();
+        slot = slot + 1 == DECODE_QUEUE ? 0 : slot + 1;
+    }
+};
+
+// DecodeBlock: a block's place, and its shared memory
+struct DecodeBlock {
+    int index, blocks, row0, n;        // in its group; the first sequence and the number of them
+    float *part, *out, *xz, *bc, *decay, *res, *scale;
+    uint2* squares;
+    float2* best;
+};
+
+// DecodeConv: what the convolution of one channel of one sequence needs besides its new input
+struct DecodeConv {
+    float weight[4], tail[3], bias;
+    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int pair) {
+        if (pair >= own.count * b.n) return;
+        int e = own.first + pair % own.count, row = b.row0 + pair / own.count;
+        bias = s.p[1] ? s.p[1][e] : 0.0f;
         #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int c = c0 + i * DECODE_WARPS, next = c + AHEAD * DECODE_WARPS;
-            if (c >= chunks) break;
-            #pragma unroll
-            for (int t = 0; t < TILES; t++)
-                if (c + DECODE_WARPS < chunks)
-                    v_next[t] = *(const uint4*)(input[t] + 32 * (c + DECODE_WARPS));
-            const uint32_t first[4] = {w_low[i].x, w_high[i].x, w_low[i].y, w_high[i].y},
-                           second[4] = {w_low[i].z, w_high[i].z, w_low[i].w, w_high[i].w};
-            #pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                scan_mma_bf16(acc[t], first, v[t].x, v[t].y);
-                scan_mma_bf16(acc[t], second, v[t].z, v[t].w);
-                v[t] = v_next[t];
-            }
-            if (next < chunks) {
-                w_low[i] = __ldg((const uint4*)(low + 32 * next));
-                w_high[i] = __ldg((const uint4*)(high + 32 * next));
-            }
+        for (int k = 0; k < 4; k++) {
+            if (k < a.taps) weight[k] = s.p[0][e * a.taps + k];
+            if (k < a.taps - 1) tail[k] = s.state[((size_t)row * (a.taps - 1) + k) * a.E + e];
         }
     }
-    #pragma unroll
-    for (int t = 0; t < TILES; t++) *(float4*)&part[w][t][4 * lane] = *(const float4*)acc[t];
+};
+
+template <int SEQUENCES, bool TAGGED>
+__device__ __forceinline__ void decode_conv(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own,
+                                            DecodeConv next, unsigned tag) {
+    for (int pair = threadIdx.x; pair < own.count * b.n; pair += DECODE_THREADS) {
+        DecodeConv now = next;
+        next.load(a, s, b, own, pair + DECODE_THREADS);
+        int i = pair % own.count, n = pair / own.count, e = own.first + i, row = b.row0 + n;
+        float x = to_float(from_float<bf16>(b.xz[i * SEQUENCES + n])), c = now.bias;
+        float* z = &b.xz[(own.count + i) * SEQUENCES + n];
+        float* tail = s.state + (size_t)row * (a.taps - 1) * a.E + e;
+        *z = to_float(from_float<bf16>(*z));
+        #pragma unroll
+        for (int k = 0; k < 3; k++) {
+            if (k >= a.taps - 1) continue;
+            c += now.weight[k] * now.tail[k];
+            tail[k * a.E] = k + 2 < a.taps ? now.tail[k + 1 < 3 ? k + 1 : k] : x;
+        }
+        float last = a.taps == 4 ? now.weight[3] : a.taps == 3 ? now.weight[2] : a.taps == 2 ? now.weight[1] : now.weight[0];
+        float out = to_float(from_float<bf16>(silu_cuda(c + last * x)));
+        b.xz[i * SEQUENCES + n] = out;
+        decode_send<TAGGED>(a.x, (size_t)row * a.E + e, out, tag);
+    }
+}
+
+// DecodeStates: the first 16 states of some (channel, sequence) pairs, four lanes to a pair
+template <int PAIRS> struct DecodeStates {
+    float h[PAIRS][4];
+    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int pair0) {
+        int l = threadIdx.x % 4;
+        #pragma unroll
+        for (int j = 0; j < PAIRS; j++) {
+            int pair = pair0 + j * (DECODE_THREADS / 4);
+            if (pair >= own.count * b.n) continue;
+            int e = own.first + pair % own.count, row = b.row0 + pair / own.count;
+            const float* from = s.state + ((size_t)row * a.E + e) * a.N + 4 * l;
+            if (a.N % 4 == 0 && 4 * l < a.N) *(float4*)h[j] = *(const float4*)from;
+            else
+                #pragma unroll
+                for (int i = 0; i < 4; i++) h[j][i] = 4 * l + i < a.N ? from[i] : 0.0f;
+        }
+    }
+};
+
+// formulas (F4) to (F8) of 4.9 for one token
+template <int SEQUENCES, bool TAGGED, int PAIRS>
+__device__ __forceinline__ void decode_scan(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own,
+                                            DecodeStates<PAIRS> next) {
+    int l = threadIdx.x % 4, pairs = own.count * b.n;
+    for (int pair0 = threadIdx.x / 4; pair0 - (int)threadIdx.x / 4 < pairs; pair0 += PAIRS * DECODE_THREADS / 4) {
+        DecodeStates<PAIRS> now = next;
+        next.load(a, s, b, own, pair0 + PAIRS * DECODE_THREADS / 4);
+        #pragma unroll
+        for (int j = 0; j < PAIRS; j++) {
+            int pair = pair0 + j * (DECODE_THREADS / 4);
+            bool inside = pair < pairs;
+            int i = inside ? pair % own.count : 0, n = inside ? pair / own.count : 0, e = own.first + i;
+            float* h_e = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N;
+            const float *B_n = b.bc + n * 2 * a.N, *C_n = B_n + a.N, *decay = b.decay + i * a.N;
+            float dt = scan_softplus(b.out[i * SEQUENCES + n]), x = b.xz[i * SEQUENCES + n], sum = 0, after[4];
+            for (int first = 4 * l; inside && first < a.N; first += 16) {
+                #pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (first + k >= a.N) continue;
+                    float before = first < 16 ? now.h[j][k] : h_e[first + k];
+                    after[k] = fmaf(exp2_unit(dt * decay[first + k]), before, dt * x * B_n[first + k]);
+                    sum = fmaf(C_n[first + k], after[k], sum);
+                }
+                if (a.N % 4 == 0) *(float4*)(h_e + first) = *(float4*)after;
+                else
+                    #pragma unroll
+                    for (int k = 0; k < 4; k++) if (first + k < a.N) h_e[first + k] = after[k];
+            }
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            if (inside && l == 0)
+                b.xz[(own.count + i) * SEQUENCES + n] =
+                    fmaf(s.p[1][e], x, sum) * silu_cuda(b.xz[(own.count + i) * SEQUENCES + n]);
+        }
+    }
+}
+
+// decode_residual: the block's columns of the residual stream += out; what the next norm reads. embed: = the
+// embedding
+template <int SEQUENCES, bool TAGGED>
+__device__ __forceinline__ void decode_residual(const Decode& a, const float* norm, const DecodeBlock& b, Share own, bool embed,
+                                                unsigned tag) {
+    for (int pair = threadIdx.x; pair < own.count * b.n; pair += DECODE_THREADS) {
+        int i = pair % own.count, n = pair / own.count, o = own.first + i;
+        float* res = &b.res[i * SEQUENCES + n];
+        float r = embed ? to_float(a.embedding[(size_t)a.token[b.row0 + n] * a.D + o]) : *res + b.out[i * SEQUENCES + n];
+        *res = r;
+        decode_send<TAGGED>(a.u, (size_t)(b.row0 + n) * a.D + o, r * norm[o], tag);
+    }
     __syncthreads();
-    for (int v = threadIdx.x; v < TILES * 128; v += DECODE_WARPS * WARP) {
-        // value j of lane (g, q) is output g + 8 (j / 2), sequence 2q + j % 2
-        int t = v / 128, source = v % 128 / 4, j = v % 4;
-        size_t o = o0 + (source >> 2) + 8 * (j >> 1);
-        int n = 8 * t + 2 * (source & 3) + (j & 1);
-        if (o >= a.O || n >= a.rows) continue;
-        float sum = 0;
-        #pragma unroll
-        for (int i = 0; i < DECODE_WARPS; i++) sum += part[i][t][v % 128];
-        if (NORM) {
-            float square = 0;
-            #pragma unroll
-            for (int i = 0; i < DECODE_WARPS; i++) square += squares[i][n];
-            sum *= 1.0f / sqrtf(square / (float)K + a.eps);
-        }
-        if (a.bias) sum += a.bias[o];
-        if (!a.out) {
-            a.out_float[n * a.ldo + o] = sum;
-            continue;
-        }
-        if (a.conv_weight && o < a.E) {                      // as causal_conv1d_forward, with T = 1
-            float x = to_float(from_float<bf16>(sum)), c = a.conv_bias ? a.conv_bias[o] : 0.0f;
-            float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + o;
-            for (int k = 0; k + 1 < a.taps; k++) {
-                c += a.conv_weight[o * a.taps + k] * tail[k * a.E];
-                tail[k * a.E] = k + 2 < a.taps ? tail[(k + 1) * a.E] : x;
-            }
-            sum = silu_cuda(c + a.conv_weight[o * a.taps + a.taps - 1] * x);
-        }
-        a.out[n * a.ldo + o] = from_float<bf16>(sum);
+    const int lanes = DECODE_THREADS / SEQUENCES;            // of a sequence
+    float sum = 0;
+    int n = threadIdx.x / lanes;
+    for (int i = threadIdx.x % lanes; n < b.n && i < own.count; i += lanes) {
+        float r = b.res[i * SEQUENCES + n];
+        sum += r * r;
     }
+    #pragma unroll
+    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (threadIdx.x % lanes == 0)
+        asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(&b.squares[b.index * SEQUENCES + n]),
+                     "l"((unsigned long long)tag << 32 | __float_as_uint(sum)) : "memory");
 }
 
-static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
-    unsigned blocks = (unsigned)((a.O + 15) / 16), threads = DECODE_WARPS * WARP;
-    if (!a.act) {
-        size_t shared = 8 * (a.K + 32) * sizeof(bf16);
-        scan_allow_shared(decode_linear_kernel<1, true>, shared);
-        decode_linear_kernel<1, true><<<blocks, threads, shared, stream>>>(a);
-    } else if (a.rows <= 8) decode_linear_kernel<1, false><<<blocks, threads, 0, stream>>>(a);
-    else if (a.rows <= 16) decode_linear_kernel<2, false><<<blocks, threads, 0, stream>>>(a);
-    else if (a.rows <= 32) decode_linear_kernel<4, false><<<blocks, threads, 0, stream>>>(a);
-    else decode_linear_kernel<8, false><<<blocks, threads, 0, stream>>>(a);
-    cudaCheck(cudaGetLastError());
+// decode_rms: 1/rms of the residual stream from the sums of all blocks
+template <int SEQUENCES, bool TAGGED>
+__device__ __forceinline__ void decode_rms(const Decode& a, const DecodeBlock& b, unsigned tag) {
+    const int lanes = DECODE_THREADS / SEQUENCES, MANY = 8;
+    float sum = 0;
+    int n = threadIdx.x / lanes;
+    for (int first = threadIdx.x % lanes; first < b.blocks; first += MANY * lanes) {
+        uint2 v[MANY];
+        bool arrived;
+        do {
+            arrived = true;
+            #pragma unroll
+            for (int j = 0; j < MANY; j++)
+                if (first + j * lanes < b.blocks) v[j] = decode_peek8((const char*)&b.squares[(first + j * lanes) * SEQUENCES + n]);
+            #pragma unroll
+            for (int j = 0; j < MANY; j++)
+                if (TAGGED && first + j * lanes < b.blocks) arrived = arrived && v[j].y == tag;
+        } while (!arrived);
+        #pragma unroll
+        for (int j = 0; j < MANY; j++)
+            if (first + j * lanes < b.blocks) sum += __uint_as_float(v[j].x);
+    }
+    #pragma unroll
+    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (threadIdx.x % lanes == 0) b.scale[n] = 1.0f / sqrtf(sum / (float)a.D + a.eps);
 }
 
-// decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to
-// (F8) of 4.9).   y (rows,E)   x, z (rows,E), row stride ldz   rbc (rows,R+2N)   h (rows,E,N)
-// Four lanes share a channel; a block has 32 channels of `each` sequences, one after the other.
-// bytes: 2 per weight, 8 per state
-__global__ void __launch_bounds__(4 * WARP)
-decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
-                   const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
-                   int rows, int each, size_t E, int N, int R) {
+__device__ __forceinline__ void decode_better(float2* best, float z, int index) {
+    int other = __float_as_int(best->y);
+    if (z > best->x || (z == best->x && index < other && z > -INFINITY)) *best = make_float2(z, __int_as_float(index));
+}
+
+// TILES: groups of 8 sequences; TALL: tiles of 16 rows at a time; AHEAD: chunks of inputs on their way
+template <int TILES, bool TAGGED>
+__global__ void __launch_bounds__(DECODE_THREADS, 1) decode_kernel(const __grid_constant__ Decode a) {
+    const int SEQUENCES = 8 * TILES, TALL = TILES == 4 ? 2 : 4, AHEAD = TILES == 1 ? 6 : TILES == 2 ? 4 : 3;
+    const int PAIRS = TILES == 1 ? 2 : 4, WIDTH = TAGGED ? 4 : 2;
     extern __shared__ __align__(128) char shared[];
-    bf16* weight = (bf16*)shared;                            // (32,R)
-    float* rbc_n = (float*)(weight + WARP * R);              // (each,R+2N)
-    const int l = threadIdx.x % 4, c = threadIdx.x / 4, n0 = blockIdx.y * each;
-    const int n1 = n0 + each < rows ? n0 + each : rows, RBC = R + 2 * N;
-    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c;
-    // E is a multiple of 32: the rows of W_dt of this block are one aligned piece
-    for (int i = threadIdx.x; i < WARP * R / 8; i += 4 * WARP)
-        ((uint4*)weight)[i] = __ldg((const uint4*)(dt_weight + e0 * R) + i);
-    float bias = dt_bias[e], D = Dskip[e], decay[4], state[4];
+    __shared__ DecodeStep steps[3];
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
+    const int group = blockIdx.x / a.blocks;
+    DecodeBlock b;
+    b.index = blockIdx.x % a.blocks;
+    b.blocks = a.blocks;
+    b.row0 = group * SEQUENCES;
+    b.n = a.rows - b.row0 < SEQUENCES ? a.rows - b.row0 : SEQUENCES;
+    b.part = (float*)(shared + DECODE_WARPS * DECODE_QUEUE * 1024);
+    float* more = b.part + DECODE_WARPS * TALL * TILES * 128;
+    b.out = more + a.out_at; b.xz = more + a.xz_at; b.bc = more + a.bc_at; b.decay = more + a.decay_at;
+    b.res = more + a.res_at; b.scale = more + a.scale_at;
+    b.squares = a.squares + (size_t)group * a.blocks * SEQUENCES;
+    b.best = a.best + (size_t)group * a.blocks * SEQUENCES;
+    unsigned *arrived = a.arrived + 32 * group, waits = 0;
+
+    DecodeStream<TALL> stream(a.step, a.n_steps, b.index, b.blocks, shared);
+    if (threadIdx.x < sizeof(DecodeStep) / 4) ((int*)&steps[0])[threadIdx.x] = ((const int*)a.step)[threadIdx.x];
+    decode_residual<SEQUENCES, TAGGED>(a, a.norm, b, Share(a.D, b.index, b.blocks), true, a.tag);
+    if (!TAGGED) decode_arrive(arrived);
+
+    DecodeStates<PAIRS> states;
+    float2 best[TILES == 4 ? 2 : 1];
     #pragma unroll
-    for (int i = 0; i < 4; i++) {                            // the states were written one token ago
-        decay[i] = 4 * l + i < N ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
-        state[i] = 4 * l + i < N ? h[(n0 * E + e) * N + 4 * l + i] : 0.0f;
-    }
-    for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP)
-        rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
-    __syncthreads();
-    for (int n = n0; n < n1; n++, rbc_n += RBC) {
-        float dt = 0, sum = 0, x_e = to_float(x[n * ldz + e]);
-        float* h_e = h + (n * E + e) * N;
-        for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
-        dt += __shfl_xor_sync(0xffffffffu, dt, 1);
-        dt += __shfl_xor_sync(0xffffffffu, dt, 2);
-        dt = scan_softplus(dt + bias);
-        const float *B_n = rbc_n + R, *C_n = B_n + N;
-        for (int first = 4 * l; first < N; first += 16) {
+    for (int i = 0; i < (TILES == 4 ? 2 : 1); i++) best[i] = make_float2(-INFINITY, __int_as_float(INT_MAX));
+    for (int number = 0; number < a.n_steps; number++) {
+        const DecodeStep& s = steps[number % 3];
+        const unsigned tag = a.tag + (unsigned)number;
+        if (number + 1 < a.n_steps && threadIdx.x < sizeof(DecodeStep) / 4)
+            ((int*)&steps[(number + 1) % 3])[threadIdx.x] = ((const int*)(a.step + number + 1))[threadIdx.x];
+        const Share own(s.O, b.index, b.blocks);
+        const int rows = s.second ? 2 * own.count : own.count, tiles = (rows + 15) / 16, chunks = (s.K + 31) / 32;
+        const char* input = s.kind == DECODE_X ? a.x : s.kind == DECODE_SCAN ? a.rbc : s.kind == DECODE_OUT ? a.y : a.u;
+        const int ld = s.kind == DECODE_SCAN ? a.ld_rbc : s.K;
+        const bool normed = s.kind == DECODE_IN || s.kind == DECODE_UP || s.kind == DECODE_HEAD;
+        float* out = s.kind == DECODE_IN ? b.xz : b.out;
+        // what does not depend on the other blocks
+        DecodeConv conv;
+        if (s.kind == DECODE_IN) {
+            conv.load(a, s, b, own, threadIdx.x);
+            states.load(a, a.step[number + 2], b, own, threadIdx.x / 4);
+            const float* A_log = a.step[number + 2].p[0] + own.first * a.N;
+            for (int i = threadIdx.x; i < own.count * a.N; i += DECODE_THREADS) b.decay[i] = scan_decay(A_log[i]);
+        }
+        if (!TAGGED) decode_wait(arrived, ++waits * b.blocks);
+
+        // the sequence that this lane loads in each tile; beyond the last one the last again
+        const char* from[TILES];
+        #pragma unroll
+        for (int t = 0; t < TILES; t++)
+            from[t] = input + ((size_t)(b.row0 + (8 * t + g < b.n ? 8 * t + g : b.n - 1)) * ld + 8 * q) * WIDTH;
+        for (int first = 0; first < tiles; first += TALL) {
+            float acc[TALL][TILES][4] = {};
+            DecodeInput<TAGGED> v[AHEAD][TILES];
             #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int s = first + i;
-                if (s >= N) continue;
-                float before = first < 16 ? state[i] : h_e[s];
-                float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
-                float after = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
-                h_e[s] = after;
-                sum = fmaf(C_n[s], after, sum);
+            for (int i = 0; i < AHEAD; i++) {
+                int k = 32 * (w + i * DECODE_WARPS);
+                #pragma unroll
+                for (int t = 0; t < TILES; t++) v[i][t].load(from[t] + k * WIDTH, k + 8 * q < s.K, tag);
+            }
+            if (first == 0 && normed) decode_rms<SEQUENCES, TAGGED>(a, b, tag);
+            if (first == 0 && s.kind == DECODE_SCAN)
+                for (int i = threadIdx.x; i < b.n * a.N; i += DECODE_THREADS) {
+                    const char* at = a.rbc + ((size_t)(b.row0 + i / a.N) * a.ld_rbc + a.R + i % a.N * 2) * WIDTH;
+                    uint2 word = make_uint2(0, tag);
+                    if (TAGGED) do word = decode_peek8(at); while (word.y != tag);
+                    else word.x = __ldcg((const uint32_t*)at);
+                    *(float2*)&b.bc[2 * i] = make_float2(scan_low(word.x), scan_high(word.x));
+                }
+            // the first inputs are asked for together until all have arrived
+            bool arrived_all = !TAGGED;
+            while (!arrived_all) {
+                arrived_all = true;
+                #pragma unroll
+                for (int i = 0; i < AHEAD; i++)
+                    #pragma unroll
+                    for (int t = 0; t < TILES; t++) arrived_all = arrived_all && v[i][t].arrived(tag);
+                #pragma unroll
+                for (int i = 0; i < AHEAD; i++) {
+                    int k = 32 * (w + i * DECODE_WARPS);
+                    #pragma unroll
+                    for (int t = 0; t < TILES; t++)
+                        if (!arrived_all) v[i][t].load(from[t] + k * WIDTH, k + 8 * q < s.K, tag);
+                }
+            }
+            __syncwarp();
+            for (int c0 = w; c0 < chunks; c0 += AHEAD * DECODE_WARPS) {
+                #pragma unroll
+                for (int i = 0; i < AHEAD; i++) {
+                    int c = c0 + i * DECODE_WARPS, next = c + AHEAD * DECODE_WARPS;
+                    if (c >= chunks) break;
+                    uint4 input_i[TILES];
+                    #pragma unroll
+                    for (int t = 0; t < TILES; t++) {
+                        while (!v[i][t].arrived(tag)) v[i][t].load(from[t] + 32 * c * WIDTH, 32 * c + 8 * q < s.K, tag);
+                        input_i[t] = v[i][t].value();
+                    }
+                    __syncwarp();
+                    #pragma unroll
+                    for (int t = 0; t < TILES; t++)
+                        if (next < chunks) v[i][t].load(from[t] + 32 * next * WIDTH, 32 * next + 8 * q < s.K, tag);
+                    #pragma unroll
+                    for (int r = 0; r < TALL; r++) {
+                        if (first + r >= tiles) break;
+                        uint4 low, high;
+                        stream.take(&low, &high);
+                        const uint32_t k0[4] = {low.x, high.x, low.y, high.y}, k1[4] = {low.z, high.z, low.w, high.w};
+                        #pragma unroll
+                        for (int t = 0; t < TILES; t++) {
+                            scan_mma_bf16(acc[r][t], k0, input_i[t].x, input_i[t].y);
+                            scan_mma_bf16(acc[r][t], k1, input_i[t].z, input_i[t].w);
+                        }
+                    }
+                }
+            }
+            #pragma unroll
+            for (int r = 0; r < TALL; r++)
+                #pragma unroll
+                for (int t = 0; t < TILES; t++)
+                    *(float4*)&b.part[((w * TALL + r) * TILES + t) * 128 + 4 * lane] = *(const float4*)acc[r][t];
+            __syncthreads();
+            #pragma unroll
+            for (int j = 0; j < TALL * TILES / 2; j++) {
+                // value k of lane (g, q) is row g + 8 (k / 2), sequence 2q + k % 2
+                int at = threadIdx.x + j * DECODE_THREADS, tile = at / 128, source = at % 128 / 4, k = at % 4;
+                int i = 16 * (first + tile / TILES) + (source >> 2) + 8 * (k >> 1);
+                int n = 8 * (tile % TILES) + 2 * (source & 3) + (k & 1);
+                if (i >= rows || n >= b.n) continue;
+                float sum = 0;
+                #pragma unroll
+                for (int p = 0; p < DECODE_WARPS; p++)
+                    sum += b.part[p * TALL * TILES * 128 + at];
+                int o = own.first + (i < own.count ? i : s.second + i - own.count);
+                if (normed) sum *= b.scale[n];
+                if (s.bias) sum += s.bias[o];
+                if (s.kind != DECODE_HEAD) out[i * SEQUENCES + n] = sum;
+                else {
+                    if (a.logits) a.logits[(size_t)(b.row0 + n) * a.Vp + o] = sum;
+                    if (o < a.V) decode_better(&best[TILES == 4 ? j % 2 : 0], sum <= 3.4e38f ? sum : INFINITY, sum <= 3.4e38f ? o : -1);
+                }
+            }
+            __syncthreads();
+        }
+
+        if (tiles == 0) __syncthreads();
+        // values for the other blocks
+        if (s.kind == DECODE_IN) decode_conv<SEQUENCES, TAGGED>(a, s, b, own, conv, tag + 1);
+        else if (s.kind == DECODE_OUT) decode_residual<SEQUENCES, TAGGED>(a, s.p[0], b, own, false, tag + 1);
+        else if (s.kind != DECODE_HEAD) {
+            if (s.kind == DECODE_SCAN) {
+                decode_scan<SEQUENCES, TAGGED, PAIRS>(a, s, b, own, states);
+                __syncthreads();
+            }
+            for (int pair = threadIdx.x; pair < own.count * b.n; pair += DECODE_THREADS) {
+                int i = pair % own.count, n = pair / own.count;
+                float z = b.out[i * SEQUENCES + n];
+                if (s.kind == DECODE_SCAN) z = b.xz[(own.count + i) * SEQUENCES + n];
+                if (s.kind == DECODE_UP)
+                    z = to_float(from_float<bf16>(z)) *
+                        silu_cuda(to_float(from_float<bf16>(b.out[(own.count + i) * SEQUENCES + n])));
+                size_t ld_out = s.kind == DECODE_X ? a.ld_rbc : s.O;
+                decode_send<TAGGED>(s.kind == DECODE_X ? a.rbc : a.y, (b.row0 + n) * ld_out + own.first + i, z, tag + 1);
             }
         }
-        #pragma unroll
-        for (int i = 0; i < 4; i++) state[i] = n + 1 < n1 && 4 * l + i < N ? h_e[E * N + 4 * l + i] : 0.0f;
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (l == 0) y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
+        if (!TAGGED && s.kind != DECODE_HEAD) decode_arrive(arrived);
     }
+    if (!a.next) {          // nobody waits any more: the last one leaves a zero
+        __syncthreads();
+        if (threadIdx.x == 0 && atomicAdd(arrived, 1) == (waits + 1) * b.blocks - 1) *arrived = 0;
+        return;
+    }
+
+    // the best of the block, of the group
+    float2* all = (float2*)b.part;         // (256, 2)
+    #pragma unroll
+    for (int i = 0; i < (TILES == 4 ? 2 : 1); i++) all[threadIdx.x + i * DECODE_THREADS] = best[i];
+    __syncthreads();
+    if ((int)threadIdx.x < b.n) {
+        // sequence n was seen by the threads with tile n / 8, q = n % 8 / 2, k % 2 = n % 2
+        int n = threadIdx.x, tile = n / 8;
+        float2 top = make_float2(-INFINITY, __int_as_float(INT_MAX));
+        #pragma unroll
+        for (int i = 0; i < (TILES == 1 ? 32 : 16); i++) {
+            float2 z = all[(tile + i / 16) * 128 + i / 2 % 8 * 16 + n % 8 / 2 * 4 + i % 2 * 2 + n % 2];
+            decode_better(&top, z.x, __float_as_int(z.y));
+        }
+        b.best[b.index * SEQUENCES + n] = top;
+    }
+    decode_arrive(arrived);
+    if (b.index > 0) return;
+    decode_wait(arrived, ++waits * b.blocks);
+    for (int n = w; n < b.n; n += DECODE_WARPS) {
+        float2 top = make_float2(-INFINITY, __int_as_float(INT_MAX));
+        for (int i = lane; i < b.blocks; i += WARP) {
+            float2 z = __ldcg(&b.best[i * SEQUENCES + n]);
+            decode_better(&top, z.x, __float_as_int(z.y));
+        }
+        #pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2)
+            decode_better(&top, __shfl_xor_sync(0xffffffffu, top.x, step), __float_as_int(__shfl_xor_sync(0xffffffffu, top.y, step)));
+        int index = __float_as_int(top.y);
+        if (lane == 0) a.next[b.row0 + n] = index == INT_MAX ? -1 : index;
+    }
+    if (threadIdx.x == 0) *arrived = 0;
 }
 
-static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
-                             const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z,
-                             size_t ldz, size_t rows, size_t E, size_t N, size_t R, cudaStream_t stream) {
-    size_t each = rows > 16 ? 8 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
-    scan_allow_shared(decode_scan_kernel, shared);
-    dim3 grid((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each));
-    decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z,
-                                                           ldz, (int)rows, (int)each, E, (int)N, (int)R);
-    cudaCheck(cudaGetLastError());
-}
+// floats of one warp's partial sums in decode_kernel<tiles>
+static size_t decode_part(int tiles) { return (size_t)(tiles == 4 ? 2 : 4) * (size_t)tiles * 128; }
 
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW
@@ -3752,69 +4119,6 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
         linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
 }
 
-// Blocks with one token of each sequence (section 4.10). res_in and delta_in as above; the residual stream
-// after the addition goes to res_out, what the block adds to w->delta.
-static bool decode_is_fast(const Config* c, size_t rows) {
-    return rows <= DECODE_ROWS && c->d_model % 32 == 0 && c->d_inner % 32 == 0 && c->d_intermediate % 32 == 0;
-}
-
-// norm, then the first matmul of a block: up to 8 sequences in one kernel
-static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const ActsCuda<bf16>* acts,
-                                float* res_out, const float* res_in, const bf16* delta_in,
-                                const float* norm) {
-    size_t D = (size_t)run->config->d_model;
-    a.K = D;
-    a.rows = (int)run->B;
-    if (run->B <= 8) {
-        a.res_in = res_in; a.delta = delta_in; a.res_out = res_out; a.norm = norm;
-        a.eps = (float)run->config->norm_eps;
-    } else {
-        residual_rmsnorm_forward_cuda(res_out, acts->u, acts->rstd, res_in, delta_in, norm, run->B, D,
-                                      (float)run->config->norm_eps, run->stream);
-        a.act = acts->u; a.ld_act = D;
-    }
-    decode_linear_cuda(a, run->stream);
-}
-
-static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16* act, const bf16* weight,
-                                const float* bias, size_t K, size_t O) {
-    DecodeLinear a = {};
-    a.weight = weight; a.bias = bias; a.O = O; a.K = K; a.rows = (int)run->B;
-    a.act = act; a.ld_act = K; a.out = out; a.ldo = O;
-    decode_linear_cuda(a, run->stream);
-}
-
-static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
-                                     const ActsCuda<bf16>* a, const ScratchCuda<bf16>* w, float* res_out,
-                                     const float* res_in, const bf16* delta_in, float* const* state) {
-    const Config* c = run->config;
-    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank;
-    DecodeLinear in = {};
-    in.weight = L->px[P_IN]; in.bias = L->p[P_IN_BIAS]; in.O = 2 * E;
-    in.out = a->xz; in.ldo = 2 * E;
-    in.conv_weight = L->p[P_CONV]; in.conv_bias = L->p[P_CONV_BIAS]; in.conv_state = state[0];
-    in.taps = (int)c->d_conv; in.E = E;
-    decode_first_linear(run, in, a, res_out, res_in, delta_in, L->p[P_NORM]);
-    DecodeLinear x_proj = {};
-    x_proj.weight = L->px[P_X]; x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
-    x_proj.act = a->xz; x_proj.ld_act = 2 * E; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
-    decode_linear_cuda(x_proj, run->stream);
-    decode_scan_cuda(w->y, state[1], a->xz, a->rbc, L->px[P_DT], L->p[P_DT_BIAS], L->p[P_A_LOG], L->p[P_D],
-                     a->xz + E, 2 * E, run->B, E, N, R, run->stream);
-    decode_plain_linear(run, w->delta, w->y, L->px[P_OUT], L->p[P_OUT_BIAS], E, D);
-}
-
-static void mlp_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L, const ActsCuda<bf16>* a,
-                                  const ScratchCuda<bf16>* w, float* res_out, const float* res_in,
-                                  const bf16* delta_in) {
-    size_t D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
-    DecodeLinear up = {};
-    up.weight = L->px[P_FC1]; up.O = 2 * F; up.out = a->h; up.ldo = 2 * F;
-    decode_first_linear(run, up, a, res_out, res_in, delta_in, L->p[P_MLP_NORM]);
-    gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, run->B, F, run->stream);
-    decode_plain_linear(run, w->delta, w->m, L->px[P_FC2], NULL, F, D);
-}
-
 // ---------------------------------------------------------------------------------------------------
 // 6. Model
 
@@ -4137,39 +4441,120 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
                                   (float)m->config.norm_eps, run->stream, run->dropout);
 }
 
-// model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states updated in place.
-// Returns false when the shapes do not fit section 4.10; then nothing was done.
-static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
-                              CudaRun<bf16>* run, const int* tokens, float* state, const State* host,
-                              float* logits) {
-    size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
-    if (!decode_is_fast(&m->config, run->B)) return false;
-    float* res[2] = {w->acts[0].res, w->res_last};           // in turn
-    const bf16* delta = NULL;
-    embedding_forward_cuda(res[0], tokens, d->embedding_x, run->B, D, run->stream, run->dropout);
+// DecodePlan: what decode_kernel needs besides the tokens, with its device memory. Made once per session.
+typedef struct {
+    Decode a;
+    int tiles, groups;
+    size_t shared, bytes;
+    void* memory;
+} DecodePlan;
+
+// decode_plan: false when the shapes do not fit section 4.10; then nothing was allocated
+static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state,
+                        const State* host) {
+    const Config* c = &m->config;
+    int D = (int)c->d_model, E = (int)c->d_inner, N = (int)c->d_state, R = (int)c->dt_rank, RBC = R + 2 * N,
+        F = (int)c->d_intermediate, Vp = (int)c->vocab_padded, processors, most;
+    memset(p, 0, sizeof *p);
+    if (rows > DECODE_ROWS || D % 32 || E % 32 || F % 32 || R % 8 || c->d_conv > 4) return false;
+    p->tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
+#ifdef DECODE_EXPERIMENT
+    if (getenv("TILES")) p->tiles = atoi(getenv("TILES"));
+#endif
+    int sequences = 8 * p->tiles;
+    p->groups = ((int)rows + sequences - 1) / sequences;
+    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
+    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    Decode* a = &p->a;
+    a->blocks = processors / p->groups;
+    if (a->blocks > D / 2) a->blocks = D / 2;      // every block has a part of every row
+    a->rows = (int)rows;
+    a->D = D; a->E = E; a->N = N; a->R = R; a->F = F; a->Vp = Vp;
+    a->taps = (int)c->d_conv;
+    a->V = (int)c->vocab_size;
+    a->eps = (float)c->norm_eps;
+    a->ld_rbc = (RBC + 7) / 8 * 8;
+    auto share = [&](int O) { return 2 * ((O / 2 + a->blocks - 1) / a->blocks); };
+    int floats = 0;
+    auto take = [&](int n) {
+        int at = floats;
+        floats += (n + 3) / 4 * 4;
+        return at;
+    };
+    int out = share(D);
+    for (int n : {share(RBC), share(E), 2 * share(F)}) out = n > out ? n : out;
+    a->out_at = take(out * sequences);
+    a->xz_at = take(2 * share(E) * sequences);
+    a->bc_at = take(2 * N * sequences);
+    a->decay_at = take(share(E) * N);
+    a->res_at = take(share(D) * sequences);
+    a->scale_at = take(sequences);
+    p->shared = DECODE_WARPS * (DECODE_QUEUE * 1024 + decode_part(p->tiles) * sizeof(float)) +
+                (size_t)floats * sizeof(float);
+    if (p->shared + 1024 > (size_t)most || a->blocks == 0) return false;
+
+    DecodeStep* step = (DecodeStep*)xcalloc((size_t)m->n_layers * 4 + 1, sizeof(DecodeStep));
+    auto norm_of = [&](int l) {
+        if (l == m->n_layers) return (const float*)d->norm_f;
+        return d->layer[l].p[m->layer[l].kind->letter == 'm' ? (int)P_MLP_NORM : (int)P_NORM];
+    };
+    int n = 0;
     for (int l = 0; l < m->n_layers; l++) {
-        float* fields[MAX_FIELDS];
-        state_fields(fields, m, state, host, l, 0);
-        if (m->layer[l].kind->letter == 'm')
-            mlp_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
-                                  delta);
-        else
-            mamba1_block_decode_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
-                                     delta, fields);
-        delta = w->scratch.delta;
+        const LayerCuda<bf16>* L = &d->layer[l];
+        float* field[MAX_FIELDS];
+        state_fields(field, m, state, host, l, 0);
+        if (m->layer[l].kind->letter == 'm') {
+            step[n++] = {DECODE_UP, F, D, F, L->px[P_FC1], NULL, {NULL, NULL}, NULL};
+            step[n++] = {DECODE_OUT, D, F, 0, L->px[P_FC2], NULL, {norm_of(l + 1), NULL}, NULL};
+            continue;
+        }
+        step[n++] = {DECODE_IN, E, D, E, L->px[P_IN], L->p[P_IN_BIAS], {L->p[P_CONV], L->p[P_CONV_BIAS]}, field[0]};
+        step[n++] = {DECODE_X, RBC, E, 0, L->px[P_X], NULL, {NULL, NULL}, NULL};
+        step[n++] = {DECODE_SCAN, E, R, 0, L->px[P_DT], L->p[P_DT_BIAS], {L->p[P_A_LOG], L->p[P_D]}, field[1]};
+        step[n++] = {DECODE_OUT, D, E, 0, L->px[P_OUT], L->p[P_OUT_BIAS], {norm_of(l + 1), NULL}, NULL};
     }
-    float* last = res[m->n_layers % 2];
-    residual_rmsnorm_forward_cuda(last, w->f, w->f_rstd, last, delta, d->norm_f, run->B, D,
-                                  (float)m->config.norm_eps, run->stream);
-    DecodeLinear head = {};
-    head.weight = d->head_x; head.O = Vp; head.K = D; head.rows = (int)run->B;
-    head.act = w->f; head.ld_act = D; head.out_float = logits; head.ldo = Vp;
-    decode_linear_cuda(head, run->stream);
+    step[n++] = {DECODE_HEAD, Vp, D, 0, d->head_x, NULL, {NULL, NULL}, NULL};
+    a->n_steps = n;
+    a->embedding = d->embedding_x;
+    a->norm = norm_of(0);
+    size_t places = (size_t)p->groups * (size_t)a->blocks * (size_t)sequences;
+    DecodeStep* on_device;
+    for (int pass = 0; pass < 2; pass++) {
+        ArenaCuda arena = {(char*)p->memory, 0};
+        arena_take(&arena, &on_device, (size_t)n);
+        arena_take(&arena, &a->u, rows * (size_t)D * 4);
+        arena_take(&arena, &a->x, rows * (size_t)E * 4);
+        arena_take(&arena, &a->rbc, rows * (size_t)a->ld_rbc * 4);
+        arena_take(&arena, &a->y, rows * (size_t)(E > F ? E : F) * 4);
+        arena_take(&arena, &a->squares, places);
+        arena_take(&arena, &a->best, places);
+        arena_take(&arena, &a->arrived, (size_t)p->groups * 32);
+        p->bytes = arena.used;
+        if (!pass) p->memory = device_calloc(p->bytes, 1);
+    }
+    a->step = on_device;
+    cudaCheck(cudaMemcpy(on_device, step, (size_t)n * sizeof(DecodeStep), cudaMemcpyHostToDevice));
+    free(step);
     return true;
 }
-static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
-                              const int*, float*, const State*, float*) {
-    return false;
+
+// decode_cuda: one token of each sequence; the logits to `logits`, the most likely next tokens to `next`,
+// which may be NULL
+static void decode_cuda(DecodePlan* p, const int* tokens, float* logits, int* next, cudaStream_t stream) {
+    p->a.tag += (unsigned)p->a.n_steps + 1;
+    Decode a = p->a;
+    a.logits = logits;
+    a.next = next;
+    memcpy(a.token, tokens, (size_t)a.rows * sizeof(int));
+    void (*kernel)(Decode) = p->tiles == 1 ? decode_kernel<1, true> : p->tiles == 2 ? decode_kernel<2, false> : decode_kernel<4, false>;
+#ifdef DECODE_EXPERIMENT
+    if (getenv("COUNTER") && p->tiles == 1) kernel = decode_kernel<1, false>;
+    if (getenv("TAGGED") && p->tiles == 2) kernel = decode_kernel<2, true>;
+#endif
+    void* args[] = {&a};
+    scan_allow_shared(kernel, p->shared);
+    cudaCheck(cudaLaunchCooperativeKernel((const void*)kernel, dim3((unsigned)(p->groups * a.blocks)),
+                                          dim3(DECODE_THREADS), args, p->shared, stream));
 }
 
 // argmax: *token = the index of the largest of n logits of each row, the first of equals, -1 when one is not
@@ -4358,6 +4743,8 @@ template <typename X> struct CudaSession {
     float *state, *logits;
     int* host_tokens;                  // pinned
     float* host_logits;
+    DecodePlan plan;                   // bf16
+    bool planned;
     int64_t decoded[2];                // calls with one token for all rows: for logits; for the next tokens
     cudaGraphExec_t graph[2];          // of such calls
 };
@@ -4648,6 +5035,11 @@ template <typename X> static void cuda_download(Backend* b) {
 
 // --- generation
 
+static bool session_plan(CudaSession<bf16>* d, const Model* m, const ModelCuda<bf16>* model, const Session* s) {
+    return decode_plan(&d->plan, m, model, s->rows, d->state, &s->state);
+}
+static bool session_plan(CudaSession<float>*, const Model*, const ModelCuda<float>*, const Session*) { return false; }
+
 template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)xcalloc(1, sizeof(CudaSession<X>));
     size_t tokens = s->chunk > s->rows ? s->chunk : s->rows, Vp = (size_t)b->model->config.vocab_padded;
@@ -4656,6 +5048,7 @@ template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
     d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
     d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));
+    d->planned = session_plan(d, b->model, &cuda_of<X>(b)->model, s);
     s->device = d;
 }
 
@@ -4670,6 +5063,10 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     cudaCheck(cudaFreeHost(d->host_logits));
     for (int i = 0; i < 2; i++)
         if (d->graph[i]) cudaCheck(cudaGraphExecDestroy(d->graph[i]));
+    if (d->planned) {
+        device_bytes -= d->plan.bytes;
+        cudaCheck(cudaFree(d->plan.memory));
+    }
     free(d);
 }
 
@@ -4691,9 +5088,6 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
     to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
-    if (T == 1 && row0 == 0 && logits &&
-        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, &s->state, d->logits))
-        return;
     model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, &s->state, row0);
     for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
@@ -4731,7 +5125,12 @@ static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const 
                         real* logits) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     size_t n = rows * (size_t)b->model->config.vocab_padded;
-    decode_run<X>(b, s, tokens, rows * T, 0, T == 1 && rows == s->rows && logits, [&] {
+    if (d->planned && T == 1 && rows == s->rows && logits) {
+        cudaStream_t stream = cuda_of<X>(b)->stream;
+        decode_cuda(&d->plan, tokens, d->logits, NULL, stream);
+        to_host(d->host_logits, d->logits, n, stream);
+        cudaCheck(cudaStreamSynchronize(stream));
+    } else decode_run<X>(b, s, tokens, rows * T, 0, T == 1 && rows == s->rows && logits, [&] {
         decode_launch<X>(b, s, row0, rows, T, logits != NULL);
         if (logits) to_host(d->host_logits, d->logits, n, cuda_of<X>(b)->stream);
     });
@@ -4741,7 +5140,10 @@ static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const 
 template <typename X>
 static void cuda_decode_greedy(Backend* b, Session* s, const int* tokens, int* next) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
+    if (d->planned) {                                       // pinned memory: the kernel writes it by itself
+        decode_cuda(&d->plan, tokens, NULL, d->host_tokens, cuda_of<X>(b)->stream);
+        cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
+    } else decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
         cudaStream_t stream = cuda_of<X>(b)->stream;
         decode_launch<X>(b, s, 0, s->rows, 1, true);
         argmax_kernel<<<(unsigned)s->rows, 1024, 0, stream>>>(d->work.batch.targets, d->logits,

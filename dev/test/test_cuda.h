@@ -19,6 +19,7 @@
 
 #include <cxxabi.h>
 #include <string>
+#include <algorithm>
 #include <vector>
 
 namespace oracle {
@@ -97,6 +98,12 @@ cudaError_t __wrap_cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
                                     cudaStream_t stream) {
     mark_launched(function);
     return __real_cudaLaunchKernel(function, grid, block, args, shared, stream);
+}
+cudaError_t __real_cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t);
+cudaError_t __wrap_cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block, void** args,
+                                               size_t shared, cudaStream_t stream) {
+    mark_launched(function);
+    return __real_cudaLaunchCooperativeKernel(function, grid, block, args, shared, stream);
 }
 __attribute__((weak)) cudaError_t __real___cudaGetKernel(void**, const void*);       // not in version 12
 cudaError_t __wrap___cudaGetKernel(void** kernel, const void* function) {
@@ -1227,16 +1234,19 @@ void cuda_logits(Backend* b, real* logits, const int* tokens, size_t n, size_t c
 }
 
 // Token by token with 1 to 70 sequences (section 4.10, and beyond it the kernels for any length), against the
-// CPU, which reads each sequence in one piece
-void check_decoding(Worst* worst, Worst* twice) {
+// CPU, which reads each sequence in one piece. The second time all but the last step are greedy.
+void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
     enum { STEPS = 21, MOST = 70 };
     const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
-                              toy_config("1", 3, 96, 192, 5, 2, 7, 100),
-                              toy_config("11m", 1, 64, 1600, 40, 4, 4, 100)};
+                              toy_config("1", 3, 96, 192, 5, 2, 8, 100),
+                              toy_config("11m", 1, 64, 1600, 40, 3, 16, 100),
+                              toy_config("m1", 1, 160, 352, 16, 1, 40, 1000),
+                              toy_config("1", 1, 32, 64, 16, 4, 7, 100)};
     const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
-    for (int k = 0; k < 3; k++) {
+    for (int k = 0; k < 5; k++) {
         Config c = configs[k];
         c.bias = k == 1;
+        if (c.d_intermediate) c.d_intermediate = 32 + 64 * k;
         Model m = toy_model(&c, false, 6 + (uint64_t)k);
         size_t V = (size_t)c.vocab_size, Vp = (size_t)c.vocab_padded;
         Backend cpu = backend_cpu(&m, 0, 0, false, RECOMPUTE_NONE);
@@ -1245,7 +1255,7 @@ void check_decoding(Worst* worst, Worst* twice) {
         real* want = (real*)test_alloc(MOST * Vp, sizeof(real));
         real* got[2] = {(real*)test_alloc(MOST * Vp, sizeof(real)),
                         (real*)test_alloc(MOST * Vp, sizeof(real))};
-        int ids[MOST][STEPS], step_ids[MOST];
+        int ids[MOST][STEPS], step_ids[MOST], best[MOST][STEPS], next[MOST];
         for (size_t r = 0; r < MOST; r++) {
             for (size_t t = 0; t < STEPS; t++) ids[r][t] = (int)(random_bits(40, r, t) % V);
             cuda_logits(&cpu, want + r * Vp, ids[r], STEPS, STEPS);
@@ -1253,10 +1263,20 @@ void check_decoding(Worst* worst, Worst* twice) {
         for (size_t n : counts) {
             for (int again = 0; again < 2; again++) {
                 Session s = session_create(&b, n, 1);
+                double wrong = 0;
                 for (size_t t = 0; t < STEPS; t++) {
                     for (size_t r = 0; r < n; r++) step_ids[r] = ids[r][t];
+                    if (again && t + 1 < STEPS) {
+                        b.decode_greedy(&b, &s, step_ids, next);
+                        for (size_t r = 0; r < n; r++) wrong += next[r] != best[r][t];
+                        continue;
+                    }
                     b.decode(&b, &s, 0, n, step_ids, 1, got[again]);
+                    for (size_t r = 0; r < n; r++)
+                        best[r][t] = (int)(std::max_element(got[again] + r * Vp, got[again] + r * Vp + V) -
+                                           (got[again] + r * Vp));
                 }
+                worst_add(greedy, wrong, "D%d, %zu rows", (int)c.d_model, n);
                 session_free(&b, &s);
             }
             for (size_t r = 0; r < n; r++)
@@ -1342,10 +1362,11 @@ void test_cuda_generate(void) {
         model_free(&m);
     }
     other_backend = NULL;
-    Worst decoding = {0, ""}, twice = {0, ""};
-    check_decoding(&decoding, &twice);
+    Worst decoding = {0, ""}, twice = {0, ""}, greedy = {0, ""};
+    check_decoding(&decoding, &twice, &greedy);
     worst_report("bf16: logits token by token, 1 to 70 sequences = the CPU's", &decoding, 3e-2);
     worst_report("bf16: logits token by token, again: bits", &twice, 0);
+    worst_report("bf16: greedy tokens that are not those of the largest logits", &greedy, 0);
     worst_report("fp32: tokens of the GPU differ from those of the CPU", &tokens, 0);
     worst_report("fp32: tokens after prefill in chunks of 1, 7, 1000 differ", &chunks, 0);
     worst_report("fp32: a state saved on one device, tokens on the other differ", &saved, 0);
