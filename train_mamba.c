@@ -205,13 +205,33 @@ void limit_spinning(char** argv) {
 // Config: everything needed to allocate a model. Symbols as in README: D = d_model, E = d_inner, N = d_state,
 // K = d_conv, R = dt_rank, F = d_intermediate, V = vocab_size, Vp = vocab_padded.
 typedef struct {
-    char pattern[64];        // one letter per residual sub-layer, repeated over the blocks: "1", "1m"
+    char pattern[512];       // one letter per residual sub-layer, repeated over the blocks: "1", "2m", "222a"
     int64_t n_layer;         // blocks: a mixer and, with `m`, its gated MLP
     int64_t d_model;         // D, width of the residual stream
     int64_t d_inner;         // E, usually 2 D
     int64_t d_state;         // N, state size per channel
     int64_t d_conv;          // K, taps of the causal convolution
-    int64_t dt_rank;         // R, rank of the projection that makes dt
+    int64_t dt_rank;         // R, rank of the projection that makes dt (Mamba-1)
+    // Mamba-2
+    int64_t d_ssm;           // Es <= E, channels that go through the SSM; the others form a gated MLP
+    int64_t headdim;         // P, channels per head; H = Es / P heads
+    int64_t ngroups;         // G, groups of heads that share B and C
+    int64_t chunk_size;      // Q, tokens per chunk of the chunked form
+    bool D_has_hdim;         // the skip D: one number per channel instead of one per head
+    bool rmsnorm;            // the gate is followed (or preceded) by an RMSNorm
+    bool norm_before_gate;
+    double dt_low, dt_high;  // dt is clipped to these
+    double A_low, A_high;    // A = -uniform(A_low, A_high) at init
+    double conv_init;        // the conv's weights start uniform in +-conv_init; 0: +-1/sqrt(K)
+    // attention
+    int64_t attn_heads, attn_heads_kv, attn_head_dim;        // Hq, Hkv, dh
+    int64_t attn_conv;       // taps of the convolution over q, k and v; 0: none
+    int64_t attn_mlp;        // width of [up; gate] of an MLP beside the heads; 0: none
+    int64_t rotary_dim;      // numbers of each head that rotary embedding turns; 0: none
+    double rotary_base, softmax_scale;                       // scale 0: 1/sqrt(dh)
+    bool rotary_interleaved; // pairs (2i, 2i+1) instead of (i, i + rotary_dim/2)
+    bool attn_in_bias, attn_out_bias;
+    int64_t context;         // tokens that the cache of keys and values holds; of a run, not of a model
     int64_t d_intermediate;  // F, hidden width of the gated MLP; 0 without `m`
     int64_t vocab_size;      // V, tokens that have a text
     int64_t vocab_padded;    // Vp >= V, rows of the embedding
@@ -235,20 +255,67 @@ static bool add_count(int64_t* total, int64_t a, int64_t b, int64_t c) {
     return *total < (int64_t)1 << 40;
 }
 
+typedef struct { const char* name; int64_t value, low, high; } Range;
+
+static bool check_ranges(const Range* range, size_t n, Error* err) {
+    for (size_t i = 0; i < n; i++)
+        if (range[i].value < range[i].low || range[i].value > range[i].high)
+            return fail(err, "%s is %lld, expected %lld .. %lld", range[i].name, (long long)range[i].value,
+                        (long long)range[i].low, (long long)range[i].high);
+    return true;
+}
+
+// what Mamba-2 layers rely on. Conditions on numbers with fractions are written so that NaN fails.
+static bool config_check_mamba2(const Config* c, Error* err) {
+    const Range range[] = {
+        {"d_ssm", c->d_ssm, 1, c->d_inner},   {"headdim", c->headdim, 1, c->d_ssm},
+        {"ngroups", c->ngroups, 1, c->d_ssm}, {"chunk_size", c->chunk_size, 1, 65536} };
+    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
+    if (c->d_ssm % c->headdim != 0)
+        return fail(err, "d_ssm is %lld, expected a multiple of headdim, %lld", (long long)c->d_ssm,
+                    (long long)c->headdim);
+    if (c->d_ssm / c->headdim % c->ngroups != 0)
+        return fail(err, "%lld heads (d_ssm %lld, headdim %lld) cannot be shared by %lld groups",
+                    (long long)(c->d_ssm / c->headdim), (long long)c->d_ssm, (long long)c->headdim,
+                    (long long)c->ngroups);
+    if (!(c->dt_low >= 0 && c->dt_low <= c->dt_high))
+        return fail(err, "dt_limit is %g .. %g, expected 0 <= low <= high", c->dt_low, c->dt_high);
+    if (!(c->A_low > 0 && c->A_low <= c->A_high && c->A_high <= 1e6))
+        return fail(err, "A_init_range is %g .. %g, expected 0 < low <= high <= 1e6", c->A_low, c->A_high);
+    return (c->conv_init >= 0 && c->conv_init <= 1000) ||
+           fail(err, "conv_init is %g, expected 0 .. 1000", c->conv_init);
+}
+
+static bool config_check_attention(const Config* c, Error* err) {
+    const Range range[] = {
+        {"attention heads", c->attn_heads, 1, 65536}, {"KV heads", c->attn_heads_kv, 1, c->attn_heads},
+        {"attention head_dim", c->attn_head_dim, 1, 65536},
+        {"attention d_conv", c->attn_conv, 0, 8},     {"attention mlp_dim", c->attn_mlp, 0, INT32_MAX},
+        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, INT32_MAX} };
+    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
+    if (c->attn_heads % c->attn_heads_kv != 0)
+        return fail(err, "%lld attention heads cannot share %lld KV heads", (long long)c->attn_heads,
+                    (long long)c->attn_heads_kv);
+    if (c->rotary_dim % 2 != 0 || c->attn_mlp % 2 != 0)
+        return fail(err, "rotary_emb_dim %lld and mlp_dim %lld: expected even numbers",
+                    (long long)c->rotary_dim, (long long)c->attn_mlp);
+    if (!(c->rotary_base > 0 && c->rotary_base <= 1e12))
+        return fail(err, "rotary_emb_base is %g, expected above 0, at most 1e12", c->rotary_base);
+    return (c->softmax_scale >= 0 && c->softmax_scale <= 1e6) ||
+           fail(err, "softmax_scale is %g, expected 0 (1/sqrt(head_dim)) .. 1e6", c->softmax_scale);
+}
+
 // config_check: every size that the rest of the program relies on, whether it came from options or from a
 // file.
 bool config_check(const Config* c, Error* err) {
-    const struct { const char* name; int64_t value, low, high; } range[] = {
+    const Range range[] = {
         {"n_layer", c->n_layer, 1, 65536},          {"d_model", c->d_model, 1, INT32_MAX},
         {"d_inner", c->d_inner, 1, INT32_MAX},      {"d_state", c->d_state, 1, 256},
         {"d_conv", c->d_conv, 1, 8},                {"dt_rank", c->dt_rank, 1, INT32_MAX},
         {"d_intermediate", c->d_intermediate, 0, INT32_MAX}, {"vocab_size", c->vocab_size, 1, INT32_MAX},
         {"vocab_padded", c->vocab_padded, c->vocab_size, INT32_MAX},
         {"eos_token", c->eos_token, -1, c->vocab_padded - 1} };
-    for (size_t i = 0; i < sizeof range / sizeof *range; i++)
-        if (range[i].value < range[i].low || range[i].value > range[i].high)
-            return fail(err, "%s is %lld, expected %lld .. %lld", range[i].name, (long long)range[i].value,
-                        (long long)range[i].low, (long long)range[i].high);
+    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
     // the pattern: mixers, each with at most one m after it
     size_t letters = strnlen(c->pattern, sizeof c->pattern);
     bool mlp = false;
@@ -257,11 +324,10 @@ bool config_check(const Config* c, Error* err) {
     for (size_t i = 0; i < letters; i++) {
         unsigned char letter = (unsigned char)c->pattern[i];
         mlp = mlp || letter == 'm';
-        if (letter != '1' && letter != 'm')
-            return fail(
-                err,
-                "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1) and m (gated MLP)",
-                letter > 32 && letter < 127 ? letter : '?', i);
+        if (!letter || !strchr("12am", letter))
+            return fail(err, "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1), "
+                        "2 (Mamba-2), a (attention) and m (gated MLP)",
+                        letter > 32 && letter < 127 ? letter : '?', i);
         if (letter == 'm' && (i == 0 || c->pattern[i - 1] == 'm'))
             return fail(err, "pattern \"%s\": an m must follow a mixer, like 1m", c->pattern);
     }
@@ -282,9 +348,19 @@ bool config_check(const Config* c, Error* err) {
         return fail(err, "dt_scale is %g, expected above 0, at most 1000", c->dt_scale);
     if (!(c->initializer_range >= 0 && c->initializer_range <= 1000))
         return fail(err, "initializer_range is %g, expected 0 .. 1000", c->initializer_range);
-    // parameters: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj, (E,R) dt_proj, (E,N) A_log,
-    // vectors; MLP 3DF
+    if ((strchr(c->pattern, '2') && !config_check_mamba2(c, err)) ||
+        (strchr(c->pattern, 'a') && !config_check_attention(c, err)))
+        return false;
+    // parameters of the largest block. Mamba-1: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj,
+    // (E,R) dt_proj, (E,N) A_log, vectors; Mamba-2: in_proj and conv grow by 2GN+H; attention; MLP 3DF
     int64_t D = c->d_model, E = c->d_inner, R = c->dt_rank, N = c->d_state, block = 0, total = 0;
+    if (strchr(c->pattern, '2') && !(add_count(&block, D + c->d_conv, 2 * c->ngroups, N) &&
+                                     add_count(&block, D, c->d_ssm, 1))) block = (int64_t)1 << 40;
+    if (strchr(c->pattern, 'a')) {
+        int64_t qkv = c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
+        if (!add_count(&block, D + c->attn_conv + 2, 2, qkv) || !add_count(&block, 2, D, c->attn_mlp))
+            block = (int64_t)1 << 40;
+    }
     bool fits = add_count(&block, 3, D, E) && add_count(&block, E, c->d_conv, 1) &&
                 add_count(&block, 2, R, E) && add_count(&block, 3, N, E) && add_count(&block, 5, E, 1) &&
                 add_count(&block, 3, D, 1) && add_count(&block, 3, D, c->d_intermediate) &&
@@ -1240,12 +1316,17 @@ void crossentropy(real* losses, real* dlogits, const real* logits, const int* ta
 // test names) walks these tables.
 
 // Symbolic sizes, so that a table can be written before the model is known.
-enum { DIM_NONE, DIM_1, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP, DIM_K1,
-       DIM_SCAN_SAVED, DIM_SCAN_SCRATCH };
+enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP,
+       DIM_K1, DIM_SCAN_SAVED, DIM_SCAN_SCRATCH,
+       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D
+       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
+       // attention: q, k, v and MLP together; q, k, v; heads and MLP; heads; Hkv; dh; taps, taps - 1; cache
+       DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT };
 
 int64_t config_dim(const Config* c, int dim) {
     switch (dim) {
         case DIM_1:   return 1;
+        case DIM_2:   return 2;
         case DIM_D:   return c->d_model;
         case DIM_E:   return c->d_inner;
         case DIM_2E:  return 2 * c->d_inner;
@@ -1257,6 +1338,22 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_F:   return c->d_intermediate;
         case DIM_2F:  return 2 * c->d_intermediate;
         case DIM_VP:  return c->vocab_padded;
+        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + c->d_ssm / c->headdim;
+        case DIM_ES:  return c->d_ssm;
+        case DIM_XBC: return c->d_ssm + 2 * c->ngroups * c->d_state;
+        case DIM_H:   return c->d_ssm / c->headdim;
+        case DIM_P:   return c->headdim;
+        case DIM_G:   return c->ngroups;
+        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
+        case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
+        case DIM_OUT_A: return c->attn_head_dim * c->attn_heads + c->attn_mlp / 2;
+        case DIM_HQ:  return c->attn_heads;
+        case DIM_HKV: return c->attn_heads_kv;
+        case DIM_DH:  return c->attn_head_dim;
+        case DIM_KA:  return c->attn_conv;
+        case DIM_KA1: return c->attn_conv > 0 ? c->attn_conv - 1 : 0;
+        case DIM_CONTEXT: return c->context;
     }
     return 0;
 }
@@ -1273,14 +1370,17 @@ enum {
     INIT_DT_WEIGHT,    // uniform +-dt_scale/sqrt(R), or that constant
     INIT_DT_BIAS,    // softplus(bias) is log-uniform in [dt_min, dt_max]: half-lives 0.4..700 tokens
     INIT_A_LOG,      // A[e,n] = -(n+1) in every channel (S4D-real)
+    INIT_A_UNIFORM,  // A[h] = -uniform(A_low, A_high): Mamba-2
 };
 
 enum {
     DECAY = 1,          // AdamW weight decay: matrices only
     IF_BIAS = 2,        // exists only with config.bias
-    BACKWARD_ONLY = 8,    // scratch that inference does not need
     IF_CONV_BIAS = 4,   // exists only with config.conv_bias
+    BACKWARD_ONLY = 8,  // scratch that inference does not need
     CHEAP = 16,         // activation that backward can make again at little cost from the others
+    IF_RMSNORM = 32,    // exists only with config.rmsnorm
+    IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -1616,12 +1716,14 @@ static const TensorSpec model_specs[] = {
 const Kind* kind_of(char letter) {
     for (int i = 0; i < N_KINDS; i++)
         if (kinds[i].letter == letter) return &kinds[i];
-    die("--pattern: there is no layer kind '%c'; known are 1 (Mamba-1) and m (gated MLP after a mixer)",
-        letter);
+    die("pattern: there is no layer kind '%c'", letter);       // config_check has refused it before
 }
 
 static bool spec_exists(const TensorSpec* s, const Config* c) {
-    return !((s->flags & IF_BIAS) && !c->bias) && !((s->flags & IF_CONV_BIAS) && !c->conv_bias);
+    return !((s->flags & IF_BIAS) && !c->bias) && !((s->flags & IF_CONV_BIAS) && !c->conv_bias) &&
+           !((s->flags & IF_RMSNORM) && !c->rmsnorm) && !((s->flags & IF_ATTN_CONV) && !c->attn_conv) &&
+           !((s->flags & IF_ATTN_IN_BIAS) && !c->attn_in_bias) &&
+           !((s->flags & IF_ATTN_OUT_BIAS) && !c->attn_out_bias);
 }
 
 static void model_add_tensor(Model* m, const TensorSpec* spec, int layer) {
@@ -1718,7 +1820,11 @@ void model_init(Model* m, uint64_t seed) {
         real* p = m->params + t->offset;
         uint64_t stream = STREAM_INIT + (uint64_t)i;
         double scale = 1 / sqrt((double)t->shape[t->ndim - 1]);
-        if (t->spec->init == INIT_CONV) scale = 1 / sqrt((double)c->d_conv);
+        if (t->spec->init == INIT_CONV)
+            scale = 1 / sqrt((double)(t->spec->flags & IF_ATTN_CONV ? c->attn_conv : c->d_conv));
+        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(m->config.pattern, '2') && c->conv_init > 0 &&
+            !(t->spec->flags & IF_ATTN_CONV))
+            scale = c->conv_init;
         if (t->spec->init == INIT_DT_WEIGHT) scale = c->dt_scale / sqrt((double)c->dt_rank);
         if (t->spec->init == INIT_RESIDUAL && c->rescale_prenorm_residual) scale /= sqrt((double)c->n_layer);
         #pragma omp parallel for
@@ -1737,6 +1843,7 @@ void model_init(Model* m, uint64_t seed) {
                     break;
                 }
                 case INIT_A_LOG: x = log((double)(j % (size_t)c->d_state) + 1); break;
+                case INIT_A_UNIFORM: x = log(c->A_low + u * (c->A_high - c->A_low)); break;
             }
             p[j] = (real)x;
         }
@@ -1868,9 +1975,7 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             if (first < 0) first = l;
         }
         for (int i = 0; used && i < kinds[k].n_scratch; i++) {
-            const char* name = kinds[k].scratch[i].name;
-            bool backward_only = name[0] == 'd' || kinds[k].scratch[i].dim[0] == DIM_SCAN_SCRATCH;
-            if (w->training || !backward_only)
+            if (w->training || !(kinds[k].scratch[i].flags & BACKWARD_ONLY))
                 w->scratch[k][i] = plan(p, activation_count(&kinds[k].scratch[i], c, w->B, w->T));
         }
     }
@@ -1886,8 +1991,9 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
 // layer, is generous; what exceeds it would wrap around in size_t.
 static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
     const Config* c = &m->config;
-    int64_t width =
-        c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate + c->vocab_padded;
+    int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate +
+                    c->vocab_padded + c->ngroups * c->d_state + c->attn_mlp +
+                    c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
     int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
     size_t bytes;
     return checked_size(5, dims, sizeof(real), &bytes);
@@ -3260,6 +3366,12 @@ static void print_model(const Model* m) {
     printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
            (long long)c->n_layer, (long long)c->d_model, (long long)c->d_inner, (long long)c->d_state,
            (long long)c->d_conv, (long long)c->dt_rank);
+    if (strchr(c->pattern, '2'))
+        printf(", H %lld, P %lld, G %lld", (long long)(c->d_ssm / c->headdim), (long long)c->headdim,
+               (long long)c->ngroups);
+    if (strchr(c->pattern, 'a'))
+        printf(", Hq %lld, Hkv %lld, dh %lld", (long long)c->attn_heads, (long long)c->attn_heads_kv,
+               (long long)c->attn_head_dim);
     if (c->d_intermediate) printf(", F %lld", (long long)c->d_intermediate);
     printf(", vocabulary %lld (padded %lld)\nparameters: %zu\n", (long long)c->vocab_size,
            (long long)c->vocab_padded, m->n_params);

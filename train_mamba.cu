@@ -50,14 +50,25 @@ void cublas_check(cublasStatus_t status, const char* file, int line) {
         die("%s:%d: cuBLASLt: %s", file, line, cublasLtGetStatusString(status));
 }
 
-// device_calloc: zeroed memory on the device; `device_bytes` counts what has been asked for
+// device_calloc: zeroed memory on the device; `device_bytes` counts what has been asked for. The program's
+// streams do not wait for the default stream, in which cudaMemset and cudaMemcpy work and from which both
+// return early: without the wait for it, a busy GPU clears the memory after its first use.
 static size_t device_bytes;
 
 void* device_calloc(size_t count, size_t size) {
     void* p;
     cudaCheck(cudaMalloc(&p, count > 0 && size > 0 ? count * size : 1));
     cudaCheck(cudaMemset(p, 0, count * size));
+    cudaCheck(cudaStreamSynchronize(0));
     device_bytes += count * size;
+    return p;
+}
+
+// device_copy: n numbers of the host in new memory on the device
+template <typename Y> static Y* device_copy(const Y* host, size_t n) {
+    Y* p = (Y*)device_calloc(n, sizeof(Y));
+    cudaCheck(cudaMemcpy(p, host, n * sizeof(Y), cudaMemcpyHostToDevice));
+    cudaCheck(cudaStreamSynchronize(0));
     return p;
 }
 
@@ -288,6 +299,8 @@ typedef __nv_bfloat16 bf16;
 
 enum { WARP = 32 };
 
+static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
 // Pack: W neighbouring values, loaded and stored by one instruction of at most 16 bytes
 template <typename X, int W> struct alignas(sizeof(X) * W) Pack { X v[W]; };
 
@@ -383,30 +396,56 @@ template <int WARPS> __device__ __forceinline__ float group_sum(float x, float* 
 // sum_parts: the second stage of a sum.   out[i] += sum_p parts[p,i],  out2[i] += sum_p parts[p,n+i]
 //   parts (P,n+n2), row stride ld   out (n)   out2 (n2)
 // A block sums 32 columns, its 32 warps every 32nd part each; then one warp adds the 32 sums in order.
+// Between two kernels of a stream lie one or two microseconds, in which the first ends and the second starts.
+// From sm_90 on this one uses them (programmatic dependent launch): it starts when the blocks of the kernel
+// before have ended or called allow_next, loads `out`, and then waits for the results of that kernel.
 enum { SUM_WARPS = 32 };
+
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 __global__ void __launch_bounds__(WARP * SUM_WARPS)
 sum_parts_kernel(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld) {
     __shared__ float sum[SUM_WARPS][WARP];
     size_t i = (size_t)blockIdx.x * WARP + threadIdx.x;
-    float acc = 0;
+    float acc = 0, *to = i < n ? out + i : out2 + (i - n);
+    bool last = threadIdx.y == 0 && i < n + n2;
+    float before = last ? *to : 0.0f;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
     #pragma unroll 8
     for (size_t p = threadIdx.y; p < P; p += SUM_WARPS) acc += i < n + n2 ? parts[p * ld + i] : 0.0f;
     sum[threadIdx.y][threadIdx.x] = acc;
     __syncthreads();
-    if (threadIdx.y > 0 || i >= n + n2) return;
+    if (!last) return;
     acc = 0;
     #pragma unroll
     for (int w = 0; w < SUM_WARPS; w++) acc += sum[w][threadIdx.x];
-    if (i < n) out[i] += acc;
-    else out2[i - n] += acc;
+    *to = before + acc;
 }
 
 void sum_parts_cuda(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld,
                     cudaStream_t stream) {
-    sum_parts_kernel<<<(unsigned)((n + n2 + WARP - 1) / WARP), dim3(WARP, SUM_WARPS), 0, stream>>>(
-        out, out2, parts, P, n, n2, ld);
-    cudaCheck(cudaGetLastError());
+    static int compiled = 0;                                 // for this compute capability, times 10
+    if (compiled == 0) {
+        cudaFuncAttributes kernel;
+        cudaCheck(cudaFuncGetAttributes(&kernel, sum_parts_kernel));
+        compiled = kernel.ptxVersion;
+    }
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)((n + n2 + WARP - 1) / WARP));
+    config.blockDim = dim3(WARP, SUM_WARPS);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = compiled >= 90;                        // compiled for less, it would not wait
+    cudaCheck(cudaLaunchKernelEx(&config, sum_parts_kernel, out, out2, parts, P, n, n2, ld));
 }
 
 // cast: out = inp in another type, n elements.   bytes: sizeof(Y) + sizeof(X) per element
@@ -985,139 +1024,142 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // --------------------------------------------------------------------------------------------------
 // 4.4 Causal convolution with SiLU
 
-// A thread owns W neighbouring channels and a run of `steps` tokens of one sequence. It walks through them
-// with the last inputs in registers (ConvWindow), so that each is loaded once and not K times; only the few
-// inputs around the border between two runs are loaded by both threads. The tokens go in groups of
-// CONV_GROUP: while one is computed, the next CONV_AHEAD groups are on their way into shared memory (`ring`).
-// A block is 32 threads along the channels times CONV_ROWS runs of tokens.
-// TAPS = K = 4 is the fast path. The general path has W = 1 and TAPS = 8; its first TAPS-K taps do not exist
-// (`skip`). In a PLAIN group nothing has to be asked: it is not at the border of the run, and all that its
-// taps see is of one document.
-enum { CONV_ROWS = 4, CONV_GROUP = 4, CONV_AHEAD = 2 };
+// A thread owns W neighbouring channels and a run of up to `steps` tokens of one sequence. It walks through
+// the run with the inputs of the last TAPS tokens in registers (the window), so that each is loaded once and
+// not K times; only the few inputs before a run are loaded by two threads. A block is 32 threads along the
+// channels times CONV_ROWS runs; blockIdx is (channels, runs, sequence).
+// The tokens go in groups of TAPS: while one is computed, the next are on their way into shared memory (the
+// ring). Nearly all groups are plain: whole, of the run, of one document. In the others the tokens are taken
+// one by one, and everything is asked for each.
+// A document begins where the id differs from that of the token before; before the start it is 0. There the
+// window is cleared, so that no tap sees another document.
+// TAPS = K = 4 is the fast path. The general path has W = 1 and TAPS = 8; its first TAPS-K taps have the
+// weight 0.
+enum { CONV_ROWS = 4, CONV_THREADS = WARP * CONV_ROWS };
+enum { CONV_FORWARD_RING = 3, CONV_BACKWARD_RING = 2 };        // groups
 enum { CONV_FORWARD_STEPS = 32, CONV_BACKWARD_STEPS = 128 };   // the longest runs
-enum { CONV_THREADS = WARP * CONV_ROWS };
-enum { CONV_NOTHING = INT_MIN };     // the document id of inputs that do not exist
 
-// weight and bias of the channels of a thread; the inputs of the last TAPS tokens and their document ids
-template <int W, int TAPS> struct ConvWindow {
-    float w[TAPS][W], bias[W], x[TAPS][W];
-    int id[TAPS];
+// ConvGroup: the tokens of a group, each thread with a column of its own. A pack is one word: four bf16 that
+// wait as separate numbers would be loaded as separate numbers, and take a register each.
+template <typename X, int W> struct ConvWord { typedef uint2 T; };
+template <typename X> struct ConvWord<X, 1> { typedef X T; };
+template <typename X, int W, int TAPS> struct ConvGroup {
+    typename ConvWord<X, W>::T word[TAPS][CONV_THREADS];
 };
 
-// conv_input_cuda: the input at time s of sequence b and its document id. Before the start stands the tail of
-// K-1 tokens, which belongs to document 0; before that, nothing.
-template <int W, typename X>
-__device__ __forceinline__ int conv_input_cuda(float* v, const X* inp, size_t ldi, const float* tail,
-                                               const int* doc, size_t b, ptrdiff_t s, size_t T, size_t E,
-                                               int K, size_t e) {
-    if (s >= 0) {
-        unpack<W>(v, load_pack<W>(inp + (b * T + (size_t)s) * ldi + e));
-        return doc ? doc[b * T + (size_t)s] : 0;
+// conv_copy: starts the copies of the first `count` tokens of a group. Packs below 4 bytes, in the general
+// path, cannot be copied that way and go through a register.
+template <typename X, int W, int TAPS>
+__device__ __forceinline__ void conv_copy(ConvGroup<X, W, TAPS>& group, const X* p, size_t ld, int count) {
+    auto* to = &group.word[0][threadIdx.y * WARP + threadIdx.x];
+    auto copy = [=](int i) {
+        if constexpr (W == 1 && sizeof(X) < 4) to[i * CONV_THREADS] = p[i * ld];
+        else copy_async<(int)sizeof(X) * W>(to + i * CONV_THREADS, p + i * ld);
+    };
+    if (count >= TAPS) {
+        #pragma unroll
+        for (int i = 0; i < TAPS; i++) copy(i);
+    } else {
+        #pragma unroll 1
+        for (int i = 0; i < count; i++) copy(i);
     }
-    bool exists = tail && s + K > 0;
-    #pragma unroll
-    for (int j = 0; j < W; j++)
-        v[j] = exists ? tail[(b * (size_t)(K - 1) + (size_t)(s + K - 1)) * E + e + j] : 0.0f;
-    return exists ? 0 : CONV_NOTHING;
 }
 
-// the window before token t0: weights, bias, the TAPS-1 inputs before t0
-template <int W, int TAPS, typename X>
-__device__ __forceinline__ void conv_window(ConvWindow<W, TAPS>& win, const X* inp, size_t ldi,
-                                            const float* tail0, const float* weight, const float* bias,
-                                            const int* doc, size_t b, size_t t0, size_t T, size_t E, int K,
-                                            size_t e) {
+template <typename X, int W, int TAPS>
+__device__ __forceinline__ void conv_unpack(float* v, const ConvGroup<X, W, TAPS>& group, int i) {
+    typename ConvWord<X, W>::T word = group.word[i][threadIdx.y * WARP + threadIdx.x];
+    Pack<X, W> pack;
+    memcpy((void*)&pack, &word, sizeof pack);
+    unpack<W>(v, pack);
+}
+
+template <int W, typename X> __device__ __forceinline__ void conv_store(X* p, const float* v) {
+    if constexpr (W == 1) {
+        *p = from_float<X>(v[0]);
+    } else {
+        Pack<X, W> pack;
+        #pragma unroll
+        for (int j = 0; j < W; j++) pack.v[j] = from_float<X>(v[j]);
+        uint2 word;
+        memcpy(&word, &pack, sizeof word);
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(word.x), "r"(word.y) : "memory");
+    }
+}
+
+// the weights of the channels of a thread, and the inputs of the last TAPS tokens, the newest last
+template <int W, int TAPS> struct ConvWindow { float w[TAPS][W], bias[W], x[TAPS][W]; };
+
+// conv_window: the window before the first token: the tail, K-1 tokens, or NULL: zeros
+template <int W, int TAPS>
+__device__ __forceinline__ void conv_window(ConvWindow<W, TAPS>& win, const float* weight, const float* bias,
+                                            const float* tail, size_t E, int K, size_t e) {
     #pragma unroll
     for (int j = 0; j < W; j++) {
-        if (TAPS == 4) {
-            Pack<float, 4> w_e = load_pack<4>(weight + (e + j) * 4);
-            #pragma unroll
-            for (int k = 0; k < TAPS; k++) win.w[k][j] = w_e.v[k % 4];
-        } else {
-            #pragma unroll
-            for (int k = 0; k < TAPS; k++)
-                win.w[k][j] = k >= TAPS - K ? weight[(e + j) * K + k - (TAPS - K)] : 0.0f;
+        Pack<float, 4> w_e;
+        if (TAPS == 4) w_e = load_pack<4>(weight + (e + j) * 4);
+        #pragma unroll
+        for (int k = 0; k < TAPS; k++) {
+            int tap = k - (TAPS - K);
+            win.w[k][j] = TAPS == 4 ? w_e.v[k % 4] : tap >= 0 ? weight[(e + j) * K + tap] : 0.0f;
+            win.x[k][j] = tail && k < TAPS - 1 && tap >= 0 ? tail[(size_t)tap * E + j] : 0.0f;
         }
         win.bias[j] = bias ? bias[e + j] : 0.0f;
     }
+}
+
+// conv_shift: one token further: the oldest row leaves, the newest is free
+template <int W, int TAPS> __device__ __forceinline__ void conv_shift(float (&x)[TAPS][W]) {
     #pragma unroll
-    for (int k = 0; k < TAPS - 1; k++)
-        win.id[k] = conv_input_cuda<W>(win.x[k], inp, ldi, tail0, doc, b, (ptrdiff_t)t0 - (TAPS - 1) + k, T,
-                                       E, K, e);
+    for (int k = 0; k < TAPS; k++) {
+        #pragma unroll
+        for (int j = 0; j < W; j++) x[k][j] = k < TAPS - 1 ? x[(k + 1) % TAPS][j] : 0.0f;
+    }
 }
 
-// whether tap k exists and sees the document of the current token
-template <bool PLAIN, int W, int TAPS>
-__device__ __forceinline__ bool conv_sees(const ConvWindow<W, TAPS>& win, int k, int skip) {
-    return (TAPS == 4 || k >= skip) && (PLAIN || win.id[k] == win.id[TAPS - 1]);
+template <int W, int TAPS> __device__ __forceinline__ void conv_clear(float (&x)[TAPS][W]) {
+    #pragma unroll
+    for (int k = 0; k < TAPS; k++) {
+        #pragma unroll
+        for (int j = 0; j < W; j++) x[k][j] = 0;
+    }
 }
 
-// whether the window and the first `count` tokens of the next group are of one document
+// c = bias + sum_k w_k x_k
 template <int W, int TAPS>
-__device__ __forceinline__ bool conv_one_document(const ConvWindow<W, TAPS>& win, const int* doc, int count) {
-    bool one = true;
-    #pragma unroll
-    for (int k = 1; k < TAPS - 1; k++) one = one && win.id[k] == win.id[0];
-    #pragma unroll
-    for (int i = 0; i < CONV_GROUP; i++) one = one && (i >= count || doc[i] == win.id[0]);
-    return one;
-}
-
-// c = bias + sum_k w_k x_k for the current token
-template <bool PLAIN, int W, int TAPS>
-__device__ __forceinline__ void conv_sum(float* c, const ConvWindow<W, TAPS>& win, int skip) {
+__device__ __forceinline__ void conv_sum(float* c, const ConvWindow<W, TAPS>& win) {
     #pragma unroll
     for (int j = 0; j < W; j++) c[j] = win.bias[j];
     #pragma unroll
     for (int k = 0; k < TAPS; k++) {
-        if (!conv_sees<PLAIN>(win, k, skip)) continue;
         #pragma unroll
         for (int j = 0; j < W; j++) c[j] += win.w[k][j] * win.x[k][j];
     }
 }
 
-// the window moves on by one token
-template <int W, int TAPS> __device__ __forceinline__ void conv_shift(ConvWindow<W, TAPS>& win) {
-    #pragma unroll
-    for (int k = 0; k < TAPS - 1; k++) {
-        win.id[k] = win.id[k + 1];
-        #pragma unroll
-        for (int j = 0; j < W; j++) win.x[k][j] = win.x[k + 1][j];
+// conv_begins: bit j of begins[g]: a document begins at token j of group g, which is token t + g TAPS + j of
+// the sequence.   Called by whole warps
+typedef unsigned char ConvBegins[CONV_BACKWARD_STEPS / 4 + 2];
+
+template <int TAPS>
+__device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b, int t, int end) {
+    for (int g = (int)threadIdx.x; t + g * TAPS < end; g += WARP) {
+        int bits = 0;
+        for (int j = 0; j < TAPS; j++) {
+            int s = t + g * TAPS + j;
+            if (s >= 0 && s < end) bits |= (doc_b[s] != (s == 0 ? 0 : doc_b[s - 1])) << j;
+        }
+        begins[g] = (unsigned char)bits;
     }
+    __syncwarp();
 }
 
-// conv_load: sends the first `count` tokens of a group to ring (CONV_GROUP,CONV_THREADS). Packs below 4
-// bytes, in the general path, cannot be copied that way and go through a register.
-template <int W, typename X>
-__device__ __forceinline__ void conv_load(Pack<X, W> (*ring)[CONV_THREADS], const X* p, size_t ld,
-                                          int count) {
+template <int W, int TAPS, typename X>
+__device__ __forceinline__ void conv_forward_token(X* out, const ConvWindow<W, TAPS>& win) {
+    float c[W];
+    conv_sum(c, win);
     #pragma unroll
-    for (int i = 0; i < CONV_GROUP; i++) {
-        Pack<X, W>* to = &ring[i][threadIdx.y * WARP + threadIdx.x];
-        if (i >= count) break;
-        if (sizeof(X) * W < 4) *to = load_pack<W>(p + i * ld);
-        else copy_async<sizeof(X) * W < 4 ? 4 : (int)sizeof(X) * W>(to, p + i * ld);
-    }
-}
-
-// the first `count` tokens of a group; in a PLAIN group all
-template <bool PLAIN, int W, int TAPS, typename X>
-__device__ __forceinline__ void conv_forward_tokens(X* out, size_t ldo, ConvWindow<W, TAPS>& win,
-                                                    const Pack<X, W> (*ring)[CONV_THREADS], const int* doc,
-                                                    int count, int skip) {
-    if (PLAIN) win.id[TAPS - 1] = doc ? win.id[0] : 0;
-    #pragma unroll
-    for (int i = 0; i < CONV_GROUP; i++) {
-        if (!PLAIN && i >= count) break;
-        float c[W];
-        unpack<W>(win.x[TAPS - 1], ring[i][threadIdx.y * WARP + threadIdx.x]);
-        if (!PLAIN) win.id[TAPS - 1] = doc ? doc[i] : 0;
-        conv_sum<PLAIN>(c, win, skip);
-        #pragma unroll
-        for (int j = 0; j < W; j++) c[j] = silu_cuda(c[j]);
-        store_pack<W>(out + i * ldo, c);
-        conv_shift(win);
-    }
+    for (int j = 0; j < W; j++) c[j] = silu_cuda(c[j]);
+    conv_store<W>(out, c);
 }
 
 // causal_conv1d_forward:   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)
@@ -1128,36 +1170,47 @@ __device__ __forceinline__ void conv_forward_tokens(X* out, size_t ldo, ConvWind
 template <typename X, int W, int TAPS>
 __global__ void __launch_bounds__(CONV_THREADS, 6)
 causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
-                             const float* bias, const int* doc, size_t B, size_t T, size_t E, int K,
-                             unsigned tiles, int steps, size_t chunks) {
-    size_t e = ((size_t)(blockIdx.x % tiles) * WARP + threadIdx.x) * W;
-    size_t run = (size_t)(blockIdx.x / tiles) * CONV_ROWS + threadIdx.y;
-    if (e >= E || run >= B * chunks) return;
-    size_t b = run / chunks, t0 = run % chunks * (size_t)steps, row = b * T + t0;
-    int own = t0 + (size_t)steps < T ? steps : (int)(T - t0);
-    __shared__ Pack<X, W> ring[CONV_AHEAD][CONV_GROUP][CONV_THREADS];
-    inp += row * ldi + e;
-    out += row * E + e;
-    for (int n = 0; n < CONV_AHEAD; n++) {
-        conv_load<W>(ring[n], inp + n * CONV_GROUP * ldi, ldi, own - n * CONV_GROUP);
+                             const float* bias, const int* doc, int T, size_t E, int K, int steps) {
+    __shared__ ConvGroup<X, W, TAPS> ring[CONV_FORWARD_RING];
+    __shared__ ConvBegins begins[CONV_ROWS];
+    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
+    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
+    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
+    if (own <= 0 || e >= E) return;
+    int i = t0 > 0 ? -TAPS : 0;                  // the group: tokens t0+i ...; the first one fills the window
+    inp += (b * T + t0 + i) * ldi + e;
+    out += (b * T + t0 + i) * E + e;
+    for (int n = 0; n < CONV_FORWARD_RING; n++) {
+        conv_copy(ring[n], inp, ldi, own - i - n * TAPS);
         copy_async_commit();
+        inp += TAPS * ldi;
     }
     ConvWindow<W, TAPS> win;
-    conv_window(win, inp - row * ldi - e, ldi, tail0, weight, bias, doc, b, t0, T, E, K, e);
-    doc += doc ? row : 0;
-    inp += CONV_AHEAD * CONV_GROUP * ldi;
-    for (int i = 0, slot = 0; i < own; i += CONV_GROUP) {
-        copy_async_wait(CONV_AHEAD - 1);
-        if (i + CONV_GROUP <= own && (!doc || conv_one_document(win, doc, CONV_GROUP)))
-            conv_forward_tokens<true>(out, E, win, ring[slot], doc, CONV_GROUP, TAPS - K);
-        else
-            conv_forward_tokens<false>(out, E, win, ring[slot], doc, own - i, TAPS - K);
-        conv_load<W>(ring[slot], inp, ldi, own - i - CONV_AHEAD * CONV_GROUP);
+    conv_window(win, weight, bias, tail0 && t0 == 0 ? tail0 + b * (K - 1) * E + e : NULL, E, K, e);
+    for (int slot = 0; i < own; i += TAPS) {
+        copy_async_wait(CONV_FORWARD_RING - 1);
+        int bits = doc ? begins[threadIdx.y][i / TAPS + 1] : 0;
+        if (bits == 0 && i >= 0 && i + TAPS <= own) {
+            #pragma unroll
+            for (int j = 0; j < TAPS; j++) {
+                conv_unpack(win.x[TAPS - 1], ring[slot], j);
+                conv_forward_token<W>(out + j * E, win);
+                conv_shift(win.x);
+            }
+        } else {
+            #pragma unroll 1
+            for (int j = 0; j < TAPS && i + j < own; j++) {
+                if (bits >> j & 1) conv_clear(win.x);
+                conv_unpack(win.x[TAPS - 1], ring[slot], j);
+                if (i >= 0) conv_forward_token<W>(out + j * E, win);
+                conv_shift(win.x);
+            }
+        }
+        conv_copy(ring[slot], inp, ldi, own - i - CONV_FORWARD_RING * TAPS);
         copy_async_commit();
-        slot = slot + 1 < CONV_AHEAD ? slot + 1 : 0;
-        inp += CONV_GROUP * ldi;
-        out += CONV_GROUP * E;
-        doc += doc ? CONV_GROUP : 0;
+        slot = slot + 1 < CONV_FORWARD_RING ? slot + 1 : 0;
+        inp += TAPS * ldi;
+        out += TAPS * E;
     }
 }
 
@@ -1171,9 +1224,11 @@ __global__ void causal_conv1d_tail_kernel(float* tailT, const X* inp, size_t ldi
     size_t b = i / E, e = i % E;
     int last = doc ? doc[b * T + T - 1] : 0;
     for (int k = 0; k + 1 < K; k++) {
-        float v;
-        int id = conv_input_cuda<1>(&v, inp, ldi, tail0, doc, b, (ptrdiff_t)T - K + 1 + k, T, E, K, e);
-        tailT[(b * (size_t)(K - 1) + (size_t)k) * E + e] = id == last ? v : 0.0f;
+        ptrdiff_t s = (ptrdiff_t)T - K + 1 + k, row = (ptrdiff_t)(b * T) + s;
+        float v = 0;
+        if (s >= 0 && (!doc || doc[row] == last)) v = to_float(inp[row * (ptrdiff_t)ldi + (ptrdiff_t)e]);
+        if (s < 0 && tail0 && last == 0) v = tail0[(b * (size_t)(K - 1) + (size_t)(s + K - 1)) * E + e];
+        tailT[(b * (size_t)(K - 1) + (size_t)k) * E + e] = v;
     }
 }
 
@@ -1185,36 +1240,28 @@ int conv_steps(size_t B, size_t T, size_t E, int longest) {
     return (int)steps;
 }
 
-size_t conv_chunks(size_t T, int steps) { return (T + (size_t)steps - 1) / (size_t)steps; }
-size_t conv_groups(size_t B, size_t T, int steps) {
-    return (B * conv_chunks(T, steps) + CONV_ROWS - 1) / CONV_ROWS;
-}
-
-template <typename X, int W, int TAPS>
-void causal_conv1d_forward_launch(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
-                                  const float* bias, const int* doc, size_t B, size_t T, size_t E, size_t K,
-                                  cudaStream_t stream) {
-    int steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
-    unsigned tiles = (unsigned)((E + WARP * W - 1) / (WARP * W)),
-             blocks = (unsigned)conv_groups(B, T, steps) * tiles;
-    dim3 block(WARP, CONV_ROWS);
-    causal_conv1d_forward_kernel<X, W, TAPS><<<blocks, block, 0, stream>>>(
-        out, inp, ldi, tail0, weight, bias, doc, B, T, E, (int)K, tiles, steps,
-        conv_chunks(T, steps));
-    cudaCheck(cudaGetLastError());
+// the grid, with W channels per thread
+dim3 conv_grid(size_t B, size_t T, size_t E, int steps, size_t W) {
+    size_t block = (size_t)steps * CONV_ROWS;
+    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((T + block - 1) / block),
+                (unsigned)B);
 }
 
 template <typename X>
 const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_t ldi, const float* tail0,
                                        const float* weight, const float* bias, const int* doc, size_t B,
                                        size_t T, size_t E, size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X);                             // packs of 8 bytes
-    bool fast = K == 4 && is_aligned(inp, W * sizeof(X), ldi * sizeof(X)) &&
-                is_aligned(out, W * sizeof(X), E * sizeof(X)) && is_aligned(weight, 16, 16);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
+    bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(out, 8, E * sizeof(X)) &&
+                is_aligned(weight, 16, 16);
+    dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
     if (fast)
-        causal_conv1d_forward_launch<X, W, 4>(out, inp, ldi, tail0, weight, bias, doc, B, T, E, K, stream);
+        causal_conv1d_forward_kernel<X, W, 4><<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias,
+                                                                          doc, (int)T, E, 4, steps);
     else
-        causal_conv1d_forward_launch<X, 1, 8>(out, inp, ldi, tail0, weight, bias, doc, B, T, E, K, stream);
+        causal_conv1d_forward_kernel<X, 1, 8><<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias,
+                                                                          doc, (int)T, E, (int)K, steps);
+    cudaCheck(cudaGetLastError());
     if (tailT && K > 1) {
         causal_conv1d_tail_kernel<<<(unsigned)((B * E + 255) / 256), 256, 0, stream>>>(tailT, inp, ldi, tail0,
                                                                                        doc, B, T, E, (int)K);
@@ -1228,211 +1275,188 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
 //   forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t,  dw_k += sum_t dc_t inp_{t-K+1+k}
 //                                                      dinp_s = sum_k w_k dc_{s+K-1-k}
 //   forward: tailT = the last inputs               =>  the same rows of dinp (or dtail0) += dtailT
-// dinp of the last TAPS tokens is under way in `dinp`; the oldest is complete after step t. A thread goes
-// on for TAPS-1 tokens behind its own, for dinp only: their weight gradients belong to the next thread.
+// dinp of the last TAPS tokens is under way in registers; the oldest is complete after each token. So the
+// rows of a thread are TAPS-1 behind its tokens. It begins TAPS tokens before its run, for dinp only: their
+// weight gradients belong to another thread.
 template <int W, int TAPS> struct ConvGradient { float dinp[TAPS][W], dw[TAPS][W], db[W]; };
 
-// the tails of one sequence, at the channels of this thread; each may be NULL
-struct ConvTails {
-    float* dtail0;           // (K-1,E)
-    const float* dtailT;     // (K-1,E)
-    bool has_tail0;          // whether forward had a tail0
-    int last_id;             // document of the last token
-};
-
-// conv_border: what to do with the completed gradient of token s outside of PLAIN groups: tailT adds to it
-// when s is among the last K-1 tokens; before the start it belongs to dtail0; before the run of this thread
-// (t0) it belongs to another thread.   Returns whether it goes to dinp.
-template <int W>
-__device__ __forceinline__ bool conv_border(float* dinp, const ConvTails& tails, int id, ptrdiff_t s,
-                                            ptrdiff_t t0, ptrdiff_t T, size_t E, int K) {
-    ptrdiff_t k = s + K - 1;                                 // the row of s in tail0
-    #pragma unroll
-    for (int j = 0; j < W; j++) {
-        if (tails.dtailT && k >= T && id == tails.last_id) dinp[j] += tails.dtailT[(size_t)(k - T) * E + j];
-        if (tails.dtail0 && s < 0 && t0 == 0 && k >= 0)
-            tails.dtail0[(size_t)k * E + j] = tails.has_tail0 ? dinp[j] : 0.0f;
-    }
-    return s >= t0;
-}
-
-// one token of the backward, the newest of the window; OWN: with its weight gradient
-template <bool PLAIN, int W, int TAPS>
+// the newest token of the window, whose dout is in d; OWN: with its weight gradient
+template <bool OWN, int W, int TAPS>
 __device__ __forceinline__ void conv_backward_token(ConvGradient<W, TAPS>& grad,
-                                                    const ConvWindow<W, TAPS>& win, float* dout, bool own,
-                                                    int skip) {
+                                                    const ConvWindow<W, TAPS>& win, float* d) {
     float c[W];
-    conv_sum<PLAIN>(c, win, skip);
+    conv_sum(c, win);
     #pragma unroll
     for (int j = 0; j < W; j++) {
-        dout[j] *= silu_grad_cuda(c[j], sigmoid_cuda(c[j]));
-        if (own) grad.db[j] += dout[j];
+        d[j] *= silu_grad_cuda(c[j], sigmoid_cuda(c[j]));
+        if (OWN) grad.db[j] += d[j];
     }
     #pragma unroll
     for (int k = 0; k < TAPS; k++) {
-        if (!conv_sees<PLAIN>(win, k, skip)) continue;
         #pragma unroll
         for (int j = 0; j < W; j++) {
-            grad.dinp[k][j] += win.w[k][j] * dout[j];
-            if (own) grad.dw[k][j] += dout[j] * win.x[k][j];
+            grad.dinp[k][j] += win.w[k][j] * d[j];
+            if (OWN) grad.dw[k][j] += win.x[k][j] * d[j];
         }
     }
 }
 
-// the oldest gradient has been stored: the others move up
-template <int W, int TAPS> __device__ __forceinline__ void conv_shift(ConvGradient<W, TAPS>& grad) {
+// a plain group, or (not OWN) the one before the run
+template <bool OWN, typename X, int W, int TAPS>
+__device__ __forceinline__ void conv_backward_group(X* dinp, size_t lddi, ConvGradient<W, TAPS>& grad,
+                                                    ConvWindow<W, TAPS>& win,
+                                                    const ConvGroup<X, W, TAPS>& inp,
+                                                    const ConvGroup<X, W, TAPS>& dout) {
     #pragma unroll
-    for (int k = 0; k < TAPS; k++) {
-        #pragma unroll
-        for (int j = 0; j < W; j++) grad.dinp[k][j] = k < TAPS - 1 ? grad.dinp[(k + 1) % TAPS][j] : 0.0f;
+    for (int j = 0; j < TAPS; j++) {
+        float d[W];
+        conv_unpack(win.x[TAPS - 1], inp, j);
+        conv_unpack(d, dout, j);
+        conv_backward_token<OWN>(grad, win, d);
+        if (OWN) conv_store<W>(dinp + j * lddi, grad.dinp[0]);
+        conv_shift(grad.dinp);
+        conv_shift(win.x);
     }
 }
 
-// A group in which nothing has to be asked: in the middle of the run of a thread; the first of the run, whose
-// first TAPS-1 completed gradients belong to the thread before; or the TAPS-1 tokens behind the run.
-enum { CONV_MIDDLE, CONV_FIRST, CONV_BEHIND };
+// where the gradients of inputs go, at the channels of the thread: dinp from the first token of the run on,
+// which is token t0 of the sequence; dtail0 of the sequence, or NULL
+template <typename X> struct ConvRows {
+    X* dinp;
+    size_t lddi;
+    float* dtail0;
+    bool has_tail0;          // in the forward; otherwise dtail0 is 0
+    int t0;
+};
 
-template <int PLACE, int W, int TAPS, typename X>
-__device__ __forceinline__ void conv_backward_group(X* dinp, size_t lddi, ConvGradient<W, TAPS>& grad,
-                                                    ConvWindow<W, TAPS>& win,
-                                                    const Pack<X, W> (*ring)[CONV_THREADS],
-                                                    const Pack<X, W> (*dring)[CONV_THREADS], const int* doc,
-                                                    int skip) {
-    const int l = (int)(threadIdx.y * WARP + threadIdx.x);
-    win.id[TAPS - 1] = doc ? win.id[0] : 0;
-    #pragma unroll
-    for (int i = 0; i < CONV_GROUP; i++) {
-        if (PLACE == CONV_BEHIND && i >= TAPS - 1) break;
-        float d[W];
-        unpack<W>(win.x[TAPS - 1], ring[i][l]);
-        unpack<W>(d, dring[i][l]);
-        conv_backward_token<true>(grad, win, d, PLACE != CONV_BEHIND, skip);
-        if (PLACE != CONV_FIRST || i >= TAPS - 1) store_pack<W>(dinp + i * lddi, grad.dinp[0]);
-        conv_shift(grad);
-        conv_shift(win);
+// conv_put: row s of dinp, counted from t0; before the start of the sequence it belongs to dtail0
+template <int W, typename X>
+__device__ __forceinline__ void conv_put(const ConvRows<X>& rows, const float* v, int s, size_t E, int K) {
+    int before = -(rows.t0 + s);
+    if (before <= 0) {
+        conv_store<W>(rows.dinp + (ptrdiff_t)s * (ptrdiff_t)rows.lddi, v);
+    } else if (rows.dtail0 && before < K) {
+        #pragma unroll
+        for (int j = 0; j < W; j++)
+            rows.dtail0[(size_t)(K - 1 - before) * E + j] = rows.has_tail0 ? v[j] : 0.0f;
     }
 }
 
 // causal_conv1d_backward
 //   dinp (B,T,E), row stride lddi, written   dtail0, dtailT (B,K-1,E) float or NULL; dtail0 is written
-//   parts (groups,K+1,E): the sums of a block for dweight in the order (E,K), then those for dbias (E)
+//   parts (blocks,K+1,E): the sums of a block for dweight in the order (E,K), then those for dbias (E)
 // bytes: 3 sizeof(X) per element
 template <typename X, int W, int TAPS>
 __global__ void __launch_bounds__(CONV_THREADS, 3)
 causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts, const X* dout,
                               const float* dtailT, const X* inp, size_t ldi, const float* tail0,
-                              const float* weight, const float* bias, const int* doc, size_t B, size_t T,
-                              size_t E, int K, unsigned tiles, int steps, size_t chunks) {
-    __shared__ Pack<X, W> ring[CONV_AHEAD][CONV_GROUP][CONV_THREADS];        // inp
-    __shared__ Pack<X, W> dring[CONV_AHEAD][CONV_GROUP][CONV_THREADS];       // dout
-    __shared__ float shared[CONV_ROWS][WARP * W];
-    const int skip = TAPS - K, G = CONV_GROUP, l = (int)(threadIdx.y * WARP + threadIdx.x);
-    size_t e = ((size_t)(blockIdx.x % tiles) * WARP + threadIdx.x) * W;
-    size_t run = (size_t)(blockIdx.x / tiles) * CONV_ROWS + threadIdx.y;
+                              const float* weight, const float* bias, const int* doc, int T, size_t E, int K,
+                              int steps) {
+    __shared__ union {
+        ConvGroup<X, W, TAPS> ring[CONV_BACKWARD_RING][2];                  // inp, dout
+        float sums[CONV_ROWS][TAPS + 1][WARP * W];
+    } shared;
+    __shared__ ConvBegins begins[CONV_ROWS];
+    allow_next();
+    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W, tail = b * (K - 1) * E + e;
+    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
     ConvGradient<W, TAPS> grad = {};
-    if (e < E && run < B * chunks) {
-        size_t b = run / chunks, t0 = run % chunks * (size_t)steps, row = b * T + t0;
-        int own = t0 + (size_t)steps < T ? steps : (int)(T - t0);    // tokens of this thread,
-        int all = own + TAPS - 1;                                           // with those behind them,
-        int exist = T - t0 < (size_t)all ? (int)(T - t0) : all;         // of which so many exist
-        inp += row * ldi + e;
-        dout += row * E + e;
-        for (int n = 0; n < CONV_AHEAD; n++) {
-            conv_load<W>(ring[n], inp + n * G * ldi, ldi, exist - n * G);
-            conv_load<W>(dring[n], dout + n * G * E, E, exist - n * G);
+    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
+    if (own > 0 && e < E) {
+        ConvRows<X> rows = {dinp + (b * T + t0) * lddi + e, lddi, dtail0 ? dtail0 + tail : NULL,
+                            tail0 != NULL, t0};
+        int i = t0 > 0 ? -2 * TAPS : 0;          // the group; the first one fills the window
+        inp += (b * T + t0 + i) * ldi + e;
+        dout += (b * T + t0 + i) * E + e;
+        dinp = rows.dinp + (ptrdiff_t)(i - (TAPS - 1)) * (ptrdiff_t)lddi;
+        for (int n = 0; n < CONV_BACKWARD_RING; n++) {
+            conv_copy(shared.ring[n][0], inp, ldi, own - i - n * TAPS);
+            conv_copy(shared.ring[n][1], dout, E, i + n * TAPS < -TAPS ? 0 : own - i - n * TAPS);
             copy_async_commit();
+            inp += TAPS * ldi;
+            dout += TAPS * E;
         }
         ConvWindow<W, TAPS> win;
-        conv_window(win, inp - row * ldi - e, ldi, tail0, weight, bias, doc, b, t0, T, E, K, e);
-        inp += CONV_AHEAD * G * ldi;
-        dout += CONV_AHEAD * G * E;
-        doc += doc ? row : 0;
-        dinp += row * lddi + e - (TAPS - 1) * lddi;          // what is complete is TAPS-1 tokens behind
-        int ids[G], ids_next[G];                             // documents, loaded a group ahead
-        #pragma unroll
-        for (int i = 0; i < G; i++) ids_next[i] = doc && i < exist ? doc[i] : 0;
-        for (int i0 = 0, slot = 0; i0 < all; i0 += G) {
-            copy_async_wait(CONV_AHEAD - 1);
-            #pragma unroll
-            for (int i = 0; i < G; i++) {
-                ids[i] = ids_next[i];
-                ids_next[i] = doc && i0 + G + i < exist ? doc[G + i] : 0;
-            }
-            bool plain = !doc || conv_one_document(win, ids, exist - i0);
-            if (plain && i0 >= TAPS - 1 && i0 + G <= own) {
-                conv_backward_group<CONV_MIDDLE>(dinp, lddi, grad, win, ring[slot], dring[slot], doc, skip);
-            } else if (plain && TAPS - 1 < G && i0 == 0 && G <= own && !(dtail0 && t0 == 0)) {
-                conv_backward_group<CONV_FIRST>(dinp, lddi, grad, win, ring[slot], dring[slot], doc, skip);
-            } else if (plain && TAPS - 1 < G && i0 == own && exist == all) {
-                conv_backward_group<CONV_BEHIND>(dinp, lddi, grad, win, ring[slot], dring[slot], doc, skip);
+        conv_window(win, weight, bias, tail0 && t0 == 0 ? tail0 + tail : NULL, E, K, e);
+        int first = 1 - TAPS;                    // the first row of this thread and document
+        int plain = t0 > 0 ? 0 : 1;              // from this token on, all rows are of this document
+        for (int slot = 0; i < own; i += TAPS) {
+            copy_async_wait(CONV_BACKWARD_RING - 1);
+            const ConvGroup<X, W, TAPS>&x = shared.ring[slot][0], &d = shared.ring[slot][1];
+            int bits = doc ? begins[threadIdx.y][i / TAPS + 2] : 0;
+            if (bits == 0 && i >= plain && i + TAPS <= own) {
+                conv_backward_group<true>(dinp, lddi, grad, win, x, d);
+            } else if (bits == 0 && i == -TAPS) {
+                conv_backward_group<false>(dinp, lddi, grad, win, x, d);
             } else {
-                ConvTails tails = {dtail0 ? dtail0 + b * (size_t)(K - 1) * E + e : NULL,
-                                   dtailT ? dtailT + b * (size_t)(K - 1) * E + e : NULL, tail0 != NULL,
-                                   doc ? doc[(ptrdiff_t)(T - t0) - 1 - i0] : 0};
-                #pragma unroll
-                for (int i = 0; i < G; i++) {
-                    if (i0 + i >= all) break;
-                    if (i0 + i < exist) {
-                        unpack<W>(win.x[TAPS - 1], ring[slot][i][l]);
-                        float d[W];
-                        unpack<W>(d, dring[slot][i][l]);
-                        win.id[TAPS - 1] = ids[i];
-                        conv_backward_token<false>(grad, win, d, i0 + i < own, skip);
+                #pragma unroll 1
+                for (int j = 0; j < TAPS && i + j < own; j++) {
+                    int t = i + j;
+                    if (bits >> j & 1) {         // the rows that are under way are complete
+                        #pragma unroll
+                        for (int k = 0; k < TAPS - 1; k++)
+                            if (t - (TAPS - 1) + k >= first)
+                                conv_put<W>(rows, grad.dinp[k], t - (TAPS - 1) + k, E, K);
+                        first = t > 1 - TAPS ? t : 1 - TAPS;
+                        plain = first + TAPS - 1;
+                        conv_clear(grad.dinp);
+                        conv_clear(win.x);
                     }
-                    if (conv_border<W>(grad.dinp[0], tails, win.id[0], (ptrdiff_t)t0 + i0 + i - (TAPS - 1),
-                                       (ptrdiff_t)t0, (ptrdiff_t)T, E, K))
-                        store_pack<W>(dinp + i * lddi, grad.dinp[0]);
-                    conv_shift(grad);
-                    conv_shift(win);
+                    conv_unpack(win.x[TAPS - 1], x, j);
+                    if (t >= -TAPS) {
+                        float d_t[W];
+                        conv_unpack(d_t, d, j);
+                        if (t >= 0) conv_backward_token<true>(grad, win, d_t);
+                        else conv_backward_token<false>(grad, win, d_t);
+                        if (t - (TAPS - 1) >= first) conv_put<W>(rows, grad.dinp[0], t - (TAPS - 1), E, K);
+                        conv_shift(grad.dinp);
+                    }
+                    conv_shift(win.x);
                 }
             }
-            conv_load<W>(ring[slot], inp, ldi, exist - i0 - CONV_AHEAD * G);
-            conv_load<W>(dring[slot], dout, E, exist - i0 - CONV_AHEAD * G);
+            int left = own - i - CONV_BACKWARD_RING * TAPS;
+            conv_copy(shared.ring[slot][0], inp, ldi, left);
+            conv_copy(shared.ring[slot][1], dout, E, left);
             copy_async_commit();
-            slot = slot + 1 < CONV_AHEAD ? slot + 1 : 0;
-            inp += G * ldi;
-            dout += G * E;
-            dinp += G * lddi;
-            doc += doc ? G : 0;
+            slot = slot + 1 < CONV_BACKWARD_RING ? slot + 1 : 0;
+            inp += TAPS * ldi;
+            dout += TAPS * E;
+            dinp += TAPS * lddi;
+        }
+        for (int k = 0; k < TAPS - 1 && t0 + own == T; k++) {      // the end of the sequence
+            int s = own - (TAPS - 1) + k, row = k - (TAPS - K);    // of dinp, of dtailT
+            if (s >= first) {
+                #pragma unroll
+                for (int j = 0; j < W; j++)
+                    if (dtailT && row >= 0) grad.dinp[0][j] += dtailT[tail + (size_t)row * E + j];
+                conv_put<W>(rows, grad.dinp[0], s, E, K);
+            }
+            conv_shift(grad.dinp);
         }
     }
-    // the sums of the block, one tap after the other; k = TAPS: the bias
-    float* part = parts + (size_t)(blockIdx.x / tiles) * (size_t)(K + 1) * E;
-    size_t e_block = (size_t)(blockIdx.x % tiles) * WARP * W;
+    __syncthreads();                             // the sums of the block, k = TAPS: the bias
     #pragma unroll
     for (int k = 0; k <= TAPS; k++) {
-        if (k < skip) continue;
         #pragma unroll
         for (int j = 0; j < W; j++)
-            shared[threadIdx.y][threadIdx.x * W + j] = k < TAPS ? grad.dw[k % TAPS][j] : grad.db[j];
-        __syncthreads();
-        if (l < WARP * W && e_block + l < E) {
-            float sum = 0;
-            for (int i = 0; i < CONV_ROWS; i++) sum += shared[i][l];
-            part[k < TAPS ? (e_block + l) * K + (k - skip) : (size_t)K * E + e_block + l] = sum;
-        }
-        __syncthreads();
+            shared.sums[threadIdx.y][k][threadIdx.x * W + j] = k < TAPS ? grad.dw[k % TAPS][j] : grad.db[j];
+    }
+    __syncthreads();
+    float* part = parts + ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * (size_t)(K + 1) * E;
+    for (int i = (int)(threadIdx.y * WARP + threadIdx.x); i < (TAPS + 1) * WARP * W; i += CONV_THREADS) {
+        int k = i / (WARP * W), j = i % (WARP * W), tap = k - (TAPS - K);
+        size_t e_j = (size_t)blockIdx.x * WARP * W + j;
+        if (tap < 0 || e_j >= E) continue;
+        float sum = 0;
+        #pragma unroll
+        for (int r = 0; r < CONV_ROWS; r++) sum += shared.sums[r][k][j];
+        part[k < TAPS ? e_j * K + tap : (size_t)K * E + e_j] = sum;
     }
 }
 
 // the scratch of causal_conv1d_backward_cuda, in floats
 size_t causal_conv1d_scratch_cuda(size_t B, size_t T, size_t E, size_t K) {
-    return conv_groups(B, T, conv_steps(B, T, E, CONV_BACKWARD_STEPS)) * (K + 1) * E;
-}
-
-template <typename X, int W, int TAPS>
-void causal_conv1d_backward_launch(X* dinp, size_t lddi, float* dtail0, const X* dout, const float* dtailT,
-                                   const X* inp, size_t ldi, const float* tail0, const float* weight,
-                                   const float* bias, const int* doc, float* scratch, size_t B, size_t T,
-                                   size_t E, size_t K, cudaStream_t stream) {
-    int steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
-    unsigned tiles = (unsigned)((E + WARP * W - 1) / (WARP * W)),
-             blocks = (unsigned)conv_groups(B, T, steps) * tiles;
-    dim3 block(WARP, CONV_ROWS);
-    causal_conv1d_backward_kernel<X, W, TAPS><<<blocks, block, 0, stream>>>(
-        dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, B, T, E, (int)K, tiles,
-        steps, conv_chunks(T, steps));
-    cudaCheck(cudaGetLastError());
+    return B * conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_STEPS), 1).y * (K + 1) * E;
 }
 
 template <typename X>
@@ -1441,18 +1465,20 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                                         const float* tail0, const float* weight, const float* bias,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
                                         size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X);
-    bool fast = K == 4 && is_aligned(inp, W * sizeof(X), ldi * sizeof(X)) &&
-                is_aligned(dinp, W * sizeof(X), lddi * sizeof(X)) &&
-                is_aligned(dout, W * sizeof(X), E * sizeof(X)) && is_aligned(weight, 16, 16);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
+    bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
+                is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
+    dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
     if (fast)
-        causal_conv1d_backward_launch<X, W, 4>(dinp, lddi, dtail0, dout, dtailT, inp, ldi, tail0, weight,
-                                               bias, doc, scratch, B, T, E, K, stream);
+        causal_conv1d_backward_kernel<X, W, 4><<<grid, block, 0, stream>>>(
+            dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, (int)T, E, 4,
+            steps);
     else
-        causal_conv1d_backward_launch<X, 1, 8>(dinp, lddi, dtail0, dout, dtailT, inp, ldi, tail0, weight,
-                                               bias, doc, scratch, B, T, E, K, stream);
-    size_t groups = conv_groups(B, T, conv_steps(B, T, E, CONV_BACKWARD_STEPS));
-    sum_parts_cuda(dweight, dbias, scratch, groups, K * E, dbias ? E : 0, (K + 1) * E, stream);
+        causal_conv1d_backward_kernel<X, 1, 8><<<grid, block, 0, stream>>>(
+            dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K,
+            steps);
+    cudaCheck(cudaGetLastError());
+    sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream);
     return fast ? "causal_conv1d_backward_kernel<4>" : "causal_conv1d_backward_kernel<8>";
 }
 
@@ -3193,7 +3219,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 #ifndef DECODE_QUEUE_
 #define DECODE_QUEUE_ 16
 #endif
-enum { DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, DECODE_QUEUE = DECODE_QUEUE_, DECODE_ROWS = 64 };
+enum { DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, DECODE_QUEUE = DECODE_QUEUE_, DECODE_ROWS = 64, DECODE_MAX_STEPS = 4 };
 enum { DECODE_IN, DECODE_X, DECODE_SCAN, DECODE_OUT, DECODE_UP, DECODE_HEAD };
 
 // DecodeStep: out (rows,O) = input (rows,K) weight^T + bias, then by kind:
@@ -3915,28 +3941,40 @@ void adamw_cuda(float* params, X* params_x, const float* grads, float* m, float*
 // The blocks of train_mamba.c with the neighbouring small layers fused: the residual addition of a block
 // happens in the norm of the next one, softplus, skip and gate happen in the scan. A block therefore takes
 // `delta`, what the block before it adds to the residual stream, and leaves its own.
+// As there, a kind of block is one row of a table, kinds_cuda at the end of this section: what it saves for
+// backward, its scratch, its functions. Everything else walks the table.
 
-// The float parameters of a layer and the same in the type of the matmuls; gradients are float.
+// Rows of the tables are TensorSpecs: a shape per token, or one of the sizes in array_count. In addition to
+// the flags of train_mamba.c (BACKWARD_ONLY also among what is saved):
+enum { IS_FLOAT = 1 << 16 };          // the elements are float, otherwise X
+
+// The float parameters of a layer, as train_mamba.c names them. weight_x: one of them in the type of the
+// matmuls
+template <typename X> struct KindCuda;
 template <typename X> struct LayerCuda {
-    const Kind* kind;
-    const float* p[MAX_FIELDS];     // fields in the order of Mamba1Params, MlpParams
-    const X* px[MAX_FIELDS];
+    const KindCuda<X>* kind;
+    float* p[MAX_FIELDS];           // the pointers of Mamba1Params, MlpParams, ...
     float* grad[MAX_FIELDS];
+    const float* params;            // the first parameter of the model
+    const X* params_x;
 };
 
-// Activations of one layer. The first group is saved for backward, per layer unless --recompute.
+template <typename X> static const X* weight_x(const LayerCuda<X>* L, const float* p) {
+    return L->params_x + (p - L->params);
+}
+
+// Activations of one layer, saved for backward: per layer unless --recompute.
 template <typename X> struct ActsCuda {
     float *res, *rstd;              // residual stream that the norm read (B,T,D), (B,T)
-    X *u;                           // normalized (B,T,D)
-    X *xz, *x, *rbc, *dt_raw, *s, *hs;      // Mamba-1: (2E) (E) (R+2N) (E) (E), states
-    X *h;                           // MLP: up, gate (2F)
+    X* u;                           // normalized (B,T,D)
+    void* field[MAX_FIELDS];        // those of the kind
+    void** scratch;                 // of the kind: results on their way, gradients
 };
 
-// What the layers share: results on their way, gradients, partial sums.
+// What all layers share.
 template <typename X> struct ScratchCuda {
-    X *delta, *y, *dy, *dxz, *dx, *ddt, *drbc, *du, *dres_x;
-    X *m, *dm, *dh;
-    float *dres, *sums;
+    X *delta, *du, *dres_x;
+    float *dres, *sums;             // sums: partial sums of the kernels
     int* sort;
 };
 
@@ -3955,7 +3993,7 @@ template <typename X> struct CudaRun {
     size_t B, T;
     const int* doc;
     cudaStream_t stream;
-    int recompute;                  // RECOMPUTE_CHEAP: u, x and dt_raw have been overwritten since forward
+    int recompute;                  // RECOMPUTE_CHEAP: u and the CHEAP fields are overwritten since forward
     DropoutCuda dropout;            // of delta_in; for the first sub-layer (place 0) of the embedding
     bool add;                       // weight gradients of matmuls are added to; false: written
     SideCuda* side;
@@ -3984,139 +4022,287 @@ static void linear_backward_weight(const CudaRun<X>* run, float* dweight, float*
     if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, sums, run->stream);
 }
 
-enum {
-    P_NORM,
-    P_IN,
-    P_IN_BIAS,
-    P_CONV,
-    P_CONV_BIAS,
-    P_X,
-    P_DT,
-    P_DT_BIAS,
-    P_A_LOG,
-    P_D,
-    P_OUT,
-    P_OUT_BIAS
-};                                    // Mamba1Params
-enum { P_MLP_NORM, P_FC1, P_FC2 };    // MlpParams
-static_assert(FIELDS(Mamba1Params) == P_OUT_BIAS + 1 && FIELDS(MlpParams) == P_FC2 + 1,
-              "the fields of train_mamba.c");
+// linear_backward_input: dinp (M,I) = dout weight, with `add` it is added to.   dout (M,O)   lddi, lddo: row
+// strides
+template <typename X>
+static void linear_backward_input(const CudaRun<X>* run, X* dinp, size_t lddi, bool add, const X* dout,
+                                  size_t lddo, const X* weight, size_t I, size_t O) {
+    matmul_backward_cuda(run->matmul, dinp, lddi, add, (float*)NULL, (float*)NULL, dout, lddo, (const X*)NULL,
+                         0, weight, (float*)NULL, run->B * run->T, I, O, run->stream);
+}
+
+// block_begin_forward: how every block begins.
+//   res = res_in + dropout(delta_in)     u = RMSNorm(res)     out (M,O) = W u + bias, row stride ldo
+template <typename X>
+static void block_begin_forward(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                const float* res_in, const X* delta_in, const float* norm, X* out, size_t ldo,
+                                const float* weight, const float* bias, size_t O) {
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model;
+    residual_rmsnorm_forward_cuda(acts->res, acts->u, acts->rstd, res_in, delta_in, norm, M, D,
+                                  (float)run->config->norm_eps, run->stream, run->dropout);
+    matmul_forward_cuda(run->matmul, out, ldo, acts->u, D, weight_x(L, weight), bias, M, D, O, run->stream);
+}
+
+// block_begin_backward: its backward, the end of every block's. shared->dres is the gradient of what the next
+// norm read, dres_x the same in X; both come out as the gradient of what this block's norm read.
+//   dout (M,O): the gradient of out   dnorm, dweight, dbias (or NULL): gradients of the parameters
+template <typename X>
+static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                 const ScratchCuda<X>* shared, float* dnorm, float* dweight, float* dbias,
+                                 const X* dout, size_t lddo, const float* norm, const float* weight,
+                                 size_t O) {
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model;
+    bool cheap = run->recompute == RECOMPUTE_CHEAP;          // u is made again by the norm's backward
+    linear_backward_input(run, shared->du, D, false, dout, lddo, weight_x(L, weight), D, O);
+    side_join(run);                                // dres_x, and with cheap u, are written again
+    if (!cheap)
+        linear_backward_weight(run, dweight, dbias, dout, lddo, acts->u, D, shared->sums, D, O);
+    X* dres_x = run->dropout.place ? shared->dres_x : NULL;  // the first sub-layer has no other before it
+    rmsnorm_backward_cuda(shared->dres, dres_x, cheap ? acts->u : NULL, dnorm, shared->du, acts->res, norm,
+                          acts->rstd, shared->sums, M, D, run->stream, run->dropout);
+    if (cheap)
+        linear_backward_weight(run, dweight, dbias, dout, lddo, acts->u, D, shared->sums, D, O);
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.1 Mamba-1
+
+template <typename X> struct Mamba1ActsCuda { X *xz, *x, *rbc, *dt_raw, *s, *hs; };
+
+static const TensorSpec mamba1_acts_cuda[] = {
+    {"xz",     {DIM_2E}, 0, 0},                          // x before the conv, gate z
+    {"x",      {DIM_E}, 0, CHEAP},                       // after conv and SiLU
+    {"rbc",    {DIM_R2N}, 0, 0},                         // r, B, C
+    {"dt_raw", {DIM_E}, 0, CHEAP},                       // dt before bias and softplus
+    {"s",      {DIM_E}, 0, BACKWARD_ONLY},               // scan output, before the gate
+    {"hs",     {DIM_SCAN_SAVED}, 0, BACKWARD_ONLY},      // states
+};
+
+template <typename X> struct Mamba1ScratchCuda { X *y, *dy, *dxz, *dx, *ddt, *drbc; };
+
+static const TensorSpec mamba1_scratch_cuda[] = {
+    {"y",    {DIM_E}, 0, 0},                             // after the gate
+    {"dy",   {DIM_E}, 0, BACKWARD_ONLY},
+    {"dxz",  {DIM_2E}, 0, BACKWARD_ONLY},
+    {"dx",   {DIM_E}, 0, BACKWARD_ONLY},
+    {"ddt",  {DIM_E}, 0, BACKWARD_ONLY},
+    {"drbc", {DIM_R2N}, 0, BACKWARD_ONLY},
+};
 
 // scan_spacing: tokens between two saved states; with --recompute cheap every second one is made again
 static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 16 : SCAN_SPACING; }
 
-// mamba1_block_forward_cuda: delta_out = Mamba(RMSNorm(res)), res = res_in + delta_in.
+// floats of partial sums that the kernels of its backward need
+static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T) {
+    size_t E = (size_t)c->d_inner, scan = selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state),
+           conv = causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv),
+           bias = bias_backward_scratch_cuda(B * T, 2 * E);
+    return max_size(scan, max_size(conv, bias));
+}
+
+// mamba1_block_forward_cuda: delta = Mamba(RMSNorm(res)), res = res_in + delta_in.
 // state: conv and ssm, float, NULL: zeros
 template <typename X>
-void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* a,
-                               const ScratchCuda<X>* w, const float* res_in, const X* delta_in,
+void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                               const ScratchCuda<X>* shared, const float* res_in, const X* delta_in,
                                float* const* state0, float* const* stateT) {
+    const Mamba1Params* p = (const Mamba1Params*)L->p;
+    const Mamba1ActsCuda<X>* a = (const Mamba1ActsCuda<X>*)acts->field;
+    const Mamba1ScratchCuda<X>* w = (const Mamba1ScratchCuda<X>*)acts->scratch;
+    const Mamba1State *s0 = (const Mamba1State*)state0, *sT = (const Mamba1State*)stateT;
     const Config* c = run->config;
     size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
            N = (size_t)c->d_state;
     size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
     cudaStream_t stream = run->stream;
-    residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_NORM], M, D,
-                                  (float)c->norm_eps, stream, run->dropout);
-    matmul_forward_cuda(run->matmul, a->xz, 2 * E, a->u, D, L->px[P_IN], L->p[P_IN_BIAS], M, D, 2 * E,
-                        stream);
-    causal_conv1d_forward_cuda(a->x, stateT[0], a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
-                               run->doc, B, T, E, K, stream);
-    matmul_forward_cuda(run->matmul, a->rbc, RBC, a->x, E, L->px[P_X], (const float*)NULL, M, E, RBC, stream);
-    matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, L->px[P_DT], (const float*)NULL, M, R, E,
-                        stream);
-    selective_scan_forward_cuda<X>(w->y, a->s, a->hs, stateT[1], a->x, a->dt_raw, L->p[P_DT_BIAS],
-                                   L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                   2 * E, state0[1], run->doc, B, T, E, N, scan_spacing(run->recompute),
-                                   stream);
-    matmul_forward_cuda(run->matmul, w->delta, D, w->y, E, L->px[P_OUT], L->p[P_OUT_BIAS], M, E, D, stream);
+    block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->xz, 2 * E, p->in_proj, p->in_proj_bias,
+                        2 * E);
+    causal_conv1d_forward_cuda(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B,
+                               T, E, K, stream);
+    matmul_forward_cuda(run->matmul, a->rbc, RBC, a->x, E, weight_x(L, p->x_proj), (const float*)NULL, M, E,
+                        RBC, stream);
+    matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, weight_x(L, p->dt_proj), (const float*)NULL,
+                        M, R, E, stream);
+    selective_scan_forward_cuda<X>(w->y, a->s, a->hs, sT->ssm, a->x, a->dt_raw, p->dt_proj_bias, p->A_log,
+                                   a->rbc + R, a->rbc + R + N, RBC, p->D, a->xz + E, 2 * E, s0->ssm, run->doc,
+                                   B, T, E, N, scan_spacing(run->recompute), stream);
+    matmul_forward_cuda(run->matmul, shared->delta, D, w->y, E, weight_x(L, p->out_proj), p->out_proj_bias, M,
+                        E, D, stream);
 }
 
-// mamba1_block_backward_cuda: w->dres is the gradient of what the next norm read, w->dres_x the same in X;
-// both come out as the gradient of what this block's norm read.
+// mamba1_block_backward_cuda: gradients as in block_begin_backward
 template <typename X>
-void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* a,
-                                const ScratchCuda<X>* w, float* const* state0) {
+void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                const ScratchCuda<X>* shared, float* const* state0) {
+    const Mamba1Params *p = (const Mamba1Params*)L->p, *dp = (const Mamba1Params*)L->grad;
+    const Mamba1ActsCuda<X>* a = (const Mamba1ActsCuda<X>*)acts->field;
+    const Mamba1ScratchCuda<X>* w = (const Mamba1ScratchCuda<X>*)acts->scratch;
+    const Mamba1State* s0 = (const Mamba1State*)state0;
     const Config* c = run->config;
     size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
            N = (size_t)c->d_state;
     size_t K = (size_t)c->d_conv, R = (size_t)c->dt_rank, RBC = R + 2 * N;
     cudaStream_t stream = run->stream;
-    Matmul* mm = run->matmul;
-    bool cheap = run->recompute == RECOMPUTE_CHEAP;          // x, dt_raw now, u in the norm's backward
-    if (cheap) {
-        causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV],
-                                   L->p[P_CONV_BIAS], run->doc, B, T, E, K, stream);
-        matmul_forward_cuda(mm, a->dt_raw, E, a->rbc, RBC, L->px[P_DT], (const float*)NULL, M, R, E, stream);
+    if (run->recompute == RECOMPUTE_CHEAP) {                 // x, dt_raw now, u in block_begin_backward
+        causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias,
+                                   run->doc, B, T, E, K, stream);
+        matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, weight_x(L, p->dt_proj),
+                            (const float*)NULL, M, R, E, stream);
     }
     // out = W_out y: the gradient of y first, the scan's backward makes y again for the weight gradient
-    matmul_backward_cuda(mm, w->dy, E, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
-                         L->px[P_OUT], w->sums, M, E, D, stream);
+    linear_backward_input(run, w->dy, E, false, shared->dres_x, D, weight_x(L, p->out_proj), E, D);
     side_join(run);                                // of the layer before: y, ddt, drbc, dxz are written again
-    selective_scan_backward_cuda<X>(w->dx, w->ddt, w->dxz + E, 2 * E, w->y, L->grad[P_A_LOG], L->grad[P_D],
-                                    L->grad[P_DT_BIAS], w->drbc + R, w->drbc + R + N, RBC, (float*)NULL,
-                                    w->dy, (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, L->p[P_DT_BIAS],
-                                    L->p[P_A_LOG], a->rbc + R, a->rbc + R + N, RBC, L->p[P_D], a->xz + E,
-                                    2 * E, run->doc, w->sums, B, T, E, N, scan_spacing(run->recompute),
-                                    stream);
-    linear_backward_weight(run, L->grad[P_OUT], L->grad[P_OUT_BIAS], w->dres_x, D, w->y, E, w->sums, E, D);
-    linear_backward_weight(run, L->grad[P_DT], (float*)NULL, w->ddt, E, a->rbc, RBC, w->sums, R, E);
-    matmul_backward_cuda(mm, w->drbc, RBC, false, (float*)NULL, (float*)NULL, w->ddt, E, (const X*)NULL, 0,
-                         L->px[P_DT], w->sums, M, R, E, stream);
-    linear_backward_weight(run, L->grad[P_X], (float*)NULL, w->drbc, RBC, a->x, E, w->sums, E, RBC);
-    matmul_backward_cuda(mm, w->dx, E, true, (float*)NULL, (float*)NULL, w->drbc, RBC, (const X*)NULL, 0,
-                         L->px[P_X], w->sums, M, E, RBC, stream);
-    causal_conv1d_backward_cuda(w->dxz, 2 * E, L->grad[P_CONV], L->grad[P_CONV_BIAS], (float*)NULL, w->dx,
-                                (const float*)NULL, a->xz, 2 * E, state0[0], L->p[P_CONV], L->p[P_CONV_BIAS],
-                                run->doc, w->sums, B, T, E, K, stream);
-    matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dxz, 2 * E, (const X*)NULL, 0,
-                         L->px[P_IN], w->sums, M, D, 2 * E, stream);
-    side_join(run);                                // dres_x, and with cheap u, are written again
-    if (!cheap)
-        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D,
-                               2 * E);
-    X* dres_x = run->dropout.place ? w->dres_x : NULL;       // the first sub-layer has no other before it
-    rmsnorm_backward_cuda(w->dres, dres_x, cheap ? a->u : NULL, L->grad[P_NORM], w->du, a->res, L->p[P_NORM],
-                          a->rstd, w->sums, M, D, stream, run->dropout);
-    if (cheap)
-        linear_backward_weight(run, L->grad[P_IN], L->grad[P_IN_BIAS], w->dxz, 2 * E, a->u, D, w->sums, D,
-                               2 * E);
+    selective_scan_backward_cuda<X>(w->dx, w->ddt, w->dxz + E, 2 * E, w->y, dp->A_log, dp->D,
+                                    dp->dt_proj_bias, w->drbc + R, w->drbc + R + N, RBC, (float*)NULL, w->dy,
+                                    (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, p->dt_proj_bias,
+                                    p->A_log, a->rbc + R, a->rbc + R + N, RBC, p->D, a->xz + E, 2 * E,
+                                    run->doc, shared->sums, B, T, E, N, scan_spacing(run->recompute), stream);
+    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, D, w->y, E, shared->sums, E,
+                           D);
+    linear_backward_weight(run, dp->dt_proj, (float*)NULL, w->ddt, E, a->rbc, RBC, shared->sums, R, E);
+    linear_backward_input(run, w->drbc, RBC, false, w->ddt, E, weight_x(L, p->dt_proj), R, E);
+    linear_backward_weight(run, dp->x_proj, (float*)NULL, w->drbc, RBC, a->x, E, shared->sums, E, RBC);
+    linear_backward_input(run, w->dx, E, true, w->drbc, RBC, weight_x(L, p->x_proj), E, RBC);
+    causal_conv1d_backward_cuda(w->dxz, 2 * E, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dx,
+                                (const float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias,
+                                run->doc, shared->sums, B, T, E, K, stream);
+    block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dxz, 2 * E,
+                         p->norm, p->in_proj, 2 * E);
 }
 
+// mamba1_decode_steps: the steps of section 4.10 that are this layer; norm: the weight of the next one. Returns
+// their number, 0 when its sizes do not fit.
+static int mamba1_decode_steps(const Config* c, const LayerCuda<bf16>* L, float* const* state,
+                               const float* norm, DecodeStep* step) {
+    const Mamba1Params* p = (const Mamba1Params*)L->p;
+    const Mamba1State* s = (const Mamba1State*)state;
+    int D = (int)c->d_model, E = (int)c->d_inner, R = (int)c->dt_rank;
+    if (E % 32 || R % 8 || c->d_conv > 4) return 0;
+    const DecodeStep steps[] = {
+        {DECODE_IN, E, D, E, weight_x(L, p->in_proj), p->in_proj_bias, {p->conv1d, p->conv1d_bias}, s->conv},
+        {DECODE_X, R + 2 * (int)c->d_state, E, 0, weight_x(L, p->x_proj), NULL, {NULL, NULL}, NULL},
+        {DECODE_SCAN, E, R, 0, weight_x(L, p->dt_proj), p->dt_proj_bias, {p->A_log, p->D}, s->ssm},
+        {DECODE_OUT, D, E, 0, weight_x(L, p->out_proj), p->out_proj_bias, {norm, NULL}, NULL},
+    };
+    memcpy(step, steps, sizeof steps);
+    return 4;
+}
+
+// mamba1_paths: which kernels serve these sizes, the fast ones or those for any shape
+template <typename X> static void mamba1_paths(const Config* c) {
+    size_t E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank, ldbc = R + 2 * N;
+    const X* base = NULL;
+    const char* scan =
+        selective_scan_path_cuda(base, base + R, base + R + N, ldbc, base + E, 2 * E, 1, 1, E, N);
+    bool conv = c->d_conv == 4 && E * sizeof(X) % 8 == 0;
+    printf("scan %s%s, convolution %s, ", scan,
+           strcmp(scan, "fast") && sizeof(X) == 2
+               ? " (the fast one needs --d-state 16, E % 32 = 0, R % 8 = 0)" : "",
+           conv ? "fast" : "general");
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.2 Gated MLP
+
+template <typename X> struct MlpActsCuda { X* h; };
+
+static const TensorSpec mlp_acts_cuda[] = {
+    {"h", {DIM_2F}, 0, 0},                               // up, gate
+};
+
+template <typename X> struct MlpScratchCuda { X *m, *dm, *dh; };
+
+static const TensorSpec mlp_scratch_cuda[] = {
+    {"m",  {DIM_F}, 0, 0},
+    {"dm", {DIM_F}, 0, BACKWARD_ONLY},
+    {"dh", {DIM_2F}, 0, BACKWARD_ONLY},
+};
+
 template <typename X>
-void mlp_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* a,
-                            const ScratchCuda<X>* w, const float* res_in, const X* delta_in) {
+void mlp_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                            const ScratchCuda<X>* shared, const float* res_in, const X* delta_in,
+                            float* const*, float* const*) {
+    const MlpParams* p = (const MlpParams*)L->p;
+    const MlpActsCuda<X>* a = (const MlpActsCuda<X>*)acts->field;
+    const MlpScratchCuda<X>* w = (const MlpScratchCuda<X>*)acts->scratch;
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
-    residual_rmsnorm_forward_cuda(a->res, a->u, a->rstd, res_in, delta_in, L->p[P_MLP_NORM], M, D,
-                                  (float)run->config->norm_eps, run->stream, run->dropout);
-    matmul_forward_cuda(run->matmul, a->h, 2 * F, a->u, D, L->px[P_FC1], (const float*)NULL, M, D, 2 * F,
-                        run->stream);
+    block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->h, 2 * F, p->fc1, (const float*)NULL,
+                        2 * F);
     gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
-    matmul_forward_cuda(run->matmul, w->delta, D, w->m, F, L->px[P_FC2], (const float*)NULL, M, F, D,
-                        run->stream);
+    matmul_forward_cuda(run->matmul, shared->delta, D, w->m, F, weight_x(L, p->fc2), (const float*)NULL, M, F,
+                        D, run->stream);
 }
 
 template <typename X>
-void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* a,
-                             const ScratchCuda<X>* w) {
+void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                             const ScratchCuda<X>* shared, float* const*) {
+    const MlpParams *p = (const MlpParams*)L->p, *dp = (const MlpParams*)L->grad;
+    const MlpActsCuda<X>* a = (const MlpActsCuda<X>*)acts->field;
+    const MlpScratchCuda<X>* w = (const MlpScratchCuda<X>*)acts->scratch;
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
-    Matmul* mm = run->matmul;
-    bool cheap = run->recompute == RECOMPUTE_CHEAP;
-    matmul_backward_cuda(mm, w->dm, F, false, (float*)NULL, (float*)NULL, w->dres_x, D, (const X*)NULL, 0,
-                         L->px[P_FC2], w->sums, M, F, D, run->stream);
+    linear_backward_input(run, w->dm, F, false, shared->dres_x, D, weight_x(L, p->fc2), F, D);
     side_join(run);                                // of the layer before: dh and m are written again
     gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
                        run->stream);
-    linear_backward_weight(run, L->grad[P_FC2], (float*)NULL, w->dres_x, D, w->m, F, w->sums, F, D);
-    matmul_backward_cuda(mm, w->du, D, false, (float*)NULL, (float*)NULL, w->dh, 2 * F, (const X*)NULL, 0,
-                         L->px[P_FC1], w->sums, M, D, 2 * F, run->stream);
-    side_join(run);
-    if (!cheap)
-        linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
-    rmsnorm_backward_cuda(w->dres, w->dres_x, cheap ? a->u : NULL, L->grad[P_MLP_NORM], w->du, a->res,
-                          L->p[P_MLP_NORM], a->rstd, w->sums, M, D, run->stream, run->dropout);
-    if (cheap)
-        linear_backward_weight(run, L->grad[P_FC1], (float*)NULL, w->dh, 2 * F, a->u, D, w->sums, D, 2 * F);
+    linear_backward_weight(run, dp->fc2, (float*)NULL, shared->dres_x, D, w->m, F, shared->sums, F, D);
+    block_begin_backward(run, L, acts, shared, dp->norm, dp->fc1, (float*)NULL, w->dh, 2 * F, p->norm, p->fc1,
+                         2 * F);
+}
+
+static int mlp_decode_steps(const Config* c, const LayerCuda<bf16>* L, float* const*, const float* norm,
+                            DecodeStep* step) {
+    const MlpParams* p = (const MlpParams*)L->p;
+    int D = (int)c->d_model, F = (int)c->d_intermediate;
+    if (F % 32) return 0;
+    step[0] = {DECODE_UP, F, D, F, weight_x(L, p->fc1), NULL, {NULL, NULL}, NULL};
+    step[1] = {DECODE_OUT, D, F, 0, weight_x(L, p->fc2), NULL, {norm, NULL}, NULL};
+    return 2;
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.3 The table of kinds
+
+template <typename X> struct KindCuda {
+    char letter;                                   // of the kind in train_mamba.c
+    const TensorSpec* acts;    int n_acts;         // saved for backward
+    const TensorSpec* scratch; int n_scratch;
+    size_t (*sums)(const Config*, size_t B, size_t T);       // floats of partial sums; NULL: none
+    void (*forward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
+                    const float* res_in, const X* delta_in, float* const* state0, float* const* stateT);
+    void (*backward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
+                     float* const* state0);
+    int (*decode)(const Config*, const LayerCuda<bf16>*, float* const* state, const float* norm,
+                  DecodeStep*);                    // section 4.10: its steps for one token
+    void (*paths)(const Config*);                  // prints which of its kernels are fast; NULL: no choice
+};
+
+enum { N_KINDS_CUDA = 2 };
+template <typename X> static const KindCuda<X> kinds_cuda[N_KINDS_CUDA] = {
+    {'1', TABLE(mamba1_acts_cuda), TABLE(mamba1_scratch_cuda), mamba1_sums_cuda, mamba1_block_forward_cuda<X>,
+     mamba1_block_backward_cuda<X>, mamba1_decode_steps, mamba1_paths<X>},
+    {'m', TABLE(mlp_acts_cuda), TABLE(mlp_scratch_cuda), NULL, mlp_block_forward_cuda<X>,
+     mlp_block_backward_cuda<X>, mlp_decode_steps, NULL},
+};
+
+#define SAME_FIELDS(type, table)                                          \
+    static_assert(FIELDS(type<float>) == sizeof(table) / sizeof(TensorSpec), "one row per field, in order")
+SAME_FIELDS(Mamba1ActsCuda, mamba1_acts_cuda);
+SAME_FIELDS(Mamba1ScratchCuda, mamba1_scratch_cuda);
+SAME_FIELDS(MlpActsCuda, mlp_acts_cuda);
+SAME_FIELDS(MlpScratchCuda, mlp_scratch_cuda);
+
+template <typename X> static const KindCuda<X>* kind_cuda(const Kind* kind) {
+    for (int k = 0; k < N_KINDS_CUDA; k++)
+        if (kinds_cuda<X>[k].letter == kind->letter) return &kinds_cuda<X>[k];
+    die("there are no GPU kernels for layers of kind %c (%s); use --device cpu", kind->letter, kind->name);
+}
+
+// array_count: elements of an array of a kind's table
+static size_t array_count(const TensorSpec* spec, const Config* c, size_t B, size_t T, int recompute) {
+    if (spec->dim[0] == DIM_SCAN_SAVED)
+        return selective_scan_saved_cuda(B, T, (size_t)c->d_inner, (size_t)c->d_state,
+                                         scan_spacing(recompute));
+    return B * T * spec_count(spec, c);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -4169,6 +4355,7 @@ template <typename X> struct WorkCuda {
     char* memory;
     BatchCuda batch;
     ActsCuda<X>* acts;              // [n_layers]
+    void* (*kind_scratch)[MAX_FIELDS];       // [kind][field]
     ScratchCuda<X> scratch;
     float *res_last, *f_rstd, *losses;
     X *f, *df, *logits;
@@ -4176,11 +4363,11 @@ template <typename X> struct WorkCuda {
 
 // The plan has three parts: the batch; what is saved; what is used for a short time. The logits and the
 // scratch of the layers are never needed together, so they share their memory.
+// An array that backward does not find again (recompute, inference) has the memory of the first layer that
+// has it, one for all layers of its kind.
 template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, ArenaCuda* arena) {
     const Config* c = &m->config;
-    size_t B = w->B, T = w->T, M = B * T, D = (size_t)c->d_model, E = (size_t)c->d_inner,
-           N = (size_t)c->d_state, K = (size_t)c->d_conv;
-    size_t RBC = (size_t)c->dt_rank + 2 * N, F = (size_t)c->d_intermediate, Vp = (size_t)c->vocab_padded;
+    size_t B = w->B, T = w->T, M = B * T, D = (size_t)c->d_model, Vp = (size_t)c->vocab_padded;
     size_t rows = min_size(M, CLASSIFIER_ROWS_CUDA);
     bool train = w->training;
     char* batch;
@@ -4188,38 +4375,33 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     arena_take(arena, &batch, w->batch.bytes);
     batch_plan(&w->batch, w->micros, B, T, batch);
 
+    auto take = [&](void** p, const TensorSpec* spec) {
+        size_t size = spec->flags & IS_FLOAT ? sizeof(float) : sizeof(X);
+        arena_take(arena, (char**)p, array_count(spec, c, B, T, w->recompute) * size);
+    };
     size_t before = arena->used;
     arena_take(arena, &w->losses, M);
-    int first[2] = {-1, -1};        // the first layer of each kind: owns what the layers of the kind share
+    int first[N_KINDS_CUDA];        // the first layer of each kind, -1: not in this model
+    for (int k = 0; k < N_KINDS_CUDA; k++) first[k] = -1;
     for (int l = 0; l < m->n_layers; l++) {
         ActsCuda<X>* a = &w->acts[l];
-        bool mlp = m->layer[l].kind->letter == 'm';
-        const ActsCuda<X>* shared = first[mlp] >= 0 ? &w->acts[first[mlp]] : NULL;
-        if (!shared) first[mlp] = l;
-        bool keep = !shared || (train && w->recompute != RECOMPUTE_ALL);
-        bool keep_cheap = !shared || (train && w->recompute == RECOMPUTE_NONE);
-        // takes memory of the layer's own, or the shared one
-        #define TAKE(own, field, count)                         \
-            do {                                                \
-                if (own) arena_take(arena, &a->field, (count)); \
-                else a->field = shared->field;                  \
-            } while (0)
+        const KindCuda<X>* kind = kind_cuda<X>(m->layer[l].kind);
+        int k = (int)(kind - kinds_cuda<X>);
+        bool keep = train && w->recompute != RECOMPUTE_ALL, keep_cheap = train && !w->recompute;
+        if (first[k] < 0) first[k] = l;
         if (train || l < 2) arena_take(arena, &a->res, M * D);
         else a->res = w->acts[l % 2].res;      // inference: two residual buffers, in turn
-        TAKE(keep, rstd, M);
-        TAKE(keep_cheap, u, M * D);
-        if (mlp) {
-            TAKE(keep, h, M * 2 * F);
-            continue;
+        if (keep || l == 0) arena_take(arena, &a->rstd, M);
+        else a->rstd = w->acts[0].rstd;
+        if (keep_cheap || l == 0) arena_take(arena, &a->u, M * D);
+        else a->u = w->acts[0].u;
+        for (int i = 0; i < kind->n_acts; i++) {
+            const TensorSpec* spec = &kind->acts[i];
+            if ((spec->flags & BACKWARD_ONLY) && !train) continue;       // NULL: nothing is saved
+            if (first[k] == l || (spec->flags & CHEAP ? keep_cheap : keep)) take(&a->field[i], spec);
+            else a->field[i] = w->acts[first[k]].field[i];
         }
-        TAKE(keep, xz, M * 2 * E);
-        TAKE(keep_cheap, x, M * E);
-        TAKE(keep, rbc, M * RBC);
-        TAKE(keep_cheap, dt_raw, M * E);
-        if (!train) continue;
-        TAKE(keep, s, M * E);
-        TAKE(keep, hs, selective_scan_saved_cuda(B, T, E, N, scan_spacing(w->recompute)));
-        #undef TAKE
+        a->scratch = w->kind_scratch[k];
     }
     arena_take(arena, &w->res_last, M * D);
     arena_take(arena, &w->f, M * D);
@@ -4233,29 +4415,25 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     end = arena->used;
     arena->used = train ? start : end;         // decoding keeps its last outputs beside the logits
     arena_take(arena, &s->delta, M * D);
-    arena_take(arena, &s->y, M * E);
-    if (F) arena_take(arena, &s->m, M * F);
+    size_t sums = max_size(rmsnorm_backward_scratch_cuda(M, D), bias_backward_scratch_cuda(M, D));
+    for (int k = 0; k < N_KINDS_CUDA; k++) {
+        const KindCuda<X>* kind = &kinds_cuda<X>[k];
+        if (first[k] < 0) continue;
+        for (int i = 0; i < kind->n_scratch; i++)
+            if (train || !(kind->scratch[i].flags & BACKWARD_ONLY))
+                take(&w->kind_scratch[k][i], &kind->scratch[i]);
+        if (kind->sums) sums = max_size(sums, kind->sums(c, B, T));
+    }
     if (train) {
         arena_take(arena, &s->dres, M * D);
         arena_take(arena, &s->dres_x, M * D);
         arena_take(arena, &s->du, M * D);
-        arena_take(arena, &s->dy, M * E);
-        arena_take(arena, &s->dxz, M * 2 * E);
-        arena_take(arena, &s->dx, M * E);
-        arena_take(arena, &s->ddt, M * E);
-        arena_take(arena, &s->drbc, M * RBC);
-        if (F) arena_take(arena, &s->dm, M * F);
-        if (F) arena_take(arena, &s->dh, M * 2 * F);
-        size_t sums = selective_scan_scratch_cuda(B, T, E, N),
-               other[] = {causal_conv1d_scratch_cuda(B, T, E, K), rmsnorm_backward_scratch_cuda(M, D),
-                          bias_backward_scratch_cuda(M, 2 * E), bias_backward_scratch_cuda(M, D)};
-        for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) sums = other[i] > sums ? other[i] : sums;
         // a smaller call may cut time differently; its partial sums are never more than twice those of the
         // full one
         arena_take(arena, &s->sums, 2 * sums);
         arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
     }
-    arena->used = arena->used > end ? arena->used : end;
+    arena->used = max_size(arena->used, end);
 }
 
 // work_measure: the bytes of a plan, without memory
@@ -4265,6 +4443,7 @@ WorkCuda<X> work_measure(const Model* m, size_t B, size_t T, size_t micros, bool
     memset(&w, 0, sizeof w);
     w.B = B; w.T = T; w.micros = micros; w.training = training; w.recompute = recompute;
     w.acts = (ActsCuda<X>*)xcalloc((size_t)m->n_layers, sizeof(ActsCuda<X>));
+    w.kind_scratch = (void* (*)[MAX_FIELDS])xcalloc(N_KINDS_CUDA, sizeof *w.kind_scratch);
     ArenaCuda arena = {NULL, 0};
     work_plan(&w, m, &arena);
     w.bytes = arena.used;
@@ -4277,6 +4456,7 @@ size_t work_largest(const Model* m, size_t T, size_t micros, int recompute, size
     auto fits = [&](size_t B) {
         WorkCuda<X> w = work_measure<X>(m, B, T, micros, true, recompute);
         free(w.acts);
+        free(w.kind_scratch);
         return w.bytes <= bytes;
     };
     size_t low = 0, high = 1;
@@ -4308,6 +4488,7 @@ template <typename X> void work_free(WorkCuda<X>* w) {
     cudaCheck(cudaFree(w->memory));
     device_bytes -= w->bytes;
     free(w->acts);
+    free(w->kind_scratch);
     memset(w, 0, sizeof *w);
 }
 
@@ -4324,7 +4505,7 @@ template <typename X> struct ModelCuda {
 };
 
 template <typename X> static X* x_of(const ModelCuda<X>* d, const Model* m, const real* host) {
-    return host ? d->params_x + (host - m->params) : NULL;
+    return d->params_x + (host - m->params);
 }
 template <typename X> static float* float_of(const ModelCuda<X>* d, const Model* m, const real* host) {
     return host ? d->params + (host - m->params) : NULL;
@@ -4341,7 +4522,7 @@ static bool by_matmul(const Model* m, const Tensor* t) {
 // always added to; of those that --freeze names
 enum { PIECES_UPDATED, PIECES_ADDED_TO, PIECES_FROZEN };
 static AdamWPiece* pieces_create(const Model* m, int which, size_t* n) {
-    AdamWPiece *piece = NULL, *device;
+    AdamWPiece* piece = NULL;
     for (int pass = 0; pass < 2; pass++) {
         if (pass) piece = (AdamWPiece*)xcalloc(*n, sizeof(AdamWPiece));
         *n = 0;
@@ -4351,8 +4532,7 @@ static AdamWPiece* pieces_create(const Model* m, int which, size_t* n) {
                 *n = adamw_pieces(piece, *n, t->offset, t->count, t->spec->flags & DECAY);
         }
     }
-    device = (AdamWPiece*)device_calloc(*n, sizeof(AdamWPiece));
-    cudaCheck(cudaMemcpy(device, piece, *n * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
+    AdamWPiece* device = device_copy(piece, *n);
     free(piece);
     return device;
 }
@@ -4376,11 +4556,12 @@ template <typename X> ModelCuda<X> model_cuda_create(const Model* m, bool traini
         sizeof(X) == sizeof(float) ? (X*)(void*)d.params : (X*)device_calloc(m->n_elements, sizeof(X));
     d.layer = (LayerCuda<X>*)xcalloc((size_t)m->n_layers, sizeof(LayerCuda<X>));
     for (int l = 0; l < m->n_layers; l++) {
-        d.layer[l].kind = m->layer[l].kind;
+        d.layer[l].kind = kind_cuda<X>(m->layer[l].kind);
+        d.layer[l].params = d.params;
+        d.layer[l].params_x = d.params_x;
         for (int i = 0; i < m->layer[l].kind->n_params; i++) {
             const real* host = m->layer[l].params[i];
             d.layer[l].p[i] = float_of(&d, m, host);
-            d.layer[l].px[i] = x_of(&d, m, host);
             d.layer[l].grad[i] = host && training ? d.grads + (host - m->params) : NULL;
         }
     }
@@ -4430,9 +4611,7 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
         state_fields(s0, m, state0, host, l, row0);
         state_fields(sT, m, stateT, host, l, row0);
-        if (m->layer[l].kind->letter == 'm')
-            mlp_block_forward_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta);
-        else mamba1_block_forward_cuda(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
+        d->layer[l].kind->forward(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
         res = w->acts[l].res;
         delta = w->scratch.delta;
         run->dropout.place++;
@@ -4456,7 +4635,7 @@ static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d,
     int D = (int)c->d_model, E = (int)c->d_inner, N = (int)c->d_state, R = (int)c->dt_rank, RBC = R + 2 * N,
         F = (int)c->d_intermediate, Vp = (int)c->vocab_padded, processors, most;
     memset(p, 0, sizeof *p);
-    if (rows > DECODE_ROWS || D % 32 || E % 32 || F % 32 || R % 8 || c->d_conv > 4) return false;
+    if (rows > DECODE_ROWS || D % 32) return false;
     p->tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
 #ifdef DECODE_EXPERIMENT
     if (getenv("TILES")) p->tiles = atoi(getenv("TILES"));
@@ -4493,30 +4672,23 @@ static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d,
                 (size_t)floats * sizeof(float);
     if (p->shared + 1024 > (size_t)most || a->blocks == 0) return false;
 
-    DecodeStep* step = (DecodeStep*)xcalloc((size_t)m->n_layers * 4 + 1, sizeof(DecodeStep));
-    auto norm_of = [&](int l) {
-        if (l == m->n_layers) return (const float*)d->norm_f;
-        return d->layer[l].p[m->layer[l].kind->letter == 'm' ? (int)P_MLP_NORM : (int)P_NORM];
-    };
-    int n = 0;
-    for (int l = 0; l < m->n_layers; l++) {
-        const LayerCuda<bf16>* L = &d->layer[l];
+    DecodeStep* step = (DecodeStep*)xcalloc((size_t)m->n_layers * DECODE_MAX_STEPS + 1, sizeof(DecodeStep));
+    int n = 0, added = 1;
+    for (int l = 0; added && l < m->n_layers; l++, n += added) {
         float* field[MAX_FIELDS];
         state_fields(field, m, state, host, l, 0);
-        if (m->layer[l].kind->letter == 'm') {
-            step[n++] = {DECODE_UP, F, D, F, L->px[P_FC1], NULL, {NULL, NULL}, NULL};
-            step[n++] = {DECODE_OUT, D, F, 0, L->px[P_FC2], NULL, {norm_of(l + 1), NULL}, NULL};
-            continue;
-        }
-        step[n++] = {DECODE_IN, E, D, E, L->px[P_IN], L->p[P_IN_BIAS], {L->p[P_CONV], L->p[P_CONV_BIAS]}, field[0]};
-        step[n++] = {DECODE_X, RBC, E, 0, L->px[P_X], NULL, {NULL, NULL}, NULL};
-        step[n++] = {DECODE_SCAN, E, R, 0, L->px[P_DT], L->p[P_DT_BIAS], {L->p[P_A_LOG], L->p[P_D]}, field[1]};
-        step[n++] = {DECODE_OUT, D, E, 0, L->px[P_OUT], L->p[P_OUT_BIAS], {norm_of(l + 1), NULL}, NULL};
+        const LayerCuda<bf16>* L = &d->layer[l];
+        // the first parameter of every kind is its norm
+        added = L->kind->decode(c, L, field, l + 1 < m->n_layers ? L[1].p[0] : d->norm_f, step + n);
+    }
+    if (!added) {
+        free(step);
+        return false;
     }
     step[n++] = {DECODE_HEAD, Vp, D, 0, d->head_x, NULL, {NULL, NULL}, NULL};
     a->n_steps = n;
     a->embedding = d->embedding_x;
-    a->norm = norm_of(0);
+    a->norm = d->layer[0].p[0];
     size_t places = (size_t)p->groups * (size_t)a->blocks * (size_t)sequences;
     DecodeStep* on_device;
     for (int pass = 0; pass < 2; pass++) {
@@ -4640,17 +4812,12 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
         state_fields(s0, m, state0, host, l, 0);
         run->dropout.place = (uint64_t)l;
-        bool mlp = m->layer[l].kind->letter == 'm';
+        const LayerCuda<X>* L = &d->layer[l];
         if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
             side_join(run);
-            if (mlp)
-                mlp_block_forward_cuda(run, &d->layer[l], &w->acts[l], s, w->acts[l].res, (const X*)NULL);
-            else
-                mamba1_block_forward_cuda(run, &d->layer[l], &w->acts[l], s, w->acts[l].res, (const X*)NULL,
-                                          s0, none);
+            L->kind->forward(run, L, &w->acts[l], s, w->acts[l].res, (const X*)NULL, s0, none);
         }
-        if (mlp) mlp_block_backward_cuda(run, &d->layer[l], &w->acts[l], s);
-        else mamba1_block_backward_cuda(run, &d->layer[l], &w->acts[l], s, s0);
+        L->kind->backward(run, L, &w->acts[l], s, s0);
     }
     embedding_backward_cuda(d->dembedding, s->dres, tokens, s->sort, M, D, (size_t)m->config.vocab_padded,
                             run->stream);
@@ -4803,8 +4970,7 @@ template <typename X> static void carry_reserve(Backend* b, size_t micros, size_
             field[c->n_fields++] = f;
             offset += B * f.count;
         }
-    c->field = (StateField*)device_calloc((size_t)c->n_fields, sizeof(StateField));
-    cudaCheck(cudaMemcpy(c->field, field, (size_t)c->n_fields * sizeof(StateField), cudaMemcpyHostToDevice));
+    c->field = device_copy(field, (size_t)c->n_fields);
     free(field);
 }
 
@@ -4982,7 +5148,7 @@ template <typename X> static StepResult cuda_step_end(Backend* b) {
     if (r.taken) return r;
     // the step once more, without the update: its gradients, and the micro-batch where it goes wrong
     int halted = 0;
-    double sum = 0;
+    double sum = 0, scale = s->n_targets ? 1.0 / (double)s->n_targets : 0;
     to_device(&c->out->halted, &halted, 1, c->stream);
     Dropout next = b->dropout;
     b->dropout = s->dropout;
@@ -4992,7 +5158,7 @@ template <typename X> static StepResult cuda_step_end(Backend* b) {
         size_t at = micro * s->B * s->T;
         const int* doc = s->has_doc ? s->batch.doc + at : NULL;
         sum += cuda_forward<X>(b, (int)micro, s->batch.tokens + at, s->batch.targets + at, doc, s->B, s->T,
-                               1.0 / (double)s->n_targets);
+                               scale);
         if (!isfinite(sum)) {
             r.micro = (int)micro;
             break;
@@ -5222,17 +5388,12 @@ template <typename X> static void memory_print(Backend* b) {
 // paths_print: which kernels serve this model, the fast ones or those for any shape
 template <typename X> static void paths_print(const Backend* b) {
     const Config* c = &b->model->config;
-    size_t E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank, ldbc = R + 2 * N;
-    const X* base = NULL;
-    const char* scan =
-        selective_scan_path_cuda(base, base + R, base + R + N, ldbc, base + E, 2 * E, 1, 1, E, N);
-    bool conv = c->d_conv == 4 && E * sizeof(X) % 8 == 0, norm = c->d_model % 4 == 0 && c->d_model <= 4096,
+    bool norm = c->d_model % 4 == 0 && c->d_model <= 4096,
          logits = (size_t)c->vocab_padded * sizeof(X) % 16 == 0;
-    printf("kernels: scan %s, convolution %s, norm %s, classifier %s%s\n", scan, conv ? "fast" : "general",
-           norm ? "fast" : "general", logits ? "fast" : "general",
-           strcmp(scan, "fast") && sizeof(X) == 2
-               ? " (the fast scan needs --d-state 16, E % 32 = 0, R % 8 = 0)"
-               : "");
+    printf("kernels: ");
+    for (int k = 0; k < N_KINDS_CUDA; k++)
+        if (kinds_cuda<X>[k].paths && strchr(c->pattern, kinds_cuda<X>[k].letter)) kinds_cuda<X>[k].paths(c);
+    printf("norm %s, classifier %s\n", norm ? "fast" : "general", logits ? "fast" : "general");
 }
 
 // device_peak: dense matmuls per second in bf16, from the data sheets; fp32 matmuls are exact, on the

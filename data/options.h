@@ -10,6 +10,9 @@ typedef struct {
     // model
     const char *preset, *pattern;
     int64_t d_model, n_layer, expand, d_state, d_conv, dt_rank, d_intermediate, vocab_size, eos_token;
+    int64_t headdim, ngroups, chunk_size;
+    int64_t attn_heads, attn_heads_kv, attn_head_dim, attn_conv, rotary_dim;
+    double rotary_base;
     bool tie_embeddings;
     // data
     const char *data, *val_data, *tokenizer;
@@ -59,14 +62,32 @@ static const Option options[] = {
     {"preset", 's', OPT(preset), WORD_ALL, "", 0, 0, NULL,
      "a named set of options, listed below; other options override it"},
     {"pattern", 's', OPT(pattern), WORD_ALL, "1", 0, 0, NULL,
-     "one letter per sub-layer, repeated over the blocks: 1 Mamba-1, m gated MLP after a mixer"},
+     "one letter per sub-layer, repeated over the blocks: 1 Mamba-1, 2 Mamba-2, a attention, m gated MLP "
+     "after a mixer"},
     {"n-layer", 'i', OPT(n_layer), WORD_ALL, "4", 1, 10000, NULL, "blocks"},
     {"d-model", 'i', OPT(d_model), WORD_ALL, "192", 1, 1e6, NULL, "width of the residual stream, D"},
     {"expand", 'i', OPT(expand), WORD_ALL, "2", 1, 64, NULL, "inner width E = expand * D"},
-    {"d-state", 'i', OPT(d_state), WORD_ALL, "16", 1, 256, NULL, "state size per channel, N"},
+    {"d-state", 'i', OPT(d_state), WORD_ALL, "0", 0, 256, NULL,
+     "state size per channel, N; 0: 16, for Mamba-2 without Mamba-1 128"},
     {"d-conv", 'i', OPT(d_conv), WORD_ALL, "4", 1, CONV_MAX_TAPS, NULL, "taps of the causal convolution, K"},
     {"dt-rank", 'i', OPT(dt_rank), WORD_ALL, "0", 0, 1e6, NULL,
      "rank of the dt projection, R; 0: D/16 rounded up"},
+    {"headdim", 'i', OPT(headdim), WORD_ALL, "64", 1, 1e6, NULL, "Mamba-2: channels per head, P"},
+    {"ngroups", 'i', OPT(ngroups), WORD_ALL, "1", 1, 1e6, NULL,
+     "Mamba-2: groups of heads that share B and C, G"},
+    {"chunk-size", 'i', OPT(chunk_size), WORD_ALL, "256", 1, 65536, NULL,
+     "Mamba-2: tokens per chunk, Q; the result does not depend on it"},
+    {"attn-heads", 'i', OPT(attn_heads), WORD_ALL, "0", 0, 65536, NULL, "attention heads; 0: D/64"},
+    {"attn-heads-kv", 'i', OPT(attn_heads_kv), WORD_ALL, "0", 0, 65536, NULL,
+     "heads of keys and values, shared by the others; 0: as many"},
+    {"attn-head-dim", 'i', OPT(attn_head_dim), WORD_ALL, "0", 0, 65536, NULL,
+     "width of an attention head; 0: D / heads"},
+    {"attn-conv", 'i', OPT(attn_conv), WORD_ALL, "0", 0, CONV_MAX_TAPS, NULL,
+     "taps of a convolution over queries, keys and values; 0: none"},
+    {"rotary-dim", 'i', OPT(rotary_dim), WORD_ALL, "-1", -1, 65536, NULL,
+     "numbers of each head that carry the position (rotary embedding); -1: all, 0: none"},
+    {"rotary-base", 'f', OPT(rotary_base), WORD_ALL, "10000", 1e-3, 1e12, NULL,
+     "base of the wavelengths of the rotary embedding"},
     {"d-intermediate", 'i', OPT(d_intermediate), WORD_ALL, "0", 0, 1e7, NULL,
      "hidden width of the gated MLP, rounded up to 128; 0: 8/3 D"},
     {"vocab-size", 'i', OPT(vocab_size), WORD_ALL, "0", 0, 1e9, NULL,

@@ -15,7 +15,10 @@ static bool option_is_saved(const Option* opt) {
 static bool option_is_fixed(const Option* opt) {
     static const char* const fixed[] = {"pattern",    "n-layer",   "d-model",        "expand",
                                         "d-state",    "d-conv",    "dt-rank",        "d-intermediate",
-                                        "vocab-size", "eos-token", "tie-embeddings", "carry-state"};
+                                        "vocab-size", "eos-token", "tie-embeddings", "carry-state",
+                                        "headdim",    "ngroups",   "chunk-size",     "attn-heads",
+                                        "attn-heads-kv", "attn-head-dim", "attn-conv", "rotary-dim",
+                                        "rotary-base"};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++)
         if (strcmp(opt->name, fixed[i]) == 0) return true;
     return false;

@@ -166,9 +166,23 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
     c.n_layer = o->n_layer;
     c.d_model = o->d_model;
     c.d_inner = o->expand * o->d_model;
-    c.d_state = o->d_state;
+    c.d_state = o->d_state ? o->d_state : strchr(o->pattern, '2') && !strchr(o->pattern, '1') ? 128 : 16;
     c.d_conv = o->d_conv;
     c.dt_rank = o->dt_rank ? o->dt_rank : (o->d_model + 15) / 16;
+    c.d_ssm = c.d_inner;
+    c.headdim = o->headdim;
+    c.ngroups = o->ngroups;
+    c.chunk_size = o->chunk_size;
+    c.rmsnorm = true;
+    c.dt_high = INFINITY;
+    c.A_low = 1;
+    c.A_high = 16;
+    c.attn_heads = o->attn_heads ? o->attn_heads : (o->d_model + 63) / 64;
+    c.attn_heads_kv = o->attn_heads_kv ? o->attn_heads_kv : c.attn_heads;
+    c.attn_head_dim = o->attn_head_dim ? o->attn_head_dim : (o->d_model + c.attn_heads - 1) / c.attn_heads;
+    c.attn_conv = o->attn_conv;
+    c.rotary_dim = o->rotary_dim >= 0 ? o->rotary_dim : c.attn_head_dim / 2 * 2;
+    c.rotary_base = o->rotary_base;
     if (strchr(o->pattern, 'm')) {
         c.d_intermediate = o->d_intermediate ? o->d_intermediate : (8 * o->d_model + 2) / 3;
         c.d_intermediate = (c.d_intermediate + 127) / 128 * 128;
@@ -210,7 +224,10 @@ static void settings_from_config(Settings* s, const Config* c) {
     const struct { const char* name; int64_t value; } number[] = {
         {"n-layer", c->n_layer}, {"d-model", c->d_model}, {"d-state", c->d_state}, {"d-conv", c->d_conv},
         {"dt-rank", c->dt_rank}, {"d-intermediate", c->d_intermediate}, {"vocab-size", c->vocab_size},
-        {"eos-token", c->eos_token}, {"expand", c->d_inner / c->d_model} };
+        {"eos-token", c->eos_token}, {"expand", c->d_inner / c->d_model}, {"headdim", c->headdim},
+        {"ngroups", c->ngroups}, {"chunk-size", c->chunk_size}, {"attn-heads", c->attn_heads},
+        {"attn-heads-kv", c->attn_heads_kv}, {"attn-head-dim", c->attn_head_dim},
+        {"attn-conv", c->attn_conv}, {"rotary-dim", c->rotary_dim} };
     Error unused;
     char text[32];
     for (size_t i = 0; i < sizeof number / sizeof *number; i++) {

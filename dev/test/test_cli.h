@@ -231,6 +231,7 @@ void cli_group(const char* claim, int n) {
 
 #define TOY " --d-model 16 --n-layer 1 --seq-len 16 --batch-size 2 --max-tokens 8 --eval-every 0 "
 #define NEW TOY "--out fresh --data a.txt "
+#define ONES "1111111111111111111111111111111111111111111111111111111111111111"
 
 typedef struct { const char *args, *input; int code; const char* words; } CliRow;
 
@@ -295,7 +296,7 @@ const CliRow cli_options[] = {
     {TOY "--out fresh --steps 1 --data \"\"", NULL, 1, "--data"}, {NEW "--pattern 1z", NULL, 1, "letter 'z'"},
     {NEW "--pattern m", NULL, 1, "must follow a mixer"}, {NEW "--pattern \"\"", NULL, 1, "0 letters"},
     {NEW "--pattern 1mm", NULL, 1, "1mm"},
-    {NEW "--steps 1 --pattern 1111111111111111111111111111111111111111111111111111111111111111111111",
+    {NEW "--steps 1 --pattern " ONES ONES ONES ONES ONES ONES ONES ONES,
      NULL, 1, "letters"},
     {NEW "--vocab-size 100", NULL, 1, "too small"}, {NEW "--d-conv 9", NULL, 1, "--d-conv"},
     {NEW "--d-state 257", NULL, 1, "--d-state"}, {"--d-model 0", NULL, 1, "--d-model"},

@@ -695,7 +695,7 @@ static const ConfigRow config_rows[] = {
     {1, "\"n_layer\": 24, ", "", "\"n_layer\" is missing"},
     {1, "size_multiple\": 8", "size_multiple\": 0", "pad_vocab_size_multiple"},
     {1, "size_multiple\": 8", "size_multiple\": 9223372036854775807", "pad_vocab_size_multiple"},
-    {1, "\"ssm_cfg\": {}", "\"ssm_c\": {\"pattern\": \"12\"}", "letter '2'"},
+    {1, "\"ssm_cfg\": {}", "\"ssm_c\": {\"pattern\": \"1z\"}", "letter 'z'"},
     {1, "\"ssm_cfg\": {}", "\"ssm_c\": {\"pattern\": \"m1\"}, \"d_intermediate\": 4", "must follow a mixer"},
     {1, "\"ssm_cfg\": {}", "\"ssm_c\": {\"pattern\": \"1mm\"}, \"d_intermediate\": 4", "must follow a mixer"},
     {1, "\"ssm_cfg\": {}", "\"ssm_c\": {\"pattern\": \"\"}", "the pattern has 0 letters"},
