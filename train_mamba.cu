@@ -3194,47 +3194,57 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 //
 // With one token per sequence every weight is read to be used a few times: the time of a token is the time of
 // reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what the reading has to wait for. As
-// kernels, one after the other, a token waits at every end of a kernel: 100 times 2.5 us. So the whole token is
-// one kernel, with a block on every processor of the chip, and two ideas:
+// kernels one after the other, a token waits at each of 100 ends for 2 to 3 us. So the whole token is one
+// kernel, with one block on every processor of the chip:
 //
-//   - The token is a list of steps (DecodeStep): a matmul, then what follows it element by element. Each block
-//     makes its share of the outputs of a step. Where the next step needs the outputs of all blocks, the blocks
-//     wait for each other (decode_arrive, decode_wait: about 1 us).
-//   - The weights do not wait. Which weights a thread will need, and in which order, is known from the
-//     beginning: every thread keeps the next 32 KB / 64 .. of them on their way into a queue of its own in shared memory
-//     (DecodeStream), across all waits.
+//   - The token is a list of steps (DecodeStep): a matmul, then what follows it element by element. Every block
+//     makes its share of the outputs of a step and sends it to the others.
+//   - The weights do not wait. Which weights a warp needs, and in which order, is known beforehand: a copy of
+//     them in that order is made once (decode_pack), one stream per warp, and each warp keeps the next pieces
+//     of its stream on their way into shared memory, whatever it is waiting for (DecodeStream).
 //
 //   Mamba-1:   IN: norm, W_in, conv | X: W_x | SCAN: W_dt, state, gate | OUT: W_out, residual
 //   MLP:       UP: norm, W_1, gate | OUT: W_2, residual
 //   at the end HEAD: norm, logits, the largest
 //
 // A block has the same channels in IN and SCAN, so x, z and the states stay with it; and the same columns of
-// the residual stream in all OUT, so that never leaves its shared memory. Of the norm, 1/rms is a factor of the
-// whole row: OUT writes res * weight and each block's sum of squares, and the matmul that reads it applies
+// the residual stream in every OUT, so that never leaves its shared memory. Of the norm, 1/rms is a factor of
+// a whole row: OUT sends res * weight and the block's sum of squares, and the matmul that reads them applies
 // 1/rms at its end.
 //
+// With up to 8 sequences every word that is sent carries the number of its step (`tag`), and who needs it asks
+// for it until it is there: 0.8 us from block to block. With more, the words would be too many: blocks count
+// themselves in at the end of a step (decode_arrive, decode_wait: 1.5 us).
 // With many sequences the blocks form groups, each with its own sequences: `blocks` of them share the rows of
 // every matrix. Groups never wait for each other, and read the same weights at about the same time.
 
-#ifndef DECODE_QUEUE_
-#define DECODE_QUEUE_ 16
-#endif
-enum { DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * WARP, DECODE_QUEUE = DECODE_QUEUE_, DECODE_ROWS = 64, DECODE_MAX_STEPS = 4 };
+enum { DECODE_ROWS = 64, DECODE_MAX_STEPS = 4, DECODE_RING = 8 };
 enum { DECODE_IN, DECODE_X, DECODE_SCAN, DECODE_OUT, DECODE_UP, DECODE_HEAD };
+
+// DecodeShape: TILES groups of 8 sequences; WARPS of a block share the sums over k; TALL tiles of 16 outputs
+// and AHEAD chunks of 32 k per warp are worked on at a time; QUEUE pieces of weights are on their way
+template <int TILES_, int WARPS_, bool TAGGED_, int TALL_, int AHEAD_, int QUEUE_> struct DecodeShape {
+    static const bool TAGGED = TAGGED_;
+    static const int TILES = TILES_, WARPS = WARPS_, TALL = TALL_, AHEAD = AHEAD_, QUEUE = QUEUE_,
+                     SEQUENCES = 8 * TILES, THREADS = WARP * WARPS, WIDTH = TAGGED ? 4 : 2,
+                     PART = TALL * TILES * 128, VALUES = (PART + THREADS - 1) / THREADS,
+                     BESTS = TILES * 128 > THREADS ? TILES * 128 / THREADS : 1, PAIRS = TILES == 1 ? 1 : 2;
+    static const size_t MEMORY = (size_t)WARPS * (QUEUE * 1024 + AHEAD * TILES * 512 + PART * sizeof(float));
+};
 
 // DecodeStep: out (rows,O) = input (rows,K) weight^T + bias, then by kind:
 //   IN    O = E, K = D: rows o (x) and second + o (z). x goes through the convolution.
 //         p: conv weight, conv bias; state: conv (rows,taps-1,E)
 //   X     O = R+2N, K = E: r, B, C
-//   SCAN  O = E, K = R: dt, then one step of the recurrence, skip and gate. bias: of dt
-//         p: A_log, D; state: h (rows,E,N)
+//   SCAN  O = E, K = R: dt, then one step of the recurrence, skip and gate.
+//         p: A_log, D, bias of dt; state: h (rows,E,N)
 //   OUT   O = D: added to the residual stream.   p: weight of the next norm
 //   UP    O = F, K = D: rows o (up) and second + o (gate)
 //   HEAD  O = Vp, K = D: logits
 typedef struct {
     int kind, O, K, second;
     const bf16* weight;
-    const float *bias, *p[2];
+    const float *bias, *p[3];
     float* state;
 } DecodeStep;
 
@@ -3244,22 +3254,139 @@ typedef struct {
     int n_steps, blocks;               // of a group
     int rows, D, E, N, R, taps, F, V, Vp;
     float eps;
+    const char* weights;               // the streams, see decode_pack
+    const uint2* start;                // (blocks,WARPS): in units of 64 bytes; in run
+    const uint32_t* run;
     const bf16* embedding;
     const float* norm;                 // weight of the first norm
-    // what blocks leave for each other; ld_rbc: row stride of rbc
+    // what blocks send to each other
     char *u, *x, *rbc, *y;
-    int ld_rbc;
+    int ld_rbc;                        // row stride of rbc
     uint2* squares;                    // (groups,blocks,8 TILES)
-    unsigned tag;
     float2* best;                      // the same: a logit, and its index as bits
-    unsigned* arrived;                 // (groups, 32), zero before and after
+    unsigned* arrived;                 // (groups,32), zero before and after
+    unsigned tag;                      // of the first step
     // out
     float* logits;                     // (rows,Vp), or NULL
     int* next;                         // (rows) the most likely tokens, -1 after a logit that is not finite; or NULL
-    // floats of shared memory behind queue and partial sums
-    int out_at, xz_at, bc_at, decay_at, res_at, scale_at;
+    int out_at, xz_at, bc_at, decay_at, res_at, scale_at;    // in shared memory, floats
     int token[DECODE_ROWS];
+#ifdef DECODE_PROFILE
+    long long* profile;
+#endif
 } Decode;
+#ifdef DECODE_PROFILE
+#define MARK(i) do { if (a.profile && threadIdx.x == 0) a.profile[((size_t)blockIdx.x * a.n_steps + number) * 8 + i] = clock64(); } while (0)
+static long long* decode_profile;
+#else
+#define MARK(i)
+#endif
+
+// Share: the outputs [first, first + count) of O that are those of block `index`, in pairs
+struct Share {
+    int first, count;
+    __device__ __forceinline__ Share(int O, int index, int blocks) {
+        first = 2 * (int)((unsigned)(O / 2) * (unsigned)index / (unsigned)blocks);
+        count = 2 * (int)((unsigned)(O / 2) * (unsigned)(index + 1) / (unsigned)blocks) - first;
+    }
+    __device__ __forceinline__ Share(int first_, int count_) : first(first_), count(count_) {}
+};
+
+// power2_above: the smallest p with 2^p >= n. Threads are spread over rows of 2^p, which needs no division.
+__device__ __forceinline__ int power2_above(int n) { return 32 - __clz(n - 1); }
+
+// decode_pack: writes the streams. A unit is 32 k of up to 16 rows, only those that exist; k beyond K is 0. A
+// run is a number of units with the same number of rows, units | rows << 24; 0 is the end of a stream.
+// The order of the units of a step is that in which decode_kernel takes them. One block per stream; weights
+// NULL: only counts, size[stream] = (units of 64 bytes, runs).
+template <class S>
+__global__ void __launch_bounds__(2 * WARP)
+decode_pack_kernel(char* weights, uint32_t* run, const uint2* start, uint2* size, const DecodeStep* step, int n_steps,
+                   int blocks) {
+    const int w = blockIdx.x % S::WARPS, lane = threadIdx.x % WARP, half = threadIdx.x / WARP;
+    unsigned pieces = 0, runs = 0;
+    if (weights) { weights += (size_t)start[blockIdx.x].x * 64; run += start[blockIdx.x].y; }
+    for (int number = 0; number < n_steps; number++) {
+        const DecodeStep s = step[number];
+        const Share own(s.O, (int)blockIdx.x / S::WARPS, blocks);
+        const int rows = s.second ? 2 * own.count : own.count, chunks = (s.K + 31) / 32;
+        for (int first = 0; first < rows; first += 16 * S::TALL)
+            for (int c0 = w; c0 < chunks; c0 += S::AHEAD * S::WARPS)
+                for (int row0 = first; row0 < rows && row0 < first + 16 * S::TALL; row0 += 16) {
+                    int tall = rows - row0 < 16 ? rows - row0 : 16, units = 0, i = row0 + 8 * half + lane / 4;
+                    const bf16* from = s.weight + (size_t)(own.first + (i < own.count ? i : s.second + i - own.count)) * s.K;
+                    for (int c = c0; units < S::AHEAD && c < chunks; units++, c += S::WARPS) {
+                        int k = 32 * c + 8 * (lane % 4);
+                        if (weights && i < row0 + tall)
+                            *(uint4*)(weights + (size_t)pieces * 64 + 16 * threadIdx.x) =
+                                k < s.K ? *(const uint4*)(from + k) : make_uint4(0, 0, 0, 0);
+                        pieces += tall;
+                    }
+                    if (weights && threadIdx.x == 0) run[runs] = (uint32_t)units | (uint32_t)tall << 24;
+                    runs++;
+                }
+    }
+    if (threadIdx.x > 0) return;
+    if (weights) run[runs] = 0;
+    else size[blockIdx.x] = make_uint2(pieces, runs + 1);
+}
+
+// DecodeStream: the weights of one warp. Lane (g, q) holds k = 8q..8q+7 of the rows g and g + 8 of a unit.
+template <int QUEUE> struct DecodeStream {
+    const char* at;                    // of this lane: the next unit to be asked for
+    const uint32_t* run;
+    uint32_t next, after;              // the next two runs
+    uint64_t policy;
+    uint32_t queue, slot;              // shared memory of this lane; the slot to be taken next
+    int left, rows, lane;
+
+    __device__ __forceinline__ void fetch() {
+        if (left == 0) {
+            left = (int)(next & 0xffffff);
+            rows = (int)(next >> 24);
+            next = after;
+            if (next) after = __ldg(++run);
+        }
+        if (left) {
+            uint32_t to = queue + 1024 * slot;
+            if (lane < 4 * rows)
+                asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+                             :: "r"(to), "l"(at), "l"(policy) : "memory");
+            if (lane + 32 < 4 * rows)
+                asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+                             :: "r"(to + 512), "l"(at + 512), "l"(policy) : "memory");
+            at += 64 * rows;
+            left--;
+        }
+        copy_async_commit();
+    }
+    __device__ __forceinline__ DecodeStream(const Decode& a, int stream, char* memory) {
+        lane = threadIdx.x % WARP;
+        uint2 start = a.start[stream];
+        at = a.weights + (size_t)start.x * 64 + 16 * lane;
+        run = a.run + start.y;
+        next = __ldg(run);
+        after = next ? __ldg(++run) : 0;
+        left = 0;
+        queue = (uint32_t)__cvta_generic_to_shared(memory) + 16 * lane;
+        // used once: these lines shall leave the cache first, so that all else stays there from token to token
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        for (slot = 0; slot < QUEUE; slot++) fetch();
+        slot = 0;
+    }
+    __device__ __forceinline__ void take(uint4* low, uint4* high) {
+        asm volatile("cp.async.wait_group %0;" :: "n"(QUEUE - 1) : "memory");
+        uint32_t from = queue + 1024 * slot;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(low->x), "=r"(low->y), "=r"(low->z), "=r"(low->w) : "r"(from) : "memory");
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(high->x), "=r"(high->y), "=r"(high->z), "=r"(high->w) : "r"(from + 512) : "memory");
+        fetch();
+        slot = slot + 1 == QUEUE ? 0 : slot + 1;
+    }
+};
+
+// --- from block to block
 
 // decode_arrive: everything that the block wrote is visible to blocks that have waited for it
 __device__ __forceinline__ void decode_arrive(unsigned* arrived) {
@@ -3275,46 +3402,37 @@ __device__ __forceinline__ void decode_wait(const unsigned* arrived, unsigned co
     __syncthreads();
 }
 
-// Share: the outputs [first, first + count) of O that are those of block `index`, in pairs
-struct Share {
-    int first, count;
-    __device__ __forceinline__ Share(int O, int index, int blocks) {
-        first = 2 * (int)((unsigned)(O / 2) * (unsigned)index / (unsigned)blocks);
-        count = 2 * (int)((unsigned)(O / 2) * (unsigned)(index + 1) / (unsigned)blocks) - first;
-    }
-};
-
-// two words of 8 bytes
-__device__ __forceinline__ uint4 decode_peek(const char* p) {
-    unsigned long long x, y;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(x), "=l"(y) : "l"(p) : "memory");
-    return make_uint4((uint32_t)x, (uint32_t)(x >> 32), (uint32_t)y, (uint32_t)(y >> 32));
-}
-__device__ __forceinline__ uint2 decode_peek8(const char* p) {
+// one or two words of 8 bytes; tagged ones: the value and its tag
+__device__ __forceinline__ uint2 decode_peek(const void* p) {
     unsigned long long x;
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
     return make_uint2((uint32_t)x, (uint32_t)(x >> 32));
 }
-
-// decode_send: neighbouring threads have neighbouring values: a pair of them becomes one word.
-template <bool TAGGED> __device__ __forceinline__ void decode_send(char* to, size_t at, float value, unsigned tag) {
-    int lane = threadIdx.x % WARP;
-    float other = __shfl_xor_sync(3u << (lane & ~1), value, 1);
-    uint32_t word = scan_pack(value, other);
-    if (lane & 1) return;
-    if (TAGGED)
-        asm volatile("st.relaxed.gpu.global.u64 [%0], %1;"
-                     :: "l"(to + 4 * at), "l"((unsigned long long)tag << 32 | word) : "memory");
-    else *(uint32_t*)(to + 2 * at) = word;
+__device__ __forceinline__ uint4 decode_peek2(const void* p) {
+    unsigned long long x, y;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(x), "=l"(y) : "l"(p) : "memory");
+    return make_uint4((uint32_t)x, (uint32_t)(x >> 32), (uint32_t)y, (uint32_t)(y >> 32));
+}
+__device__ __forceinline__ void decode_post(void* p, uint32_t value, unsigned tag) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;"
+                 :: "l"(p), "l"((unsigned long long)tag << 32 | value) : "memory");
 }
 
-// DecodeInput: 8 values that other blocks have sent
+// decode_send: neighbouring threads have neighbouring values; two of them become one word
+template <class S> __device__ __forceinline__ void decode_send(char* to, size_t at, float value, unsigned tag) {
+    int lane = threadIdx.x % WARP;
+    float other = __shfl_xor_sync(3u << (lane & ~1), value, 1);
+    if (lane & 1) return;
+    if (S::TAGGED) decode_post(to + 4 * at, scan_pack(value, other), tag);
+    else *(uint32_t*)(to + 2 * at) = scan_pack(value, other);
+}
+
+// DecodeInput: 8 values that were sent
 template <bool TAGGED> struct DecodeInput {
     uint4 a, b;
     __device__ __forceinline__ void load(const char* from, bool inside, unsigned tag) {
-        if (!inside) a = b = make_uint4(0, tag, 0, tag);
-        if (!inside && !TAGGED) a = make_uint4(0, 0, 0, 0);
-        if (inside && TAGGED) { a = decode_peek(from); b = decode_peek(from + 16); }
+        a = b = TAGGED ? make_uint4(0, tag, 0, tag) : make_uint4(0, 0, 0, 0);
+        if (inside && TAGGED) { a = decode_peek2(from); b = decode_peek2(from + 16); }
         if (inside && !TAGGED) a = __ldcg((const uint4*)from);
     }
     __device__ __forceinline__ bool arrived(unsigned tag) const {
@@ -3323,90 +3441,7 @@ template <bool TAGGED> struct DecodeInput {
     __device__ __forceinline__ uint4 value() const { return TAGGED ? make_uint4(a.x, a.z, b.x, b.z) : a; }
 };
 
-// DecodeStream: the weights of one warp, in the order of use. A unit is 16 rows x 32 k: lane (g, q) holds k =
-// 8q..8q+7 of the rows g and g + 8. Of each matrix the warp has the chunks of 32 k: w, w + 8, ..; TALL tiles of
-// 16 rows are worked on together.
-template <int TALL> struct DecodeStream {
-    const DecodeStep *ahead, *end;     // the step whose fields are on their way; behind the last
-    const bf16 *weight, *weight_ahead;
-    int K, second, O_ahead, K_ahead, second_ahead;
-    int first_row, count, tiles, chunks;       // of this block in this matrix
-    int first, tile, chunk;
-    int index, blocks, lane, warp;
-    uint32_t queue, slot;              // shared memory of this lane; the slot to be taken next
-
-    __device__ __forceinline__ void look_ahead() {
-        if (ahead == end) return;
-        weight_ahead = (const bf16*)__ldg((const unsigned long long*)&ahead->weight);
-        O_ahead = __ldg(&ahead->O);
-        K_ahead = __ldg(&ahead->K);
-        second_ahead = __ldg(&ahead->second);
-    }
-    __device__ __forceinline__ void enter() {                // the next matrix that has work for this warp
-        do {
-            if (ahead == end) { weight = NULL; return; }
-            Share share(O_ahead, index, blocks);
-            weight = weight_ahead;
-            K = K_ahead;
-            second = second_ahead;
-            first_row = share.first;
-            count = share.count;
-            tiles = (count * (second ? 2 : 1) + 15) / 16;
-            chunks = (K + 31) / 32;
-            ahead++;
-            look_ahead();
-        } while (count == 0 || warp >= chunks);
-        first = tile = 0;
-        chunk = warp;
-    }
-    __device__ __forceinline__ void fetch() {
-        if (weight) {
-            int i = 16 * tile + (lane >> 2), k = 32 * chunk + 8 * (lane & 3), rows = second ? 2 * count : count;
-            #pragma unroll
-            for (int half = 0; half < 2; half++, i += 8) {
-                int row = first_row + (i < count ? i : second + i - count);
-                if (i < rows)
-                    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                                 :: "r"(queue + 1024 * slot + 512 * half), "l"(weight + (size_t)row * K + k),
-                                    "r"(k < K ? 16 : 0) : "memory");
-            }
-            int last = first + TALL < tiles ? first + TALL : tiles;
-            if (++tile == last) {
-                tile = first;
-                chunk += DECODE_WARPS;
-                if (chunk >= chunks) {
-                    chunk = warp;
-                    tile = first = last;
-                    if (first == tiles) enter();
-                }
-            }
-        }
-        copy_async_commit();
-    }
-    __device__ __forceinline__ DecodeStream(const DecodeStep* step, int n, int index_, int blocks_, char* memory) {
-        lane = threadIdx.x % WARP;
-        warp = threadIdx.x / WARP;
-        index = index_;
-        blocks = blocks_;
-        ahead = step;
-        end = step + n;
-        queue = (uint32_t)__cvta_generic_to_shared(memory + warp * DECODE_QUEUE * 1024 + lane * 16);
-        look_ahead();
-        enter();
-        for (slot = 0; slot < DECODE_QUEUE; slot++) fetch();
-        slot = 0;
-    }
-    __device__ __forceinline__ void take(uint4* low, uint4* high) {
-        asm volatile("cp.async.wait_group %0;" :: "n"(DECODE_QUEUE - 1) : "memory");
-        uint32_t from = queue + 1024 * slot;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(low->x), "=r"(low->y), "=r"(low->z), "=r"(low->w) : "r"(from) : "memory");
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(high->x), "=r"(high->y), "=r"(high->z), "=r"(high->w) : "r"(from + 512) : "memory");
-        fetch();
-        slot = slot + 1 == DECODE_QUEUE ? 0 : slot + 1;
-    }
-};
+// --- element by element
 
 // DecodeBlock: a block's place, and its shared memory
 struct DecodeBlock {
@@ -3416,80 +3451,110 @@ struct DecodeBlock {
     float2* best;
 };
 
+// decode_prefetch: what a later step will read element by element, into the cache of the chip
+static __device__ __noinline__ void decode_prefetch_rows(const float* p, int rows, size_t stride, int n) {
+    #pragma unroll 1
+    for (int row = 0; p && row < rows; row++)
+        #pragma unroll 1
+        for (int i = threadIdx.x % WARP * 32; i < n + 31; i += 32 * WARP)
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(p + row * stride + (i < n ? i : n - 1)));
+}
+__device__ __forceinline__ void decode_prefetch(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own) {
+    size_t e = (size_t)own.first;
+    if (s.kind == DECODE_IN) {
+        decode_prefetch_rows(s.p[0] + e * a.taps, 1, 0, own.count * a.taps);
+        decode_prefetch_rows(s.p[1] ? s.p[1] + e : NULL, 1, 0, own.count);
+        decode_prefetch_rows(s.state + (size_t)b.row0 * (a.taps - 1) * a.E + e, b.n * (a.taps - 1), a.E, own.count);
+    } else if (s.kind == DECODE_SCAN) {
+        decode_prefetch_rows(s.p[0] + e * a.N, 1, 0, own.count * a.N);
+        decode_prefetch_rows(s.p[1] + e, 1, 0, own.count);
+        decode_prefetch_rows(s.p[2] + e, 1, 0, own.count);
+        decode_prefetch_rows(s.state + ((size_t)b.row0 * a.E + e) * a.N, b.n, (size_t)a.E * a.N, own.count * a.N);
+    } else if (s.kind == DECODE_OUT) decode_prefetch_rows(s.p[0] + e, 1, 0, own.count);
+}
+
 // DecodeConv: what the convolution of one channel of one sequence needs besides its new input
 struct DecodeConv {
     float weight[4], tail[3], bias;
-    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int pair) {
-        if (pair >= own.count * b.n) return;
-        int e = own.first + pair % own.count, row = b.row0 + pair / own.count;
+    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int at, int lg) {
+        int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
+        if (i >= own.count || n >= b.n) return;
         bias = s.p[1] ? s.p[1][e] : 0.0f;
         #pragma unroll
         for (int k = 0; k < 4; k++) {
-            if (k < a.taps) weight[k] = s.p[0][e * a.taps + k];
-            if (k < a.taps - 1) tail[k] = s.state[((size_t)row * (a.taps - 1) + k) * a.E + e];
+            if (k < a.taps) weight[k] = s.p[0][(size_t)e * a.taps + k];
+            if (k < a.taps - 1) tail[k] = s.state[((size_t)(b.row0 + n) * (a.taps - 1) + k) * a.E + e];
         }
     }
 };
 
-template <int SEQUENCES, bool TAGGED>
+template <class S>
 __device__ __forceinline__ void decode_conv(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own,
                                             DecodeConv next, unsigned tag) {
-    for (int pair = threadIdx.x; pair < own.count * b.n; pair += DECODE_THREADS) {
+    const int lg = power2_above(own.count);
+    #pragma unroll 1
+    for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
         DecodeConv now = next;
-        next.load(a, s, b, own, pair + DECODE_THREADS);
-        int i = pair % own.count, n = pair / own.count, e = own.first + i, row = b.row0 + n;
-        float x = to_float(from_float<bf16>(b.xz[i * SEQUENCES + n])), c = now.bias;
-        float* z = &b.xz[(own.count + i) * SEQUENCES + n];
-        float* tail = s.state + (size_t)row * (a.taps - 1) * a.E + e;
+        next.load(a, s, b, own, at + S::THREADS, lg);
+        int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
+        if (i >= own.count) continue;
+        float x = to_float(from_float<bf16>(b.xz[i * S::SEQUENCES + n])), c = now.bias;
+        float* z = &b.xz[(own.count + i) * S::SEQUENCES + n];
+        float* tail = s.state + (size_t)(b.row0 + n) * (a.taps - 1) * a.E + e;
         *z = to_float(from_float<bf16>(*z));
         #pragma unroll
-        for (int k = 0; k < 3; k++) {
-            if (k >= a.taps - 1) continue;
-            c += now.weight[k] * now.tail[k];
-            tail[k * a.E] = k + 2 < a.taps ? now.tail[k + 1 < 3 ? k + 1 : k] : x;
+        for (int k = 0; k < 4; k++) {
+            if (k >= a.taps) continue;
+            c += now.weight[k] * (k == a.taps - 1 ? x : now.tail[k < 3 ? k : 2]);
+            if (k < a.taps - 1) tail[(size_t)k * a.E] = k + 2 < a.taps ? now.tail[k < 2 ? k + 1 : 2] : x;
         }
-        float last = a.taps == 4 ? now.weight[3] : a.taps == 3 ? now.weight[2] : a.taps == 2 ? now.weight[1] : now.weight[0];
-        float out = to_float(from_float<bf16>(silu_cuda(c + last * x)));
-        b.xz[i * SEQUENCES + n] = out;
-        decode_send<TAGGED>(a.x, (size_t)row * a.E + e, out, tag);
+        float out = to_float(from_float<bf16>(silu_cuda(c)));
+        b.xz[i * S::SEQUENCES + n] = out;
+        decode_send<S>(a.x, (size_t)(b.row0 + n) * a.E + e, out, tag);
     }
 }
 
 // DecodeStates: the first 16 states of some (channel, sequence) pairs, four lanes to a pair
-template <int PAIRS> struct DecodeStates {
-    float h[PAIRS][4];
-    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int pair0) {
+template <class S> struct DecodeStates {
+    float h[S::PAIRS][4], bias[S::PAIRS], skip[S::PAIRS];
+    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int at, int lg) {
         int l = threadIdx.x % 4;
         #pragma unroll
-        for (int j = 0; j < PAIRS; j++) {
-            int pair = pair0 + j * (DECODE_THREADS / 4);
-            if (pair >= own.count * b.n) continue;
-            int e = own.first + pair % own.count, row = b.row0 + pair / own.count;
-            const float* from = s.state + ((size_t)row * a.E + e) * a.N + 4 * l;
+        for (int j = 0; j < S::PAIRS; j++, at += S::THREADS / 4) {
+            int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
+            if (i >= own.count || n >= b.n) continue;
+            const float* from = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N + 4 * l;
+            skip[j] = s.p[1][e];
+            bias[j] = s.p[2][e];
             if (a.N % 4 == 0 && 4 * l < a.N) *(float4*)h[j] = *(const float4*)from;
             else
                 #pragma unroll
-                for (int i = 0; i < 4; i++) h[j][i] = 4 * l + i < a.N ? from[i] : 0.0f;
+                for (int k = 0; k < 4; k++) h[j][k] = 4 * l + k < a.N ? from[k] : 0.0f;
         }
     }
 };
 
-// formulas (F4) to (F8) of 4.9 for one token
-template <int SEQUENCES, bool TAGGED, int PAIRS>
+// formulas (F4) to (F8) of 4.9 for one token; y replaces z
+template <class S>
 __device__ __forceinline__ void decode_scan(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own,
-                                            DecodeStates<PAIRS> next) {
-    int l = threadIdx.x % 4, pairs = own.count * b.n;
-    for (int pair0 = threadIdx.x / 4; pair0 - (int)threadIdx.x / 4 < pairs; pair0 += PAIRS * DECODE_THREADS / 4) {
-        DecodeStates<PAIRS> now = next;
-        next.load(a, s, b, own, pair0 + PAIRS * DECODE_THREADS / 4);
+                                            DecodeStates<S> next) {
+    const int l = threadIdx.x % 4, lg = power2_above(own.count);
+    #pragma unroll 1
+    for (int at0 = 0; at0 < b.n << lg; at0 += S::PAIRS * S::THREADS / 4) {
+        DecodeStates<S> now = next;
+        int at = at0 + (int)threadIdx.x / 4;
+        next.load(a, s, b, own, at + S::PAIRS * S::THREADS / 4, lg);
         #pragma unroll
-        for (int j = 0; j < PAIRS; j++) {
-            int pair = pair0 + j * (DECODE_THREADS / 4);
-            bool inside = pair < pairs;
-            int i = inside ? pair % own.count : 0, n = inside ? pair / own.count : 0, e = own.first + i;
-            float* h_e = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N;
+        for (int j = 0; j < S::PAIRS; j++, at += S::THREADS / 4) {
+            int i = at & ((1 << lg) - 1), n = at >> lg;
+            bool inside = i < own.count && n < b.n;
+            if (!inside) i = n = 0;
+            float* h_e = s.state + ((size_t)(b.row0 + n) * a.E + own.first + i) * a.N;
+            float* z = &b.xz[(own.count + i) * S::SEQUENCES + n];
             const float *B_n = b.bc + n * 2 * a.N, *C_n = B_n + a.N, *decay = b.decay + i * a.N;
-            float dt = scan_softplus(b.out[i * SEQUENCES + n]), x = b.xz[i * SEQUENCES + n], sum = 0, after[4];
+            float dt = scan_softplus(b.out[i * S::SEQUENCES + n] + now.bias[j]), x = b.xz[i * S::SEQUENCES + n],
+                  sum = 0, after[4];
+            #pragma unroll 1
             for (int first = 4 * l; inside && first < a.N; first += 16) {
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
@@ -3505,64 +3570,65 @@ __device__ __forceinline__ void decode_scan(const Decode& a, const DecodeStep& s
             }
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (inside && l == 0)
-                b.xz[(own.count + i) * SEQUENCES + n] =
-                    fmaf(s.p[1][e], x, sum) * silu_cuda(b.xz[(own.count + i) * SEQUENCES + n]);
+            if (inside && l == 0) *z = fmaf(now.skip[j], x, sum) * silu_cuda(*z);
         }
     }
 }
 
 // decode_residual: the block's columns of the residual stream += out; what the next norm reads. embed: = the
 // embedding
-template <int SEQUENCES, bool TAGGED>
-__device__ __forceinline__ void decode_residual(const Decode& a, const float* norm, const DecodeBlock& b, Share own, bool embed,
-                                                unsigned tag) {
-    for (int pair = threadIdx.x; pair < own.count * b.n; pair += DECODE_THREADS) {
-        int i = pair % own.count, n = pair / own.count, o = own.first + i;
-        float* res = &b.res[i * SEQUENCES + n];
-        float r = embed ? to_float(a.embedding[(size_t)a.token[b.row0 + n] * a.D + o]) : *res + b.out[i * SEQUENCES + n];
+template <class S>
+__device__ __forceinline__ void decode_residual(const Decode& a, const float* norm, float norm_first, const DecodeBlock& b,
+                                                Share own, bool embed, unsigned tag) {
+    const int lg = power2_above(own.count), lanes = S::THREADS / S::SEQUENCES < WARP ? S::THREADS / S::SEQUENCES : WARP;
+    #pragma unroll 1
+    for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
+        int i = at & ((1 << lg) - 1), n = at >> lg, o = own.first + i;
+        if (i >= own.count) continue;
+        float* res = &b.res[i * S::SEQUENCES + n];
+        float r = embed ? to_float(a.embedding[(size_t)a.token[b.row0 + n] * a.D + o]) : *res + b.out[i * S::SEQUENCES + n];
         *res = r;
-        decode_send<TAGGED>(a.u, (size_t)(b.row0 + n) * a.D + o, r * norm[o], tag);
+        decode_send<S>(a.u, (size_t)(b.row0 + n) * a.D + o, r * (at == (int)threadIdx.x ? norm_first : norm[o]), tag);
     }
     __syncthreads();
-    const int lanes = DECODE_THREADS / SEQUENCES;            // of a sequence
     float sum = 0;
     int n = threadIdx.x / lanes;
+    #pragma unroll 1
     for (int i = threadIdx.x % lanes; n < b.n && i < own.count; i += lanes) {
-        float r = b.res[i * SEQUENCES + n];
+        float r = b.res[i * S::SEQUENCES + n];
         sum += r * r;
     }
     #pragma unroll
     for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % lanes == 0)
-        asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(&b.squares[b.index * SEQUENCES + n]),
-                     "l"((unsigned long long)tag << 32 | __float_as_uint(sum)) : "memory");
+    if (threadIdx.x % lanes == 0 && n < S::SEQUENCES) decode_post(&b.squares[b.index * S::SEQUENCES + n], __float_as_uint(sum), tag);
 }
 
 // decode_rms: 1/rms of the residual stream from the sums of all blocks
-template <int SEQUENCES, bool TAGGED>
-__device__ __forceinline__ void decode_rms(const Decode& a, const DecodeBlock& b, unsigned tag) {
-    const int lanes = DECODE_THREADS / SEQUENCES, MANY = 8;
+template <class S> __device__ __forceinline__ void decode_rms(const Decode& a, const DecodeBlock& b, unsigned tag) {
+    const int lanes = S::THREADS / S::SEQUENCES < WARP ? S::THREADS / S::SEQUENCES : WARP, MANY = 5;
     float sum = 0;
     int n = threadIdx.x / lanes;
+    if (n >= b.n) return;
+    #pragma unroll 1
     for (int first = threadIdx.x % lanes; first < b.blocks; first += MANY * lanes) {
         uint2 v[MANY];
         bool arrived;
         do {
             arrived = true;
             #pragma unroll
-            for (int j = 0; j < MANY; j++)
-                if (first + j * lanes < b.blocks) v[j] = decode_peek8((const char*)&b.squares[(first + j * lanes) * SEQUENCES + n]);
+            for (int j = 0; j < MANY; j++) {
+                v[j] = make_uint2(0, tag);
+                if (first + j * lanes < b.blocks) v[j] = decode_peek(&b.squares[(first + j * lanes) * S::SEQUENCES + n]);
+            }
             #pragma unroll
-            for (int j = 0; j < MANY; j++)
-                if (TAGGED && first + j * lanes < b.blocks) arrived = arrived && v[j].y == tag;
+            for (int j = 0; j < MANY; j++) arrived = arrived && (!S::TAGGED || v[j].y == tag);
         } while (!arrived);
         #pragma unroll
-        for (int j = 0; j < MANY; j++)
-            if (first + j * lanes < b.blocks) sum += __uint_as_float(v[j].x);
+        for (int j = 0; j < MANY; j++) sum += __uint_as_float(v[j].x);
     }
     #pragma unroll
-    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    for (int step = lanes / 2; step > 0; step /= 2)
+        sum += __shfl_xor_sync(lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << (threadIdx.x % WARP / lanes * lanes), sum, step);
     if (threadIdx.x % lanes == 0) b.scale[n] = 1.0f / sqrtf(sum / (float)a.D + a.eps);
 }
 
@@ -3571,13 +3637,14 @@ __device__ __forceinline__ void decode_better(float2* best, float z, int index) 
     if (z > best->x || (z == best->x && index < other && z > -INFINITY)) *best = make_float2(z, __int_as_float(index));
 }
 
-// TILES: groups of 8 sequences; TALL: tiles of 16 rows at a time; AHEAD: chunks of inputs on their way
-template <int TILES, bool TAGGED>
-__global__ void __launch_bounds__(DECODE_THREADS, 1) decode_kernel(const __grid_constant__ Decode a) {
-    const int SEQUENCES = 8 * TILES, TALL = TILES == 4 ? 2 : 4, AHEAD = TILES == 1 ? 6 : TILES == 2 ? 4 : 3;
-    const int PAIRS = TILES == 1 ? 2 : 4, WIDTH = TAGGED ? 4 : 2;
+// DecodeNow: a step in shared memory, and the share of the block
+typedef struct { DecodeStep s; int first, count; } DecodeNow;
+
+template <class S>
+__global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_constant__ Decode a) {
+    const int TILES = S::TILES, AHEAD = S::AHEAD, SEQUENCES = S::SEQUENCES, WIDTH = S::WIDTH;
     extern __shared__ __align__(128) char shared[];
-    __shared__ DecodeStep steps[3];
+    __shared__ DecodeNow ring[DECODE_RING];
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
     const int group = blockIdx.x / a.blocks;
     DecodeBlock b;
@@ -3585,163 +3652,204 @@ __global__ void __launch_bounds__(DECODE_THREADS, 1) decode_kernel(const __grid_
     b.blocks = a.blocks;
     b.row0 = group * SEQUENCES;
     b.n = a.rows - b.row0 < SEQUENCES ? a.rows - b.row0 : SEQUENCES;
-    b.part = (float*)(shared + DECODE_WARPS * DECODE_QUEUE * 1024);
-    float* more = b.part + DECODE_WARPS * TALL * TILES * 128;
+    uint4* stage = (uint4*)(shared + S::WARPS * S::QUEUE * 1024) + w * AHEAD * TILES * WARP + lane;
+    b.part = (float*)(shared + S::WARPS * (S::QUEUE * 1024 + AHEAD * TILES * 512));
+    float* more = b.part + S::WARPS * S::PART;
     b.out = more + a.out_at; b.xz = more + a.xz_at; b.bc = more + a.bc_at; b.decay = more + a.decay_at;
     b.res = more + a.res_at; b.scale = more + a.scale_at;
     b.squares = a.squares + (size_t)group * a.blocks * SEQUENCES;
     b.best = a.best + (size_t)group * a.blocks * SEQUENCES;
     unsigned *arrived = a.arrived + 32 * group, waits = 0;
 
-    DecodeStream<TALL> stream(a.step, a.n_steps, b.index, b.blocks, shared);
-    if (threadIdx.x < sizeof(DecodeStep) / 4) ((int*)&steps[0])[threadIdx.x] = ((const int*)a.step)[threadIdx.x];
-    decode_residual<SEQUENCES, TAGGED>(a, a.norm, b, Share(a.D, b.index, b.blocks), true, a.tag);
-    if (!TAGGED) decode_arrive(arrived);
-
-    DecodeStates<PAIRS> states;
-    float2 best[TILES == 4 ? 2 : 1];
-    #pragma unroll
-    for (int i = 0; i < (TILES == 4 ? 2 : 1); i++) best[i] = make_float2(-INFINITY, __int_as_float(INT_MAX));
-    for (int number = 0; number < a.n_steps; number++) {
-        const DecodeStep& s = steps[number % 3];
-        const unsigned tag = a.tag + (unsigned)number;
-        if (number + 1 < a.n_steps && threadIdx.x < sizeof(DecodeStep) / 4)
-            ((int*)&steps[(number + 1) % 3])[threadIdx.x] = ((const int*)(a.step + number + 1))[threadIdx.x];
-        const Share own(s.O, b.index, b.blocks);
-        const int rows = s.second ? 2 * own.count : own.count, tiles = (rows + 15) / 16, chunks = (s.K + 31) / 32;
-        const char* input = s.kind == DECODE_X ? a.x : s.kind == DECODE_SCAN ? a.rbc : s.kind == DECODE_OUT ? a.y : a.u;
-        const int ld = s.kind == DECODE_SCAN ? a.ld_rbc : s.K;
-        const bool normed = s.kind == DECODE_IN || s.kind == DECODE_UP || s.kind == DECODE_HEAD;
-        float* out = s.kind == DECODE_IN ? b.xz : b.out;
-        // what does not depend on the other blocks
-        DecodeConv conv;
-        if (s.kind == DECODE_IN) {
-            conv.load(a, s, b, own, threadIdx.x);
-            states.load(a, a.step[number + 2], b, own, threadIdx.x / 4);
-            const float* A_log = a.step[number + 2].p[0] + own.first * a.N;
-            for (int i = threadIdx.x; i < own.count * a.N; i += DECODE_THREADS) b.decay[i] = scan_decay(A_log[i]);
+    DecodeStream<S::QUEUE> stream(a, b.index * S::WARPS + w, shared + w * S::QUEUE * 1024);
+    auto look_ahead = [&](int number) {            // the last warp brings a step into the ring
+        if (w != S::WARPS - 1 || number >= a.n_steps) return;
+        DecodeNow* to = &ring[number % DECODE_RING];
+        if (lane < (int)(sizeof(DecodeStep) / 4)) ((int*)&to->s)[lane] = ((const int*)(a.step + number))[lane];
+        if (lane == 31) {
+            Share own(a.step[number].O, b.index, b.blocks);
+            to->first = own.first;
+            to->count = own.count;
         }
-        if (!TAGGED) decode_wait(arrived, ++waits * b.blocks);
+    };
+    for (int i = 0; i < 5; i++) look_ahead(i);
+    {
+        const Share own(a.D, b.index, b.blocks);
+        int lg = power2_above(own.count), i = threadIdx.x & ((1 << lg) - 1);
+        decode_residual<S>(a, a.norm, i < own.count ? a.norm[own.first + i] : 0.0f, b, own, true, a.tag);
+    }
+    if (!S::TAGGED) decode_arrive(arrived);
+
+    DecodeStates<S> states;
+    float2 best[S::BESTS];
+    #pragma unroll
+    for (int i = 0; i < S::BESTS; i++) best[i] = make_float2(-INFINITY, __int_as_float(INT_MAX));
+    #pragma unroll 1
+    for (int number = 0; number < a.n_steps; number++) {
+        const DecodeNow &now = ring[number % DECODE_RING], &later = ring[(number + 4) % DECODE_RING];
+        const DecodeStep& s = now.s;
+        const unsigned tag = a.tag + (unsigned)number;
+        MARK(0);
+        const int kind = s.kind;
+        const Share own(now.first, now.count);
+        const int rows = s.second ? 2 * own.count : own.count, tiles = (rows + 15) / 16, chunks = (s.K + 31) / 32;
+        const char* input = kind == DECODE_X ? a.x : kind == DECODE_SCAN ? a.rbc : kind == DECODE_OUT ? a.y : a.u;
+        const int ld = kind == DECODE_SCAN ? a.ld_rbc : s.K;
+        const bool normed = kind == DECODE_IN || kind == DECODE_UP || kind == DECODE_HEAD;
+        float* out = kind == DECODE_IN ? b.xz : b.out;
+        // what does not depend on the other blocks
+        look_ahead(number + 5);
+        DecodeConv conv;
+        float norm = 0;
+        if (kind == DECODE_IN) {
+            const DecodeStep& scan = ring[(number + 2) % DECODE_RING].s;
+            const int lg = power2_above(own.count);
+            conv.load(a, s, b, own, threadIdx.x, lg);
+            states.load(a, scan, b, own, threadIdx.x / 4, lg);
+            const float* A_log = scan.p[0] + (size_t)own.first * a.N;
+            #pragma unroll 1
+            for (int i = threadIdx.x; i < own.count * a.N; i += S::THREADS) b.decay[i] = scan_decay(A_log[i]);
+        } else if (kind == DECODE_OUT) {
+            int lg = power2_above(own.count), i = threadIdx.x & ((1 << lg) - 1);
+            if (i < own.count) norm = s.p[0][own.first + i];
+        }
+        if (w == number % S::WARPS && number + 4 < a.n_steps && later.count)
+            decode_prefetch(a, later.s, b, Share(later.first, later.count));
+        MARK(1);
+        if (!S::TAGGED) decode_wait(arrived, ++waits * b.blocks);
+        if (!S::TAGGED) MARK(2);
 
         // the sequence that this lane loads in each tile; beyond the last one the last again
         const char* from[TILES];
         #pragma unroll
         for (int t = 0; t < TILES; t++)
             from[t] = input + ((size_t)(b.row0 + (8 * t + g < b.n ? 8 * t + g : b.n - 1)) * ld + 8 * q) * WIDTH;
-        for (int first = 0; first < tiles; first += TALL) {
-            float acc[TALL][TILES][4] = {};
-            DecodeInput<TAGGED> v[AHEAD][TILES];
+        DecodeInput<S::TAGGED> v[AHEAD][TILES];
+        auto load = [&](int c0) {
             #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
-                int k = 32 * (w + i * DECODE_WARPS);
+                int k = 32 * (c0 + i * S::WARPS);
                 #pragma unroll
                 for (int t = 0; t < TILES; t++) v[i][t].load(from[t] + k * WIDTH, k + 8 * q < s.K, tag);
             }
-            if (first == 0 && normed) decode_rms<SEQUENCES, TAGGED>(a, b, tag);
-            if (first == 0 && s.kind == DECODE_SCAN)
-                for (int i = threadIdx.x; i < b.n * a.N; i += DECODE_THREADS) {
-                    const char* at = a.rbc + ((size_t)(b.row0 + i / a.N) * a.ld_rbc + a.R + i % a.N * 2) * WIDTH;
-                    uint2 word = make_uint2(0, tag);
-                    if (TAGGED) do word = decode_peek8(at); while (word.y != tag);
-                    else word.x = __ldcg((const uint32_t*)at);
-                    *(float2*)&b.bc[2 * i] = make_float2(scan_low(word.x), scan_high(word.x));
+        };
+        const bool once = chunks <= AHEAD * S::WARPS;                  // all inputs are in `stage` at a time
+        #pragma unroll 1
+        for (int first = 0; first < tiles; first += S::TALL) {
+            #pragma unroll 1
+            for (int c0 = first == 0 || !once ? w - AHEAD * S::WARPS : w; c0 < chunks; c0 += AHEAD * S::WARPS) {
+                if (c0 >= 0 && (first == 0 || !once)) {
+                    for (bool all = !S::TAGGED; !all;) {     // asked for together until all have arrived
+                        all = true;
+                        #pragma unroll
+                        for (int i = 0; i < AHEAD; i++)
+                            #pragma unroll
+                            for (int t = 0; t < TILES; t++) all = all && v[i][t].arrived(tag);
+                        if (!all) load(c0);
+                    }
+                    #pragma unroll
+                    for (int i = 0; i < AHEAD; i++)
+                        #pragma unroll
+                        for (int t = 0; t < TILES; t++) stage[(i * TILES + t) * WARP] = v[i][t].value();
+                    __syncwarp();
+                    if (S::TAGGED && first == 0 && c0 == w) MARK(2);
                 }
-            // the first inputs are asked for together until all have arrived
-            bool arrived_all = !TAGGED;
-            while (!arrived_all) {
-                arrived_all = true;
-                #pragma unroll
-                for (int i = 0; i < AHEAD; i++)
-                    #pragma unroll
-                    for (int t = 0; t < TILES; t++) arrived_all = arrived_all && v[i][t].arrived(tag);
-                #pragma unroll
-                for (int i = 0; i < AHEAD; i++) {
-                    int k = 32 * (w + i * DECODE_WARPS);
-                    #pragma unroll
-                    for (int t = 0; t < TILES; t++)
-                        if (!arrived_all) v[i][t].load(from[t] + k * WIDTH, k + 8 * q < s.K, tag);
-                }
-            }
-            __syncwarp();
-            for (int c0 = w; c0 < chunks; c0 += AHEAD * DECODE_WARPS) {
-                #pragma unroll
-                for (int i = 0; i < AHEAD; i++) {
-                    int c = c0 + i * DECODE_WARPS, next = c + AHEAD * DECODE_WARPS;
-                    if (c >= chunks) break;
-                    uint4 input_i[TILES];
-                    #pragma unroll
-                    for (int t = 0; t < TILES; t++) {
-                        while (!v[i][t].arrived(tag)) v[i][t].load(from[t] + 32 * c * WIDTH, 32 * c + 8 * q < s.K, tag);
-                        input_i[t] = v[i][t].value();
+                if (c0 + AHEAD * S::WARPS < chunks) load(c0 + AHEAD * S::WARPS);
+                if (c0 < 0) {
+                    if (first > 0) continue;
+                    // while the first inputs are on their way
+                    if (normed) decode_rms<S>(a, b, tag);
+                    if (kind != DECODE_SCAN) continue;
+                    const int lg = power2_above(a.N);
+                    #pragma unroll 1
+                    for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
+                        int i = at & ((1 << lg) - 1), n = at >> lg;
+                        if (i >= a.N) continue;
+                        const char* place = a.rbc + ((size_t)(b.row0 + n) * a.ld_rbc + a.R + 2 * i) * WIDTH;
+                        uint2 word = make_uint2(0, tag);
+                        if (S::TAGGED) do word = decode_peek(place); while (word.y != tag);
+                        else word.x = __ldcg((const uint32_t*)place);
+                        *(float2*)&b.bc[n * 2 * a.N + 2 * i] = make_float2(scan_low(word.x), scan_high(word.x));
                     }
                     __syncwarp();
+                    continue;
+                }
+                const int mine = (chunks - c0 + S::WARPS - 1) / S::WARPS < AHEAD ? (chunks - c0 + S::WARPS - 1) / S::WARPS : AHEAD;
+                #pragma unroll 1
+                for (int r = 0; r < S::TALL && first + r < tiles; r++) {
+                    float* part = &b.part[w * S::PART + r * TILES * 128 + 4 * lane];
+                    float acc[2][TILES][4] = {};
                     #pragma unroll
-                    for (int t = 0; t < TILES; t++)
-                        if (next < chunks) v[i][t].load(from[t] + 32 * next * WIDTH, 32 * next + 8 * q < s.K, tag);
-                    #pragma unroll
-                    for (int r = 0; r < TALL; r++) {
-                        if (first + r >= tiles) break;
+                    for (int t = 0; t < TILES; t++) if (c0 > w) *(float4*)acc[0][t] = *(const float4*)(part + t * 128);
+                    #pragma unroll 1
+                    for (int i = 0; i < mine; i++) {
                         uint4 low, high;
                         stream.take(&low, &high);
                         const uint32_t k0[4] = {low.x, high.x, low.y, high.y}, k1[4] = {low.z, high.z, low.w, high.w};
                         #pragma unroll
                         for (int t = 0; t < TILES; t++) {
-                            scan_mma_bf16(acc[r][t], k0, input_i[t].x, input_i[t].y);
-                            scan_mma_bf16(acc[r][t], k1, input_i[t].z, input_i[t].w);
+                            uint4 in = stage[(i * TILES + t) * WARP];
+                            scan_mma_bf16(acc[0][t], k0, in.x, in.y);
+                            scan_mma_bf16(acc[1][t], k1, in.z, in.w);
                         }
                     }
+                    #pragma unroll
+                    for (int t = 0; t < TILES; t++)
+                        *(float4*)(part + t * 128) = make_float4(acc[0][t][0] + acc[1][t][0], acc[0][t][1] + acc[1][t][1],
+                                                                 acc[0][t][2] + acc[1][t][2], acc[0][t][3] + acc[1][t][3]);
                 }
             }
-            #pragma unroll
-            for (int r = 0; r < TALL; r++)
-                #pragma unroll
-                for (int t = 0; t < TILES; t++)
-                    *(float4*)&b.part[((w * TALL + r) * TILES + t) * 128 + 4 * lane] = *(const float4*)acc[r][t];
+            MARK(3);
             __syncthreads();
+            MARK(4);
             #pragma unroll
-            for (int j = 0; j < TALL * TILES / 2; j++) {
+            for (int j = 0; j < S::VALUES; j++) {
                 // value k of lane (g, q) is row g + 8 (k / 2), sequence 2q + k % 2
-                int at = threadIdx.x + j * DECODE_THREADS, tile = at / 128, source = at % 128 / 4, k = at % 4;
+                int at = threadIdx.x + j * S::THREADS, tile = at / 128, source = at % 128 / 4, k = at % 4;
                 int i = 16 * (first + tile / TILES) + (source >> 2) + 8 * (k >> 1);
                 int n = 8 * (tile % TILES) + 2 * (source & 3) + (k & 1);
-                if (i >= rows || n >= b.n) continue;
+                if (at >= S::PART || i >= rows || n >= b.n) continue;
                 float sum = 0;
                 #pragma unroll
-                for (int p = 0; p < DECODE_WARPS; p++)
-                    sum += b.part[p * TALL * TILES * 128 + at];
+                for (int p = 0; p < S::WARPS; p++) if (p < chunks) sum += b.part[p * S::PART + at];
                 int o = own.first + (i < own.count ? i : s.second + i - own.count);
                 if (normed) sum *= b.scale[n];
                 if (s.bias) sum += s.bias[o];
-                if (s.kind != DECODE_HEAD) out[i * SEQUENCES + n] = sum;
+                if (kind != DECODE_HEAD) out[i * SEQUENCES + n] = sum;
                 else {
                     if (a.logits) a.logits[(size_t)(b.row0 + n) * a.Vp + o] = sum;
-                    if (o < a.V) decode_better(&best[TILES == 4 ? j % 2 : 0], sum <= 3.4e38f ? sum : INFINITY, sum <= 3.4e38f ? o : -1);
+                    if (o < a.V) decode_better(&best[j % S::BESTS], sum <= 3.4e38f ? sum : INFINITY, sum <= 3.4e38f ? o : -1);
                 }
             }
             __syncthreads();
         }
-
         if (tiles == 0) __syncthreads();
+        MARK(5);
         // values for the other blocks
-        if (s.kind == DECODE_IN) decode_conv<SEQUENCES, TAGGED>(a, s, b, own, conv, tag + 1);
-        else if (s.kind == DECODE_OUT) decode_residual<SEQUENCES, TAGGED>(a, s.p[0], b, own, false, tag + 1);
-        else if (s.kind != DECODE_HEAD) {
-            if (s.kind == DECODE_SCAN) {
-                decode_scan<SEQUENCES, TAGGED, PAIRS>(a, s, b, own, states);
+        if (kind == DECODE_IN) decode_conv<S>(a, s, b, own, conv, tag + 1);
+        else if (kind == DECODE_OUT) decode_residual<S>(a, s.p[0], norm, b, own, false, tag + 1);
+        else if (kind != DECODE_HEAD && own.count) {
+            if (kind == DECODE_SCAN) {
+                decode_scan<S>(a, s, b, own, states);
                 __syncthreads();
             }
-            for (int pair = threadIdx.x; pair < own.count * b.n; pair += DECODE_THREADS) {
-                int i = pair % own.count, n = pair / own.count;
-                float z = b.out[i * SEQUENCES + n];
-                if (s.kind == DECODE_SCAN) z = b.xz[(own.count + i) * SEQUENCES + n];
-                if (s.kind == DECODE_UP)
+            const int lg = power2_above(own.count);
+            const size_t ld_out = kind == DECODE_X ? a.ld_rbc : s.O;
+            char* to = kind == DECODE_X ? a.rbc : a.y;
+            #pragma unroll 1
+            for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
+                int i = at & ((1 << lg) - 1), n = at >> lg;
+                if (i >= own.count) continue;
+                float z = kind == DECODE_SCAN ? b.xz[(own.count + i) * SEQUENCES + n] : b.out[i * SEQUENCES + n];
+                if (kind == DECODE_UP)
                     z = to_float(from_float<bf16>(z)) *
                         silu_cuda(to_float(from_float<bf16>(b.out[(own.count + i) * SEQUENCES + n])));
-                size_t ld_out = s.kind == DECODE_X ? a.ld_rbc : s.O;
-                decode_send<TAGGED>(s.kind == DECODE_X ? a.rbc : a.y, (b.row0 + n) * ld_out + own.first + i, z, tag + 1);
+                decode_send<S>(to, (b.row0 + n) * ld_out + own.first + i, z, tag + 1);
             }
         }
-        if (!TAGGED && s.kind != DECODE_HEAD) decode_arrive(arrived);
+        MARK(6);
+        if (!S::TAGGED && kind != DECODE_HEAD) decode_arrive(arrived);
+        MARK(7);
     }
     if (!a.next) {          // nobody waits any more: the last one leaves a zero
         __syncthreads();
@@ -3750,25 +3858,25 @@ __global__ void __launch_bounds__(DECODE_THREADS, 1) decode_kernel(const __grid_
     }
 
     // the best of the block, of the group
-    float2* all = (float2*)b.part;         // (256, 2)
+    float2* all = (float2*)b.part;
     #pragma unroll
-    for (int i = 0; i < (TILES == 4 ? 2 : 1); i++) all[threadIdx.x + i * DECODE_THREADS] = best[i];
+    for (int i = 0; i < S::BESTS; i++) all[threadIdx.x + i * S::THREADS] = best[i];
     __syncthreads();
     if ((int)threadIdx.x < b.n) {
-        // sequence n was seen by the threads with tile n / 8, q = n % 8 / 2, k % 2 = n % 2
-        int n = threadIdx.x, tile = n / 8;
+        int n = threadIdx.x;
         float2 top = make_float2(-INFINITY, __int_as_float(INT_MAX));
-        #pragma unroll
-        for (int i = 0; i < (TILES == 1 ? 32 : 16); i++) {
-            float2 z = all[(tile + i / 16) * 128 + i / 2 % 8 * 16 + n % 8 / 2 * 4 + i % 2 * 2 + n % 2];
-            decode_better(&top, z.x, __float_as_int(z.y));
-        }
+        for (int p = n / 8; p < (TILES * 128 > S::THREADS ? TILES : S::THREADS / 128); p += TILES)
+            #pragma unroll
+            for (int i = 0; i < 16; i++) {
+                float2 z = all[p * 128 + i / 2 * 16 + n % 8 / 2 * 4 + i % 2 * 2 + n % 2];
+                decode_better(&top, z.x, __float_as_int(z.y));
+            }
         b.best[b.index * SEQUENCES + n] = top;
     }
     decode_arrive(arrived);
     if (b.index > 0) return;
     decode_wait(arrived, ++waits * b.blocks);
-    for (int n = w; n < b.n; n += DECODE_WARPS) {
+    for (int n = w; n < b.n; n += S::WARPS) {
         float2 top = make_float2(-INFINITY, __int_as_float(INT_MAX));
         for (int i = lane; i < b.blocks; i += WARP) {
             float2 z = __ldcg(&b.best[i * SEQUENCES + n]);
@@ -3782,9 +3890,6 @@ __global__ void __launch_bounds__(DECODE_THREADS, 1) decode_kernel(const __grid_
     }
     if (threadIdx.x == 0) *arrived = 0;
 }
-
-// floats of one warp's partial sums in decode_kernel<tiles>
-static size_t decode_part(int tiles) { return (size_t)(tiles == 4 ? 2 : 4) * (size_t)tiles * 128; }
 
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW
@@ -4181,7 +4286,7 @@ static int mamba1_decode_steps(const Config* c, const LayerCuda<bf16>* L, float*
     const DecodeStep steps[] = {
         {DECODE_IN, E, D, E, weight_x(L, p->in_proj), p->in_proj_bias, {p->conv1d, p->conv1d_bias}, s->conv},
         {DECODE_X, R + 2 * (int)c->d_state, E, 0, weight_x(L, p->x_proj), NULL, {NULL, NULL}, NULL},
-        {DECODE_SCAN, E, R, 0, weight_x(L, p->dt_proj), p->dt_proj_bias, {p->A_log, p->D}, s->ssm},
+        {DECODE_SCAN, E, R, 0, weight_x(L, p->dt_proj), NULL, {p->A_log, p->D, p->dt_proj_bias}, s->ssm},
         {DECODE_OUT, D, E, 0, weight_x(L, p->out_proj), p->out_proj_bias, {norm, NULL}, NULL},
     };
     memcpy(step, steps, sizeof steps);
@@ -4620,28 +4725,69 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
                                   (float)m->config.norm_eps, run->stream, run->dropout);
 }
 
+// The shapes of decode_kernel, chosen by the number of sequences
+typedef DecodeShape<1, 16, true, 4, 6, 8> DecodeFew;
+typedef DecodeShape<2, 16, false, 2, 3, 6> DecodeSome;
+typedef DecodeShape<4, 16, false, 2, 2, 4> DecodeMany;
+
 // DecodePlan: what decode_kernel needs besides the tokens, with its device memory. Made once per session.
 typedef struct {
     Decode a;
-    int tiles, groups;
+    int groups, threads;
+    void (*kernel)(Decode);
     size_t shared, bytes;
-    void* memory;
+    void *memory, *weights;
 } DecodePlan;
 
-// decode_plan: false when the shapes do not fit section 4.10; then nothing was allocated
-static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state,
-                        const State* host) {
+// decode_pack: the streams of weights
+template <class S> static void decode_pack(DecodePlan* p) {
+    Decode* a = &p->a;
+    size_t streams = (size_t)a->blocks * S::WARPS;
+    uint2 *start = (uint2*)xcalloc(streams, sizeof(uint2)), *size, sum = {0, 0};
+    cudaCheck(cudaMalloc((void**)&size, streams * sizeof(uint2)));
+    cudaCheck(cudaDeviceSynchronize());                      // the weights may be on their way
+    decode_pack_kernel<S><<<(unsigned)streams, 2 * WARP>>>(NULL, NULL, NULL, size, a->step, a->n_steps, a->blocks);
+    cudaCheck(cudaGetLastError());
+    cudaCheck(cudaMemcpy(start, size, streams * sizeof(uint2), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < streams; i++) {
+        uint2 n = start[i];
+        start[i] = sum;
+        sum.x += n.x;
+        sum.y += n.y;
+    }
+    uint2* start_on_device;
+    uint32_t* run;
+    char* weights;
+    for (int pass = 0; pass < 2; pass++) {
+        ArenaCuda arena = {(char*)p->weights, 0};
+        arena_take(&arena, &weights, (size_t)sum.x * 64 + 1024);
+        arena_take(&arena, &start_on_device, streams);
+        arena_take(&arena, &run, (size_t)sum.y);
+        if (!pass) p->weights = device_calloc(arena.used, 1);
+        if (!pass) p->bytes += arena.used;
+    }
+    cudaCheck(cudaMemcpy(start_on_device, start, streams * sizeof(uint2), cudaMemcpyHostToDevice));
+    decode_pack_kernel<S><<<(unsigned)streams, 2 * WARP>>>(weights, run, start_on_device, NULL, a->step, a->n_steps,
+                                                           a->blocks);
+    cudaCheck(cudaGetLastError());
+    cudaCheck(cudaDeviceSynchronize());
+    cudaCheck(cudaFree(size));
+    free(start);
+    a->weights = weights;
+    a->start = start_on_device;
+    a->run = run;
+}
+
+// decode_plan: false when the sizes do not fit section 4.10; then nothing was allocated
+template <class S>
+static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state,
+                           const State* host) {
     const Config* c = &m->config;
     int D = (int)c->d_model, E = (int)c->d_inner, N = (int)c->d_state, R = (int)c->dt_rank, RBC = R + 2 * N,
         F = (int)c->d_intermediate, Vp = (int)c->vocab_padded, processors, most;
     memset(p, 0, sizeof *p);
     if (rows > DECODE_ROWS || D % 32) return false;
-    p->tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
-#ifdef DECODE_EXPERIMENT
-    if (getenv("TILES")) p->tiles = atoi(getenv("TILES"));
-#endif
-    int sequences = 8 * p->tiles;
-    p->groups = ((int)rows + sequences - 1) / sequences;
+    p->groups = ((int)rows + S::SEQUENCES - 1) / S::SEQUENCES;
     cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
     cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     Decode* a = &p->a;
@@ -4662,15 +4808,14 @@ static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d,
     };
     int out = share(D);
     for (int n : {share(RBC), share(E), 2 * share(F)}) out = n > out ? n : out;
-    a->out_at = take(out * sequences);
-    a->xz_at = take(2 * share(E) * sequences);
-    a->bc_at = take(2 * N * sequences);
+    a->out_at = take(out * S::SEQUENCES);
+    a->xz_at = take(2 * share(E) * S::SEQUENCES);
+    a->bc_at = take(2 * N * S::SEQUENCES);
     a->decay_at = take(share(E) * N);
-    a->res_at = take(share(D) * sequences);
-    a->scale_at = take(sequences);
-    p->shared = DECODE_WARPS * (DECODE_QUEUE * 1024 + decode_part(p->tiles) * sizeof(float)) +
-                (size_t)floats * sizeof(float);
-    if (p->shared + 1024 > (size_t)most || a->blocks == 0) return false;
+    a->res_at = take(share(D) * S::SEQUENCES);
+    a->scale_at = take(S::SEQUENCES);
+    p->shared = S::MEMORY + (size_t)floats * sizeof(float);
+    if (p->shared + 2048 > (size_t)most || a->blocks == 0) return false;
 
     DecodeStep* step = (DecodeStep*)xcalloc((size_t)m->n_layers * DECODE_MAX_STEPS + 1, sizeof(DecodeStep));
     int n = 0, added = 1;
@@ -4685,19 +4830,19 @@ static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d,
         free(step);
         return false;
     }
-    step[n++] = {DECODE_HEAD, Vp, D, 0, d->head_x, NULL, {NULL, NULL}, NULL};
+    step[n++] = {DECODE_HEAD, Vp, D, 0, d->head_x, NULL, {NULL, NULL, NULL}, NULL};
     a->n_steps = n;
     a->embedding = d->embedding_x;
     a->norm = d->layer[0].p[0];
-    size_t places = (size_t)p->groups * (size_t)a->blocks * (size_t)sequences;
+    size_t places = (size_t)p->groups * (size_t)a->blocks * S::SEQUENCES;
     DecodeStep* on_device;
     for (int pass = 0; pass < 2; pass++) {
         ArenaCuda arena = {(char*)p->memory, 0};
         arena_take(&arena, &on_device, (size_t)n);
-        arena_take(&arena, &a->u, rows * (size_t)D * 4);
-        arena_take(&arena, &a->x, rows * (size_t)E * 4);
-        arena_take(&arena, &a->rbc, rows * (size_t)a->ld_rbc * 4);
-        arena_take(&arena, &a->y, rows * (size_t)(E > F ? E : F) * 4);
+        arena_take(&arena, &a->u, rows * (size_t)D * S::WIDTH);
+        arena_take(&arena, &a->x, rows * (size_t)E * S::WIDTH);
+        arena_take(&arena, &a->rbc, rows * (size_t)a->ld_rbc * S::WIDTH);
+        arena_take(&arena, &a->y, rows * (size_t)(E > F ? E : F) * S::WIDTH);
         arena_take(&arena, &a->squares, places);
         arena_take(&arena, &a->best, places);
         arena_take(&arena, &a->arrived, (size_t)p->groups * 32);
@@ -4707,7 +4852,25 @@ static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d,
     a->step = on_device;
     cudaCheck(cudaMemcpy(on_device, step, (size_t)n * sizeof(DecodeStep), cudaMemcpyHostToDevice));
     free(step);
+    decode_pack<S>(p);
+    p->kernel = decode_kernel<S>;
+    p->threads = S::THREADS;
+    cudaCheck(cudaFuncSetAttribute(p->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)p->shared));
     return true;
+}
+
+static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state,
+                        const State* host) {
+#ifdef DECODE_EXPERIMENT
+    const char* shape = getenv("SHAPE") ? getenv("SHAPE") : "";
+    #define TRY(name, ...) if (strcmp(shape, name) == 0) return decode_plan_of<DecodeShape<__VA_ARGS__> >(p, m, d, rows, state, host)
+    TRY("1c16", 1, 16, false, 4, 6, 8);
+    TRY("1t8", 1, 8, true, 4, 6, 16);
+    TRY("4c8", 4, 8, false, 4, 4, 6);
+#endif
+    if (rows <= 8) return decode_plan_of<DecodeFew>(p, m, d, rows, state, host);
+    if (rows <= 16) return decode_plan_of<DecodeSome>(p, m, d, rows, state, host);
+    return decode_plan_of<DecodeMany>(p, m, d, rows, state, host);
 }
 
 // decode_cuda: one token of each sequence; the logits to `logits`, the most likely next tokens to `next`,
@@ -4717,16 +4880,13 @@ static void decode_cuda(DecodePlan* p, const int* tokens, float* logits, int* ne
     Decode a = p->a;
     a.logits = logits;
     a.next = next;
-    memcpy(a.token, tokens, (size_t)a.rows * sizeof(int));
-    void (*kernel)(Decode) = p->tiles == 1 ? decode_kernel<1, true> : p->tiles == 2 ? decode_kernel<2, false> : decode_kernel<4, false>;
-#ifdef DECODE_EXPERIMENT
-    if (getenv("COUNTER") && p->tiles == 1) kernel = decode_kernel<1, false>;
-    if (getenv("TAGGED") && p->tiles == 2) kernel = decode_kernel<2, true>;
+#ifdef DECODE_PROFILE
+    a.profile = decode_profile;
 #endif
+    memcpy(a.token, tokens, (size_t)a.rows * sizeof(int));
     void* args[] = {&a};
-    scan_allow_shared(kernel, p->shared);
-    cudaCheck(cudaLaunchCooperativeKernel((const void*)kernel, dim3((unsigned)(p->groups * a.blocks)),
-                                          dim3(DECODE_THREADS), args, p->shared, stream));
+    cudaCheck(cudaLaunchCooperativeKernel((const void*)p->kernel, dim3((unsigned)(p->groups * a.blocks)),
+                                          dim3((unsigned)p->threads), args, p->shared, stream));
 }
 
 // argmax: *token = the index of the largest of n logits of each row, the first of equals, -1 when one is not
@@ -5232,6 +5392,7 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     if (d->planned) {
         device_bytes -= d->plan.bytes;
         cudaCheck(cudaFree(d->plan.memory));
+        cudaCheck(cudaFree(d->plan.weights));
     }
     free(d);
 }
