@@ -3219,7 +3219,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // every matrix. Groups never wait for each other, and read the same weights at about the same time.
 
 enum { DECODE_ROWS = 64, DECODE_MAX_STEPS = 4, DECODE_RING = 8 };
-enum { DECODE_IN, DECODE_X, DECODE_SCAN, DECODE_OUT, DECODE_UP, DECODE_HEAD };
+enum { DECODE_IN, DECODE_X, DECODE_SCAN, DECODE_OUT, DECODE_UP, DECODE_HEAD, DECODE_BC, DECODE_SSD };
 
 // DecodeShape: TILES groups of 8 sequences; WARPS of a block share the sums over k; TALL tiles of 16 outputs
 // and AHEAD chunks of 32 k per warp are worked on at a time; QUEUE pieces of weights are on their way
@@ -3241,10 +3241,14 @@ template <int TILES_, int WARPS_, bool TAGGED_, int TALL_, int AHEAD_, int QUEUE
 //   OUT   O = D: added to the residual stream.   p: weight of the next norm
 //   UP    O = F, K = D: rows o (up) and second + o (gate)
 //   HEAD  O = Vp, K = D: logits
+//   BC    O = 2GN+H, K = D: B, C (through the convolution), dt.   p, state as in IN, for all channels
+//   SSD   O = E, K = 0: one step of the recurrence, skip, gate, gated norm but for its 1/rms
+//         p: A_log, D, bias of dt, norm weight or NULL; state: h (rows,H,P,N)
+// joined: it reads what the step before it has read. norm: OUT reads what a gated norm has sent
 typedef struct {
-    int kind, O, K, second;
+    int kind, O, K, second, joined, gated;
     const bf16* weight;
-    const float *bias, *p[3];
+    const float *bias, *p[4];
     float* state;
 } DecodeStep;
 
@@ -3252,8 +3256,9 @@ typedef struct {
 typedef struct {
     const DecodeStep* step;
     int n_steps, blocks;               // of a group
-    int rows, D, E, N, R, taps, F, V, Vp;
-    float eps;
+    int rows, D, E, N, R, taps, F, V, Vp, H, P, G, channels;    // channels: of the convolution, as a row of its state
+    bool D_has_hdim, norm_before_gate;
+    float eps, dt_low, dt_high;
     const char* weights;               // the streams, see decode_pack
     const uint2* start;                // (blocks,WARPS): in units of 64 bytes; in run
     const uint32_t* run;
@@ -3262,7 +3267,7 @@ typedef struct {
     // what blocks send to each other
     char *u, *x, *rbc, *y;
     int ld_rbc;                        // row stride of rbc
-    uint2* squares;                    // (groups,blocks,8 TILES)
+    uint2* squares;                    // (2,groups,blocks,8 TILES): of the residual stream, of the gated norm
     float2* best;                      // the same: a logit, and its index as bits
     unsigned* arrived;                 // (groups,32), zero before and after
     unsigned tag;                      // of the first step
@@ -3303,7 +3308,7 @@ template <class S>
 __global__ void __launch_bounds__(2 * WARP)
 decode_pack_kernel(char* weights, uint32_t* run, const uint2* start, uint2* size, const DecodeStep* step, int n_steps,
                    int blocks) {
-    const int w = blockIdx.x % S::WARPS, lane = threadIdx.x % WARP, half = threadIdx.x / WARP;
+    const int w = (int)blockIdx.x % S::WARPS, lane = threadIdx.x % WARP, half = threadIdx.x / WARP;
     unsigned pieces = 0, runs = 0;
     if (weights) { weights += (size_t)start[blockIdx.x].x * 64; run += start[blockIdx.x].y; }
     for (int number = 0; number < n_steps; number++) {
@@ -3314,7 +3319,7 @@ decode_pack_kernel(char* weights, uint32_t* run, const uint2* start, uint2* size
             for (int c0 = w; c0 < chunks; c0 += S::AHEAD * S::WARPS)
                 for (int row0 = first; row0 < rows && row0 < first + 16 * S::TALL; row0 += 16) {
                     int tall = rows - row0 < 16 ? rows - row0 : 16, units = 0, i = row0 + 8 * half + lane / 4;
-                    const bf16* from = s.weight + (size_t)(own.first + (i < own.count ? i : s.second + i - own.count)) * s.K;
+                    const bf16* from = s.weight + (ptrdiff_t)(own.first + (i < own.count ? i : s.second + i - own.count)) * s.K;
                     for (int c = c0; units < S::AHEAD && c < chunks; units++, c += S::WARPS) {
                         int k = 32 * c + 8 * (lane % 4);
                         if (weights && i < row0 + tall)
@@ -3447,7 +3452,7 @@ template <bool TAGGED> struct DecodeInput {
 struct DecodeBlock {
     int index, blocks, row0, n;        // in its group; the first sequence and the number of them
     float *part, *out, *xz, *bc, *decay, *res, *scale;
-    uint2* squares;
+    uint2 *squares, *gated_squares;
     float2* best;
 };
 
@@ -3461,71 +3466,86 @@ static __device__ __noinline__ void decode_prefetch_rows(const float* p, int row
 }
 __device__ __forceinline__ void decode_prefetch(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own) {
     size_t e = (size_t)own.first;
-    if (s.kind == DECODE_IN) {
+    if (s.kind == DECODE_IN || s.kind == DECODE_BC) {
         decode_prefetch_rows(s.p[0] + e * a.taps, 1, 0, own.count * a.taps);
         decode_prefetch_rows(s.p[1] ? s.p[1] + e : NULL, 1, 0, own.count);
-        decode_prefetch_rows(s.state + (size_t)b.row0 * (a.taps - 1) * a.E + e, b.n * (a.taps - 1), a.E, own.count);
-    } else if (s.kind == DECODE_SCAN) {
-        decode_prefetch_rows(s.p[0] + e * a.N, 1, 0, own.count * a.N);
-        decode_prefetch_rows(s.p[1] + e, 1, 0, own.count);
-        decode_prefetch_rows(s.p[2] + e, 1, 0, own.count);
-        decode_prefetch_rows(s.state + ((size_t)b.row0 * a.E + e) * a.N, b.n, (size_t)a.E * a.N, own.count * a.N);
+        decode_prefetch_rows(s.state + (size_t)b.row0 * (a.taps - 1) * a.channels + e, b.n * (a.taps - 1), a.channels,
+                             own.count);
+    } else if (s.kind == DECODE_SCAN || s.kind == DECODE_SSD) {
+        if (s.kind == DECODE_SCAN) {
+            decode_prefetch_rows(s.p[0] + e * a.N, 1, 0, own.count * a.N);
+            decode_prefetch_rows(s.p[1] + e, 1, 0, own.count);
+            decode_prefetch_rows(s.p[2] + e, 1, 0, own.count);
+        } else decode_prefetch_rows(s.p[3] ? s.p[3] + e : NULL, 1, 0, own.count);
+        size_t states = (size_t)a.E * a.N;
+        if (states * a.rows < (size_t)4 << 20)               // else they would only push each other out
+            decode_prefetch_rows(s.state + b.row0 * states + e * a.N, b.n, states, own.count * a.N);
     } else if (s.kind == DECODE_OUT) decode_prefetch_rows(s.p[0] + e, 1, 0, own.count);
 }
 
 // DecodeConv: what the convolution of one channel of one sequence needs besides its new input
 struct DecodeConv {
     float weight[4], tail[3], bias;
-    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int at, int lg) {
+    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int at, int lg,
+                                         int convolved) {
         int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
-        if (i >= own.count || n >= b.n) return;
+        if (i >= own.count || n >= b.n || e >= convolved) return;
         bias = s.p[1] ? s.p[1][e] : 0.0f;
         #pragma unroll
         for (int k = 0; k < 4; k++) {
             if (k < a.taps) weight[k] = s.p[0][(size_t)e * a.taps + k];
-            if (k < a.taps - 1) tail[k] = s.state[((size_t)(b.row0 + n) * (a.taps - 1) + k) * a.E + e];
+            if (k < a.taps - 1) tail[k] = s.state[((size_t)(b.row0 + n) * (a.taps - 1) + k) * a.channels + e];
         }
     }
 };
 
+// decode_conv: the convolution and SiLU of those of the outputs below `convolved`; all are sent to `to`, unless
+// that is NULL. z, the second half of the rows, is rounded.
 template <class S>
-__device__ __forceinline__ void decode_conv(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own,
-                                            DecodeConv next, unsigned tag) {
+__device__ __forceinline__ void decode_conv(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, float* values,
+                                            int convolved, char* to, int ld, DecodeConv next, unsigned tag) {
     const int lg = power2_above(own.count);
     #pragma unroll 1
     for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
         DecodeConv now = next;
-        next.load(a, s, b, own, at + S::THREADS, lg);
+        next.load(a, s, b, own, at + S::THREADS, lg, convolved);
         int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
         if (i >= own.count) continue;
-        float x = to_float(from_float<bf16>(b.xz[i * S::SEQUENCES + n])), c = now.bias;
-        float* z = &b.xz[(own.count + i) * S::SEQUENCES + n];
-        float* tail = s.state + (size_t)(b.row0 + n) * (a.taps - 1) * a.E + e;
-        *z = to_float(from_float<bf16>(*z));
-        #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (k >= a.taps) continue;
-            c += now.weight[k] * (k == a.taps - 1 ? x : now.tail[k < 3 ? k : 2]);
-            if (k < a.taps - 1) tail[(size_t)k * a.E] = k + 2 < a.taps ? now.tail[k < 2 ? k + 1 : 2] : x;
+        float *value = &values[i * S::SEQUENCES + n], *z = value + own.count * S::SEQUENCES;
+        float out = to_float(from_float<bf16>(*value));
+        if (s.second) *z = to_float(from_float<bf16>(*z));
+        if (e < convolved) {
+            float x = out, c = now.bias;
+            float* tail = s.state + (size_t)(b.row0 + n) * (a.taps - 1) * a.channels + e;
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (k >= a.taps) continue;
+                c += now.weight[k] * (k == a.taps - 1 ? x : now.tail[k < 3 ? k : 2]);
+                if (k < a.taps - 1) tail[(size_t)k * a.channels] = k + 2 < a.taps ? now.tail[k < 2 ? k + 1 : 2] : x;
+            }
+            out = to_float(from_float<bf16>(silu_cuda(c)));
         }
-        float out = to_float(from_float<bf16>(silu_cuda(c)));
-        b.xz[i * S::SEQUENCES + n] = out;
-        decode_send<S>(a.x, (size_t)(b.row0 + n) * a.E + e, out, tag);
+        *value = out;
+        if (to) decode_send<S>(to, (size_t)(b.row0 + n) * ld + e, out, tag);
     }
 }
 
-// DecodeStates: the first 16 states of some (channel, sequence) pairs, four lanes to a pair
+// Threads of one (channel, sequence) pair in a scan: 4 states to each of them, at most a warp
+__device__ __forceinline__ int decode_lanes(int N) { return N <= 16 ? 2 : N <= 32 ? 3 : N <= 64 ? 4 : 5; }     // log2
+
+// DecodeStates: the first states of some (channel, sequence) pairs, 4 per thread
 template <class S> struct DecodeStates {
     float h[S::PAIRS][4], bias[S::PAIRS], skip[S::PAIRS];
     __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int at, int lg) {
-        int l = threadIdx.x % 4;
+        const int lanes = decode_lanes(a.N), l = threadIdx.x & ((1 << lanes) - 1);
         #pragma unroll
-        for (int j = 0; j < S::PAIRS; j++, at += S::THREADS / 4) {
+        for (int j = 0; j < S::PAIRS; j++, at += S::THREADS >> lanes) {
             int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
             if (i >= own.count || n >= b.n) continue;
+            int head = s.kind == DECODE_SSD ? e / a.P : e;
             const float* from = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N + 4 * l;
-            skip[j] = s.p[1][e];
-            bias[j] = s.p[2][e];
+            skip[j] = s.p[1][a.D_has_hdim ? e : head];
+            bias[j] = s.p[2][head];
             if (a.N % 4 == 0 && 4 * l < a.N) *(float4*)h[j] = *(const float4*)from;
             else
                 #pragma unroll
@@ -3534,33 +3554,40 @@ template <class S> struct DecodeStates {
     }
 };
 
-// formulas (F4) to (F8) of 4.9 for one token; y replaces z
+// decode_scan: formulas (F4) to (F8) of Mamba-1 (section 4.9), (S2) to (S5) of Mamba-2 for one token. What is to
+// be sent replaces z; with a gated norm `out` becomes what its mean square is taken of
 template <class S>
 __device__ __forceinline__ void decode_scan(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own,
                                             DecodeStates<S> next) {
-    const int l = threadIdx.x % 4, lg = power2_above(own.count);
+    const bool ssd = s.kind == DECODE_SSD;
+    const int lanes = decode_lanes(a.N), l = threadIdx.x & ((1 << lanes) - 1), lg = power2_above(own.count);
+    const int ld_bc = ssd ? 2 * a.G * a.N + a.H : 2 * a.N;
     #pragma unroll 1
-    for (int at0 = 0; at0 < b.n << lg; at0 += S::PAIRS * S::THREADS / 4) {
+    for (int at0 = 0; at0 < b.n << lg; at0 += S::PAIRS * S::THREADS >> lanes) {
         DecodeStates<S> now = next;
-        int at = at0 + (int)threadIdx.x / 4;
-        next.load(a, s, b, own, at + S::PAIRS * S::THREADS / 4, lg);
+        int at = at0 + (int)(threadIdx.x >> lanes);
+        next.load(a, s, b, own, at + (S::PAIRS * S::THREADS >> lanes), lg);
         #pragma unroll
-        for (int j = 0; j < S::PAIRS; j++, at += S::THREADS / 4) {
+        for (int j = 0; j < S::PAIRS; j++, at += S::THREADS >> lanes) {
             int i = at & ((1 << lg) - 1), n = at >> lg;
             bool inside = i < own.count && n < b.n;
             if (!inside) i = n = 0;
-            float* h_e = s.state + ((size_t)(b.row0 + n) * a.E + own.first + i) * a.N;
+            int e = own.first + i, head = ssd ? e / a.P : 0;
+            float* h_e = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N;
             float* z = &b.xz[(own.count + i) * S::SEQUENCES + n];
-            const float *B_n = b.bc + n * 2 * a.N, *C_n = B_n + a.N, *decay = b.decay + i * a.N;
-            float dt = scan_softplus(b.out[i * S::SEQUENCES + n] + now.bias[j]), x = b.xz[i * S::SEQUENCES + n],
-                  sum = 0, after[4];
+            const float *row = b.bc + n * ld_bc, *B_n = row + (ssd ? head * a.G / a.H * a.N : 0), *C_n = B_n + a.G * a.N,
+                        *decay = b.decay + (ssd ? i : i * a.N);
+            float dt = scan_softplus((ssd ? row[2 * a.G * a.N + head] : b.out[i * S::SEQUENCES + n]) + now.bias[j]),
+                  x = b.xz[i * S::SEQUENCES + n], sum = 0, after[4];
+            if (ssd) dt = fminf(fmaxf(dt, a.dt_low), a.dt_high);
+            float same = exp2_unit(dt * decay[0]);
             #pragma unroll 1
-            for (int first = 4 * l; inside && first < a.N; first += 16) {
+            for (int first = 4 * l; inside && first < a.N; first += 4 << lanes) {
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     if (first + k >= a.N) continue;
-                    float before = first < 16 ? now.h[j][k] : h_e[first + k];
-                    after[k] = fmaf(exp2_unit(dt * decay[first + k]), before, dt * x * B_n[first + k]);
+                    float before = first == 4 * l ? now.h[j][k] : h_e[first + k];
+                    after[k] = fmaf(ssd ? same : exp2_unit(dt * decay[first + k]), before, dt * x * B_n[first + k]);
                     sum = fmaf(C_n[first + k], after[k], sum);
                 }
                 if (a.N % 4 == 0) *(float4*)(h_e + first) = *(float4*)after;
@@ -3568,11 +3595,33 @@ __device__ __forceinline__ void decode_scan(const Decode& a, const DecodeStep& s
                     #pragma unroll
                     for (int k = 0; k < 4; k++) if (first + k < a.N) h_e[first + k] = after[k];
             }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (inside && l == 0) *z = fmaf(now.skip[j], x, sum) * silu_cuda(*z);
+            for (int step = 1; step < 1 << lanes; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+            if (!inside || l > 0) continue;
+            float y = fmaf(now.skip[j], x, sum), gate = silu_cuda(*z);
+            if (ssd && s.p[3]) {
+                b.out[i * S::SEQUENCES + n] = a.norm_before_gate ? y : y * gate;
+                gate *= s.p[3][e];
+            }
+            *z = y * gate;
         }
     }
+}
+
+// decode_squares: sends the sum of squares of the block's values (count,SEQUENCES), for every sequence
+template <class S>
+__device__ __forceinline__ void decode_squares(const DecodeBlock& b, const float* values, int count, uint2* squares,
+                                               unsigned tag) {
+    const int lanes = S::THREADS / S::SEQUENCES < WARP ? S::THREADS / S::SEQUENCES : WARP;   // of a sequence
+    float sum = 0;
+    int n = threadIdx.x / lanes;
+    #pragma unroll 1
+    for (int i = threadIdx.x % lanes; n < b.n && i < count; i += lanes) {
+        float v = values[i * S::SEQUENCES + n];
+        sum += v * v;
+    }
+    #pragma unroll
+    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (threadIdx.x % lanes == 0 && n < S::SEQUENCES) decode_post(&squares[b.index * S::SEQUENCES + n], __float_as_uint(sum), tag);
 }
 
 // decode_residual: the block's columns of the residual stream += out; what the next norm reads. embed: = the
@@ -3580,7 +3629,7 @@ __device__ __forceinline__ void decode_scan(const Decode& a, const DecodeStep& s
 template <class S>
 __device__ __forceinline__ void decode_residual(const Decode& a, const float* norm, float norm_first, const DecodeBlock& b,
                                                 Share own, bool embed, unsigned tag) {
-    const int lg = power2_above(own.count), lanes = S::THREADS / S::SEQUENCES < WARP ? S::THREADS / S::SEQUENCES : WARP;
+    const int lg = power2_above(own.count);
     #pragma unroll 1
     for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
         int i = at & ((1 << lg) - 1), n = at >> lg, o = own.first + i;
@@ -3591,20 +3640,12 @@ __device__ __forceinline__ void decode_residual(const Decode& a, const float* no
         decode_send<S>(a.u, (size_t)(b.row0 + n) * a.D + o, r * (at == (int)threadIdx.x ? norm_first : norm[o]), tag);
     }
     __syncthreads();
-    float sum = 0;
-    int n = threadIdx.x / lanes;
-    #pragma unroll 1
-    for (int i = threadIdx.x % lanes; n < b.n && i < own.count; i += lanes) {
-        float r = b.res[i * S::SEQUENCES + n];
-        sum += r * r;
-    }
-    #pragma unroll
-    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % lanes == 0 && n < S::SEQUENCES) decode_post(&b.squares[b.index * S::SEQUENCES + n], __float_as_uint(sum), tag);
+    decode_squares<S>(b, b.res, own.count, b.squares, tag);
 }
 
-// decode_rms: 1/rms of the residual stream from the sums of all blocks
-template <class S> __device__ __forceinline__ void decode_rms(const Decode& a, const DecodeBlock& b, unsigned tag) {
+// decode_rms: 1/rms of rows of `width` from the sums of all blocks
+template <class S>
+__device__ __forceinline__ void decode_rms(const Decode& a, const DecodeBlock& b, const uint2* squares, int width, unsigned tag) {
     const int lanes = S::THREADS / S::SEQUENCES < WARP ? S::THREADS / S::SEQUENCES : WARP, MANY = 5;
     float sum = 0;
     int n = threadIdx.x / lanes;
@@ -3618,7 +3659,7 @@ template <class S> __device__ __forceinline__ void decode_rms(const Decode& a, c
             #pragma unroll
             for (int j = 0; j < MANY; j++) {
                 v[j] = make_uint2(0, tag);
-                if (first + j * lanes < b.blocks) v[j] = decode_peek(&b.squares[(first + j * lanes) * S::SEQUENCES + n]);
+                if (first + j * lanes < b.blocks) v[j] = decode_peek(&squares[(first + j * lanes) * S::SEQUENCES + n]);
             }
             #pragma unroll
             for (int j = 0; j < MANY; j++) arrived = arrived && (!S::TAGGED || v[j].y == tag);
@@ -3629,7 +3670,7 @@ template <class S> __device__ __forceinline__ void decode_rms(const Decode& a, c
     #pragma unroll
     for (int step = lanes / 2; step > 0; step /= 2)
         sum += __shfl_xor_sync(lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << (threadIdx.x % WARP / lanes * lanes), sum, step);
-    if (threadIdx.x % lanes == 0) b.scale[n] = 1.0f / sqrtf(sum / (float)a.D + a.eps);
+    if (threadIdx.x % lanes == 0) b.scale[n] = 1.0f / sqrtf(sum / (float)width + a.eps);
 }
 
 __device__ __forceinline__ void decode_better(float2* best, float z, int index) {
@@ -3658,6 +3699,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
     b.out = more + a.out_at; b.xz = more + a.xz_at; b.bc = more + a.bc_at; b.decay = more + a.decay_at;
     b.res = more + a.res_at; b.scale = more + a.scale_at;
     b.squares = a.squares + (size_t)group * a.blocks * SEQUENCES;
+    b.gated_squares = b.squares + (size_t)gridDim.x * SEQUENCES;
     b.best = a.best + (size_t)group * a.blocks * SEQUENCES;
     unsigned *arrived = a.arrived + 32 * group, waits = 0;
 
@@ -3684,31 +3726,38 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
     float2 best[S::BESTS];
     #pragma unroll
     for (int i = 0; i < S::BESTS; i++) best[i] = make_float2(-INFINITY, __int_as_float(INT_MAX));
+    unsigned tag = a.tag - 1;
     #pragma unroll 1
     for (int number = 0; number < a.n_steps; number++) {
         const DecodeNow &now = ring[number % DECODE_RING], &later = ring[(number + 4) % DECODE_RING];
         const DecodeStep& s = now.s;
-        const unsigned tag = a.tag + (unsigned)number;
         MARK(0);
         const int kind = s.kind;
+        const bool joined = s.joined;
+        if (!joined) tag++;
         const Share own(now.first, now.count);
         const int rows = s.second ? 2 * own.count : own.count, tiles = (rows + 15) / 16, chunks = (s.K + 31) / 32;
-        const char* input = kind == DECODE_X ? a.x : kind == DECODE_SCAN ? a.rbc : kind == DECODE_OUT ? a.y : a.u;
+        const char* input = kind == DECODE_X ? a.x : kind == DECODE_SCAN || kind == DECODE_SSD ? a.rbc : kind == DECODE_OUT ? a.y : a.u;
         const int ld = kind == DECODE_SCAN ? a.ld_rbc : s.K;
-        const bool normed = kind == DECODE_IN || kind == DECODE_UP || kind == DECODE_HEAD;
+        const bool normed = kind == DECODE_IN || kind == DECODE_UP || kind == DECODE_HEAD || kind == DECODE_BC || s.gated;
         float* out = kind == DECODE_IN ? b.xz : b.out;
         // what does not depend on the other blocks
         look_ahead(number + 5);
         DecodeConv conv;
         float norm = 0;
+        if ((kind == DECODE_IN || kind == DECODE_BC) && own.count)
+            conv.load(a, s, b, own, threadIdx.x, power2_above(own.count), kind == DECODE_IN ? a.E : 2 * a.G * a.N);
         if (kind == DECODE_IN) {
-            const DecodeStep& scan = ring[(number + 2) % DECODE_RING].s;
-            const int lg = power2_above(own.count);
-            conv.load(a, s, b, own, threadIdx.x, lg);
-            states.load(a, scan, b, own, threadIdx.x / 4, lg);
-            const float* A_log = scan.p[0] + (size_t)own.first * a.N;
-            #pragma unroll 1
-            for (int i = threadIdx.x; i < own.count * a.N; i += S::THREADS) b.decay[i] = scan_decay(A_log[i]);
+            const DecodeStep &next = ring[(number + 1) % DECODE_RING].s, &second = ring[(number + 2) % DECODE_RING].s;
+            const DecodeStep& scan = next.kind == DECODE_SSD ? next : second;
+            states.load(a, scan, b, own, threadIdx.x >> decode_lanes(a.N), power2_above(own.count));
+            if (scan.kind == DECODE_SSD)
+                for (int i = threadIdx.x; i < own.count; i += S::THREADS)
+                    b.decay[i] = scan_decay(scan.p[0][(own.first + i) / a.P]);
+            else
+                #pragma unroll 1
+                for (int i = threadIdx.x; i < own.count * a.N; i += S::THREADS)
+                    b.decay[i] = scan_decay(scan.p[0][(size_t)own.first * a.N + i]);
         } else if (kind == DECODE_OUT) {
             int lg = power2_above(own.count), i = threadIdx.x & ((1 << lg) - 1);
             if (i < own.count) norm = s.p[0][own.first + i];
@@ -3716,7 +3765,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
         if (w == number % S::WARPS && number + 4 < a.n_steps && later.count)
             decode_prefetch(a, later.s, b, Share(later.first, later.count));
         MARK(1);
-        if (!S::TAGGED) decode_wait(arrived, ++waits * b.blocks);
+        if (!S::TAGGED && !joined) decode_wait(arrived, ++waits * b.blocks);
         if (!S::TAGGED) MARK(2);
 
         // the sequence that this lane loads in each tile; beyond the last one the last again
@@ -3758,18 +3807,20 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
                 if (c0 < 0) {
                     if (first > 0) continue;
                     // while the first inputs are on their way
-                    if (normed) decode_rms<S>(a, b, tag);
-                    if (kind != DECODE_SCAN) continue;
-                    const int lg = power2_above(a.N);
+                    if (normed && !joined)
+                        decode_rms<S>(a, b, s.gated ? b.gated_squares : b.squares, s.gated ? a.E : a.D, tag);
+                    if (kind != DECODE_SCAN && kind != DECODE_SSD) continue;
+                    const int words = kind == DECODE_SSD ? (2 * a.G * a.N + a.H) / 2 : a.N, lg = power2_above(words),
+                              skip = kind == DECODE_SSD ? 0 : a.R;
                     #pragma unroll 1
                     for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
                         int i = at & ((1 << lg) - 1), n = at >> lg;
-                        if (i >= a.N) continue;
-                        const char* place = a.rbc + ((size_t)(b.row0 + n) * a.ld_rbc + a.R + 2 * i) * WIDTH;
+                        if (i >= words) continue;
+                        const char* place = a.rbc + ((size_t)(b.row0 + n) * a.ld_rbc + skip + 2 * i) * WIDTH;
                         uint2 word = make_uint2(0, tag);
                         if (S::TAGGED) do word = decode_peek(place); while (word.y != tag);
                         else word.x = __ldcg((const uint32_t*)place);
-                        *(float2*)&b.bc[n * 2 * a.N + 2 * i] = make_float2(scan_low(word.x), scan_high(word.x));
+                        *(float2*)&b.bc[(n * words + i) * 2] = make_float2(scan_low(word.x), scan_high(word.x));
                     }
                     __syncwarp();
                     continue;
@@ -3826,29 +3877,35 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
         if (tiles == 0) __syncthreads();
         MARK(5);
         // values for the other blocks
-        if (kind == DECODE_IN) decode_conv<S>(a, s, b, own, conv, tag + 1);
-        else if (kind == DECODE_OUT) decode_residual<S>(a, s.p[0], norm, b, own, false, tag + 1);
+        const DecodeStep& following = ring[(number + 1) % DECODE_RING].s;
+        if (kind == DECODE_IN)
+            decode_conv<S>(a, s, b, own, b.xz, a.E, following.kind == DECODE_SSD ? NULL : a.x, a.E, conv, tag + 1);
+        else if (kind == DECODE_BC) {
+            if (own.count) decode_conv<S>(a, s, b, own, b.out, 2 * a.G * a.N, a.rbc, a.ld_rbc, conv, tag + 1);
+        } else if (kind == DECODE_OUT) decode_residual<S>(a, s.p[0], norm, b, own, false, tag + 1);
         else if (kind != DECODE_HEAD && own.count) {
-            if (kind == DECODE_SCAN) {
+            const bool scan = kind == DECODE_SCAN || kind == DECODE_SSD;
+            if (scan) {
                 decode_scan<S>(a, s, b, own, states);
                 __syncthreads();
+                if (kind == DECODE_SSD && s.p[3]) decode_squares<S>(b, b.out, own.count, b.gated_squares, tag + 1);
             }
             const int lg = power2_above(own.count);
-            const size_t ld_out = kind == DECODE_X ? a.ld_rbc : s.O;
+            const int ld_out = kind == DECODE_X ? a.ld_rbc : s.O;
             char* to = kind == DECODE_X ? a.rbc : a.y;
             #pragma unroll 1
             for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
                 int i = at & ((1 << lg) - 1), n = at >> lg;
                 if (i >= own.count) continue;
-                float z = kind == DECODE_SCAN ? b.xz[(own.count + i) * SEQUENCES + n] : b.out[i * SEQUENCES + n];
+                float z = scan ? b.xz[(own.count + i) * SEQUENCES + n] : b.out[i * SEQUENCES + n];
                 if (kind == DECODE_UP)
                     z = to_float(from_float<bf16>(z)) *
                         silu_cuda(to_float(from_float<bf16>(b.out[(own.count + i) * SEQUENCES + n])));
-                decode_send<S>(to, (b.row0 + n) * ld_out + own.first + i, z, tag + 1);
+                decode_send<S>(to, (size_t)(b.row0 + n) * ld_out + own.first + i, z, tag + 1);
             }
         }
         MARK(6);
-        if (!S::TAGGED && kind != DECODE_HEAD) decode_arrive(arrived);
+        if (!S::TAGGED && kind != DECODE_HEAD && !following.joined) decode_arrive(arrived);
         MARK(7);
     }
     if (!a.next) {          // nobody waits any more: the last one leaves a zero
@@ -4284,10 +4341,10 @@ static int mamba1_decode_steps(const Config* c, const LayerCuda<bf16>* L, float*
     int D = (int)c->d_model, E = (int)c->d_inner, R = (int)c->dt_rank;
     if (E % 32 || R % 8 || c->d_conv > 4) return 0;
     const DecodeStep steps[] = {
-        {DECODE_IN, E, D, E, weight_x(L, p->in_proj), p->in_proj_bias, {p->conv1d, p->conv1d_bias}, s->conv},
-        {DECODE_X, R + 2 * (int)c->d_state, E, 0, weight_x(L, p->x_proj), NULL, {NULL, NULL}, NULL},
-        {DECODE_SCAN, E, R, 0, weight_x(L, p->dt_proj), NULL, {p->A_log, p->D, p->dt_proj_bias}, s->ssm},
-        {DECODE_OUT, D, E, 0, weight_x(L, p->out_proj), p->out_proj_bias, {norm, NULL}, NULL},
+        {DECODE_IN, E, D, E, 0, 0, weight_x(L, p->in_proj), p->in_proj_bias, {p->conv1d, p->conv1d_bias}, s->conv},
+        {DECODE_X, R + 2 * (int)c->d_state, E, 0, 0, 0, weight_x(L, p->x_proj), NULL, {}, NULL},
+        {DECODE_SCAN, E, R, 0, 0, 0, weight_x(L, p->dt_proj), NULL, {p->A_log, p->D, p->dt_proj_bias}, s->ssm},
+        {DECODE_OUT, D, E, 0, 0, 0, weight_x(L, p->out_proj), p->out_proj_bias, {norm}, NULL},
     };
     memcpy(step, steps, sizeof steps);
     return 4;
@@ -4359,8 +4416,8 @@ static int mlp_decode_steps(const Config* c, const LayerCuda<bf16>* L, float* co
     const MlpParams* p = (const MlpParams*)L->p;
     int D = (int)c->d_model, F = (int)c->d_intermediate;
     if (F % 32) return 0;
-    step[0] = {DECODE_UP, F, D, F, weight_x(L, p->fc1), NULL, {NULL, NULL}, NULL};
-    step[1] = {DECODE_OUT, D, F, 0, weight_x(L, p->fc2), NULL, {norm, NULL}, NULL};
+    step[0] = {DECODE_UP, F, D, F, 0, 0, weight_x(L, p->fc1), NULL, {}, NULL};
+    step[1] = {DECODE_OUT, D, F, 0, 0, 0, weight_x(L, p->fc2), NULL, {norm}, NULL};
     return 2;
 }
 
@@ -4798,6 +4855,8 @@ static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>*
     a->taps = (int)c->d_conv;
     a->V = (int)c->vocab_size;
     a->eps = (float)c->norm_eps;
+    a->channels = E;
+    a->G = 1;
     a->ld_rbc = (RBC + 7) / 8 * 8;
     auto share = [&](int O) { return 2 * ((O / 2 + a->blocks - 1) / a->blocks); };
     int floats = 0;
@@ -4830,7 +4889,7 @@ static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>*
         free(step);
         return false;
     }
-    step[n++] = {DECODE_HEAD, Vp, D, 0, d->head_x, NULL, {NULL, NULL, NULL}, NULL};
+    step[n++] = {DECODE_HEAD, Vp, D, 0, 0, 0, d->head_x, NULL, {}, NULL};
     a->n_steps = n;
     a->embedding = d->embedding_x;
     a->norm = d->layer[0].p[0];
@@ -4843,7 +4902,7 @@ static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>*
         arena_take(&arena, &a->x, rows * (size_t)E * S::WIDTH);
         arena_take(&arena, &a->rbc, rows * (size_t)a->ld_rbc * S::WIDTH);
         arena_take(&arena, &a->y, rows * (size_t)(E > F ? E : F) * S::WIDTH);
-        arena_take(&arena, &a->squares, places);
+        arena_take(&arena, &a->squares, 2 * places);
         arena_take(&arena, &a->best, places);
         arena_take(&arena, &a->arrived, (size_t)p->groups * 32);
         p->bytes = arena.used;
