@@ -3223,8 +3223,8 @@ enum { DECODE_IN, DECODE_X, DECODE_SCAN, DECODE_OUT, DECODE_UP, DECODE_HEAD, DEC
 
 // DecodeShape: TILES groups of 8 sequences; WARPS of a block share the sums over k; TALL tiles of 16 outputs
 // and AHEAD chunks of 32 k per warp are worked on at a time; QUEUE pieces of weights are on their way
-template <int TILES_, int WARPS_, bool TAGGED_, int TALL_, int AHEAD_, int QUEUE_> struct DecodeShape {
-    static const bool TAGGED = TAGGED_;
+template <int TILES_, int WARPS_, bool TAGGED_, int TALL_, int AHEAD_, int QUEUE_, bool SSD_ = false> struct DecodeShape {
+    static const bool TAGGED = TAGGED_, SSD = SSD_;
     static const int TILES = TILES_, WARPS = WARPS_, TALL = TALL_, AHEAD = AHEAD_, QUEUE = QUEUE_,
                      SEQUENCES = 8 * TILES, THREADS = WARP * WARPS, WIDTH = TAGGED ? 4 : 2,
                      PART = TALL * TILES * 128, VALUES = (PART + THREADS - 1) / THREADS,
@@ -3274,7 +3274,7 @@ typedef struct {
     // out
     float* logits;                     // (rows,Vp), or NULL
     int* next;                         // (rows) the most likely tokens, -1 after a logit that is not finite; or NULL
-    int out_at, xz_at, bc_at, decay_at, res_at, scale_at;    // in shared memory, floats
+    int out_at, xz_at, bc_at, res_at, scale_at;    // in shared memory, floats
     int token[DECODE_ROWS];
 #ifdef DECODE_PROFILE
     long long* profile;
@@ -3423,13 +3423,17 @@ __device__ __forceinline__ void decode_post(void* p, uint32_t value, unsigned ta
                  :: "l"(p), "l"((unsigned long long)tag << 32 | value) : "memory");
 }
 
+template <class S>
+__device__ __forceinline__ void decode_post_pair(char* to, size_t at, float low, float high, unsigned tag) {
+    if (S::TAGGED) decode_post(to + 4 * at, scan_pack(low, high), tag);
+    else *(uint32_t*)(to + 2 * at) = scan_pack(low, high);
+}
+
 // decode_send: neighbouring threads have neighbouring values; two of them become one word
 template <class S> __device__ __forceinline__ void decode_send(char* to, size_t at, float value, unsigned tag) {
     int lane = threadIdx.x % WARP;
     float other = __shfl_xor_sync(3u << (lane & ~1), value, 1);
-    if (lane & 1) return;
-    if (S::TAGGED) decode_post(to + 4 * at, scan_pack(value, other), tag);
-    else *(uint32_t*)(to + 2 * at) = scan_pack(value, other);
+    if (!(lane & 1)) decode_post_pair<S>(to, at, value, other, tag);
 }
 
 // DecodeInput: 8 values that were sent
@@ -3451,7 +3455,7 @@ template <bool TAGGED> struct DecodeInput {
 // DecodeBlock: a block's place, and its shared memory
 struct DecodeBlock {
     int index, blocks, row0, n;        // in its group; the first sequence and the number of them
-    float *part, *out, *xz, *bc, *decay, *res, *scale;
+    float *part, *out, *xz, *bc, *res, *scale;
     uint2 *squares, *gated_squares;
     float2* best;
 };
@@ -3508,101 +3512,124 @@ __device__ __forceinline__ void decode_conv(const Decode& a, const DecodeStep& s
     #pragma unroll 1
     for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
         DecodeConv now = next;
-        next.load(a, s, b, own, at + S::THREADS, lg, convolved);
+        if (at + S::THREADS < b.n << lg) next.load(a, s, b, own, at + S::THREADS, lg, convolved);
         int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
         if (i >= own.count) continue;
         float *value = &values[i * S::SEQUENCES + n], *z = value + own.count * S::SEQUENCES;
         float out = to_float(from_float<bf16>(*value));
         if (s.second) *z = to_float(from_float<bf16>(*z));
+        float x = out, c = now.bias;
         if (e < convolved) {
-            float x = out, c = now.bias;
-            float* tail = s.state + (size_t)(b.row0 + n) * (a.taps - 1) * a.channels + e;
             #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                if (k >= a.taps) continue;
-                c += now.weight[k] * (k == a.taps - 1 ? x : now.tail[k < 3 ? k : 2]);
-                if (k < a.taps - 1) tail[(size_t)k * a.channels] = k + 2 < a.taps ? now.tail[k < 2 ? k + 1 : 2] : x;
-            }
+            for (int k = 0; k < 4; k++)
+                if (k < a.taps) c += now.weight[k] * (k == a.taps - 1 ? x : now.tail[k < 3 ? k : 2]);
             out = to_float(from_float<bf16>(silu_cuda(c)));
         }
         *value = out;
         if (to) decode_send<S>(to, (size_t)(b.row0 + n) * ld + e, out, tag);
+        if (e >= convolved) continue;
+        float* tail = s.state + (size_t)(b.row0 + n) * (a.taps - 1) * a.channels + e;
+        #pragma unroll
+        for (int k = 0; k < 3; k++)
+            if (k < a.taps - 1) tail[(size_t)k * a.channels] = k + 2 < a.taps ? now.tail[k < 2 ? k + 1 : 2] : x;
     }
 }
 
-// Threads of one (channel, sequence) pair in a scan: 4 states to each of them, at most a warp
-__device__ __forceinline__ int decode_lanes(int N) { return N <= 16 ? 2 : N <= 32 ? 3 : N <= 64 ? 4 : 5; }     // log2
+// Threads of one (channel, sequence) pair in a scan: 4 states to each of them, at most a warp (log2)
+template <bool SSD> __device__ __forceinline__ int decode_lanes(int N) {
+    return N <= 16 ? 2 : N <= 32 ? 3 : N <= 64 || !SSD ? 4 : 5;
+}
 
-// DecodeStates: the first states of some (channel, sequence) pairs, 4 per thread
-template <class S> struct DecodeStates {
-    float h[S::PAIRS][4], bias[S::PAIRS], skip[S::PAIRS];
+// DecodeStates: the first states of some (channel, sequence) pairs, 4 per thread, and their decays
+template <class S, bool SSD> struct DecodeStates {
+    float h[S::PAIRS][4], rate[S::PAIRS][4], bias[S::PAIRS], skip[S::PAIRS];
     __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int at, int lg) {
-        const int lanes = decode_lanes(a.N), l = threadIdx.x & ((1 << lanes) - 1);
+        const int lanes = decode_lanes<SSD>(a.N), l = threadIdx.x & ((1 << lanes) - 1);
         #pragma unroll
         for (int j = 0; j < S::PAIRS; j++, at += S::THREADS >> lanes) {
             int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
             if (i >= own.count || n >= b.n) continue;
-            int head = s.kind == DECODE_SSD ? e / a.P : e;
-            const float* from = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N + 4 * l;
-            skip[j] = s.p[1][a.D_has_hdim ? e : head];
+            int head = SSD ? e / a.P : e;
+            const float *from = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N + 4 * l,
+                        *A_log = SSD ? s.p[0] + head : s.p[0] + (size_t)e * a.N + 4 * l;
+            skip[j] = s.p[1][SSD && !a.D_has_hdim ? head : e];
             bias[j] = s.p[2][head];
-            if (a.N % 4 == 0 && 4 * l < a.N) *(float4*)h[j] = *(const float4*)from;
-            else
+            rate[j][0] = *A_log;
+            if (a.N % 4 == 0 && 4 * l < a.N) {
+                *(float4*)h[j] = *(const float4*)from;
+                if (!SSD) *(float4*)rate[j] = *(const float4*)A_log;
+            } else
                 #pragma unroll
-                for (int k = 0; k < 4; k++) h[j][k] = 4 * l + k < a.N ? from[k] : 0.0f;
+                for (int k = 0; k < 4; k++) {
+                    h[j][k] = 4 * l + k < a.N ? from[k] : 0.0f;
+                    if (!SSD) rate[j][k] = 4 * l + k < a.N ? A_log[k] : 0.0f;
+                }
         }
     }
 };
 
-// decode_scan: formulas (F4) to (F8) of Mamba-1 (section 4.9), (S2) to (S5) of Mamba-2 for one token. What is to
-// be sent replaces z; with a gated norm `out` becomes what its mean square is taken of
-template <class S>
+// decode_scan: formulas (F4) to (F8) of Mamba-1 (section 4.9), (S2) to (S5) of Mamba-2 for one token. Mamba-1
+// sends y; Mamba-2 puts it where z was, and with a gated norm into `out` what its mean square is taken of
+template <class S, bool SSD>
 __device__ __forceinline__ void decode_scan(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own,
-                                            DecodeStates<S> next) {
-    const bool ssd = s.kind == DECODE_SSD;
-    const int lanes = decode_lanes(a.N), l = threadIdx.x & ((1 << lanes) - 1), lg = power2_above(own.count);
-    const int ld_bc = ssd ? 2 * a.G * a.N + a.H : 2 * a.N;
+                                            DecodeStates<S, SSD> next, unsigned tag) {
+    const int lanes = decode_lanes<SSD>(a.N), l = threadIdx.x & ((1 << lanes) - 1), lg = power2_above(own.count);
+    const int ld_bc = SSD ? 2 * a.G * a.N + a.H : 2 * a.N;
     #pragma unroll 1
     for (int at0 = 0; at0 < b.n << lg; at0 += S::PAIRS * S::THREADS >> lanes) {
-        DecodeStates<S> now = next;
+        DecodeStates<S, SSD> now = next;
         int at = at0 + (int)(threadIdx.x >> lanes);
-        next.load(a, s, b, own, at + (S::PAIRS * S::THREADS >> lanes), lg);
+        if (at0 + (S::PAIRS * S::THREADS >> lanes) < b.n << lg)
+            next.load(a, s, b, own, at + (S::PAIRS * S::THREADS >> lanes), lg);
         #pragma unroll
         for (int j = 0; j < S::PAIRS; j++, at += S::THREADS >> lanes) {
             int i = at & ((1 << lg) - 1), n = at >> lg;
             bool inside = i < own.count && n < b.n;
             if (!inside) i = n = 0;
-            int e = own.first + i, head = ssd ? e / a.P : 0;
+            int e = own.first + i, head = SSD ? e / a.P : 0;
             float* h_e = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N;
             float* z = &b.xz[(own.count + i) * S::SEQUENCES + n];
-            const float *row = b.bc + n * ld_bc, *B_n = row + (ssd ? head * a.G / a.H * a.N : 0), *C_n = B_n + a.G * a.N,
-                        *decay = b.decay + (ssd ? i : i * a.N);
-            float dt = scan_softplus((ssd ? row[2 * a.G * a.N + head] : b.out[i * S::SEQUENCES + n]) + now.bias[j]),
-                  x = b.xz[i * S::SEQUENCES + n], sum = 0, after[4];
-            if (ssd) dt = fminf(fmaxf(dt, a.dt_low), a.dt_high);
-            float same = exp2_unit(dt * decay[0]);
-            #pragma unroll 1
-            for (int first = 4 * l; inside && first < a.N; first += 4 << lanes) {
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    if (first + k >= a.N) continue;
-                    float before = first == 4 * l ? now.h[j][k] : h_e[first + k];
-                    after[k] = fmaf(ssd ? same : exp2_unit(dt * decay[first + k]), before, dt * x * B_n[first + k]);
-                    sum = fmaf(C_n[first + k], after[k], sum);
-                }
-                if (a.N % 4 == 0) *(float4*)(h_e + first) = *(float4*)after;
-                else
+            const float *row = b.bc + n * ld_bc, *B_n = row + (SSD ? head * a.G / a.H * a.N : 0), *C_n = B_n + a.G * a.N;
+            float dt = (SSD ? row[2 * a.G * a.N + head] : b.out[i * S::SEQUENCES + n]) + now.bias[j],
+                  x = b.xz[i * S::SEQUENCES + n], sum = 0, after[4], same = 0;
+            dt = scan_softplus_fast(dt * SCAN_LOG2E);
+            if (SSD) {
+                dt = fminf(fmaxf(dt, a.dt_low), a.dt_high);
+                same = exp2_unit(dt * scan_decay(now.rate[j][0]));
+            }
+            float dtx = dt * x;
+            if (inside)
+                #pragma unroll 1
+                for (int first = 4 * l; first < a.N; first += 4 << lanes) {
                     #pragma unroll
-                    for (int k = 0; k < 4; k++) if (first + k < a.N) h_e[first + k] = after[k];
-            }
+                    for (int k = 0; k < 4; k++) {
+                        if (first + k >= a.N) continue;
+                        bool read = first == 4 * l;
+                        float before = read ? now.h[j][k] : h_e[first + k], decay = same;
+                        if (!SSD)
+                            decay = exp2_unit(dt * scan_decay(read ? now.rate[j][k] : s.p[0][(size_t)e * a.N + first + k]));
+                        after[k] = fmaf(decay, before, dtx * B_n[first + k]);
+                        sum = fmaf(C_n[first + k], after[k], sum);
+                    }
+                    if (a.N % 4 == 0) *(float4*)(h_e + first) = *(float4*)after;
+                    else
+                        #pragma unroll
+                        for (int k = 0; k < 4; k++) if (first + k < a.N) h_e[first + k] = after[k];
+                }
+            #pragma unroll 1
             for (int step = 1; step < 1 << lanes; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-            if (!inside || l > 0) continue;
             float y = fmaf(now.skip[j], x, sum), gate = silu_cuda(*z);
-            if (ssd && s.p[3]) {
-                b.out[i * S::SEQUENCES + n] = a.norm_before_gate ? y : y * gate;
-                gate *= s.p[3][e];
+            if (!SSD) {                                        // a pair of channels: two groups of lanes
+                y *= gate;
+                float other = __shfl_xor_sync(0xffffffffu, y, 1 << lanes);
+                if (inside && l == 0 && i % 2 == 0) decode_post_pair<S>(a.y, (size_t)(b.row0 + n) * a.E + e, y, other, tag);
+            } else if (inside && l == 0) {
+                if (s.p[3]) {
+                    b.out[i * S::SEQUENCES + n] = a.norm_before_gate ? y : y * gate;
+                    gate *= s.p[3][e];
+                }
+                *z = y * gate;
             }
-            *z = y * gate;
         }
     }
 }
@@ -3648,7 +3675,7 @@ template <class S>
 __device__ __forceinline__ void decode_rms(const Decode& a, const DecodeBlock& b, const uint2* squares, int width, unsigned tag) {
     const int lanes = S::THREADS / S::SEQUENCES < WARP ? S::THREADS / S::SEQUENCES : WARP, MANY = 5;
     float sum = 0;
-    int n = threadIdx.x / lanes;
+    int n = (S::THREADS - 1 - (int)threadIdx.x) / lanes;     // the last warps: they may have less else to do
     if (n >= b.n) return;
     #pragma unroll 1
     for (int first = threadIdx.x % lanes; first < b.blocks; first += MANY * lanes) {
@@ -3696,7 +3723,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
     uint4* stage = (uint4*)(shared + S::WARPS * S::QUEUE * 1024) + w * AHEAD * TILES * WARP + lane;
     b.part = (float*)(shared + S::WARPS * (S::QUEUE * 1024 + AHEAD * TILES * 512));
     float* more = b.part + S::WARPS * S::PART;
-    b.out = more + a.out_at; b.xz = more + a.xz_at; b.bc = more + a.bc_at; b.decay = more + a.decay_at;
+    b.out = more + a.out_at; b.xz = more + a.xz_at; b.bc = more + a.bc_at; 
     b.res = more + a.res_at; b.scale = more + a.scale_at;
     b.squares = a.squares + (size_t)group * a.blocks * SEQUENCES;
     b.gated_squares = b.squares + (size_t)gridDim.x * SEQUENCES;
@@ -3722,7 +3749,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
     }
     if (!S::TAGGED) decode_arrive(arrived);
 
-    DecodeStates<S> states;
+    DecodeStates<S, S::SSD> states;
     float2 best[S::BESTS];
     #pragma unroll
     for (int i = 0; i < S::BESTS; i++) best[i] = make_float2(-INFINITY, __int_as_float(INT_MAX));
@@ -3733,31 +3760,23 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
         const DecodeStep& s = now.s;
         MARK(0);
         const int kind = s.kind;
-        const bool joined = s.joined;
+        const bool joined = S::SSD && s.joined;
         if (!joined) tag++;
         const Share own(now.first, now.count);
         const int rows = s.second ? 2 * own.count : own.count, tiles = (rows + 15) / 16, chunks = (s.K + 31) / 32;
-        const char* input = kind == DECODE_X ? a.x : kind == DECODE_SCAN || kind == DECODE_SSD ? a.rbc : kind == DECODE_OUT ? a.y : a.u;
+        const char* input = kind == DECODE_X ? a.x : kind == DECODE_SCAN || (S::SSD && kind == DECODE_SSD) ? a.rbc : kind == DECODE_OUT ? a.y : a.u;
         const int ld = kind == DECODE_SCAN ? a.ld_rbc : s.K;
-        const bool normed = kind == DECODE_IN || kind == DECODE_UP || kind == DECODE_HEAD || kind == DECODE_BC || s.gated;
+        const bool normed = kind == DECODE_IN || kind == DECODE_UP || kind == DECODE_HEAD || (S::SSD && (kind == DECODE_BC || s.gated));
         float* out = kind == DECODE_IN ? b.xz : b.out;
         // what does not depend on the other blocks
         look_ahead(number + 5);
         DecodeConv conv;
         float norm = 0;
-        if ((kind == DECODE_IN || kind == DECODE_BC) && own.count)
+        if (kind == DECODE_IN || (S::SSD && kind == DECODE_BC && own.count))
             conv.load(a, s, b, own, threadIdx.x, power2_above(own.count), kind == DECODE_IN ? a.E : 2 * a.G * a.N);
         if (kind == DECODE_IN) {
-            const DecodeStep &next = ring[(number + 1) % DECODE_RING].s, &second = ring[(number + 2) % DECODE_RING].s;
-            const DecodeStep& scan = next.kind == DECODE_SSD ? next : second;
-            states.load(a, scan, b, own, threadIdx.x >> decode_lanes(a.N), power2_above(own.count));
-            if (scan.kind == DECODE_SSD)
-                for (int i = threadIdx.x; i < own.count; i += S::THREADS)
-                    b.decay[i] = scan_decay(scan.p[0][(own.first + i) / a.P]);
-            else
-                #pragma unroll 1
-                for (int i = threadIdx.x; i < own.count * a.N; i += S::THREADS)
-                    b.decay[i] = scan_decay(scan.p[0][(size_t)own.first * a.N + i]);
+            const DecodeStep& scan = ring[(number + (S::SSD ? 1 : 2)) % DECODE_RING].s;
+            states.load(a, scan, b, own, threadIdx.x >> decode_lanes<S::SSD>(a.N), power2_above(own.count));
         } else if (kind == DECODE_OUT) {
             int lg = power2_above(own.count), i = threadIdx.x & ((1 << lg) - 1);
             if (i < own.count) norm = s.p[0][own.first + i];
@@ -3808,10 +3827,10 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
                     if (first > 0) continue;
                     // while the first inputs are on their way
                     if (normed && !joined)
-                        decode_rms<S>(a, b, s.gated ? b.gated_squares : b.squares, s.gated ? a.E : a.D, tag);
-                    if (kind != DECODE_SCAN && kind != DECODE_SSD) continue;
-                    const int words = kind == DECODE_SSD ? (2 * a.G * a.N + a.H) / 2 : a.N, lg = power2_above(words),
-                              skip = kind == DECODE_SSD ? 0 : a.R;
+                        decode_rms<S>(a, b, S::SSD && s.gated ? b.gated_squares : b.squares, S::SSD && s.gated ? a.E : a.D, tag);
+                    if (kind != DECODE_SCAN && !(S::SSD && kind == DECODE_SSD)) continue;
+                    const int words = S::SSD ? (2 * a.G * a.N + a.H) / 2 : a.N, lg = power2_above(words),
+                              skip = S::SSD ? 0 : a.R;
                     #pragma unroll 1
                     for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
                         int i = at & ((1 << lg) - 1), n = at >> lg;
@@ -3879,25 +3898,24 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
         // values for the other blocks
         const DecodeStep& following = ring[(number + 1) % DECODE_RING].s;
         if (kind == DECODE_IN)
-            decode_conv<S>(a, s, b, own, b.xz, a.E, following.kind == DECODE_SSD ? NULL : a.x, a.E, conv, tag + 1);
-        else if (kind == DECODE_BC) {
+            decode_conv<S>(a, s, b, own, b.xz, a.E, S::SSD ? NULL : a.x, a.E, conv, tag + 1);
+        else if (S::SSD && kind == DECODE_BC) {
             if (own.count) decode_conv<S>(a, s, b, own, b.out, 2 * a.G * a.N, a.rbc, a.ld_rbc, conv, tag + 1);
         } else if (kind == DECODE_OUT) decode_residual<S>(a, s.p[0], norm, b, own, false, tag + 1);
+        else if (!S::SSD && kind == DECODE_SCAN) decode_scan<S, S::SSD>(a, s, b, own, states, tag + 1);
         else if (kind != DECODE_HEAD && own.count) {
-            const bool scan = kind == DECODE_SCAN || kind == DECODE_SSD;
-            if (scan) {
-                decode_scan<S>(a, s, b, own, states);
+            if (S::SSD && kind == DECODE_SSD) {
+                decode_scan<S, S::SSD>(a, s, b, own, states, tag + 1);
                 __syncthreads();
-                if (kind == DECODE_SSD && s.p[3]) decode_squares<S>(b, b.out, own.count, b.gated_squares, tag + 1);
+                if (s.p[3]) decode_squares<S>(b, b.out, own.count, b.gated_squares, tag + 1);
             }
-            const int lg = power2_above(own.count);
-            const int ld_out = kind == DECODE_X ? a.ld_rbc : s.O;
+            const int lg = power2_above(own.count), ld_out = kind == DECODE_X ? a.ld_rbc : s.O;
             char* to = kind == DECODE_X ? a.rbc : a.y;
             #pragma unroll 1
             for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
                 int i = at & ((1 << lg) - 1), n = at >> lg;
                 if (i >= own.count) continue;
-                float z = scan ? b.xz[(own.count + i) * SEQUENCES + n] : b.out[i * SEQUENCES + n];
+                float z = S::SSD && kind == DECODE_SSD ? b.xz[(own.count + i) * SEQUENCES + n] : b.out[i * SEQUENCES + n];
                 if (kind == DECODE_UP)
                     z = to_float(from_float<bf16>(z)) *
                         silu_cuda(to_float(from_float<bf16>(b.out[(own.count + i) * SEQUENCES + n])));
@@ -3905,7 +3923,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
             }
         }
         MARK(6);
-        if (!S::TAGGED && kind != DECODE_HEAD && !following.joined) decode_arrive(arrived);
+        if (!S::TAGGED && kind != DECODE_HEAD && !(S::SSD && following.joined)) decode_arrive(arrived);
         MARK(7);
     }
     if (!a.next) {          // nobody waits any more: the last one leaves a zero
@@ -4783,7 +4801,7 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
 }
 
 // The shapes of decode_kernel, chosen by the number of sequences
-typedef DecodeShape<1, 16, true, 4, 6, 8> DecodeFew;
+typedef DecodeShape<1, 16, true, 4, 3, 10> DecodeFew;
 typedef DecodeShape<2, 16, false, 2, 3, 6> DecodeSome;
 typedef DecodeShape<4, 16, false, 2, 2, 4> DecodeMany;
 
@@ -4870,7 +4888,6 @@ static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>*
     a->out_at = take(out * S::SEQUENCES);
     a->xz_at = take(2 * share(E) * S::SEQUENCES);
     a->bc_at = take(2 * N * S::SEQUENCES);
-    a->decay_at = take(share(E) * N);
     a->res_at = take(share(D) * S::SEQUENCES);
     a->scale_at = take(S::SEQUENCES);
     p->shared = S::MEMORY + (size_t)floats * sizeof(float);
@@ -4923,9 +4940,11 @@ static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d,
 #ifdef DECODE_EXPERIMENT
     const char* shape = getenv("SHAPE") ? getenv("SHAPE") : "";
     #define TRY(name, ...) if (strcmp(shape, name) == 0) return decode_plan_of<DecodeShape<__VA_ARGS__> >(p, m, d, rows, state, host)
-    TRY("1c16", 1, 16, false, 4, 6, 8);
-    TRY("1t8", 1, 8, true, 4, 6, 16);
-    TRY("4c8", 4, 8, false, 4, 4, 6);
+    TRY("16a6", 1, 16, true, 4, 6, 8);
+    TRY("8a6", 1, 8, true, 4, 6, 16);
+    TRY("8c", 1, 8, false, 4, 6, 16);
+    TRY("4c8", 4, 8, false, 2, 4, 8);
+    TRY("2t8", 2, 8, true, 2, 3, 8);
 #endif
     if (rows <= 8) return decode_plan_of<DecodeFew>(p, m, d, rows, state, host);
     if (rows <= 16) return decode_plan_of<DecodeSome>(p, m, d, rows, state, host);
