@@ -30,6 +30,8 @@
 // ---------------------------------------------------------------------------------------------------
 // 1. Harness: report, child processes, memory, files
 
+#define COUNT_OF(array) ((int)(sizeof(array) / sizeof(array[0])))
+
 int rows_passed = 0, rows_failed = 0;
 char** failed_names = NULL;
 const char* case_name = "";
@@ -250,7 +252,7 @@ typedef struct {
 typedef struct Problem {
     const struct LayerTest* layer;
     const char* shape;           // as given, and as shown in the table
-    size_t B, T, D, E, N, K, V;  // from it; unused ones are 0
+    size_t B, T, D, E, N, K, V, H, P, G, Q, S;      // from it; unused ones are 0
     int flags;
     Operand in[MAX_IN], out[MAX_OUT];
     int n_in, n_out;
@@ -270,6 +272,7 @@ typedef struct LayerTest {
     void (*formula)(const Problem* p, double** in, double** out);   // dense arrays, NULL: not given
     int state;                   // index of the initial state among the inputs, -1: every token stands alone
     bool overwrites;             // backward writes its gradient instead of adding to it
+    bool rounds;                 // pieces of a sequence equal the whole to rounding only
 } LayerTest;
 
 size_t span(const Operand* t) { return t->rows ? (t->rows - 1) * t->ld + t->cols : 0; }
@@ -315,23 +318,24 @@ void given_if(Operand* t, bool given) {
 
 // Patterns of documents, one digit per token, the last one continued. They hold boundaries at 0 (the first id
 // is not 0, so a given state must be ignored), at 1, at K-1 and K, neighbouring boundaries, documents of one
-// token, ids with gaps, and, for even rows, boundaries around the chunk edge of the scan. No id is used
-// for two documents of a sequence.
+// token, ids with gaps, and, for even rows, boundaries one before, on and one behind the first chunk edge. No
+// id is used for two documents of a sequence.
 const char* doc_patterns[] = { "0001", "1", "0123456", "1112", "00", "01223444", "0033", "01" };
 
-int* make_docs(size_t pattern, size_t B, size_t T) {
+int* make_docs_at(size_t pattern, size_t B, size_t T, size_t edge) {
     int* doc = (int*)test_alloc(B * T, sizeof(int));
     for (size_t b = 0; b < B; b++) {
         const char* digits = doc_patterns[(pattern + b) % 8];
         size_t n = strlen(digits);
         for (size_t t = 0; t < T; t++) {
             doc[b * T + t] = digits[t < n ? t : n - 1] - '0';
-            if (b % 2 == 0 && t + 1 >= SCAN_CHUNK)
-                doc[b * T + t] += (int)(t - SCAN_CHUNK + 2 < 3 ? t - SCAN_CHUNK + 2 : 3);
+            if (b % 2 == 0 && t + 1 >= edge) doc[b * T + t] += (int)(t - edge + 2 < 3 ? t - edge + 2 : 3);
         }
     }
     return doc;
 }
+
+int* make_docs(size_t pattern, size_t B, size_t T) { return make_docs_at(pattern, B, T, SCAN_CHUNK); }
 
 // problem_make: shape is a text such as "B3 T7 E5 N2 state final documents1"
 void problem_make(Problem* p, const LayerTest* layer, const char* shape) {
@@ -341,13 +345,14 @@ void problem_make(Problem* p, const LayerTest* layer, const char* shape) {
     p->scale = (real)0.375;
     p->flags = (strstr(shape, "bias") ? HAS_BIAS : 0) | (strstr(shape, "state") ? HAS_STATE : 0) |
                (strstr(shape, "final") ? HAS_FINAL : 0) | (strstr(shape, "big") ? IS_BIG : 0);
-    size_t* const sizes[] = { &p->B, &p->T, &p->D, &p->E, &p->N, &p->K, &p->V };
-    for (int i = 0; i < 7; i++) {
-        const char* at = strchr(shape, "BTDENKV"[i]);
+    size_t* const sizes[] = { &p->B, &p->T, &p->D, &p->E, &p->N, &p->K, &p->V, &p->H, &p->P, &p->G, &p->Q,
+                              &p->S };
+    for (int i = 0; i < COUNT_OF(sizes); i++) {
+        const char* at = strchr(shape, "BTDENKVHPGQS"[i]);
         if (at) *sizes[i] = (size_t)atoi(at + 1);
     }
     const char* docs = strstr(shape, "documents");
-    if (docs) p->doc = make_docs((size_t)atoi(docs + 9), p->B, p->T);
+    if (docs) p->doc = make_docs_at((size_t)atoi(docs + 9), p->B, p->T, p->Q > 1 ? p->Q : SCAN_CHUNK);
     if (p->V) {
         p->ids = (int*)test_alloc(p->B * p->T, sizeof(int));
         for (size_t i = 0; i < p->B * p->T; i++) p->ids[i] = (int)(random_bits(7, 1, i) % p->V);
@@ -646,8 +651,6 @@ void check_layer(const LayerTest* layer, const char* const* shapes, int n_shapes
 // 4. The layers: shapes, calls, formulas
 // Sizes are ragged on purpose; `big` ones give every thread work, cross block edges, and are not differenced.
 
-#define COUNT_OF(array) ((int)(sizeof(array) / sizeof(array[0])))
-
 // Embedding: out[m,:] = weight[token[m],:]. Tokens repeat, so gradients of one row meet.
 void embedding_make(Problem* p) {
     add_input(p, "weight", SHARED, p->V, p->D, 0, -1, 1);
@@ -664,7 +667,7 @@ void embedding_formula(const Problem* p, double** in, double** out) {
         out[0][i] = in[0][(size_t)p->ids[i / p->D] * p->D + i % p->D];
 }
 const LayerTest embedding_layer = {
-    "embedding", embedding_make, embedding_fwd, embedding_bwd, embedding_formula, -1, false
+    "embedding", embedding_make, embedding_fwd, embedding_bwd, embedding_formula, -1, false, false
 };
 void test_embedding(void) {
     const char* const shapes[] = {
@@ -699,7 +702,7 @@ void matmul_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest matmul_layer = {
-    "matmul", matmul_make, matmul_fwd, matmul_bwd, matmul_formula, -1, false
+    "matmul", matmul_make, matmul_fwd, matmul_bwd, matmul_formula, -1, false, false
 };
 void test_matmul(void) {
     const char* const shapes[] = {
@@ -733,7 +736,7 @@ void rmsnorm_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest rmsnorm_layer = {
-    "rmsnorm", rmsnorm_make, rmsnorm_fwd, rmsnorm_bwd, rmsnorm_formula, -1, false
+    "rmsnorm", rmsnorm_make, rmsnorm_fwd, rmsnorm_bwd, rmsnorm_formula, -1, false, false
 };
 void test_rmsnorm(void) {
     const char* const shapes[] = {
@@ -747,8 +750,9 @@ bool document_starts(const Problem* p, size_t b, size_t t) {
     return p->doc[b * p->T + t] != (t ? p->doc[b * p->T + t - 1] : 0);
 }
 
-// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}). Inputs before t = 0 come from the tail;
-// none come from another document.
+// Causal conv: out_t = silu(bias + sum_k weight[k] inp_{t-K+1+k}); `linear`: without silu. Inputs before
+// t = 0 come from the tail; none come from another document.
+bool conv_silu(const Problem* p) { return !strstr(p->shape, "linear"); }
 void conv_make(Problem* p) {
     add_input(p, "inp", PER_TOKEN, p->B * p->T, p->E, 3, -1, 1);
     add_input(p, "weight", SHARED, p->E, p->K, 0, -1, 1);
@@ -761,12 +765,12 @@ void conv_make(Problem* p) {
 }
 void conv_fwd(Problem* p) {
     causal_conv1d_forward(p->out[0].value, p->out[1].value, p->in[0].value, p->in[0].ld, p->in[3].value,
-                          p->in[1].value, p->in[2].value, p->doc, p->B, p->T, p->E, p->K);
+                          p->in[1].value, p->in[2].value, conv_silu(p), p->doc, p->B, p->T, p->E, p->K);
 }
 void conv_bwd(Problem* p) {
     causal_conv1d_backward(p->in[0].grad, p->in[0].ld, p->in[1].grad, p->in[2].grad, p->in[3].grad,
                            p->out[0].grad, p->out[1].grad, p->in[0].value, p->in[0].ld, p->in[3].value,
-                           p->in[1].value, p->in[2].value, p->doc, p->B, p->T, p->E, p->K);
+                           p->in[1].value, p->in[2].value, conv_silu(p), p->doc, p->B, p->T, p->E, p->K);
 }
 // the input j tokens before token t of sequence b, as token t sees it: 0 if it is of another document
 double conv_past(const Problem* p, double** in, size_t b, size_t t, size_t j, size_t e) {
@@ -781,7 +785,7 @@ void conv_formula(const Problem* p, double** in, double** out) {
                 double c = in[2] ? in[2][e] : 0;
                 for (size_t k = 0; k < p->K; k++)
                     c += in[1][e * p->K + k] * conv_past(p, in, b, t, p->K - 1 - k, e);
-                out[0][(b * p->T + t) * p->E + e] = c / (1 + exp(-c));
+                out[0][(b * p->T + t) * p->E + e] = conv_silu(p) ? c / (1 + exp(-c)) : c;
             }
             // oldest first: K-2-j tokens before the last one
             for (size_t j = 0; out[1] && j + 1 < p->K; j++)
@@ -790,7 +794,7 @@ void conv_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest conv_layer = {
-    "causal_conv1d", conv_make, conv_fwd, conv_bwd, conv_formula, 3, false
+    "causal_conv1d", conv_make, conv_fwd, conv_bwd, conv_formula, 3, false, false
 };
 void test_conv(void) {
     const char* const shapes[] = {
@@ -800,7 +804,8 @@ void test_conv(void) {
         "B3 T7 E13 K3 bias final documents6", "B8 T2 E3 K4 state final documents0",
         "B8 T9 E5 K2 state final documents0", "B8 T7 E5 K1 bias state final documents0",
         "B8 T67 E70 K4 bias state final big documents0",
-        "B2 T5 E31 K4 bias state final" };       // one channel short of a tile
+        "B2 T5 E31 K4 bias state final",         // one channel short of a tile
+        "B3 T7 E5 K4 bias state final documents0 linear", "B1 T1 E33 K3 final linear" };
     check_layer(&conv_layer, shapes, COUNT_OF(shapes));
 }
 
@@ -818,7 +823,7 @@ void softplus_formula(const Problem* p, double** in, double** out) {
     for (size_t i = 0; i < p->B * p->T * p->E; i++) out[0][i] = softplus_exact(in[0][i]);
 }
 const LayerTest softplus_layer = {
-    "softplus", softplus_make, softplus_fwd, softplus_bwd, softplus_formula, -1, false
+    "softplus", softplus_make, softplus_fwd, softplus_bwd, softplus_formula, -1, false, false
 };
 void test_softplus(void) {
     const char* const shapes[] = {
@@ -882,7 +887,7 @@ void scan_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest scan_layer = {
-    "selective_scan", scan_make, scan_fwd, scan_bwd, scan_formula, SCAN_H0, false
+    "selective_scan", scan_make, scan_fwd, scan_bwd, scan_formula, SCAN_H0, false, false
 };
 void test_scan(void) {
     const char* const shapes[] = {
@@ -935,7 +940,7 @@ void gate_formula(const Problem* p, double** in, double** out) {
     for (size_t i = 0; i < p->B * p->T * p->E; i++) out[0][i] = in[0][i] * in[1][i] / (1 + exp(-in[1][i]));
 }
 const LayerTest gate_layer = {
-    "gate", gate_make, gate_fwd, gate_bwd, gate_formula, -1, false
+    "gate", gate_make, gate_fwd, gate_bwd, gate_formula, -1, false, false
 };
 void test_gate(void) {
     const char* const shapes[] = {
@@ -967,7 +972,8 @@ void crossentropy_formula(const Problem* p, double** in, double** out) {
     }
 }
 const LayerTest crossentropy_layer = {
-    "crossentropy", crossentropy_make, crossentropy_fwd, crossentropy_bwd, crossentropy_formula, -1, true
+    "crossentropy", crossentropy_make, crossentropy_fwd, crossentropy_bwd, crossentropy_formula, -1, true,
+    false
 };
 void test_crossentropy(void) {
     const char* const shapes[] = {
@@ -1014,7 +1020,8 @@ void problem_join(Problem* left, Problem* right) {
 void compare_parts(const Problem* p, const double* whole, Worst* forward, Worst* backward, size_t cut) {
     size_t n, at = count(&p->out[0]) + count(&p->out[1]);
     double* parts = snapshot(p, &n);
-    worst_add(forward, differing(parts, whole, at), "cut %d, %s", (int)cut, p->shape);
+    double err = p->layer->rounds ? relative_l2(parts, whole, at) : differing(parts, whole, at);
+    worst_add(forward, err, "cut %d, %s", (int)cut, p->shape);
     for (int i = 0; i < p->n_in; at += count(&p->in[i++]))
         worst_add(backward, relative_l2(parts + at, whole + at, count(&p->in[i])), "d%s, cut %d, %s",
                   p->in[i].name, (int)cut, p->shape);
@@ -1022,8 +1029,8 @@ void compare_parts(const Problem* p, const double* whole, Worst* forward, Worst*
 
 void report_parts(const LayerTest* layer, const Worst* forward, const Worst* backward) {
     char claim[80];
-    snprintf(claim, sizeof claim, "%s: differing bits", layer->name);
-    worst_report(claim, forward, 0);
+    snprintf(claim, sizeof claim, "%s: %s", layer->name, layer->rounds ? "outputs" : "differing bits");
+    worst_report(claim, forward, layer->rounds ? limit(3e-6, 1e-14) : 0);
     snprintf(claim, sizeof claim, "%s: gradients", layer->name);
     worst_report(claim, backward, limit(3e-6, 1e-14));      // 3.9e-7, 9.5e-16
 }
@@ -1297,6 +1304,44 @@ void must(bool ok, const Error* err) {
     if (!ok) die("test: %s", err->text);
 }
 
+// number_after_letter: 7 for "H" in "Q4 G2 H7", 0 when there is none
+int64_t number_after_letter(const char* text, char letter) {
+    const char* at = strchr(text, letter);
+    return at ? atoll(at + 1) : 0;
+}
+
+// toy_attention: what describes attention layers, from a text: Q query heads, G KV heads, H numbers in each,
+// R of them turned, a conv of K taps, an MLP of width F, room for T tokens after the C in the cache
+void toy_attention(Config* c, const char* text, size_t T) {
+    c->attn_heads = number_after_letter(text, 'Q');
+    c->attn_heads_kv = number_after_letter(text, 'G');
+    c->attn_head_dim = number_after_letter(text, 'H');
+    c->rotary_dim = number_after_letter(text, 'R');
+    c->attn_conv = number_after_letter(text, 'K');
+    c->attn_mlp = 2 * number_after_letter(text, 'F');
+    c->context = number_after_letter(text, 'C') + (int64_t)T;
+    c->rotary_interleaved = strstr(text, "interleaved") != NULL;
+    c->attn_in_bias = c->attn_out_bias = strstr(text, "biases") != NULL;
+    c->softmax_scale = strstr(text, "scale") ? 0.4 : 0;
+    c->rotary_base = 50;
+}
+
+// toy_mamba2: the same for Mamba-2 layers: P channels per head, S groups, chunks of L tokens, W of the E
+// channels in the SSM (all when not given)
+void toy_mamba2(Config* c, const char* text) {
+    c->headdim = number_after_letter(text, 'P');
+    c->ngroups = number_after_letter(text, 'S');
+    c->chunk_size = number_after_letter(text, 'L');
+    c->d_ssm = strchr(text, 'W') ? number_after_letter(text, 'W') : c->d_inner;
+    c->D_has_hdim = strstr(text, "hdim") != NULL;
+    c->norm_before_gate = strstr(text, "before") != NULL;
+    c->rmsnorm = strstr(text, "plain") == NULL;
+    c->dt_low = strstr(text, "limit") ? 0.3 : 0;
+    c->dt_high = strstr(text, "limit") ? 0.8 : INFINITY;
+    c->A_low = 1;
+    c->A_high = 16;
+}
+
 // toy_config: a small model; Vp is V rounded up to 8, so most toys have padded ids
 Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, int64_t N, int64_t K, int64_t R,
                   int64_t V) {
@@ -1311,6 +1356,8 @@ Config toy_config(const char* pattern, int64_t n_layer, int64_t D, int64_t E, in
     c.norm_eps = 1e-5; c.dt_min = 1e-3; c.dt_max = 0.1; c.dt_init_floor = 1e-4; c.dt_scale = 1;
     c.initializer_range = 0.02;
     c.eos_token = -1;
+    if (strchr(pattern, 'a')) toy_attention(&c, "Q2 G1 H4 R2 K3", 100);
+    if (strchr(pattern, '2')) toy_mamba2(&c, "P1 S1 L4");
     return c;
 }
 
@@ -1361,6 +1408,12 @@ void toy_make(Toy* toy, const Config* config, size_t B, size_t T, int doc_patter
     for (size_t i = 0; i < toy->s0.n_elements; i++) {
         toy->s0.data[i] = (real)test_uniform(-1, 1, 77, i);
         toy->dsT.data[i] = (real)test_uniform(-0.1, 0.1, 78, i);
+    }
+    for (int l = 0; l < m->n_layers; l++) {
+        if (m->layer[l].kind->letter != 'a') continue;
+        size_t most = config->context > (int64_t)T ? (size_t)config->context - T : 0;
+        AttentionState* s0 = (AttentionState*)toy->s0.field[l];
+        for (size_t b = 0; b < B; b++) s0->position[b] = (real)((most + 3 * b) % (most + 1));
     }
     toy->tokens = (int*)test_alloc(B * T, sizeof(int));
     toy->targets = (int*)test_alloc(B * T, sizeof(int));
@@ -1428,7 +1481,9 @@ double* to_double(const real* x, size_t n) {
 void test_counts(void) {
     const struct { const char* preset; size_t total; } published[] = {
         { "mamba-130m", 129135360 }, { "mamba-370m", 371516416 }, { "mamba-790m", 793204224 },
-        { "mamba-1.4b", 1372178432 }, { "mamba-2.8b", 2768345600 } };
+        { "mamba-1.4b", 1372178432 }, { "mamba-2.8b", 2768345600 }, { "mamba2-130m", 128989632 },
+        { "mamba2-370m", 368346624 }, { "mamba2-780m", 780161280 }, { "mamba2-1.3b", 1343757312 },
+        { "mamba2-2.7b", 2702599680 }, { "mamba2attn-2.7b", 2697590880 } };
     for (int i = 0; i < COUNT_OF(published); i++) {
         char name[64], option[] = "--preset", value[32];
         char* argv[] = { option, value };
@@ -1622,16 +1677,29 @@ typedef struct {
     size_t B, T;
     int docs;                // pattern of documents, -1: none
     double dropout;
+    const char* mixers;      // see toy_attention and toy_mamba2
 } ToyShape;
 const ToyShape toy_shapes[] = {
-    { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0 },
-    { "1", 2, 7, 9, 5, 2, 3, 11, false, true, false, 3, 7, 0, 0 },
-    { "1m", 2, 5, 6, 3, 3, 2, 9, true, true, true, 3, 37, 1, 0 },
-    { "11m", 2, 7, 5, 5, 4, 1, 8, false, false, true, 3, 7, 2, 0.3 },
-    { "1m", 2, 8, 6, 3, 3, 2, 9, true, true, true, 2, 9, 1, 0.6 },
-    { "1m", 1, 5, 7, 5, 2, 1, 11, false, true, true, 3, 37, 4, 0 },
-    { "1", 2, 3, 5, 5, 3, 2, 7, true, false, false, 3, 37, -1, 0 },
-    { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0 },
+    { "1", 2, 5, 7, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "" },
+    { "1", 2, 7, 9, 5, 2, 3, 11, false, true, false, 3, 7, 0, 0, "" },
+    { "1m", 2, 5, 6, 3, 3, 2, 9, true, true, true, 3, 37, 1, 0, "" },
+    { "11m", 2, 7, 5, 5, 4, 1, 8, false, false, true, 3, 7, 2, 0.3, "" },
+    { "1m", 2, 8, 6, 3, 3, 2, 9, true, true, true, 2, 9, 1, 0.6, "" },
+    { "1m", 1, 5, 7, 5, 2, 1, 11, false, true, true, 3, 37, 4, 0, "" },
+    { "1", 2, 3, 5, 5, 3, 2, 7, true, false, false, 3, 37, -1, 0, "" },
+    { "1", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0, "" },
+    { "a", 2, 6, 5, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "Q4 G2 H4 R2 K4 C3" },
+    { "am", 1, 5, 6, 3, 3, 2, 9, false, false, true, 3, 9, 0, 0, "Q2 G1 H5 R4 C62 interleaved biases" },
+    { "1am", 4, 5, 6, 3, 3, 2, 9, true, true, true, 3, 7, 2, 0.3, "Q3 G3 H2 K2 C1 scale" },
+    { "a", 1, 5, 5, 5, 4, 1, 11, true, false, true, 2, 37, 1, 0, "Q2 G2 H3 R2 K3 F3 C4 biases" },
+    { "a1", 2, 7, 5, 5, 4, 1, 7, true, false, true, 1, 1, -1, 0, "Q1 G1 H1 K1 F1" },
+    { "2", 2, 5, 12, 5, 4, 1, 11, true, false, true, 3, 7, -1, 0, "P3 S2 L4" },
+    { "2", 2, 7, 6, 3, 2, 1, 11, false, true, false, 3, 7, 0, 0, "P2 S1 L3 hdim" },
+    { "2m", 2, 5, 12, 3, 3, 1, 9, true, true, true, 3, 19, 1, 0, "P2 S2 L8 W8 before" },
+    { "12", 4, 5, 6, 3, 3, 2, 9, true, false, true, 2, 9, 2, 0.3, "P3 S1 L5 limit" },
+    { "2", 1, 5, 12, 3, 4, 1, 9, false, true, true, 3, 37, 4, 0, "P3 S1 L16 W9 plain" },
+    { "12am", 6, 4, 6, 3, 3, 1, 9, true, false, true, 2, 7, 0, 0, "Q2 G1 H4 R2 K3 C2 P2 S1 L2" },
+    { "2", 1, 3, 4, 1, 1, 1, 2, true, true, true, 1, 1, -1, 0, "P4 S1 L1" },
 };
 
 void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
@@ -1639,6 +1707,8 @@ void toy_from_shape(Toy* toy, const ToyShape* s, int recompute) {
     c.tie_embeddings = s->tie;
     c.bias = s->bias;
     c.conv_bias = s->conv_bias;
+    if (strchr(s->pattern, 'a')) toy_attention(&c, s->mixers, s->T);
+    if (strchr(s->pattern, '2')) toy_mamba2(&c, s->mixers);
     toy_make(toy, &c, s->B, s->T, s->docs, recompute);
     Dropout drop = { s->dropout, random_bits(6, STREAM_DROPOUT, 2), 5, 0 };
     toy->w.dropout = drop;
@@ -1691,6 +1761,7 @@ void test_model_gradient(void) {
             const Kind* kind = toy.m.layer[l].kind;
             for (int i = 0; i < kind->n_state; i++) {
                 size_t n = shape->B * spec_count(&kind->state[i], &toy.m.config);
+                if (strcmp(kind->state[i].name, "position") == 0) continue;       // a number of tokens
                 double *numeric = (double*)test_alloc(n, sizeof(double)),
                     *g = to_double(toy.ds0.field[l][i], n);
                 numeric_gradient(&toy, toy.s0.field[l][i], numeric, n);
@@ -1815,7 +1886,7 @@ void test_guards(void) {
                                            activation_count(&kind->acts[i], c, toy.B, toy.T));
         }
         for (int kind = 0; kind < N_KINDS; kind++)
-            for (int i = 0; i < kinds[kind].n_scratch; i++)
+            for (int i = 0; strchr(c->pattern, kinds[kind].letter) && i < kinds[kind].n_scratch; i++)
                 toy.w.scratch[kind][i] = guarded(fields, counts, &n,
                                                  activation_count(&kinds[kind].scratch[i], c, toy.B, toy.T));
         for (int l = 0; l <= toy.m.n_layers; l++) toy.w.res[l] = guarded(fields, counts, &n, M * D);
@@ -1850,7 +1921,7 @@ void test_mlp(void) {
     toy_make(&toy, &c, 1, M, -1, false);
     const Layer* layer = &toy.m.layer[1];
     const MlpParams* p = (const MlpParams*)layer->params;
-    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 } };
+    Run run = { &c, 1, M, NULL, RECOMPUTE_NONE, { 0, 0, 0, 0 }, { NULL, NULL } };
     real res[M * D], out[M * D];
     double want[M * D];
     for (size_t i = 0; i < M * D; i++) res[i] = (real)test_uniform(-0.01, 0.01, 81, i);     // eps counts
@@ -1880,7 +1951,8 @@ void test_mlp(void) {
 // Two micro-batches give the gradient of the batch of both. Catches: = instead of += in any layer, a scale
 // per micro-batch. B*T is above CLASSIFIER_ROWS, so the loss is also made in pieces.
 void test_accumulation(void) {
-    Config c = toy_config("11m", 2, 9, 12, 5, 4, 2, 21);
+    Config c = toy_config("12m", 4, 9, 12, 5, 4, 2, 21);
+    toy_mamba2(&c, "P3 S2 L16");
     c.tie_embeddings = false;
     Worst worst = { 0, "" };
     Toy whole, half;
@@ -1911,8 +1983,11 @@ void test_accumulation(void) {
 void test_pieces(void) {
     enum { T = 40 };
     Worst split = { 0, "" }, steps = { 0, "" }, rows = { 0, "" };
-    for (int64_t K = 1; K <= 4; K++) {
-        Config c = toy_config(K % 2 ? "11m" : "1", 2, 9, 14, 5, K, 2, 19);
+    for (int64_t k = 0; k < 8; k++) {
+        const char* const patterns[4] = { "1", "11m", "a", "1am" };
+        int64_t K = k % 4 + 1;
+        Config c = toy_config(patterns[k / 4 * 2 + K % 2], 2, 9, 14, 5, K, 2, 19);
+        c.attn_conv = K;
         Toy toy;
         toy_make(&toy, &c, 1, T, -1, false);
         Model* m = &toy.m;
@@ -1927,8 +2002,8 @@ void test_pieces(void) {
             memcpy(g, w.f, cut * D * sizeof(real));
             model_forward(m, &w, toy.tokens + cut, NULL, 1, T - cut, &s, &s);
             memcpy(g + cut * D, w.f, (T - cut) * D * sizeof(real));
-            worst_add(&split, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT), "K %d, cut at %zu",
-                      (int)K, cut);
+            worst_add(&split, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT), "%s, K %d, cut at %zu",
+                      c.pattern, (int)K, cut);
         }
         for (size_t first = 1; first <= (size_t)K + 1; first++) {
             memset(s.data, 0, s.n_elements * sizeof(real));
@@ -1937,7 +2012,7 @@ void test_pieces(void) {
                 memcpy(g + t * D, w.f, n * D * sizeof(real));
             }
             worst_add(&steps, bits_differ(f, g, T * D) + states_differ(&s, &toy.sT),
-                      "K %d, prefill of %zu", (int)K, first);
+                      "%s, K %d, prefill of %zu", c.pattern, (int)K, first);
         }
         workspace_free(&w);
         state_free(&s);
@@ -1948,7 +2023,7 @@ void test_pieces(void) {
 
     // Prompts of different lengths, decoded as one batch = each alone. Catches: rows that see each other's
     // state.
-    Config c = toy_config("1m", 2, 9, 14, 5, 4, 2, 19);
+    Config c = toy_config("1am", 3, 9, 14, 5, 4, 2, 19);
     Model m = toy_model(&c, false, 4);
     Backend backend = backend_cpu(&m, 0, 0, false, false);
     enum { ROWS = 5, STEPS = 12 };
@@ -1991,7 +2066,8 @@ void test_pieces(void) {
 void test_model_packed(void) {
     // K-1 = 3
     const size_t lengths[] = { 1, 2, 3, SCAN_CHUNK, SCAN_CHUNK - 1, SCAN_CHUNK + 1, 1, 1, 1, 5 };
-    Config c = toy_config("1m", 2, 7, 9, 5, 4, 2, 19);
+    Config c = toy_config("1am", 3, 7, 9, 5, 4, 2, 19);
+    c.context = 200;
     for (int only_ends = 0; only_ends < 2; only_ends++) {
         Worst forward = { 0, "" }, backward = { 0, "" };
         size_t T = 0, n_docs = only_ends ? 37 : COUNT_OF(lengths);
@@ -2048,7 +2124,8 @@ void toy_train(Toy* toy, int steps) {
 // Ten steps end in the same bits for any number of threads. Catches: a reduction shared out over threads
 // anywhere between the embedding and the optimizer.
 void test_threads(void) {
-    Config c = toy_config("1m", 2, 64, 96, 8, 4, 4, 300);
+    Config c = toy_config("1m2a", 4, 64, 96, 8, 4, 4, 300);
+    toy_mamba2(&c, "P16 S2 L16");
     c.d_intermediate = 40;
     const int threads[] = { 1, 1, 2, 3, 4, 7 };
     Worst worst = { 0, "" };
@@ -2092,13 +2169,14 @@ void fixture_tensors(Worst* worst, const SafeTensors* st, const char* prefix, co
     }
 }
 
-void test_fixture(const char* name) {
+// test_fixture: the model of one fixture, against what another (or the same) one expects
+void test_fixture(const char* name, const char* expected) {
     char dir[128], path[160], text[160];
     Error err;
     Model m;
     SafeTensors st;
     snprintf(dir, sizeof dir, "dev/reference/fixtures/%s", name);
-    snprintf(path, sizeof path, "%s/expected.safetensors", dir);
+    snprintf(path, sizeof path, "dev/reference/fixtures/%s/expected.safetensors", expected);
     if (!model_load(&m, dir, true, &err)) {
         printf("%s (run from the repository root)\n", err.text);
         report(name, NAN, 0);
@@ -2156,13 +2234,24 @@ void test_fixture(const char* name) {
     model_free(&m);
 }
 
-// Logits, loss, gradients and ten optimizer steps of transformers in float64. Catches: anything that
-// differs from the published model and that no test of ours against ourselves can see.
+// Logits, loss, gradients and ten optimizer steps of transformers in float64, and for layers that it does not
+// have of an independent program (dev/reference/formulas.py). Catches: anything that differs from the
+// published models and that no test of ours against ourselves can see.
 void test_fixtures(void) {
-    test_fixture("default");
-    test_fixture("bias_untied");
-    test_fixture("no_conv_bias");
+    test_fixture("default", "default");
+    test_fixture("bias_untied", "bias_untied");
+    test_fixture("no_conv_bias", "no_conv_bias");
+    test_fixture("mamba2", "mamba2");
+    test_fixture("mamba2_ssm", "mamba2");          // the same as mamba_ssm publishes it
+    test_fixture("mamba2_limits", "mamba2_limits");
+    test_fixture("mamba2_groups", "mamba2_groups");
+    test_fixture("hybrid", "hybrid");
+    test_fixture("mixed", "mixed");
+    test_fixture("attention", "attention");
 }
+
+// defines: test_dt_softplus, test_ssd_recurrent, test_ssd, test_gated_rmsnorm, test_mamba2
+#include "dev/test/test_mamba2.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 8. Checkpoints and training runs
@@ -2235,7 +2324,13 @@ void test_checkpoint(void) {
     double wrong = !ok + bits_differ(back.m, m->m, count) + bits_differ(back.v, m->v, count);
     for (int k = 0; k < 2; k++) wrong += states_differ(&carry[k], &carry_back[k]);
     report("moments and carried states: bits differ", wrong, 0);
-    report("configuration", memcmp(&back.config, &m->config, sizeof(Config)) != 0, 0);
+    wrong = strcmp(back.config.pattern, c.pattern) != 0 || back.config.vocab_padded != c.vocab_padded;
+    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
+        const ConfigField* f = config_fields + i;
+        const char *have = (const char*)&back.config + f->offset, *want = (const char*)&c + f->offset;
+        wrong += config_has(&c, f) && memcmp(have, want, config_field_size(f)) != 0;
+    }
+    report("configuration: fields that differ", wrong, 0);
 
     char other[240];
     snprintf(other, sizeof other, "%s/optimizer.safetensors", old);
@@ -2936,8 +3031,8 @@ size_t resident_bytes(void) {
 
 // Text does not depend on how it is made. Catches: a chunk boundary seen by the model, a saved state
 // without the tokens seen or without its position, memory that grows with the text, ids that have no text.
-void test_generate(void) {
-    Config c = toy_config("1m", 2, 12, 18, 5, 4, 2, 257);
+void check_written(const char* pattern) {
+    Config c = toy_config(pattern, 2, 12, 18, 5, 4, 2, 257);
     Model m = toy_model(&c, false, 6);
     char prompt[301], first[151], options[400];
     for (size_t i = 0; i < 300; i++) prompt[i] = (char)('!' + random_bits(10, 0, i) % 90);
@@ -2953,8 +3048,8 @@ void test_generate(void) {
                      samples ? 3 : 1);
             char* text = written(&m, prompt, options);
             if (k == 0) base[samples] = text;
-            worst_add(&chunks, texts_differ(base[samples], text), "chunk %d, %d samples", chunk[k],
-                      samples ? 3 : 1);
+            worst_add(&chunks, texts_differ(base[samples], text), "%s, chunk %d, %d samples", pattern,
+                      chunk[k], samples ? 3 : 1);
         }
     }
     worst_report("chunks of 1, 7, 256, 1000: texts differ", &chunks, 0);
@@ -2979,10 +3074,15 @@ void test_generate(void) {
     char* empty = written(&m, "", "--max-tokens 5 --raw");
     report("empty prompt: no text", !empty || !*empty, 0);
     model_free(&m);
+}
+
+void test_generate(void) {
+    check_written("1m");
+    check_written("1am");
 
     // padded ids: here their logits are larger than all others
-    c = toy_config("1", 1, 6, 8, 3, 2, 1, 11);
-    m = toy_model(&c, false, 6);
+    Config c = toy_config("1", 1, 6, 8, 3, 2, 1, 11);
+    Model m = toy_model(&c, false, 6);
     for (size_t v = 11; v < 16; v++)
         for (size_t d = 0; d < 6; d++) m.embedding[v * 6 + d] = (real)test_uniform(-1e3, 1e3, 66, v * 6 + d);
     char* ids = written(&m, "", "--max-tokens 300 --temperature 1");
@@ -3010,7 +3110,9 @@ void test_generate(void) {
     model_free(&m);
 }
 
-// What goes in and out: each file adds one case to the table below.
+// Each file adds one case to the table below: attention, then what goes in and out.
+// defines: test_attention
+#include "dev/test/test_attention.h"
 // defines: test_files
 #include "dev/test/test_files.h"
 // defines: test_data
@@ -3027,6 +3129,8 @@ void test_generate(void) {
 #endif
 // defines: test_eval, with a GPU test_cuda_eval
 #include "dev/test/test_eval.h"
+// defines: test_half
+#include "dev/test/test_half.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 10. List of cases, main
@@ -3095,6 +3199,11 @@ const Case cases[] = {
     { "softplus", test_softplus },
     { "scan", test_scan },
     { "gate", test_gate },
+    { "dt_softplus", test_dt_softplus },
+    { "ssd recurrent", test_ssd_recurrent },
+    { "ssd", test_ssd },
+    { "gated rmsnorm", test_gated_rmsnorm },
+    { "attention", test_attention },
     { "crossentropy", test_crossentropy },
     { "split", test_split },
     { "packed", test_packed },
@@ -3106,6 +3215,7 @@ const Case cases[] = {
     { "dropout", test_dropout },
     { "guards", test_guards },
     { "mlp", test_mlp },
+    { "mamba2", test_mamba2 },
     { "accumulation", test_accumulation },
     { "pieces", test_pieces },
     { "model packed", test_model_packed },
@@ -3126,12 +3236,15 @@ const Case cases[] = {
     { "models", test_models },
     { "tokenizer", test_tokenizer },
     { "eval", test_eval },
+    { "half", test_half },
 #ifdef __CUDACC__                // the first two use the GPU in children, before this process does
     { "cuda resume", test_cuda_resume },
     { "cuda faults", test_cuda_faults },
     { "cuda layers", test_cuda_layers },
     { "cuda scan", test_cuda_scan },
+    { "cuda ssd backward", test_cuda_ssd_backward },
     { "cuda matmul", test_cuda_matmul },
+    { "cuda attention", test_cuda_attention },
     { "cuda model", test_cuda_model },
     { "cuda generate", test_cuda_generate },
     { "cuda eval", test_cuda_eval },

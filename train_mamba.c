@@ -46,6 +46,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -246,6 +247,8 @@ typedef struct {
     int64_t eos_token;       // the end token, -1 when the vocabulary has none
 } Config;
 
+enum { MAX_CONTEXT = 1 << 24 };      // positions are whole numbers in a float
+
 // add_count: total += a*b*c, false when that leaves [0, 2^40)
 static bool add_count(int64_t* total, int64_t a, int64_t b, int64_t c) {
     int64_t dim[3] = {a, b, c};
@@ -289,9 +292,9 @@ static bool config_check_mamba2(const Config* c, Error* err) {
 static bool config_check_attention(const Config* c, Error* err) {
     const Range range[] = {
         {"attention heads", c->attn_heads, 1, 65536}, {"KV heads", c->attn_heads_kv, 1, c->attn_heads},
-        {"attention head_dim", c->attn_head_dim, 1, 65536},
+        {"attention head_dim", c->attn_head_dim, 1, 256},
         {"attention d_conv", c->attn_conv, 0, 8},     {"attention mlp_dim", c->attn_mlp, 0, INT32_MAX},
-        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, INT32_MAX} };
+        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, MAX_CONTEXT} };
     if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
     if (c->attn_heads % c->attn_heads_kv != 0)
         return fail(err, "%lld attention heads cannot share %lld KV heads", (long long)c->attn_heads,
@@ -625,6 +628,87 @@ void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const re
     }
 }
 
+// Half: weight matrices in bfloat16, the upper half of a float, for generation on the CPU: half as much to
+// read. from[i] is at bits + i, but for the order within a row: of 2 VEC neighbours, i and i + VEC share a
+// 32-bit word, so that a shift and a mask make two vectors of floats out of one load. bits NULL: there are
+// none.
+typedef struct { const real* from; const uint16_t* bits; } Half;
+
+typedef uint32_t vec_bits __attribute__((vector_size(VEC * 4), aligned(2), may_alias));
+typedef float vec_float __attribute__((vector_size(VEC * 4)));
+
+// half_at: where element i of a row of length I is in the row
+static inline size_t half_at(size_t i, size_t I) {
+    size_t block = i / (2 * VEC) * (2 * VEC), k = i - block;
+    return block + 2 * VEC <= I ? block + 2 * (k % VEC) + k / VEC : i;
+}
+static inline real real_of_half(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return (real)x;
+}
+
+enum { HALF_ROWS = 2 };              // rows of the input that use a loaded weight
+
+// half_tile: `rows` x `outputs` outputs, each a sum over vectors of neighbouring i, then over the lanes of
+// the vector, then over the last i. The two sizes are constants at every call, see matmul_tile.
+static inline __attribute__((always_inline))
+void half_tile(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight, const real* bias,
+               size_t I, int rows, int outputs) {
+    vec sum[HALF_ROWS][ROW_OUTPUTS];
+    size_t i = 0;
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) sum[r][o] = (vec){0};
+    for (; i + 2 * VEC <= I; i += 2 * VEC)
+        for (int o = 0; o < outputs; o++) {
+            const uint16_t* w = weight + (size_t)o * I + i;
+            vec_bits both = *(const vec_bits*)w;
+            vec low = __builtin_convertvector((vec_float)(both << 16), vec);
+            vec high = __builtin_convertvector((vec_float)(both & 0xffff0000u), vec);
+            __builtin_prefetch(w + ROW_OUTPUTS * I);
+            for (int r = 0; r < rows; r++) {
+                const real* x = inp + (size_t)r * ldi + i;
+                sum[r][o] = FMA_VEC(*(const vec*)x, low, sum[r][o]);
+                sum[r][o] = FMA_VEC(*(const vec*)(x + VEC), high, sum[r][o]);
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) {
+            real total = bias ? bias[o] : 0;
+            for (int l = 0; l < VEC; l++) total += sum[r][o][l];
+            for (size_t k = i; k < I; k++)
+                total += inp[(size_t)r * ldi + k] * real_of_half(weight[(size_t)o * I + k]);
+            out[(size_t)r * ldo + (size_t)o] = total;
+        }
+}
+
+// matmul_forward_half: matmul_forward with weights in bfloat16. A row has the same bits whatever the others.
+void matmul_forward_half(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight,
+                         const real* bias, size_t M, size_t I, size_t O) {
+    #pragma omp parallel for schedule(static) if (M * I * O > 65536)
+    for (size_t o = 0; o < O; o += ROW_OUTPUTS)
+        for (size_t m = 0; m < M; m += HALF_ROWS) {
+            real* to = out + m * ldo + o;
+            const real *from = inp + m * ldi, *b = bias ? bias + o : NULL;
+            const uint16_t* w = weight + o * I;
+            if (o + ROW_OUTPUTS <= O && m + 1 < M) half_tile(to, ldo, from, ldi, w, b, I, 2, ROW_OUTPUTS);
+            else if (o + ROW_OUTPUTS <= O) half_tile(to, ldo, from, ldi, w, b, I, 1, ROW_OUTPUTS);
+            else for (size_t r = m; r < min_size(m + HALF_ROWS, M); r++)
+                for (size_t k = o; k < O; k++)
+                    half_tile(out + r * ldo + k, ldo, inp + r * ldi, ldi, weight + k * I,
+                              bias ? bias + k : NULL, I, 1, 1);
+        }
+}
+
+// linear_forward: matmul_forward with the weights as they are kept
+static void linear_forward(const Half* half, real* out, size_t ldo, const real* inp, size_t ldi,
+                           const real* weight, const real* bias, size_t M, size_t I, size_t O) {
+    if (half->bits)
+        matmul_forward_half(out, ldo, inp, ldi, half->bits + (weight - half->from), bias, M, I, O);
+    else matmul_forward(out, ldo, inp, ldi, weight, bias, M, I, O);
+}
+
 // matmul_backward: out[m,o] = sum_i inp[m,i] * weight[o,i] + bias[o]  =>
 //   dinp[m,i]    += sum_o dout[m,o] * weight[o,i]
 //   dweight[o,i] += sum_m dout[m,o] * inp[m,i]           dbias[o] += sum_m dout[m,o]
@@ -756,6 +840,12 @@ void embedding_forward(real* out, const int* tokens, const real* weight, size_t 
     for (size_t m = 0; m < M; m++) memcpy(out + m * D, weight + (size_t)tokens[m] * D, D * sizeof(real));
 }
 
+void embedding_forward_half(real* out, const int* tokens, const uint16_t* weight, size_t M, size_t D) {
+    #pragma omp parallel for if (M > 64)
+    for (size_t m = 0; m < M; m++)
+        for (size_t d = 0; d < D; d++) out[m * D + d] = real_of_half(weight[(size_t)tokens[m] * D + half_at(d, D)]);
+}
+
 // out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over
 // columns.
 void embedding_backward(real* dweight, const real* dout, const int* tokens, size_t M, size_t D) {
@@ -862,6 +952,12 @@ void residual_forward(real* out, const real* a, const real* b, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = a[i] + b[i];
 }
 
+// copy_columns: n numbers of each of M rows, from row stride lds to row stride ldd
+void copy_columns(real* dst, size_t ldd, const real* src, size_t lds, size_t M, size_t n) {
+    #pragma omp parallel for if (M * n > 16384)
+    for (size_t m = 0; m < M; m++) memcpy(dst + m * ldd, src + m * lds, n * sizeof(real));
+}
+
 // conv_row: the input row that a tap reads at time s for an output of document `id`, or NULL when the tap
 // sees nothing: before the start without a tail, or across a document boundary. The tail belongs to document
 // 0.
@@ -874,16 +970,16 @@ static inline const real* conv_row(const real* inp, size_t ldi, const real* tail
 
 enum { CONV_MAX_TAPS = 8 };
 
-// causal_conv1d_forward: each channel sees its own last K inputs, then SiLU.
-//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)
+// causal_conv1d_forward: each channel sees its own last K inputs; then, with `silu`, the activation.
+//   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c), or c
 //   tap K-1 is the current token
 //   inp (B,T,E) with row stride ldi   weight (E,K)   bias (E) or NULL   doc (B,T) or NULL   out (B,T,E)
 //   tail0, tailT (B,K-1,E): the K-1 inputs before t = 0 and before t = T, oldest first; either may be NULL,
 //   they may be the same array; a tail holds only inputs of the last token's document, the rest is 0
 //   saved for backward: nothing, c is recomputed        Mamba paper, section 3.4
 void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0,
-                           const real* weight, const real* bias, const int* doc, size_t B, size_t T, size_t E,
-                           size_t K) {
+                           const real* weight, const real* bias, bool silu, const int* doc, size_t B,
+                           size_t T, size_t E, size_t K) {
     size_t tiles = (E + CHANNEL_TILE - 1) / CHANNEL_TILE;
     #pragma omp parallel for collapse(2) if (B * T * E * K > 8192)
     for (size_t b = 0; b < B; b++) {
@@ -902,6 +998,8 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
                     for (size_t e = 0; e < n; e++) c[e] += w[k][e] * row[e0 + e];
                 }
                 real* out_bt = out + (b * T + t) * E + e0;
+                memcpy(out_bt, c, n * sizeof(real));
+                if (!silu) continue;
                 #pragma omp simd
                 for (size_t e = 0; e < n; e++) out_bt[e] = silu_real(c[e]);
             }
@@ -916,7 +1014,7 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
     }
 }
 
-// forward: out = silu(c)                        =>  dc = dout * silu'(c)
+// forward: out = silu(c), or c                  =>  dc = dout * silu'(c), or dout
 // forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t    dw_k += sum_t dc_t inp_{t-K+1+k}
 //                                                    dinp_s += sum_k w_k dc_{s+K-1-k}
 // forward: tailT = the last inputs              =>  the same rows of dinp (or dtail0) += dtailT
@@ -924,8 +1022,8 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
 //   time.
 void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias, real* dtail0,
                             const real* dout, const real* dtailT, const real* inp, size_t ldi,
-                            const real* tail0, const real* weight, const real* bias, const int* doc, size_t B,
-                            size_t T, size_t E, size_t K) {
+                            const real* tail0, const real* weight, const real* bias, bool silu,
+                            const int* doc, size_t B, size_t T, size_t E, size_t K) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t e0 = 0; e0 < E; e0 += CHANNEL_TILE) {
         size_t n = min_size(CHANNEL_TILE, E - e0);
@@ -945,7 +1043,8 @@ void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias,
                 }
                 const real* dout_bt = dout + (b * T + t) * E + e0;
                 #pragma omp simd
-                for (size_t e = 0; e < n; e++) dc[e] = dout_bt[e] * silu_grad_real(c[e]);
+                for (size_t e = 0; e < n; e++)
+                    dc[e] = silu ? dout_bt[e] * silu_grad_real(c[e]) : dout_bt[e];
                 for (size_t e = 0; e < n; e++) db[e] += dc[e];
                 for (size_t k = 0; k < K; k++) {
                     if (!rows[k]) continue;
@@ -1275,6 +1374,828 @@ void gate_backward(real* dy, size_t lddy, real* dz, size_t lddz, const real* dou
     }
 }
 
+// dt_softplus_forward: the step size of Mamba-2, one number per token and head.
+//   (S2) dt = clip(softplus(dt_raw + dt_bias), lo, hi)        lo = 0, hi = infinity: no limit
+//   dt_raw (M,H), row stride ldr (columns of the input projection)   dt_bias (H)   dt (M,H), M = B*T
+//   saved for backward: nothing, softplus is made again        Mamba-2 code, argument dt_limit
+void dt_softplus_forward(real* dt, const real* dt_raw, size_t ldr, const real* dt_bias, real lo, real hi,
+                         size_t M, size_t H) {
+    #pragma omp parallel for if (M * H > 4096)
+    for (size_t m = 0; m < M; m++) {
+        #pragma omp simd
+        for (size_t h = 0; h < H; h++) {
+            real s = softplus_real(dt_raw[m * ldr + h] + dt_bias[h]);
+            s = s < lo ? lo : s;
+            dt[m * H + h] = s > hi ? hi : s;
+        }
+    }
+}
+
+// s = softplus(p), p = dt_raw + dt_bias  =>  ddt_raw += ddt (1 - exp(-s)), nothing where s was clipped
+//                                            ddt_bias += sum_m of the same
+void dt_softplus_backward(real* ddt_raw, size_t lddr, real* ddt_bias, const real* ddt, const real* dt_raw,
+                          size_t ldr, const real* dt_bias, real lo, real hi, size_t M, size_t H) {
+    #pragma omp parallel for
+    for (size_t h0 = 0; h0 < H; h0 += CHANNEL_TILE) {
+        size_t n = min_size(CHANNEL_TILE, H - h0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *raw = dt_raw + m * ldr + h0, *bias = dt_bias + h0, *ddt_m = ddt + m * H + h0;
+            real* draw = ddt_raw + m * lddr + h0;
+            #pragma omp simd
+            for (size_t h = 0; h < n; h++) {
+                real s = softplus_real(raw[h] + bias[h]);
+                real dp = s < lo || s > hi ? 0 : -ddt_m[h] * expm1_neg_real(-s);
+                draw[h] += dp;
+                sum[h] += dp;
+            }
+        }
+        for (size_t h = 0; h < n; h++) ddt_bias[h0 + h] += sum[h];
+    }
+}
+
+// ssd_rate: A = -exp(A_log) of a head, finite (see SCAN_MAX_DECAY)
+static inline real ssd_rate(real A_log) {
+    real rate = exp_real(A_log);
+    return -(rate > SCAN_MAX_DECAY ? SCAN_MAX_DECAY : rate);
+}
+
+// ssd_decay: (S3) a_t = exp(dt_t A); 0 where a document begins, which hides from it all that was before
+static inline real ssd_decay(real A, real dt, const int* doc_b, size_t t) {
+    return scan_resets(doc_b, t) ? 0 : exp_real(dt * A);
+}
+
+enum { SSD_MAX_STATES = 256 };      // config_check's limit of N
+
+// ssd_recurrent_forward: the recurrence of Mamba-2 (SSD: state space duality). A head has P channels, each
+// with a state of length N; all of them decay by one number. The heads of a group share Bt and Ct.
+//   (S3) a_t = exp(dt_t A),  A = -exp(A_log)     one number per token and head; 0 where a document begins
+//   (S4) H_t = a_t H_{t-1} + dt_t x_t Bt_t^T     (P,N) per head
+//        y_t = H_t Ct_t + Dskip x_t
+//   x (B,T,H,P), row stride ldx   dt (B,T,H)   A_log (H)   Bt, Ct (B,T,G,N), row stride ldbc; head h is of
+//   group h G / H   Dskip (H), or (H,P) with D_has_hdim   y (B,T,H,P)
+//   h0, hT (B,H,P,N), each may be NULL, may be one array   doc (B,T) or NULL: ids; h0 is of document 0
+// It is what generation runs, and what the chunked form (ssd_forward) is proven against.
+//   Mamba-2 paper (arXiv 2405.21060), section 3.1
+void ssd_recurrent_forward(real* y, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                           const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                           const real* h0, const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G,
+                           size_t N) {
+    #pragma omp parallel for collapse(2) if (B * T * H * P * N > 8192)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < H; h++) {
+            const int* doc_b = doc ? doc + b * T : NULL;
+            size_t group = h * G / H * N;
+            real A = ssd_rate(A_log[h]), state[SSD_MAX_STATES];
+            for (size_t p = 0; p < P; p++) {            // the rows of H_t do not see each other
+                size_t row = ((b * H + h) * P + p) * N;
+                real D_p = Dskip[D_has_hdim ? h * P + p : h];
+                for (size_t n = 0; n < N; n++) state[n] = h0 ? h0[row + n] : 0;
+                for (size_t t = b * T; t < b * T + T; t++) {
+                    const real *B_t = Bt + t * ldbc + group, *C_t = Ct + t * ldbc + group;
+                    real x_t = x[t * ldx + h * P + p], dtx = dt[t * H + h] * x_t, sum = 0;
+                    real a = ssd_decay(A, dt[t * H + h], doc_b, t - b * T);
+                    #pragma omp simd reduction(+:sum)
+                    for (size_t n = 0; n < N; n++) {
+                        state[n] = a * state[n] + dtx * B_t[n];
+                        sum += C_t[n] * state[n];
+                    }
+                    y[(t * H + h) * P + p] = sum + D_p * x_t;
+                }
+                for (size_t n = 0; hT && n < N; n++) hT[row + n] = state[n];
+            }
+        }
+    }
+}
+
+// ssd_recurrent_backward: with lambda_t = dLoss/dH_t, from the last token to the first, row by row of H
+//   forward y_t = H_t C_t + D x_t        lambda_t = dy_t C_t^T + a_{t+1} lambda_{t+1}, the last is dhT
+//                                        dC_t += H_t^T dy_t     dx_t += D dy_t     dD += dy_t x_t
+//   forward H_t = a_t H_{t-1} + dt x B   dx_t += dt lambda_t B_t     dB_t += dt lambda_t^T x_t
+//                                        ddt_t += x_t^T lambda_t B_t     dh0 += a_0 lambda_0
+//   forward a_t = exp(dt_t A)            dalpha = a_t <lambda_t, H_{t-1}>, alpha = dt_t A
+//                                        ddt_t += A dalpha     dA_log += A dt_t dalpha
+//   shapes as in forward; dy (B,T,H,P)   dx, dBt, dCt with row strides lddx, lddbc   dh0, dhT may be NULL
+void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt,
+                            size_t lddbc, real* dDskip, real* dh0, const real* dy, const real* dhT,
+                            const real* x, size_t ldx, const real* dt, const real* A_log, const real* Bt,
+                            const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim, const real* h0,
+                            const int* doc, size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t g = 0; g < G; g++) {                    // no two groups add to one sum
+        real* states = (real*)xcalloc((T + 1) * N, sizeof(real));      // H_{t-1}[p,:] at t*N
+        for (size_t row = 0; row < B * H * P; row++) {
+            size_t b = row / (H * P), h = row / P % H, p = row % P;
+            if (h * G / H != g) continue;
+            const int* doc_b = doc ? doc + b * T : NULL;
+            real A = ssd_rate(A_log[h]), lambda[SSD_MAX_STATES], dA = 0, dD = 0;
+            size_t skip = D_has_hdim ? h * P + p : h;
+            for (size_t n = 0; n < N; n++) states[n] = h0 ? h0[row * N + n] : 0;
+            for (size_t n = 0; n < N; n++) lambda[n] = dhT ? dhT[row * N + n] : 0;
+            for (size_t t = 0; t < T; t++) {
+                size_t i = b * T + t;
+                real a = ssd_decay(A, dt[i * H + h], doc_b, t), dtx = dt[i * H + h] * x[i * ldx + h * P + p];
+                for (size_t n = 0; n < N; n++)
+                    states[(t + 1) * N + n] = a * states[t * N + n] + dtx * Bt[i * ldbc + g * N + n];
+            }
+            for (size_t t = T; t-- > 0;) {
+                size_t i = b * T + t;
+                const real *B_t = Bt + i * ldbc + g * N, *C_t = Ct + i * ldbc + g * N, *H_t = states + t * N;
+                real *dB_t = dBt + i * lddbc + g * N, *dC_t = dCt + i * lddbc + g * N;
+                real x_t = x[i * ldx + h * P + p], dt_t = dt[i * H + h], dy_t = dy[(i * H + h) * P + p];
+                real a = ssd_decay(A, dt_t, doc_b, t), lambda_B = 0, lambda_H = 0;
+                #pragma omp simd reduction(+:lambda_B, lambda_H)
+                for (size_t n = 0; n < N; n++) {
+                    real l = dy_t * C_t[n] + lambda[n];
+                    dC_t[n] += dy_t * H_t[N + n];
+                    dB_t[n] += dt_t * x_t * l;
+                    lambda_B += l * B_t[n];
+                    lambda_H += l * H_t[n];
+                    lambda[n] = a * l;
+                }
+                dx[i * lddx + h * P + p] += dt_t * lambda_B + Dskip[skip] * dy_t;
+                ddt[i * H + h] += x_t * lambda_B + A * (a * lambda_H);
+                dA += dt_t * (a * lambda_H);
+                dD += dy_t * x_t;
+            }
+            dA_log[h] += A * dA;
+            dDskip[skip] += dD;
+            for (size_t n = 0; dh0 && n < N; n++) dh0[row * N + n] += lambda[n];
+        }
+        free(states);
+    }
+}
+
+// The chunked form of SSD, with which training and prefill run: Q tokens at a time, all inner loops are small
+// matrix products. With i and j counting the q <= Q tokens of chunk c, H_c (P,N) the state it starts from,
+//   L_ij = a_{j+1} .. a_i  for j <= i, else 0       how much of token j's input is left at token i
+//   in_i = a_0 .. a_i,  out_j = a_{j+1} .. a_{q-1}  the same from the entering state, and to the chunk's end
+//   M_ij = (C_i . B_j) L_ij dt_j                    attention whose softmax is a mask of decays
+// the recurrence is, without a loop over tokens,
+//   y_i = sum_{j<=i} M_ij x_j + in_i H_c C_i + D x_i      H_{c+1} = in_{q-1} H_c + sum_j out_j dt_j x_j B_j^T
+// L, in and out are products of factors between 0 and 1, made one factor at a time: exact to rounding, where
+// the exponential of a difference of cumulative sums loses digits to their size. A document's first a is 0,
+// so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
+// on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
+enum { SSD_MAX_CHUNK = 256 };       // the largest Q
+enum { SSD_CHUNK = 128 };           // the fastest one on a CPU; the result depends on Q by rounding only
+
+typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
+
+// ssd_times: NaN passes
+static inline real ssd_times(real a, real b) { return a * b < (real)1e-30 ? 0 : a * b; }
+
+// ssd_load_decay: the numbers of one head for q tokens, from token t0 of a sequence on; dt points there
+static void ssd_load_decay(SsdDecay* d, const real* dt, size_t H, real A, const int* doc_b, size_t t0,
+                           size_t q) {
+    for (size_t i = 0; i < q; i++) {
+        d->dt[i] = dt[i * H];
+        d->a[i] = ssd_decay(A, d->dt[i], doc_b, t0 + i);
+        d->in[i] = i ? ssd_times(d->in[i - 1], d->a[i]) : d->a[0];
+    }
+    for (size_t j = q; j-- > 0;) d->out[j] = j + 1 < q ? ssd_times(d->out[j + 1], d->a[j + 1]) : 1;
+}
+
+// ssd_load_mask: L (q,q)
+static void ssd_load_mask(real* L, const real* a, size_t q) {
+    memset(L, 0, q * q * sizeof(real));
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j < i; j++) L[i * q + j] = ssd_times(a[i], L[(i - 1) * q + j]);
+        L[i * q + i] = 1;
+    }
+}
+
+// ssd_scale_rows: out[i,:] = scale[i] dt[i] x[i,:], dt NULL: 1.   x (q,P), row stride ldx   out (q,P)
+static void ssd_scale_rows(real* out, const real* scale, const real* dt, const real* x, size_t ldx, size_t q,
+                           size_t P) {
+    for (size_t i = 0; i < q; i++) {
+        real s = dt ? scale[i] * dt[i] : scale[i];
+        for (size_t p = 0; p < P; p++) out[i * P + p] = s * x[i * ldx + p];
+    }
+}
+
+// matmul_one: matmul_add by the calling thread alone; `fill`: C starts at 0
+static void matmul_one(real* C, size_t ldc, bool fill, const real* A, size_t ai, size_t al, const real* B,
+                       size_t bl, size_t bj, size_t M, size_t N, size_t L) {
+    for (size_t i = 0; fill && i < M; i++) memset(C + i * ldc, 0, N * sizeof(real));
+    for (size_t i = 0; i < M; i += BLOCK_ROWS)
+        matmul_block(C + i * ldc, ldc, A + i * ai, ai, al, B, bl, bj, min_size(BLOCK_ROWS, M - i), N, L);
+}
+
+static inline real dot_real(const real* a, const real* b, size_t n) {
+    real sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Sizes of arrays that serve every call with at most B sequences and B*T tokens in all.
+// saved: the state (H,P,N) that enters each chunk
+size_t ssd_saved(size_t B, size_t T, size_t H, size_t P, size_t N, size_t Q) {
+    return (B * T / Q + B) * H * P * N;
+}
+
+// scratch: a state and two parts of sums for each chunk, the matrices of all tasks side by side
+size_t ssd_scratch(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    size_t q = min_size(Q, T);
+    return ssd_saved(B, T, H, P, N, Q) + (B * T / Q + B) * (H + H * P) +
+           B * (T + q) * G * (4 * Q + 2 * P + N) + B * q * H * P;
+}
+
+// ssd_forward: as ssd_recurrent_forward, Q <= SSD_MAX_CHUNK tokens at a time.
+//   first the states, chunk after chunk, each head by itself; then y, each chunk and group by itself
+//   saved for backward: hs, ssd_saved() elements; NULL when there will be no backward
+//   scratch: ssd_scratch() elements
+void ssd_forward(real* y, real* hs, real* hT, const real* x, size_t ldx, const real* dt, const real* A_log,
+                 const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, bool D_has_hdim,
+                 const real* h0, const int* doc, real* scratch, size_t B, size_t T, size_t H, size_t P,
+                 size_t G, size_t N, size_t Q) {
+    if (T == 1 && !hs) {                                // one token: the recurrence is the shortest way
+        ssd_recurrent_forward(y, hT, x, ldx, dt, A_log, Bt, Ct, ldbc, Dskip, D_has_hdim, h0, doc, B, T, H, P,
+                              G, N);
+        return;
+    }
+    Q = min_size(Q, T);
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G;
+    real* work = hs ? scratch : scratch + B * chunks * H * size;
+    if (!hs) hs = scratch;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* B_g = Bt + b * T * ldbc + h / heads * N;
+        real *xs = work + bh * Q * P, *state = hs + (b * chunks * H + h) * size;
+        for (size_t n = 0; n < size; n++) state[n] = h0 ? h0[bh * size + n] : 0;
+        for (size_t c = 0; c < chunks; c++, state += H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* next = c + 1 < chunks ? state + H * size : hT ? hT + bh * size : NULL;
+            SsdDecay d;
+            if (!next) continue;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(xs, d.out, d.dt, x + row * ldx + h * P, ldx, q, P);
+            for (size_t n = 0; n < size; n++) next[n] = d.in[q - 1] * state[n];
+            matmul_one(next, N, false, xs, 1, P, B_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *CB = work + task * Q * (2 * Q + P), *M = CB + Q * Q, *CH = M + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            const real *x_c = x + row * ldx + h * P, *state = hs + ((b * chunks + c) * H + h) * size;
+            real* y_c = y + (row * H + h) * P;
+            bool has_state = c > 0 || h0;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            if (has_state) matmul_one(CH, P, true, C_c, ldbc, 1, state, 1, N, q, P, N);
+            ssd_load_mask(M, d.a, q);
+            for (size_t i = 0; i < q; i++) {
+                for (size_t j = 0; j <= i; j++) M[i * q + j] *= CB[i * q + j] * d.dt[j];
+                for (size_t p = 0; p < P; p++) {
+                    y_c[i * H * P + p] = Dskip[D_has_hdim ? h * P + p : h] * x_c[i * ldx + p];
+                    if (has_state) y_c[i * H * P + p] += d.in[i] * CH[i * P + p];
+                }
+            }
+            matmul_one(y_c, H * P, false, M, q, 1, x_c, ldx, 1, q, P, q);
+        }
+    }
+}
+
+// ssd_chunk_backward: one chunk of one head, given the state H_c that enters it and the gradient lambda of
+// the state that leaves it (each NULL: zero). i and j count tokens from the chunk's first; CB_ij = C_i . B_j.
+//   forward y_i = sum_{j<=i} M_ij x_j + D x_i      Z_ij = dM_ij = dy_i . x_j     v_j = sum_i CB_ij L_ij dy_i
+//   forward M_ij = CB_ij L_ij dt_j                 dCB_ij += L_ij dt_j Z_ij      W_ij = M_ij Z_ij
+//   forward H_{c+1} = .. + sum_j out_j dt_j x_j B_j^T           v_j += out_j lambda B_j
+//                                                               dB_j += out_j dt_j lambda^T x_j
+//   forward y_i = .. + in_i H_c C_i                             dC_i += in_i H_c^T dy_i
+//   dx_j += dt_j v_j + D dy_j     ddt_j += v_j . x_j     dD += dy_i x_i
+// L, in and out are products of a_m = exp(alpha_m), alpha_m = dt_m A. What holds a_m as a factor counts in
+//   dalpha_m = sum_{i>=m, j<m} W_ij + sum_{j<m} e_j + sum_{i>=m} f_i + in_{q-1} <lambda, H_c>
+//   e_j = out_j dt_j x_j^T lambda B_j     f_i = in_i dy_i^T H_c C_i
+// and ddt_m += A dalpha_m, dA += dt_m dalpha_m. (The shorter way, y . dy - dt ddt summed backward in time,
+// subtracts numbers that are nearly equal: with |A| = 16 none of its digits is right in float.)
+// Adds to the first arguments and returns A dA.
+static real ssd_chunk_backward(real* dx, size_t lddx, real* ddt, real* dB, real* dC, size_t lddbc, real* dCB,
+                               real* dD, const real* dy, const real* lambda, const real* state, const real* x,
+                               size_t ldx, const SsdDecay* d, real A, const real* B_c, const real* C_c,
+                               size_t ldbc, const real* CB, const real* D_h, size_t D_step, real* work,
+                               size_t q, size_t H, size_t P, size_t N) {
+    real *L = work, *Z = L + q * q, *v = Z + q * q, *xs = v + q * P, *dyH = xs + q * P, dA = 0;
+    real e[SSD_MAX_CHUNK] = {0}, f[SSD_MAX_CHUNK] = {0}, S[SSD_MAX_CHUNK] = {0}, kappa = 0;
+    size_t ldy = H * P;
+    ssd_load_mask(L, d->a, q);
+    matmul_one(Z, q, true, dy, ldy, 1, x, 1, ldx, q, q, P);
+    if (lambda) {
+        matmul_one(v, P, true, B_c, ldbc, 1, lambda, 1, N, q, P, N);
+        ssd_scale_rows(v, d->out, NULL, v, P, q, P);
+        for (size_t j = 0; j < q; j++) e[j] = d->dt[j] * dot_real(x + j * ldx, v + j * P, P);
+        ssd_scale_rows(xs, d->out, d->dt, x, ldx, q, P);
+        matmul_one(dB, lddbc, false, xs, P, 1, lambda, N, 1, q, N, P);
+    } else {
+        memset(v, 0, q * P * sizeof(real));
+    }
+    if (state) {
+        matmul_one(dyH, N, true, dy, ldy, 1, state, N, 1, q, N, P);
+        for (size_t i = 0; i < q; i++) {
+            f[i] = d->in[i] * dot_real(dyH + i * N, C_c + i * ldbc, N);
+            for (size_t n = 0; n < N; n++) dC[i * lddbc + n] += d->in[i] * dyH[i * N + n];
+        }
+    }
+    if (state && lambda) kappa = d->in[q - 1] * dot_real(state, lambda, P * N);
+    for (size_t i = 0; i < q; i++) {
+        for (size_t j = 0; j <= i; j++) {
+            size_t ij = i * q + j;
+            real dCB_ij = L[ij] * d->dt[j] * Z[ij];
+            dCB[ij] += dCB_ij;
+            Z[ij] = dCB_ij * CB[ij];                   // W
+            L[ij] *= CB[ij];
+        }
+    }
+    matmul_one(v, P, false, L, 1, q, dy, ldy, 1, q, P, q);
+    for (size_t j = 0; j < q; j++) {
+        ddt[j * H] += dot_real(v + j * P, x + j * ldx, P);
+        for (size_t p = 0; p < P; p++) {
+            real dy_p = dy[j * ldy + p];
+            dx[j * lddx + p] += d->dt[j] * v[j * P + p] + D_h[p * D_step] * dy_p;
+            dD[p] += dy_p * x[j * ldx + p];
+        }
+    }
+    for (size_t j = 1; j < q; j++) e[j] += e[j - 1];   // sums of e up to j, of f from i on
+    for (size_t i = q - 1; i-- > 0;) f[i] += f[i + 1];
+    for (size_t m = q; m-- > 0;) {                     // S_j = sum_{i>=m} W_ij
+        real dalpha = kappa + f[m] + (m ? e[m - 1] : 0);
+        for (size_t j = 0; j < m; j++) S[j] += Z[m * q + j];
+        #pragma omp simd reduction(+:dalpha)
+        for (size_t j = 0; j < m; j++) dalpha += S[j];
+        ddt[m * H] += A * dalpha;
+        dA += d->dt[m] * dalpha;
+    }
+    return A * dA;
+}
+
+// ssd_backward: first the gradients of the states, from the last chunk to the first, each head by itself:
+//   forward y_i = .. + in_i H_c C_i,  H_{c+1} = in_{q-1} H_c + ..
+//     =>  lambda_c = in_{q-1} lambda_{c+1} + sum_i in_i dy_i C_i^T,  the last is dhT,  dh0 += lambda_0
+// then everything else, each chunk and group by itself (ssd_chunk_backward). The heads of a group add to the
+// same dB, dC and dCB, one after the other; at last
+//   forward CB_ij = C_i . B_j         =>  dC_i += sum_j dCB_ij B_j,  dB_j += sum_i dCB_ij C_i
+//   hs: as forward left it   scratch: ssd_scratch() elements   all else as in the recurrent form
+void ssd_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real* dBt, real* dCt, size_t lddbc,
+                  real* dDskip, real* dh0, const real* dy, const real* dhT, const real* hs, const real* x,
+                  size_t ldx, const real* dt, const real* A_log, const real* Bt, const real* Ct, size_t ldbc,
+                  const real* Dskip, bool D_has_hdim, const real* h0, const int* doc, real* scratch, size_t B,
+                  size_t T, size_t H, size_t P, size_t G, size_t N, size_t Q) {
+    Q = min_size(Q, T);
+    size_t chunks = (T + Q - 1) / Q, size = P * N, heads = H / G, work_size = Q * (4 * Q + 2 * P + N);
+    real* lambdas = scratch;                            // (B,chunks,H,P,N)
+    real* dA_part = lambdas + B * chunks * H * size;    // (B,chunks,H)
+    real* dD_part = dA_part + B * chunks * H;           // (B,chunks,H,P)
+    real* work = dD_part + B * chunks * H * P;
+    #pragma omp parallel for schedule(static)
+    for (size_t bh = 0; bh < B * H; bh++) {
+        size_t b = bh / H, h = bh % H;
+        const real* C_g = Ct + b * T * ldbc + h / heads * N;
+        real *dys = work + bh * Q * P, *lambda = lambdas + ((b * chunks + chunks - 1) * H + h) * size;
+        for (size_t n = 0; n < size; n++) lambda[n] = dhT ? dhT[bh * size + n] : 0;
+        for (size_t c = chunks; c-- > 0; lambda -= H * size) {
+            size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+            real* before = c ? lambda - H * size : dh0 ? dh0 + bh * size : NULL;
+            SsdDecay d;
+            if (!before) break;
+            ssd_load_decay(&d, dt + row * H + h, H, ssd_rate(A_log[h]), doc ? doc + b * T : NULL, t0, q);
+            ssd_scale_rows(dys, d.in, NULL, dy + (row * H + h) * P, H * P, q, P);
+            for (size_t n = 0; n < size; n++) before[n] = (c ? 0 : before[n]) + d.in[q - 1] * lambda[n];
+            matmul_one(before, N, false, dys, 1, P, C_g + t0 * ldbc, ldbc, 1, P, N, q);
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (size_t task = 0; task < B * chunks * G; task++) {
+        size_t b = task / G / chunks, c = task / G % chunks, g = task % G;
+        size_t t0 = c * Q, q = min_size(Q, T - t0), row = b * T + t0;
+        const real *B_c = Bt + row * ldbc + g * N, *C_c = Ct + row * ldbc + g * N;
+        real *dB_c = dBt + row * lddbc + g * N, *dC_c = dCt + row * lddbc + g * N;
+        real *CB = work + task * work_size, *dCB = CB + Q * Q;
+        matmul_one(CB, q, true, C_c, ldbc, 1, B_c, 1, ldbc, q, q, N);
+        memset(dCB, 0, q * q * sizeof(real));
+        for (size_t h = g * heads; h < (g + 1) * heads; h++) {
+            size_t chunk = (b * chunks + c) * H + h;
+            real A = ssd_rate(A_log[h]), *dD = dD_part + chunk * P;
+            SsdDecay d;
+            ssd_load_decay(&d, dt + row * H + h, H, A, doc ? doc + b * T : NULL, t0, q);
+            memset(dD, 0, P * sizeof(real));
+            dA_part[chunk] = ssd_chunk_backward(
+                dx + row * lddx + h * P, lddx, ddt + row * H + h, dB_c, dC_c, lddbc, dCB, dD,
+                dy + (row * H + h) * P, c + 1 < chunks || dhT ? lambdas + chunk * size : NULL,
+                c > 0 || h0 ? hs + chunk * size : NULL, x + row * ldx + h * P, ldx, &d, A, B_c, C_c, ldbc, CB,
+                Dskip + (D_has_hdim ? h * P : h), D_has_hdim, dCB + Q * Q, q, H, P, N);
+        }
+        matmul_one(dC_c, lddbc, false, dCB, q, 1, B_c, ldbc, 1, q, N, q);
+        matmul_one(dB_c, lddbc, false, dCB, 1, q, C_c, ldbc, 1, q, N, q);
+    }
+    #pragma omp parallel for if (H > 64)
+    for (size_t h = 0; h < H; h++) {
+        for (size_t bc = 0; bc < B * chunks; bc++) {
+            dA_log[h] += dA_part[bc * H + h];
+            for (size_t p = 0; p < P; p++)
+                dDskip[D_has_hdim ? h * P + p : h] += dD_part[(bc * H + h) * P + p];
+        }
+    }
+}
+
+// gated_rmsnorm_forward: the norm of Mamba-2, over groups of S channels, with the gate before or behind it.
+//   norm_before_gate = false:  w = y silu(z);   out = weight * w * rstd(w)          (all released models)
+//   norm_before_gate = true:   out = weight * y * rstd(y) * silu(z)
+//   rstd = (mean over the group of the squares + eps)^(-1/2)
+//   y, out (M,E)   z (M,E), row stride ldz   weight (E)   E a multiple of S
+//   saved for backward: rstd (M,E/S)        Mamba-2 paper (arXiv 2405.21060), section 7.2
+void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, size_t ldz,
+                           const real* weight, size_t M, size_t E, size_t S, real eps,
+                           bool norm_before_gate) {
+    #pragma omp parallel for if (M > 16)
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0;
+            real *out_m = out + m * E + e0, sum = 0;
+            #pragma omp simd reduction(+:sum)
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), w = norm_before_gate ? y_m[s] : y_m[s] * gate;
+                sum += w * w;
+                out_m[s] = weight[e0 + s] * y_m[s] * gate;
+            }
+            real r = 1 / (real)sqrt((double)(sum / (real)S + eps));
+            if (r == 0) r = (real)NAN;        // as in rmsnorm_forward
+            for (size_t s = 0; s < S; s++) out_m[s] *= r;
+            rstd[m * (E / S) + e0 / S] = r;
+        }
+    }
+}
+
+// With w = what is normalized, xhat = w rstd(w), q = the gradient of xhat:
+//   xhat = w rstd(w)            =>  dw += rstd (q - xhat mean_s(q xhat)), mean over the group
+//   gate first:  out = weight xhat, w = y silu(z)  =>  q = weight dout          dweight += dout xhat
+//                                                      dy += dw silu(z)         dz += dw y silu'(z)
+//   norm first:  out = weight xhat silu(z), w = y  =>  q = weight dout silu(z)  dweight += dout xhat silu(z)
+//                                                      dy += dw         dz += weight dout xhat silu'(z)
+// In both cases q xhat and the summand of dweight hold the same product: dout y silu(z) rstd.
+void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, const real* dout, const real* y,
+                            const real* z, size_t ldz, const real* weight, const real* rstd, size_t M,
+                            size_t E, size_t S, bool norm_before_gate) {
+    #pragma omp parallel for
+    for (size_t m = 0; m < M; m++) {
+        for (size_t e0 = 0; e0 < E; e0 += S) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            const real* weight_g = weight + e0;
+            real *dy_m = dy + m * E + e0, *dz_m = dz + m * lddz + e0;
+            real r = rstd[m * (E / S) + e0 / S], dot = 0;
+            #pragma omp simd reduction(+:dot)
+            for (size_t s = 0; s < S; s++) dot += weight_g[s] * dout_m[s] * (y_m[s] * silu_real(z_m[s]));
+            real mean = dot * r / (real)S;
+            #pragma omp simd
+            for (size_t s = 0; s < S; s++) {
+                real gate = silu_real(z_m[s]), dgate = silu_grad_real(z_m[s]), q = weight_g[s] * dout_m[s];
+                if (norm_before_gate) {
+                    dy_m[s] += r * (q * gate - y_m[s] * r * mean);
+                    dz_m[s] += q * y_m[s] * r * dgate;
+                } else {
+                    real dw = r * (q - y_m[s] * gate * r * mean);
+                    dy_m[s] += dw * gate;
+                    dz_m[s] += dw * y_m[s] * dgate;
+                }
+            }
+        }
+    }
+    size_t tiles = (S + CHANNEL_TILE - 1) / CHANNEL_TILE;              // of a group
+    #pragma omp parallel for
+    for (size_t i = 0; i < E / S * tiles; i++) {
+        size_t group = i / tiles, s0 = i % tiles * CHANNEL_TILE, e0 = group * S + s0;
+        size_t n = min_size(CHANNEL_TILE, S - s0);
+        real sum[CHANNEL_TILE] = {0};
+        for (size_t m = 0; m < M; m++) {
+            const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
+            real r = rstd[m * (E / S) + group];
+            #pragma omp simd
+            for (size_t e = 0; e < n; e++) sum[e] += dout_m[e] * (y_m[e] * silu_real(z_m[e])) * r;
+        }
+        for (size_t e = 0; e < n; e++) dweight[e0 + e] += sum[e];
+    }
+}
+
+// Attention sees a document through one number per token: its position, the number of tokens of the same
+// document before it. A token sees the positions 0 .. its own. Position p of the document of token t is token
+// t - position[t] + p of the call or, where that is before the call, row p of the cache. So document ids and
+// the number of cached tokens occur in token_positions only.
+//
+// token_positions: position (B,T)   position0 (B) or NULL: tokens of document 0 before the call   doc as ever
+// Positions are whole numbers, which a float holds exactly up to 2^24.
+void token_positions(real* position, const real* position0, const int* doc, size_t B, size_t T) {
+    for (size_t b = 0; b < B; b++) {
+        real next = position0 ? position0[b] : 0;
+        for (size_t t = 0; t < T; t++) {
+            if (scan_resets(doc ? doc + b * T : NULL, t)) next = 0;
+            position[b * T + t] = next++;
+        }
+    }
+}
+
+enum { ATTENTION_MAX_HEAD = 256 };       // numbers per head, at most
+
+// rotate: pairs of numbers of every head turn by the angle direction * position * theta_i, in place.
+//   theta_i = base^(-2i/ro), i < ro/2: pairs (2i, 2i+1) when interleaved, else (i, i + ro/2); the rest stays
+// The angles are made in double: at position 131,072 a float would be off by 0.004.
+static void rotate(real* x, size_t ldx, const real* position, double direction, double base, bool interleaved,
+                   size_t M, size_t H, size_t dh, size_t ro) {
+    double theta[ATTENTION_MAX_HEAD / 2];
+    size_t half = ro / 2, step = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
+    for (size_t i = 0; i < half; i++) theta[i] = direction * pow(base, -2.0 * (double)i / (double)ro);
+    #pragma omp parallel for if (M * half > 256)
+    for (size_t m = 0; m < M; m++) {
+        real c[ATTENTION_MAX_HEAD / 2], s[ATTENTION_MAX_HEAD / 2];
+        for (size_t i = 0; i < half; i++) {
+            double angle = (double)position[m] * theta[i];
+            c[i] = (real)cos(angle);
+            s[i] = (real)sin(angle);
+        }
+        for (size_t h = 0; h < H; h++) {
+            real *a = x + m * ldx + h * dh, *b = a + partner;
+            for (size_t i = 0; i < half; i++) {
+                real a_i = a[i * step], b_i = b[i * step];
+                a[i * step] = a_i * c[i] - b_i * s[i];
+                b[i * step] = a_i * s[i] + b_i * c[i];
+            }
+        }
+    }
+}
+
+// rotary_forward: x (M,H,dh), row stride ldx, turned in place; <q_i, k_j> of turned vectors depends on i - j.
+//   saved for backward: nothing        Su et al., RoFormer (arXiv 2104.09864), section 3.2.2
+void rotary_forward(real* x, size_t ldx, const real* position, double base, bool interleaved, size_t M,
+                    size_t H, size_t dh, size_t ro) {
+    rotate(x, ldx, position, 1, base, interleaved, M, H, dh, ro);
+}
+
+// x' = R x  =>  dx = R^T dx', and the transpose of a rotation turns back. In place like the forward: dx' is
+// replaced, not added to.
+void rotary_backward(real* dx, size_t lddx, const real* position, double base, bool interleaved, size_t M,
+                     size_t H, size_t dh, size_t ro) {
+    rotate(dx, lddx, position, -1, base, interleaved, M, H, dh, ro);
+}
+
+// Attention works on tiles: the scores of ATTENTION_ROWS neighbouring tokens with ATTENTION_KEYS neighbouring
+// positions of their document. Tiles of keys start at multiples of ATTENTION_KEYS in the document, so a sum
+// is split in the same places wherever the document was cut into calls.
+enum { ATTENTION_ROWS = 64, ATTENTION_KEYS = 64 };
+
+// KeyValues: where the keys and values of one KV head of one sequence lie; see token_positions
+typedef struct {
+    const real *k, *v, *cache;           // of the call (T,dh), row stride ld; cache (capacity,2,..) or NULL
+    size_t ld, ld_cache, value;          // value: from a key in the cache to its value
+} KeyValues;
+
+static KeyValues key_values(const real* k, const real* v, size_t ldkv, const real* kv0, size_t capacity,
+                            size_t b, size_t g, size_t T, size_t Hkv, size_t dh) {
+    KeyValues x = {k + b * T * ldkv + g * dh, v + b * T * ldkv + g * dh,
+                   kv0 ? kv0 + b * capacity * 2 * Hkv * dh + g * dh : NULL, ldkv, 2 * Hkv * dh, Hkv * dh};
+    return x;
+}
+
+// kv_rows: n keys (or values) from position p on, rows at stride *ld. first: the token of position 0,
+// negative when that is in the cache. Only rows from both sides of the edge of the cache are copied.
+static const real* kv_rows(const KeyValues* x, bool values, ptrdiff_t first, size_t p, size_t n, size_t dh,
+                           real* copy, size_t* ld) {
+    const real *call = values ? x->v : x->k, *cache = x->cache;
+    ptrdiff_t t = first + (ptrdiff_t)p;
+    *ld = t >= 0 ? x->ld : x->ld_cache;
+    if (t >= 0) return call + (size_t)t * x->ld;
+    if (values) cache += x->value;
+    if (t + (ptrdiff_t)n <= 0) return cache + p * x->ld_cache;
+    for (size_t i = 0; i < n; i++, t++)
+        memcpy(copy + i * dh, t < 0 ? cache + (p + i) * x->ld_cache : call + (size_t)t * x->ld,
+               dh * sizeof(real));
+    *ld = dh;
+    return copy;
+}
+
+// same_document: how many of n tokens belong to the document of the first
+static size_t same_document(const real* position, size_t n) {
+    size_t i = 1;
+    while (i < n && position[i] == position[i - 1] + 1) i++;
+    return i;
+}
+
+// attention_scores: S(i,j) = scale <q_i, k_j>, j < keys; -infinity where row i does not see position p + j
+static void attention_scores(real* S, const real* q, size_t ldq, const real* k, size_t ldk,
+                             const real* position, size_t p, real scale, size_t rows, size_t keys,
+                             size_t dh) {
+    memset(S, 0, rows * ATTENTION_KEYS * sizeof(real));
+    matmul_block(S, ATTENTION_KEYS, q, ldq, 1, k, 1, ldk, rows, keys, dh);
+    for (size_t i = 0; i < rows; i++) {
+        real* S_i = S + i * ATTENTION_KEYS;
+        for (size_t j = 0; j < ATTENTION_KEYS; j++)
+            S_i[j] = p + j <= (size_t)position[i] ? scale * S_i[j] : (real)-INFINITY;
+    }
+}
+
+// attention_rows: `rows` tokens of one document and one head, tile of keys by tile of keys, with the running
+// maximum max_i of the scores and the running sum of exp(S_ij - max_i)
+//   position, q, out, lse: at the first of them   first: as in kv_rows
+static void attention_rows(real* out, size_t ldo, real* lse, const real* q, size_t ldq, const KeyValues* x,
+                           const real* position, ptrdiff_t first, real scale, size_t rows, size_t dh) {
+    real S[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
+    real copy[ATTENTION_KEYS * ATTENTION_MAX_HEAD], max[ATTENTION_ROWS], sum[ATTENTION_ROWS];
+    size_t ld, seen = (size_t)position[rows - 1] + 1;          // keys that the last row sees
+    for (size_t i = 0; i < rows; i++) {
+        max[i] = (real)-INFINITY;
+        sum[i] = 0;
+        memset(out + i * ldo, 0, dh * sizeof(real));
+    }
+    for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
+        size_t keys = min_size(ATTENTION_KEYS, seen - p);
+        const real* k = kv_rows(x, false, first, p, keys, dh, copy, &ld);
+        attention_scores(S, q, ldq, k, ld, position, p, scale, rows, keys, dh);
+        for (size_t i = 0; i < rows; i++) {
+            real *S_i = S + i * ATTENTION_KEYS, *out_i = out + i * ldo, top = max[i], tile_sum = 0;
+            #pragma omp simd reduction(max:top)
+            for (size_t j = 0; j < ATTENTION_KEYS; j++) top = S_i[j] > top ? S_i[j] : top;
+            #pragma omp simd reduction(+:tile_sum)
+            for (size_t j = 0; j < ATTENTION_KEYS; j++) {
+                S_i[j] = exp_real(S_i[j] - top);
+                tile_sum += S_i[j];
+            }
+            real shrink = exp_real(max[i] - top);              // what is there was made with the old maximum
+            for (size_t d = 0; d < dh; d++) out_i[d] *= shrink;
+            sum[i] = sum[i] * shrink + tile_sum;
+            max[i] = top;
+        }
+        const real* v = kv_rows(x, true, first, p, keys, dh, copy, &ld);
+        matmul_block(out, ldo, S, ATTENTION_KEYS, 1, v, ld, 1, rows, dh, keys);
+    }
+    for (size_t i = 0; i < rows; i++) {
+        for (size_t d = 0; d < dh; d++) out[i * ldo + d] /= sum[i];
+        lse[i] = max[i] + (real)log((double)sum[i]);
+    }
+}
+
+// attention_forward: causal softmax attention of grouped heads; query head h uses KV head g = h Hkv / Hq.
+//   P_ij = softmax_j(scale <q_i, k_j>) over the tokens j <= i of i's document       out_i = sum_j P_ij v_j
+//   q, out (B,T,Hq,dh), row strides ldq, ldo   k, v (B,T,Hkv,dh), row stride ldkv   position: token_positions
+//   kv0 (B,capacity,2,Hkv,dh): keys and values of the positions before the call; NULL when there are none
+//   saved for backward: lse (B,Hq,T), the logarithm of the sum of exp(scores): P needs no T x T matrix
+//   Vaswani et al. (1706.03762), section 3.2; groups: Ainslie et al. (2305.13245); running maximum:
+//   Milakov and Gimelshein (1805.02867); tiles: Dao et al., FlashAttention (2205.14135)
+void attention_forward(real* out, size_t ldo, real* lse, const real* q, size_t ldq, const real* k,
+                       const real* v, size_t ldkv, const real* kv0, size_t capacity, const real* position,
+                       real scale, size_t B, size_t T, size_t Hq, size_t Hkv, size_t dh) {
+    size_t tiles = (T + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
+    #pragma omp parallel for collapse(3) schedule(dynamic) if (B * Hq * T * (T + (kv0 ? capacity : 0)) > 1024)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t h = 0; h < Hq; h++) {
+            for (size_t tile = 0; tile < tiles; tile++) {
+                KeyValues x = key_values(k, v, ldkv, kv0, capacity, b, h * Hkv / Hq, T, Hkv, dh);
+                size_t end = min_size((tile + 1) * ATTENTION_ROWS, T);
+                for (size_t t = tile * ATTENTION_ROWS, rows; t < end; t += rows) {
+                    size_t row = b * T + t;
+                    rows = same_document(position + row, end - t);
+                    attention_rows(out + row * ldo + h * dh, ldo, lse + (b * Hq + h) * T + t,
+                                   q + row * ldq + h * dh, ldq, &x, position + row,
+                                   (ptrdiff_t)t - (ptrdiff_t)position[row], scale, rows, dh);
+                }
+            }
+        }
+    }
+}
+
+// attention_tile_backward: one tile of rows and one of keys of a head. P is made again from lse.
+//   forward  out_i = sum_j P_ij v_j     =>  dv_j += sum_i P_ij dout_i           dP_ij = <dout_i, v_j>
+//   forward  P_i = softmax(S_i)         =>  dS_ij = P_ij (dP_ij - delta_i)
+//                                           delta_i = sum_j P_ij dP_ij = <dout_i, out_i>
+//   forward  S_ij = scale <q_i, k_j>    =>  dq_i += scale sum_j dS_ij k_j       dk_j += scale sum_i dS_ij q_i
+//   pointers at the first row; k, v, dk, dv (keys,dh) at position p, dk and dv contiguous
+static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, const real* dout,
+                                    const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
+                                    const real* k, size_t ldk, const real* v, size_t ldv,
+                                    const real* position, size_t p, real scale, size_t rows, size_t keys,
+                                    size_t dh) {
+    real P[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
+    real dS[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64))) = {0};
+    attention_scores(P, q, ldq, k, ldk, position, p, scale, rows, keys, dh);
+    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldv, rows, keys, dh);         // dP
+    for (size_t i = 0; i < rows; i++) {
+        real *P_i = P + i * ATTENTION_KEYS, *dS_i = dS + i * ATTENTION_KEYS, delta = 0;
+        #pragma omp simd reduction(+:delta)
+        for (size_t d = 0; d < dh; d++) delta += dout[i * ldo + d] * out[i * ldo + d];
+        #pragma omp simd
+        for (size_t j = 0; j < ATTENTION_KEYS; j++) {
+            P_i[j] = exp_real(P_i[j] - lse[i]);
+            dS_i[j] = scale * P_i[j] * (dS_i[j] - delta);
+        }
+    }
+    matmul_block(dv, dh, P, 1, ATTENTION_KEYS, dout, ldo, 1, keys, dh, rows);
+    matmul_block(dk, dh, dS, 1, ATTENTION_KEYS, q, ldq, 1, keys, dh, rows);
+    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldk, 1, rows, dh, keys);
+}
+
+// attention_backward: tile of keys by tile of keys; each collects the gradients of its keys and values from
+// the query heads that share them, one after the other, and their rows, then adds them where they belong.
+//   dq (B,T,Hq,dh), row stride lddq   dk, dv (B,T,Hkv,dh), row stride lddkv   dkv0: of kv0, or NULL
+//   dout like out, row stride ldo; the rest as in the forward. Every gradient is added to what is there.
+void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv, real* dkv0, const real* dout,
+                        const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
+                        const real* k, const real* v, size_t ldkv, const real* kv0, size_t capacity,
+                        const real* position, real scale, size_t B, size_t T, size_t Hq, size_t Hkv,
+                        size_t dh) {
+    #pragma omp parallel for collapse(2) schedule(dynamic) if (B * Hq * T * T > 1024)
+    for (size_t b = 0; b < B; b++) {
+        for (size_t g = 0; g < Hkv; g++) {
+            KeyValues x = key_values(k, v, ldkv, kv0, capacity, b, g, T, Hkv, dh);
+            const real* position_b = position + b * T;
+            real k_copy[ATTENTION_KEYS * ATTENTION_MAX_HEAD], v_copy[ATTENTION_KEYS * ATTENTION_MAX_HEAD];
+            real dk_p[ATTENTION_KEYS * ATTENTION_MAX_HEAD], dv_p[ATTENTION_KEYS * ATTENTION_MAX_HEAD];
+            for (size_t start = 0, end; start < T; start = end) {                      // documents
+                end = start + same_document(position_b + start, T - start);
+                ptrdiff_t first = (ptrdiff_t)start - (ptrdiff_t)position_b[start];
+                size_t seen = (size_t)position_b[end - 1] + 1, ldk, ldv;
+                for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
+                    size_t keys = min_size(ATTENTION_KEYS, seen - p);
+                    ptrdiff_t key = first + (ptrdiff_t)p;            // the token of position p
+                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ldk);
+                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ldv);
+                    memset(dk_p, 0, keys * dh * sizeof(real));
+                    memset(dv_p, 0, keys * dh * sizeof(real));
+                    for (size_t h = g * Hq / Hkv; h < (g + 1) * Hq / Hkv; h++) {
+                        size_t t = key > (ptrdiff_t)start ? (size_t)key : start;
+                        for (; t < end; t += ATTENTION_ROWS) {
+                            size_t row = b * T + t;
+                            attention_tile_backward(dq + row * lddq + h * dh, lddq, dk_p, dv_p,
+                                                    dout + row * ldo + h * dh, out + row * ldo + h * dh, ldo,
+                                                    lse + (b * Hq + h) * T + t, q + row * ldq + h * dh, ldq,
+                                                    k_p, ldk, v_p, ldv, position + row, p, scale,
+                                                    min_size(ATTENTION_ROWS, end - t), keys, dh);
+                        }
+                    }
+                    for (size_t j = 0; j < keys; j++, key++) {
+                        size_t in_call = (b * T + (size_t)key) * lddkv + g * dh;
+                        size_t in_cache = ((b * capacity + p + j) * 2 * Hkv + g) * dh;
+                        real *dk_j = key >= 0 ? dk + in_call : dkv0 ? dkv0 + in_cache : NULL;
+                        real *dv_j = key >= 0 ? dv + in_call : dkv0 ? dkv0 + in_cache + Hkv * dh : NULL;
+                        for (size_t d = 0; dk_j && d < dh; d++) {
+                            dk_j[d] += dk_p[j * dh + d];
+                            dv_j[d] += dv_p[j * dh + d];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// kv_kept: after the call the cache holds the document of the last token: how many of its tokens were there
+// before; *length: how many there are in all
+static size_t kv_kept(const real* position_b, size_t T, size_t* length) {
+    *length = (size_t)position_b[T - 1] + 1;
+    return *length > T ? *length - T : 0;
+}
+
+// kv_append_forward: the cache and the number of tokens in it after the call. Behind them nothing is written.
+//   kvT may be kv0, and then only the new rows are written; positionT (B)
+void kv_append_forward(real* kvT, real* positionT, const real* kv0, const real* k, const real* v, size_t ldkv,
+                       const real* position, size_t capacity, size_t B, size_t T, size_t Hkv, size_t dh) {
+    size_t width = Hkv * dh;
+    for (size_t b = 0; b < B; b++) {
+        size_t length, kept = kv_kept(position + b * T, T, &length);
+        if (length > capacity)
+            die("attention: %zu tokens do not fit into a cache of %zu; raise --context", length, capacity);
+        real* kvT_b = kvT + b * capacity * 2 * width;
+        if (kvT != kv0 && kept)
+            memcpy(kvT_b, kv0 + b * capacity * 2 * width, kept * 2 * width * sizeof(real));
+        #pragma omp parallel for if (T > 64)
+        for (size_t p = kept; p < length; p++) {
+            size_t row = b * T + T - length + p;
+            memcpy(kvT_b + p * 2 * width, k + row * ldkv, width * sizeof(real));
+            memcpy(kvT_b + p * 2 * width + width, v + row * ldkv, width * sizeof(real));
+        }
+        positionT[b] = (real)length;
+    }
+}
+
+// a row of kvT is a row of kv0 or of the call  =>  its gradient is added there; dkv0 may be NULL
+void kv_append_backward(real* dk, real* dv, size_t lddkv, real* dkv0, const real* dkvT, const real* position,
+                        size_t capacity, size_t B, size_t T, size_t Hkv, size_t dh) {
+    size_t width = Hkv * dh;
+    for (size_t b = 0; b < B; b++) {
+        size_t length, kept = kv_kept(position + b * T, T, &length), cache = b * capacity * 2 * width;
+        for (size_t i = 0; dkv0 && i < kept * 2 * width; i++) dkv0[cache + i] += dkvT[cache + i];
+        for (size_t p = kept; p < length; p++) {
+            size_t row = b * T + T - length + p;
+            for (size_t i = 0; i < width; i++) {
+                dk[row * lddkv + i] += dkvT[cache + p * 2 * width + i];
+                dv[row * lddkv + i] += dkvT[cache + p * 2 * width + width + i];
+            }
+        }
+    }
+}
+
 // crossentropy: the loss of each position and, unless dlogits is NULL, the gradient of scale * sum(losses).
 //   losses[m] = logsumexp_v(logits[m,v]) - logits[m,target]
 //   dlogits = scale * (softmax(logits) - onehot(target))
@@ -1318,12 +2239,14 @@ void crossentropy(real* losses, real* dlogits, const real* logits, const int* ta
 // Symbolic sizes, so that a table can be written before the model is known.
 enum { DIM_NONE, DIM_1, DIM_2, DIM_D, DIM_E, DIM_2E, DIM_N, DIM_K, DIM_R, DIM_R2N, DIM_F, DIM_2F, DIM_VP,
        DIM_K1, DIM_SCAN_SAVED, DIM_SCAN_SCRATCH,
-       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D
-       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
+       // Mamba-2: z0, x0, z, x, B, C, dt together; Es; x, B, C together; heads; their channels; groups; D;
+       // E where Es < E
+       DIM_IN2, DIM_ES, DIM_XBC, DIM_H, DIM_P, DIM_G, DIM_DSKIP, DIM_JOINED, DIM_SSD_SAVED, DIM_SSD_SCRATCH,
        // attention: q, k, v and MLP together; q, k, v; heads and MLP; heads; Hkv; dh; taps, taps - 1; cache
-       DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT };
+       DIM_IN_A, DIM_QKV, DIM_OUT_A, DIM_HQ, DIM_HKV, DIM_DH, DIM_KA, DIM_KA1, DIM_CONTEXT, DIM_MLP_A };
 
 int64_t config_dim(const Config* c, int dim) {
+    int64_t heads = c->headdim ? c->d_ssm / c->headdim : 0;        // H of Mamba-2
     switch (dim) {
         case DIM_1:   return 1;
         case DIM_2:   return 2;
@@ -1338,13 +2261,14 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_F:   return c->d_intermediate;
         case DIM_2F:  return 2 * c->d_intermediate;
         case DIM_VP:  return c->vocab_padded;
-        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + c->d_ssm / c->headdim;
+        case DIM_IN2: return 2 * c->d_inner + 2 * c->ngroups * c->d_state + heads;
         case DIM_ES:  return c->d_ssm;
         case DIM_XBC: return c->d_ssm + 2 * c->ngroups * c->d_state;
-        case DIM_H:   return c->d_ssm / c->headdim;
+        case DIM_H:   return heads;
         case DIM_P:   return c->headdim;
         case DIM_G:   return c->ngroups;
-        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : c->d_ssm / c->headdim;
+        case DIM_DSKIP: return c->D_has_hdim ? c->d_ssm : heads;
+        case DIM_JOINED: return c->d_ssm < c->d_inner ? c->d_inner : 0;
         case DIM_IN_A:  return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv) + c->attn_mlp;
         case DIM_QKV:   return c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
         case DIM_OUT_A: return c->attn_head_dim * c->attn_heads + c->attn_mlp / 2;
@@ -1354,6 +2278,7 @@ int64_t config_dim(const Config* c, int dim) {
         case DIM_KA:  return c->attn_conv;
         case DIM_KA1: return c->attn_conv > 0 ? c->attn_conv - 1 : 0;
         case DIM_CONTEXT: return c->context;
+        case DIM_MLP_A: return c->attn_mlp / 2;
     }
     return 0;
 }
@@ -1392,7 +2317,7 @@ enum { RECOMPUTE_NONE, RECOMPUTE_CHEAP, RECOMPUTE_ALL };      // the positions o
 // fields of the kind's struct of pointers, so binding a struct to memory is one loop over the table.
 typedef struct {
     const char* name;
-    int dim[3];
+    int dim[4];
     int init, flags;
 } TensorSpec;
 
@@ -1403,6 +2328,7 @@ typedef struct {
     const int* doc;      // (B,T) document ids, or NULL: one document per row
     int recompute;       // RECOMPUTE_CHEAP: backward finds the CHEAP activations overwritten
     Dropout dropout;     // of what this sub-layer adds
+    Half half;           // the weight matrices
 } Run;
 
 // ------------------------------------------------------------------------------------------------
@@ -1490,17 +2416,17 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
 
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
     // (F1) to (F4)
-    matmul_forward(a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
-    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
-                          E, K);
-    matmul_forward(a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
-    matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
+    linear_forward(&run->half, a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
+    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
+                          B, T, E, K);
+    linear_forward(&run->half, a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
+    linear_forward(&run->half, a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
     softplus_forward(a->dt, a->dt, M * E);
     // (F5) to (F8), then the residual
     selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc,
                            B, T, E, N);
     gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    matmul_forward(w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
+    linear_forward(&run->half, w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -1525,8 +2451,8 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     real* dy = w->ddt;         // the gradient of y is consumed before ddt is needed
     if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
         rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
-        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T,
-                              E, K);
+        causal_conv1d_forward(a->x, NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
+                              B, T, E, K);
         matmul_forward(a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
         softplus_forward(a->dt, a->dt, M * E);
     }
@@ -1555,13 +2481,364 @@ void mamba1_block_backward(const Run* run, real* dres, const real* res_in, real*
     matmul_backward(dx, E, dp->x_proj, NULL, drbc, RBC, a->x, E, p->x_proj, M, E, RBC);
     // (F2) x = silu(conv(x)), (F1) [x; z] = W_in u, u = RMSNorm(res_in)
     causal_conv1d_backward(dxz, 2 * E, dp->conv1d, dp->conv1d_bias, ds0->conv, dx, dsT->conv, a->xz, 2 * E,
-                           s0->conv, p->conv1d, p->conv1d_bias, run->doc, B, T, E, K);
+                           s0->conv, p->conv1d, p->conv1d_bias, true, run->doc, B, T, E, K);
     matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, dxz, 2 * E, a->u, D, p->in_proj, M, D, 2 * E);
     rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.2 Gated MLP
+// 5.2 Mamba-2
+
+typedef struct {
+    real *norm;                        // (D)
+    real *in_proj, *in_proj_bias;      // (2E+2GN+H,D): rows for z0, x0 (each E-Es), z, x (Es), B, C, dt (H)
+    real *conv1d, *conv1d_bias;        // (Es+2GN,1,K), (Es+2GN): over x, B and C
+    real *dt_bias, *A_log, *D;         // (H), (H), (H) or (Es)
+    real *gated_norm;                  // (Es)
+    real *out_proj, *out_proj_bias;    // (D,E), (D)
+} Mamba2Params;
+
+static const TensorSpec mamba2_params[] = {
+    {"norm.weight",            {DIM_D},                 INIT_ONE, 0},
+    {"mixer.in_proj.weight",   {DIM_IN2, DIM_D},        INIT_LINEAR, DECAY},
+    {"mixer.in_proj.bias",     {DIM_IN2},               INIT_ZERO, IF_BIAS},
+    {"mixer.conv1d.weight",    {DIM_XBC, DIM_1, DIM_K}, INIT_CONV, 0},
+    {"mixer.conv1d.bias",      {DIM_XBC},               INIT_CONV, IF_CONV_BIAS},
+    {"mixer.dt_bias",          {DIM_H},                 INIT_DT_BIAS, 0},
+    {"mixer.A_log",            {DIM_H},                 INIT_A_UNIFORM, 0},
+    {"mixer.D",                {DIM_DSKIP},             INIT_ONE, 0},
+    {"mixer.norm.weight",      {DIM_ES},                INIT_ONE, IF_RMSNORM},
+    {"mixer.out_proj.weight",  {DIM_D, DIM_E},          INIT_RESIDUAL, DECAY},
+    {"mixer.out_proj.bias",    {DIM_D},                 INIT_ZERO, IF_BIAS},
+};
+
+typedef struct { real *rstd, *u, *zxbcdt, *xbc, *dt, *hs, *y, *gated_rstd; } Mamba2Acts;
+
+static const TensorSpec mamba2_acts[] = {
+    {"rstd",       {DIM_1}, 0, 0},         // of the norm
+    {"u",          {DIM_D}, 0, CHEAP},     // normalized input
+    {"zxbcdt",     {DIM_IN2}, 0, 0},       // z0, x0, gate z, x, B, C before the conv, dt before softplus
+    {"xbc",        {DIM_XBC}, 0, CHEAP},   // x, B, C after conv and SiLU
+    {"dt",         {DIM_H}, 0, CHEAP},     // step size
+    {"hs",         {DIM_SSD_SAVED}, 0, 0}, // state at the start of each chunk
+    {"y",          {DIM_ES}, 0, 0},        // output of the SSM, before gate and norm
+    {"gated_rstd", {DIM_G}, 0, 0},         // of the gated norm
+};
+
+typedef struct {
+    real *n, *joined, *out, *du, *dzxbcdt, *dxbc, *ddt, *dn, *djoined, *dy, *ssd;
+} Mamba2Scratch;
+
+static const TensorSpec mamba2_scratch[] = {
+    {"n",       {DIM_E}, 0, 0},            // y after gate and norm
+    {"joined",  {DIM_JOINED}, 0, 0},       // beside the output of the inner MLP, if there is one
+    {"out",     {DIM_D}, 0, 0},            // what the block adds to the residual stream
+    {"du",      {DIM_D}, 0, BACKWARD_ONLY},
+    {"dzxbcdt", {DIM_IN2}, 0, BACKWARD_ONLY},
+    {"dxbc",    {DIM_XBC}, 0, BACKWARD_ONLY},
+    {"ddt",     {DIM_H}, 0, BACKWARD_ONLY},
+    {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
+    {"djoined", {DIM_JOINED}, 0, BACKWARD_ONLY},
+    {"dy",      {DIM_ES}, 0, BACKWARD_ONLY},
+    {"ssd",     {DIM_SSD_SCRATCH}, 0, 0},
+};
+
+typedef struct { real *conv, *ssm; } Mamba2State;
+
+static const TensorSpec mamba2_state[] = {
+    {"conv", {DIM_K1, DIM_XBC}, 0, 0},     // the last K-1 inputs of the conv
+    {"ssm",  {DIM_H, DIM_P, DIM_N}, 0, 0}, // H
+};
+
+// Mamba2Sizes: the sizes of a block and, in a row of in_proj's output, where its parts begin
+typedef struct {
+    size_t M, D, E, K, H, P, G, N, Es, Cd, Q;
+    size_t mlp, z, xbc, dt, in;            // width of z0 and of x0; columns of z, xbc, dt; their number
+} Mamba2Sizes;
+
+static Mamba2Sizes mamba2_sizes(const Run* run) {
+    const Config* c = run->config;
+    Mamba2Sizes s;
+    s.M = run->B * run->T;
+    s.D = (size_t)c->d_model; s.E = (size_t)c->d_inner; s.K = (size_t)c->d_conv; s.N = (size_t)c->d_state;
+    s.P = (size_t)c->headdim; s.G = (size_t)c->ngroups; s.Es = (size_t)c->d_ssm; s.H = s.Es / s.P;
+    s.Cd = s.Es + 2 * s.G * s.N;
+    s.Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
+    s.mlp = s.E - s.Es; s.z = 2 * s.mlp; s.xbc = s.z + s.Es; s.dt = s.xbc + s.Cd; s.in = s.dt + s.H;
+    return s;
+}
+
+// mamba2_join: what out_proj reads, (M,E): the inner MLP and the normed and gated y side by side
+static const real* mamba2_join(const Config* c, const Mamba2Sizes* s, const Mamba2Params* p,
+                               const Mamba2Acts* a, const Mamba2Scratch* w) {
+    const real *z0 = a->zxbcdt, *x0 = z0 + s->mlp, *z = z0 + s->z;
+    if (s->mlp) {
+        gate_forward(w->n, x0, s->in, z0, s->in, s->M, s->mlp);
+        copy_columns(w->joined, s->E, w->n, s->mlp, s->M, s->mlp);
+    }
+    if (c->rmsnorm)
+        gated_rmsnorm_forward(w->n, a->gated_rstd, a->y, z, s->in, p->gated_norm, s->M, s->Es, s->Es / s->G,
+                              (real)c->norm_eps, c->norm_before_gate);
+    else gate_forward(w->n, a->y, s->Es, z, s->in, s->M, s->Es);
+    if (s->mlp) copy_columns(w->joined + s->mlp, s->E, w->n, s->Es, s->M, s->Es);
+    return s->mlp ? w->joined : w->n;
+}
+
+// mamba2_block_forward: res_out = res_in + Mamba2(RMSNorm(res_in)).   res (B,T,D), res_out may be res_in
+//   (S1) [z0; x0; z; xBC; dt_raw] = W_in u,  u = RMSNorm(res_in);   [x; B; C] = silu(conv(xBC))
+//   (S2) dt = clip(softplus(dt_raw + dt_bias))      (S3) a_t = exp(dt_t A)
+//   (S4) H_t = a_t H_{t-1} + dt_t x_t B_t^T,  y_t = H_t C_t + D x_t          every head by itself
+//   (S5) n = gated RMSNorm(y, z), without rmsnorm y silu(z)
+//   (S6) out = W_out [x0 silu(z0); n]               (published models: no z0 and x0)
+//   saved for backward: Mamba2Acts; n is made again
+//   s0, sT: state before and after, fields may be NULL, may be the same
+//   Mamba-2 paper (arXiv 2405.21060), section 7.1, figure 6
+void mamba2_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                          real* const* acts, real* const* scratch, real* const* state0, real* const* stateT) {
+    const Mamba2Params* p = (const Mamba2Params*)params;
+    const Mamba2Acts* a = (const Mamba2Acts*)acts;
+    const Mamba2Scratch* w = (const Mamba2Scratch*)scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes(run);
+    const real *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N;
+
+    // (S1) and (S2)
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
+    linear_forward(&run->half, a->zxbcdt, s.in, a->u, s.D, p->in_proj, p->in_proj_bias, s.M, s.D, s.in);
+    causal_conv1d_forward(a->xbc, sT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                          true, run->doc, run->B, run->T, s.Cd, s.K);
+    dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
+                        s.H);
+    // (S3) to (S6), then the residual
+    ssd_forward(a->y, a->hs, sT->ssm, a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim,
+                s0->ssm, run->doc, w->ssd, run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
+    const real* joined = mamba2_join(c, &s, p, a, w);
+    linear_forward(&run->half, w->out, s.D, joined, s.E, p->out_proj, p->out_proj_bias, s.M, s.E, s.D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, s.M, s.D), s.M * s.D);
+}
+
+// mamba2_block_backward: the lines of the forward in reverse order; arguments as in mamba1_block_backward
+void mamba2_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                           real* const* params, real* const* acts, real* const* scratch, real* const* state0,
+                           real* const* dstate0, real* const* dstateT) {
+    const Mamba2Params *p = (const Mamba2Params*)params, *dp = (const Mamba2Params*)dparams;
+    const Mamba2Acts* a = (const Mamba2Acts*)acts;
+    const Mamba2Scratch* w = (const Mamba2Scratch*)scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *ds0 = (const Mamba2State*)dstate0,
+                      *dsT = (const Mamba2State*)dstateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes(run);
+    const real *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N, *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z;
+    real *dBt = w->dxbc + s.Es, *dCt = dBt + s.G * s.N, *dz0 = w->dzxbcdt, *dz = dz0 + s.z;
+    if (run->recompute == RECOMPUTE_CHEAP) {       // the CHEAP lines of the forward once more
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, s.M, s.D, (real)c->norm_eps);
+        causal_conv1d_forward(a->xbc, NULL, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                              true, run->doc, run->B, run->T, s.Cd, s.K);
+        dt_softplus_forward(a->dt, a->zxbcdt + s.dt, s.in, p->dt_bias, (real)c->dt_low, (real)c->dt_high, s.M,
+                            s.H);
+    }
+    zero_real(w->du, s.M * s.D);
+    zero_real(w->dzxbcdt, s.M * s.in);
+    zero_real(w->dxbc, s.M * s.Cd);
+    zero_real(w->ddt, s.M * s.H);
+    zero_real(w->dy, s.M * s.Es);
+
+    // (S6) out = W_out [x0 silu(z0); n]; the residual passes dres on unchanged
+    const real *dout = dropout(w->out, dres, &run->dropout, s.M, s.D), *joined = mamba2_join(c, &s, p, a, w);
+    real* djoined = s.mlp ? w->djoined : w->dn;
+    zero_real(djoined, s.M * s.E);
+    matmul_backward(djoined, s.E, dp->out_proj, dp->out_proj_bias, dout, s.D, joined, s.E, p->out_proj, s.M,
+                    s.E, s.D);
+    if (s.mlp) {
+        copy_columns(w->dn, s.mlp, djoined, s.E, s.M, s.mlp);
+        gate_backward(dz0 + s.mlp, s.in, dz0, s.in, w->dn, x0, s.in, z0, s.in, s.M, s.mlp);
+        copy_columns(w->dn, s.Es, djoined + s.mlp, s.E, s.M, s.Es);
+    }
+    // (S5) n = gated RMSNorm(y, z) or y silu(z)
+    if (c->rmsnorm)
+        gated_rmsnorm_backward(w->dy, dz, s.in, dp->gated_norm, w->dn, a->y, z, s.in, p->gated_norm,
+                               a->gated_rstd, s.M, s.Es, s.Es / s.G, c->norm_before_gate);
+    else gate_backward(w->dy, s.Es, dz, s.in, w->dn, a->y, s.Es, z, s.in, s.M, s.Es);
+    // (S4), (S3), (S2)
+    ssd_backward(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dCt, s.Cd, dp->D, ds0->ssm, w->dy, dsT->ssm, a->hs,
+                 a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D, c->D_has_hdim, s0->ssm, run->doc, w->ssd,
+                 run->B, run->T, s.H, s.P, s.G, s.N, s.Q);
+    dt_softplus_backward(w->dzxbcdt + s.dt, s.in, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, s.in, p->dt_bias,
+                         (real)c->dt_low, (real)c->dt_high, s.M, s.H);
+    // (S1) [x; B; C] = silu(conv(xBC)), [..] = W_in u, u = RMSNorm(res_in)
+    causal_conv1d_backward(w->dzxbcdt + s.xbc, s.in, dp->conv1d, dp->conv1d_bias, ds0->conv, w->dxbc,
+                           dsT->conv, a->zxbcdt + s.xbc, s.in, s0->conv, p->conv1d, p->conv1d_bias, true,
+                           run->doc, run->B, run->T, s.Cd, s.K);
+    matmul_backward(w->du, s.D, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, s.in, a->u, s.D, p->in_proj, s.M,
+                    s.D, s.in);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, s.M, s.D);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5.3 Attention
+
+typedef struct {
+    real *norm;                        // (D)
+    real *in_proj, *in_proj_bias;      // rows: all query heads, all key heads, all value heads, up, gate
+    real *conv1d, *conv1d_bias;        // over q, k and v; only with attn_conv
+    real *out_proj, *out_proj_bias;    // columns: the heads, the MLP
+} AttentionParams;
+
+static const TensorSpec attention_params[] = {
+    {"norm.weight",           {DIM_D},                  INIT_ONE, 0},
+    {"mixer.in_proj.weight",  {DIM_IN_A, DIM_D},        INIT_LINEAR, DECAY},
+    {"mixer.in_proj.bias",    {DIM_IN_A},               INIT_ZERO, IF_ATTN_IN_BIAS},
+    {"mixer.conv1d.weight",   {DIM_QKV, DIM_1, DIM_KA}, INIT_CONV, IF_ATTN_CONV},
+    {"mixer.conv1d.bias",     {DIM_QKV},                INIT_CONV, IF_ATTN_CONV},
+    {"mixer.out_proj.weight", {DIM_D, DIM_OUT_A},       INIT_RESIDUAL, DECAY},
+    {"mixer.out_proj.bias",   {DIM_D},                  INIT_ZERO, IF_ATTN_OUT_BIAS},
+};
+
+typedef struct { real *rstd, *u, *position, *in, *qkv, *lse, *y; } AttentionActs;
+
+static const TensorSpec attention_acts[] = {
+    {"rstd",     {DIM_1}, 0, 0},
+    {"u",        {DIM_D}, 0, CHEAP},
+    {"position", {DIM_1}, 0, 0},
+    {"in",       {DIM_IN_A}, 0, 0},    // q, k, v before the conv, up, gate
+    {"qkv",      {DIM_QKV}, 0, CHEAP}, // after conv and rotation
+    {"lse",      {DIM_HQ}, 0, 0},
+    {"y",        {DIM_OUT_A}, 0, 0},   // out of the heads, of the MLP
+};
+
+typedef struct { real *mlp, *out, *du, *din, *dqkv, *dy; } AttentionScratch;
+
+static const TensorSpec attention_scratch[] = {
+    {"mlp",  {DIM_MLP_A}, 0, 0},       // out of the MLP, or its gradient
+    {"out",  {DIM_D}, 0, 0},
+    {"du",   {DIM_D}, 0, BACKWARD_ONLY},
+    {"din",  {DIM_IN_A}, 0, BACKWARD_ONLY},
+    {"dqkv", {DIM_QKV}, 0, BACKWARD_ONLY},
+    {"dy",   {DIM_OUT_A}, 0, BACKWARD_ONLY},
+};
+
+typedef struct { real *conv, *kv, *position; } AttentionState;
+
+static const TensorSpec attention_state[] = {
+    {"conv",     {DIM_KA1, DIM_QKV}, 0, 0},                  // the last inputs of the conv
+    {"kv",       {DIM_CONTEXT, DIM_2, DIM_HKV, DIM_DH}, 0, 0},    // keys, turned, and values of the document
+    {"position", {DIM_1}, 0, 0},                             // how many of them there are
+};
+
+// Heads: the sizes of an attention layer
+typedef struct { size_t Hq, Hkv, dh, ro, K, F, capacity, in, qkv, out; real scale; } Heads;
+
+static Heads heads_of(const Config* c) {
+    Heads s;
+    s.Hq = (size_t)c->attn_heads;
+    s.Hkv = (size_t)c->attn_heads_kv;
+    s.dh = (size_t)c->attn_head_dim;
+    s.ro = (size_t)c->rotary_dim;
+    s.K = (size_t)c->attn_conv;
+    s.F = (size_t)c->attn_mlp / 2;
+    s.capacity = (size_t)c->context;
+    s.qkv = (s.Hq + 2 * s.Hkv) * s.dh;
+    s.in = s.qkv + 2 * s.F;
+    s.out = s.Hq * s.dh + s.F;
+    s.scale = (real)(c->softmax_scale > 0 ? c->softmax_scale : 1 / sqrt((double)s.dh));
+    return s;
+}
+
+// attention_qkv: (A2) and (A3)
+static void attention_qkv(const Run* run, const AttentionParams* p, const AttentionActs* a, real* tailT,
+                          const real* tail0) {
+    const Config* c = run->config;
+    Heads s = heads_of(c);
+    size_t M = run->B * run->T;
+    if (s.K)
+        causal_conv1d_forward(a->qkv, tailT, a->in, s.in, tail0, p->conv1d, p->conv1d_bias, false, run->doc,
+                              run->B, run->T, s.qkv, s.K);
+    else copy_columns(a->qkv, s.qkv, a->in, s.in, M, s.qkv);
+    rotary_forward(a->qkv, s.qkv, a->position, c->rotary_base, c->rotary_interleaved, M, s.Hq + s.Hkv, s.dh,
+                   s.ro);
+}
+
+// attention_block_forward: res_out = res_in + W_out [O; up * silu(gate)]
+//   (A1) [q; k; v; up; gate] = W_in u,  u = RMSNorm(res_in)     (A2) [q; k; v] = conv of them, no activation
+//   (A3) rotary embedding of q and k                      (A4) O_i = sum_j softmax_j(scale q_i k_j) v_j
+//   the conv and the MLP are optional
+//   saved for backward: AttentionActs       state: the inputs of the conv, and the keys and values so far
+//   Hybrid models of the Mamba-2 paper (arXiv 2405.21060), section 9.2.3, as in mamba_ssm's modules/mha.py
+void attention_block_forward(const Run* run, real* res_out, const real* res_in, real* const* params,
+                             real* const* acts, real* const* scratch, real* const* state0,
+                             real* const* stateT) {
+    const AttentionParams* p = (const AttentionParams*)params;
+    const AttentionActs* a = (const AttentionActs*)acts;
+    const AttentionScratch* w = (const AttentionScratch*)scratch;
+    const AttentionState *s0 = (const AttentionState*)state0, *sT = (const AttentionState*)stateT;
+    const Config* c = run->config;
+    Heads s = heads_of(c);
+    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model;
+    const real *k = a->qkv + s.Hq * s.dh, *v = k + s.Hkv * s.dh, *up = a->in + s.qkv, *gate = up + s.F;
+
+    rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+    linear_forward(&run->half, a->in, s.in, a->u, D, p->in_proj, p->in_proj_bias, M, D, s.in);
+    token_positions(a->position, s0->position, run->doc, B, T);
+    attention_qkv(run, p, a, sT->conv, s0->conv);
+    attention_forward(a->y, s.out, a->lse, a->qkv, s.qkv, k, v, s.qkv, s0->kv, s.capacity, a->position,
+                      s.scale, B, T, s.Hq, s.Hkv, s.dh);
+    if (sT->kv)
+        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T, s.Hkv,
+                          s.dh);
+    gate_forward(w->mlp, up, s.in, gate, s.in, M, s.F);
+    copy_columns(a->y + s.Hq * s.dh, s.out, w->mlp, s.F, M, s.F);
+    linear_forward(&run->half, w->out, D, a->y, s.out, p->out_proj, p->out_proj_bias, M, s.out, D);
+    residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
+}
+
+void attention_block_backward(const Run* run, real* dres, const real* res_in, real* const* dparams,
+                              real* const* params, real* const* acts, real* const* scratch,
+                              real* const* state0, real* const* dstate0, real* const* dstateT) {
+    const AttentionParams *p = (const AttentionParams*)params, *dp = (const AttentionParams*)dparams;
+    const AttentionActs* a = (const AttentionActs*)acts;
+    const AttentionScratch* w = (const AttentionScratch*)scratch;
+    const AttentionState *s0 = (const AttentionState*)state0, *ds0 = (const AttentionState*)dstate0,
+                         *dsT = (const AttentionState*)dstateT;
+    const Config* c = run->config;
+    Heads s = heads_of(c);
+    size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model;
+    const real *k = a->qkv + s.Hq * s.dh, *v = k + s.Hkv * s.dh, *up = a->in + s.qkv, *gate = up + s.F;
+    real *dk = w->dqkv + s.Hq * s.dh, *dv = dk + s.Hkv * s.dh, *dup = w->din + s.qkv, *dgate = dup + s.F;
+    if (run->recompute == RECOMPUTE_CHEAP) {
+        rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
+        attention_qkv(run, p, a, NULL, s0->conv);
+    }
+    zero_real(w->dy, M * s.out);
+    zero_real(w->dqkv, M * s.qkv);
+    zero_real(w->din, M * s.in);
+    zero_real(w->du, M * D);
+
+    // out = W_out [O; up silu(gate)]
+    const real* dout = dropout(w->out, dres, &run->dropout, M, D);
+    matmul_backward(w->dy, s.out, dp->out_proj, dp->out_proj_bias, dout, D, a->y, s.out, p->out_proj, M,
+                    s.out, D);
+    copy_columns(w->mlp, s.F, w->dy + s.Hq * s.dh, s.out, M, s.F);
+    gate_backward(dup, s.in, dgate, s.in, w->mlp, up, s.in, gate, s.in, M, s.F);
+    // (A4), the cache
+    attention_backward(w->dqkv, s.qkv, dk, dv, s.qkv, ds0->kv, w->dy, a->y, s.out, a->lse, a->qkv, s.qkv, k,
+                       v, s.qkv, s0->kv, s.capacity, a->position, s.scale, B, T, s.Hq, s.Hkv, s.dh);
+    if (dsT->kv)
+        kv_append_backward(dk, dv, s.qkv, ds0->kv, dsT->kv, a->position, s.capacity, B, T, s.Hkv, s.dh);
+    // (A3), (A2), (A1), u = RMSNorm(res_in)
+    rotary_backward(w->dqkv, s.qkv, a->position, c->rotary_base, c->rotary_interleaved, M, s.Hq + s.Hkv, s.dh,
+                    s.ro);
+    if (s.K)
+        causal_conv1d_backward(w->din, s.in, dp->conv1d, dp->conv1d_bias, ds0->conv, w->dqkv, dsT->conv,
+                               a->in, s.in, s0->conv, p->conv1d, p->conv1d_bias, false, run->doc, B, T,
+                               s.qkv, s.K);
+    else copy_columns(w->din, s.in, w->dqkv, s.qkv, M, s.qkv);
+    matmul_backward(w->du, D, dp->in_proj, dp->in_proj_bias, w->din, s.in, a->u, D, p->in_proj, M, D, s.in);
+    rmsnorm_backward(dres, dp->norm, w->du, res_in, p->norm, a->rstd, M, D);
+}
+
+// ------------------------------------------------------------------------------------------------
+// 5.4 Gated MLP
 
 typedef struct { real *norm, *fc1, *fc2; } MlpParams;
 
@@ -1602,9 +2879,9 @@ void mlp_block_forward(const Run* run, real* res_out, const real* res_in, real* 
     (void)state0; (void)stateT;
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)run->config->norm_eps);
-    matmul_forward(a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
+    linear_forward(&run->half, a->h, 2 * F, a->u, D, p->fc1, NULL, M, D, 2 * F);
     gate_forward(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F);
-    matmul_forward(w->out, D, w->m, F, p->fc2, NULL, M, F, D);
+    linear_forward(&run->half, w->out, D, w->m, F, p->fc2, NULL, M, F, D);
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -1632,7 +2909,7 @@ void mlp_block_backward(const Run* run, real* dres, const real* res_in, real* co
 }
 
 // ------------------------------------------------------------------------------------------------
-// 5.3 The table of kinds
+// 5.5 The table of kinds
 
 enum { MAX_FIELDS = 16 };     // pointers in a kind's struct
 
@@ -1655,22 +2932,33 @@ typedef struct {
 static const Kind kinds[] = {
     {'1', "Mamba-1", TABLE(mamba1_params), TABLE(mamba1_acts), TABLE(mamba1_scratch), TABLE(mamba1_state),
      mamba1_block_forward, mamba1_block_backward},
+    {'2', "Mamba-2", TABLE(mamba2_params), TABLE(mamba2_acts), TABLE(mamba2_scratch), TABLE(mamba2_state),
+     mamba2_block_forward, mamba2_block_backward},
+    {'a', "attention", TABLE(attention_params), TABLE(attention_acts), TABLE(attention_scratch),
+     TABLE(attention_state), attention_block_forward, attention_block_backward},
     {'m', "gated MLP", TABLE(mlp_params), TABLE(mlp_acts), TABLE(mlp_scratch), NULL, 0,
      mlp_block_forward, mlp_block_backward},
 };
 enum { N_KINDS = sizeof(kinds) / sizeof(kinds[0]) };
 
 #define FIELDS(type) (sizeof(type) / sizeof(void*))
-static_assert(FIELDS(Mamba1Params) == sizeof(mamba1_params) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1Acts) == sizeof(mamba1_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(Mamba1Scratch) == sizeof(mamba1_scratch) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(Mamba1State) == sizeof(mamba1_state) / sizeof(TensorSpec),
-              "one row per field, in order");
-static_assert(FIELDS(MlpParams) == sizeof(mlp_params) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpActs) == sizeof(mlp_acts) / sizeof(TensorSpec), "one row per field, in order");
-static_assert(FIELDS(MlpScratch) == sizeof(mlp_scratch) / sizeof(TensorSpec), "one row per field, in order");
+#define ONE_ROW_PER_FIELD(type, table) \
+    static_assert(FIELDS(type) == sizeof(table) / sizeof(TensorSpec), "one row per field, in order")
+ONE_ROW_PER_FIELD(Mamba1Params, mamba1_params);
+ONE_ROW_PER_FIELD(Mamba1Acts, mamba1_acts);
+ONE_ROW_PER_FIELD(Mamba1Scratch, mamba1_scratch);
+ONE_ROW_PER_FIELD(Mamba1State, mamba1_state);
+ONE_ROW_PER_FIELD(Mamba2Params, mamba2_params);
+ONE_ROW_PER_FIELD(Mamba2Acts, mamba2_acts);
+ONE_ROW_PER_FIELD(Mamba2Scratch, mamba2_scratch);
+ONE_ROW_PER_FIELD(Mamba2State, mamba2_state);
+ONE_ROW_PER_FIELD(AttentionParams, attention_params);
+ONE_ROW_PER_FIELD(AttentionActs, attention_acts);
+ONE_ROW_PER_FIELD(AttentionScratch, attention_scratch);
+ONE_ROW_PER_FIELD(AttentionState, attention_state);
+ONE_ROW_PER_FIELD(MlpParams, mlp_params);
+ONE_ROW_PER_FIELD(MlpActs, mlp_acts);
+ONE_ROW_PER_FIELD(MlpScratch, mlp_scratch);
 
 // ---------------------------------------------------------------------------------------------------
 // 6. Model: tensor table, memory plan, initialization, forward, backward
@@ -1702,6 +2990,7 @@ typedef struct {
     size_t n_params;          // trainable numbers, the figure that is quoted
     size_t n_elements;        // the same with padding between tensors
     real *params, *grads, *m, *v;             // grads, m, v only when training
+    Half half;                                // see model_to_half
     real *embedding, *norm_f, *head;          // head == embedding when tied
     real *dembedding, *dnorm_f, *dhead;
 } Model;
@@ -1798,7 +3087,32 @@ void model_alloc(Model* m, bool training) {
     model_bind(m);
 }
 
+// model_to_half: keeps the weight matrices in bfloat16 (rounded to nearest, ties to even) instead of `real`.
+// Only the forward of inference works after that; the memory of the matrices goes back to the system.
+void model_to_half(Model* m) {
+    uint16_t* bits = (uint16_t*)xcalloc(m->n_elements, sizeof(uint16_t));
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        if (!(t->spec->flags & DECAY)) continue;
+        real* p = m->params + t->offset;
+        #pragma omp parallel for
+        for (size_t j = 0; j < t->count; j++) {
+            float x = (float)p[j];
+            uint32_t u;
+            memcpy(&u, &x, sizeof u);
+            size_t I = (size_t)t->shape[1], at = t->offset + j / I * I + half_at(j % I, I);
+            bits[at] = (uint16_t)(isnan(x) ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+        }
+        uintptr_t begin = ((uintptr_t)p + page - 1) / page * page, end = (uintptr_t)(p + t->count) / page * page;
+        if (begin < end) madvise((void*)begin, end - begin, MADV_DONTNEED);
+    }
+    m->half.from = m->params;
+    m->half.bits = bits;
+}
+
 void model_free(Model* m) {
+    free((void*)m->half.bits);
     free(m->layer);
     free(m->tensor);
     free(m->params);
@@ -1822,7 +3136,7 @@ void model_init(Model* m, uint64_t seed) {
         double scale = 1 / sqrt((double)t->shape[t->ndim - 1]);
         if (t->spec->init == INIT_CONV)
             scale = 1 / sqrt((double)(t->spec->flags & IF_ATTN_CONV ? c->attn_conv : c->d_conv));
-        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(m->config.pattern, '2') && c->conv_init > 0 &&
+        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(c->pattern, '2') && c->conv_init > 0 &&
             !(t->spec->flags & IF_ATTN_CONV))
             scale = c->conv_init;
         if (t->spec->init == INIT_DT_WEIGHT) scale = c->dt_scale / sqrt((double)c->dt_rank);
@@ -1854,9 +3168,10 @@ void model_init(Model* m, uint64_t seed) {
 // 6.1 State and workspace
 
 // State: the recurrent state of `rows` sequences in every layer. It is all that a sequence leaves behind:
-// constant memory.
+// constant memory, but for the cache of attention, which has room for `context` tokens.
 typedef struct {
     size_t rows, n_elements;
+    int64_t context;                // config.context when it was made
     real* data;
     real* (*field)[MAX_FIELDS];     // [layer][field]: (rows, shape)
 } State;
@@ -1864,14 +3179,14 @@ typedef struct {
 // A state without memory: every field NULL. As an input it means "start from zero", as an output "not
 // wanted".
 State state_none(const Model* m) {
-    State s = {0, 0, NULL, NULL};
+    State s = {0, 0, m->config.context, NULL, NULL};
     s.field = (real*(*)[MAX_FIELDS])xcalloc((size_t)m->n_layers, sizeof(*s.field));
     return s;
 }
 
 static size_t spec_count(const TensorSpec* spec, const Config* c) {
     size_t n = 1;
-    for (int i = 0; i < 3 && spec->dim[i]; i++) n *= (size_t)config_dim(c, spec->dim[i]);
+    for (int i = 0; i < 4 && spec->dim[i]; i++) n *= (size_t)config_dim(c, spec->dim[i]);
     return n;
 }
 
@@ -1897,15 +3212,24 @@ void state_free(State* s) {
     memset(s, 0, sizeof *s);
 }
 
-// state_copy_row: row `from` of src becomes row `to` of dst; src NULL clears the row.
+// state_copy_row: row `from` of src becomes row `to` of dst; src NULL clears the row. Of caches with room for
+// different numbers of tokens it copies what both can hold.
 void state_copy_row(const Model* m, State* dst, size_t to, const State* src, size_t from) {
+    Config c_dst = m->config, c_src = m->config;
+    c_dst.context = dst->context;
+    if (src) c_src.context = src->context;
     for (int l = 0; l < m->n_layers; l++)
         for (int i = 0; i < m->layer[l].kind->n_state; i++) {
-            size_t n = spec_count(&m->layer[l].kind->state[i], &m->config);
-            if (src) memcpy(dst->field[l][i] + to * n, src->field[l][i] + from * n, n * sizeof(real));
-            else memset(dst->field[l][i] + to * n, 0, n * sizeof(real));
+            const TensorSpec* spec = &m->layer[l].kind->state[i];
+            size_t n = spec_count(spec, &c_dst), n_src = spec_count(spec, &c_src);
+            real* row = dst->field[l][i] + to * n;
+            if (src) memcpy(row, src->field[l][i] + from * n_src, min_size(n, n_src) * sizeof(real));
+            else memset(row, 0, n * sizeof(real));
         }
 }
+
+// has_cache: does the state of the model grow with the number of tokens?
+static bool has_cache(const Model* m) { return strchr(m->config.pattern, 'a') != NULL; }
 
 // state_count: numbers in the state of one sequence
 static size_t state_count(const Model* m) {
@@ -1940,6 +3264,10 @@ static size_t activation_count(const TensorSpec* spec, const Config* c, size_t B
     size_t E = (size_t)c->d_inner, N = (size_t)c->d_state;
     if (spec->dim[0] == DIM_SCAN_SAVED) return selective_scan_saved(B, T, E, N);
     if (spec->dim[0] == DIM_SCAN_SCRATCH) return selective_scan_scratch(B, T, E, N);
+    size_t H = (size_t)config_dim(c, DIM_H), P = (size_t)c->headdim, G = (size_t)c->ngroups;
+    size_t Q = min_size((size_t)c->chunk_size, SSD_CHUNK);
+    if (spec->dim[0] == DIM_SSD_SAVED) return ssd_saved(B, T, H, P, N, Q);
+    if (spec->dim[0] == DIM_SSD_SCRATCH) return ssd_scratch(B, T, H, P, G, N, Q);
     return B * T * spec_count(spec, c);
 }
 
@@ -1964,7 +3292,8 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
             if (m->layer[l].kind != &kinds[k]) continue;
             used = true;
             for (int i = 0; i < kinds[k].n_acts; i++) {
-                if (!w->training && kinds[k].acts[i].dim[0] == DIM_SCAN_SAVED)
+                int dim = kinds[k].acts[i].dim[0];
+                if (!w->training && (dim == DIM_SCAN_SAVED || dim == DIM_SSD_SAVED))
                     continue;    // stays NULL: nothing is saved
                 bool made_again = w->recompute == RECOMPUTE_ALL ||
                                   (w->recompute == RECOMPUTE_CHEAP && (kinds[k].acts[i].flags & CHEAP));
@@ -1992,7 +3321,7 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
 static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
     const Config* c = &m->config;
     int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate +
-                    c->vocab_padded + c->ngroups * c->d_state + c->attn_mlp +
+                    c->vocab_padded + c->ngroups * (8 * SSD_CHUNK + 2 * c->d_state) + c->attn_mlp +
                     c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
     int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
     size_t bytes;
@@ -2049,9 +3378,11 @@ static void layer_forward(const Model* m, Workspace* w, const Run* run, int l, c
 void model_forward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                    const State* s0, const State* sT) {
     assert(B * T <= w->B * w->T && B <= w->B);
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model;
-    embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
+    if (m->half.bits)
+        embedding_forward_half(w->res[0], tokens, m->half.bits + (m->embedding - m->half.from), B * T, D);
+    else embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
     dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
     for (int l = 0; l < m->n_layers; l++) layer_forward(m, w, &run, l, s0, sT);
     rmsnorm_forward(w->f, w->f_rstd, w->res[m->n_layers], m->norm_f, B * T, D, (real)m->config.norm_eps);
@@ -2092,7 +3423,7 @@ double model_loss(const Model* m, Workspace* w, const int* targets, size_t M, bo
 // state_none.
 void model_backward(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
                     const State* s0, const State* ds0, const State* dsT) {
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     size_t D = (size_t)m->config.d_model, M = B * T;
     State none = state_none(m);
     zero_real(w->dres, M * D);
@@ -2114,8 +3445,9 @@ static void name_tensor(char* text, size_t size, const char* what, const Tensor*
     if (t->layer >= 0 && (size_t)n < size) snprintf(text + n, size - (size_t)n, " (layer %d)", t->layer);
 }
 
+// p NULL: not kept
 static bool all_finite(const real* p, size_t n) {
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; p && i < n; i++)
         if (!isfinite((double)p[i])) return false;
     return true;
 }
@@ -2131,7 +3463,7 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
         name_tensor(text, size, "parameter", t);
         return true;
     }
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout};
+    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
     State none = state_none(m);
     bool found = false;
     size_t D = (size_t)m->config.d_model;
@@ -2376,6 +3708,7 @@ typedef struct {
     size_t rows, chunk;      // sequences; most tokens per call
     State state;
     State view;              // state from some row on: pointers only
+    size_t state_bytes;      // of all rows, where the backend keeps it
     Workspace work;          // of the CPU backend
     void* device;            // of another one
 } Session;
@@ -2519,7 +3852,7 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
     model_forward(m, &s->work, tokens, NULL, rows, T, &s->view, &s->view);
     for (size_t r = 0; logits && r < rows; r++)      // the last token of each row, side by side
         if (T > 1) memmove(s->work.f + r * D, s->work.f + (r * T + T - 1) * D, D * sizeof(real));
-    if (logits) matmul_forward(logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
+    if (logits) linear_forward(&m->half, logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
 }
 
 // `rows` x 1 or 1 x `chunk` tokens
@@ -2593,6 +3926,7 @@ Session session_create(Backend* b, size_t rows, size_t chunk) {
     s.chunk = chunk;
     s.state = state_alloc(b->model, rows);
     s.view = state_none(b->model);
+    s.state_bytes = s.state.n_elements * sizeof(real);
     b->session_open(b, &s);
     return s;
 }
@@ -2633,19 +3967,25 @@ void prompt_close(Prompt* p) {
     memset(p, 0, sizeof *p);
 }
 
-// prompt_read: *count: up to `max` more tokens; 0 at the end
-static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
+// prompt_fill: tokens to give out: some, or all that follow
+static bool prompt_fill(Prompt* p, bool all, Error* err) {
     char piece[4096];
-    while (p->given == p->ready.n && !p->ended) {
+    while ((all || p->given == p->ready.n) && !p->ended) {
         size_t n = p->file ? fread(piece, 1, sizeof piece, p->file) : min_size(sizeof piece, p->left);
         p->ended = n == 0;
-        p->ready.n = p->given = 0;
+        if (p->given == p->ready.n) p->ready.n = p->given = 0;
         if (!encoder_add(&p->encoder, p->file ? piece : p->text, n, p->ended, &p->ready, err)) return false;
         if (!p->file) { p->text += n; p->left -= n; }
         if (p->ended && p->encoder.utf8.replaced)
             warn("the prompt has invalid UTF-8, %lld times replaced by U+FFFD, first at byte %lld",
                  (long long)p->encoder.utf8.replaced, (long long)p->encoder.first_replaced);
     }
+    return true;
+}
+
+// prompt_read: *count: up to `max` more tokens; 0 at the end
+static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
+    if (!prompt_fill(p, false, err)) return false;
     *count = min_size(max, p->ready.n - p->given);
     if (*count) memcpy(tokens, p->ready.id + p->given, *count * sizeof(int));
     p->given += *count;
@@ -2655,20 +3995,28 @@ static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error
 typedef struct {
     int64_t prompt_tokens, new_tokens;
     double prefill_seconds, decode_seconds;
+    double state_bytes;      // of one sequence
 } GenerateStats;
 
-// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence, the
-// logits after its last token, and which tokens have occurred. Tied to the weights by their hash.
+// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence (of
+// a cache the part that is filled), the logits after its last token, and which tokens have occurred. Tied to
+// the weights by their hash.
+static State state_of_tokens(const Model* m, int64_t tokens) {
+    Model filled = *m;
+    filled.config.context = tokens;
+    return state_alloc(&filled, 1);
+}
+
 bool state_save(const Model* m, const State* s, const real* logits, const real* seen, int64_t tokens,
                 const char* path, Error* err) {
     char hash[32], count[32];
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
     snprintf(count, sizeof count, "%lld", (long long)tokens);
     const char* meta[] = {"format", "pt", "model", hash, "tokens", count, NULL};
-    size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
-    State one = state_alloc(m, 1);
+    size_t Vp = (size_t)m->config.vocab_padded;
+    State one = state_of_tokens(m, tokens);
     state_copy_row(m, &one, 0, s, 0);
-    SafeTensorOut out[3] = {flat_tensor("state", one.data, n), flat_tensor("logits", logits, Vp),
+    SafeTensorOut out[3] = {flat_tensor("state", one.data, one.n_elements), flat_tensor("logits", logits, Vp),
                             flat_tensor("seen", seen, Vp)};
     bool ok = safetensors_write(path, out, 3, meta, err);
     state_free(&one);
@@ -2696,12 +4044,14 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     if (!safetensors_open(&st, path, err)) return false;
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
     const char *found = safetensors_metadata(&st, "model"), *count = safetensors_metadata(&st, "tokens");
+    *tokens = count ? atoll(count) : -1;
     const SafeTensor *a = safetensors_find(&st, "state"), *b = safetensors_find(&st, "logits"),
                      *c = safetensors_find(&st, "seen");
-    size_t n = s->n_elements / s->rows, Vp = (size_t)m->config.vocab_padded;
-    State one = state_alloc(m, 1);
+    bool known = found && a && b && c && *tokens >= 0 && (!has_cache(m) || *tokens <= s->context);
+    State one = state_of_tokens(m, known ? *tokens : 0);
+    size_t n = one.n_elements, Vp = (size_t)m->config.vocab_padded;
     bool ok = true;
-    if (!found || !count || !a || !b || !c)
+    if (!known)
         ok = fail(err, "%s: expected a file written by --save-state", path);
     else if (strcmp(found, hash) != 0)
         ok = fail(
@@ -2714,13 +4064,35 @@ bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tok
     else
         ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
              safetensors_read_real(&st, c, seen, err);
-    if (ok) {
-        state_copy_row(m, s, 0, &one, 0);
-        *tokens = atoll(count);
-    }
+    if (ok) state_copy_row(m, s, 0, &one, 0);
     state_free(&one);
     safetensors_close(&st);
     return ok;
+}
+
+// context_set: room in the caches for the longest of n sequences: the saved state, the prompt, which is read
+// to its end for that, and the new tokens. A conversation has no known end: there --context says it.
+static bool context_set(Model* m, const Options* o, Prompt* prompt, size_t n, Error* err) {
+    SafeTensors st;
+    size_t longest = 1;            // the token that starts a document
+    double saved = 0;
+    if (!has_cache(m)) return true;
+    for (size_t i = 0; i < n && !o->interactive; i++) {
+        if (!prompt_fill(&prompt[i], true, err)) return false;
+        if (prompt[i].ready.n > longest) longest = prompt[i].ready.n;
+    }
+    if (o->load_state[0]) {
+        if (!safetensors_open(&st, o->load_state, err)) return false;
+        const char* count = safetensors_metadata(&st, "tokens");
+        if (count) saved = atof(count);
+        safetensors_close(&st);
+    }
+    double tokens = o->interactive ? (double)o->context : saved + (double)longest + (double)o->max_tokens;
+    if (!(tokens <= MAX_CONTEXT))
+        return fail(err, "%.0f tokens of context, attention takes at most %d; lower --max-tokens", tokens,
+                    MAX_CONTEXT);
+    m->config.context = (int64_t)tokens;
+    return true;
 }
 
 // Generation: sequences side by side, each with all that it has read and written.
@@ -2772,6 +4144,14 @@ void generation_close(Generation* g) {
     memset(g, 0, sizeof *g);
 }
 
+// context_left: is there room in the caches for n more tokens of sequence r?
+static bool context_left(const Generation* g, size_t r, int64_t n, Error* err) {
+    const Model* m = g->backend->model;
+    return !has_cache(m) || g->position[r] + n <= m->config.context ||
+           fail(err, "the context is full, it has room for %lld tokens; raise --context",
+                (long long)m->config.context);
+}
+
 // generation_read: sequence r reads a prompt in chunks; one that has read nothing at all starts a document
 bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomic_t* interrupted,
                      Error* err) {
@@ -2779,6 +4159,7 @@ bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomi
     size_t Vp = (size_t)c->vocab_padded;
     double start = seconds_now();
     bool ok = true;
+    if (g->unread[r] && !context_left(g, r, 0, err)) return false;
     if (g->unread[r]) g->backend->decode(g->backend, &g->s, r, 1, &g->last[r], 1, g->logits + r * Vp);
     g->unread[r] = false;
     for (size_t n; (ok = prompt_read(prompt, g->piece, (size_t)g->o->chunk, &n, err)) && n > 0;) {
@@ -2788,6 +4169,7 @@ bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomi
                             Vp - 1);
             g->seen[r * Vp + (size_t)g->piece[i]] = 1;
         }
+        if (!context_left(g, r, (int64_t)n, err)) return false;
         g->backend->decode(g->backend, &g->s, r, 1, g->piece, n, g->logits + r * Vp);
         g->stats.prompt_tokens += (int64_t)n;
         g->position[r] += (int64_t)n;
@@ -2827,6 +4209,7 @@ bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* 
     double start = seconds_now();
     for (size_t r = 0; r < g->rows; r++) g->done[r] = false;
     for (int64_t i = 0; i < o->max_tokens && active > 0 && !*interrupted; i++) {
+        if (i && !context_left(g, 0, 0, err)) return false;
         if (i && greedy) backend->decode_greedy(backend, &g->s, g->last, g->last);
         else if (i) backend->decode(backend, &g->s, 0, g->rows, g->last, 1, g->logits);
         for (size_t r = 0; r < g->rows; r++) {
@@ -2873,6 +4256,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
               GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
     const Model* m = backend->model;
     size_t samples = (size_t)o->num_samples, rows = n * samples, Vp = (size_t)m->config.vocab_padded;
+    if (!context_set(backend->model, o, prompt, n, err)) return false;
     Generation g = generation_open(backend, tok, o, rows);
     real* seen = (real*)xcalloc(Vp, sizeof(real));               // as the state file has it
     bool ok = true;
@@ -2904,6 +4288,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     if (ok && (fflush(out) != 0 || ferror(out)))
         ok = fail(err, "could not write the text: %s", strerror(errno));
     *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
     free(seen);
     generation_close(&g);
     return ok;
@@ -2913,6 +4298,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
 // with the state of all that came before
 bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* in,
                     FILE* out, GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
+    if (!context_set(backend->model, o, prompt, 1, err)) return false;
     Generation g = generation_open(backend, tok, o, 1);
     char* line = NULL;
     size_t room = 0;
@@ -2932,6 +4318,7 @@ bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Pr
             ok = fail(err, "could not write the text: %s", strerror(errno));
     }
     *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
     free(line);
     generation_close(&g);
     return ok;
@@ -3363,9 +4750,12 @@ static int train_loop(Trainer* t) {
 
 static void print_model(const Model* m) {
     const Config* c = &m->config;
-    printf("model: pattern %s, %lld blocks, D %lld, E %lld, N %lld, K %lld, R %lld", c->pattern,
-           (long long)c->n_layer, (long long)c->d_model, (long long)c->d_inner, (long long)c->d_state,
-           (long long)c->d_conv, (long long)c->dt_rank);
+    printf("model: pattern %s, %lld blocks, D %lld", c->pattern, (long long)c->n_layer,
+           (long long)c->d_model);
+    if (strpbrk(c->pattern, "12"))
+        printf(", E %lld, N %lld, K %lld", (long long)c->d_inner, (long long)c->d_state,
+               (long long)c->d_conv);
+    if (strchr(c->pattern, '1')) printf(", R %lld", (long long)c->dt_rank);
     if (strchr(c->pattern, '2'))
         printf(", H %lld, P %lld, G %lld", (long long)(c->d_ssm / c->headdim), (long long)c->headdim,
                (long long)c->ngroups);
@@ -3449,6 +4839,9 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!config_check(&config, &err)) die("%s", err.text);
     model_describe(&t->model, &config);
     Model* m = &t->model;
+    if (o->carry_state && has_cache(m))
+        die("--carry-state: the cache of attention layers would grow from step to step; pattern \"%s\" has "
+            "them, train it without", config.pattern);
     if (!freeze_tensors(m, o->freeze, &err)) die("%s", err.text);
     size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
     int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
@@ -3607,6 +5000,10 @@ int generate_main(Settings* s) {
     set_threads(o->threads);
     model_open(&m, &tok, s, dir);
     if (o->save_state[0] && !state_replaceable(o->save_state, &err)) die("%s", err.text);
+    if (settings_origin(s, "dtype") != FROM_DEFAULT && !on_cpu(o))
+        die("--dtype: only the CPU keeps weights in another type; on the GPU give --precision");
+    if (strcmp(o->dtype, "f16") == 0) die("--dtype f16: the CPU generates with f32 or bf16");
+    if (strcmp(o->dtype, "bf16") == 0) model_to_half(&m);
     Backend backend = backend_create(o, &m, 0, 0, false, false);
     backend.upload(&backend);
     PromptList list = {NULL, NULL, 0};
@@ -3619,17 +5016,9 @@ int generate_main(Settings* s) {
         (o->num_samples > 1 || strcmp(o->prompt, "-") == 0 || o->load_state[0] || o->save_state[0]))
         die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from "
             "standard input");
+    if (!o->interactive && settings_origin(s, "context") == FROM_USER)
+        die("--context is for --interactive; otherwise the room is counted: leave it out");
     size_t n = o->prompts[0] ? list.n : 1;
-    double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
-    int64_t tokens = (double)o->chunk > rows ? o->chunk : (int64_t)rows;
-    if (!workspace_fits(&m, 1, tokens))
-        die("--prompts, --num-samples or --chunk: the memory does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
-    double bytes =
-        (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
-    workspace_free(&measured);
-    if (!check_memory(bytes, "try fewer --prompts, a smaller --num-samples or --chunk", &err))
-        die("%s", err.text);
     Prompt prompt = prompt_open(&tok, o->prompt, NULL);
     if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
     bool from_stdin = strcmp(o->prompt, "-") == 0;
@@ -3642,6 +5031,24 @@ int generate_main(Settings* s) {
     if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file || o->prompts[0] || o->interactive))
         die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with "
             "--tokenizer");
+    Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
+    for (size_t i = 0; i < list.n; i++) {
+        prompts[i] = prompt_open(&tok, list.text[i], NULL);
+        prompts[i].left = list.size[i];
+    }
+    if (!context_set(&m, o, list.n ? prompts : &prompt, n, &err)) die("%s", err.text);
+    double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
+    int64_t tokens = (double)o->chunk > rows ? o->chunk : (int64_t)rows;
+    if (!workspace_fits(&m, 1, tokens))
+        die("--prompts, --num-samples or --chunk: the memory does not fit in 63 bits");
+    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
+    double bytes =
+        (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
+    workspace_free(&measured);
+    const char* advice = has_cache(&m)
+        ? "try fewer --prompts, a smaller --num-samples, --max-tokens or --context"
+        : "try fewer --prompts, a smaller --num-samples or --chunk";
+    if (!check_memory(bytes, advice, &err)) die("%s", err.text);
     if (!prompt.file && o->prompt[0] && !o->interactive &&
         o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
         Utf8Stream echo = {{0}, 0, o->raw, 0};
@@ -3653,11 +5060,6 @@ int generate_main(Settings* s) {
     if (!prompt.file && !o->interactive)
         catch_signals(false);    // waiting for a prompt, Ctrl-C simply ends it
     GenerateStats stats;
-    Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
-    for (size_t i = 0; i < list.n; i++) {
-        prompts[i] = prompt_open(&tok, list.text[i], NULL);
-        prompts[i].left = list.size[i];
-    }
     bool ok =
         o->interactive
             ? generate_turns(&backend, &tok, o, &prompt, stdin, stdout, &stats, &stop_signal, &err)
@@ -3666,11 +5068,11 @@ int generate_main(Settings* s) {
     for (size_t i = 0; i < list.n; i++) prompt_close(&prompts[i]);
     free(prompts);
     prompts_free(&list);
-    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s\n",
+    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s; state: %.2f MiB\n",
             (long long)stats.prompt_tokens,
             stats.prompt_tokens ? (double)stats.prompt_tokens / stats.prefill_seconds : 0,
             (long long)stats.new_tokens,
-            stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0);
+            stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0, mib(stats.state_bytes));
     if (prompt.file && prompt.file != stdin) fclose(prompt.file);
     prompt_close(&prompt);
     tokenizer_free(&tok);
@@ -3749,10 +5151,21 @@ int eval_main(Settings* s) {
                           : !open_list(&data.train, list, &data.tokenizer, &err))
         die("%s", err.text);
     if (!workspace_fits(&m, B, T)) die("--batch-size x length of the rows x model does not fit in 63 bits");
+    const char* advice = "try a smaller --batch-size, --seq-len or --window";
+    if (task == TASK_TEXT && !o->window && has_cache(&m)) {      // attention keeps the whole text
+        int64_t tokens = data.train.n_tokens - 1;
+        if (o->eval_batches && o->eval_batches < tokens / T) tokens = o->eval_batches * T;
+        if (tokens > MAX_CONTEXT)
+            die("the text has %lld tokens, attention keeps at most %d; give --window", (long long)tokens,
+                MAX_CONTEXT);
+        m.config.context = tokens > 0 ? tokens : 0;
+        advice = "attention keeps the keys and values of the whole text: give --window";
+    }
     Workspace measured = workspace_alloc(&m, (size_t)B, (size_t)T, false, RECOMPUTE_NONE, true);
-    double bytes = (double)measured.bytes + 5.0 * sizeof(int) * (double)(B * T);
+    double bytes = (double)measured.bytes + 5.0 * sizeof(int) * (double)(B * T) +
+                   (double)state_count(&m) * sizeof(real);
     workspace_free(&measured);
-    if (!check_memory(bytes, "try a smaller --batch-size, --seq-len or --window", &err)) die("%s", err.text);
+    if (!check_memory(bytes, advice, &err)) die("%s", err.text);
     Backend backend = backend_create(o, &m, (size_t)B, (size_t)T, false, false);
     backend.upload(&backend);
     catch_signals(false);

@@ -72,6 +72,14 @@ template <typename Y> static Y* device_copy(const Y* host, size_t n) {
     return p;
 }
 
+// to_device, to_host: copies in a stream
+template <typename Y> static void to_device(Y* device, const Y* host, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(Y), cudaMemcpyHostToDevice, stream));
+}
+template <typename Y> static void to_host(Y* host, const Y* device, size_t n, cudaStream_t stream) {
+    cudaCheck(cudaMemcpyAsync(host, device, n * sizeof(Y), cudaMemcpyDeviceToHost, stream));
+}
+
 // host_pinned: host memory that the GPU copies from and to by itself, while both sides go on
 void* host_pinned(size_t bytes) {
     void* p;
@@ -101,14 +109,14 @@ void device_require(void) {
 // type X, sums in fp32. The algorithm is fixed per shape, with a workspace of fixed size and no reduction in
 // place: the same shape gives the same bits, whatever else uses the GPU.
 //
-// The algorithm is the first that the heuristic of cuBLASLt proposes. Others win when each matmul is timed
-// alone: on one H200 (cuBLASLt 13.1) all matmuls of a step of mamba-130m, 8 x 2048 tokens, take 22.1 ms with
-// the first, 21.4 with the fastest of eight proposals, 20.7 with the fastest of 400 algorithms; 17.1 is the
-// floor. In the step itself that gain is gone, within 0.3 %: training holds the GPU at the limit of its power
-// (690 of 700 W, the clock at 1.7 to 1.8 of 1.98 GHz), and a kernel that is busier lowers the clock. So there
-// is nothing to time at the start, and every run makes the same choice. (A choice by time would not have
-// changed the bits: only the number of parts into which a sum is split does. All algorithms with the same
-// split, hundreds for each shape, agreed in every bit.)
+// The algorithm is the first that the heuristic of cuBLASLt proposes, but see matmul_overlap_output. Others
+// win when each matmul is timed alone (behind a cache full of writes): on one H200 (cuBLASLt 13.1) all
+// matmuls of a step of mamba-130m, 8 x 2048 tokens, take 22.1 ms with the first, 21.4 with the fastest of
+// eight proposals, 20.7 with the fastest of 400 algorithms; 17.1 is the floor. In the step little of that
+// is left: training holds the GPU at the limit of its power (690 of 700 W, the clock at 1.7 to 1.8 of 1.98
+// GHz), and a busier kernel lowers the clock. So nothing is timed at the start, and every run makes the
+// same choice. (A choice by time would not change the bits: only the number of parts into which a sum is
+// split does. All algorithms with the same split, hundreds for each shape, agreed in every bit.)
 
 enum { MATMUL_WORKSPACE = 64 << 20 };
 
@@ -202,6 +210,51 @@ static int matmul_candidates(Matmul* mm, MatmulPlan* p, cublasLtMatmulHeuristicR
     return found;
 }
 
+// matmul_overlap_output: on Hopper (compute capability 9), for an output larger than the L2 cache, another
+// kernel than the proposed one, if this cuBLASLt has it. The proposed ones have large tiles, on which all
+// warps of a block work together and then together write the result, while the tensor cores wait. With tiles
+// of 128 x 152 two groups of warps take turns: one writes while the other computes. That pays where the
+// writing goes to the memory and the sums are short: in_proj forward and the logits of mamba-130m. One H200,
+// M 16384, timed alone: 0.101 ms for 0.112 and 1.74 for 2.27; in a row, at the power limit: 0.107 for 0.133
+// and 1.91 for 2.22. Outputs that fit in the cache gained nothing or lost. The bits are the same.
+static void matmul_overlap_output(const Matmul* mm, MatmulPlan* p) {
+    enum { HOPPER_KERNELS = 66, TILE_128x152 = 407, TAKING_TURNS = 1 };    // numbers of cuBLASLt
+    const uint32_t tile = TILE_128x152, option = TAKING_TURNS;
+    const uint16_t cluster = CUBLASLT_CLUSTER_SHAPE_2x1x1;                 // two blocks share what they load
+    const struct {
+        cublasLtMatmulAlgoConfigAttributes_t name;
+        const void* value;
+        size_t size;
+    } config[] = {
+        {CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof tile},
+        {CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, &option, sizeof option},
+        {CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &cluster, sizeof cluster},
+    };
+    int device, cache_bytes;
+    int32_t family = 0, split = 0;
+    size_t written;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, device));
+    cublasLtMatmulAlgo_t algo = p->algo;
+    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(&algo, CUBLASLT_ALGO_CONFIG_ID, &family, sizeof family,
+                                                     &written));
+    if (family != HOPPER_KERNELS || p->key.type_c != CUDA_R_16BF ||
+        p->key.M * p->key.N * 2 <= (size_t)cache_bytes)
+        return;
+    cublasCheck(cublasLtMatmulAlgoConfigGetAttribute(&algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split,
+                                                     sizeof split, &written));
+    if (split > 1) return;
+    for (size_t i = 0; i < sizeof config / sizeof config[0]; i++)
+        if (cublasLtMatmulAlgoConfigSetAttribute(&algo, config[i].name, config[i].value, config[i].size) !=
+            CUBLAS_STATUS_SUCCESS)
+            return;
+    cublasLtMatmulHeuristicResult_t result;
+    if (cublasLtMatmulAlgoCheck(mm->handle, p->desc, p->a, p->b, p->c, p->c, &algo, &result) ==
+            CUBLAS_STATUS_SUCCESS &&
+        result.workspaceSize <= MATMUL_WORKSPACE)
+        p->algo = algo;
+}
+
 // matmul_plan: the description and algorithm for one shape, made at its first use.
 static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     for (int i = 0; i < mm->n_plans; i++)
@@ -210,9 +263,20 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     MatmulPlan* p = &mm->plan[mm->n_plans++];
     memset(p, 0, sizeof *p);
     p->key = *key;
+    // fp32, for exact comparison: an output row has the bits that it has without the other rows. So the
+    // algorithm of a linear layer's forward is that for 128 rows, however many there are.
+    bool forward = key->op_a == CUBLAS_OP_T && key->op_b == CUBLAS_OP_N;
+    bool fixed = key->type_ab == CUDA_R_32F && forward;
+    if (fixed) p->key.N = 128;
     cublasLtMatmulHeuristicResult_t result;
     matmul_candidates(mm, p, &result, 1);
     p->algo = result.algo;
+    if (fixed) {
+        uint64_t rows = p->key.N = key->N;
+        cublasCheck(cublasLtMatrixLayoutSetAttribute(p->b, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
+        cublasCheck(cublasLtMatrixLayoutSetAttribute(p->c, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
+    }
+    matmul_overlap_output(mm, p);
     return p;
 }
 
@@ -369,6 +433,20 @@ __device__ __forceinline__ void copy_async_wait(int groups) {
     else if (groups == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
     else if (groups == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
     else asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+
+// load_matrices: four 8 x 8 matrices of bf16 from shared memory (ldmatrix), as the tensor core takes them. Lane
+// l gives the address (of 16 bytes) of row l % 8 of matrix l / 8; r[k] is then matrix k, of which lane 4g + q
+// holds row g, columns 2q and 2q+1; _trans: column g, rows 2q and 2q+1.
+__device__ __forceinline__ void load_matrices(uint32_t* r, const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrices_trans(uint32_t* r, const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
 }
 
 // warp_sum: the sum over the 32 lanes of a warp, the same bits in every lane
@@ -1022,7 +1100,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 }
 
 // --------------------------------------------------------------------------------------------------
-// 4.4 Causal convolution with SiLU
+// 4.4 Causal convolution, with SiLU or without
 
 // A thread owns W neighbouring channels and a run of up to `steps` tokens of one sequence. It walks through
 // the run with the inputs of the last TAPS tokens in registers (the window), so that each is loaded once and
@@ -1153,21 +1231,22 @@ __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b,
     __syncwarp();
 }
 
-template <int W, int TAPS, typename X>
+template <bool SILU, int W, int TAPS, typename X>
 __device__ __forceinline__ void conv_forward_token(X* out, const ConvWindow<W, TAPS>& win) {
     float c[W];
     conv_sum(c, win);
     #pragma unroll
-    for (int j = 0; j < W; j++) c[j] = silu_cuda(c[j]);
+    for (int j = 0; j < W; j++) c[j] = SILU ? silu_cuda(c[j]) : c[j];
     conv_store<W>(out, c);
 }
 
 // causal_conv1d_forward:   c_t[e] = bias[e] + sum_k weight[e,k] * inp_{t-K+1+k}[e]      out = silu(c)
+//   SILU = false: out = c (attention)
 //   inp (B,T,E), row stride ldi   weight (E,K)   bias (E) or NULL   tail0 (B,K-1,E) float or NULL
 //   out (B,T,E)
 //   a tap sees nothing where the document differs from that of t; saved for backward: nothing
 // bytes: 2 sizeof(X) per element
-template <typename X, int W, int TAPS>
+template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 6)
 causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
                              const float* bias, const int* doc, int T, size_t E, int K, int steps) {
@@ -1194,7 +1273,7 @@ causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail
             #pragma unroll
             for (int j = 0; j < TAPS; j++) {
                 conv_unpack(win.x[TAPS - 1], ring[slot], j);
-                conv_forward_token<W>(out + j * E, win);
+                conv_forward_token<SILU, W>(out + j * E, win);
                 conv_shift(win.x);
             }
         } else {
@@ -1202,7 +1281,7 @@ causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail
             for (int j = 0; j < TAPS && i + j < own; j++) {
                 if (bits >> j & 1) conv_clear(win.x);
                 conv_unpack(win.x[TAPS - 1], ring[slot], j);
-                if (i >= 0) conv_forward_token<W>(out + j * E, win);
+                if (i >= 0) conv_forward_token<SILU, W>(out + j * E, win);
                 conv_shift(win.x);
             }
         }
@@ -1249,18 +1328,17 @@ dim3 conv_grid(size_t B, size_t T, size_t E, int steps, size_t W) {
 
 template <typename X>
 const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_t ldi, const float* tail0,
-                                       const float* weight, const float* bias, const int* doc, size_t B,
-                                       size_t T, size_t E, size_t K, cudaStream_t stream) {
+                                       const float* weight, const float* bias, bool silu, const int* doc,
+                                       size_t B, size_t T, size_t E, size_t K, cudaStream_t stream) {
     const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(out, 8, E * sizeof(X)) &&
                 is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
-    if (fast)
-        causal_conv1d_forward_kernel<X, W, 4><<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias,
-                                                                          doc, (int)T, E, 4, steps);
-    else
-        causal_conv1d_forward_kernel<X, 1, 8><<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias,
-                                                                          doc, (int)T, E, (int)K, steps);
+    auto kernel = fast ? silu ? causal_conv1d_forward_kernel<X, W, 4, true>
+                              : causal_conv1d_forward_kernel<X, W, 4, false>
+                       : silu ? causal_conv1d_forward_kernel<X, 1, 8, true>
+                              : causal_conv1d_forward_kernel<X, 1, 8, false>;
+    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
     if (tailT && K > 1) {
         causal_conv1d_tail_kernel<<<(unsigned)((B * E + 255) / 256), 256, 0, stream>>>(tailT, inp, ldi, tail0,
@@ -1271,7 +1349,7 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
 }
 
 // The backward walks the same way; c is computed again.
-//   forward: out = silu(c)                         =>  dc = dout * silu'(c)
+//   forward: out = silu(c)                         =>  dc = dout * silu'(c);  without SiLU dc = dout
 //   forward: c_t = bias + sum_k w_k inp_{t-K+1+k}  =>  dbias += sum_t dc_t,  dw_k += sum_t dc_t inp_{t-K+1+k}
 //                                                      dinp_s = sum_k w_k dc_{s+K-1-k}
 //   forward: tailT = the last inputs               =>  the same rows of dinp (or dtail0) += dtailT
@@ -1281,14 +1359,14 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
 template <int W, int TAPS> struct ConvGradient { float dinp[TAPS][W], dw[TAPS][W], db[W]; };
 
 // the newest token of the window, whose dout is in d; OWN: with its weight gradient
-template <bool OWN, int W, int TAPS>
+template <bool OWN, bool SILU, int W, int TAPS>
 __device__ __forceinline__ void conv_backward_token(ConvGradient<W, TAPS>& grad,
                                                     const ConvWindow<W, TAPS>& win, float* d) {
     float c[W];
-    conv_sum(c, win);
+    if (SILU) conv_sum(c, win);
     #pragma unroll
     for (int j = 0; j < W; j++) {
-        d[j] *= silu_grad_cuda(c[j], sigmoid_cuda(c[j]));
+        if (SILU) d[j] *= silu_grad_cuda(c[j], sigmoid_cuda(c[j]));
         if (OWN) grad.db[j] += d[j];
     }
     #pragma unroll
@@ -1302,7 +1380,7 @@ __device__ __forceinline__ void conv_backward_token(ConvGradient<W, TAPS>& grad,
 }
 
 // a plain group, or (not OWN) the one before the run
-template <bool OWN, typename X, int W, int TAPS>
+template <bool OWN, bool SILU, typename X, int W, int TAPS>
 __device__ __forceinline__ void conv_backward_group(X* dinp, size_t lddi, ConvGradient<W, TAPS>& grad,
                                                     ConvWindow<W, TAPS>& win,
                                                     const ConvGroup<X, W, TAPS>& inp,
@@ -1312,7 +1390,7 @@ __device__ __forceinline__ void conv_backward_group(X* dinp, size_t lddi, ConvGr
         float d[W];
         conv_unpack(win.x[TAPS - 1], inp, j);
         conv_unpack(d, dout, j);
-        conv_backward_token<OWN>(grad, win, d);
+        conv_backward_token<OWN, SILU>(grad, win, d);
         if (OWN) conv_store<W>(dinp + j * lddi, grad.dinp[0]);
         conv_shift(grad.dinp);
         conv_shift(win.x);
@@ -1346,7 +1424,7 @@ __device__ __forceinline__ void conv_put(const ConvRows<X>& rows, const float* v
 //   dinp (B,T,E), row stride lddi, written   dtail0, dtailT (B,K-1,E) float or NULL; dtail0 is written
 //   parts (blocks,K+1,E): the sums of a block for dweight in the order (E,K), then those for dbias (E)
 // bytes: 3 sizeof(X) per element
-template <typename X, int W, int TAPS>
+template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 3)
 causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts, const X* dout,
                               const float* dtailT, const X* inp, size_t ldi, const float* tail0,
@@ -1385,9 +1463,9 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
             const ConvGroup<X, W, TAPS>&x = shared.ring[slot][0], &d = shared.ring[slot][1];
             int bits = doc ? begins[threadIdx.y][i / TAPS + 2] : 0;
             if (bits == 0 && i >= plain && i + TAPS <= own) {
-                conv_backward_group<true>(dinp, lddi, grad, win, x, d);
+                conv_backward_group<true, SILU>(dinp, lddi, grad, win, x, d);
             } else if (bits == 0 && i == -TAPS) {
-                conv_backward_group<false>(dinp, lddi, grad, win, x, d);
+                conv_backward_group<false, SILU>(dinp, lddi, grad, win, x, d);
             } else {
                 #pragma unroll 1
                 for (int j = 0; j < TAPS && i + j < own; j++) {
@@ -1406,8 +1484,8 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
                     if (t >= -TAPS) {
                         float d_t[W];
                         conv_unpack(d_t, d, j);
-                        if (t >= 0) conv_backward_token<true>(grad, win, d_t);
-                        else conv_backward_token<false>(grad, win, d_t);
+                        if (t >= 0) conv_backward_token<true, SILU>(grad, win, d_t);
+                        else conv_backward_token<false, SILU>(grad, win, d_t);
                         if (t - (TAPS - 1) >= first) conv_put<W>(rows, grad.dinp[0], t - (TAPS - 1), E, K);
                         conv_shift(grad.dinp);
                     }
@@ -1462,21 +1540,19 @@ size_t causal_conv1d_scratch_cuda(size_t B, size_t T, size_t E, size_t K) {
 template <typename X>
 const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, float* dbias, float* dtail0,
                                         const X* dout, const float* dtailT, const X* inp, size_t ldi,
-                                        const float* tail0, const float* weight, const float* bias,
+                                        const float* tail0, const float* weight, const float* bias, bool silu,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
                                         size_t K, cudaStream_t stream) {
     const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
                 is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
-    if (fast)
-        causal_conv1d_backward_kernel<X, W, 4><<<grid, block, 0, stream>>>(
-            dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, (int)T, E, 4,
-            steps);
-    else
-        causal_conv1d_backward_kernel<X, 1, 8><<<grid, block, 0, stream>>>(
-            dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K,
-            steps);
+    auto kernel = fast ? silu ? causal_conv1d_backward_kernel<X, W, 4, true>
+                              : causal_conv1d_backward_kernel<X, W, 4, false>
+                       : silu ? causal_conv1d_backward_kernel<X, 1, 8, true>
+                              : causal_conv1d_backward_kernel<X, 1, 8, false>;
+    kernel<<<grid, block, 0, stream>>>(dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight,
+                                       bias, doc, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
     sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream);
     return fast ? "causal_conv1d_backward_kernel<4>" : "causal_conv1d_backward_kernel<8>";
@@ -1485,17 +1561,18 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
 // --------------------------------------------------------------------------------------------------
 // 4.5 Gate of the MLP, sums for biases
 
-// gate_forward: out = y * silu(z).   y (M,E) row stride ldy   z (M,E) row stride ldz   out (M,E)
+// gate_forward: out = y * silu(z).   out, y, z (M,E) with row strides ldo, ldy, ldz
 // One thread per pack; blockIdx.x counts tokens, blockIdx.y pieces of a row.   bytes: 3 sizeof(X) per element
 template <typename X, int W>
-__global__ void gate_forward_kernel(X* out, const X* y, size_t ldy, const X* z, size_t ldz, size_t E) {
+__global__ void gate_forward_kernel(X* out, size_t ldo, const X* y, size_t ldy, const X* z, size_t ldz,
+                                    size_t E) {
     size_t m = blockIdx.x;
     for (size_t e = threadIdx.x * W; e < E; e += blockDim.x * W) {
         Pack<X, W> y_m = load_pack<W>(y + m * ldy + e), z_m = load_pack<W>(z + m * ldz + e);
         float v[W];
         #pragma unroll
         for (int j = 0; j < W; j++) v[j] = to_float(y_m.v[j]) * silu_cuda(to_float(z_m.v[j]));
-        store_pack<W>(out + m * E + e, v);
+        store_pack<W>(out + m * ldo + e, v);
     }
 }
 
@@ -1503,11 +1580,12 @@ __global__ void gate_forward_kernel(X* out, const X* y, size_t ldy, const X* z, 
 // gate_out, unless NULL, receives the output of the forward again, which the next weight gradient needs.
 // bytes: 5 sizeof(X) per element, 6 with gate_out
 template <typename X, int W>
-__global__ void gate_backward_kernel(X* dy, size_t lddy, X* dz, size_t lddz, X* gate_out, const X* dout,
-                                     const X* y, size_t ldy, const X* z, size_t ldz, size_t E) {
+__global__ void gate_backward_kernel(X* dy, size_t lddy, X* dz, size_t lddz, X* gate_out, size_t ldo,
+                                     const X* dout, size_t lddo, const X* y, size_t ldy, const X* z,
+                                     size_t ldz, size_t E) {
     size_t m = blockIdx.x;
     for (size_t e = threadIdx.x * W; e < E; e += blockDim.x * W) {
-        Pack<X, W> dout_m = load_pack<W>(dout + m * E + e), y_m = load_pack<W>(y + m * ldy + e),
+        Pack<X, W> dout_m = load_pack<W>(dout + m * lddo + e), y_m = load_pack<W>(y + m * ldy + e),
                    z_m = load_pack<W>(z + m * ldz + e);
         float dy_v[W], dz_v[W], out_v[W];
         #pragma unroll
@@ -1520,35 +1598,32 @@ __global__ void gate_backward_kernel(X* dy, size_t lddy, X* dz, size_t lddz, X* 
         }
         store_pack<W>(dy + m * lddy + e, dy_v);
         store_pack<W>(dz + m * lddz + e, dz_v);
-        if (gate_out) store_pack<W>(gate_out + m * E + e, out_v);
+        if (gate_out) store_pack<W>(gate_out + m * ldo + e, out_v);
     }
 }
 
 template <typename X>
-const char* gate_forward_cuda(X* out, const X* y, size_t ldy, const X* z, size_t ldz, size_t M, size_t E,
-                              cudaStream_t stream) {
+const char* gate_forward_cuda(X* out, size_t ldo, const X* y, size_t ldy, const X* z, size_t ldz, size_t M,
+                              size_t E, cudaStream_t stream) {
     const int W = 16 / sizeof(X);
-    bool packs = is_aligned(out, 16, E * sizeof(X)) && is_aligned(y, 16, ldy * sizeof(X)) &&
+    bool packs = E % W == 0 && is_aligned(out, 16, ldo * sizeof(X)) && is_aligned(y, 16, ldy * sizeof(X)) &&
                  is_aligned(z, 16, ldz * sizeof(X));
-    if (packs) gate_forward_kernel<X, W><<<(unsigned)M, 256, 0, stream>>>(out, y, ldy, z, ldz, E);
-    else gate_forward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(out, y, ldy, z, ldz, E);
+    auto kernel = packs ? gate_forward_kernel<X, W> : gate_forward_kernel<X, 1>;
+    kernel<<<(unsigned)M, 256, 0, stream>>>(out, ldo, y, ldy, z, ldz, E);
     cudaCheck(cudaGetLastError());
     return packs ? "gate_forward_kernel" : "gate_forward_kernel<1>";
 }
 
 template <typename X>
-const char* gate_backward_cuda(X* dy, size_t lddy, X* dz, size_t lddz, X* gate_out, const X* dout, const X* y,
-                               size_t ldy, const X* z, size_t ldz, size_t M, size_t E, cudaStream_t stream) {
+const char* gate_backward_cuda(X* dy, size_t lddy, X* dz, size_t lddz, X* gate_out, size_t ldo, const X* dout,
+                               size_t lddo, const X* y, size_t ldy, const X* z, size_t ldz, size_t M,
+                               size_t E, cudaStream_t stream) {
     const int W = 16 / sizeof(X);
-    bool packs = is_aligned(dy, 16, lddy * sizeof(X)) && is_aligned(dz, 16, lddz * sizeof(X)) &&
-                 is_aligned(gate_out, 16, E * sizeof(X)) && is_aligned(dout, 16, E * sizeof(X)) &&
+    bool packs = E % W == 0 && is_aligned(dy, 16, lddy * sizeof(X)) && is_aligned(dz, 16, lddz * sizeof(X)) &&
+                 is_aligned(gate_out, 16, ldo * sizeof(X)) && is_aligned(dout, 16, lddo * sizeof(X)) &&
                  is_aligned(y, 16, ldy * sizeof(X)) && is_aligned(z, 16, ldz * sizeof(X));
-    if (packs)
-        gate_backward_kernel<X, W><<<(unsigned)M, 256, 0, stream>>>(dy, lddy, dz, lddz, gate_out, dout, y,
-                                                                    ldy, z, ldz, E);
-    else
-        gate_backward_kernel<X, 1><<<(unsigned)M, 256, 0, stream>>>(dy, lddy, dz, lddz, gate_out, dout, y,
-                                                                    ldy, z, ldz, E);
+    auto kernel = packs ? gate_backward_kernel<X, W> : gate_backward_kernel<X, 1>;
+    kernel<<<(unsigned)M, 256, 0, stream>>>(dy, lddy, dz, lddz, gate_out, ldo, dout, lddo, y, ldy, z, ldz, E);
     cudaCheck(cudaGetLastError());
     return packs ? "gate_backward_kernel" : "gate_backward_kernel<1>";
 }
@@ -3966,6 +4041,3518 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
     if (threadIdx.x == 0) *arrived = 0;
 }
 
+// --------------------------------------------------------------------------------------------------
+// 4.11 State space duality (SSD): forward
+//
+// ssd on the GPU: the recurrence of Mamba-2, with one decay per head and a state of P x N numbers per head.
+//   (S2) dt_t = clip(softplus(dt_raw_t + dt_bias), lo, hi)       (S3) a_t = exp(dt_t A), A = -exp(A_log)
+//   (S4) h_t = a_t h_{t-1} + dt_t x_t Bt_t^T      y_t = h_t Ct_t + Dskip x_t
+//        a_t := 0 where a document begins: where its id differs from the id before (0 before the first token)
+//   shapes:   x (B,T,H,P), row stride ldx   Bt, Ct (B,T,G,N), row stride ldbc; head h uses group h G / H
+//             y (B,T,H,P)   dt (B,H,T) float   A_log (H)   Dskip (H), or (H,P) with D_has_hdim
+//             h0, hT (B,H,P,N) float   doc (B,T)
+//   saved:    states (B, ceil(T / SSD_SPACING), H, P, N) in X: the state before tokens 0, 256, 512, ..
+//             (before token 0: h0 or 0). A document that begins at such a token has not yet cleared it.
+// Mamba-2 paper (arXiv 2405.21060), sections 3 and 6. Oracle: ssd_recurrent_forward of train_mamba.c.
+
+enum { SSD_SPACING = 256 };
+
+// elements of X that forward saves in states
+size_t ssd_saved_cuda(size_t B, size_t T, size_t H, size_t P, size_t N) {
+    return B * ((T + SSD_SPACING - 1) / SSD_SPACING) * H * P * N;
+}
+
+// --- dt -----------------------------------------------------------------------------------------------
+
+// ssd_dt_forward: formula (S2), dt_raw (B,T,H) with row stride ld to dt (B,H,T). A block turns 32 tokens of
+// 32 heads around in shared memory: neighbours are the heads of a token before, the tokens of a head after.
+template <typename X>
+__global__ void __launch_bounds__(8 * WARP)
+ssd_dt_forward_kernel(float* dt, const X* dt_raw, size_t ld, const float* dt_bias, float lo, float hi,
+                      size_t T, size_t H) {
+    __shared__ float tile[WARP][WARP + 1];
+    const size_t blocks = (T + WARP - 1) / WARP, b = blockIdx.x / blocks, t0 = blockIdx.x % blocks * WARP;
+    const size_t h0 = (size_t)blockIdx.y * WARP, h = h0 + threadIdx.x, t = t0 + threadIdx.x;
+    for (size_t i = threadIdx.y; i < WARP; i += 8) {
+        if (t0 + i >= T || h >= H) continue;
+        float v = scan_softplus(to_float(dt_raw[(b * T + t0 + i) * ld + h]) + dt_bias[h]);
+        tile[i][threadIdx.x] = v < lo ? lo : v > hi ? hi : v;  // NaN stays NaN
+    }
+    __syncthreads();
+    for (size_t i = threadIdx.y; i < WARP; i += 8)
+        if (h0 + i < H && t < T) dt[(b * H + h0 + i) * T + t] = tile[threadIdx.x][i];
+}
+
+template <typename X>
+void ssd_dt_forward_cuda(float* dt, const X* dt_raw, size_t ld, const float* dt_bias, float lo, float hi,
+                         size_t B, size_t T, size_t H, cudaStream_t stream) {
+    dim3 grid((unsigned)(B * ((T + WARP - 1) / WARP)), (unsigned)((H + WARP - 1) / WARP));
+    ssd_dt_forward_kernel<X><<<grid, dim3(WARP, 8), 0, stream>>>(dt, dt_raw, ld, dt_bias, lo, hi, T, H);
+    cudaCheck(cudaGetLastError());
+}
+
+// --- general path -------------------------------------------------------------------------------------
+// The recurrence itself, 8 tokens at a time. A block owns 32 channels of one head, lane l channel l. Warp w
+// works on states 4w..4w+3 of a group of 16; the groups follow one another, and the states of those that
+// rest are in shared memory.
+
+enum { SSD_STEPS = 8, SSD_CHANNELS = 32, SSD_GROUP = 16 };
+
+struct alignas(16) SsdTile {
+    float dt[SSD_STEPS], a[SSD_STEPS];            // a: 0 where a document begins; 1 beyond the last token
+    bool reset[SSD_STEPS];
+    float x[SSD_STEPS][SSD_CHANNELS];
+    float part[4][SSD_STEPS][SSD_CHANNELS];       // sums over the states of one warp
+};
+
+// ssd_forward_kernel: formula (S4). states, hT, h0, doc may be NULL.
+//   shared memory behind the tile: bc (8,2,Np), state (Np,32); Np = N rounded up to 16
+template <typename X>
+__global__ void __launch_bounds__(4 * WARP)
+ssd_forward_kernel(X* y, X* states, float* hT, const X* x, size_t ldx, const float* dt, const float* A_log,
+                   const X* Bt, const X* Ct, size_t ldbc, const float* Dskip, bool D_has_hdim,
+                   const float* h0, const int* doc, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    extern __shared__ __align__(128) char shared[];
+    SsdTile& tile = *(SsdTile*)shared;
+    const int padded = (int)(N + SSD_GROUP - 1) / SSD_GROUP * SSD_GROUP;
+    float* bc = (float*)(&tile + 1);
+    float (*state)[SSD_CHANNELS] = (float (*)[SSD_CHANNELS])(bc + SSD_STEPS * 2 * padded);
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const size_t blocks = (P + SSD_CHANNELS - 1) / SSD_CHANNELS;
+    const size_t p = blockIdx.x % blocks * SSD_CHANNELS + lane;
+    const size_t b = blockIdx.x / blocks / H, h = blockIdx.x / blocks % H;
+    const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    const bool channel = p < P;
+    const float A2 = scan_decay(A_log[h]), D = channel ? Dskip[D_has_hdim ? h * P + p : h] : 0.0f;
+    Bt += h * G / H * N;
+    Ct += h * G / H * N;
+    const size_t row = (b * H + h) * P + p;                    // of h0 and hT
+    for (int n = w; n < padded; n += 4)
+        state[n][lane] = channel && n < (int)N && h0 ? h0[row * N + n] : 0.0f;
+    for (size_t t0 = 0; t0 < T; t0 += SSD_STEPS) {
+        __syncthreads();
+        if (states && t0 % SSD_SPACING == 0 && channel) {
+            X* save = states + (((b * saved + t0 / SSD_SPACING) * H + h) * P + p) * N;
+            for (int n = w; n < (int)N; n += 4) save[n] = from_float<X>(state[n][lane]);
+        }
+        if (tid < SSD_STEPS) {
+            bool inside = t0 + tid < T;
+            float dt_t = inside ? dt[(b * H + h) * T + t0 + tid] : 0.0f;
+            tile.dt[tid] = dt_t;
+            tile.reset[tid] = inside && scan_resets_cuda(doc, b, t0 + tid, T);
+            tile.a[tid] = exp2f(dt_t * A2);
+        }
+        for (int i = w; i < SSD_STEPS; i += 4)
+            tile.x[i][lane] = channel && t0 + i < T ? to_float(x[(b * T + t0 + i) * ldx + h * P + p]) : 0.0f;
+        scan_load_bc(bc, Bt, Ct, ldbc, b, t0, T, N, padded);
+        __syncthreads();
+        float sum[SSD_STEPS] = {};
+        for (int n0 = 4 * w; n0 < padded; n0 += SSD_GROUP) {
+            float s[4];
+            #pragma unroll
+            for (int j = 0; j < 4; j++) s[j] = state[n0 + j][lane];
+            #pragma unroll
+            for (int i = 0; i < SSD_STEPS; i++) {
+                float B_t[4], C_t[4];
+                *(float4*)B_t = *(float4*)&bc[i * 2 * padded + n0];
+                *(float4*)C_t = *(float4*)&bc[(i * 2 + 1) * padded + n0];
+                const float dtx = tile.dt[i] * tile.x[i][lane];
+                #pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    s[j] = fmaf(dtx, B_t[j], tile.reset[i] ? 0.0f : tile.a[i] * s[j]);
+                    sum[i] = fmaf(s[j], C_t[j], sum[i]);
+                }
+            }
+            #pragma unroll
+            for (int j = 0; j < 4; j++) state[n0 + j][lane] = s[j];
+        }
+        #pragma unroll
+        for (int i = 0; i < SSD_STEPS; i++) tile.part[w][i][lane] = sum[i];
+        __syncthreads();
+        for (int i = w; i < SSD_STEPS; i += 4) {
+            if (!channel || t0 + i >= T) continue;
+            float v = D * tile.x[i][lane];
+            #pragma unroll
+            for (int k = 0; k < 4; k++) v += tile.part[k][i][lane];
+            y[((b * T + t0 + i) * H + h) * P + p] = from_float<X>(v);
+        }
+    }
+    __syncthreads();
+    if (hT && channel)
+        for (int n = w; n < (int)N; n += 4) hT[row * N + n] = state[n][lane];
+}
+
+// --- fast path ----------------------------------------------------------------------------------------
+// bf16, in chunks of Q = 64 tokens (i and j count the tokens of a chunk). With cs_i = log2(a_0 a_1 .. a_i),
+// and S = the state before the chunk, (S4) becomes matrix products, the work of the tensor cores:
+//   M_ij = (Ct_i . Bt_j) 2^(cs_i - cs_j) dt_j   for j <= i and of one document, else 0            64 x 64
+//   y_i  = sum_j M_ij x_j + 2^cs_i S Ct_i + Dskip x_i                                             64 x P
+//   S'   = 2^cs_63 S + sum_j (2^(cs_63 - cs_j) dt_j x_j) Bt_j^T                                   P x N
+// All exponents are negative or 0. Ct_i . Bt_j is the same for all heads of a group: a small kernel computes
+// it first. Then a block marches through the chunks of one sequence; every 4 of its warps own a slice, 64
+// channels of one head, and keep its S in float registers: warp w rows 16w..16w+15 for all N.
+//
+// Matrices live in shared memory as tiles of 64 rows x 64 bf16; a row is 8 pieces of 16 bytes, and piece c of
+// row r lies in place c ^ (r % 8), so that the 8 pieces of a column are in different banks. Columns beyond N
+// or P and tokens beyond T are zeros with dt = 0.
+
+enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64, SSD_PIECE_BYTES = 16, SSD_STAGES = 2 };
+enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt per chunk, see ssd_cb_kernel
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SSD_PORTABLE)
+#define SSD_WGMMA 1
+#else
+#define SSD_WGMMA 0
+#endif
+
+__device__ __forceinline__ uint32_t ssd_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// address of piece c of row r of a tile
+__device__ __forceinline__ uint32_t ssd_piece(uint32_t tile, int r, int c) {
+    return tile + r * 128 + ((c ^ (r & 7)) << 4);
+}
+
+// four 8 x 8 matrices from shared memory into the registers of a warp, in the order that mma wants
+__device__ __forceinline__ void ssd_ldmatrix(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ssd_ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ssd_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ float log2_unit(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#if SSD_WGMMA
+// sm_90: the four warps of a group multiply together (wgmma), operands straight from shared memory, and go on
+// with other work meanwhile.
+__device__ __forceinline__ void ssd_mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ssd_mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(GROUPS) : "memory");
+}
+// the compiler must not use these registers before here
+__device__ __forceinline__ void ssd_mma_done(float (&d)[8][4]) {
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+        #pragma unroll
+        for (int j = 0; j < 4; j++) asm volatile("" : "+f"(d[i][j]) :: "memory");
+    }
+}
+// writes to shared memory become visible to wgmma
+__device__ __forceinline__ void ssd_shared_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// a tile as operand: rows of 128 bytes, swizzled, 1024 bytes from 8 rows to the next 8
+__device__ __forceinline__ uint64_t ssd_operand(uint32_t tile) {
+    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+#define SSD_ACC "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define SSD_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define SSD_ACC32 SSD_ACC4(0), SSD_ACC4(1), SSD_ACC4(2), SSD_ACC4(3), SSD_ACC4(4), SSD_ACC4(5), SSD_ACC4(6), SSD_ACC4(7)
+#endif
+
+// d (64 x 64) += a b^T, or = with `first`: a and b tiles whose rows are 64 numbers of the summed dimension
+__device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], uint32_t a, uint32_t b, bool first, int w) {
+#if SSD_WGMMA
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; "
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC ", %32, %33, p, 1, 1, 0, 0; }"
+                     : SSD_ACC32 : "l"(ssd_operand(a + k * 32)), "l"(ssd_operand(b + k * 32)), "r"((int)!(first && k == 0)));
+#else
+    const int lane = threadIdx.x % WARP;
+    if (first) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.0f;
+    }
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t ra[4], rb[4];
+        ssd_ldmatrix(ra, ssd_piece(a, w * 16 + (lane & 15), 2 * k + (lane >> 4)));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            ssd_ldmatrix(rb, ssd_piece(b, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
+            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
+        }
+    }
+#endif
+}
+
+// d (64 x 64) += a b: a in registers, b a tile with one row for each number of the summed dimension. Of that
+// only the first 16 `steps` numbers of this warp's a are not 0.
+__device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4], uint32_t b, int steps) {
+#if SSD_WGMMA
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SSD_ACC
+                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                     : SSD_ACC32 : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "l"(ssd_operand(b + k * 2048)));
+#else
+    const int lane = threadIdx.x % WARP;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        if (k >= steps) continue;
+        uint32_t rb[4];
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            ssd_ldmatrix_transposed(rb, ssd_piece(b, k * 16 + (lane & 15), 2 * j + (lane >> 4)));
+            ssd_mma(d[2 * j], a[k], rb[0], rb[1]);
+            ssd_mma(d[2 * j + 1], a[k], rb[2], rb[3]);
+        }
+    }
+#endif
+}
+#if !SSD_WGMMA
+__device__ __forceinline__ void ssd_mma_begin() {}
+__device__ __forceinline__ void ssd_mma_commit() {}
+template <int GROUPS> __device__ __forceinline__ void ssd_mma_wait() {}
+__device__ __forceinline__ void ssd_mma_done(float (&)[8][4]) {}
+__device__ __forceinline__ void ssd_shared_written() {}
+#endif
+
+// ssd_load_tile: starts the copy of 64 rows, of which `rows` exist, and of 64 columns, of which `columns` exist
+template <int THREADS>
+__device__ __forceinline__ void ssd_load_tile(uint32_t tile, const bf16* from, uint32_t ld, int rows, int columns,
+                                              int thread) {
+    const int r = thread / 8, c = thread % 8;
+    const uint32_t to = ssd_piece(tile, r, c);                 // r + 16, r + 32 .. have the same place for c
+    #pragma unroll
+    for (int i = 0; i < 64; i += THREADS / 8) {
+        const bool inside = r + i < rows && c * 8 < columns;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(to + i * 128), "l"(from + (inside ? (r + i) * ld + c * 8 : 0)), "r"(inside ? 16 : 0)
+                     : "memory");
+    }
+}
+
+// ssd_cb_kernel: cb = Ct_i . Bt_j of all chunks and groups in bf16, in the order in which the marching
+// kernel's threads need them: for rows 16w.. and columns 16k.., k <= w, one pack of 8 per lane.
+//   cb (B, chunks, G, 10, 32) packs
+template <int NB>
+__global__ void __launch_bounds__(4 * WARP)
+ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, size_t G, size_t N, size_t chunks) {
+    extern __shared__ __align__(128) char shared[];
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const size_t g = blockIdx.x % G, c = blockIdx.x / G % chunks, b = blockIdx.x / G / chunks;
+    const uint32_t tiles = ssd_address(shared);
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        const size_t at = (b * T + c * SSD_TOKENS) * ldbc + g * N + n * 64;
+        const int rows = (int)(T - c * SSD_TOKENS), columns = (int)N - n * 64;
+        ssd_load_tile<128>(tiles + 2 * n * SSD_TILE * 2, Bt + at, (uint32_t)ldbc, rows, columns, tid);
+        ssd_load_tile<128>(tiles + (2 * n + 1) * SSD_TILE * 2, Ct + at, (uint32_t)ldbc, rows, columns, tid);
+    }
+    copy_async_commit();
+    copy_async_wait(0);
+    __syncthreads();
+    float d[8][4] = {};
+    #pragma unroll
+    for (int k = 0; k < 4 * NB; k++) {
+        const uint32_t B_tile = tiles + 2 * (k / 4) * SSD_TILE * 2, C_tile = B_tile + SSD_TILE * 2;
+        uint32_t ra[4], rb[4];
+        ssd_ldmatrix(ra, ssd_piece(C_tile, w * 16 + (lane & 15), 2 * (k % 4) + (lane >> 4)));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (j > w) continue;
+            ssd_ldmatrix(rb, ssd_piece(B_tile, j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * (k % 4) + (lane >> 3 & 1)));
+            ssd_mma(d[2 * j], ra, rb[0], rb[1]);
+            ssd_mma(d[2 * j + 1], ra, rb[2], rb[3]);
+        }
+    }
+    cb += (size_t)blockIdx.x * SSD_CB + w * (w + 1) / 2 * WARP + lane;
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k <= w)
+            cb[k * WARP] = make_uint4(scan_pack(d[2 * k][0], d[2 * k][1]), scan_pack(d[2 * k][2], d[2 * k][3]),
+                                      scan_pack(d[2 * k + 1][0], d[2 * k + 1][1]), scan_pack(d[2 * k + 1][2], d[2 * k + 1][3]));
+}
+
+// SsdShared: SLICES slices of 64 channels, N up to 64 NB. Tiles come first: they start at multiples of 1024 bytes.
+template <int SLICES, int NB> struct SsdShared {
+    struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[SSD_STAGES];
+    bf16 S[SLICES][NB][SSD_TILE];                              // rows: channels, columns: states
+    struct {
+        float cs[SSD_TOKENS];
+        float u[SSD_TOKENS];                                    // cs - log2(dt)
+        float enter[SSD_TOKENS];                                // 2^cs_i, 0 in documents that begin here
+        float leave[SSD_TOKENS];                                // 2^(cs_63 - cs_j) dt_j, 0 in documents that end here
+        float pass;                                            // 2^cs_63, 0 if a document begins here
+        unsigned long long resets;                             // bit i: a document begins at token i
+    } tokens[2][SLICES];
+    float D[SLICES][64];
+};
+
+// what the marching kernel needs, one struct: see ssd_forward_cuda
+struct SsdForward {
+    bf16 *y, *states;
+    float* hT;
+    const bf16* x;
+    const float *dt, *A_log;
+    const bf16 *Bt, *Ct;
+    const float *Dskip, *h0;
+    const int* doc;
+    const uint4* cb;
+    float *start, *decay;              // of segments: the state before (segments,B,H,P,N), the decay (segments,B,H)
+    size_t ldx, ldbc, B, T, H, P, G, N, segments, each;        // each: chunks of a segment
+    bool D_has_hdim;
+};
+
+// ssd_forward_fast_kernel: y, states and hT; with ENDS the states after all segments but the last, if they
+// begin with 0, and their decays instead.
+template <int SLICES, int NB, bool ENDS>
+__global__ void __launch_bounds__(SLICES * 4 * WARP, SLICES == 1 && NB <= 2 ? 2 : 1)
+ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
+    extern __shared__ __align__(128) char shared[];
+    typedef SsdShared<SLICES, NB> Shared;
+    Shared& s = *(Shared*)shared;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP % 4, m = tid / (4 * WARP), g = lane / 4, tg = lane % 4;
+    const int T = (int)p.T, N = (int)p.N, P = (int)p.P, H = (int)p.H, G = (int)p.G;
+    const uint32_t ldx = (uint32_t)p.ldx, ldbc = (uint32_t)p.ldbc;
+    const int parts = (P + 63) / 64, slices = H * parts;       // slices of a head, of a sequence
+    const int slice = blockIdx.x * SLICES % slices + m, h = slice / parts, p0 = slice % parts * 64;
+    const int group = h * G / H, chunks = (T + SSD_TOKENS - 1) / SSD_TOKENS;
+    const size_t b = blockIdx.x * SLICES / slices % p.B, token = b * T;        // the sequence, its first token
+    const int segment = (int)(blockIdx.x * SLICES / slices / p.B), begin = segment * (int)p.each;
+    const int end = min(begin + (int)p.each, chunks);
+    const bf16 *Bt = p.Bt + token * ldbc + group * N, *Ct = p.Ct + token * ldbc + group * N;
+    const bf16* x = p.x + token * ldx + h * P + p0;
+    const float* dt = p.dt + (b * H + h) * T;
+    const uint4* cb = p.cb + (b * chunks * G + group) * SSD_CB + w * (w + 1) / 2 * WARP + lane;
+    const float A2 = scan_decay(p.A_log[h]);
+    const int columns = min(P - p0, 64);
+    bf16* y = p.y + ((token + w * 16 + g) * H + h) * P + p0 + 2 * tg;
+    const uint32_t ldy = (uint32_t)(H * P);
+
+    auto load = [&](int c) {                                   // starts the copies of chunk c
+        auto& st = s.stage[c % SSD_STAGES];
+        const int rows = T - c * 64;
+        if (c < end) {
+            const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                ssd_load_tile<SLICES * 128>(ssd_address(st.Bt[n]), B_c + n * 64, ldbc, rows, N - n * 64, tid);
+                if (ENDS) continue;
+                ssd_load_tile<SLICES * 128>(ssd_address(st.Ct[n]), C_c + n * 64, ldbc, rows, N - n * 64, tid);
+            }
+            ssd_load_tile<128>(ssd_address(st.x[m]), x + (size_t)c * 64 * ldx, ldx, rows, columns, tid % 128);
+        }
+        copy_async_commit();
+    };
+    // warp 0 of the slice: two tokens per lane
+    float dt0 = 0, dt1 = 0;
+    bool reset0 = false, reset1 = false;
+    auto fetch_tokens = [&](int c) {
+        const int t = c * 64 + 2 * lane;
+        dt0 = t < T ? dt[t] : 0.0f;
+        dt1 = t + 1 < T ? dt[t + 1] : 0.0f;
+        if (p.doc) {
+            reset0 = t < T && scan_resets_cuda(p.doc, b, t, T);
+            reset1 = t + 1 < T && scan_resets_cuda(p.doc, b, t + 1, T);
+        }
+    };
+    auto prepare_tokens = [&](int c) {
+        auto& k = s.tokens[c % 2][m];
+        // below 2^-256 a decay is 0 in float
+        const float a0 = fmaxf(A2 * dt0, -256.0f), a1 = fmaxf(A2 * dt1, -256.0f);
+        float sum = a0 + a1;
+        #pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            float v = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += v;
+        }
+        const float cs0 = sum - a1, cs1 = sum, last = __shfl_sync(~0u, sum, WARP - 1);
+        unsigned long long resets = 0;
+        if (p.doc) {
+            unsigned even = __ballot_sync(~0u, reset0), odd = __ballot_sync(~0u, reset1);
+            for (int i = 0; i < WARP; i++)
+                resets |= (unsigned long long)((even >> i & 1) | (odd >> i & 1) << 1) << 2 * i;
+        }
+        const bool enter0 = !(resets & ((2ull << 2 * lane) - 1)), enter1 = !(resets & ((4ull << 2 * lane) - 1));
+        const bool leave0 = !(resets >> 2 * lane >> 1), leave1 = !(resets >> 2 * lane >> 1 >> 1);
+        *(float2*)&k.cs[2 * lane] = make_float2(cs0, cs1);
+        *(float2*)&k.u[2 * lane] = make_float2(cs0 - log2_unit(dt0), cs1 - log2_unit(dt1));
+        *(float2*)&k.enter[2 * lane] = make_float2(enter0 ? exp2_unit(cs0) : 0.0f, enter1 ? exp2_unit(cs1) : 0.0f);
+        *(float2*)&k.leave[2 * lane] = make_float2(leave0 ? exp2_unit(last - cs0) * dt0 : 0.0f,
+                                                   leave1 ? exp2_unit(last - cs1) * dt1 : 0.0f);
+        if (lane == 0) { k.pass = resets ? 0.0f : exp2_unit(last); k.resets = resets; }
+    };
+    uint4 cb_k[4];
+    auto fetch_cb = [&](int c) {
+        const uint4* cb_c = cb + (size_t)c * G * SSD_CB;
+        #pragma unroll
+        for (int k = 0; k < 4; k++) cb_k[k] = !ENDS && k <= w && c < end ? cb_c[k * WARP] : make_uint4(0, 0, 0, 0);
+    };
+
+    load(begin);
+    if (tid % 128 < 64)
+        s.D[m][tid % 128] = tid % 128 < columns ? p.Dskip[p.D_has_hdim ? h * P + p0 + tid % 128 : h] : 0.0f;
+    if (w == 0) { fetch_tokens(begin); prepare_tokens(begin); fetch_tokens(begin + 1); }
+    fetch_cb(begin);
+    const float* start = ENDS ? NULL : p.segments > 1 ? p.start + segment * p.B * H * P * N : p.h0;
+    float S[NB][8][4];                                         // row 16w + g or +8, columns 64n + 8i + 2tg, +1
+    const size_t row = (b * H + h) * P + p0 + w * 16 + g;      // of start and hT
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
+                const bool inside = start && w * 16 + g + j / 2 * 8 < columns && col < N;
+                S[n][i][j] = inside ? start[(row + j / 2 * 8) * N + col] : 0.0f;
+            }
+        }
+    }
+    auto store_state = [&]() {
+        #pragma unroll
+        for (int n = 0; n < NB; n++) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) {
+                char* to = (char*)s.S[m][n] + (w * 16 + g) * 128 + ((i ^ g) << 4) + 4 * tg;
+                *(uint32_t*)to = scan_pack(S[n][i][0], S[n][i][1]);
+                *(uint32_t*)(to + 8 * 128) = scan_pack(S[n][i][2], S[n][i][3]);
+            }
+        }
+    };
+    store_state();
+    float decay = 1.0f;
+
+    #pragma unroll 1
+    for (int c = begin; c < end; c++) {
+        auto& st = s.stage[c % SSD_STAGES];
+        auto& k = s.tokens[c % 2][m];
+        const uint32_t x_tile = ssd_address(st.x[m]);
+        copy_async_wait(0);
+        ssd_shared_written();
+        __syncthreads();
+        load(c + 1);
+        const float pass = k.pass;
+        decay *= pass;
+        #pragma unroll
+        for (int n = 0; n < NB; n++) {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) {
+                #pragma unroll
+                for (int j = 0; j < 4; j++) S[n][i][j] *= pass;
+            }
+        }
+        // what enters with the state, and the next state; both need S
+        float Y[8][4];
+        if (!ENDS) {
+            ssd_mma_begin();
+            #pragma unroll
+            for (int n = 0; n < NB; n++)
+                ssd_multiply_rows(Y, ssd_address(st.Ct[n]), ssd_address(s.S[m][n]), n == 0, w);
+            ssd_mma_commit();
+        }
+        uint32_t a[4][4];
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {                          // x^T, rows: channels, columns: tokens
+            uint32_t r[4];
+            ssd_ldmatrix_transposed(r, ssd_piece(x_tile, j * 16 + (lane & 15), 2 * w + (lane >> 4)));
+            const float2 l0 = *(float2*)&k.leave[j * 16 + 2 * tg], l8 = *(float2*)&k.leave[j * 16 + 8 + 2 * tg];
+            const __nv_bfloat162 w0 = __floats2bfloat162_rn(l0.x, l0.y), w8 = __floats2bfloat162_rn(l8.x, l8.y);
+            *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], w0);
+            *(__nv_bfloat162*)&a[j][1] = __hmul2(*(__nv_bfloat162*)&r[2], w0);
+            *(__nv_bfloat162*)&a[j][2] = __hmul2(*(__nv_bfloat162*)&r[1], w8);
+            *(__nv_bfloat162*)&a[j][3] = __hmul2(*(__nv_bfloat162*)&r[3], w8);
+        }
+        if (!ENDS && p.states && c % (SSD_SPACING / SSD_TOKENS) == 0) {  // save the state: from shared memory, whole rows
+            const int saved = (T + SSD_SPACING - 1) / SSD_SPACING, at = c / (SSD_SPACING / SSD_TOKENS);
+            bf16* to = p.states + (((b * saved + at) * H + h) * P + p0) * N;
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                #pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int r = tid % 128 / 8 + 16 * i, q = tid % 8;
+                    if (r < columns && n * 64 + q * 8 < N)
+                        *(uint4*)(to + r * N + n * 64 + q * 8) =
+                            *(uint4*)((char*)s.S[m][n] + r * 128 + ((q ^ (r & 7)) << 4));
+                }
+            }
+        }
+        ssd_mma_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, ssd_address(st.Bt[n]), 4);
+        ssd_mma_commit();
+        if (ENDS) {
+            if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
+            ssd_mma_wait<0>();
+            #pragma unroll
+            for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
+            continue;
+        }
+        // M, meanwhile
+        uint32_t M[4][4];
+        const int i0 = 16 * w + g;
+        const unsigned long long resets = k.resets;
+        const float cs0 = k.cs[i0], cs8 = k.cs[i0 + 8];
+        unsigned span0 = i0, span8 = i0 + 8;                   // tokens of this document before i
+        if (resets) {
+            const unsigned long long before0 = resets & ((2ull << i0) - 1), before8 = resets & ((2ull << (i0 + 8)) - 1);
+            if (before0) span0 -= 63 - __clzll(before0);
+            if (before8) span8 -= 63 - __clzll(before8);
+        }
+        auto weight = [&](float v, float cs, float u, int i, int j, unsigned span) {
+            return v * exp2_unit((unsigned)(i - j) <= span ? cs - u : -INFINITY);
+        };
+        #pragma unroll
+        for (int q = 0; q < 4; q++) {
+            M[q][0] = M[q][1] = M[q][2] = M[q][3] = 0;
+            if (q > w) continue;
+            const int j = q * 16 + 2 * tg;
+            const float2 u0 = *(float2*)&k.u[j], u8 = *(float2*)&k.u[j + 8];
+            const uint4 v = cb_k[q];
+            M[q][0] = scan_pack(weight(scan_low(v.x), cs0, u0.x, i0, j, span0), weight(scan_high(v.x), cs0, u0.y, i0, j + 1, span0));
+            M[q][1] = scan_pack(weight(scan_low(v.y), cs8, u0.x, i0 + 8, j, span8), weight(scan_high(v.y), cs8, u0.y, i0 + 8, j + 1, span8));
+            M[q][2] = scan_pack(weight(scan_low(v.z), cs0, u8.x, i0, j + 8, span0), weight(scan_high(v.z), cs0, u8.y, i0, j + 9, span0));
+            M[q][3] = scan_pack(weight(scan_low(v.w), cs8, u8.x, i0 + 8, j + 8, span8), weight(scan_high(v.w), cs8, u8.y, i0 + 8, j + 9, span8));
+        }
+        fetch_cb(c + 1);
+        if (w == 0) { prepare_tokens(c + 1); fetch_tokens(c + 2); }
+        const float enter0 = k.enter[i0], enter8 = k.enter[i0 + 8];
+        ssd_mma_wait<1>();
+        ssd_mma_done(Y);
+        #pragma unroll
+        for (int i = 0; i < 8; i++) { Y[i][0] *= enter0; Y[i][1] *= enter0; Y[i][2] *= enter8; Y[i][3] *= enter8; }
+        ssd_mma_begin();
+        ssd_multiply_columns(Y, M, x_tile, w + 1);
+        ssd_mma_commit();
+        ssd_mma_wait<1>();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
+        asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");   // all four warps have used the old S
+        store_state();
+        ssd_mma_wait<0>();
+        ssd_mma_done(Y);
+        // + Dskip x, and out
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t r[4];
+            ssd_ldmatrix(r, ssd_piece(x_tile, w * 16 + (lane & 15), 2 * j + (lane >> 4)));
+            #pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const int col = j * 16 + q / 2 * 8 + 2 * tg;
+                if (c * 64 + i0 + q % 2 * 8 >= T || col >= columns) continue;
+                const float2 D = *(float2*)&s.D[m][col];
+                const float* v = &Y[2 * j + q / 2][q % 2 * 2];
+                *(uint32_t*)(y + ((size_t)c * 64 + q % 2 * 8) * ldy + j * 16 + q / 2 * 8) =
+                    scan_pack(fmaf(D.x, scan_low(r[q]), v[0]), fmaf(D.y, scan_high(r[q]), v[1]));
+            }
+        }
+    }
+    if (ENDS && tid % 128 == 0 && p0 == 0) p.decay[((segment + 1) * p.B + b) * H + h] = decay;
+    float* to = ENDS ? p.start + (segment + 1) * p.B * H * P * N : end == chunks ? p.hT : NULL;
+    if (!to) return;
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int col = n * 64 + i * 8 + 2 * tg + j % 2;
+                if (w * 16 + g + j / 2 * 8 < columns && col < N) to[(row + j / 2 * 8) * N + col] = S[n][i][j];
+            }
+        }
+    }
+}
+
+// ssd_carry_kernel: the states before all segments: start_0 = h0, start_k = end_(k-1) + decay_(k-1) start_(k-1).
+// start holds the ends before; a thread has 4 numbers of a state
+__global__ void ssd_carry_kernel(float* start, const float* decay, const float* h0, size_t n, size_t size, size_t segments) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= n) return;
+    float v[4] = {};
+    if (h0) unpack(v, load_pack<4>(h0 + i));
+    store_pack<4>(start + i, v);
+    #pragma unroll 4
+    for (size_t k = 1; k < segments; k++) {
+        float e[4], a = decay[(k * n + i) / size];
+        unpack(e, load_pack<4>(start + k * n + i));
+        #pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = fmaf(a, v[j], e[j]);
+        store_pack<4>(start + k * n + i, v);
+    }
+}
+
+// --- launcher -----------------------------------------------------------------------------------------
+
+static inline size_t ssd_chunks(size_t T) { return (T + SSD_TOKENS - 1) / SSD_TOKENS; }
+
+// Where the heads of all sequences are too few to fill the chip, time is cut into segments as well: as many
+// as make SSD_FILL blocks of two slices, none shorter than SSD_SEGMENT chunks. A first look at all segments,
+// without y, finds the states that they begin with.
+enum { SSD_FILL = 132, SSD_SEGMENT = 4 };
+static inline size_t ssd_segments(size_t B, size_t T, size_t H, size_t P) {
+    size_t chunks = ssd_chunks(T), segments = SSD_FILL / (B * ((H * ((P + 63) / 64) + 1) / 2));
+    if (segments > chunks / SSD_SEGMENT) segments = chunks / SSD_SEGMENT;
+    if (segments < 2) return 1;
+    size_t each = (chunks + segments - 1) / segments;          // chunks of all segments but the last
+    return (chunks + each - 1) / each;
+}
+
+// floats of forward's scratch: the products Ct . Bt; states and decays of segments
+size_t ssd_forward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    size_t segments = ssd_segments(B, T, H, P);
+    return B * ssd_chunks(T) * G * SSD_CB * 4 + (segments > 1 ? segments * B * H * (P * N + 1) : 0);
+}
+
+template <int SLICES, int NB>
+static inline void ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t stream) {
+    const size_t blocks = p.B * p.H * ((p.P + 63) / 64) / SLICES, tiles = 2 * NB * SSD_TILE * sizeof(bf16);
+    const size_t shared = sizeof(SsdShared<SLICES, NB>), n = p.B * p.H * p.P * p.N;
+    scan_allow_shared(ssd_cb_kernel<NB>, tiles);
+    ssd_cb_kernel<NB><<<(unsigned)(p.B * ssd_chunks(p.T) * p.G), 4 * WARP, tiles, stream>>>(
+        cb, p.Bt, p.Ct, p.ldbc, p.T, p.G, p.N, ssd_chunks(p.T));
+    cudaCheck(cudaGetLastError());
+    if (p.segments > 1) {
+        auto ends = ssd_forward_fast_kernel<SLICES, NB, true>;
+        scan_allow_shared(ends, shared);
+        ends<<<(unsigned)(blocks * (p.segments - 1)), SLICES * 4 * WARP, shared, stream>>>(p);
+        cudaCheck(cudaGetLastError());
+        ssd_carry_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(p.start, p.decay, p.h0, n, p.P * p.N,
+                                                                               p.segments);
+        cudaCheck(cudaGetLastError());
+    }
+    auto kernel = ssd_forward_fast_kernel<SLICES, NB, false>;
+    scan_allow_shared(kernel, shared);
+    kernel<<<(unsigned)(blocks * p.segments), SLICES * 4 * WARP, shared, stream>>>(p);
+    cudaCheck(cudaGetLastError());
+}
+static const char* ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t stream) {
+    int most = 0, device = 0;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const size_t slices = p.H / p.G * ((p.P + 63) / 64), rows = 8, shared = (size_t)most;
+    const bool aligned = p.H % p.G == 0 && p.P % rows == 0 && p.N % rows == 0 && p.N <= 256 &&
+                         p.ldx % rows == 0 && p.ldbc % rows == 0 && is_aligned(p.x, 16, 16) &&
+                         is_aligned(p.Bt, 16, 16) && is_aligned(p.Ct, 16, 16) && is_aligned(p.y, 16, 16) &&
+                         is_aligned(p.states, 16, 16) && is_aligned(p.h0, 16, 16) && is_aligned(scratch, 16, 16);
+    if (!aligned) return NULL;
+    bool two = slices % 2 == 0;
+#ifdef SSD_EXPERIMENT
+    if (getenv("SSD_ONE")) two = false;
+#endif
+    uint4* cb = (uint4*)scratch;
+    p.segments = ssd_segments(p.B, p.T, p.H, p.P);
+    p.each = (ssd_chunks(p.T) + p.segments - 1) / p.segments;
+    p.start = scratch + p.B * ssd_chunks(p.T) * p.G * SSD_CB * 4;
+    p.decay = p.start + p.segments * p.B * p.H * p.P * p.N;
+    if (p.N <= 64) {
+        if (two && sizeof(SsdShared<2, 1>) <= shared) ssd_launch_fast<2, 1>(p, cb, stream);
+        else if (sizeof(SsdShared<1, 1>) <= shared) ssd_launch_fast<1, 1>(p, cb, stream);
+        else return NULL;
+    } else if (p.N <= 128) {
+        if (two && sizeof(SsdShared<2, 2>) <= shared) ssd_launch_fast<2, 2>(p, cb, stream);
+        else if (sizeof(SsdShared<1, 2>) <= shared) ssd_launch_fast<1, 2>(p, cb, stream);
+        else return NULL;
+    } else {
+        if (two && sizeof(SsdShared<2, 4>) <= shared) ssd_launch_fast<2, 4>(p, cb, stream);
+        else if (sizeof(SsdShared<1, 4>) <= shared) ssd_launch_fast<1, 4>(p, cb, stream);
+        else return NULL;
+    }
+    return "fast";
+}
+
+// ssd_forward_cuda: formula (S4), layouts at the top of this section.
+//   y, states, hT written   states: NULL in inference   hT, h0: may be NULL, may be one array
+//   doc: NULL, or ids of which only changes count; h0 belongs to document 0
+//   scratch: ssd_forward_scratch_cuda() floats
+template <typename X>
+const char* ssd_forward_cuda(X* y, X* states, float* hT, const X* x, size_t ldx, const float* dt,
+                             const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
+                             bool D_has_hdim, const float* h0, const int* doc, float* scratch, size_t B,
+                             size_t T, size_t H, size_t P, size_t G, size_t N, cudaStream_t stream) {
+    if constexpr (sizeof(X) == sizeof(bf16)) {         // float results must be exact to float rounding
+        SsdForward p = {y, states, hT, x, dt, A_log, Bt, Ct, Dskip, h0, doc, (const uint4*)scratch, NULL, NULL, ldx, ldbc,
+                        B, T, H, P, G, N, 1, 0, D_has_hdim};
+        if (ssd_forward_fast(p, scratch, stream)) return "fast";
+    }
+    size_t padded = (N + SSD_GROUP - 1) / SSD_GROUP * SSD_GROUP;
+    size_t bytes = sizeof(SsdTile) + (2 * SSD_STEPS + SSD_CHANNELS) * padded * sizeof(float);
+    scan_allow_shared(ssd_forward_kernel<X>, bytes);
+    unsigned grid = (unsigned)(B * H * ((P + SSD_CHANNELS - 1) / SSD_CHANNELS));
+    ssd_forward_kernel<X><<<grid, 4 * WARP, bytes, stream>>>(y, states, hT, x, ldx, dt, A_log, Bt, Ct, ldbc,
+                                                             Dskip, D_has_hdim, h0, doc, T, H, P, G, N);
+    cudaCheck(cudaGetLastError());
+    return "general";
+}
+
+// --------------------------------------------------------------------------------------------------
+// 4.12 State space duality (SSD): backward
+//
+// The gradients of 4.11, from dy = dLoss/dy and dhT = dLoss/dhT. Lambda_t = dLoss/dh_t (P x N per head):
+//   Lambda_t = dy_t Ct_t^T + a_{t+1} Lambda_{t+1}
+//   dx_t = dt_t Lambda_t Bt_t + Dskip dy_t     dBt_t = sum_h dt_t Lambda_t^T x_t     dCt_t = sum_h h_t^T dy_t
+//   dalpha_t = a_t <Lambda_t, h_{t-1}>  (alpha_t = dt_t A)     ddt_t = x_t^T Lambda_t Bt_t + A dalpha_t
+//   dA_log = A sum_t dt_t dalpha_t             dDskip = sum_t <dy_t, x_t>            dh0 = a_0 Lambda_0
+// As products of matrices, over tiles of 64 tokens. cs_i: sum of alpha from the beginning of the tile up to
+// token i; H: the state before the tile; Lambda: what the tokens after the tile add to the gradient of the
+// state that leaves it; S_ij = <dy_i, x_j>, G_ij = <Ct_i, Bt_j>, L_ij = exp(cs_i - cs_j) for j <= i, else 0:
+//   v_j = sum_i G_ij L_ij dy_i + exp(cs_end - cs_j) Lambda Bt_j
+//   dx_j = dt_j v_j + Dskip dy_j      ddt_j = <v_j, x_j> + A dalpha_j      dG_ij = sum_h L_ij dt_j S_ij
+//   dCt_i = sum_j dG_ij Bt_j + sum_h exp(cs_i) H^T dy_i
+//   dBt_j = sum_i dG_ij Ct_i + sum_h exp(cs_end - cs_j) dt_j Lambda^T x_j
+// alpha_m is a factor of every path from a token (or the state) before m to a token (or the state) at m or
+// after. So dalpha_m is a sum over those pairs, W_ij = G_ij L_ij dt_j S_ij, and every one counts once:
+//   dalpha_m = sum_{i >= m, j < m} W_ij + sum_{j < m} e_j + sum_{i >= m} f_i + exp(cs_end) <Lambda, H>
+//   e_j = exp(cs_end - cs_j) dt_j <x_j, Lambda Bt_j>           f_i = exp(cs_i) <dy_i, H Ct_i>
+// There is a shorter formula, sums of <y, dy> - dt ddt from m on; it subtracts nearly equal numbers and loses
+// all digits where the decay is strong.
+// Mamba-2 paper (arXiv 2405.21060), section 6; the sums over pairs: by hand. Oracle: ssd_recurrent_backward.
+//
+//   states    H and Lambda at every boundary between two tiles: a walk from a saved state to the right, and
+//             one from the end to the left
+//   tiles     everything else. A block owns one tile and walks through heads, so that the sums over heads
+//             stay in its registers.
+// Both as a general path (any shape, X = float or bf16, float arithmetic) and as a fast one (bf16, P 32, 64
+// or 128, N 64 or 128, the tensor core). The states between tiles are scratch; to bound it, sequences are
+// treated in rounds of SSD_ROUND tokens.
+
+enum { SSD_SPAN = 64, SSD_PER_SAVED = SSD_SPACING / SSD_SPAN, SSD_ROUND = 16384 };
+// log2 of a decay that is 0 in float. Nothing smaller is added to cs: its digits are needed for what follows
+#define SSD_GONE -130.0f
+
+// SsdTokens: the decays of a tile. from_i = exp(cs_i): what is left at i of the state before the tile, 0 when a
+// document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds; all:
+// from before the tile to after it. cs is in base 2.
+struct alignas(16) SsdTokens {
+    float cs[SSD_SPAN], dt[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
+    float all;
+};
+
+// ssd_resets: bit l of even, odd: whether a document begins at token t0 + 2 l, t0 + 2 l + 1. By a whole warp.
+__device__ __forceinline__ void ssd_resets(uint32_t* even, uint32_t* odd, const int* doc, size_t b, size_t t0,
+                                           size_t T) {
+    size_t t = t0 + 2 * (threadIdx.x % WARP);
+    *even = doc ? __ballot_sync(0xffffffffu, t < T && scan_resets_cuda(doc, b, t, T)) : 0;
+    *odd = doc ? __ballot_sync(0xffffffffu, t + 1 < T && scan_resets_cuda(doc, b, t + 1, T)) : 0;
+}
+
+// ssd_dt_pair: dt of this lane's tokens, 2 l and 2 l + 1; 0 beyond the last token
+__device__ __forceinline__ float2 ssd_dt_pair(const float* dt, size_t t0, size_t T) {
+    size_t t = t0 + 2 * (threadIdx.x % WARP);
+    return make_float2(t < T ? dt[t] : 0.0f, t + 1 < T ? dt[t + 1] : 0.0f);
+}
+
+// ssd_tokens: fills *s, by a whole warp
+__device__ __forceinline__ void ssd_tokens(SsdTokens* s, float2 dt, float A2, uint32_t even, uint32_t odd) {
+    const int lane = threadIdx.x % WARP;
+    const uint32_t upto = 0xffffffffu >> (WARP - 1 - lane), below = upto >> 1;     // lanes 0..lane; 0..lane-1
+    const float a0 = fmaxf(dt.x * A2, SSD_GONE), a1 = fmaxf(dt.y * A2, SSD_GONE);
+    float sum = a0 + a1;
+    #pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        float before = __shfl_up_sync(0xffffffffu, sum, step);
+        if (lane >= step) sum += before;
+    }
+    const float cs0 = sum - a1, cs1 = sum, end = __shfl_sync(0xffffffffu, sum, WARP - 1);
+    *(float2*)&s->cs[2 * lane] = make_float2(cs0, cs1);
+    *(float2*)&s->dt[2 * lane] = dt;
+    *(float2*)&s->from[2 * lane] = make_float2((even & upto) | (odd & below) ? 0.0f : exp2_unit(cs0),
+                                               (even & upto) | (odd & upto) ? 0.0f : exp2_unit(cs1));
+    *(float2*)&s->to[2 * lane] = make_float2((even & ~upto) | (odd & ~below) ? 0.0f : exp2_unit(end - cs0),
+                                             (even & ~upto) | (odd & ~upto) ? 0.0f : exp2_unit(end - cs1));
+    if (lane == 0) s->all = even | odd ? 0.0f : exp2_unit(end);
+}
+
+// ssd_begins: begin[i] = where in the tile the document of token i begins, 0 if before it. By a whole warp.
+__device__ __forceinline__ void ssd_begins(int* begin, uint32_t even, uint32_t odd) {
+    const int lane = threadIdx.x % WARP;
+    const uint32_t upto = 0xffffffffu >> (WARP - 1 - lane), below = upto >> 1;
+    const int e = 2 * (31 - __clz(even & upto)), o0 = 2 * (31 - __clz(odd & below)) + 1,
+              o1 = 2 * (31 - __clz(odd & upto)) + 1;           // negative: none
+    begin[2 * lane] = max(max(e, o0), 0);
+    begin[2 * lane + 1] = max(max(e, o1), 0);
+}
+
+// --- general path -------------------------------------------------------------------------------------
+
+// ssd_states_kernel: REVERSE false: H, true: Lambda, at the tiles' boundaries. out (B,tiles,H,P,N): H before,
+// Lambda after a tile. One thread per element of a state; walks to the right begin at every saved state, the
+// one to the left at dhT (or NULL: 0) and ends with dh0 (or NULL).
+//   rows (B,T,H,P), cols (B,T,G,N): x and Bt, or dy and Ct
+template <typename X, bool REVERSE>
+__global__ void __launch_bounds__(256)
+ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, const X* rows, size_t ldr,
+                  const X* cols, size_t ldc, const float* dt, const float* A_log, const int* doc, size_t T,
+                  size_t H, size_t P, size_t G, size_t N) {
+    const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x, h = blockIdx.y, p = i / N, n = i % N;
+    const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    const size_t walks = REVERSE ? 1 : saved, b = blockIdx.z / walks, walk = blockIdx.z % walks;
+    if (i >= P * N) return;
+    const float A2 = scan_decay(A_log[h]);
+    const float* dt_h = dt + (b * H + h) * T;
+    const X *row = rows + b * T * ldr + h * P + p, *col = cols + b * T * ldc + h * G / H * N + n;
+    out += (b * tiles * H + h) * P * N + i;
+    if (REVERSE) {
+        float s = dhT ? dhT[(b * H + h) * P * N + i] : 0.0f;
+        for (size_t c = tiles; c-- > 0;) {
+            out[c * H * P * N] = s;
+            for (size_t t = c + 1 < tiles ? (c + 1) * SSD_SPAN : T; t-- > c * SSD_SPAN;) {
+                s = fmaf(to_float(row[t * ldr]), to_float(col[t * ldc]), s);
+                s = scan_resets_cuda(doc, b, t, T) ? 0.0f : s * exp2f(dt_h[t] * A2);
+            }
+        }
+        if (dh0) dh0[(b * H + h) * P * N + i] = s;
+        return;
+    }
+    float s = to_float(states[((b * saved + walk) * H + h) * P * N + i]);
+    for (size_t c = walk * SSD_PER_SAVED; c < tiles && c < (walk + 1) * SSD_PER_SAVED; c++) {
+        out[c * H * P * N] = s;
+        for (size_t t = c * SSD_SPAN; t < (c + 1) * SSD_SPAN && t < T; t++) {
+            float a = scan_resets_cuda(doc, b, t, T) ? 0.0f : exp2f(dt_h[t] * A2);
+            s = fmaf(dt_h[t] * to_float(row[t * ldr]), to_float(col[t * ldc]), a * s);
+        }
+    }
+}
+
+// ssd_backward_kernel: one block per tile, head and sequence, the formulas above. dBC (B,T,H,2N): what the
+// head adds to dBt and dCt. sums (B tiles, n_sums): H sums for dA_log, then H (or H P) for dDskip.
+struct SsdBackward {
+    float GL[SSD_SPAN][SSD_SPAN + 1];                          // L, then G L
+    float dG[SSD_SPAN][SSD_SPAN + 1];                          // L dt S
+    float W[SSD_SPAN][SSD_SPAN + 1];                           // then its sums along a row
+    float dt[SSD_SPAN], alpha[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
+    float e[SSD_SPAN], f[SSD_SPAN], direct[SSD_SPAN], dalpha[SSD_SPAN], part[8];
+    float all;
+};
+
+template <typename X>
+__global__ void __launch_bounds__(256)
+ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, size_t n_sums, const float* before,
+                    const float* after, const X* dy, const X* x, size_t ldx, const float* dt,
+                    const float* A_log, const X* Bt, const X* Ct, size_t ldbc, const float* Dskip,
+                    bool D_has_hdim, const int* doc, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    extern __shared__ __align__(128) char shared[];
+    SsdBackward& sh = *(SsdBackward*)shared;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, b = blockIdx.x / tiles, t0 = blockIdx.x % tiles * SSD_SPAN;
+    const size_t h = blockIdx.y, E = H * P;
+    const int count = T - t0 < SSD_SPAN ? (int)(T - t0) : SSD_SPAN;
+    const float A2 = scan_decay(A_log[h]);
+    const X *x_h = x + (b * T + t0) * ldx + h * P, *dy_h = dy + (b * T + t0) * E + h * P;
+    const X *Bt_h = Bt + (b * T + t0) * ldbc + h * G / H * N, *Ct_h = Ct + (b * T + t0) * ldbc + h * G / H * N;
+    X* dx_h = dx + (b * T + t0) * lddx + h * P;
+    before += (blockIdx.x * H + h) * P * N;
+    after += (blockIdx.x * H + h) * P * N;
+    dBC += ((b * T + t0) * H + h) * 2 * N;
+    sums += blockIdx.x * n_sums;
+
+    if (tid < count) {
+        sh.dt[tid] = dt[(b * H + h) * T + t0 + tid];
+        // a document that begins: more than any sum of other decays
+        sh.alpha[tid] = scan_resets_cuda(doc, b, t0 + tid, T) ? -FLT_MAX : sh.dt[tid] * A2;
+    }
+    __syncthreads();
+    if (tid < count) {                                         // sums that begin at token tid: no differences
+        float sum = 0.0f;
+        for (int i = 0; i < tid; i++) sh.GL[i][tid] = 0.0f;
+        for (int i = tid; i < count; i++) {
+            if (i > tid) sum += sh.alpha[i];
+            sh.GL[i][tid] = exp2f(sum);
+        }
+        sh.to[tid] = exp2f(sum);
+        sum = 0.0f;
+        for (int i = 0; i <= tid; i++) sum += sh.alpha[i];
+        sh.from[tid] = exp2f(sum);
+        if (tid == count - 1) sh.all = exp2f(sum);
+    }
+    __syncthreads();
+    for (int k = tid; k < count * count; k += 256) {
+        int i = k / count, j = k % count;
+        if (j > i) continue;
+        float S = 0.0f, g = 0.0f, L = sh.GL[i][j];
+        for (size_t p = 0; p < P; p++) S = fmaf(to_float(dy_h[i * E + p]), to_float(x_h[j * ldx + p]), S);
+        for (size_t n = 0; n < N; n++) g = fmaf(to_float(Ct_h[i * ldbc + n]), to_float(Bt_h[j * ldbc + n]), g);
+        sh.dG[i][j] = L * sh.dt[j] * S;
+        sh.GL[i][j] = g * L;
+        sh.W[i][j] = j < i ? g * L * sh.dt[j] * S : 0.0f;
+    }
+    __syncthreads();
+    for (int j = w; j < count; j += 8) {                       // token j: dx, <v, x>, e
+        float direct = 0.0f, e = 0.0f;
+        for (size_t p = lane; p < P; p += WARP) {
+            float v = 0.0f, x_j = to_float(x_h[j * ldx + p]);
+            for (size_t n = 0; n < N; n++) v = fmaf(after[p * N + n], to_float(Bt_h[j * ldbc + n]), v);
+            v *= sh.to[j];
+            e = fmaf(v, x_j, e);
+            for (int i = j; i < count; i++) v = fmaf(sh.GL[i][j], to_float(dy_h[i * E + p]), v);
+            direct = fmaf(v, x_j, direct);
+            float D = Dskip[D_has_hdim ? h * P + p : h];
+            dx_h[j * lddx + p] = from_float<X>(fmaf(sh.dt[j], v, D * to_float(dy_h[j * E + p])));
+        }
+        direct = warp_sum(direct);
+        e = warp_sum(e);
+        float f = 0.0f;                                        // and dBt, dCt, f
+        for (size_t n = lane; n < N; n += WARP) {
+            float dC = 0.0f, dB = 0.0f;
+            for (size_t p = 0; p < P; p++) {
+                dC = fmaf(to_float(dy_h[j * E + p]), before[p * N + n], dC);
+                dB = fmaf(to_float(x_h[j * ldx + p]), after[p * N + n], dB);
+            }
+            dC *= sh.from[j];
+            dB *= sh.to[j] * sh.dt[j];
+            f = fmaf(to_float(Ct_h[j * ldbc + n]), dC, f);
+            for (int i = 0; i <= j; i++) dC = fmaf(sh.dG[j][i], to_float(Bt_h[i * ldbc + n]), dC);
+            for (int i = j; i < count; i++) dB = fmaf(sh.dG[i][j], to_float(Ct_h[i * ldbc + n]), dB);
+            dBC[j * H * 2 * N + n] = dB;
+            dBC[j * H * 2 * N + N + n] = dC;
+        }
+        f = warp_sum(f);
+        if (lane == 0) {
+            sh.direct[j] = direct;
+            sh.e[j] = e * sh.dt[j];
+            sh.f[j] = f;
+        }
+    }
+    float through = 0.0f;
+    for (size_t i = tid; i < P * N; i += 256) through = fmaf(before[i], after[i], through);
+    through = warp_sum(through);
+    if (lane == 0) sh.part[w] = through;
+    if (tid < count) {                                         // W_ij := sum of W_i0 .. W_i,j-1
+        float sum = 0.0f;
+        for (int j = 0; j < tid; j++) {
+            float v = sh.W[tid][j];
+            sh.W[tid][j] = sum;
+            sum += v;
+        }
+        sh.W[tid][tid] = sum;
+    }
+    __syncthreads();
+    if (tid < count) {
+        float sum = 0.0f;
+        for (int k = 0; k < 8; k++) sum += sh.part[k];
+        sum *= sh.all;
+        for (int j = 0; j < tid; j++) sum += sh.e[j];
+        for (int i = tid; i < count; i++) sum += sh.f[i] + sh.W[i][tid];
+        sh.dalpha[tid] = sum;
+        ddt[(b * H + h) * T + t0 + tid] = fmaf(A2 * SCAN_LN2, sum, sh.direct[tid]);
+    }
+    __syncthreads();
+    if (tid == 0) {
+        float sum = 0.0f;
+        for (int j = 0; j < count; j++) sum = fmaf(sh.dt[j], sh.dalpha[j], sum);
+        sums[h] = A2 * SCAN_LN2 * sum;
+    }
+    float skip = 0.0f;                                         // dDskip
+    for (size_t p = tid; p < P; p += 256) {
+        float sum = 0.0f;
+        for (int j = 0; j < count; j++) sum = fmaf(to_float(dy_h[j * E + p]), to_float(x_h[j * ldx + p]), sum);
+        if (D_has_hdim) sums[H + h * P + p] = sum;
+        skip += sum;
+    }
+    if (D_has_hdim) return;
+    skip = warp_sum(skip);
+    if (lane == 0) sh.part[w] = skip;
+    __syncthreads();
+    if (tid > 0) return;
+    for (int k = 1; k < 8; k++) skip += sh.part[k];
+    sums[H + h] = skip;
+}
+
+// ssd_sum_parts_kernel: dBt, dCt (written) of M tokens, the sum of n_parts parts of 2N numbers per token and
+// group, in order
+template <typename X>
+__global__ void __launch_bounds__(256)
+ssd_sum_parts_kernel(X* dBt, X* dCt, size_t lddbc, const float* parts, size_t n_parts, size_t part_stride,
+                     size_t token_stride, size_t group_stride, size_t M, size_t G, size_t N) {
+    size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i >= M * G * 2 * N) return;
+    size_t k = i % (2 * N), g = i / (2 * N) % G, m = i / (2 * N) / G;
+    parts += m * token_stride + g * group_stride + k;
+    float sum = 0.0f;
+    for (size_t p = 0; p < n_parts; p++) sum += parts[p * part_stride];
+    X* to = k < N ? dBt + m * lddbc + g * N + k : dCt + m * lddbc + g * N + k - N;
+    *to = from_float<X>(sum);
+}
+
+// --- fast path: states --------------------------------------------------------------------------------
+// The tensor core's matrices: see 4.9. Lane 4g + q of a warp. An operand comes from rows of shared memory in
+// one of four ways, by what a row is (its length must be the operand's width plus 8, so that the 8 rows of a
+// matrix lie in different banks). Operand A (16 x 16) is m x k, B (16 x 16: two of 8 columns) is k x n:
+//   A from rows m: load_matrices at [lr][lc]          A from rows k: load_matrices_trans at [kr][kc]
+//   B from rows n: load_matrices at [kr][kc]          B from rows k: load_matrices_trans at [lr][lc]
+struct SsdLane {
+    int lane, warp, g, q, lr, lc, kr, kc;
+    __device__ __forceinline__ SsdLane() {
+        lane = threadIdx.x % WARP;
+        warp = threadIdx.x / WARP;
+        g = lane >> 2;
+        q = lane & 3;
+        lr = lane & 15;
+        lc = (lane >> 4) * 8;
+        kr = (lane & 7) + (lane >> 4) * 8;
+        kc = (lane >> 3 & 1) * 8;
+    }
+};
+
+// 64 rows of COLS bf16 into shared memory, by THREADS threads; zeros beyond the last token
+template <int COLS, int THREADS>
+__device__ __forceinline__ void ssd_copy_tile(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
+    #pragma unroll
+    for (int k = 0; k < SSD_SPAN * COLS / 8 / THREADS; k++) {
+        int v = (int)threadIdx.x + k * THREADS, row = v / (COLS / 8), col = v % (COLS / 8) * 8;
+        scan_copy16(&to[row][col], from + (row < count ? row * ld : 0) + col, row < count);
+    }
+}
+
+enum { SSD_WALK_STAGES = 3 };
+template <int P, int N> struct SsdStatesShared {
+    bf16 rows[SSD_WALK_STAGES][SSD_SPAN][P + 8], cols[SSD_WALK_STAGES][SSD_SPAN][N + 8];
+    bf16 out[P][N + 8];                                        // 16 rows per warp, for stores of whole rows
+    SsdTokens tokens[2];
+};
+
+// where H before, or Lambda after, tile c of sequence b is: H only between two saved ones
+static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t c, size_t tiles) {
+    size_t saved = (tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
+    return lambda ? b * tiles + c : b * (tiles - saved) + c - c / SSD_PER_SAVED - 1;
+}
+
+// ssd_states_fast_kernel: ssd_states_kernel for the tensor core, with as many threads as 2 P: warp w holds
+// rows 16w..16w+15 of the state, all N columns, in registers. A walk covers `each` tiles. To the left, walks
+// that cover less than a sequence need what comes from the right, in two launches:
+//   local not NULL, LOCAL true    writes local (B,walks,H,P,N): the state after the walk's first tile, as if
+//                                 nothing came from the right, and decays (B,walks,H): from end to beginning
+//   local not NULL, LOCAL false   begins with what these make
+template <int P, int N, bool REVERSE, bool LOCAL>
+__global__ void __launch_bounds__(2 * P)
+ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const bf16* states,
+                       const float* dhT, const bf16* rows, size_t ldr, const bf16* cols, size_t ldc,
+                       const float* dt, const float* A_log, const int* doc, size_t T, size_t H, size_t G,
+                       int walks, int each) {
+    extern __shared__ __align__(128) char shared[];
+    SsdStatesShared<P, N>& sh = *(SsdStatesShared<P, N>*)shared;
+    const SsdLane l;
+    const int walk = blockIdx.x % walks, tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN);
+    const size_t h = blockIdx.x / walks % H, b = blockIdx.x / walks / H;
+    const int first = walk * each, end = min(first + each, tiles);
+    // tiles to walk through: not the last one, unless somebody wants what is behind it
+    const int steps = end - first - (LOCAL || (REVERSE && first == 0 && dh0) ? 0 : 1);
+    const float A2 = scan_decay(A_log[h]);
+    const float* dt_h = dt + (b * H + h) * T;
+    rows += b * T * ldr + h * P;
+    cols += b * T * ldc + h * G / H * N;
+    const int r0 = 16 * l.warp + l.g;
+    auto tile_of = [&](int k) { return REVERSE ? end - 1 - k : first + k; };
+    auto load = [&](int k) {
+        if (k < steps) {
+            size_t t0 = (size_t)tile_of(k) * SSD_SPAN;
+            int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN), stage = k % SSD_WALK_STAGES;
+            ssd_copy_tile<P, 2 * P>(sh.rows[stage], rows + t0 * ldr, ldr, count);
+            ssd_copy_tile<N, 2 * P>(sh.cols[stage], cols + t0 * ldc, ldc, count);
+        }
+        copy_async_commit();
+    };
+    float2 dt_next = make_float2(0.0f, 0.0f);
+    auto load_dt = [&](int k) {
+        if (l.warp == 0 && k < steps) dt_next = ssd_dt_pair(dt_h, (size_t)tile_of(k) * SSD_SPAN, T);
+    };
+    auto tokens = [&](int k) {
+        if (l.warp > 0 || k >= steps) return;
+        uint32_t even, odd;
+        ssd_resets(&even, &odd, doc, b, (size_t)tile_of(k) * SSD_SPAN, T);
+        ssd_tokens(&sh.tokens[k % 2], dt_next, A2, even, odd);
+    };
+    load_dt(0);
+    load(0);
+    load(1);
+    tokens(0);
+    load_dt(1);
+
+    float s[N / 8][4], decay = 1.0f;                           // rows r0, r0 + 8, columns 8 i + 2 q, + 1
+    const size_t PN = P * N, mine = (size_t)r0 * N + 2 * l.q;
+    if (!REVERSE) {
+        const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+        const bf16* from = states + ((b * saved + first / SSD_PER_SAVED) * H + h) * PN + mine;
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            uint32_t v0 = *(const uint32_t*)(from + 8 * i), v1 = *(const uint32_t*)(from + 8 * N + 8 * i);
+            s[i][0] = scan_low(v0); s[i][1] = scan_high(v0); s[i][2] = scan_low(v1); s[i][3] = scan_high(v1);
+        }
+    } else {
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
+        for (int k = LOCAL || !local || walk == walks - 1 ? walk : walks - 1; k >= walk; k--) {
+            // dhT enters the last walk; what walk k leaves to the one before it
+            const bool start = k == walk;
+            if (start && (walk < walks - 1 || !dhT)) break;
+            const float* from = start ? dhT + (b * H + h) * PN + mine
+                                      : local + ((b * walks + k) * H + h) * PN + mine;
+            const float keep = start ? 0.0f : decays[(b * walks + k) * H + h];
+            #pragma unroll
+            for (int i = 0; i < N / 8; i++) {
+                float2 v0 = *(const float2*)(from + 8 * i), v1 = *(const float2*)(from + 8 * N + 8 * i);
+                s[i][0] = fmaf(keep, s[i][0], v0.x); s[i][1] = fmaf(keep, s[i][1], v0.y);
+                s[i][2] = fmaf(keep, s[i][2], v1.x); s[i][3] = fmaf(keep, s[i][3], v1.y);
+            }
+        }
+    }
+
+    auto store = [&](int c) {
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            *(uint32_t*)&sh.out[r0][8 * i + 2 * l.q] = scan_pack(s[i][0], s[i][1]);
+            *(uint32_t*)&sh.out[r0 + 8][8 * i + 2 * l.q] = scan_pack(s[i][2], s[i][3]);
+        }
+        __syncwarp();
+        bf16* to = out + (ssd_slot(REVERSE, b, c, tiles) * H + h) * PN + 16 * l.warp * N;
+        #pragma unroll
+        for (int k = 0; k < 16 * N / 8 / WARP; k++) {
+            int v = l.lane + k * WARP;
+            scan_store16(to + 8 * v, *(const uint4*)&sh.out[16 * l.warp + v / (N / 8)][v % (N / 8) * 8]);
+        }
+        __syncwarp();
+    };
+    #pragma unroll 1
+    for (int k = 0; k < steps; k++) {
+        const int c = tile_of(k), stage = k % SSD_WALK_STAGES;
+        const SsdTokens& tk = sh.tokens[k % 2];
+        if (REVERSE && !LOCAL) store(c);
+        copy_async_wait(1);
+        __syncthreads();                                       // the tile and its decays are there
+        load(k + 2);
+        tokens(k + 1);
+        load_dt(k + 2);
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) { s[i][0] *= tk.all; s[i][1] *= tk.all; s[i][2] *= tk.all; s[i][3] *= tk.all; }
+        if (LOCAL) decay *= tk.all;
+        #pragma unroll
+        for (int i = 0; i < SSD_SPAN / 16; i++) {              // 16 tokens
+            uint32_t a[4];
+            load_matrices_trans(a, &sh.rows[stage][16 * i + l.kr][16 * l.warp + l.kc]);
+            #pragma unroll
+            for (int j = 0; j < 2; j++) {                      // the decays belong to k
+                const int t = 16 * i + 8 * j + 2 * l.q;
+                float2 weight = *(const float2*)&(REVERSE ? tk.from : tk.to)[t];
+                if (!REVERSE) {
+                    float2 dt_t = *(const float2*)&tk.dt[t];
+                    weight.x *= dt_t.x;
+                    weight.y *= dt_t.y;
+                }
+                #pragma unroll
+                for (int m = 2 * j; m < 2 * j + 2; m++)
+                    a[m] = scan_pack(scan_low(a[m]) * weight.x, scan_high(a[m]) * weight.y);
+            }
+            #pragma unroll
+            for (int n = 0; n < N / 16; n++) {
+                uint32_t r[4];
+                load_matrices_trans(r, &sh.cols[stage][16 * i + l.lr][16 * n + l.lc]);
+                scan_mma_bf16(s[2 * n], a, r[0], r[1]);
+                scan_mma_bf16(s[2 * n + 1], a, r[2], r[3]);
+            }
+        }
+        if (!REVERSE) store(c + 1);
+    }
+    if (REVERSE && !LOCAL && steps < end - first) store(first);
+    if (LOCAL || (REVERSE && first == 0 && dh0)) {
+        float* to = (LOCAL ? local + ((b * walks + walk) * H + h) * PN : dh0 + (b * H + h) * PN) + mine;
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            *(float2*)(to + 8 * i) = make_float2(s[i][0], s[i][1]);
+            *(float2*)(to + 8 * N + 8 * i) = make_float2(s[i][2], s[i][3]);
+        }
+        if (LOCAL && threadIdx.x == 0) decays[(b * walks + walk) * H + h] = decay;
+    }
+}
+
+// --- fast path: tiles ---------------------------------------------------------------------------------
+// A block of four warps owns one tile of one sequence and the heads of one group, or of a part of it. Warp w
+// owns tokens 16w..16w+15, as rows i and as rows j of the formulas. For every head it makes
+//   16 x 64 products: S = dy x^T (up to its own tokens), v = (G L)^T dy (from its own tokens on)
+//   state products:   H^T dy, Lambda^T x, Lambda Bt of its tokens, and 16 rows of <Lambda, H>
+// and the sums over heads stay: dBt, dCt in registers, dG in shared memory, each value with the thread that
+// adds to it. G is the same for all heads of the group.
+// Sums over pairs: what lies inside the warp's 16 tokens is summed as the formula says. Of the pairs between
+// two warps only sums along rows and columns count; those along columns are <x_j, v_j> before v_j has got its
+// own 16 tokens, those along rows are made of S.
+
+template <int P, int N> struct SsdBackwardShared {
+    bf16 Bt[SSD_SPAN][N + 8], Ct[SSD_SPAN][N + 8];
+    bf16 x[SSD_SPAN][P + 8], dy[SSD_SPAN][P + 8];              // x: later dx
+    bf16 before[P][N + 8], after[P][N + 8];                    // H, Lambda
+    bf16 gram[SSD_SPAN][SSD_SPAN + 8];                         // G, 0 where L is; in the end dG
+    float4 dgram[20][WARP];                                    // dG: as the tensor core leaves it, 16 x 8 each
+    SsdTokens tokens[2];
+    int begin[SSD_SPAN];
+    float dalpha[SSD_SPAN], direct[SSD_SPAN];
+    float row[4][16], column[4][16], inner[4][16];             // of the warps' tokens
+    float sums[4][8];
+};
+
+// What a warp leaves in sums: e of its tokens; pairs of its tokens with everything before tile column K = 0,
+// 1, 2 of 16; its part of <Lambda, H>; of <dy, x>
+enum { SSD_SUM_E, SSD_SUM_LEFT, SSD_SUM_THROUGH = SSD_SUM_LEFT + 3, SSD_SUM_SKIP };
+
+// Reductions of eight values at once: every step halves the number of values and of lanes that hold one.
+//   ssd_sum_quad: over the four lanes of a quad; lane q keeps values 2q, 2q + 1
+//   ssd_sum_quads: over the eight quads and their lanes; quad g keeps value g
+__device__ __forceinline__ void ssd_sum_quad(float* v, int q) {
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float keep = q & 2 ? v[i + 4] : v[i], give = q & 2 ? v[i] : v[i + 4];
+        v[i] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
+    }
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float keep = q & 1 ? v[i + 2] : v[i], give = q & 1 ? v[i] : v[i + 2];
+        v[i] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
+    }
+}
+__device__ __forceinline__ float ssd_sum_quads(float* v, int g) {
+    #pragma unroll
+    for (int half = 4; half >= 1; half /= 2) {
+        #pragma unroll
+        for (int i = 0; i < half; i++) {
+            float keep = g & half ? v[i + half] : v[i], give = g & half ? v[i] : v[i + half];
+            v[i] = keep + __shfl_xor_sync(0xffffffffu, give, 4 * half);
+        }
+    }
+    v[0] += __shfl_xor_sync(0xffffffffu, v[0], 2);
+    return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 1);
+}
+
+// ssd_inner_pairs: line[m] = sum_{i >= m, j < m} W_ij, i, j, m < 16, of W as the tensor core leaves it: w0 its
+// first 8 columns, w1 the others
+__device__ __forceinline__ void ssd_inner_pairs(float* line, float* w0, float* w1, int g, int q, int lane) {
+    if (g == 2 * q) w0[0] = w1[2] = 0.0f;                      // the diagonal
+    if (g == 2 * q + 1) w0[1] = w1[3] = 0.0f;
+    const float pair[3] = {w0[0] + w0[1], w0[2] + w0[3], w1[2] + w1[3]};       // row g; row g + 8, twice
+    float left[3];                                             // sums over the lanes to the left
+    #pragma unroll
+    for (int k = 0; k < 3; k++) {
+        float v1 = __shfl_up_sync(0xffffffffu, pair[k], 1), v2 = __shfl_up_sync(0xffffffffu, pair[k], 2),
+              v3 = __shfl_up_sync(0xffffffffu, pair[k], 3);
+        left[k] = (q >= 1 ? v1 : 0.0f) + (q >= 2 ? v2 : 0.0f) + (q >= 3 ? v3 : 0.0f);
+    }
+    const float half = __shfl_sync(0xffffffffu, left[1] + pair[1], lane | 3);  // row g + 8, columns 0..7
+    float c[4];                                                // m = 2 q, 2 q + 1, 8 + 2 q, 9 + 2 q
+    c[0] = left[1] + (g >= 2 * q ? left[0] : 0.0f);
+    c[1] = left[1] + w0[2] + (g > 2 * q ? left[0] + w0[0] : 0.0f);
+    c[2] = g >= 2 * q ? half + left[2] : 0.0f;
+    c[3] = g > 2 * q ? half + left[2] + w1[2] : 0.0f;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        c[k] += __shfl_xor_sync(0xffffffffu, c[k], 4);
+        c[k] += __shfl_xor_sync(0xffffffffu, c[k], 8);
+        c[k] += __shfl_xor_sync(0xffffffffu, c[k], 16);
+    }
+    if (g > 0) return;
+    *(float2*)&line[2 * q] = make_float2(c[0], c[1]);
+    *(float2*)&line[8 + 2 * q] = make_float2(c[2], c[3]);
+}
+
+// dot of two pairs of bf16 values with two floats
+__device__ __forceinline__ float ssd_dot(uint32_t v, float a, float b, float sum) {
+    return fmaf(scan_low(v), a, fmaf(scan_high(v), b, sum));
+}
+
+// ssd_backward_fast_kernel: the formulas at the top. dBC: NULL, then dBt and dCt are written; or the sums of
+// this part's heads, (parts,B,T,G,2N). sums: as ssd_backward_kernel.
+template <int P, int N>
+__global__ void __launch_bounds__(4 * WARP, P == 128 && N == 128 ? 1 : 2)
+ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt, size_t lddbc, float* dBC,
+                         float* sums, size_t n_sums, const bf16* states, const bf16* before,
+                         const bf16* after, const bf16* dy, const bf16* x, size_t ldx, const float* dt,
+                         const float* A_log, const bf16* Bt, const bf16* Ct, size_t ldbc, const float* Dskip,
+                         bool D_has_hdim, const int* doc, size_t B, size_t T, int H, int G, int parts) {
+    extern __shared__ __align__(128) char shared[];
+    SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)shared;
+    const SsdLane l;
+    const int w = l.warp, g = l.g, q = l.q, r0 = 16 * w + g, r1 = r0 + 8;
+    const int tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN), part = blockIdx.x % parts;
+    const int group = blockIdx.x / parts % G, c = blockIdx.x / parts / G % tiles;
+    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_SPAN, E = (size_t)H * P;
+    const int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN);
+    const int each = (H / G + parts - 1) / parts, h0 = group * (H / G) + part * each;
+    const int h1 = min(h0 + each, (group + 1) * (H / G));
+    const size_t PN = P * N, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    x += (b * T + t0) * ldx;
+    dx += (b * T + t0) * lddx;
+    dy += (b * T + t0) * E;
+    after += ssd_slot(true, b, c, tiles) * H * PN;
+    before = c % SSD_PER_SAVED ? before + ssd_slot(false, b, c, tiles) * H * PN
+                               : states + (b * saved + c / SSD_PER_SAVED) * H * PN;
+    sums += (b * tiles + c) * n_sums;
+
+    auto load_rows = [&](int h) {
+        ssd_copy_tile<P, 4 * WARP>(sh.x, x + h * P, ldx, count);
+        ssd_copy_tile<P, 4 * WARP>(sh.dy, dy + h * P, E, count);
+    };
+    auto load_state = [&](bf16 (*to)[N + 8], const bf16* from) {
+        #pragma unroll
+        for (int k = 0; k < P * N / 8 / (4 * WARP); k++) {
+            int v = (int)threadIdx.x + k * 4 * WARP;
+            scan_copy16(&to[v / (N / 8)][v % (N / 8) * 8], from + v * 8, true);
+        }
+    };
+    ssd_copy_tile<N, 4 * WARP>(sh.Bt, Bt + (b * T + t0) * ldbc + group * N, ldbc, count);
+    ssd_copy_tile<N, 4 * WARP>(sh.Ct, Ct + (b * T + t0) * ldbc + group * N, ldbc, count);
+    copy_async_commit();
+    if (h0 < h1) {
+        load_rows(h0);
+        load_state(sh.before, before + h0 * PN);
+        load_state(sh.after, after + h0 * PN);
+    }
+    copy_async_commit();
+    uint32_t even, odd;
+    ssd_resets(&even, &odd, doc, b, t0, T);
+    if (w == 0) ssd_begins(sh.begin, even, odd);
+    if (w == 0 && h0 < h1)
+        ssd_tokens(&sh.tokens[0], ssd_dt_pair(dt + (b * H + h0) * T, t0, T), scan_decay(A_log[h0]), even, odd);
+    for (int k = 0; k < 2 * (w + 1); k++)
+        sh.dgram[w * (w + 1) + k][l.lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    copy_async_wait(1);
+    __syncthreads();
+    const int begin0 = sh.begin[r0], begin1 = sh.begin[r1];
+    #pragma unroll
+    for (int J = 0; J < 4; J++) {                              // G
+        if (J > w) break;
+        float s[2][4] = {};
+        #pragma unroll
+        for (int k = 0; k < N / 16; k++) {
+            uint32_t a[4], r[4];
+            load_matrices(a, &sh.Ct[16 * w + l.lr][16 * k + l.lc]);
+            load_matrices(r, &sh.Bt[16 * J + l.kr][16 * k + l.kc]);
+            scan_mma_bf16(s[0], a, r[0], r[1]);
+            scan_mma_bf16(s[1], a, r[2], r[3]);
+        }
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int j = 16 * J + 8 * n + 2 * q;
+            *(uint32_t*)&sh.gram[r0][j] = scan_pack(j <= r0 && j >= begin0 ? s[n][0] : 0.0f,
+                                                    j + 1 <= r0 && j + 1 >= begin0 ? s[n][1] : 0.0f);
+            *(uint32_t*)&sh.gram[r1][j] = scan_pack(j <= r1 && j >= begin1 ? s[n][2] : 0.0f,
+                                                    j + 1 <= r1 && j + 1 >= begin1 ? s[n][3] : 0.0f);
+        }
+    }
+
+    float dB[N / 8][4] = {}, dC[N / 8][4] = {};                // rows r0, r1, columns 8 k + 2 q, + 1
+    #pragma unroll 1
+    for (int h = h0; h < h1; h++) {
+        const SsdTokens& tk = sh.tokens[(h - h0) & 1];
+        const float A2 = scan_decay(A_log[h]);
+        float2 dt_next = make_float2(0.0f, 0.0f);
+        if (w == 0 && h + 1 < h1) dt_next = ssd_dt_pair(dt + (b * H + h + 1) * T, t0, T);
+        copy_async_wait(0);
+        __syncthreads();                                       // x, dy, H and Lambda of this head are there
+        float left[3] = {}, through = 0.0f, skip = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
+        {   // rows i: S, dG, sums of W; dCt
+            uint32_t a[P / 16][4];
+            #pragma unroll
+            for (int k = 0; k < P / 16; k++) load_matrices(a[k], &sh.dy[16 * w + l.lr][16 * k + l.lc]);
+            const float cs0 = tk.cs[r0], cs1 = tk.cs[r1];
+            #pragma unroll
+            for (int J = 0; J < 4; J++) {
+                if (J > w) break;
+                float s[2][4] = {}, W[2][4];
+                #pragma unroll
+                for (int k = 0; k < P / 16; k++) {
+                    uint32_t r[4];
+                    load_matrices(r, &sh.x[16 * J + l.kr][16 * k + l.kc]);
+                    scan_mma_bf16(s[0], a[k], r[0], r[1]);
+                    scan_mma_bf16(s[1], a[k], r[2], r[3]);
+                }
+                if (J == w && q == g >> 1) skip = g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+                #pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const int j = 16 * J + 8 * n + 2 * q;
+                    const float2 cs_j = *(const float2*)&tk.cs[j], dt_j = *(const float2*)&tk.dt[j];
+                    s[n][0] *= exp2_unit(fminf(cs0 - cs_j.x, 0.0f)) * dt_j.x;
+                    s[n][1] *= exp2_unit(fminf(cs0 - cs_j.y, 0.0f)) * dt_j.y;
+                    s[n][2] *= exp2_unit(fminf(cs1 - cs_j.x, 0.0f)) * dt_j.x;
+                    s[n][3] *= exp2_unit(fminf(cs1 - cs_j.y, 0.0f)) * dt_j.y;
+                    float4* to = &sh.dgram[w * (w + 1) + 2 * J + n][l.lane];
+                    float4 v = *to;
+                    *to = make_float4(v.x + s[n][0], v.y + s[n][1], v.z + s[n][2], v.w + s[n][3]);
+                    const uint32_t g0 = *(const uint32_t*)&sh.gram[r0][j], g1 = *(const uint32_t*)&sh.gram[r1][j];
+                    W[n][0] = scan_low(g0) * s[n][0]; W[n][1] = scan_high(g0) * s[n][1];
+                    W[n][2] = scan_low(g1) * s[n][2]; W[n][3] = scan_high(g1) * s[n][3];
+                }
+                if (J < w) {
+                    row0 += (W[0][0] + W[0][1]) + (W[1][0] + W[1][1]);
+                    row1 += (W[0][2] + W[0][3]) + (W[1][2] + W[1][3]);
+                    if (J < 2) left[J + 1] = row0 + row1;      // pairs with columns below 16 (J + 1)
+                } else {
+                    ssd_inner_pairs(sh.inner[w], W[0], W[1], g, q, l.lane);
+                }
+            }
+            const float from0 = tk.from[r0], from1 = tk.from[r1];
+            #pragma unroll
+            for (int n = 0; n < N / 32; n++) {
+                float s[4][4] = {};
+                #pragma unroll
+                for (int k = 0; k < P / 16; k++) {
+                    #pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        uint32_t r[4];
+                        load_matrices_trans(r, &sh.before[16 * k + l.lr][32 * n + 16 * m + l.lc]);
+                        scan_mma_bf16(s[2 * m], a[k], r[0], r[1]);
+                        scan_mma_bf16(s[2 * m + 1], a[k], r[2], r[3]);
+                    }
+                }
+                #pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    const int col = 32 * n + 8 * m + 2 * q;
+                    float* to = dC[4 * n + m];
+                    s[m][0] *= from0; s[m][1] *= from0; s[m][2] *= from1; s[m][3] *= from1;
+                    to[0] += s[m][0]; to[1] += s[m][1]; to[2] += s[m][2]; to[3] += s[m][3];
+                    f0 = ssd_dot(*(const uint32_t*)&sh.Ct[r0][col], s[m][0], s[m][1], f0);
+                    f1 = ssd_dot(*(const uint32_t*)&sh.Ct[r1][col], s[m][2], s[m][3], f1);
+                }
+            }
+        }
+        for (int i = w; i < P / 16; i += 4) {                  // <Lambda, H>: the diagonal of Lambda H^T
+            float s[2][4] = {};
+            #pragma unroll
+            for (int k = 0; k < N / 16; k++) {
+                uint32_t a[4], r[4];
+                load_matrices(a, &sh.after[16 * i + l.lr][16 * k + l.lc]);
+                load_matrices(r, &sh.before[16 * i + l.kr][16 * k + l.kc]);
+                scan_mma_bf16(s[0], a, r[0], r[1]);
+                scan_mma_bf16(s[1], a, r[2], r[3]);
+            }
+            if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+        }
+        if (D_has_hdim) {
+            for (int p = threadIdx.x; p < P; p += 4 * WARP) {
+                float sum = 0.0f;
+                for (int t = 0; t < SSD_SPAN; t++) sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
+                sums[H + h * P + p] = sum;
+            }
+        }
+        __syncthreads();                                       // H is free, and x but for the warp's own rows
+        if (h + 1 < h1) {
+            load_state(sh.before, before + (h + 1) * PN);
+            if (w == 0)
+                ssd_tokens(&sh.tokens[(h + 1 - h0) & 1], dt_next, scan_decay(A_log[h + 1]), even, odd);
+        }
+        float e0 = 0.0f, e1 = 0.0f, column0 = 0.0f, column1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
+        const float dt0 = tk.dt[r0], dt1 = tk.dt[r1];
+        {   // rows j: dBt; v and its sums; dx
+            uint32_t xa[P / 16][4];
+            #pragma unroll
+            for (int k = 0; k < P / 16; k++) load_matrices(xa[k], &sh.x[16 * w + l.lr][16 * k + l.lc]);
+            const float to0 = tk.to[r0], to1 = tk.to[r1], cs0 = tk.cs[r0], cs1 = tk.cs[r1];
+            #pragma unroll
+            for (int n = 0; n < N / 32; n++) {
+                float s[4][4] = {};
+                #pragma unroll
+                for (int k = 0; k < P / 16; k++) {
+                    #pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        uint32_t r[4];
+                        load_matrices_trans(r, &sh.after[16 * k + l.lr][32 * n + 16 * m + l.lc]);
+                        scan_mma_bf16(s[2 * m], xa[k], r[0], r[1]);
+                        scan_mma_bf16(s[2 * m + 1], xa[k], r[2], r[3]);
+                    }
+                }
+                #pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    float* to = dB[4 * n + m];
+                    to[0] = fmaf(to0 * dt0, s[m][0], to[0]); to[1] = fmaf(to0 * dt0, s[m][1], to[1]);
+                    to[2] = fmaf(to1 * dt1, s[m][2], to[2]); to[3] = fmaf(to1 * dt1, s[m][3], to[3]);
+                }
+            }
+            enum { WIDTH = P < 64 ? P : 64 };                  // channels at a time
+            #pragma unroll
+            for (int p0 = 0; p0 < P; p0 += WIDTH) {
+                float v[WIDTH / 8][4] = {};
+                #pragma unroll
+                for (int k = 0; k < N / 16; k++) {             // Lambda Bt
+                    uint32_t a[4];
+                    load_matrices(a, &sh.Bt[16 * w + l.lr][16 * k + l.lc]);
+                    #pragma unroll
+                    for (int n = 0; n < WIDTH / 16; n++) {
+                        uint32_t r[4];
+                        load_matrices(r, &sh.after[p0 + 16 * n + l.kr][16 * k + l.kc]);
+                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
+                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
+                    }
+                }
+                // x of this lane's places: v[2 k], v[2 k + 1] lie where xa[k][0], [1] and [2], [3] do
+                auto dots = [&](float* sum0, float* sum1) {
+                    #pragma unroll
+                    for (int n = 0; n < WIDTH / 8; n++) {
+                        const uint32_t* x_n = &xa[p0 / 16 + n / 2][n % 2 * 2];
+                        *sum0 = ssd_dot(x_n[0], v[n][0], v[n][1], *sum0);
+                        *sum1 = ssd_dot(x_n[1], v[n][2], v[n][3], *sum1);
+                    }
+                };
+                #pragma unroll
+                for (int n = 0; n < WIDTH / 8; n++) { v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1; }
+                dots(&e0, &e1);
+                #pragma unroll
+                for (int I = 3; I >= 0; I--) {                 // (G L)^T dy, the warp's own tokens last
+                    if (I < w) break;
+                    if (I == w) dots(&column0, &column1);
+                    uint32_t a[4];
+                    load_matrices_trans(a, &sh.gram[16 * I + l.kr][16 * w + l.kc]);
+                    #pragma unroll
+                    for (int m = 0; m < 4; m++) {              // a[m]: row j = r0 or r1, columns i, i + 1
+                        const float2 cs_i = *(const float2*)&tk.cs[16 * I + 8 * (m / 2) + 2 * q];
+                        const float cs_j = m % 2 ? cs1 : cs0;
+                        a[m] = scan_pack(scan_low(a[m]) * exp2_unit(fminf(cs_i.x - cs_j, 0.0f)),
+                                         scan_high(a[m]) * exp2_unit(fminf(cs_i.y - cs_j, 0.0f)));
+                    }
+                    #pragma unroll
+                    for (int n = 0; n < WIDTH / 16; n++) {
+                        uint32_t r[4];
+                        load_matrices_trans(r, &sh.dy[16 * I + l.lr][p0 + 16 * n + l.lc]);
+                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
+                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
+                    }
+                }
+                dots(&direct0, &direct1);
+                #pragma unroll
+                for (int k = 0; k < WIDTH / 16; k++) {         // dx, where x was
+                    uint32_t dy_k[4];
+                    load_matrices(dy_k, &sh.dy[16 * w + l.lr][p0 + 16 * k + l.lc]);
+                    #pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        const int p = p0 + 16 * k + 8 * n + 2 * q;
+                        const float Da = Dskip[D_has_hdim ? h * P + p : h], Db = Dskip[D_has_hdim ? h * P + p + 1 : h];
+                        const float* s = v[2 * k + n];
+                        const uint32_t y0 = dy_k[2 * n], y1 = dy_k[2 * n + 1];
+                        *(uint32_t*)&sh.x[r0][p] = scan_pack(fmaf(dt0, s[0], Da * scan_low(y0)),
+                                                             fmaf(dt0, s[1], Db * scan_high(y0)));
+                        *(uint32_t*)&sh.x[r1][p] = scan_pack(fmaf(dt1, s[2], Da * scan_low(y1)),
+                                                             fmaf(dt1, s[3], Db * scan_high(y1)));
+                    }
+                }
+            }
+            __syncwarp();
+            #pragma unroll
+            for (int k = 0; k < 16 * P / 8 / WARP; k++) {
+                int v = l.lane + k * WARP, row = 16 * w + v / (P / 8), p = v % (P / 8) * 8;
+                if (row < count) scan_store16(dx + row * lddx + h * P + p, *(const uint4*)&sh.x[row][p]);
+            }
+        }
+        // the warp's sums
+        left[0] = f0 + f1;
+        left[1] += left[0];
+        left[2] += left[0];
+        float v[8] = {column0, column1, f0 + row0, f1 + row1, direct0, direct1, e0, e1};
+        ssd_sum_quad(v, q);
+        if (q == 0) { sh.column[w][g] = v[0] * dt0; sh.column[w][g + 8] = v[1] * dt1; }
+        if (q == 1) { sh.row[w][g] = v[0]; sh.row[w][g + 8] = v[1]; }
+        if (q == 2) { sh.direct[r0] = v[0]; sh.direct[r1] = v[1]; }
+        float all[8] = {q == 3 ? v[0] * dt0 + v[1] * dt1 : 0.0f, left[0], left[1], left[2], through, skip, 0.0f, 0.0f};
+        float sum = ssd_sum_quads(all, g);
+        if (q == 0) sh.sums[w][g] = sum;
+        __syncwarp();
+        {   // lanes 0..15: what columns before m add; lanes 31..16, from right to left: rows from m on
+            const int m = l.lane < 16 ? l.lane : 31 - l.lane;
+            float s = l.lane < 16 ? sh.column[w][m] : sh.row[w][m];
+            #pragma unroll
+            for (int step = 1; step < 16; step *= 2) {
+                float before_ = __shfl_up_sync(0xffffffffu, s, step, 16);
+                if ((l.lane & 15) >= step) s += before_;
+            }
+            float columns = __shfl_up_sync(0xffffffffu, s, 1, 16), rows = __shfl_xor_sync(0xffffffffu, s, 31);
+            if (l.lane < 16) sh.dalpha[16 * w + m] = sh.inner[w][m] + (m > 0 ? columns : 0.0f) + rows;
+        }
+        __syncthreads();                                       // everything but the decays is free
+        if (h + 1 < h1) {
+            load_rows(h + 1);
+            load_state(sh.after, after + (h + 1) * PN);
+        }
+        copy_async_commit();
+        if (w == 1) {                                          // ddt and the sums for dA_log, dDskip
+            const float A = A2 * SCAN_LN2;
+            float through_all = 0.0f, skip_all = 0.0f, dA = 0.0f;
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                through_all += sh.sums[k][SSD_SUM_THROUGH];
+                skip_all += sh.sums[k][SSD_SUM_SKIP];
+            }
+            #pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const int m = l.lane + 32 * k, K = m / 16;     // pairs on both sides of the 16 tokens of m
+                float dalpha = sh.dalpha[m] + tk.all * through_all;
+                #pragma unroll
+                for (int J = 0; J < 3; J++) dalpha += J < K ? sh.sums[J][SSD_SUM_E] : 0.0f;
+                #pragma unroll
+                for (int I = 1; I < 4; I++) dalpha += I > K ? sh.sums[I][SSD_SUM_LEFT + min(K, 2)] : 0.0f;
+                dA = fmaf(tk.dt[m], dalpha, dA);
+                if (m < count) ddt[(b * H + h) * T + t0 + m] = fmaf(A, dalpha, sh.direct[m]);
+            }
+            dA = warp_sum(dA);
+            if (l.lane == 0) {
+                sums[h] = A * dA;
+                if (!D_has_hdim) sums[H + h] = skip_all;
+            }
+        }
+    }
+
+    // what dG adds
+    #pragma unroll
+    for (int J = 0; J < 4; J++) {
+        if (J > w) break;
+        uint32_t a[4];
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const float4 v = sh.dgram[w * (w + 1) + 2 * J + n][l.lane];
+            const int j = 16 * J + 8 * n + 2 * q;
+            a[2 * n] = scan_pack(j <= r0 && j >= begin0 ? v.x : 0.0f, j + 1 <= r0 && j + 1 >= begin0 ? v.y : 0.0f);
+            a[2 * n + 1] = scan_pack(j <= r1 && j >= begin1 ? v.z : 0.0f, j + 1 <= r1 && j + 1 >= begin1 ? v.w : 0.0f);
+            *(uint32_t*)&sh.gram[r0][j] = a[2 * n];
+            *(uint32_t*)&sh.gram[r1][j] = a[2 * n + 1];
+        }
+        #pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            uint32_t r[4];
+            load_matrices_trans(r, &sh.Bt[16 * J + l.lr][16 * n + l.lc]);
+            scan_mma_bf16(dC[2 * n], a, r[0], r[1]);
+            scan_mma_bf16(dC[2 * n + 1], a, r[2], r[3]);
+        }
+    }
+    __syncthreads();
+    #pragma unroll
+    for (int I = 3; I >= 0; I--) {
+        if (I < w) break;
+        uint32_t a[4];
+        load_matrices_trans(a, &sh.gram[16 * I + l.kr][16 * w + l.kc]);
+        #pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            uint32_t r[4];
+            load_matrices_trans(r, &sh.Ct[16 * I + l.lr][16 * n + l.lc]);
+            scan_mma_bf16(dB[2 * n], a, r[0], r[1]);
+            scan_mma_bf16(dB[2 * n + 1], a, r[2], r[3]);
+        }
+    }
+    #pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const int row = k ? r1 : r0;
+        if (row >= count) continue;
+        const size_t m = b * T + t0 + row;
+        float* to = dBC + ((part * B * T + m) * G + group) * 2 * N + 2 * q;
+        #pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            if (dBC) {
+                *(float2*)(to + 8 * n) = make_float2(dB[n][2 * k], dB[n][2 * k + 1]);
+                *(float2*)(to + N + 8 * n) = make_float2(dC[n][2 * k], dC[n][2 * k + 1]);
+            } else {
+                const size_t at = m * lddbc + group * N + 8 * n + 2 * q;
+                *(uint32_t*)(dBt + at) = scan_pack(dB[n][2 * k], dB[n][2 * k + 1]);
+                *(uint32_t*)(dCt + at) = scan_pack(dC[n][2 * k], dC[n][2 * k + 1]);
+            }
+        }
+    }
+}
+
+// --- launchers ----------------------------------------------------------------------------------------
+
+// blocks that fill the chip: two on each of the 132 processors of an H200
+enum { SSD_BACKWARD_BLOCKS = 264 };
+
+// SsdBackwardPlan: how the launcher cuts the work, and what it keeps in scratch, in floats
+struct SsdBackwardPlan {
+    size_t round, tiles, saved, walks, each, parts;            // sequences of a round; see the fast kernels
+    size_t before, after, local, dBC, decays, sums;            // where they begin
+    size_t floats;
+};
+static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, size_t H, size_t P, size_t G,
+                                                size_t N) {
+    SsdBackwardPlan s;
+    const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N;
+    s.round = tokens / T < 1 ? 1 : tokens / T < B ? tokens / T : B;
+    s.tiles = (T + SSD_SPAN - 1) / SSD_SPAN;
+    s.saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    size_t walks = SSD_BACKWARD_BLOCKS / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
+    walks = !fast || walks < 1 ? 1 : walks < most ? walks : most;
+    s.each = (s.tiles + walks - 1) / walks;
+    s.walks = (s.tiles + s.each - 1) / s.each;
+    s.parts = SSD_BACKWARD_BLOCKS / (s.round * s.tiles * G);
+    s.parts = !fast ? H / G : s.parts < 1 ? 1 : s.parts < H / G ? s.parts : H / G;
+    size_t at = 0, half = fast ? 2 : 1;                        // the fast path's states are bf16
+    auto take = [&at](size_t n) { size_t from = at; at += (n + 3) / 4 * 4; return from; };
+    s.before = take(s.round * (fast ? s.tiles - s.saved : s.tiles) * H * PN / half);
+    s.after = take(s.round * s.tiles * H * PN / half);
+    s.local = take(s.walks > 1 ? s.round * s.walks * H * PN : 0);
+    s.decays = take(s.walks > 1 ? s.round * s.walks * H : 0);
+    s.dBC = take(!fast || s.parts > 1 ? s.parts * s.round * T * G * 2 * N : 0);
+    s.sums = take(B * s.tiles * (H + H * P));
+    s.floats = at;
+    return s;
+}
+
+// floats of scratch
+size_t ssd_backward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    size_t fast = ssd_backward_plan(true, B, T, H, P, G, N).floats;
+    size_t general = ssd_backward_plan(false, B, T, H, P, G, N).floats;
+    return fast > general ? fast : general;
+}
+
+// what both paths need for sequences b..b+n-1; X = bf16 in the fast one
+template <typename X> struct SsdBackwardRound {
+    X *dx, *dBt, *dCt;
+    float *ddt, *sums, *dh0;
+    const X *dy, *states, *x, *Bt, *Ct;
+    const float *dt, *dhT;
+    const int* doc;
+    size_t n;
+};
+// and what does not change
+struct SsdBackwardShape {
+    size_t lddx, lddbc, ldx, ldbc, n_sums, T, H, P, G, N;
+    const float *A_log, *Dskip;
+    bool D_has_hdim;
+};
+
+template <typename X>
+static void ssd_backward_general(const SsdBackwardRound<X>& r, const SsdBackwardShape& a,
+                                 const SsdBackwardPlan& s, float* scratch, cudaStream_t stream) {
+    float *before = scratch + s.before, *after = scratch + s.after, *dBC = scratch + s.dBC;
+    const unsigned blocks = (unsigned)((a.P * a.N + 255) / 256), H = (unsigned)a.H;
+    ssd_states_kernel<X, false><<<dim3(blocks, H, (unsigned)(r.n * s.saved)), 256, 0, stream>>>(
+        before, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, a.T, a.H, a.P, a.G, a.N);
+    cudaCheck(cudaGetLastError());
+    ssd_states_kernel<X, true><<<dim3(blocks, H, (unsigned)r.n), 256, 0, stream>>>(
+        after, r.dh0, NULL, r.dhT, r.dy, a.H * a.P, r.Ct, a.ldbc, r.dt, a.A_log, r.doc, a.T, a.H, a.P, a.G, a.N);
+    cudaCheck(cudaGetLastError());
+    scan_allow_shared(ssd_backward_kernel<X>, sizeof(SsdBackward));
+    ssd_backward_kernel<X><<<dim3((unsigned)(r.n * s.tiles), H), 256, sizeof(SsdBackward), stream>>>(
+        r.dx, a.lddx, r.ddt, dBC, r.sums, a.n_sums, before, after, r.dy, r.x, a.ldx, r.dt, a.A_log, r.Bt, r.Ct,
+        a.ldbc, a.Dskip, a.D_has_hdim, r.doc, a.T, a.H, a.P, a.G, a.N);
+    cudaCheck(cudaGetLastError());
+    ssd_sum_parts_kernel<X><<<(unsigned)((r.n * a.T * a.G * 2 * a.N + 255) / 256), 256, 0, stream>>>(
+        r.dBt, r.dCt, a.lddbc, dBC, a.H / a.G, 2 * a.N, a.H * 2 * a.N, a.H / a.G * 2 * a.N, r.n * a.T, a.G, a.N);
+    cudaCheck(cudaGetLastError());
+}
+
+template <int P, int N>
+static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackwardShape& a,
+                              const SsdBackwardPlan& s, float* scratch, cudaStream_t stream) {
+    bf16 *before = (bf16*)(scratch + s.before), *after = (bf16*)(scratch + s.after);
+    float *local = s.walks > 1 ? scratch + s.local : NULL, *decays = scratch + s.decays;
+    float* dBC = s.parts > 1 ? scratch + s.dBC : NULL;
+    const size_t T = a.T, H = a.H, G = a.G;
+    const size_t walk_bytes = sizeof(SsdStatesShared<P, N>), tile_bytes = sizeof(SsdBackwardShared<P, N>);
+    auto right = ssd_states_fast_kernel<P, N, false, false>;
+    auto ends = ssd_states_fast_kernel<P, N, true, true>, left = ssd_states_fast_kernel<P, N, true, false>;
+    scan_allow_shared(right, walk_bytes);
+    scan_allow_shared(ends, walk_bytes);
+    scan_allow_shared(left, walk_bytes);
+    scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
+    if (T > SSD_SPAN) {
+        right<<<(unsigned)(r.n * H * s.saved), 2 * P, walk_bytes, stream>>>(
+            before, NULL, NULL, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, T, H, G,
+            (int)s.saved, SSD_PER_SAVED);
+        cudaCheck(cudaGetLastError());
+    }
+    const unsigned walks = (unsigned)(r.n * H * s.walks);
+    if (local) {
+        ends<<<walks, 2 * P, walk_bytes, stream>>>(NULL, NULL, local, decays, NULL, r.dhT, r.dy, H * P, r.Ct, a.ldbc,
+                                                   r.dt, a.A_log, r.doc, T, H, G, (int)s.walks, (int)s.each);
+        cudaCheck(cudaGetLastError());
+    }
+    left<<<walks, 2 * P, walk_bytes, stream>>>(after, r.dh0, local, decays, NULL, r.dhT, r.dy, H * P, r.Ct, a.ldbc,
+                                               r.dt, a.A_log, r.doc, T, H, G, (int)s.walks, (int)s.each);
+    cudaCheck(cudaGetLastError());
+    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), 4 * WARP, tile_bytes, stream>>>(
+        r.dx, a.lddx, r.ddt, r.dBt, r.dCt, a.lddbc, dBC, r.sums, a.n_sums, r.states, before, after, r.dy, r.x,
+        a.ldx, r.dt, a.A_log, r.Bt, r.Ct, a.ldbc, a.Dskip, a.D_has_hdim, r.doc, r.n, T, (int)H, (int)G,
+        (int)s.parts);
+    cudaCheck(cudaGetLastError());
+    if (!dBC) return;
+    ssd_sum_parts_kernel<bf16><<<(unsigned)((r.n * T * G * 2 * N + 255) / 256), 256, 0, stream>>>(
+        r.dBt, r.dCt, a.lddbc, dBC, s.parts, r.n * T * G * 2 * N, G * 2 * N, 2 * N, r.n * T, G, N);
+    cudaCheck(cudaGetLastError());
+}
+
+// the fast path's launcher for these sizes, NULL: there is none, or the GPU has too little shared memory
+typedef void (*SsdBackwardFast)(const SsdBackwardRound<bf16>&, const SsdBackwardShape&, const SsdBackwardPlan&,
+                                float*, cudaStream_t);
+static inline SsdBackwardFast ssd_backward_fast_of(size_t P, size_t N) {
+    struct { size_t P, N, bytes; SsdBackwardFast launch; } paths[] = {
+        {32, 64, sizeof(SsdBackwardShared<32, 64>), ssd_backward_fast<32, 64>},
+        {32, 128, sizeof(SsdBackwardShared<32, 128>), ssd_backward_fast<32, 128>},
+        {64, 64, sizeof(SsdBackwardShared<64, 64>), ssd_backward_fast<64, 64>},
+        {64, 128, sizeof(SsdBackwardShared<64, 128>), ssd_backward_fast<64, 128>},
+        {128, 64, sizeof(SsdBackwardShared<128, 64>), ssd_backward_fast<128, 64>},
+        {128, 128, sizeof(SsdBackwardShared<128, 128>), ssd_backward_fast<128, 128>},
+    };
+    int device, bytes;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    for (size_t i = 0; i < sizeof paths / sizeof paths[0]; i++)
+        if (paths[i].P == P && paths[i].N == N && paths[i].bytes <= (size_t)bytes) return paths[i].launch;
+    return NULL;
+}
+
+// ssd_backward_cuda: formulas at the top of this section. dy (B,T,H,P) is the gradient of y.
+//   dx (row stride lddx), dBt, dCt (row stride lddbc), ddt (B,H,T), dh0: written
+//   dA_log (H), dDskip (H), or (H,P) with D_has_hdim: added to     dh0, dhT (B,H,P,N) float, doc: may be NULL
+//   states: as forward left them (h0 is in them)     scratch: ssd_backward_scratch_cuda() floats
+// Returns the path taken. Bytes of the fast path at B8 T2048 H24 P64 N128: 630 MB, of which 350 MB are the
+// states between tiles.
+template <typename X>
+const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* dBt, X* dCt, size_t lddbc,
+                              float* dDskip, float* dh0, const X* dy, const float* dhT, const X* states,
+                              const X* x, size_t ldx, const float* dt, const float* A_log, const X* Bt,
+                              const X* Ct, size_t ldbc, const float* Dskip, bool D_has_hdim, const int* doc,
+                              float* scratch, size_t B, size_t T, size_t H, size_t P, size_t G, size_t N,
+                              cudaStream_t stream) {
+    const size_t w = sizeof(X), n_skip = D_has_hdim ? H * P : H, PN = P * N;
+    SsdBackwardFast launch = NULL;
+    if (w == 2 && H % G == 0 && is_aligned(x, 16, ldx * w) && is_aligned(dx, 16, lddx * w) &&
+        is_aligned(dy, 16, 16) && is_aligned(states, 16, 16) && is_aligned(Bt, 16, ldbc * w) &&
+        is_aligned(Ct, 16, ldbc * w) && is_aligned(dBt, 4, lddbc * w) && is_aligned(dCt, 4, lddbc * w) &&
+        is_aligned(dhT, 8, 8) && is_aligned(dh0, 8, 8) && is_aligned(scratch, 16, 16))
+        launch = ssd_backward_fast_of(P, N);
+    const SsdBackwardPlan s = ssd_backward_plan(launch != NULL, B, T, H, P, G, N);
+    const SsdBackwardShape shape = {lddx, lddbc, ldx, ldbc, H + n_skip, T, H, P, G, N, A_log, Dskip, D_has_hdim};
+    float* sums = scratch + s.sums;
+    for (size_t b = 0; b < B; b += s.round) {
+        const size_t m = b * T;
+        SsdBackwardRound<X> r = {dx + m * lddx, dBt + m * lddbc, dCt + m * lddbc, ddt + m * H,
+                                 sums + b * s.tiles * (H + n_skip), dh0 ? dh0 + b * H * PN : NULL,
+                                 dy + m * H * P, states + b * s.saved * H * PN, x + m * ldx, Bt + m * ldbc,
+                                 Ct + m * ldbc, dt + m * H, dhT ? dhT + b * H * PN : NULL,
+                                 doc ? doc + m : NULL, b + s.round < B ? s.round : B - b};
+        if constexpr (sizeof(X) == 2) {
+            if (launch) launch(r, shape, s, scratch, stream);
+            else ssd_backward_general(r, shape, s, scratch, stream);
+        } else {
+            ssd_backward_general(r, shape, s, scratch, stream);
+        }
+    }
+    sum_parts_cuda(dA_log, dDskip, sums, B * s.tiles, H, n_skip, H + n_skip, stream);
+    return launch ? "fast" : "general";
+}
+
+// ssd_dt_backward: of formula (S2), dt = clip(softplus(p), lo, hi), p = dt_raw + dt_bias
+//   ddt_raw = ddt sigmoid(p), 0 where softplus(p) < lo or > hi         ddt_bias += sum over tokens of ddt_raw
+//   ddt_raw, dt_raw (B,T,H) in X, row strides ldd and ld   ddt (B,H,T)
+// A block turns SSD_SPACING tokens of 32 heads around, 32 at a time, and leaves its part of ddt_bias in parts
+// (blocks,H).   bytes: 4 + 2 sizeof(X) per token and head
+template <typename X>
+__global__ void __launch_bounds__(8 * WARP)
+ssd_dt_backward_kernel(X* ddt_raw, size_t ldd, float* parts, const float* ddt, const X* dt_raw, size_t ld,
+                       const float* dt_bias, float lo, float hi, size_t T, size_t H) {
+    __shared__ float tile[WARP][WARP + 1];
+    const size_t blocks = (T + SSD_SPACING - 1) / SSD_SPACING, b = blockIdx.x / blocks;
+    const size_t begin = blockIdx.x % blocks * SSD_SPACING, end = begin + SSD_SPACING < T ? begin + SSD_SPACING : T;
+    const size_t h0 = (size_t)blockIdx.y * WARP, h = h0 + threadIdx.x;
+    const float bias = h < H ? dt_bias[h] : 0.0f;
+    float sum = 0.0f;
+    for (size_t t0 = begin; t0 < end; t0 += WARP) {
+        __syncthreads();
+        for (size_t i = threadIdx.y; i < WARP; i += 8)
+            if (h0 + i < H && t0 + threadIdx.x < end)
+                tile[threadIdx.x][i] = ddt[(b * H + h0 + i) * T + t0 + threadIdx.x];
+        __syncthreads();
+        for (size_t i = threadIdx.y; i < WARP; i += 8) {
+            if (t0 + i >= end || h >= H) continue;
+            size_t m = b * T + t0 + i;
+            float p = to_float(dt_raw[m * ld + h]) + bias, v = scan_softplus(p);
+            float dp = tile[i][threadIdx.x] * (p > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-p)));
+            if (v < lo || v > hi) dp = 0.0f;
+            ddt_raw[m * ldd + h] = from_float<X>(dp);
+            sum += dp;
+        }
+    }
+    __syncthreads();
+    tile[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || h >= H) return;
+    for (int i = 1; i < 8; i++) sum += tile[i][threadIdx.x];
+    parts[blockIdx.x * H + h] = sum;
+}
+
+// floats of ssd_dt_backward's scratch
+size_t ssd_dt_backward_scratch_cuda(size_t B, size_t T, size_t H) {
+    return B * ((T + SSD_SPACING - 1) / SSD_SPACING) * H;
+}
+
+template <typename X>
+void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* ddt, const X* dt_raw, size_t ld,
+                          const float* dt_bias, float lo, float hi, float* scratch, size_t B, size_t T,
+                          size_t H, cudaStream_t stream) {
+    const size_t blocks = B * ((T + SSD_SPACING - 1) / SSD_SPACING);
+    ssd_dt_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)((H + WARP - 1) / WARP)), dim3(WARP, 8), 0,
+                                stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld, dt_bias, lo, hi, T, H);
+    cudaCheck(cudaGetLastError());
+    sum_parts_cuda(ddt_bias, NULL, scratch, blocks, H, 0, H, stream);
+}
+
+// --------------------------------------------------------------------------------------------------
+// 4.13 Gated RMSNorm
+
+// gated_rmsnorm_forward: the norm of Mamba-2, over groups of S channels, with the gate before or behind it.
+//   norm_first = false:  w = y silu(z)     out = weight * w * rstd
+//   norm_first = true:   w = y             out = weight * y * rstd * silu(z)
+//   rstd = (mean over the group of w^2 + eps)^(-1/2)
+//   y (M,E)   z (M,E), row stride ldz   weight (E)   out (M,E), row stride ldo   E a multiple of S
+//   saved for backward: rstd (M,E/S)
+// In both orders out = weight * rstd * (y silu(z)): they differ only in what is squared.
+// A thread owns GATED_PACK neighbouring channels of a group, the threads of a block a whole group, of every
+// gridDim.x-th token; blockIdx.y is the group. It starts the loads of its next token before it waits for the
+// sum over this one.   bytes: 3 sizeof(X) per element
+enum { GATED_PACK = 8, GATED_THREADS = 640, GATED_FORWARD_BLOCKS = 2112 };
+
+// gated_sum: the sum over the block, the same bits in every thread; `phase` as in group_sum
+__device__ __forceinline__ float gated_sum(float x, float* shared, int phase) {
+    x = warp_sum(x);
+    if (blockDim.x == WARP) return x;
+    float* part = shared + phase * WARP;
+    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? part[threadIdx.x % WARP] : 0.0f);
+}
+
+// gated_rstd: NaN where the sum of squares was infinite, as on the CPU
+__device__ __forceinline__ float gated_rstd(float sum, float S, float eps) {
+    float r = 1.0f / sqrtf(sum / S + eps);
+    return r == 0 ? NAN : r;
+}
+
+template <typename X>
+__global__ void __launch_bounds__(GATED_THREADS)
+gated_rmsnorm_forward_kernel(X* out, size_t ldo, float* rstd, const X* y, const X* z, size_t ldz,
+                             const float* weight, size_t M, size_t E, int S, float eps, bool norm_first) {
+    __shared__ float shared[2 * WARP];
+    const int s = (int)threadIdx.x * GATED_PACK;
+    const size_t e = (size_t)blockIdx.y * S + s;
+    const bool own = s < S;
+    float w[GATED_PACK] = {};
+    Pack<X, GATED_PACK> y_next = {}, z_next = {};
+    if (own) {
+        unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));
+        y_next = load_pack<GATED_PACK>(y + blockIdx.x * E + e);
+        z_next = load_pack<GATED_PACK>(z + blockIdx.x * ldz + e);
+    }
+    int phase = 0;
+    for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
+        float y_m[GATED_PACK], v[GATED_PACK], sum = 0;
+        unpack<GATED_PACK>(y_m, y_next);
+        unpack<GATED_PACK>(v, z_next);
+        if (own && m + gridDim.x < M) {
+            y_next = load_pack<GATED_PACK>(y + (m + gridDim.x) * E + e);
+            z_next = load_pack<GATED_PACK>(z + (m + gridDim.x) * ldz + e);
+        }
+        #pragma unroll
+        for (int j = 0; j < GATED_PACK; j++) {
+            v[j] = y_m[j] * silu_cuda(v[j]);
+            float x = norm_first ? y_m[j] : v[j];
+            sum += x * x;
+        }
+        float r = gated_rstd(gated_sum(sum, shared, phase), (float)S, eps);
+        #pragma unroll
+        for (int j = 0; j < GATED_PACK; j++) v[j] *= w[j] * r;
+        if (own) store_pack<GATED_PACK>(out + m * ldo + e, v);
+        if (threadIdx.x == 0) rstd[m * gridDim.y + blockIdx.y] = r;
+    }
+}
+
+// any S, any alignment: a block per token and group, whose values are read twice
+template <typename X>
+__global__ void gated_rmsnorm_forward_general_kernel(X* out, size_t ldo, float* rstd, const X* y, const X* z,
+                                                     size_t ldz, const float* weight, size_t E, size_t S,
+                                                     float eps, bool norm_first) {
+    __shared__ float shared[2 * WARP];
+    const size_t m = blockIdx.x, e0 = blockIdx.y * S;
+    float sum = 0;
+    for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x) {
+        float x = to_float(y[m * E + e]);
+        if (!norm_first) x *= silu_cuda(to_float(z[m * ldz + e]));
+        sum += x * x;
+    }
+    float r = gated_rstd(gated_sum(sum, shared, 0), (float)S, eps);
+    for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x)
+        out[m * ldo + e] =
+            from_float<X>(weight[e] * r * (to_float(y[m * E + e]) * silu_cuda(to_float(z[m * ldz + e]))));
+    if (threadIdx.x == 0) rstd[m * gridDim.y + blockIdx.y] = r;
+}
+
+// threads of a block that owns a group of S channels in packs, 0: it cannot
+static inline unsigned gated_threads(size_t S) {
+    if (S % GATED_PACK || S > GATED_THREADS * GATED_PACK) return 0;
+    return (unsigned)((S / GATED_PACK + WARP - 1) / WARP * WARP);
+}
+
+template <typename X>
+const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X* y, const X* z, size_t ldz,
+                                       const float* weight, size_t M, size_t E, size_t S, float eps,
+                                       bool norm_first, cudaStream_t stream) {
+    const size_t pack = GATED_PACK * sizeof(X), bound = GATED_FORWARD_BLOCKS;
+    const unsigned threads = gated_threads(S), groups = (unsigned)(E / S);
+    if (threads && is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(y, pack, E * sizeof(X)) &&
+        is_aligned(z, pack, ldz * sizeof(X)) && is_aligned(weight, GATED_PACK * 4, 0)) {
+        gated_rmsnorm_forward_kernel<<<dim3((unsigned)min_size(M, bound), groups), threads, 0, stream>>>(
+            out, ldo, rstd, y, z, ldz, weight, M, E, (int)S, eps, norm_first);
+        cudaCheck(cudaGetLastError());
+        return "gated_rmsnorm_forward_kernel";
+    }
+    gated_rmsnorm_forward_general_kernel<<<dim3((unsigned)M, groups), 256, 0, stream>>>(
+        out, ldo, rstd, y, z, ldz, weight, E, S, eps, norm_first);
+    cudaCheck(cudaGetLastError());
+    return "gated_rmsnorm_forward_general_kernel";
+}
+
+// gated_rmsnorm_backward: with p = y silu(z), q = weight * dout, mean = mean over the group of q p rstd:
+//   out = weight * rstd * p                      =>  dweight += sum_m dout * p * rstd
+//   norm_first = false, w = p: dw = rstd (q - p rstd mean)   =>  dy = dw silu(z)    dz = dw y silu'(z)
+//   norm_first = true,  w = y: dy = rstd (q silu(z) - y rstd mean)    dz = q y rstd silu'(z)
+//   dy (M,E), may be dout   dz, dout with row strides lddz, lddo   y, z, rstd: as in forward
+//   out (row stride ldo), unless NULL, receives the output of the forward again, the same bits, which the
+//   next weight gradient needs
+// The blocks walk as in forward and sum dweight in registers; parts (gridDim.x,E) takes their sums.
+// bytes: 6 sizeof(X) per element with out
+template <typename X, int THREADS>
+__global__ void __launch_bounds__(THREADS, THREADS <= 192 ? 4 : 1)
+gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* parts, const X* dout,
+                              size_t lddo, const X* y, const X* z, size_t ldz, const float* weight,
+                              const float* rstd, size_t M, size_t E, int S, bool norm_first) {
+    __shared__ float shared[2 * WARP];
+    const int s = (int)threadIdx.x * GATED_PACK;
+    const size_t e = (size_t)blockIdx.y * S + s;
+    const bool own = s < S;
+    float w[GATED_PACK] = {}, dw[GATED_PACK] = {};
+    Pack<X, GATED_PACK> d_next = {}, y_next = {}, z_next = {};
+    if (own) {
+        unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));
+        d_next = load_pack<GATED_PACK>(dout + blockIdx.x * lddo + e);
+        y_next = load_pack<GATED_PACK>(y + blockIdx.x * E + e);
+        z_next = load_pack<GATED_PACK>(z + blockIdx.x * ldz + e);
+    }
+    int phase = 0;
+    for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
+        const Pack<X, GATED_PACK> d_m = d_next, y_m = y_next, z_m = z_next;
+        const float r = rstd[m * gridDim.y + blockIdx.y];
+        float sigma[GATED_PACK], dot = 0;
+        if (own && m + gridDim.x < M) {
+            d_next = load_pack<GATED_PACK>(dout + (m + gridDim.x) * lddo + e);
+            y_next = load_pack<GATED_PACK>(y + (m + gridDim.x) * E + e);
+            z_next = load_pack<GATED_PACK>(z + (m + gridDim.x) * ldz + e);
+        }
+        #pragma unroll
+        for (int j = 0; j < GATED_PACK; j++) {
+            float z_j = to_float(z_m.v[j]);
+            sigma[j] = sigmoid_cuda(z_j);
+            float g = to_float(d_m.v[j]) * (to_float(y_m.v[j]) * (z_j * sigma[j]));
+            dot += w[j] * g;
+            dw[j] += g * r;
+        }
+        float mean = gated_sum(dot, shared, phase) * r / (float)S;
+        float dy_v[GATED_PACK], dz_v[GATED_PACK], out_v[GATED_PACK];
+        #pragma unroll
+        for (int j = 0; j < GATED_PACK; j++) {
+            float y_j = to_float(y_m.v[j]), z_j = to_float(z_m.v[j]), q = w[j] * to_float(d_m.v[j]);
+            float gate = z_j * sigma[j], p = y_j * gate, dgate = silu_grad_cuda(z_j, sigma[j]);
+            float dw_j = r * (norm_first ? q : q - p * r * mean);
+            dy_v[j] = norm_first ? r * (q * gate - y_j * r * mean) : dw_j * gate;
+            dz_v[j] = dw_j * y_j * dgate;
+            out_v[j] = p * (w[j] * r);
+        }
+        if (!own) continue;
+        store_pack<GATED_PACK>(dy + m * E + e, dy_v);
+        store_pack<GATED_PACK>(dz + m * lddz + e, dz_v);
+        if (out) store_pack<GATED_PACK>(out + m * ldo + e, out_v);
+    }
+    if (own) store_pack<GATED_PACK>(parts + blockIdx.x * E + e, dw);
+}
+
+// any S, any alignment; dweight is summed in `parts` itself, each column by the same thread
+template <typename X>
+__global__ void gated_rmsnorm_backward_general_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo,
+                                                      float* parts, const X* dout, size_t lddo, const X* y,
+                                                      const X* z, size_t ldz, const float* weight,
+                                                      const float* rstd, size_t M, size_t E, size_t S,
+                                                      bool norm_first) {
+    __shared__ float shared[2 * WARP];
+    const size_t e0 = blockIdx.y * S;
+    float* part = parts + blockIdx.x * E;
+    int phase = 0;
+    for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x) part[e] = 0;
+    for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
+        const float r = rstd[m * gridDim.y + blockIdx.y];
+        float dot = 0;
+        for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x) {
+            float g = to_float(dout[m * lddo + e]) *
+                      (to_float(y[m * E + e]) * silu_cuda(to_float(z[m * ldz + e])));
+            dot += weight[e] * g;
+            part[e] += g * r;
+        }
+        float mean = gated_sum(dot, shared, phase) * r / (float)S;
+        for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x) {
+            float y_e = to_float(y[m * E + e]), z_e = to_float(z[m * ldz + e]), sigma = sigmoid_cuda(z_e);
+            float q = weight[e] * to_float(dout[m * lddo + e]), gate = z_e * sigma, p = y_e * gate;
+            float dw_e = r * (norm_first ? q : q - p * r * mean);
+            dy[m * E + e] = from_float<X>(norm_first ? r * (q * gate - y_e * r * mean) : dw_e * gate);
+            dz[m * lddz + e] = from_float<X>(dw_e * y_e * silu_grad_cuda(z_e, sigma));
+            if (out) out[m * ldo + e] = from_float<X>(weight[e] * r * p);
+        }
+    }
+}
+
+// the scratch of gated_rmsnorm_backward_cuda, in floats
+size_t gated_rmsnorm_scratch_cuda(size_t M, size_t E) { return rmsnorm_backward_scratch_cuda(M, E); }
+
+template <typename X>
+const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* dweight,
+                                        const X* dout, size_t lddo, const X* y, const X* z, size_t ldz,
+                                        const float* weight, const float* rstd, float* scratch, size_t M,
+                                        size_t E, size_t S, bool norm_first, cudaStream_t stream) {
+    const size_t pack = GATED_PACK * sizeof(X), blocks = M < NORM_BLOCKS ? M : (size_t)NORM_BLOCKS;
+    const unsigned threads = gated_threads(S);
+    const dim3 grid((unsigned)blocks, (unsigned)(E / S));
+    const char* name = "gated_rmsnorm_backward_kernel";
+    if (threads && is_aligned(dy, pack, E * sizeof(X)) && is_aligned(dz, pack, lddz * sizeof(X)) &&
+        is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(dout, pack, lddo * sizeof(X)) &&
+        is_aligned(y, pack, E * sizeof(X)) && is_aligned(z, pack, ldz * sizeof(X)) &&
+        is_aligned(weight, GATED_PACK * 4, 0) && is_aligned(scratch, GATED_PACK * 4, E * 4)) {
+        auto kernel = threads <= 192 ? gated_rmsnorm_backward_kernel<X, 192>
+                                     : gated_rmsnorm_backward_kernel<X, GATED_THREADS>;
+        kernel<<<grid, threads, 0, stream>>>(dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight,
+                                             rstd, M, E, (int)S, norm_first);
+    } else {
+        gated_rmsnorm_backward_general_kernel<<<grid, 256, 0, stream>>>(
+            dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight, rstd, M, E, S, norm_first);
+        name = "gated_rmsnorm_backward_general_kernel";
+    }
+    cudaCheck(cudaGetLastError());
+    sum_parts_cuda(dweight, NULL, scratch, blocks, E, 0, E, stream);
+    return name;
+}
+
+// --------------------------------------------------------------------------------------------------
+// 4.14 Attention
+//
+//   s_ij = scale <q_i, k_j>     P_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)     out_i = sum_j P_ij v_j
+// Token i sees the keys of its own document up to itself. Query head h uses KV head h Hkv / Hq. q, k and v of
+// a token are one row of qkv, (Hq + 2 Hkv) dh wide: all q heads, all k heads, all v heads.
+//
+// The matrix of scores is never stored (FlashAttention, arXiv 2205.14135): a block takes a tile of queries and
+// walks over the keys, tile by tile. What softmax needs of a whole row, its largest score and the sum of the
+// exponentials, is corrected as it goes: when a larger score turns up, what has been summed so far shrinks by
+// exp(old - new). lse is kept for backward, which then computes any P_ij anew from two rows.
+// Exponentials are powers of 2 (one instruction): scores are multiplied by scale log2(e), and lse is the
+// logarithm to base 2 of the sum of those.
+//
+// Before attention q and k are rotated, in place: 0.024 ms for 8 x 2048 tokens of width 768, where rotating
+// as tiles are loaded would do it anew for every tile of queries that meets the key.
+//
+// Tokens before the call are in a cache kv0 (B,capacity,2,Hkv,dh), keys rotated, in X: position0[b] of them
+// (whole numbers in float like all states; on the device, so that a recorded graph of launches stays valid).
+// Keys are numbered on from there: key j is row j of the cache, or token j - position0[b] of the call.
+
+enum { ROTARY_MAX = 256 };
+
+// RotaryCuda: the first `dim` channels of a head are pairs that turn by position * theta[i]; pair i is
+// channels (i, i + dim/2), interleaved: (2i, 2i + 1).   theta[i] = base^(-2i / dim)
+// An angle is a whole number of 2^-64 turns: the product with a position then wraps around where a turn is
+// full, and is exact at any position; as a float it would be off by 0.004 at position 131,072.
+struct RotaryCuda {
+    int dim = 0;
+    bool interleaved = false;
+    uint64_t theta[ROTARY_MAX / 2];
+};
+
+static inline RotaryCuda rotary_cuda(size_t dim, double base, bool interleaved) {
+    RotaryCuda r;
+    if (dim > ROTARY_MAX) die("rotary embedding of %zu channels; the GPU's has at most %d", dim, ROTARY_MAX);
+    r.dim = (int)dim;
+    r.interleaved = interleaved;
+    for (size_t i = 0; i < dim / 2; i++) {
+        double turns = pow(base, -2.0 * (double)i / (double)dim) / (2 * 3.14159265358979323846);
+        r.theta[i] = (uint64_t)ldexp(turns - floor(turns), 64);
+    }
+    return r;
+}
+
+// rotary_turn: cosine and sine of position * theta. Between -pi and pi the special function unit is exact to
+// 5e-7.
+__device__ __forceinline__ float2 rotary_turn(int position, uint64_t theta) {
+    const int turns = (int)((position * theta) >> 32);                          // 2^-32 turns, -2^31 .. 2^31-1
+    const float angle = (float)turns * 1.46291808e-9f;                          // 2 pi / 2^32
+    return make_float2(__cosf(angle), __sinf(angle));
+}
+
+// rotary_pairs: turns W pairs, (v[i], v[W + i]) or, interleaved, (v[2i], v[2i + 1]), by turn(i), or back
+//   x' = x cos - y sin,  y' = x sin + y cos   =>   dx = dx' cos + dy' sin,  dy = dy' cos - dx' sin
+template <int W, typename Turn>
+__device__ __forceinline__ void rotary_pairs(float (&v)[2 * W], bool interleaved, bool back, Turn turn) {
+    float a[2 * W];
+    #pragma unroll
+    for (int i = 0; i < W; i++) {
+        const float2 by = turn(i);
+        const float x = interleaved ? v[2 * i] : v[i], y = interleaved ? v[2 * i + 1] : v[W + i];
+        const float s = back ? -by.y : by.y;
+        a[i] = x * by.x - y * s;
+        a[W + i] = x * s + y * by.x;
+    }
+    #pragma unroll
+    for (int i = 0; i < 2 * W; i++) v[i] = interleaved ? a[i / 2 + i % 2 * W] : a[i];
+}
+
+// rotary_back: channel c of a head's gradient (dh floats), turned back
+__device__ __forceinline__ float rotary_back(const float* head, int c, const RotaryCuda& rot, int position) {
+    if (c >= rot.dim) return head[c];
+    const int half = rot.dim / 2;
+    const bool second = rot.interleaved ? c & 1 : c >= half;
+    const int partner = rot.interleaved ? c ^ 1 : second ? c - half : c + half;
+    float2 turn = rotary_turn(position, rot.theta[rot.interleaved ? c / 2 : second ? c - half : c]);
+    return fmaf(head[c], turn.x, second ? -head[partner] * turn.y : head[partner] * turn.y);
+}
+
+// attention_span: of every token, the first key that it sees (x) and the last token that sees it (y). doc
+// (B,T): document ids; the tokens of one document follow each other. What is in the cache is of document 0.
+//   bytes: 12 per token
+enum { SPAN_THREADS = 1024 };
+
+__global__ void __launch_bounds__(SPAN_THREADS)
+attention_span_kernel(int2* span, const int* doc, const float* position0, size_t T) {
+    __shared__ int begin[SPAN_THREADS], end[SPAN_THREADS];
+    const int* id = doc + blockIdx.x * T;
+    const int tid = threadIdx.x, old = position0 ? (int)position0[blockIdx.x] : 0;
+    span += blockIdx.x * T;
+    // a thread has neighbouring tokens t0..t1-1; the last document that begins and the first that ends in them
+    const size_t each = (T + SPAN_THREADS - 1) / SPAN_THREADS, t0 = tid * each;
+    const size_t t1 = t0 + each < T ? t0 + each : T;
+    int first = -1, last = -1;
+    for (size_t t = t0; t < t1; t++) if (t > 0 && id[t] != id[t - 1]) first = (int)t;
+    for (size_t t = t1; t > t0; t--) if (t < T && id[t] != id[t - 1]) last = (int)t - 1;
+    begin[tid] = first;
+    end[tid] = last;
+    __syncthreads();
+    first = last = -1;
+    for (int i = tid - 1; i >= 0 && first < 0; i--) first = begin[i];
+    for (int i = tid + 1; i < SPAN_THREADS && last < 0; i++) last = end[i];
+    if (last < 0) last = (int)T - 1;
+    int from = first >= 0 ? old + first : id[0] == 0 ? 0 : old;
+    for (size_t t = t0; t < t1; t++) {
+        if (t > 0 && id[t] != id[t - 1]) from = old + (int)t;
+        span[t].x = from;
+    }
+    for (size_t t = t1; t > t0; t--) {
+        if (t < T && id[t] != id[t - 1]) last = (int)t - 1;
+        span[t - 1].y = last;
+    }
+}
+
+// span (B,T); NULL everywhere below means one document per sequence
+static inline void attention_span_cuda(int2* span, const int* doc, const float* position0, size_t B, size_t T,
+                                       cudaStream_t stream) {
+    attention_span_kernel<<<(unsigned)B, SPAN_THREADS, 0, stream>>>(span, doc, position0, T);
+    cudaCheck(cudaGetLastError());
+}
+
+// attention_rotate: turns q and k of every token, in place. W: pairs that a thread turns at once.
+//   bytes: 4 per channel of q and k
+enum { ROTATE_THREADS = 128, ROTATE_TOKENS = 4 };
+
+template <typename X, int W>
+__global__ void __launch_bounds__(ROTATE_THREADS)
+attention_rotate_kernel(X* qkv, size_t ld, const float* position0, const int2* span,
+                        const __grid_constant__ RotaryCuda rot, size_t M, size_t T, int heads, int dh) {
+    __shared__ float2 turn[ROTATE_TOKENS][ROTARY_MAX / 2];
+    const size_t m0 = (size_t)blockIdx.x * ROTATE_TOKENS;
+    const int tokens = M - m0 < ROTATE_TOKENS ? (int)(M - m0) : (int)ROTATE_TOKENS, half = rot.dim / 2;
+    for (int i = threadIdx.x; i < tokens * half; i += ROTATE_THREADS) {
+        const size_t m = m0 + i / half;
+        int position = (int)(m % T) + (position0 ? (int)position0[m / T] : 0) - (span ? span[m].x : 0);
+        turn[i / half][i % half] = rotary_turn(position, rot.theta[i % half]);
+    }
+    __syncthreads();
+    const int packs = half / W, units = heads * packs;          // heads: Hq + Hkv, one after the other
+    for (int u = threadIdx.x; u < tokens * units; u += ROTATE_THREADS) {
+        const int token = u / units, head = u % units / packs, i = u % packs * W;
+        X* low = qkv + (m0 + token) * ld + head * dh + (rot.interleaved ? 2 * i : i);
+        X* high = low + (rot.interleaved ? W : half);
+        float v[2 * W];
+        unpack<W>(v, load_pack<W>(low));
+        unpack<W>(v + W, load_pack<W>(high));
+        rotary_pairs<W>(v, rot.interleaved, false, [&](int j) { return turn[token][i + j]; });
+        store_pack<W>(low, v);
+        store_pack<W>(high, v + W);
+    }
+}
+
+// attention_rotate_cuda: qkv in place, row stride ld
+template <typename X>
+void attention_rotate_cuda(X* qkv, size_t ld, const float* position0, const int2* span, const RotaryCuda& rot,
+                           size_t B, size_t T, size_t Hq, size_t Hkv, size_t dh, cudaStream_t stream) {
+    if (rot.dim == 0) return;
+    const int W = 16 / (int)sizeof(X);
+    const unsigned blocks = (unsigned)((B * T + ROTATE_TOKENS - 1) / ROTATE_TOKENS);
+    const bool wide = rot.dim % (2 * W) == 0 && dh % W == 0 && is_aligned(qkv, 16, ld * sizeof(X));
+    auto kernel = wide ? attention_rotate_kernel<X, W> : attention_rotate_kernel<X, 1>;
+    kernel<<<blocks, ROTATE_THREADS, 0, stream>>>(qkv, ld, position0, span, rot, B * T, T, (int)(Hq + Hkv),
+                                                  (int)dh);
+    cudaCheck(cudaGetLastError());
+}
+
+// attention_append: the cache after the call holds the document of the last token, from row 0 on. With kvT =
+// kv0 only new rows are written. A row of the cache is k and v of a token as they lie in qkv.
+template <typename X, int W>
+__global__ void __launch_bounds__(128)
+attention_append_kernel(X* kvT, size_t capacity, const X* kv0, const float* position0, const X* kv, size_t ld,
+                        const int2* span, int T, int width) {
+    const size_t b = blockIdx.y;
+    const int old = position0 ? (int)position0[b] : 0, length = old + T - (span ? span[b * T + T - 1].x : 0);
+    const int kept = length > T ? length - T : 0;
+    for (int row = (kvT == kv0 ? kept : 0) + blockIdx.x; row < length && row < (int)capacity;
+         row += gridDim.x) {
+        const X* from = row < kept ? kv0 + (b * capacity + row) * width : kv + (b * T + T - length + row) * ld;
+        X* to = kvT + (b * capacity + row) * width;
+        for (int c = threadIdx.x * W; c < width; c += 128 * W) *(Pack<X, W>*)(to + c) = load_pack<W>(from + c);
+    }
+}
+__global__ void attention_position_kernel(float* positionT, const float* position0, const int2* span, int B,
+                                          int T) {
+    int b = blockIdx.x * blockDim.x + threadIdx.x;
+    if (b < B) positionT[b] = (position0 ? position0[b] : 0) + (float)(T - (span ? span[b * T + T - 1].x : 0));
+}
+
+// attention_append_cuda: kvT (B,capacity,2,Hkv,dh), positionT (B) after the call; they may be kv0, position0
+// (NULL: nothing before the call). qkv: rotated. Rows beyond the capacity are dropped.
+template <typename X>
+void attention_append_cuda(X* kvT, float* positionT, const X* kv0, size_t capacity, const float* position0,
+                           const X* qkv, size_t ldqkv, const int2* span, size_t B, size_t T, size_t Hq,
+                           size_t Hkv, size_t dh, cudaStream_t stream) {
+    const int W = 16 / (int)sizeof(X);
+    const size_t rows = kvT == kv0 ? T : capacity, width = 2 * Hkv * dh, w = sizeof(X);
+    const X* kv = qkv + Hq * dh;
+    const bool wide = width % W == 0 && is_aligned(kv, 16, ldqkv * w) && is_aligned(kvT, 16, 16) &&
+                      is_aligned(kv0, 16, 16);
+    auto kernel = wide ? attention_append_kernel<X, W> : attention_append_kernel<X, 1>;
+    kernel<<<dim3((unsigned)(rows < 1024 ? rows : 1024), (unsigned)B), 128, 0, stream>>>(
+        kvT, capacity, kv0, position0, kv, ldqkv, span, (int)T, (int)width);
+    cudaCheck(cudaGetLastError());
+    attention_position_kernel<<<(unsigned)((B + 127) / 128), 128, 0, stream>>>(positionT, position0, span,
+                                                                               (int)B, (int)T);
+    cudaCheck(cudaGetLastError());
+}
+
+// AttentionKeys: the keys of all sequences
+template <typename X> struct AttentionKeys {
+    const X *k, *cache;                         // of the call (first token), of the cache (or NULL)
+    size_t ld, capacity;
+    const float* position0;                     // with a cache
+    const int2* span;
+    int B, T, Hq, Hkv, dh;
+};
+// and what the kernels see of one sequence and KV head. v lies `value` behind k in the call and the cache.
+template <typename X> struct AttentionHead {
+    const X *call, *cache;
+    size_t ld, ld_cache, value;
+    int old;
+    __device__ __forceinline__ AttentionHead(const AttentionKeys<X>& p, int b, int kv) {
+        value = (size_t)p.Hkv * p.dh;
+        ld = p.ld;
+        ld_cache = 2 * value;
+        call = p.k + b * (p.T * ld) + (size_t)kv * p.dh;
+        cache = p.cache ? p.cache + b * (p.capacity * ld_cache) + (size_t)kv * p.dh : NULL;
+        old = p.cache ? (int)p.position0[b] : 0;
+    }
+    __device__ __forceinline__ const X* row(int j) const {
+        return j < old ? cache + j * ld_cache : call + (j - old) * ld;
+    }
+};
+
+// AttentionCuda, AttentionBackwardCuda: what the kernels get
+template <typename X> struct AttentionCuda : AttentionKeys<X> {
+    X* out; size_t ldo;                         // (B,T,Hq,dh)
+    float* lse;                                 // (B,Hq,T) or NULL
+    const X* q;                                 // row stride ld
+    float scale;                                // of scores, times log2(e)
+};
+template <typename X> struct AttentionBackwardCuda : AttentionKeys<X> {
+    X* dqkv; size_t lddqkv;
+    const X *dout, *out, *q; size_t lddo, ldo;
+    const float* lse;
+    float* delta;                               // (B,Hq,T): <dout_i, out_i>
+    float scale;                                // of gradients
+    RotaryCuda rotary;
+};
+static const float ATTENTION_LOG2E = 1.44269504f;
+
+// --- general path: any head size and alignment, float as exact as float is -------------------------------
+// A warp has one query (forward, dq) or one key (dk, dv) and goes over the others 32 at a time: first each
+// lane has one of them, then each lane has some channels.
+
+enum { ATTENTION_WARPS = 4 };
+
+template <typename X>
+__device__ __forceinline__ float attention_dot(const float* a, const X* b, int n) {
+    float sum = 0;
+    for (int c = 0; c < n; c++) sum = fmaf(a[c], to_float(b[c]), sum);
+    return sum;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    #pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+}
+
+template <typename X>
+__global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
+attention_forward_kernel(const AttentionCuda<X> p) {
+    extern __shared__ float attention_floats[];                 // per warp: q, sum (dh), weight (32)
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, dh = p.dh;
+    const size_t row = (size_t)blockIdx.x * ATTENTION_WARPS + w, m = row / p.Hq, b = m / p.T, h = row % p.Hq;
+    if (m >= (size_t)p.B * p.T) return;
+    float *q = attention_floats + w * (2 * dh + WARP), *sum = q + dh, *weight = sum + dh;
+    const AttentionHead<X> keys(p, (int)b, (int)h * p.Hkv / p.Hq);
+    for (int c = lane; c < dh; c += WARP) {
+        q[c] = p.scale * to_float(p.q[m * p.ld + h * dh + c]);
+        sum[c] = 0;
+    }
+    __syncwarp();
+    const int last = keys.old + (int)(m % p.T);
+    float max = -INFINITY, total = 0;                           // total: of this lane's keys
+    for (int j0 = p.span ? p.span[m].x : 0; j0 <= last; j0 += WARP) {
+        float s = j0 + lane <= last ? attention_dot(q, keys.row(j0 + lane), dh) : -INFINITY;
+        float larger = fmaxf(max, warp_max(s)), shrink = exp2f(max - larger);
+        weight[lane] = exp2f(s - larger);
+        total = fmaf(total, shrink, weight[lane]);
+        max = larger;
+        __syncwarp();
+        const int n = last - j0 < WARP - 1 ? last - j0 + 1 : (int)WARP;
+        for (int c = lane; c < dh; c += WARP) {
+            float acc = sum[c] * shrink;
+            for (int j = 0; j < n; j++) acc = fmaf(weight[j], to_float(keys.row(j0 + j)[keys.value + c]), acc);
+            sum[c] = acc;
+        }
+        __syncwarp();
+    }
+    total = warp_sum(total);
+    for (int c = lane; c < dh; c += WARP) p.out[m * p.ldo + h * dh + c] = from_float<X>(sum[c] / total);
+    if (p.lse && lane == 0) p.lse[(b * p.Hq + h) * p.T + m % p.T] = max + log2f(total);
+}
+
+//   dv_j = sum_i P_ij dout_i    dP_ij = <dout_i, v_j>    dS_ij = P_ij (dP_ij - delta_i),  delta_i = <dout_i, out_i>
+//   dq_i = scale sum_j dS_ij k_j       dk_j = scale sum_i dS_ij q_i
+// delta: since sum_j P_ij dP_ij = <dout_i, sum_j P_ij v_j>
+template <typename X>
+__global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
+attention_backward_q_kernel(const __grid_constant__ AttentionBackwardCuda<X> p) {
+    extern __shared__ float attention_floats[];                 // per warp: q, dout, dq (dh), weight (32)
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, dh = p.dh;
+    const size_t row = (size_t)blockIdx.x * ATTENTION_WARPS + w, m = row / p.Hq, b = m / p.T, h = row % p.Hq;
+    if (m >= (size_t)p.B * p.T) return;
+    float *q = attention_floats + w * (3 * dh + WARP), *dout = q + dh, *dq = dout + dh, *weight = dq + dh;
+    const AttentionHead<X> keys(p, (int)b, (int)h * p.Hkv / p.Hq);
+    float delta = 0;
+    for (int c = lane; c < dh; c += WARP) {
+        q[c] = to_float(p.q[m * p.ld + h * dh + c]);
+        dout[c] = to_float(p.dout[m * p.lddo + h * dh + c]);
+        delta = fmaf(dout[c], to_float(p.out[m * p.ldo + h * dh + c]), delta);
+        dq[c] = 0;
+    }
+    delta = warp_sum(delta);
+    const int last = keys.old + (int)(m % p.T), first = p.span ? p.span[m].x : 0;
+    const size_t at = (b * p.Hq + h) * p.T + m % p.T;
+    const float lse = p.lse[at], scale = p.scale * ATTENTION_LOG2E;
+    if (lane == 0) p.delta[at] = delta;
+    __syncwarp();
+    for (int j0 = first; j0 <= last; j0 += WARP) {
+        weight[lane] = 0;
+        if (j0 + lane <= last) {
+            const X* k = keys.row(j0 + lane);
+            const float P = exp2f(fmaf(scale, attention_dot(q, k, dh), -lse));
+            weight[lane] = P * (attention_dot(dout, k + keys.value, dh) - delta);
+        }
+        __syncwarp();
+        const int n = last - j0 < WARP - 1 ? last - j0 + 1 : (int)WARP;
+        for (int c = lane; c < dh; c += WARP) {
+            float acc = dq[c];
+            for (int i = 0; i < n; i++) acc = fmaf(weight[i], to_float(keys.row(j0 + i)[c]), acc);
+            dq[c] = acc;
+        }
+        __syncwarp();
+    }
+    X* to = p.dqkv + m * p.lddqkv + h * dh;
+    for (int c = lane; c < dh; c += WARP)
+        to[c] = from_float<X>(p.scale * rotary_back(dq, c, p.rotary, last - first));
+}
+
+template <typename X>
+__global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
+attention_backward_kv_kernel(const __grid_constant__ AttentionBackwardCuda<X> p) {
+    extern __shared__ float attention_floats[];     // per warp: k, v, dk, dv (dh), P, dS (32)
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, dh = p.dh;
+    const size_t row = (size_t)blockIdx.x * ATTENTION_WARPS + w, m = row / p.Hkv, b = m / p.T;
+    const int kv = (int)(row % p.Hkv), j = (int)(m % p.T), group = p.Hq / p.Hkv;
+    if (m >= (size_t)p.B * p.T) return;
+    float *k = attention_floats + w * (4 * dh + 2 * WARP), *v = k + dh, *dk = v + dh, *dv = dk + dh;
+    float *P = dv + dh, *dS = P + WARP;
+    const size_t k_column = (size_t)(p.Hq + kv) * dh, v_column = k_column + (size_t)p.Hkv * dh;
+    for (int c = lane; c < dh; c += WARP) {
+        k[c] = to_float(p.q[m * p.ld + k_column + c]);
+        v[c] = to_float(p.q[m * p.ld + v_column + c]);
+        dk[c] = dv[c] = 0;
+    }
+    __syncwarp();
+    const int last = p.span ? p.span[m].y : p.T - 1;
+    const float scale = p.scale * ATTENTION_LOG2E;
+    for (int h = kv * group; h < (kv + 1) * group; h++) {       // the query heads of a KV head, in order
+        const X *q = p.q + b * p.T * p.ld + h * dh, *dout = p.dout + b * p.T * p.lddo + h * dh;
+        const size_t stat = (b * p.Hq + h) * p.T;
+        for (int i0 = j; i0 <= last; i0 += WARP) {
+            const size_t i = i0 + lane;
+            P[lane] = dS[lane] = 0;
+            if (i <= (size_t)last) {
+                P[lane] = exp2f(fmaf(scale, attention_dot(k, q + i * p.ld, dh), -p.lse[stat + i]));
+                dS[lane] = P[lane] * (attention_dot(v, dout + i * p.lddo, dh) - p.delta[stat + i]);
+            }
+            __syncwarp();
+            const int n = last - i0 < WARP - 1 ? last - i0 + 1 : (int)WARP;
+            for (int c = lane; c < dh; c += WARP) {
+                float acc_k = dk[c], acc_v = dv[c];
+                for (int r = 0; r < n; r++) {
+                    acc_k = fmaf(dS[r], to_float(q[(i0 + r) * p.ld + c]), acc_k);
+                    acc_v = fmaf(P[r], to_float(dout[(i0 + r) * p.lddo + c]), acc_v);
+                }
+                dk[c] = acc_k;
+                dv[c] = acc_v;
+            }
+            __syncwarp();
+        }
+    }
+    X* to = p.dqkv + m * p.lddqkv;
+    const int position = (p.cache ? (int)p.position0[b] : 0) + j - (p.span ? p.span[m].x : 0);
+    for (int c = lane; c < dh; c += WARP) {
+        to[k_column + c] = from_float<X>(p.scale * rotary_back(dk, c, p.rotary, position));
+        to[v_column + c] = from_float<X>(dv[c]);
+    }
+}
+
+// --- fast path: pieces ----------------------------------------------------------------------------------
+// bf16, head sizes that are multiples of 8 up to 128, filled up with zeros to DH = 32, 64, 96 or 128. The
+// products are made by the tensor core (mma, see scan_mma_bf16). Rows in shared memory are DH + 8 long: then
+// eight rows of 16 bytes lie in different banks wherever they begin.
+
+// Operands from tiles [row][channel] with rows of LD: this lane's pointer into the 16 x 16 block at (row, col).
+//   A (16 x k): rows are rows.   B (k x 16) from rows that are the columns of B (`by_column`: the product of
+//   two tiles along their channels), or from rows that are the rows of B (transposed on the way)
+template <int LD> __device__ __forceinline__ const bf16* attention_at(const bf16* tile, int row, int col) {
+    const int lane = threadIdx.x % WARP;
+    return tile + (row + (lane & 15)) * LD + col + (lane >> 4) * 8;
+}
+template <int LD>
+__device__ __forceinline__ const bf16* attention_at_by_column(const bf16* tile, int row, int col) {
+    const int lane = threadIdx.x % WARP;
+    return tile + (row + (lane & 7) + ((lane >> 4) << 3)) * LD + col + ((lane >> 3) & 1) * 8;
+}
+
+// attention_load: starts the copy of ROWS rows; rows beyond `rows` and channels beyond dh become zeros
+template <int ROWS, int DH, int THREADS>
+__device__ __forceinline__ void attention_load(bf16* to, const bf16* from, size_t ld, int rows, int dh) {
+    #pragma unroll
+    for (int i = 0; i < ROWS * DH / 8 / THREADS; i++) {
+        const int u = threadIdx.x + i * THREADS, r = u / (DH / 8), c = u % (DH / 8) * 8;
+        const int offset = (r < rows ? r : rows - 1) * (int)ld + (c < dh ? c : 0);
+        scan_copy16(to + r * (DH + 8) + c, from + offset, r < rows && c < dh);
+    }
+}
+
+// the same for keys (or values) j.., from the cache and the call
+template <int ROWS, int DH, int THREADS>
+__device__ __forceinline__ void attention_load_keys(bf16* to, const AttentionHead<bf16>& keys, size_t value,
+                                                    int j, int rows, int dh) {
+    if (j >= keys.old) {
+        attention_load<ROWS, DH, THREADS>(to, keys.call + (j - keys.old) * keys.ld + value, keys.ld, rows, dh);
+        return;
+    }
+    #pragma unroll 1
+    for (int u = threadIdx.x; u < ROWS * DH / 8; u += THREADS) {
+        const int r = u / (DH / 8), c = u % (DH / 8) * 8;
+        const bool inside = r < rows && c < dh;
+        scan_copy16(to + r * (DH + 8) + c, inside ? keys.row(j + r) + value + c : keys.cache, inside);
+    }
+}
+
+// scan_mma_bf16 with a sum of its own: d = c + a b
+__device__ __forceinline__ void attention_mma(float* d, const float* c, const uint32_t* a, uint32_t b0,
+                                              uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
+}
+
+// attention_product: s (16 MT x 16 N2) = c + A B^T over DH channels; A in registers or, NULL, rows a_row.. of
+// a tile. c(m, n): a 16 x 8 block of c, 4 numbers per lane
+template <int DH, int MT, int N2, typename C>
+__device__ __forceinline__ void attention_product(float (&s)[MT][2 * N2][4], C c,
+                                                  const uint32_t (*a)[DH / 16][4], const bf16* a_tile,
+                                                  int a_row, const bf16* b_tile, int b_row) {
+    #pragma unroll
+    for (int k = 0; k < DH / 16; k++) {
+        uint32_t own[MT][4];
+        #pragma unroll
+        for (int m = 0; m < MT; m++) {
+            if (!a) load_matrices(own[m], attention_at<DH + 8>(a_tile, a_row + 16 * m, 16 * k));
+            else {
+                #pragma unroll
+                for (int i = 0; i < 4; i++) own[m][i] = a[m][k][i];
+            }
+        }
+        #pragma unroll
+        for (int n = 0; n < N2; n++) {
+            uint32_t b[4];
+            load_matrices(b, attention_at_by_column<DH + 8>(b_tile, b_row + 16 * n, 16 * k));
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                attention_mma(s[m][2 * n], k ? s[m][2 * n] : c(m, 2 * n), own[m], b[0], b[1]);
+                attention_mma(s[m][2 * n + 1], k ? s[m][2 * n + 1] : c(m, 2 * n + 1), own[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// attention_mask: scores (columns col0..) that do not count become -infinity. Rows are queries, row0 that of the
+// first, in the numbers of keys, and border is the first key of each row; or, KEYS, rows are keys and border is
+// the last query of each.
+template <bool KEYS, int MT, int N>
+__device__ __forceinline__ void attention_mask(float (&s)[MT][N][4], int col0, int row0,
+                                               const int (&border)[MT][2]) {
+    const int lane = threadIdx.x % WARP, g = lane >> 2, quad = lane & 3;
+    #pragma unroll
+    for (int m = 0; m < MT; m++) {
+        #pragma unroll
+        for (int n = 0; n < N; n++) {
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int col = col0 + 8 * n + 2 * quad + i % 2, row = row0 + 16 * m + i / 2 * 8 + g;
+                if (KEYS ? col < row || col > border[m][i / 2] : col > row || col < border[m][i / 2])
+                    s[m][n][i] = -INFINITY;
+            }
+        }
+    }
+}
+
+// attention_accumulate: acc (16 MT x DH) += P B, P (16 MT x 16 K2) as the tensor core left it, B rows b_row..
+template <int DH, int MT, int K2>
+__device__ __forceinline__ void attention_accumulate(float (&acc)[MT][DH / 8][4], const float (&P)[MT][2 * K2][4],
+                                                     const bf16* b_tile, int b_row) {
+    #pragma unroll
+    for (int k = 0; k < K2; k++) {
+        uint32_t a[MT][4];
+        #pragma unroll
+        for (int m = 0; m < MT; m++) {
+            #pragma unroll
+            for (int i = 0; i < 4; i++)
+                a[m][i] = scan_pack(P[m][2 * k + i / 2][i % 2 * 2], P[m][2 * k + i / 2][i % 2 * 2 + 1]);
+        }
+        #pragma unroll
+        for (int n = 0; n < DH / 16; n++) {
+            uint32_t b[4];
+            load_matrices_trans(b, attention_at<DH + 8>(b_tile, b_row + 16 * k, 16 * n));
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                scan_mma_bf16(acc[m][2 * n], a[m], b[0], b[1]);
+                scan_mma_bf16(acc[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// --- fast path: forward ---------------------------------------------------------------------------------
+// A block has 64 MT queries of one head, a warp 16 MT of them; keys come in tiles of BN, the next one is
+// copied while this one is used.
+enum { ATTENTION_THREADS = ATTENTION_WARPS * WARP };
+
+template <int DH, int MT, int BN> struct AttentionForwardShared {
+    bf16 q[64 * MT][DH + 8], k[2][BN][DH + 8], v[2][BN][DH + 8];
+};
+
+template <int DH, int MT, int BN>
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_forward_fast_kernel(const __grid_constant__ AttentionCuda<bf16> p, int tiles) {
+    enum { BM = 64 * MT, ROWS = 16 * MT, IN_REGISTERS = DH <= 64 };
+    extern __shared__ __align__(128) char shared[];
+    AttentionForwardShared<DH, MT, BN>& sh = *(AttentionForwardShared<DH, MT, BN>*)shared;
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
+    // blocks start in order: first the last tiles, which see the most keys
+    const int heads = p.B * p.Hq, head = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
+    const int b = head / p.Hq, h = head % p.Hq, i0 = tile * BM, row0 = i0 + w * ROWS;
+    const AttentionHead<bf16> kv(p, b, h * p.Hkv / p.Hq);
+    const int old = kv.old, keys = old + (i0 + BM < p.T ? i0 + BM : p.T);
+    const size_t m0 = (size_t)b * p.T + i0;
+    // first[m][half]: the first key of this lane's rows row0 + 16 m + 8 half + g; first_all: of the last row
+    const int2* span = p.span ? p.span + (size_t)b * p.T : NULL;
+    int first[MT][2], first_all = 0, j0 = 0;
+    #pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        const int t = row0 + 8 * i + g;
+        first[i / 2][i % 2] = span && t < p.T ? span[t].x : 0;
+    }
+    if (span) {
+        const int t = row0 + ROWS - 1;
+        first_all = span[t < p.T ? t : p.T - 1].x;
+        j0 = span[i0].x / BN * BN;
+    }
+
+    auto load = [&](int j, int stage) {
+        attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.k[stage][0], kv, 0, j, keys - j, p.dh);
+        attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.v[stage][0], kv, kv.value, j, keys - j, p.dh);
+        copy_async_commit();
+    };
+    attention_load<BM, DH, ATTENTION_THREADS>(sh.q[0], p.q + m0 * p.ld + h * p.dh, p.ld, p.T - i0, p.dh);
+    load(j0, 0);
+
+    uint32_t q[MT][DH / 16][4];
+    float base[MT][2], total[MT][2] = {}, out[MT][DH / 8][4] = {};       // base: what is subtracted from scores
+    #pragma unroll
+    for (int m = 0; m < MT; m++) base[m][0] = base[m][1] = -1e30f;       // finite: -infinity - base is no NaN
+    const float zero[4] = {};
+    auto none = [&](int, int) { return zero; };
+    bool start = true;
+    for (int stage = 0; j0 < keys; j0 += BN, stage ^= 1) {
+        copy_async_wait(0);
+        __syncthreads();
+        if (j0 + BN < keys) load(j0 + BN, stage ^ 1);
+        if (start && IN_REGISTERS) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                #pragma unroll
+                for (int c = 0; c < DH / 16; c++)
+                    load_matrices(q[m][c], attention_at<DH + 8>(sh.q[0], w * ROWS + 16 * m, 16 * c));
+            }
+        }
+        start = false;
+        if (j0 > old + row0 + ROWS - 1) continue;               // every key is in the future of this warp's rows
+        float s[MT][BN / 8][4];
+        attention_product<DH, MT, BN / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS, sh.k[stage][0], 0);
+        if (j0 + BN - 1 > old + row0 || j0 < first_all) attention_mask<false>(s, j0, old + row0, first);
+        // P is made with the largest score of some time ago, as long as no score is larger by more than 8 (of
+        // exponents to base 2): then P is at most 256, and float and bf16 lose nothing
+        float larger[MT][2];
+        bool renew = false;
+        #pragma unroll
+        for (int m = 0; m < MT; m++) {
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                larger[m][half] = s[m][0][2 * half];
+                #pragma unroll
+                for (int n = 0; n < BN / 8; n++)
+                    larger[m][half] = fmaxf(larger[m][half], fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                renew |= fmaf(larger[m][half], p.scale, -base[m][half]) > 8;
+            }
+        }
+        if (__any_sync(0xffffffffu, renew)) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float x = larger[m][half];
+                    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+                    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2)) * p.scale;
+                    x = fmaxf(x, base[m][half]);
+                    const float shrink = exp2_unit(base[m][half] - x);
+                    base[m][half] = x;
+                    total[m][half] *= shrink;
+                    #pragma unroll
+                    for (int n = 0; n < DH / 8; n++) {
+                        out[m][n][2 * half] *= shrink;
+                        out[m][n][2 * half + 1] *= shrink;
+                    }
+                }
+            }
+        }
+        #pragma unroll
+        for (int m = 0; m < MT; m++) {
+            #pragma unroll
+            for (int n = 0; n < BN / 8; n++) {
+                #pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    s[m][n][i] = exp2_unit(fmaf(s[m][n][i], p.scale, -base[m][i / 2]));
+                    total[m][i / 2] += s[m][n][i];
+                }
+            }
+        }
+        attention_accumulate<DH, MT, BN / 16>(out, s, sh.v[stage][0], 0);
+    }
+    // through shared memory (each warp its own rows of q) to whole rows
+    __syncwarp();
+    #pragma unroll
+    for (int m = 0; m < MT; m++) {
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float sum = total[m][half];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const float inverse = reciprocal_unit(sum);
+            const int r = w * ROWS + 16 * m + 8 * half + g;
+            #pragma unroll
+            for (int n = 0; n < DH / 8; n++)
+                *(uint32_t*)&sh.q[r][8 * n + 2 * quad] =
+                    scan_pack(out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
+            if (p.lse && quad == 0 && i0 + r < p.T)
+                p.lse[(size_t)head * p.T + i0 + r] = base[m][half] + log2f(sum);
+        }
+    }
+    __syncwarp();
+    #pragma unroll
+    for (int u = lane; u < ROWS * DH / 8; u += WARP) {
+        const int r = w * ROWS + u / (DH / 8), c = u % (DH / 8) * 8;
+        if (i0 + r < p.T && c < p.dh)
+            scan_store16(p.out + (m0 + r) * p.ldo + h * p.dh + c, *(const uint4*)&sh.q[r][c]);
+    }
+}
+
+// --- fast path: backward --------------------------------------------------------------------------------
+// Two kernels, each with its own scores: seven products instead of five, but each result stays in the
+// registers of one warp until it is complete; a single kernel would have to add up dq (or dk and dv) over
+// blocks, in memory.
+
+// attention_store_gradient: rows (ROWS x DH floats of each warp, in shared memory) times scale, `turned` back,
+// to rows of dqkv. Units of 16 channels: two packs that hold 8 pairs, or any two.
+template <int ROWS, int DH>
+__device__ __forceinline__ void attention_store_gradient(bf16* to, size_t ld, const float (*rows)[DH + 4],
+                                                         int t0, int T, int old, const int2* span, float scale,
+                                                         const RotaryCuda& rotary, bool turned, int dh) {
+    const int dim = turned ? rotary.dim : 0;
+    const bool whole = dim % 16 == 0;
+    for (int u = threadIdx.x % WARP; u < ROWS * DH / 16; u += WARP) {
+        const int r = u / (DH / 16), unit = u % (DH / 16), t = t0 + r;
+        if (t >= T) continue;
+        const int position = old + t - (span ? span[t].x : 0);
+        const bool pairs = whole && 16 * unit < dim, apart = pairs && !rotary.interleaved;
+        const int low = apart ? 8 * unit : 16 * unit, high = apart ? low + dim / 2 : low + 8;
+        float v[16];
+        #pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            *(float4*)(v + i) = *(const float4*)(rows[r] + low + i);
+            *(float4*)(v + 8 + i) = *(const float4*)(rows[r] + high + i);
+        }
+        if (pairs) {
+            rotary_pairs<8>(v, rotary.interleaved, true,
+                            [&](int i) { return rotary_turn(position, rotary.theta[8 * unit + i]); });
+        } else if (16 * unit < dim) {
+            #pragma unroll
+            for (int i = 0; i < 16; i++) v[i] = rotary_back(rows[r], 16 * unit + i, rotary, position);
+        }
+        #pragma unroll
+        for (int i = 0; i < 16; i++) v[i] *= scale;
+        if (low < dh) scan_store16(to + r * ld + low, scan_pack8(v));
+        if (high < dh) scan_store16(to + r * ld + high, scan_pack8(v + 8));
+    }
+}
+
+// dq: as forward, a block has 64 MT queries. Also makes delta.
+template <int DH, int MT, int BN> struct AttentionBackwardQShared {
+    union {
+        struct { bf16 q[64 * MT][DH + 8], dout[64 * MT][DH + 8]; };
+        float dq[64 * MT][DH + 4];
+    };
+    bf16 k[2][BN][DH + 8], v[2][BN][DH + 8];
+    float delta[64 * MT];
+};
+
+template <int DH, int MT, int BN>
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<bf16> p, int tiles) {
+    enum { BM = 64 * MT, ROWS = 16 * MT, IN_REGISTERS = DH <= 64, STEP = 32 };
+    extern __shared__ __align__(128) char shared[];
+    AttentionBackwardQShared<DH, MT, BN>& sh = *(AttentionBackwardQShared<DH, MT, BN>*)shared;
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
+    const int heads = p.B * p.Hq, head = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
+    const int b = head / p.Hq, h = head % p.Hq, i0 = tile * BM, row0 = i0 + w * ROWS;
+    const AttentionHead<bf16> kv(p, b, h * p.Hkv / p.Hq);
+    const int old = kv.old, keys = old + (i0 + BM < p.T ? i0 + BM : p.T);
+    const size_t m0 = (size_t)b * p.T + i0, stat = (size_t)head * p.T + i0;
+    const int2* span = p.span ? p.span + (size_t)b * p.T : NULL;
+    int first[MT][2], first_all = 0, j0 = 0;
+    #pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        const int t = row0 + 8 * i + g;
+        first[i / 2][i % 2] = span && t < p.T ? span[t].x : 0;
+    }
+    if (span) {
+        const int t = row0 + ROWS - 1;
+        first_all = span[t < p.T ? t : p.T - 1].x;
+        j0 = span[i0].x / BN * BN;
+    }
+    auto load = [&](int j, int stage) {
+        attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.k[stage][0], kv, 0, j, keys - j, p.dh);
+        attention_load_keys<BN, DH, ATTENTION_THREADS>(sh.v[stage][0], kv, kv.value, j, keys - j, p.dh);
+        copy_async_commit();
+    };
+    attention_load<BM, DH, ATTENTION_THREADS>(sh.q[0], p.q + m0 * p.ld + h * p.dh, p.ld, p.T - i0, p.dh);
+    attention_load<BM, DH, ATTENTION_THREADS>(sh.dout[0], p.dout + m0 * p.lddo + h * p.dh, p.lddo, p.T - i0,
+                                              p.dh);
+    load(j0, 0);
+    copy_async_wait(0);
+    __syncthreads();
+    if ((int)threadIdx.x < BM) {
+        const int r = threadIdx.x;
+        float delta = 0;
+        if (i0 + r < p.T) {
+            for (int c = 0; c < p.dh; c += 8) {
+                float a[8], o[8];
+                scan_unpack8(a, &sh.dout[r][c]);
+                scan_unpack8(o, p.out + (m0 + r) * p.ldo + h * p.dh + c);
+                #pragma unroll
+                for (int i = 0; i < 8; i++) delta = fmaf(a[i], o[i], delta);
+            }
+            p.delta[stat + r] = delta;
+        }
+        sh.delta[r] = delta;
+    }
+    uint32_t q[MT][DH / 16][4], dout[MT][DH / 16][4];
+    if (IN_REGISTERS) {
+        #pragma unroll
+        for (int m = 0; m < MT; m++) {
+            #pragma unroll
+            for (int c = 0; c < DH / 16; c++) {
+                load_matrices(q[m][c], attention_at<DH + 8>(sh.q[0], w * ROWS + 16 * m, 16 * c));
+                load_matrices(dout[m][c], attention_at<DH + 8>(sh.dout[0], w * ROWS + 16 * m, 16 * c));
+            }
+        }
+    }
+    __syncthreads();
+    float lse[MT][2], delta[MT][4], dq[MT][DH / 8][4] = {};
+    const float scale = p.scale * ATTENTION_LOG2E;
+    #pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        const int r = w * ROWS + 8 * i + g;
+        lse[i / 2][i % 2] = i0 + r < p.T ? p.lse[stat + r] : INFINITY;     // beyond T: P = 0
+        delta[i / 2][i % 2 * 2] = delta[i / 2][i % 2 * 2 + 1] = -sh.delta[r];
+    }
+    const float zero[4] = {};
+    auto none = [&](int, int) { return zero; };
+    auto minus_delta = [&](int m, int) { return delta[m]; };
+    for (int stage = 0; j0 < keys; j0 += BN, stage ^= 1) {
+        copy_async_wait(0);
+        __syncthreads();
+        if (j0 + BN < keys) load(j0 + BN, stage ^ 1);
+        #pragma unroll
+        for (int j1 = 0; j1 < BN; j1 += STEP) {
+            if (j0 + j1 > old + row0 + ROWS - 1) continue;
+            float s[MT][STEP / 8][4], dP[MT][STEP / 8][4];
+            attention_product<DH, MT, STEP / 16>(s, none, IN_REGISTERS ? q : NULL, sh.q[0], w * ROWS,
+                                                 sh.k[stage][0], j1);
+            attention_product<DH, MT, STEP / 16>(dP, minus_delta, IN_REGISTERS ? dout : NULL, sh.dout[0], w * ROWS,
+                                                 sh.v[stage][0], j1);
+            if (j0 + j1 + STEP - 1 > old + row0 || j0 + j1 < first_all)
+                attention_mask<false>(s, j0 + j1, old + row0, first);
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                #pragma unroll
+                for (int n = 0; n < STEP / 8; n++) {
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        s[m][n][i] = exp2_unit(fmaf(s[m][n][i], scale, -lse[m][i / 2])) * dP[m][n][i];
+                }
+            }
+            attention_accumulate<DH, MT, STEP / 16>(dq, s, sh.k[stage][0], j1);
+        }
+    }
+    __syncthreads();                                            // dq takes the place of q and dout
+    #pragma unroll
+    for (int m = 0; m < MT; m++) {
+        #pragma unroll
+        for (int n = 0; n < DH / 8; n++) {
+            #pragma unroll
+            for (int half = 0; half < 2; half++)
+                *(float2*)&sh.dq[w * ROWS + 16 * m + 8 * half + g][8 * n + 2 * quad] =
+                    make_float2(dq[m][n][2 * half], dq[m][n][2 * half + 1]);
+        }
+    }
+    __syncwarp();
+    attention_store_gradient<ROWS, DH>(p.dqkv + (m0 + w * ROWS) * p.lddqkv + h * p.dh, p.lddqkv,
+                                       sh.dq + w * ROWS, row0, p.T, old, span, p.scale, p.rotary, true, p.dh);
+}
+
+// dk, dv: a block has 64 MT keys of one KV head and walks over the queries that see them, of all query heads
+// that use it, in order. Scores are made transposed, keys are rows: so P and dS are operands of the next
+// products as they lie in the registers.
+template <int DH, int MT, int BQ> struct AttentionBackwardKVShared {
+    union {
+        struct { bf16 k[64 * MT][DH + 8], v[64 * MT][DH + 8]; };
+        float dkv[64 * MT][DH + 4];
+    };
+    bf16 q[2][BQ][DH + 8], dout[2][BQ][DH + 8];
+    float lse[2][BQ], delta[2][BQ];
+};
+
+template <int DH, int MT, int BQ>
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_kv_fast_kernel(const __grid_constant__ AttentionBackwardCuda<bf16> p, int) {
+    enum { BN = 64 * MT, ROWS = 16 * MT, STEP = 32 };
+    extern __shared__ __align__(128) char shared[];
+    AttentionBackwardKVShared<DH, MT, BQ>& sh = *(AttentionBackwardKVShared<DH, MT, BQ>*)shared;
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, quad = lane & 3;
+    // the first tiles, which most queries see, start first
+    const int heads = p.B * p.Hkv, head = blockIdx.x % heads, tile = blockIdx.x / heads;
+    const int b = head / p.Hkv, kv = head % p.Hkv, group = p.Hq / p.Hkv, j0 = tile * BN, row0 = j0 + w * ROWS;
+    const size_t m0 = (size_t)b * p.T + j0, first_token = (size_t)b * p.T;
+    const bf16* k = p.q + m0 * p.ld + (size_t)(p.Hq + kv) * p.dh;
+    const int2* span = p.span ? p.span + first_token : NULL;
+    // last[m][half]: the last query that sees this lane's rows; last_all: the first row of this warp
+    int last[MT][2], last_all = p.T - 1, queries = p.T;
+    #pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        const int t = row0 + 8 * i + g;
+        last[i / 2][i % 2] = span && t < p.T ? span[t].y : p.T - 1;
+    }
+    if (span) {
+        last_all = span[row0 < p.T ? row0 : p.T - 1].y;
+        queries = span[j0 + BN < p.T ? j0 + BN - 1 : p.T - 1].y + 1;
+    }
+    const int i_begin = j0 / BQ * BQ, steps = (queries - i_begin + BQ - 1) / BQ;
+    auto load = [&](int step, int stage) {
+        const int h = kv * group + step / steps, i = i_begin + step % steps * BQ;
+        attention_load<BQ, DH, ATTENTION_THREADS>(sh.q[stage][0],
+            p.q + (first_token + i) * p.ld + h * p.dh, p.ld, p.T - i, p.dh);
+        attention_load<BQ, DH, ATTENTION_THREADS>(sh.dout[stage][0],
+            p.dout + (first_token + i) * p.lddo + h * p.dh, p.lddo, p.T - i, p.dh);
+        if ((int)threadIdx.x < BQ) {
+            const bool inside = i + (int)threadIdx.x < p.T;
+            const size_t at = ((size_t)b * p.Hq + h) * p.T + i + threadIdx.x;
+            if (inside) scan_copy4(&sh.lse[stage][threadIdx.x], p.lse + at, true);
+            else sh.lse[stage][threadIdx.x] = INFINITY;
+            scan_copy4(&sh.delta[stage][threadIdx.x], inside ? p.delta + at : p.delta, inside);
+        }
+        copy_async_commit();
+    };
+    attention_load<BN, DH, ATTENTION_THREADS>(sh.k[0], k, p.ld, p.T - j0, p.dh);
+    attention_load<BN, DH, ATTENTION_THREADS>(sh.v[0], k + (size_t)p.Hkv * p.dh, p.ld, p.T - j0, p.dh);
+    load(0, 0);
+    float dk[MT][DH / 8][4] = {}, dv[MT][DH / 8][4] = {};
+    const float zero[4] = {};
+    auto none = [&](int, int) { return zero; };
+    const float scale = p.scale * ATTENTION_LOG2E;
+    for (int step = 0; step < steps * group; step++) {
+        const int stage = step & 1, i0 = i_begin + step % steps * BQ;
+        copy_async_wait(0);
+        __syncthreads();
+        if (step + 1 < steps * group) load(step + 1, stage ^ 1);
+        #pragma unroll
+        for (int i1 = 0; i1 < BQ; i1 += STEP) {
+            if (i0 + i1 + STEP - 1 < row0 || i0 + i1 >= queries) continue;
+            float s[MT][STEP / 8][4], dP[MT][STEP / 8][4];
+            attention_product<DH, MT, STEP / 16>(s, none, NULL, sh.k[0], w * ROWS, sh.q[stage][0], i1);
+            if (i0 + i1 < row0 + ROWS - 1 || i0 + i1 + STEP - 1 > last_all)
+                attention_mask<true>(s, i0 + i1, row0, last);
+            #pragma unroll
+            for (int n = 0; n < STEP / 8; n++) {
+                const float2 lse = *(const float2*)&sh.lse[stage][i1 + 8 * n + 2 * quad];
+                #pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        s[m][n][i] = exp2_unit(fmaf(s[m][n][i], scale, i % 2 ? -lse.y : -lse.x));
+                }
+            }
+            attention_accumulate<DH, MT, STEP / 16>(dv, s, sh.dout[stage][0], i1);
+            attention_product<DH, MT, STEP / 16>(dP, none, NULL, sh.v[0], w * ROWS, sh.dout[stage][0], i1);
+            #pragma unroll
+            for (int n = 0; n < STEP / 8; n++) {
+                const float2 delta = *(const float2*)&sh.delta[stage][i1 + 8 * n + 2 * quad];
+                #pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) s[m][n][i] *= dP[m][n][i] - (i % 2 ? delta.y : delta.x);
+                }
+            }
+            attention_accumulate<DH, MT, STEP / 16>(dk, s, sh.q[stage][0], i1);
+        }
+    }
+    bf16* to = p.dqkv + (m0 + w * ROWS) * p.lddqkv + (size_t)(p.Hq + kv) * p.dh;
+    const int old = p.cache ? (int)p.position0[b] : 0;
+    #pragma unroll
+    for (int which = 0; which < 2; which++) {                   // dk, then dv, in place of k and v
+        __syncthreads();
+        #pragma unroll
+        for (int m = 0; m < MT; m++) {
+            #pragma unroll
+            for (int n = 0; n < DH / 8; n++) {
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float* d = which ? &dv[m][n][2 * half] : &dk[m][n][2 * half];
+                    *(float2*)&sh.dkv[w * ROWS + 16 * m + 8 * half + g][8 * n + 2 * quad] =
+                        make_float2(d[0], d[1]);
+                }
+            }
+        }
+        __syncwarp();
+        attention_store_gradient<ROWS, DH>(to + which * (size_t)p.Hkv * p.dh, p.lddqkv, sh.dkv + w * ROWS, row0,
+                                           p.T, old, span, which ? 1.0f : p.scale, p.rotary, !which, p.dh);
+    }
+}
+
+// --- decoding -------------------------------------------------------------------------------------------
+// One query per sequence against a long cache. The keys are split over blocks, each makes softmax over its
+// part; a second kernel puts the parts together: with M = max_s max_s, w_s = exp(max_s - M),
+//   out = sum_s w_s sum_s / sum_s w_s total_s
+// A block has G query heads of one KV head, so that each key is read once for them. A row of dh channels is
+// read by `lanes` neighbouring lanes, W channels each; a warp has 32 / lanes rows at once, 4 times. The block
+// of the last part also sees the new token's key, which it turns and appends to the cache.
+//   bytes: 4 dh per key and KV head
+enum { ATTENTION_DECODE_WARPS = 8, ATTENTION_DECODE_ROWS = 4, ATTENTION_MAX_SPLITS = 128 };
+
+// channels c..c+W-1 of a head, turned, as X holds them
+template <typename X, int W>
+__device__ __forceinline__ Pack<X, W> attention_turned(const X* head, int c, const RotaryCuda& rot,
+                                                       int position) {
+    Pack<X, W> own = load_pack<W>(head + c);
+    if (c >= rot.dim) return own;
+    const int half = rot.dim / 2;
+    const bool second = c >= half;
+    float v[W], other[W];
+    unpack<W>(v, own);
+    if (rot.interleaved) {
+        #pragma unroll
+        for (int j = 0; j < W; j++) other[j] = v[j ^ 1];
+    } else unpack<W>(other, load_pack<W>(head + (second ? c - half : c + half)));
+    #pragma unroll
+    for (int j = 0; j < W; j++) {
+        const int i = rot.interleaved ? (c + j) / 2 : second ? c + j - half : c + j;
+        const float2 by = rotary_turn(position, rot.theta[i]);
+        const bool is_y = rot.interleaved ? j % 2 : second;
+        own.v[j] = from_float<X>(is_y ? other[j] * by.y + v[j] * by.x : v[j] * by.x - other[j] * by.y);
+    }
+    return own;
+}
+
+// parts (B,Hq,splits,dh+2): sums, then total and max
+template <typename X, int G>
+__global__ void __launch_bounds__(ATTENTION_DECODE_WARPS * WARP)
+attention_decode_kernel(float* parts, X* append, const X* q_row, const AttentionKeys<X> p, float scale,
+                        const __grid_constant__ RotaryCuda rot, int lanes) {
+    enum { W = 16 / sizeof(X), ROWS = ATTENTION_DECODE_ROWS };
+    __shared__ float sum[ATTENTION_DECODE_WARPS][WARP * W], stat[ATTENTION_DECODE_WARPS][2];
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, at = lane / lanes, c = lane % lanes * W;
+    const int h0 = blockIdx.y * G, b = blockIdx.z, split = blockIdx.x, splits = gridDim.x;
+    const int kv = h0 * p.Hkv / p.Hq, from = c < p.dh ? c : 0;
+    const AttentionHead<X> keys(p, b, kv);
+    const long long n = keys.old;
+    const int begin = (int)(n * split / splits), end = (int)(n * (split + 1) / splits);
+    const int together = WARP / lanes;
+    float q[G][W], acc[G][W], max[G], total[G];
+    #pragma unroll
+    for (int i = 0; i < G; i++) {
+        unpack<W>(q[i], attention_turned<X, W>(q_row + b * p.ld + (h0 + i) * p.dh, from, rot, keys.old));
+        #pragma unroll
+        for (int j = 0; j < W; j++) {
+            q[i][j] *= c < p.dh ? scale : 0.0f;
+            acc[i][j] = 0;
+        }
+        max[i] = -INFINITY;
+        total[i] = 0;
+    }
+    if (split == splits - 1 && w == 0) {                        // the new token
+        const Pack<X, W> key = attention_turned<X, W>(keys.call, from, rot, keys.old);
+        const Pack<X, W> value = load_pack<W>(keys.call + keys.value + from);
+        #pragma unroll
+        for (int i = 0; i < G; i++) {
+            float s = 0;
+            #pragma unroll
+            for (int j = 0; j < W; j++) s = fmaf(q[i][j], to_float(key.v[j]), s);
+            for (int step = lanes / 2; step > 0; step /= 2) s += __shfl_xor_sync(0xffffffffu, s, step);
+            if (at > 0) continue;
+            max[i] = s;
+            total[i] = 1;
+            unpack<W>(acc[i], value);
+        }
+        if (at == 0 && c < p.dh && h0 * p.Hkv % p.Hq == 0 && (size_t)keys.old < p.capacity) {
+            X* row = append + (b * p.capacity + keys.old) * keys.ld_cache + (size_t)kv * p.dh + c;
+            *(Pack<X, W>*)row = key;
+            *(Pack<X, W>*)(row + keys.value) = value;
+        }
+    }
+    for (int j0 = begin + w * together * ROWS; j0 < end; j0 += ATTENTION_DECODE_WARPS * together * ROWS) {
+        Pack<X, W> key[ROWS], value[ROWS];
+        #pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const int j = j0 + r * together + at;
+            const X* row = keys.cache + (j < end ? j : end - 1) * keys.ld_cache + from;
+            key[r] = load_pack<W>(row);
+            value[r] = load_pack<W>(row + keys.value);
+        }
+        #pragma unroll
+        for (int i = 0; i < G; i++) {
+            float s[ROWS], larger = max[i];
+            #pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                s[r] = 0;
+                #pragma unroll
+                for (int j = 0; j < W; j++) s[r] = fmaf(q[i][j], to_float(key[r].v[j]), s[r]);
+            }
+            for (int step = lanes / 2; step > 0; step /= 2) {
+                #pragma unroll
+                for (int r = 0; r < ROWS; r++) s[r] += __shfl_xor_sync(0xffffffffu, s[r], step);
+            }
+            #pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                if (j0 + r * together + at >= end) s[r] = -INFINITY;
+                larger = fmaxf(larger, s[r]);
+            }
+            const float base = larger == -INFINITY ? 0.0f : larger, shrink = exp2_unit(max[i] - base);
+            max[i] = larger;
+            total[i] *= shrink;
+            #pragma unroll
+            for (int j = 0; j < W; j++) acc[i][j] *= shrink;
+            #pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const float P = exp2_unit(s[r] - base);
+                total[i] += P;
+                #pragma unroll
+                for (int j = 0; j < W; j++) acc[i][j] = fmaf(P, to_float(value[r].v[j]), acc[i][j]);
+            }
+        }
+    }
+    #pragma unroll
+    for (int i = 0; i < G; i++) {
+        for (int step = lanes; step < WARP; step *= 2) {        // over the rows that a warp has at once
+            const float other = __shfl_xor_sync(0xffffffffu, max[i], step), larger = fmaxf(max[i], other);
+            const float base = larger == -INFINITY ? 0.0f : larger, shrink = exp2_unit(max[i] - base);
+            max[i] = larger;
+            total[i] *= shrink;
+            total[i] += __shfl_xor_sync(0xffffffffu, total[i], step);
+            #pragma unroll
+            for (int j = 0; j < W; j++) {
+                acc[i][j] *= shrink;
+                acc[i][j] += __shfl_xor_sync(0xffffffffu, acc[i][j], step);
+            }
+        }
+        __syncthreads();
+        if (at == 0) {
+            #pragma unroll
+            for (int j = 0; j < W; j++) sum[w][c + j] = acc[i][j];
+        }
+        if (lane == 0) {
+            stat[w][0] = total[i];
+            stat[w][1] = max[i];
+        }
+        __syncthreads();
+        float largest = -INFINITY, all = 0, weight[ATTENTION_DECODE_WARPS];
+        #pragma unroll
+        for (int r = 0; r < ATTENTION_DECODE_WARPS; r++) largest = fmaxf(largest, stat[r][1]);
+        #pragma unroll
+        for (int r = 0; r < ATTENTION_DECODE_WARPS; r++) {
+            weight[r] = largest == -INFINITY ? 0.0f : exp2_unit(stat[r][1] - largest);
+            all = fmaf(weight[r], stat[r][0], all);
+        }
+        float* part = parts + (((size_t)b * p.Hq + h0 + i) * splits + split) * (p.dh + 2);
+        if (threadIdx.x < (unsigned)p.dh) {
+            float o = 0;
+            #pragma unroll
+            for (int r = 0; r < ATTENTION_DECODE_WARPS; r++) o = fmaf(weight[r], sum[r][threadIdx.x], o);
+            part[threadIdx.x] = o;
+        }
+        if (threadIdx.x == 0) {
+            part[p.dh] = all;
+            part[p.dh + 1] = largest;
+        }
+    }
+}
+
+template <typename X>
+__global__ void __launch_bounds__(ATTENTION_MAX_SPLITS)
+attention_decode_sum_kernel(X* out, size_t ldo, float* position, const float* parts, int splits, int Hq,
+                            int dh) {
+    __shared__ float weight[ATTENTION_MAX_SPLITS], total[ATTENTION_MAX_SPLITS];
+    const int s = threadIdx.x;
+    if (s == 0 && blockIdx.x == 0) position[blockIdx.y] += 1;
+    const float* part = parts + ((size_t)blockIdx.y * Hq + blockIdx.x) * splits * (dh + 2);
+    weight[s] = s < splits ? part[s * (dh + 2) + dh + 1] : -INFINITY;
+    __syncthreads();
+    float largest = -INFINITY, all = 0;
+    for (int i = 0; i < splits; i++) largest = fmaxf(largest, weight[i]);
+    __syncthreads();
+    weight[s] = exp2_unit(weight[s] - largest);
+    total[s] = s < splits ? weight[s] * part[s * (dh + 2) + dh] : 0.0f;
+    __syncthreads();
+    for (int i = 0; i < splits; i++) all += total[i];
+    for (int c = s; c < dh; c += ATTENTION_MAX_SPLITS) {
+        float sum = 0;
+        for (int i = 0; i < splits; i++) sum = fmaf(weight[i], part[i * (dh + 2) + c], sum);
+        out[blockIdx.y * ldo + blockIdx.x * dh + c] = from_float<X>(sum / all);
+    }
+}
+
+// --- launchers ------------------------------------------------------------------------------------------
+
+// AttentionTiles: how many times 16 rows a warp has (MT) and how long the tiles are that it walks over, as
+// many as registers and shared memory hold
+template <int DH> struct AttentionTiles {
+    enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 64, KV_MT = 2, KV_QUERIES = 64 };
+};
+template <> struct AttentionTiles<96> {
+    enum { MT = 2, KEYS = 64, Q_MT = 2, Q_KEYS = 32, KV_MT = 1, KV_QUERIES = 32 };
+};
+template <> struct AttentionTiles<128> {
+    enum { MT = 2, KEYS = 32, Q_MT = 2, Q_KEYS = 32, KV_MT = 1, KV_QUERIES = 32 };
+};
+
+template <typename Kernel, typename P>
+static inline void attention_launch_fast(Kernel kernel, size_t shared, const P& p, int heads, int rows,
+                                         cudaStream_t stream) {
+    const int tiles = (p.T + rows - 1) / rows;
+    scan_allow_shared(kernel, shared);
+    kernel<<<(unsigned)(tiles * heads), ATTENTION_THREADS, shared, stream>>>(p, tiles);
+    cudaCheck(cudaGetLastError());
+}
+template <int DH>
+static inline void attention_forward_fast_cuda(const AttentionCuda<bf16>& p, cudaStream_t stream) {
+    typedef AttentionTiles<DH> Tiles;
+    attention_launch_fast(attention_forward_fast_kernel<DH, Tiles::MT, Tiles::KEYS>,
+                          sizeof(AttentionForwardShared<DH, Tiles::MT, Tiles::KEYS>), p, p.B * p.Hq,
+                          64 * Tiles::MT, stream);
+}
+template <int DH>
+static inline void attention_backward_fast_cuda(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
+    typedef AttentionTiles<DH> Tiles;
+    attention_launch_fast(attention_backward_q_fast_kernel<DH, Tiles::Q_MT, Tiles::Q_KEYS>,
+                          sizeof(AttentionBackwardQShared<DH, Tiles::Q_MT, Tiles::Q_KEYS>), p, p.B * p.Hq,
+                          64 * Tiles::Q_MT, stream);
+    attention_launch_fast(attention_backward_kv_fast_kernel<DH, Tiles::KV_MT, Tiles::KV_QUERIES>,
+                          sizeof(AttentionBackwardKVShared<DH, Tiles::KV_MT, Tiles::KV_QUERIES>), p,
+                          p.B * p.Hkv, 64 * Tiles::KV_MT, stream);
+}
+static inline void attention_forward_fast_any(const AttentionCuda<bf16>& p, cudaStream_t stream) {
+    if (p.dh <= 32) attention_forward_fast_cuda<32>(p, stream);
+    else if (p.dh <= 64) attention_forward_fast_cuda<64>(p, stream);
+    else if (p.dh <= 96) attention_forward_fast_cuda<96>(p, stream);
+    else attention_forward_fast_cuda<128>(p, stream);
+}
+static inline void attention_backward_fast_any(const AttentionBackwardCuda<bf16>& p, cudaStream_t stream) {
+    if (p.dh <= 32) attention_backward_fast_cuda<32>(p, stream);
+    else if (p.dh <= 64) attention_backward_fast_cuda<64>(p, stream);
+    else if (p.dh <= 96) attention_backward_fast_cuda<96>(p, stream);
+    else attention_backward_fast_cuda<128>(p, stream);
+}
+// never called: attention_is_fast is false for float
+static inline void attention_forward_fast_any(const AttentionCuda<float>&, cudaStream_t) {}
+static inline void attention_backward_fast_any(const AttentionBackwardCuda<float>&, cudaStream_t) {}
+
+// attention_is_fast: rows of heads, each aligned to 16 bytes
+template <typename X> static inline bool attention_is_fast(const X* rows, size_t ld, size_t dh) {
+    return sizeof(X) == sizeof(bf16) && dh % 8 == 0 && dh <= 128 && is_aligned(rows, 16, ld * sizeof(X)) &&
+           ld < (size_t)1 << 23;
+}
+
+template <typename Kernel, typename P>
+static inline void attention_launch_general(Kernel kernel, const P& p, size_t rows, size_t floats,
+                                            cudaStream_t stream) {
+    const size_t shared = ATTENTION_WARPS * floats * sizeof(float);
+    if (shared > 200 << 10) die("attention head size %d is too large for the GPU", p.dh);
+    scan_allow_shared(kernel, shared);
+    kernel<<<(unsigned)((rows + ATTENTION_WARPS - 1) / ATTENTION_WARPS), ATTENTION_THREADS, shared, stream>>>(p);
+    cudaCheck(cudaGetLastError());
+}
+
+template <typename X>
+static inline AttentionKeys<X> attention_keys(const X* qkv, size_t ld, const X* kv0, size_t capacity,
+                                              const float* position0, const int2* span, size_t B, size_t T,
+                                              size_t Hq, size_t Hkv, size_t dh) {
+    AttentionKeys<X> p = {qkv + Hq * dh, position0 ? kv0 : NULL, ld, capacity, position0, span,
+                          (int)B, (int)T, (int)Hq, (int)Hkv, (int)dh};
+    return p;
+}
+
+// attention_forward_cuda: out and lse from qkv, whose q and k have been turned (attention_rotate_cuda).
+//   qkv (B,T,(Hq+2Hkv)dh), row stride ldqkv   out (B,T,Hq dh), row stride ldo
+//   lse (B,Hq,T): log2 of the sum of exp(scores); NULL in inference   scale: of the scores, 1/sqrt(dh)
+//   kv0 (B,capacity,2,Hkv,dh), position0 (B): the cache before the call, or NULL
+//   span (B,T): attention_span_cuda; NULL: one document per sequence
+template <typename X>
+const char* attention_forward_cuda(X* out, size_t ldo, float* lse, const X* qkv, size_t ldqkv, const X* kv0,
+                                   size_t capacity, const float* position0, const int2* span, float scale,
+                                   size_t B, size_t T, size_t Hq, size_t Hkv, size_t dh,
+                                   cudaStream_t stream) {
+    AttentionCuda<X> p;
+    (AttentionKeys<X>&)p = attention_keys(qkv, ldqkv, kv0, capacity, position0, span, B, T, Hq, Hkv, dh);
+    p.out = out; p.ldo = ldo; p.lse = lse; p.q = qkv; p.scale = scale * ATTENTION_LOG2E;
+    if (attention_is_fast(qkv, ldqkv, dh) && attention_is_fast(out, ldo, dh) &&
+        attention_is_fast(kv0, 8, dh)) {
+        attention_forward_fast_any(p, stream);
+        return "fast";
+    }
+    attention_launch_general(attention_forward_kernel<X>, p, B * T * Hq, 2 * dh + WARP, stream);
+    return "general";
+}
+
+// attention_backward_cuda: formulas at attention_backward_q_kernel.
+//   dqkv (row stride lddqkv): written; gradients of q and k before they were turned
+//   dout (B,T,Hq dh), row stride lddo   out, lse, qkv and the rest: as forward had and left them; the cache
+//   gets no gradient   scratch: B Hq T floats
+template <typename X>
+const char* attention_backward_cuda(X* dqkv, size_t lddqkv, const X* dout, size_t lddo, const X* out,
+                                    size_t ldo, const float* lse, const X* qkv, size_t ldqkv, const X* kv0,
+                                    size_t capacity, const float* position0, const int2* span,
+                                    const RotaryCuda& rotary, float scale, float* scratch, size_t B, size_t T,
+                                    size_t Hq, size_t Hkv, size_t dh, cudaStream_t stream) {
+    AttentionBackwardCuda<X> p;
+    (AttentionKeys<X>&)p = attention_keys(qkv, ldqkv, kv0, capacity, position0, span, B, T, Hq, Hkv, dh);
+    p.dqkv = dqkv; p.lddqkv = lddqkv;
+    p.dout = dout; p.out = out; p.q = qkv; p.lddo = lddo; p.ldo = ldo;
+    p.lse = lse; p.delta = scratch; p.scale = scale; p.rotary = rotary;
+    if (attention_is_fast(qkv, ldqkv, dh) && attention_is_fast(dqkv, lddqkv, dh) &&
+        attention_is_fast(dout, lddo, dh) && attention_is_fast(out, ldo, dh) &&
+        attention_is_fast(kv0, 8, dh)) {
+        attention_backward_fast_any(p, stream);
+        return "fast";
+    }
+    attention_launch_general(attention_backward_q_kernel<X>, p, B * T * Hq, 3 * dh + WARP, stream);
+    attention_launch_general(attention_backward_kv_kernel<X>, p, B * T * Hkv, 4 * dh + 2 * WARP, stream);
+    return "general";
+}
+
+// parts of the cache that one query is split over: enough blocks for four per processor, at least 64 keys each
+static inline size_t attention_splits_cuda(size_t blocks, size_t capacity) {
+    int sms = 1;
+    cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
+    size_t splits = (4 * (size_t)sms + blocks - 1) / blocks, most = (capacity + 63) / 64;
+    splits = splits < most ? splits : most;
+    return splits < ATTENTION_MAX_SPLITS ? splits : (size_t)ATTENTION_MAX_SPLITS;
+}
+static inline size_t attention_decode_scratch_cuda(size_t B, size_t Hq, size_t dh, size_t capacity) {
+    return B * Hq * attention_splits_cuda(1, capacity) * (dh + 2);
+}
+
+// attention_decode_cuda: one token of each sequence: turns q and k, attends to the cache and to itself, appends.
+//   out (B,Hq dh), row stride ldo   kv (B,capacity,2,Hkv,dh), position (B): the state, in place
+//   qkv (B,(Hq+2Hkv)dh), row stride ldqkv, not yet turned   scratch: attention_decode_scratch_cuda() floats
+template <typename X>
+const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, size_t capacity, X* qkv,
+                                  size_t ldqkv, const RotaryCuda& rotary, float scale, float* scratch,
+                                  size_t B, size_t Hq, size_t Hkv, size_t dh, cudaStream_t stream) {
+    const int W = 16 / (int)sizeof(X);
+    int lanes = 1;
+    while (lanes * W < (int)dh) lanes *= 2;
+    if (dh % W || lanes > WARP || rotary.dim % (2 * W) || !is_aligned(qkv, 16, ldqkv * sizeof(X)) ||
+        !is_aligned(kv, 16, 16)) {
+        attention_rotate_cuda<X>(qkv, ldqkv, position, NULL, rotary, B, 1, Hq, Hkv, dh, stream);
+        attention_forward_cuda<X>(out, ldo, NULL, qkv, ldqkv, kv, capacity, position, NULL, scale, B, 1, Hq,
+                                  Hkv, dh, stream);
+        attention_append_cuda<X>(kv, position, kv, capacity, position, qkv, ldqkv, NULL, B, 1, Hq, Hkv, dh,
+                                 stream);
+        return "whole";
+    }
+    const size_t group = Hq / Hkv, G = group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1;
+    const size_t splits = attention_splits_cuda(B * Hq / G, capacity);
+    auto kernel = G == 4 ? attention_decode_kernel<X, 4> : G == 2 ? attention_decode_kernel<X, 2>
+                                                                  : attention_decode_kernel<X, 1>;
+    kernel<<<dim3((unsigned)splits, (unsigned)(Hq / G), (unsigned)B), ATTENTION_DECODE_WARPS * WARP, 0,
+             stream>>>(scratch, kv, qkv, attention_keys<X>(qkv, ldqkv, kv, capacity, position, NULL, B, 1, Hq,
+                                                           Hkv, dh), scale * ATTENTION_LOG2E, rotary, lanes);
+    cudaCheck(cudaGetLastError());
+    attention_decode_sum_kernel<X><<<dim3((unsigned)Hq, (unsigned)B), ATTENTION_MAX_SPLITS, 0, stream>>>(
+        out, ldo, position, scratch, (int)splits, (int)Hq, (int)dh);
+    cudaCheck(cudaGetLastError());
+    return "split";
+}
+
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW
 
@@ -4125,7 +7712,9 @@ void adamw_cuda(float* params, X* params_x, const float* grads, float* m, float*
 // backward, its scratch, its functions. Everything else walks the table.
 
 // Rows of the tables are TensorSpecs: a shape per token, or one of the sizes in array_count. In addition to
-// the flags of train_mamba.c (BACKWARD_ONLY also among what is saved):
+// the sizes and flags of train_mamba.c (BACKWARD_ONLY also among what is saved):
+enum { DIM_IN2_ROW = 1000,            // DIM_IN2, padded
+       DIM_QKV_CONV };                // DIM_QKV where attention has a conv, otherwise nothing
 enum { IS_FLOAT = 1 << 16 };          // the elements are float, otherwise X
 
 // The float parameters of a layer, as train_mamba.c names them. weight_x: one of them in the type of the
@@ -4272,8 +7861,9 @@ static const TensorSpec mamba1_scratch_cuda[] = {
 // scan_spacing: tokens between two saved states; with --recompute cheap every second one is made again
 static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 16 : SCAN_SPACING; }
 
-// floats of partial sums that the kernels of its backward need
-static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T) {
+// floats of partial sums that its kernels need
+static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
+    if (!training) return 0;
     size_t E = (size_t)c->d_inner, scan = selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state),
            conv = causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv),
            bias = bias_backward_scratch_cuda(B * T, 2 * E);
@@ -4297,8 +7887,8 @@ void mamba1_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
     cudaStream_t stream = run->stream;
     block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->xz, 2 * E, p->in_proj, p->in_proj_bias,
                         2 * E);
-    causal_conv1d_forward_cuda(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, run->doc, B,
-                               T, E, K, stream);
+    causal_conv1d_forward_cuda(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true,
+                               run->doc, B, T, E, K, stream);
     matmul_forward_cuda(run->matmul, a->rbc, RBC, a->x, E, weight_x(L, p->x_proj), (const float*)NULL, M, E,
                         RBC, stream);
     matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, weight_x(L, p->dt_proj), (const float*)NULL,
@@ -4325,7 +7915,7 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     cudaStream_t stream = run->stream;
     if (run->recompute == RECOMPUTE_CHEAP) {                 // x, dt_raw now, u in block_begin_backward
         causal_conv1d_forward_cuda(a->x, (float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias,
-                                   run->doc, B, T, E, K, stream);
+                                   true, run->doc, B, T, E, K, stream);
         matmul_forward_cuda(run->matmul, a->dt_raw, E, a->rbc, RBC, weight_x(L, p->dt_proj),
                             (const float*)NULL, M, R, E, stream);
     }
@@ -4344,7 +7934,7 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     linear_backward_weight(run, dp->x_proj, (float*)NULL, w->drbc, RBC, a->x, E, shared->sums, E, RBC);
     linear_backward_input(run, w->dx, E, true, w->drbc, RBC, weight_x(L, p->x_proj), E, RBC);
     causal_conv1d_backward_cuda(w->dxz, 2 * E, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dx,
-                                (const float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias,
+                                (const float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true,
                                 run->doc, shared->sums, B, T, E, K, stream);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dxz, 2 * E,
                          p->norm, p->in_proj, 2 * E);
@@ -4382,7 +7972,308 @@ template <typename X> static void mamba1_paths(const Config* c) {
 }
 
 // --------------------------------------------------------------------------------------------------
-// 5.2 Gated MLP
+// 5.2 Mamba-2
+
+template <typename X> struct Mamba2ActsCuda { X *zxbcdt, *xbc; float* dt; X *y, *states; float* gated_rstd; };
+
+static const TensorSpec mamba2_acts_cuda[] = {
+    {"zxbcdt",     {DIM_IN2_ROW}, 0, 0},                 // z0, x0, gate z, x, B, C before the conv, dt_raw
+    {"xbc",        {DIM_XBC}, 0, CHEAP},                 // x, B, C after conv and SiLU
+    {"dt",         {DIM_H}, 0, CHEAP | IS_FLOAT},        // (B,H,T)
+    {"y",          {DIM_ES}, 0, 0},                      // output of the SSM, before gate and norm
+    {"states",     {DIM_SSD_SAVED}, 0, BACKWARD_ONLY},
+    {"gated_rstd", {DIM_G}, 0, IS_FLOAT},
+};
+
+template <typename X> struct Mamba2ScratchCuda { X *n, *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
+
+static const TensorSpec mamba2_scratch_cuda[] = {
+    {"n",       {DIM_E}, 0, 0},                          // what out_proj reads
+    {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
+    {"dy",      {DIM_JOINED}, 0, BACKWARD_ONLY},         // without the inner MLP it takes the place of dn
+    {"dzxbcdt", {DIM_IN2_ROW}, 0, BACKWARD_ONLY},
+    {"dxbc",    {DIM_XBC}, 0, BACKWARD_ONLY},
+    {"ddt",     {DIM_H}, 0, BACKWARD_ONLY | IS_FLOAT},
+};
+
+// mamba2_row: the row stride of zxbcdt; rows begin at multiples of 128 bytes (bf16)
+static size_t mamba2_row(size_t in) { return (in + 63) / 64 * 64; }
+
+static Mamba2Sizes mamba2_sizes_cuda(const Config* c, size_t B, size_t T) {
+    Run run;
+    memset(&run, 0, sizeof run);
+    run.config = c;
+    run.B = B;
+    run.T = T;
+    return mamba2_sizes(&run);
+}
+
+static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, B, T);
+    const size_t forward = ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
+                 backward[] = {ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
+                               ssd_dt_backward_scratch_cuda(B, T, s.H), gated_rmsnorm_scratch_cuda(s.M, s.Es),
+                               causal_conv1d_scratch_cuda(B, T, s.Cd, s.K),
+                               bias_backward_scratch_cuda(s.M, s.in)};
+    size_t most = forward;
+    for (size_t i = 0; training && i < sizeof backward / sizeof backward[0]; i++)
+        most = max_size(most, backward[i]);
+    return most;
+}
+
+// the CHEAP activations: x, B, C; dt
+template <typename X>
+static void mamba2_conv_dt(const CudaRun<X>* run, const Mamba2Sizes& s, const Mamba2Params* p,
+                           const Mamba2ActsCuda<X>* a, const float* tail0, float* tailT) {
+    const Config* c = run->config;
+    const size_t ld = mamba2_row(s.in);
+    causal_conv1d_forward_cuda(a->xbc, tailT, a->zxbcdt + s.xbc, ld, tail0, p->conv1d, p->conv1d_bias, true,
+                               run->doc, run->B, run->T, s.Cd, s.K, run->stream);
+    ssd_dt_forward_cuda(a->dt, a->zxbcdt + s.dt, ld, p->dt_bias, (float)c->dt_low, (float)c->dt_high, run->B,
+                        run->T, s.H, run->stream);
+}
+
+// mamba2_block_forward_cuda: delta = Mamba2(RMSNorm(res)), res = res_in + delta_in; formulas (S1) to (S6) at
+// mamba2_block_forward.   state: conv and ssm, float, NULL: zeros
+template <typename X>
+void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                               const ScratchCuda<X>* shared, const float* res_in, const X* delta_in,
+                               float* const* state0, float* const* stateT) {
+    const Mamba2Params* p = (const Mamba2Params*)L->p;
+    const Mamba2ActsCuda<X>* a = (const Mamba2ActsCuda<X>*)acts->field;
+    const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
+    const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
+    const size_t ld = mamba2_row(s.in);
+    const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es, *Ct = Bt + s.G * s.N;
+    cudaStream_t stream = run->stream;
+    // (S1) to (S4)
+    block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->zxbcdt, ld, p->in_proj, p->in_proj_bias,
+                        s.in);
+    mamba2_conv_dt(run, s, p, a, s0->conv, sT->conv);
+    ssd_forward_cuda<X>(a->y, a->states, sT->ssm, a->xbc, s.Cd, a->dt, p->A_log, Bt, Ct, s.Cd, p->D,
+                        c->D_has_hdim, s0->ssm, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
+                        stream);
+    // (S5) and (S6): the inner MLP and the normed and gated y side by side
+    if (s.mlp) gate_forward_cuda(w->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+    if (c->rmsnorm)
+        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
+                                   s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, stream);
+    else gate_forward_cuda(w->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
+    matmul_forward_cuda(run->matmul, shared->delta, s.D, w->n, s.E, weight_x(L, p->out_proj),
+                        p->out_proj_bias, s.M, s.E, s.D, stream);
+}
+
+// mamba2_block_backward_cuda: gradients as in block_begin_backward
+template <typename X>
+void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                const ScratchCuda<X>* shared, float* const* state0) {
+    const Mamba2Params *p = (const Mamba2Params*)L->p, *dp = (const Mamba2Params*)L->grad;
+    const Mamba2ActsCuda<X>* a = (const Mamba2ActsCuda<X>*)acts->field;
+    const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
+    const Mamba2State* s0 = (const Mamba2State*)state0;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
+    const size_t ld = mamba2_row(s.in), GN = s.G * s.N;
+    const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es;
+    X *dz0 = w->dzxbcdt, *dx0 = dz0 + s.mlp, *dz = dz0 + s.z, *dy = s.mlp ? w->dy : w->dn;
+    X* dBt = w->dxbc + s.Es;
+    cudaStream_t stream = run->stream;
+    if (run->recompute == RECOMPUTE_CHEAP) mamba2_conv_dt(run, s, p, a, s0->conv, (float*)NULL);
+    // (S6) out = W_out n: the gradient of n first; what follows makes n again for the weight gradient
+    linear_backward_input(run, w->dn, s.E, false, shared->dres_x, s.D, weight_x(L, p->out_proj), s.E, s.D);
+    side_join(run);                                // of the layer before: n and dzxbcdt are written again
+    if (s.mlp)
+        gate_backward_cuda(dx0, ld, dz0, ld, w->n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+    // (S5)
+    if (c->rmsnorm)
+        gated_rmsnorm_backward_cuda(dy, dz, ld, w->n + s.mlp, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
+                                    z, ld, p->gated_norm, a->gated_rstd, shared->sums, s.M, s.Es,
+                                    s.Es / s.G, c->norm_before_gate, stream);
+    else
+        gate_backward_cuda(dy, s.Es, dz, ld, w->n + s.mlp, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
+                           s.Es, stream);
+    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, s.D, w->n, s.E, shared->sums,
+                           s.E, s.D);
+    // (S4) to (S1)
+    ssd_backward_cuda<X>(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dBt + GN, s.Cd, dp->D, (float*)NULL, dy,
+                         (const float*)NULL, a->states, a->xbc, s.Cd, a->dt, p->A_log, Bt, Bt + GN, s.Cd,
+                         p->D, c->D_has_hdim, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
+                         stream);
+    ssd_dt_backward_cuda(w->dzxbcdt + s.dt, ld, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, ld, p->dt_bias,
+                         (float)c->dt_low, (float)c->dt_high, shared->sums, run->B, run->T, s.H, stream);
+    causal_conv1d_backward_cuda(w->dzxbcdt + s.xbc, ld, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dxbc,
+                                (const float*)NULL, a->zxbcdt + s.xbc, ld, s0->conv, p->conv1d,
+                                p->conv1d_bias, true, run->doc, shared->sums, run->B, run->T, s.Cd, s.K,
+                                stream);
+    block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, ld,
+                         p->norm, p->in_proj, s.in);
+}
+
+template <typename X> static void mamba2_paths(const Config* c) {
+    size_t S = (size_t)(c->d_ssm / c->ngroups), N = (size_t)c->d_state, P = (size_t)c->headdim;
+    bool ssd = sizeof(X) == 2 && ssd_backward_fast_of(P, N) && (size_t)c->d_ssm * sizeof(X) % 16 == 0;
+    printf("SSD %s%s, gated norm %s, ", ssd ? "fast" : "general",
+           !ssd && sizeof(X) == 2
+               ? " (the fast one needs --headdim 32, 64 or 128, --d-state 64 or 128)" : "",
+           gated_threads(S) ? "fast" : "general");
+}
+
+static int mamba2_decode_steps(const Config* c, const LayerCuda<bf16>* L, float* const* state,
+                               const float* norm, DecodeStep* step) {
+    const Mamba2Params* p = (const Mamba2Params*)L->p;
+    const Mamba2State* s = (const Mamba2State*)state;
+    int D = (int)c->d_model, E = (int)c->d_inner, K = (int)c->d_conv, H = (int)(c->d_ssm / c->headdim),
+        BC = 2 * (int)(c->ngroups * c->d_state);
+    if (E % 32 || c->d_ssm != E || H % 2 || K > 4 || (c->rmsnorm && c->ngroups > 1)) return 0;
+    const bf16* in = weight_x(L, p->in_proj);                // rows for z, x, B and C, dt
+    const float *in_bias = p->in_proj_bias, *conv_bias = p->conv1d_bias, *gated_norm = c->rmsnorm ? p->gated_norm : NULL;
+    const DecodeStep steps[] = {
+        {DECODE_BC, BC + H, D, 0, 0, 0, in + (size_t)2 * E * D, in_bias ? in_bias + 2 * E : NULL,
+         {p->conv1d + E * K, conv_bias ? conv_bias + E : NULL}, s->conv + E},
+        {DECODE_IN, E, D, -E, 1, 0, in + (size_t)E * D, in_bias ? in_bias + E : NULL, {p->conv1d, conv_bias}, s->conv},
+        {DECODE_SSD, E, 0, 0, 0, 0, NULL, NULL, {p->A_log, p->D, p->dt_bias, gated_norm}, s->ssm},
+        {DECODE_OUT, D, E, 0, 0, c->rmsnorm, weight_x(L, p->out_proj), p->out_proj_bias, {norm}, NULL},
+    };
+    memcpy(step, steps, sizeof steps);
+    return 4;
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.3 Attention
+
+template <typename X> struct AttentionActsCuda { X *in, *qkv; float* lse; X* y; };
+
+static const TensorSpec attention_acts_cuda[] = {
+    {"in",  {DIM_IN_A}, 0, 0},                           // q, k, v before the conv, up, gate
+    {"qkv", {DIM_QKV_CONV}, 0, CHEAP},                   // after conv and rotation; without conv part of `in`
+    {"lse", {DIM_HQ}, 0, BACKWARD_ONLY | IS_FLOAT},      // (B,Hq,T)
+    {"y",   {DIM_OUT_A}, 0, 0},                          // out of the heads, of the MLP
+};
+
+template <typename X> struct AttentionScratchCuda { int2* span; X *din, *dqkv, *dy; };
+
+static const TensorSpec attention_scratch_cuda[] = {
+    {"span", {DIM_2}, 0, IS_FLOAT},                      // of documents
+    {"din",  {DIM_IN_A}, 0, BACKWARD_ONLY},
+    {"dqkv", {DIM_QKV_CONV}, 0, BACKWARD_ONLY},
+    {"dy",   {DIM_OUT_A}, 0, BACKWARD_ONLY},
+};
+
+static size_t attention_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
+    const Heads s = heads_of(c);
+    if (!training) return attention_decode_scratch_cuda(B, s.Hq, s.dh, s.capacity);
+    size_t conv = s.K ? causal_conv1d_scratch_cuda(B, T, s.qkv, s.K) : 0;
+    return max_size(B * s.Hq * T, max_size(conv, bias_backward_scratch_cuda(B * T, s.in)));
+}
+
+// the documents of the call; NULL: one per sequence
+template <typename X>
+static const int2* attention_spans(const CudaRun<X>* run, const AttentionScratchCuda<X>* w,
+                                   const float* position0) {
+    if (!run->doc) return NULL;
+    attention_span_cuda(w->span, run->doc, position0, run->B, run->T, run->stream);
+    return w->span;
+}
+
+// (A2) q, k, v through the conv
+template <typename X>
+static void attention_conv(const CudaRun<X>* run, const Heads& s, const AttentionParams* p,
+                           const AttentionActsCuda<X>* a, const float* tail0, float* tailT) {
+    causal_conv1d_forward_cuda(a->qkv, tailT, a->in, s.in, tail0, p->conv1d, p->conv1d_bias, false, run->doc,
+                               run->B, run->T, s.qkv, s.K, run->stream);
+}
+
+// (A3) q and k turned in place
+template <typename X>
+static void attention_turn(const CudaRun<X>* run, const Heads& s, X* qkv, size_t ld, const float* position0,
+                           const int2* span, const RotaryCuda& rotary) {
+    attention_rotate_cuda(qkv, ld, position0, span, rotary, run->B, run->T, s.Hq, s.Hkv, s.dh, run->stream);
+}
+
+// attention_block_forward_cuda: delta = Attention(RMSNorm(res)), res = res_in + delta_in; formulas (A1) to
+// (A4) at attention_block_forward.   state: conv, position float, kv (keys turned, values) in X; NULL: none
+template <typename X>
+void attention_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                  const ScratchCuda<X>* shared, const float* res_in, const X* delta_in,
+                                  float* const* state0, float* const* stateT) {
+    const AttentionParams* p = (const AttentionParams*)L->p;
+    const AttentionActsCuda<X>* a = (const AttentionActsCuda<X>*)acts->field;
+    const AttentionScratchCuda<X>* w = (const AttentionScratchCuda<X>*)acts->scratch;
+    const AttentionState *s0 = (const AttentionState*)state0, *sT = (const AttentionState*)stateT;
+    const Config* c = run->config;
+    const Heads s = heads_of(c);
+    const size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, ld = s.K ? s.qkv : s.in;
+    const X* up = a->in + s.qkv;
+    X *qkv = s.K ? a->qkv : a->in, *kv0 = (X*)s0->kv, *kvT = (X*)sT->kv;
+    const RotaryCuda rotary = rotary_cuda(s.ro, c->rotary_base, c->rotary_interleaved);
+    cudaStream_t stream = run->stream;
+    block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->in, s.in, p->in_proj, p->in_proj_bias,
+                        s.in);
+    if (s.K) attention_conv(run, s, p, a, s0->conv, sT->conv);
+    if (T == 1 && kv0 && kv0 == kvT && !a->lse && !run->doc) {           // generation
+        attention_decode_cuda<X>(a->y, s.out, kvT, sT->position, s.capacity, qkv, ld, rotary, s.scale,
+                                 shared->sums, B, s.Hq, s.Hkv, s.dh, stream);
+    } else {
+        const int2* span = attention_spans(run, w, s0->position);
+        attention_turn(run, s, qkv, ld, s0->position, span, rotary);
+        attention_forward_cuda<X>(a->y, s.out, a->lse, qkv, ld, kv0, s.capacity, s0->position, span, s.scale,
+                                  B, T, s.Hq, s.Hkv, s.dh, stream);
+        if (kvT)
+            attention_append_cuda<X>(kvT, sT->position, kv0, s.capacity, s0->position, qkv, ld, span, B, T,
+                                     s.Hq, s.Hkv, s.dh, stream);
+    }
+    if (s.F) gate_forward_cuda(a->y + s.Hq * s.dh, s.out, up, s.in, up + s.F, s.in, M, s.F, stream);
+    matmul_forward_cuda(run->matmul, shared->delta, D, a->y, s.out, weight_x(L, p->out_proj),
+                        p->out_proj_bias, M, s.out, D, stream);
+}
+
+// attention_block_backward_cuda: gradients as in block_begin_backward
+template <typename X>
+void attention_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
+                                   const ScratchCuda<X>* shared, float* const* state0) {
+    const AttentionParams *p = (const AttentionParams*)L->p, *dp = (const AttentionParams*)L->grad;
+    const AttentionActsCuda<X>* a = (const AttentionActsCuda<X>*)acts->field;
+    const AttentionScratchCuda<X>* w = (const AttentionScratchCuda<X>*)acts->scratch;
+    const AttentionState* s0 = (const AttentionState*)state0;
+    const Config* c = run->config;
+    const Heads s = heads_of(c);
+    const size_t B = run->B, T = run->T, M = B * T, D = (size_t)c->d_model, ld = s.K ? s.qkv : s.in;
+    const X* up = a->in + s.qkv;
+    X *qkv = s.K ? a->qkv : a->in, *dup = w->din + s.qkv, *dqkv = s.K ? w->dqkv : w->din;
+    const RotaryCuda rotary = rotary_cuda(s.ro, c->rotary_base, c->rotary_interleaved);
+    cudaStream_t stream = run->stream;
+    const int2* span = attention_spans(run, w, s0->position);
+    if (run->recompute == RECOMPUTE_CHEAP && s.K) {          // qkv now, u in block_begin_backward
+        attention_conv(run, s, p, a, s0->conv, (float*)NULL);
+        attention_turn(run, s, qkv, ld, s0->position, span, rotary);
+    }
+    linear_backward_input(run, w->dy, s.out, false, shared->dres_x, D, weight_x(L, p->out_proj), s.out, D);
+    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, D, a->y, s.out,
+                           shared->sums, s.out, D);
+    side_join(run);                                // of the layer before: din is written again
+    if (s.F)
+        gate_backward_cuda(dup, s.in, dup + s.F, s.in, (X*)NULL, 0, w->dy + s.Hq * s.dh, s.out, up, s.in,
+                           up + s.F, s.in, M, s.F, stream);
+    attention_backward_cuda<X>(dqkv, ld, w->dy, s.out, a->y, s.out, a->lse, qkv, ld, (const X*)s0->kv,
+                               s.capacity, s0->position, span, rotary, s.scale, shared->sums, B, T, s.Hq,
+                               s.Hkv, s.dh, stream);
+    if (s.K)
+        causal_conv1d_backward_cuda(w->din, s.in, dp->conv1d, dp->conv1d_bias, (float*)NULL, dqkv,
+                                    (const float*)NULL, a->in, s.in, s0->conv, p->conv1d, p->conv1d_bias,
+                                    false, run->doc, shared->sums, B, T, s.qkv, s.K, stream);
+    block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->din, s.in, p->norm,
+                         p->in_proj, s.in);
+}
+
+template <typename X> static void attention_paths(const Config* c) {
+    printf("attention %s, ", sizeof(X) == 2 && c->attn_head_dim % 8 == 0 && c->attn_head_dim <= 128
+                                 ? "fast" : "general");
+}
+
+// --------------------------------------------------------------------------------------------------
+// 5.4 Gated MLP
 
 template <typename X> struct MlpActsCuda { X* h; };
 
@@ -4408,7 +8299,7 @@ void mlp_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const 
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     block_begin_forward(run, L, acts, res_in, delta_in, p->norm, a->h, 2 * F, p->fc1, (const float*)NULL,
                         2 * F);
-    gate_forward_cuda(w->m, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
+    gate_forward_cuda(w->m, F, a->h, 2 * F, a->h + F, 2 * F, M, F, run->stream);
     matmul_forward_cuda(run->matmul, shared->delta, D, w->m, F, weight_x(L, p->fc2), (const float*)NULL, M, F,
                         D, run->stream);
 }
@@ -4422,7 +8313,7 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
     size_t M = run->B * run->T, D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
     linear_backward_input(run, w->dm, F, false, shared->dres_x, D, weight_x(L, p->fc2), F, D);
     side_join(run);                                // of the layer before: dh and m are written again
-    gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, w->dm, a->h, 2 * F, a->h + F, 2 * F, M, F,
+    gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, F, w->dm, F, a->h, 2 * F, a->h + F, 2 * F, M, F,
                        run->stream);
     linear_backward_weight(run, dp->fc2, (float*)NULL, shared->dres_x, D, w->m, F, shared->sums, F, D);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->fc1, (float*)NULL, w->dh, 2 * F, p->norm, p->fc1,
@@ -4440,34 +8331,45 @@ static int mlp_decode_steps(const Config* c, const LayerCuda<bf16>* L, float* co
 }
 
 // --------------------------------------------------------------------------------------------------
-// 5.3 The table of kinds
+// 5.5 The table of kinds
 
 template <typename X> struct KindCuda {
     char letter;                                   // of the kind in train_mamba.c
     const TensorSpec* acts;    int n_acts;         // saved for backward
     const TensorSpec* scratch; int n_scratch;
-    size_t (*sums)(const Config*, size_t B, size_t T);       // floats of partial sums; NULL: none
+    size_t (*sums)(const Config*, size_t B, size_t T, bool training);  // floats of partial sums; NULL: 0
     void (*forward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
                     const float* res_in, const X* delta_in, float* const* state0, float* const* stateT);
     void (*backward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
                      float* const* state0);
     int (*decode)(const Config*, const LayerCuda<bf16>*, float* const* state, const float* norm,
-                  DecodeStep*);                    // section 4.10: its steps for one token
+                  DecodeStep*);                    // section 4.10: its steps for one token; NULL: none
     void (*paths)(const Config*);                  // prints which of its kernels are fast; NULL: no choice
+    int state_x;                                   // bit i: field i of its state is X, not float
 };
+#define FIELD(type, name) (offsetof(type, name) / sizeof(void*))
 
-enum { N_KINDS_CUDA = 2 };
+enum { N_KINDS_CUDA = 4 };
 template <typename X> static const KindCuda<X> kinds_cuda[N_KINDS_CUDA] = {
     {'1', TABLE(mamba1_acts_cuda), TABLE(mamba1_scratch_cuda), mamba1_sums_cuda, mamba1_block_forward_cuda<X>,
-     mamba1_block_backward_cuda<X>, mamba1_decode_steps, mamba1_paths<X>},
+     mamba1_block_backward_cuda<X>, mamba1_decode_steps, mamba1_paths<X>, 0},
+    {'2', TABLE(mamba2_acts_cuda), TABLE(mamba2_scratch_cuda), mamba2_sums_cuda, mamba2_block_forward_cuda<X>,
+     mamba2_block_backward_cuda<X>, mamba2_decode_steps, mamba2_paths<X>, 0},
+    {'a', TABLE(attention_acts_cuda), TABLE(attention_scratch_cuda), attention_sums_cuda,
+     attention_block_forward_cuda<X>, attention_block_backward_cuda<X>, NULL, attention_paths<X>,
+     1 << FIELD(AttentionState, kv)},
     {'m', TABLE(mlp_acts_cuda), TABLE(mlp_scratch_cuda), NULL, mlp_block_forward_cuda<X>,
-     mlp_block_backward_cuda<X>, mlp_decode_steps, NULL},
+     mlp_block_backward_cuda<X>, mlp_decode_steps, NULL, 0},
 };
 
 #define SAME_FIELDS(type, table)                                          \
     static_assert(FIELDS(type<float>) == sizeof(table) / sizeof(TensorSpec), "one row per field, in order")
 SAME_FIELDS(Mamba1ActsCuda, mamba1_acts_cuda);
 SAME_FIELDS(Mamba1ScratchCuda, mamba1_scratch_cuda);
+SAME_FIELDS(Mamba2ActsCuda, mamba2_acts_cuda);
+SAME_FIELDS(Mamba2ScratchCuda, mamba2_scratch_cuda);
+SAME_FIELDS(AttentionActsCuda, attention_acts_cuda);
+SAME_FIELDS(AttentionScratchCuda, attention_scratch_cuda);
 SAME_FIELDS(MlpActsCuda, mlp_acts_cuda);
 SAME_FIELDS(MlpScratchCuda, mlp_scratch_cuda);
 
@@ -4482,6 +8384,10 @@ static size_t array_count(const TensorSpec* spec, const Config* c, size_t B, siz
     if (spec->dim[0] == DIM_SCAN_SAVED)
         return selective_scan_saved_cuda(B, T, (size_t)c->d_inner, (size_t)c->d_state,
                                          scan_spacing(recompute));
+    if (spec->dim[0] == DIM_SSD_SAVED)
+        return ssd_saved_cuda(B, T, (size_t)(c->d_ssm / c->headdim), (size_t)c->headdim, (size_t)c->d_state);
+    if (spec->dim[0] == DIM_QKV_CONV) return c->attn_conv ? B * T * (size_t)config_dim(c, DIM_QKV) : 0;
+    if (spec->dim[0] == DIM_IN2_ROW) return B * T * mamba2_row((size_t)config_dim(c, DIM_IN2));
     return B * T * spec_count(spec, c);
 }
 
@@ -4595,22 +8501,23 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     end = arena->used;
     arena->used = train ? start : end;         // decoding keeps its last outputs beside the logits
     arena_take(arena, &s->delta, M * D);
-    size_t sums = max_size(rmsnorm_backward_scratch_cuda(M, D), bias_backward_scratch_cuda(M, D));
+    size_t sums = train ? max_size(rmsnorm_backward_scratch_cuda(M, D), bias_backward_scratch_cuda(M, D)) : 0;
     for (int k = 0; k < N_KINDS_CUDA; k++) {
         const KindCuda<X>* kind = &kinds_cuda<X>[k];
         if (first[k] < 0) continue;
         for (int i = 0; i < kind->n_scratch; i++)
             if (train || !(kind->scratch[i].flags & BACKWARD_ONLY))
                 take(&w->kind_scratch[k][i], &kind->scratch[i]);
-        if (kind->sums) sums = max_size(sums, kind->sums(c, B, T));
+        if (kind->sums) sums = max_size(sums, kind->sums(c, B, T, train));
+        if (kind->sums && !train) sums = max_size(sums, kind->sums(c, M, 1, false));   // a token of each row
     }
+    // a smaller call may cut time differently; its partial sums are never more than twice those of the full
+    // one
+    if (sums) arena_take(arena, &s->sums, 2 * sums);
     if (train) {
         arena_take(arena, &s->dres, M * D);
         arena_take(arena, &s->dres_x, M * D);
         arena_take(arena, &s->du, M * D);
-        // a smaller call may cut time differently; its partial sums are never more than twice those of the
-        // full one
-        arena_take(arena, &s->sums, 2 * sums);
         arena_take(arena, &s->sort, 2 * embedding_backward_scratch_cuda(M, D));
     }
     arena->used = max_size(arena->used, end);
@@ -4768,20 +8675,61 @@ template <typename X> void model_cuda_free(ModelCuda<X>* d) {
     free(d->layer);
 }
 
-// the fields of one layer's state in a device copy of a State; all NULL without one
-static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device, const State* host, int l,
-                         size_t row0) {
-    for (int i = 0; i < MAX_FIELDS; i++) field[i] = NULL;
-    for (int i = 0; device && i < m->layer[l].kind->n_state; i++)
-        field[i] = device + (host->field[l][i] - host->data) +
-                   row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
+// A State on the device: field after field like on the host, in words of 4 bytes, each field aligned to 16
+// bytes. A field of a row has one word per float; the keys and values of attention are X.
+template <typename X> static size_t state_words(const Model* m, int l, int i) {
+    size_t n = spec_count(&m->layer[l].kind->state[i], &m->config);
+    return kind_cuda<X>(m->layer[l].kind)->state_x >> i & 1 ? n * sizeof(X) / 4 : n;
 }
 
-// model_forward_cuda: tokens (B,T) to w->f. state: device copies of `host`-shaped states, from row0 on, or
-// NULL
+// where layer l begins; l = n_layers: how many words there are
+template <typename X> static size_t state_begin(const Model* m, size_t rows, int l) {
+    size_t n = 0;
+    for (int k = 0; k < l; k++)
+        for (int i = 0; i < m->layer[k].kind->n_state; i++) n += (rows * state_words<X>(m, k, i) + 3) / 4 * 4;
+    return n;
+}
+
+// the fields of one layer's state from row0 on, rows: of all; all NULL without a state
+template <typename X>
+static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device, size_t rows, int l,
+                         size_t row0) {
+    for (int i = 0; i < MAX_FIELDS; i++) field[i] = NULL;
+    if (!device) return;
+    device += state_begin<X>(m, rows, l);
+    for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+        field[i] = device + row0 * state_words<X>(m, l, i);
+        device += (rows * state_words<X>(m, l, i) + 3) / 4 * 4;
+    }
+}
+
+// state_copy_cuda: a State of the host to the device, or back; returns when it is there
+template <typename X>
+static void state_copy_cuda(const Model* m, float* device, const State* host, bool to_the_host,
+                            cudaStream_t stream) {
+    for (int l = 0; l < m->n_layers; l++) {
+        float* field[MAX_FIELDS];
+        state_fields<X>(field, m, device, host->rows, l, 0);
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+            size_t n = host->rows * spec_count(&m->layer[l].kind->state[i], &m->config);
+            size_t bytes = host->rows * state_words<X>(m, l, i) * 4;
+            real* p = host->field[l][i];
+            X* narrow = bytes < n * sizeof(real) ? (X*)xcalloc(n, sizeof(X)) : NULL;
+            void* there = narrow ? (void*)narrow : (void*)p;
+            for (size_t j = 0; narrow && !to_the_host && j < n; j++) narrow[j] = (X)p[j];
+            if (to_the_host) to_host((char*)there, (const char*)field[i], bytes, stream);
+            else to_device((char*)field[i], (const char*)there, bytes, stream);
+            cudaCheck(cudaStreamSynchronize(stream));
+            for (size_t j = 0; narrow && to_the_host && j < n; j++) p[j] = (float)narrow[j];
+            free(narrow);
+        }
+    }
+}
+
+// model_forward_cuda: tokens (B,T) to w->f. state: states of `rows` rows on the device, from row0 on, or NULL
 template <typename X>
 void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
-                        const int* tokens, float* state0, float* stateT, const State* host, size_t row0) {
+                        const int* tokens, float* state0, float* stateT, size_t rows, size_t row0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     const float* res = w->acts[0].res;
     run->dropout.place = 0;
@@ -4789,8 +8737,8 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
     embedding_forward_cuda(w->acts[0].res, tokens, d->embedding_x, M, D, run->stream, run->dropout);
     for (int l = 0; l < m->n_layers; l++) {
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
-        state_fields(s0, m, state0, host, l, row0);
-        state_fields(sT, m, stateT, host, l, row0);
+        state_fields<X>(s0, m, state0, rows, l, row0);
+        state_fields<X>(sT, m, stateT, rows, l, row0);
         d->layer[l].kind->forward(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
         res = w->acts[l].res;
         delta = w->scratch.delta;
@@ -4799,11 +8747,6 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
     residual_rmsnorm_forward_cuda(w->res_last, w->f, w->f_rstd, res, delta, d->norm_f, M, D,
                                   (float)m->config.norm_eps, run->stream, run->dropout);
 }
-
-// The shapes of decode_kernel, chosen by the number of sequences
-typedef DecodeShape<1, 16, true, 4, 3, 10> DecodeFew;
-typedef DecodeShape<2, 16, false, 2, 3, 6> DecodeSome;
-typedef DecodeShape<4, 16, false, 2, 2, 4> DecodeMany;
 
 // DecodePlan: what decode_kernel needs besides the tokens, with its device memory. Made once per session.
 typedef struct {
@@ -4855,8 +8798,7 @@ template <class S> static void decode_pack(DecodePlan* p) {
 
 // decode_plan: false when the sizes do not fit section 4.10; then nothing was allocated
 template <class S>
-static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state,
-                           const State* host) {
+static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state) {
     const Config* c = &m->config;
     int D = (int)c->d_model, E = (int)c->d_inner, N = (int)c->d_state, R = (int)c->dt_rank, RBC = R + 2 * N,
         F = (int)c->d_intermediate, Vp = (int)c->vocab_padded, processors, most;
@@ -4875,6 +8817,17 @@ static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>*
     a->eps = (float)c->norm_eps;
     a->channels = E;
     a->G = 1;
+    if (S::SSD) {
+        a->P = (int)c->headdim;
+        a->G = (int)c->ngroups;
+        a->H = (int)(c->d_ssm / c->headdim);
+        a->channels = E + 2 * a->G * N;
+        a->D_has_hdim = c->D_has_hdim;
+        a->norm_before_gate = c->norm_before_gate;
+        a->dt_low = (float)c->dt_low;
+        a->dt_high = (float)c->dt_high;
+        RBC = 2 * a->G * N + a->H;
+    }
     a->ld_rbc = (RBC + 7) / 8 * 8;
     auto share = [&](int O) { return 2 * ((O / 2 + a->blocks - 1) / a->blocks); };
     int floats = 0;
@@ -4887,7 +8840,7 @@ static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>*
     for (int n : {share(RBC), share(E), 2 * share(F)}) out = n > out ? n : out;
     a->out_at = take(out * S::SEQUENCES);
     a->xz_at = take(2 * share(E) * S::SEQUENCES);
-    a->bc_at = take(2 * N * S::SEQUENCES);
+    a->bc_at = take((S::SSD ? RBC : 2 * N) * S::SEQUENCES);
     a->res_at = take(share(D) * S::SEQUENCES);
     a->scale_at = take(S::SEQUENCES);
     p->shared = S::MEMORY + (size_t)floats * sizeof(float);
@@ -4897,11 +8850,13 @@ static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>*
     int n = 0, added = 1;
     for (int l = 0; added && l < m->n_layers; l++, n += added) {
         float* field[MAX_FIELDS];
-        state_fields(field, m, state, host, l, 0);
+        state_fields<bf16>(field, m, state, rows, l, 0);
         const LayerCuda<bf16>* L = &d->layer[l];
         // the first parameter of every kind is its norm
-        added = L->kind->decode(c, L, field, l + 1 < m->n_layers ? L[1].p[0] : d->norm_f, step + n);
+        added = L->kind->decode == NULL ? 0 : L->kind->decode(c, L, field, l + 1 < m->n_layers ? L[1].p[0] : d->norm_f, step + n);
     }
+    for (int i = 0; i < n; i++)          // no layers of Mamba-1 and Mamba-2 in one model
+        if (S::SSD ? step[i].kind == DECODE_X : step[i].kind == DECODE_SSD) added = 0;
     if (!added) {
         free(step);
         return false;
@@ -4935,20 +8890,24 @@ static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>*
     return true;
 }
 
-static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state,
-                        const State* host) {
+static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state) {
 #ifdef DECODE_EXPERIMENT
     const char* shape = getenv("SHAPE") ? getenv("SHAPE") : "";
-    #define TRY(name, ...) if (strcmp(shape, name) == 0) return decode_plan_of<DecodeShape<__VA_ARGS__> >(p, m, d, rows, state, host)
+    #define TRY(name, ...) if (strcmp(shape, name) == 0) return decode_plan_of<DecodeShape<__VA_ARGS__> >(p, m, d, rows, state)
     TRY("16a6", 1, 16, true, 4, 6, 8);
     TRY("8a6", 1, 8, true, 4, 6, 16);
     TRY("8c", 1, 8, false, 4, 6, 16);
     TRY("4c8", 4, 8, false, 2, 4, 8);
     TRY("2t8", 2, 8, true, 2, 3, 8);
 #endif
-    if (rows <= 8) return decode_plan_of<DecodeFew>(p, m, d, rows, state, host);
-    if (rows <= 16) return decode_plan_of<DecodeSome>(p, m, d, rows, state, host);
-    return decode_plan_of<DecodeMany>(p, m, d, rows, state, host);
+    if (strchr(m->config.pattern, '2')) {
+        if (rows <= 8) return decode_plan_of<DecodeShape<1, 16, true, 4, 3, 10, true> >(p, m, d, rows, state);
+        if (rows <= 16) return decode_plan_of<DecodeShape<2, 16, false, 2, 3, 6, true> >(p, m, d, rows, state);
+        return decode_plan_of<DecodeShape<4, 16, false, 2, 2, 4, true> >(p, m, d, rows, state);
+    }
+    if (rows <= 8) return decode_plan_of<DecodeShape<1, 16, true, 4, 3, 10> >(p, m, d, rows, state);
+    if (rows <= 16) return decode_plan_of<DecodeShape<2, 16, false, 2, 3, 6> >(p, m, d, rows, state);
+    return decode_plan_of<DecodeShape<4, 16, false, 2, 2, 4> >(p, m, d, rows, state);
 }
 
 // decode_cuda: one token of each sequence; the logits to `logits`, the most likely next tokens to `next`,
@@ -5038,7 +8997,7 @@ void model_loss_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, cons
 // just before.
 template <typename X>
 void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
-                         const int* tokens, float* state0, const State* host) {
+                         const int* tokens, float* state0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
     side_fork(run);
@@ -5048,7 +9007,7 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
                           s->sums, M, D, run->stream, run->dropout);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
-        state_fields(s0, m, state0, host, l, 0);
+        state_fields<X>(s0, m, state0, run->B, l, 0);
         run->dropout.place = (uint64_t)l;
         const LayerCuda<X>* L = &d->layer[l];
         if (w->recompute == RECOMPUTE_ALL) {   // res of this layer is saved: no addition this time
@@ -5091,7 +9050,7 @@ __global__ void step_judge_kernel(StepOutput* out, double* norm) {
     *norm = NAN;
 }
 
-// Carried states of one micro-batch, laid out as State: for every layer and field (rows, count).
+// Carried states of one micro-batch: for every layer and field (rows, count) words.
 typedef struct { size_t offset, count; } StateField;
 
 // state_fresh: clears the rows that start anew.   grid (fields, rows)
@@ -5131,7 +9090,7 @@ template <typename X> struct CudaBackend {
     Matmul matmul;
     cudaStream_t stream;
     SideCuda side;                     // when training
-    // carried states of `micros` micro-batches, each as State; n_state floats each
+    // carried states of `micros` micro-batches, n_state words each
     float *carry_in, *carry_out;
     size_t micros, n_state;
     StateField* field;
@@ -5146,6 +9105,7 @@ template <typename X> struct CudaBackend {
 template <typename X> struct CudaSession {
     WorkCuda<X> work;
     float *state, *logits;
+    size_t state_words;
     int* host_tokens;                  // pinned
     float* host_logits;
     DecodePlan plan;                   // bf16
@@ -5167,13 +9127,6 @@ static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t
     return run;
 }
 
-template <typename Y> static void to_device(Y* device, const Y* host, size_t n, cudaStream_t stream) {
-    cudaCheck(cudaMemcpyAsync(device, host, n * sizeof(Y), cudaMemcpyHostToDevice, stream));
-}
-template <typename Y> static void to_host(Y* host, const Y* device, size_t n, cudaStream_t stream) {
-    cudaCheck(cudaMemcpyAsync(host, device, n * sizeof(Y), cudaMemcpyDeviceToHost, stream));
-}
-
 // graph_record: what `launch` puts into the stream becomes a graph instead of running
 template <typename Launch> static cudaGraphExec_t graph_record(cudaStream_t stream, Launch launch) {
     cudaGraph_t graph;
@@ -5190,7 +9143,7 @@ template <typename Launch> static cudaGraphExec_t graph_record(cudaStream_t stre
 template <typename X> static void carry_reserve(Backend* b, size_t micros, size_t B) {
     CudaBackend<X>* c = cuda_of<X>(b);
     const Model* m = b->model;
-    size_t n_state = B * state_count(m);
+    size_t n_state = state_begin<X>(m, B, m->n_layers);
     if (c->micros >= micros && c->n_state == n_state) return;
     cudaCheck(cudaFree(c->carry_in));
     cudaCheck(cudaFree(c->carry_out));
@@ -5200,14 +9153,15 @@ template <typename X> static void carry_reserve(Backend* b, size_t micros, size_
     c->carry_in = (float*)device_calloc(micros * n_state, sizeof(float));
     c->carry_out = (float*)device_calloc(micros * n_state, sizeof(float));
     StateField* field = (StateField*)xcalloc((size_t)m->n_layers * MAX_FIELDS, sizeof(StateField));
-    size_t offset = 0;
     c->n_fields = 0;
-    for (int l = 0; l < m->n_layers; l++)
+    for (int l = 0; l < m->n_layers; l++) {
+        float* fields[MAX_FIELDS];
+        state_fields<X>(fields, m, c->carry_in, B, l, 0);
         for (int i = 0; i < m->layer[l].kind->n_state; i++) {
-            StateField f = {offset, spec_count(&m->layer[l].kind->state[i], &m->config)};
+            StateField f = {(size_t)(fields[i] - c->carry_in), state_words<X>(m, l, i)};
             field[c->n_fields++] = f;
-            offset += B * f.count;
         }
+    }
     c->field = device_copy(field, (size_t)c->n_fields);
     free(field);
 }
@@ -5223,13 +9177,11 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     size_t M = B * T;
     float scale_float = (float)scale;
     float *s0 = NULL, *sT = NULL;
-    const State* host = NULL;
     if (b->carry_in && micro >= 0) {
         carry_reserve<X>(b, (size_t)micro + 1, B);
-        host = &b->carry_in[micro];
         s0 = c->carry_in + (size_t)micro * c->n_state;
         sT = c->carry_out + (size_t)micro * c->n_state;
-        to_device(s0, host->data, host->n_elements, c->stream);
+        state_copy_cuda<X>(b->model, s0, &b->carry_in[micro], false, c->stream);
     }
     to_device(batch->tokens, tokens, M, c->stream);
     to_device(batch->targets, targets, M, c->stream);
@@ -5237,7 +9189,7 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     to_device(&batch->step->dropout_key, &b->dropout.key, 1, c->stream);
     if (doc) to_device(batch->doc, doc, M, c->stream);
     CudaRun<X> run = run_of<X>(b, micro, doc ? batch->doc : NULL, B, T, w->recompute);
-    model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, host, 0);
+    model_forward_cuda(b->model, &c->model, w, &run, batch->tokens, s0, sT, B, 0);
     model_loss_cuda(b->model, &c->model, w, &run, batch->targets, &batch->step->scale, scale > 0,
                     b->token_best ? batch->targets : (int*)NULL);
     if (b->token_loss) to_host(b->token_loss, w->losses, M, c->stream);
@@ -5246,7 +9198,7 @@ static double cuda_forward(Backend* b, int micro, const int* tokens, const int* 
     cudaCheck(cudaGetLastError());
     double sum;
     to_host(&sum, &c->out->loss, 1, c->stream);
-    if (sT) to_host(b->carry_out[micro].data, sT, b->carry_out[micro].n_elements, c->stream);
+    if (sT) state_copy_cuda<X>(b->model, sT, &b->carry_out[micro], true, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
     return sum;
 }
@@ -5259,8 +9211,7 @@ static void cuda_backward(Backend* b, int micro, const int* tokens, const int* d
     bool carried = b->carry_in && micro >= 0;
     CudaRun<X> run = run_of<X>(b, micro, doc ? w->batch.doc : NULL, B, T, w->recompute);
     model_backward_cuda(b->model, &c->model, w, &run, w->batch.tokens,
-                        carried ? c->carry_in + (size_t)micro * c->n_state : NULL,
-                        carried ? &b->carry_in[micro] : NULL);
+                        carried ? c->carry_in + (size_t)micro * c->n_state : NULL);
 }
 
 template <typename X> static void cuda_zero_gradients(Backend* b) {
@@ -5314,9 +9265,7 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
     cudaCheck(cudaGetLastError());
     for (size_t micro = 0; micro < s->accum; micro++) {
         float *s0 = NULL, *sT = NULL;
-        const State* host = NULL;
         if (b->carry_in) {
-            host = &b->carry_in[micro];
             s0 = c->carry_in + micro * c->n_state;
             sT = c->carry_out + micro * c->n_state;
             state_fresh_kernel<<<dim3((unsigned)c->n_fields, (unsigned)s->B), 256, 0, c->stream>>>(
@@ -5327,11 +9276,11 @@ template <typename X> static void step_launch(Backend* b, const SlotCuda* s) {
         CudaRun<X> run =
             run_of<X>(b, (int)micro, s->has_doc ? batch->doc + micro * M : NULL, s->B, s->T, w->recompute);
         run.add = micro > 0;
-        model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, host, 0);
+        model_forward_cuda(b->model, d, w, &run, tokens, s0, sT, s->B, 0);
         model_loss_cuda(b->model, d, w, &run, batch->targets + micro * M, &batch->step->scale, true);
         loss_sum_kernel<<<1, 1024, 0, c->stream>>>(&c->out->loss, w->losses, M, micro == 0);
         cudaCheck(cudaGetLastError());
-        model_backward_cuda(b->model, d, w, &run, tokens, s0, host);
+        model_backward_cuda(b->model, d, w, &run, tokens, s0);
     }
     norm_launch(c, b->model);
     step_judge_kernel<<<1, 1, 0, c->stream>>>(c->out, d->norm);
@@ -5421,7 +9370,7 @@ template <typename X> static void cuda_upload(Backend* b) {
     if ((void*)c->model.params_x != (void*)c->model.params)
         cast_cuda(c->model.params_x, c->model.params, m->n_elements, c->stream);
     for (size_t i = 0; b->carry_in && i < c->micros; i++)
-        to_device(c->carry_in + i * c->n_state, b->carry_in[i].data, c->n_state, c->stream);
+        state_copy_cuda<X>(m, c->carry_in + i * c->n_state, &b->carry_in[i], false, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
@@ -5433,14 +9382,14 @@ template <typename X> static void cuda_download(Backend* b) {
     for (int i = 0; i < 4; i++)
         if (host[i] && device[i]) to_host(host[i], device[i], m->n_elements, c->stream);
     for (size_t i = 0; b->carry_in && c->begun > 0 && i < c->micros; i++)
-        to_host(b->carry_in[i].data, c->carry_in + i * c->n_state, c->n_state, c->stream);
+        state_copy_cuda<X>(m, c->carry_in + i * c->n_state, &b->carry_in[i], true, c->stream);
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
 // --- generation
 
 static bool session_plan(CudaSession<bf16>* d, const Model* m, const ModelCuda<bf16>* model, const Session* s) {
-    return decode_plan(&d->plan, m, model, s->rows, d->state, &s->state);
+    return decode_plan(&d->plan, m, model, s->rows, d->state);
 }
 static bool session_plan(CudaSession<float>*, const Model*, const ModelCuda<float>*, const Session*) { return false; }
 
@@ -5448,7 +9397,9 @@ template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)xcalloc(1, sizeof(CudaSession<X>));
     size_t tokens = s->chunk > s->rows ? s->chunk : s->rows, Vp = (size_t)b->model->config.vocab_padded;
     d->work = work_create<X>(b->model, 1, tokens, 1, false, RECOMPUTE_NONE);
-    d->state = (float*)device_calloc(s->state.n_elements, sizeof(float));
+    d->state_words = state_begin<X>(b->model, s->rows, b->model->n_layers);
+    d->state = (float*)device_calloc(d->state_words, sizeof(float));
+    s->state_bytes = d->state_words * sizeof(float);
     d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
     d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
     d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));
@@ -5460,7 +9411,7 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     work_free(&d->work);
-    device_bytes -= (s->state.n_elements + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
+    device_bytes -= (d->state_words + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
     cudaCheck(cudaFree(d->state));
     cudaCheck(cudaFree(d->logits));
     cudaCheck(cudaFreeHost(d->host_tokens));
@@ -5478,9 +9429,7 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
 template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool to_the_host) {
     CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    if (to_the_host) to_host(s->state.data, d->state, s->state.n_elements, c->stream);
-    else to_device(d->state, s->state.data, s->state.n_elements, c->stream);
-    cudaCheck(cudaStreamSynchronize(c->stream));
+    state_copy_cuda<X>(b->model, d->state, &s->state, to_the_host, c->stream);
 }
 
 // decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token;
@@ -5493,7 +9442,7 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
     to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
-    model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, &s->state, row0);
+    model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, s->rows, row0);
     for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
         const X* last = w->f + r * D;

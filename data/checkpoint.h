@@ -85,7 +85,7 @@ bool checkpoint_save(const Model* m, const Tokenizer* tok, const char* out, int6
     if (!config_write(&m->config, -1, "float32", dir, err)) return false;
     if (tok->kind != TOKENIZER_NONE && !tokenizer_write(tok, dir, err)) return false;
     snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    SafeTensorOut* tensors = model_file_tensors(m, strchr(m->config.pattern, 'm') != NULL);
+    SafeTensorOut* tensors = model_file_tensors(m, !config_is_hf(&m->config));
     bool ok = safetensors_write(path, tensors, m->n_tensors, meta, err);
     free(tensors);
     if (ok && settings) {

@@ -116,7 +116,7 @@ static bool evaluate_text(Backend* b, const Data* data, const Options* o, int64_
     size_t n = (size_t)(B * T);
     int *inputs = (int*)xcalloc(n, sizeof(int)), *targets = (int*)xcalloc(n, sizeof(int)),
         *doc = (int*)xcalloc(n, sizeof(int));
-    State carry[2] = {state_alloc(b->model, 1), state_alloc(b->model, 1)};
+    State carry = state_alloc(b->model, 1);
     bool ok = loader.data->n_tokens > 1 ||
               fail(err, "the text has %lld tokens (the end token in front counts), expected at least 2",
                    (long long)loader.data->n_tokens);
@@ -135,7 +135,7 @@ static bool evaluate_text(Backend* b, const Data* data, const Options* o, int64_
             score->tokens++;
             score->bytes += token_bytes(tok, targets[i]);
         }
-        if (!o->window) b->carry_in = &carry[pass % 2], b->carry_out = &carry[(pass + 1) % 2];
+        if (!o->window) b->carry_in = b->carry_out = &carry;
         score->loss += b->forward(b, o->window ? -1 : 0, inputs, targets, o->reset_documents ? doc : NULL,
                                   (size_t)rows, (size_t)T, 0);
     }
@@ -143,8 +143,7 @@ static bool evaluate_text(Backend* b, const Data* data, const Options* o, int64_
     if (ok && score->tokens == 0) ok = fail(err, "the text has no token that is scored, only end tokens");
     if (ok && !isfinite(score->loss))
         ok = fail(err, "the loss is not finite: the model has diverged or its file is damaged");
-    state_free(&carry[0]);
-    state_free(&carry[1]);
+    state_free(&carry);
     free(inputs); free(targets); free(doc);
     return ok;
 }

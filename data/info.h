@@ -39,7 +39,14 @@ int info_main(Settings* s) {
                tok.eos);
     else printf("tokenizer: %s\n", tok.kind == TOKENIZER_BYTES ? "bytes" : "none (token ids)");
     tokenizer_free(&tok);
-    printf("%-44s %-18s %12s  %-5s %-6s  %s\n", "tensor", "shape", "parameters", "decay", "dtype", "file");
+    printf("configuration:");
+    for (int i = 0, n = 0; i < N_CONFIG_FIELDS; i++) {
+        const ConfigField* f = config_fields + i;
+        char value[96];
+        if (config_has(&m.config, f))
+            printf("%s%s %s", n++ % 6 ? ", " : "\n  ", f->name, config_text(value, &m.config, f));
+    }
+    printf("\n%-44s %-18s %12s  %-5s %-6s  %s\n", "tensor", "shape", "parameters", "decay", "dtype", "file");
     for (int i = 0; i < m.n_tensors; i++) {
         const Tensor* t = &m.tensor[i];
         const SafeTensor* stored = dir[0] ? file_tensor(&m, &st, i) : NULL;
@@ -50,8 +57,13 @@ int info_main(Settings* s) {
     }
     if (dir[0]) safetensors_close(&st);
     size_t state = state_count(&m);
-    printf("recurrent state of one sequence: %zu numbers, %.2f MiB\n", state,
+    printf("recurrent state of one sequence: %zu numbers, %.2f MiB", state,
            mib((double)state * sizeof(real)));
+    m.config.context = 1;
+    size_t growth = state_count(&m) - state;
+    if (growth)
+        printf(", and %zu numbers, %.2f KiB, per token", growth, (double)growth * sizeof(real) / 1024);
+    printf("\n");
     printf("training memory without activations: %.1f MiB\n", mib(4.0 * (double)m.n_elements * sizeof(real)));
     model_free(&m);
     return 0;

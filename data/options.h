@@ -32,7 +32,7 @@ typedef struct {
     bool resume;
     // generation
     const char *prompt, *prompt_file, *prompts, *stop, *save_state, *load_state;
-    int64_t num_samples, max_tokens, top_k, chunk;
+    int64_t num_samples, max_tokens, top_k, chunk, context;
     double temperature, top_p, min_p, repetition_penalty;
     bool raw, interactive;
     // evaluation
@@ -146,8 +146,9 @@ static const Option options[] = {
      "model directory: published, or a run's for its last checkpoint; none: out, for train a new model"},
     {"dialect", 'c', OPT(dialect), WORD_CONVERT, "hf", 0, 0, "hf mamba_ssm",
      "form of the converted model: that of transformers, or of mamba_ssm"},
-    {"dtype", 'c', OPT(dtype), WORD_CONVERT, "f32", 0, 0, "f32 f16 bf16",
-     "of its matrices; everything else stays f32"},
+    {"dtype", 'c', OPT(dtype), WORD_CONVERT | WORD_GENERATE, "f32", 0, 0, "f32 f16 bf16",
+     "of the weight matrices, everything else stays f32: as convert writes them; as generate keeps them on "
+     "the CPU (f32 or bf16), which reads all of them for every token"},
     {"seed", 'u', OPT(seed), WORD_ALL, "1337", 0, 0, NULL, "of initialization, data order and sampling"},
 #ifdef __CUDACC__
     {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},
@@ -201,6 +202,8 @@ static const Option options[] = {
      "weakens tokens already in the text; 1: off"},
     {"chunk", 'i', OPT(chunk), WORD_GENERATE, "256", 1, 1e6, NULL,
      "tokens of the prompt per pass; the result does not depend on it"},
+    {"context", 'i', OPT(context), WORD_GENERATE, "4096", 1, MAX_CONTEXT, NULL,
+     "with --interactive: tokens of the conversation that attention layers can keep; otherwise counted"},
     {"save-state", 's', OPT(save_state), WORD_GENERATE, "", 0, 0, NULL,
      "write the recurrent state after the prompt to a file"},
     {"load-state", 's', OPT(load_state), WORD_GENERATE, "", 0, 0, NULL,
@@ -237,6 +240,19 @@ static const Preset presets[] = {
     {"mamba-790m", "published size", "--n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
     {"mamba-1.4b", "published size", "--n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
     {"mamba-2.8b", "published size", "--n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-130m", "published size",
+     "--pattern 2 --n-layer 24 --d-model 768 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-370m", "published size",
+     "--pattern 2 --n-layer 48 --d-model 1024 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-780m", "published size",
+     "--pattern 2 --n-layer 48 --d-model 1536 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-1.3b", "published size",
+     "--pattern 2 --n-layer 48 --d-model 2048 --vocab-size 50277 --eos-token 0"},
+    {"mamba2-2.7b", "published size",
+     "--pattern 2 --n-layer 64 --d-model 2560 --vocab-size 50277 --eos-token 0"},
+    {"mamba2attn-2.7b", "published size: attention in blocks 9, 18, 27, 36, 45, 56",
+     "--pattern 222222222a22222222a22222222a22222222a22222222a2222222222a2222222 --n-layer 64 --d-model 2560 "
+     "--attn-heads 30 --attn-head-dim 128 --attn-conv 4 --rotary-dim 64 --vocab-size 50277 --eos-token 0"},
 };
 enum { N_PRESETS = sizeof(presets) / sizeof(presets[0]) };
 

@@ -188,7 +188,8 @@ Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
         c.d_intermediate = (c.d_intermediate + 127) / 128 * 128;
     }
     c.vocab_size = V;
-    c.vocab_padded = (V + 7) / 8 * 8;
+    int64_t multiple = strspn(o->pattern, "1m") == strlen(o->pattern) ? 8 : 16;   // as published
+    c.vocab_padded = (V + multiple - 1) / multiple * multiple;
     c.tie_embeddings = o->tie_embeddings;
     c.conv_bias = true;
     c.rescale_prenorm_residual = true;
@@ -218,24 +219,27 @@ static int model_option_given(const Settings* s) {
     return -1;
 }
 
-// settings_from_config: shows, and saves for a resumed run, what --from says of the model. E / D is no option
-// when it is not whole.
+// settings_from_config: shows, and saves for a resumed run, what --from says of the model: an option that is
+// called like a field of the configuration has its value. E / D is no option when it is not whole.
 static void settings_from_config(Settings* s, const Config* c) {
     const struct { const char* name; int64_t value; } number[] = {
-        {"n-layer", c->n_layer}, {"d-model", c->d_model}, {"d-state", c->d_state}, {"d-conv", c->d_conv},
-        {"dt-rank", c->dt_rank}, {"d-intermediate", c->d_intermediate}, {"vocab-size", c->vocab_size},
-        {"eos-token", c->eos_token}, {"expand", c->d_inner / c->d_model}, {"headdim", c->headdim},
-        {"ngroups", c->ngroups}, {"chunk-size", c->chunk_size}, {"attn-heads", c->attn_heads},
-        {"attn-heads-kv", c->attn_heads_kv}, {"attn-head-dim", c->attn_head_dim},
-        {"attn-conv", c->attn_conv}, {"rotary-dim", c->rotary_dim} };
+        {"vocab-size", c->vocab_size}, {"eos-token", c->eos_token}, {"expand", c->d_inner / c->d_model} };
     Error unused;
-    char text[32];
+    char text[96], name[64];
     for (size_t i = 0; i < sizeof number / sizeof *number; i++) {
         snprintf(text, sizeof text, "%lld", (long long)number[i].value);
         option_set(s, option_find(number[i].name), text, FROM_CHECKPOINT, &unused);
     }
+    for (int i = 0; i < N_CONFIG_FIELDS; i++) {
+        const ConfigField* f = config_fields + i;
+        snprintf(name, sizeof name, "%s", f->name);
+        for (char* p = name; *p; p++) if (*p == '_') *p = '-';
+        if (option_find(name) < 0 || !config_has(c, f)) continue;
+        config_text(text, c, f);
+        if (f->kind == CONFIG_BOOL) snprintf(text, sizeof text, *text == 't' ? "on" : "off");
+        option_set(s, option_find(name), text, FROM_CHECKPOINT, &unused);
+    }
     option_set(s, option_find("pattern"), c->pattern, FROM_CHECKPOINT, &unused);
-    option_set(s, option_find("tie-embeddings"), c->tie_embeddings ? "on" : "off", FROM_CHECKPOINT, &unused);
 }
 
 // freeze_tensors: marks the tensors whose names match one of the patterns of --freeze (`*` is any text)
@@ -266,7 +270,8 @@ static double mib(double bytes) { return bytes / 1048576.0; }
 //   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
 //            head (of a tied embedding the head alone; looking up a row computes nothing)
 //   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and
-//   add C h), 18 backward (the forward's again, and 11 for the gradients)
+//   add C h), 18 backward (the forward's again, and 11 for the gradients). Mamba-2: 12 per state (x B and
+//   C H, three times) and, within chunks of Q tokens of which half are seen, 3 Q per channel and number of B
 // The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
 // figure 6 N per token that others quote counts every parameter N, the embedding too.
 typedef struct { double matmul, scan; } Flop;
@@ -279,6 +284,9 @@ Flop flop_per_token(const Model* m) {
         bool lookup = t->spec->init == INIT_EMBEDDING && !c->tie_embeddings;
         if (t->ndim == 2 && (t->spec->flags & DECAY) && !lookup) f.matmul += 6.0 * (double)t->count;
         if (t->spec->init == INIT_A_LOG) f.scan += 25.0 * (double)t->count;
+        if (t->spec->init == INIT_A_UNIFORM)
+            f.scan += 12.0 * (double)(c->d_ssm * c->d_state) +
+                      3.0 * (double)c->chunk_size * (double)(c->d_ssm + c->ngroups * c->d_state);
     }
     return f;
 }

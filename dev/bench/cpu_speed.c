@@ -5,6 +5,7 @@
 //                        a large sgemm (OpenBLAS on all cores when built with it, otherwise our own matmul)
 //   cpu_speed generate
 //   tokens of a 130M model against reading every weight once per token at the bandwidth of a read loop
+//   with --half the weights in bfloat16
 //   options: [--d-model 256] [--n-layer 8] [--batch-size 8] [--seq-len 256] [--rounds 7] [--vocab-size 257]
 //   [--threads 0]
 //
@@ -116,12 +117,16 @@ static void bench_train(Settings* s, int rounds) {
            gemm / (6.0 * (double)m.n_params), share);
 }
 
-static void bench_generate(Settings* s, int rounds) {
+static void bench_generate(Settings* s, int rounds, bool half) {
     Model m;
     Config c = config_from_options(s, 50277, 0);
     model_describe(&m, &c);
     model_alloc(&m, false);
     model_init(&m, 1);
+    if (half) model_to_half(&m);
+    double bytes = 0;                       // that every token reads
+    for (int i = 0; i < m.n_tensors; i++)
+        bytes += (double)m.tensor[i].count * (half && m.tensor[i].spec->flags & DECAY ? 2 : sizeof(real));
     Backend b = backend_cpu(&m, 0, 0, false, false);
     Session session = session_create(&b, 1, 1);
     real* logits = (real*)xcalloc((size_t)c.vocab_padded, sizeof(real));
@@ -132,7 +137,9 @@ static void bench_generate(Settings* s, int rounds) {
     double rate[MAX_ROUNDS], bandwidth[MAX_ROUNDS], fraction[MAX_ROUNDS];
     int token = 0, n = 40;
     for (int r = -1; r < rounds; r++) {
-        double bytes_per_second = read_bandwidth(m.params, m.n_elements), start = seconds_now();
+        const real* memory = half ? (const real*)(const void*)m.half.bits : m.params;
+        double bytes_per_second = read_bandwidth(memory, half ? m.n_elements / 2 : m.n_elements);
+        double start = seconds_now();
         for (int i = 0; i < n; i++) {
             b.decode(&b, &session, 0, 1, &token, 1, logits);
             if (!sample_token(&sampler, logits, seen, (size_t)c.vocab_size, 0, (uint64_t)i, candidates,
@@ -143,21 +150,21 @@ static void bench_generate(Settings* s, int rounds) {
         if (r < 0) continue;
         rate[r] = 1 / seconds;
         bandwidth[r] = bytes_per_second;
-        fraction[r] = rate[r] * (double)m.n_params * sizeof(real) / bytes_per_second;
+        fraction[r] = rate[r] * bytes / bytes_per_second;
     }
     double mid = median(rate, rounds), read = median(bandwidth, rounds), share = median(fraction, rounds);
     printf("parameters %zu\nthreads %d\ntokens_per_second %.1f\nspread %.2f\nread_gb_per_second "
            "%.1f\nbound_tokens_per_second %.1f\n"
            "fraction_of_bound %.3f\n",
            m.n_params, thread_count(), mid, spread(rate, rounds, mid), read / 1e9,
-           read / ((double)m.n_params * sizeof(real)), share);
+           read / bytes, share);
 }
 
 int main(int argc, char** argv) {
     limit_spinning(argv);
     if (argc < 2 || (strcmp(argv[1], "train") && strcmp(argv[1], "generate")))
         die("usage: cpu_speed train|generate [options]");
-    bool train = strcmp(argv[1], "train") == 0;
+    bool train = strcmp(argv[1], "train") == 0, half = false;
     char* args[64];
     int n = 0, rounds = 7;
     const char* defaults[] = {"--d-model", train ? "256" : "768", "--n-layer", train ? "8" : "24"};
@@ -168,14 +175,15 @@ int main(int argc, char** argv) {
         !options_parse(&s, 4, (char**)defaults, FROM_PRESET, &err))
         die("%s", err.text);
     for (int i = 2; i < argc && n < 64; i++) {
-        if (strcmp(argv[i], "--rounds") == 0 && i + 1 < argc) rounds = atoi(argv[++i]);
+        if (strcmp(argv[i], "--half") == 0) half = true;
+        else if (strcmp(argv[i], "--rounds") == 0 && i + 1 < argc) rounds = atoi(argv[++i]);
         else args[n++] = argv[i];
     }
     if (rounds < 1 || rounds > MAX_ROUNDS) die("--rounds expects 1 to %d", MAX_ROUNDS);
     if (!options_parse(&s, n, args, FROM_USER, &err)) die("%s", err.text);
     set_threads(s.o.threads);
     if (train) bench_train(&s, rounds);
-    else bench_generate(&s, rounds);
+    else bench_generate(&s, rounds, half);
     settings_free(&s);
     return 0;
 }

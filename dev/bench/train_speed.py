@@ -1,9 +1,9 @@
 """Training speed on the CPU: our program beside transformers and mambapy, measured alternately in one run.
 
-    python dev/bench/train_speed.py [--rounds 3] [--budget 60] [--threads N] [--only NAME ...]
+    python dev/bench/train_speed.py [--pattern 1|2] [--rounds 3] [--budget 60] [--threads N] [--only NAME ...]
 
-One training step = forward, cross-entropy, backward, AdamW, in float32, on the same model: Mamba-1, tied
-head, sizes below. Every contender gets all cores (or --threads). Each round runs every contender once, in
+One training step = forward, cross-entropy, backward, AdamW, in float32, on the same model: Mamba-1 or Mamba-2,
+tied head, sizes below. Every contender gets all cores (or --threads). Each round runs every contender once, in
 rotating order, so that a busy moment of the machine does not hit one of them alone; a contender's number is
 the median over rounds, its spread (max - min) / median. One that has used up its time budget sits out the
 remaining rounds; one that cannot run is shown with its reason, not left out.
@@ -12,6 +12,8 @@ remaining rounds; one that cannot run is shown with its reason, not left out.
                          backward writes a gradient of full length for every step (work quadratic in T)
   transformers+mambapy   the same with use_mambapy=True: its scan replaced by mambapy's parallel scan
   mambapy                a stack of mambapy's own blocks, pscan=True
+  transformers-mamba2    Mamba2ForCausalLM as it runs without extra packages: the chunked form written with
+                         products of broadcast tensors, (B, chunks, Q, Q, H, N) numbers at a time
 """
 import argparse
 import datetime
@@ -25,12 +27,14 @@ import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SIZES = dict(D=256, n_layer=8, N=16, K=4, V=256, B=8, T=256)
+SIZES_2 = dict(N=128, P=64, G=1, Q=256)                       # Mamba-2: in place of and beside those
 
 
 def our_command(args):
     """The one place that knows our program's flags: cpu_speed.c, which prints `tokens_per_second X`."""
     s = SIZES
-    return [args.binary, "train", "--rounds", "1", "--pattern", "1",
+    more = ["--headdim", str(s["P"]), "--ngroups", str(s["G"]), "--chunk-size", str(s["Q"])] if "P" in s else []
+    return [args.binary, "train", "--rounds", "1", "--pattern", args.pattern, *more,
             "--d-model", str(s["D"]), "--n-layer", str(s["n_layer"]),
             "--d-state", str(s["N"]), "--d-conv", str(s["K"]), "--vocab-size", str(s["V"]),
             "--batch-size", str(s["B"]), "--seq-len", str(s["T"]), "--threads", str(args.threads)]
@@ -138,7 +142,20 @@ class Mambapy(TorchContender):
         return self.model(ids)
 
 
-CONTENDERS = [Ours, Transformers, TransformersMambapy, Mambapy]
+class TransformersMamba2(Transformers):
+    name = "transformers-mamba2"
+
+    def build(self):
+        import transformers
+        transformers.logging.set_verbosity_error()
+        s = SIZES
+        self.model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(
+            hidden_size=s["D"], num_hidden_layers=s["n_layer"], state_size=s["N"], conv_kernel=s["K"],
+            head_dim=s["P"], num_heads=2 * s["D"] // s["P"], n_groups=s["G"], chunk_size=s["Q"],
+            vocab_size=s["V"], tie_word_embeddings=True, use_cache=False))
+
+
+CONTENDERS = {"1": [Ours, Transformers, TransformersMambapy, Mambapy], "2": [Ours, TransformersMamba2]}
 
 
 def versions():
@@ -169,11 +186,14 @@ def main():
     parser.add_argument("--steps", type=int, default=1, help="timed PyTorch steps per round")
     parser.add_argument("--budget", type=float, default=60, help="seconds per contender, checked per round")
     parser.add_argument("--threads", type=int, default=cores)
-    parser.add_argument("--only", nargs="+", choices=[c.name for c in CONTENDERS])
+    parser.add_argument("--pattern", choices=list(CONTENDERS), default="1")
+    parser.add_argument("--only", nargs="+", choices=[c.name for c in sum(CONTENDERS.values(), [])])
     args = parser.parse_args()
+    if args.pattern == "2":
+        SIZES.update(SIZES_2)
 
     running, reason, rates, used, load = [], {}, {}, {}, os.getloadavg()[0]
-    chosen = [c for c in CONTENDERS if not args.only or c.name in args.only]
+    chosen = [c for c in CONTENDERS[args.pattern] if not args.only or c.name in args.only]
     for contender in chosen:
         try:
             running.append(contender(args))
@@ -211,7 +231,7 @@ def main():
         print(f"| {name} | {count} | {len(rates[name])} | {median[name]:.0f} | {spread} | {ratio} |")
     print()
     sizes = " ".join(f"{k}={v}" for k, v in SIZES.items())
-    print(f"Mamba-1 {sizes}, float32, forward + backward + AdamW, "
+    print(f"Mamba-{args.pattern} {sizes}, float32, forward + backward + AdamW, "
           f"up to {args.rounds} alternating rounds, {args.threads} threads on {cores} cores of {cpu_name()}, "
           f"load {load:.1f} before the run, {datetime.date.today()}. {versions()}.")
 

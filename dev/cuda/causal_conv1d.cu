@@ -120,7 +120,7 @@ static void forward4(void) {
 
 // the last rung loads groups of 4 tokens as well, and the next ones while one is computed
 static void forward_shipped(void) {
-    causal_conv1d_forward_cuda<bf16>(out, NULL, inp, E, NULL, weight, bias, NULL, B, T, E, K, 0);
+    causal_conv1d_forward_cuda<bf16>(out, NULL, inp, E, NULL, weight, bias, true, NULL, B, T, E, K, 0);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ template <int G> static void backward_parts(void) {
 }
 
 static void backward_shipped(void) {
-    causal_conv1d_backward_cuda<bf16>(dinp, E, dweight, dbias, NULL, dout, NULL, inp, E, NULL, weight, bias,
+    causal_conv1d_backward_cuda<bf16>(dinp, E, dweight, dbias, NULL, dout, NULL, inp, E, NULL, weight, bias, true,
                                       NULL, scratch, B, T, E, K, 0);
 }
 
@@ -290,8 +290,8 @@ static void forward_setup(int which) {
     setup_inputs(which, &x);
     out = nan_array<bf16>(B * T * E);
     std::vector<float> want(B * T * E);
-    causal_conv1d_forward(want.data(), NULL, x.inp.data(), E, NULL, x.weight.data(), x.bias.data(), NULL, B,
-                          T, E, K);
+    causal_conv1d_forward(want.data(), NULL, x.inp.data(), E, NULL, x.weight.data(), x.bias.data(), true,
+                          NULL, B, T, E, K);
     expect("out", out, want, 4e-3);
 }
 
@@ -307,7 +307,8 @@ static void backward_setup(int which) {
     size_t parts = B * ((T + STEPS * ROWS - 1) / (STEPS * ROWS)) * (K + 1) * E;
     scratch = nan_array<float>(std::max(parts, causal_conv1d_scratch_cuda(B, T, E, K)));
     causal_conv1d_backward(want_dinp.data(), E, want_dweight.data(), want_dbias.data(), NULL, x.dout.data(),
-                           NULL, x.inp.data(), E, NULL, x.weight.data(), x.bias.data(), NULL, B, T, E, K);
+                           NULL, x.inp.data(), E, NULL, x.weight.data(), x.bias.data(), true, NULL, B, T, E,
+                           K);
     expect("dinp", dinp, want_dinp, 4e-3);
     expect("dweight", dweight, want_dweight, 2e-5, dweight_before);
     expect("dbias", dbias, want_dbias, 2e-5, dbias_before);

@@ -104,8 +104,9 @@ static void cublas_current(void) { run(&proposed, current); }
 // mma.m16n8k16 multiplies a 16 x 16 piece of inp by 16 x 8 of W. Of its result, the lane 4 g + t of a warp
 // holds columns 2 t and 2 t + 1 in rows g and g + 8. Which columns of out these are is ours to say: in four
 // mma together, lane t gets columns 8 t .. 8 t + 7 of the warp's 32, which are one store of 16 bytes.
-// It does not ship: faster than cuBLASLt here (H200: x_proj dgrad 39 us for 44), but the step of mamba-130m
-// was not (see the table).
+// It does not ship: it is faster than cuBLASLt here (H200, behind a cache full of writes: x_proj dgrad 40 us
+// for 44), but the step of mamba-130m, which runs at the power limit, did not get faster: 364.8 for 364.7
+// thousand tokens/s.
 enum { SHORT_ROWS = 32, SHORT_STAGES = 4, SHORT_WARPS = 8 };
 enum { SHORT_COLUMNS = 32 * SHORT_WARPS, SHORT_THREADS = WARP * SHORT_WARPS };
 
@@ -430,6 +431,9 @@ static int algorithm(int i, cublasLtMatmulAlgoConfigAttributes_t name) {
     return narrow;
 }
 
+// The clock follows the power, and here the GPU rests between two matmuls: in the step, at the power limit,
+// little is left of the differences. What a faster algorithm is worth, only the step tells.
+
 // table_row: the proposals of one matmul and what ships, timed in turn (one after the other would compare the
 // minutes: the clock follows the power), and how many give the bits of the first.
 // sum: milliseconds of a step with the first, the fastest, what ships, and the floor
@@ -441,6 +445,7 @@ static void table_row(const Linear* l, int which_pass, double roof, double sum[4
         cudaCheck(cudaEventCreate(&begin));
         cudaCheck(cudaEventCreate(&end));
         cudaCheck(cudaMalloc((void**)&flush, LADDER_FLUSH));
+        cudaCheck(cudaMemset(flush, 0, LADDER_FLUSH));
     }
     lin = *l;
     pass = which_pass;
@@ -477,7 +482,8 @@ static void table_row(const Linear* l, int which_pass, double roof, double sum[4
     for (int round = 0; round < ROUNDS; round++)
         for (int i = 0; i < n; i++) {
             float t;
-            cudaCheck(cudaMemsetAsync(flush, round, LADDER_FLUSH, 0));
+            flush_kernel<<<1056, 512>>>((const uint4*)flush, LADDER_FLUSH / sizeof(uint4), (uint4*)flush);
+            cudaCheck(cudaGetLastError());
             cudaCheck(cudaEventRecord(begin, 0));
             if (i < proposed.n) run(&proposed, i);
             else shipped();

@@ -235,8 +235,8 @@ static void fuzz_config(const unsigned char* data, size_t n) {
     must(config_read(&again, directory, &err));
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const ConfigField* f = config_fields + i;
-        size_t size = f->kind == CONFIG_BOOL ? sizeof(bool) : 8;
-        must(memcmp((char*)&c + f->offset, (char*)&again + f->offset, size) == 0);
+        must(!config_has(&c, f) ||
+             memcmp((char*)&c + f->offset, (char*)&again + f->offset, config_field_size(f)) == 0);
     }
     must(strcmp(c.pattern, again.pattern) == 0 && c.vocab_size == again.vocab_size &&
          c.vocab_padded == again.vocab_padded && c.eos_token == again.eos_token);
@@ -313,7 +313,10 @@ static const Target targets[] = {
      "\"d_model\": \"hidden_size\": \"model_type\": \"mamba\" \"ssm_cfg\":{ \"expand\": \"dt_rank\": "
      "Infinity NaN -1 0 1e999 9223372036854775807 \"ssm_c\":{ \"pattern\":\"1m\" \"d_intermediate\": null "
      "true \"auto\" \"vocab_size\": \"pad_vocab_size_multiple\": \"eos_token_id\": \"norm_eps\": "
-     "\"tie_word_embeddings\": [ ]"},
+     "\"tie_word_embeddings\": [ ] \"mamba2\" \"layer\":\"Mamba2\" \"attn_layer_idx\":[1] \"attn_cfg\":{ "
+     "\"causal\":true \"num_heads\": \"num_heads_kv\": \"head_dim\": \"headdim\": \"n_groups\": \"d_ssm\": "
+     "\"time_step_limit\": \"dt_limit\": \"A_init_range\": \"mlp_dim\": {\"__float__\":\"Infinity\"} "
+     "\"12am\""},
     {"tokenizer", fuzz_tokenizer, "\"merges\": \"vocab\": \"a\" \"ab\" \"type\": \"Split\" \"Regex\": "
      "\"Sequence\" \"NFC\" "
      "\"added_tokens\": \"id\": \"content\": { } [ ] , : 0 256 257 -1 1e9 true null \"(a+)+b\" "
@@ -556,6 +559,13 @@ static void seeds(const Target* t) {
                   "\"eos_token_id\": 0, "
                   "\"layer_norm_epsilon\": 1e-05, \"time_step_limit\": [0.0, Infinity], "
                   "\"tie_word_embeddings\": true}");
+        keep_text("{\"model_type\": \"mamba2\", \"hidden_size\": 32, \"num_hidden_layers\": 2, "
+                  "\"n_groups\": 2, \"num_heads\": 8, \"head_dim\": 8, \"chunk_size\": 16, "
+                  "\"vocab_size\": 104, \"time_step_limit\": [0.0, Infinity]}");
+        keep_text("{\"d_model\": 48, \"n_layer\": 6, \"vocab_size\": 101, \"d_intermediate\": 100, "
+                  "\"ssm_cfg\": {\"layer\": \"Mamba2\", \"headdim\": 8, \"dt_limit\": [0.0, 0.1]}, "
+                  "\"attn_layer_idx\": [2, 5], \"attn_cfg\": {\"causal\": true, \"num_heads\": 4, "
+                  "\"num_heads_kv\": 2, \"mlp_dim\": 100, \"rotary_emb_dim\": 8, \"softmax_scale\": null}}");
     }
 }
 

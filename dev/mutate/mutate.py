@@ -41,14 +41,18 @@ for pair in """B T, E N, D M, I O, R K, F D, V M, Vp D, RBC E, b t, e n, l n, i 
         i0 j0, l0 j, m0 m, ldi ldo, lddi lddo, ai al, bl bj, ldy ldz, lddy lddz, ldbc E, rows cols, lanes
         states, tile chunk, beta1 beta2, lr min_lr, warmup decay, steps warmup, norm clip, params grads, s0
         sT, ds0 dsT, before sum, kept n, lo hi, INIT_ONE INIT_ZERO, INIT_LINEAR INIT_RESIDUAL, INIT_CONV
-        INIT_LINEAR, INIT_DT_WEIGHT INIT_DT_BIAS, INIT_A_LOG INIT_ONE""".split(","):
+        INIT_LINEAR, INIT_DT_WEIGHT INIT_DT_BIAS, INIT_A_LOG INIT_ONE, Hq Hkv, ldq ldkv, lddq
+        lddkv, ldk ldv, dk dv, dk_p dv_p, kept length, start end, keys seen, kv0 kvT, a_i b_i, H P, G N, heads
+        chunks, q Q, lambda state, x_c y_c, B_c C_c, dB_c dC_c, Bt Ct, dBt dCt, xs dys, CB dCB, e f, mlp Es,
+        Es Cd, dA dD""".split(","):
     one, other = pair.split()
     PARTNER.setdefault(one, other)
     PARTNER.setdefault(other, one)
 # in the tables of tensors only to a smaller one: a piece of workspace that is too large changes no result
 for pair in """DIM_D DIM_1, DIM_E DIM_D, DIM_2E DIM_E, DIM_F DIM_1, DIM_2F DIM_F, DIM_R2N DIM_R,
         DIM_N DIM_1, DIM_K DIM_1, DIM_K1 DIM_1, DIM_R DIM_1, DIM_VP DIM_D, DECAY 0, IF_BIAS
-        0, IF_CONV_BIAS 0""".split(","):
+        0, IF_CONV_BIAS 0, DIM_IN2 DIM_D, DIM_XBC DIM_ES, DIM_ES DIM_D, DIM_H DIM_1, DIM_P DIM_1, DIM_G
+        DIM_1, DIM_DSKIP DIM_H, DIM_JOINED DIM_D, DIM_SSD_SAVED DIM_1, DIM_SSD_SCRATCH DIM_1, IF_RMSNORM 0""".split(","):
     PARTNER.update([pair.split()])
 
 

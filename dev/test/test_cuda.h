@@ -11,6 +11,7 @@
 //  2. Layers
 //  3. Selective scan
 //  4. Matmul
+//  4.1 Attention
 //  5. The whole model
 //  6. Generation, resumed runs
 //  7. Every kernel was launched
@@ -32,12 +33,17 @@ void rmsnorm_forward(double* out, double* rstd, const double* inp, const double*
 void rmsnorm_backward(double* dinp, double* dweight, const double* dout, const double* inp,
                       const double* weight, const double* rstd, size_t M, size_t D);
 void causal_conv1d_forward(double* out, double* tailT, const double* inp, size_t ldi, const double* tail0,
-                           const double* weight, const double* bias, const int* doc, size_t B, size_t T,
-                           size_t E, size_t K);
+                           const double* weight, const double* bias, bool silu, const int* doc, size_t B,
+                           size_t T, size_t E, size_t K);
 void causal_conv1d_backward(double* dinp, size_t lddi, double* dweight, double* dbias, double* dtail0,
                             const double* dout, const double* dtailT, const double* inp, size_t ldi,
-                            const double* tail0, const double* weight, const double* bias, const int* doc,
-                            size_t B, size_t T, size_t E, size_t K);
+                            const double* tail0, const double* weight, const double* bias, bool silu,
+                            const int* doc, size_t B, size_t T, size_t E, size_t K);
+void gated_rmsnorm_forward(double* out, double* rstd, const double* y, const double* z, size_t ldz,
+                           const double* weight, size_t M, size_t E, size_t S, double eps, bool norm_first);
+void gated_rmsnorm_backward(double* dy, double* dz, size_t lddz, double* dweight, const double* dout,
+                            const double* y, const double* z, size_t ldz, const double* weight,
+                            const double* rstd, size_t M, size_t E, size_t S, bool norm_first);
 void gate_forward(double* out, const double* y, size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
 void gate_backward(double* dy, size_t lddy, double* dz, size_t lddz, const double* dout, const double* y,
                    size_t ldy, const double* z, size_t ldz, size_t M, size_t E);
@@ -56,6 +62,34 @@ void selective_scan_backward(double* dx, double* ddt, double* dA_log, double* dB
                              const double* hs, const double* x, const double* dt, const double* A_log,
                              const double* Bt, const double* Ct, size_t ldbc, const double* Dskip,
                              const int* doc, double* scratch, size_t B, size_t T, size_t E, size_t N);
+void ssd_recurrent_backward(double* dx, size_t lddx, double* ddt, double* dA_log, double* dBt, double* dCt,
+                            size_t lddbc, double* dDskip, double* dh0, const double* dy, const double* dhT,
+                            const double* x, size_t ldx, const double* dt, const double* A_log,
+                            const double* Bt, const double* Ct, size_t ldbc, const double* Dskip,
+                            bool D_has_hdim, const double* h0, const int* doc, size_t B, size_t T, size_t H,
+                            size_t P, size_t G, size_t N);
+void dt_softplus_forward(double* dt, const double* dt_raw, size_t ldr, const double* dt_bias, double lo,
+                         double hi, size_t M, size_t H);
+void dt_softplus_backward(double* ddt_raw, size_t lddr, double* ddt_bias, const double* ddt,
+                          const double* dt_raw, size_t ldr, const double* dt_bias, double lo, double hi,
+                          size_t M, size_t H);
+void token_positions(double* position, const double* position0, const int* doc, size_t B, size_t T);
+void rotary_forward(double* x, size_t ldx, const double* position, double base, bool interleaved, size_t M,
+                    size_t H, size_t dh, size_t ro);
+void rotary_backward(double* dx, size_t lddx, const double* position, double base, bool interleaved, size_t M,
+                     size_t H, size_t dh, size_t ro);
+void attention_forward(double* out, size_t ldo, double* lse, const double* q, size_t ldq, const double* k,
+                       const double* v, size_t ldkv, const double* kv0, size_t capacity,
+                       const double* position, double scale, size_t B, size_t T, size_t Hq, size_t Hkv,
+                       size_t dh);
+void attention_backward(double* dq, size_t lddq, double* dk, double* dv, size_t lddkv, double* dkv0,
+                        const double* dout, const double* out, size_t ldo, const double* lse, const double* q,
+                        size_t ldq, const double* k, const double* v, size_t ldkv, const double* kv0,
+                        size_t capacity, const double* position, double scale, size_t B, size_t T, size_t Hq,
+                        size_t Hkv, size_t dh);
+void kv_append_forward(double* kvT, double* positionT, const double* kv0, const double* k, const double* v,
+                       size_t ldkv, const double* position, size_t capacity, size_t B, size_t T, size_t Hkv,
+                       size_t dh);
 void matmul_forward(double* out, size_t ldo, const double* inp, size_t ldi, const double* weight,
                     const double* bias, size_t M, size_t I, size_t O);
 void matmul_backward(double* dinp, size_t lddi, double* dweight, double* dbias, const double* dout,
@@ -388,23 +422,24 @@ template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
     gpu_release();
 }
 
-// variant, bits: 1 rows at twice E, 2 with dtail0 and dtailT, 4 with tail0; 3 without bias; 6 tailT = tail0
+// variant, bits: 1 rows at twice E, 2 with dtail0 and dtailT, 4 with tail0, 8 without SiLU; 3 without bias;
+// 6 tailT = tail0
 template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, int variant) {
     snprintf(shape, sizeof shape, "B%zu T%zu E%zu K%zu variant%d", B, T, E, K, variant);
     size_t M = B * T, ld = variant & 1 ? 2 * E : E + (variant & 2 ? 8 : 0), tail = B * (K - 1) * E;
-    bool has_tail = variant & 4, has_bias = variant != 3, has_dtail = variant & 2;
+    bool has_tail = variant & 4, has_bias = variant != 3, has_dtail = variant & 2, silu = !(variant & 8);
     Ints doc = random_docs(B, T, variant % 3 == 2);
     const int *d = variant % 3 ? doc.data() : NULL, *g_doc = d ? gpu(doc) : NULL;
     Vec inp = spread(normal_vec<X>(M * E), E, ld), weight = normal_vec<float>(E * K, 0.6);
     Vec bias = normal_vec<float>(E), tail0 = normal_vec<float>(tail), out(M * E), tailT(tail);
     const double *p_bias = has_bias ? bias.data() : NULL, *p_tail0 = has_tail ? tail0.data() : NULL;
-    oracle::causal_conv1d_forward(out.data(), tailT.data(), inp.data(), ld, p_tail0, weight.data(), p_bias, d,
-                                  B, T, E, K);
+    oracle::causal_conv1d_forward(out.data(), tailT.data(), inp.data(), ld, p_tail0, weight.data(), p_bias,
+                                  silu, d, B, T, E, K);
     X *g_inp = gpu<X>(inp), *g_out = gpu_nan<X>(M * E);
     float *g_weight = gpu<float>(weight), *g_bias = has_bias ? gpu<float>(bias) : NULL;
     float *g_tail0 = gpu<float>(tail0), *g_tailT = variant == 6 ? g_tail0 : gpu_nan<float>(tail);
     causal_conv1d_forward_cuda<X>(g_out, g_tailT, g_inp, ld, has_tail ? g_tail0 : NULL, g_weight, g_bias,
-                                  g_doc, B, T, E, K, 0);
+                                  silu, g_doc, B, T, E, K, 0);
     claim<X>("conv forward out", from_gpu(g_out, M * E), out, 1e-6, 4e-3);
     if (tail) claim<X>("conv forward tailT", from_gpu(g_tailT, tail), tailT, 0, 0);
 
@@ -413,7 +448,7 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     oracle::causal_conv1d_backward(dinp.data(), ld, want_dweight.data(), has_bias ? want_dbias.data() : NULL,
                                    has_dtail ? dtail0.data() : NULL, dout.data(),
                                    has_dtail ? dtailT.data() : NULL, inp.data(), ld, p_tail0, weight.data(),
-                                   p_bias, d, B, T, E, K);
+                                   p_bias, silu, d, B, T, E, K);
     g_tail0 = gpu<float>(tail0);
     X* g_dout = gpu<X>(dout);
     float* g_dtailT = has_dtail ? gpu<float>(dtailT) : NULL;
@@ -424,8 +459,8 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
         float *g_dtail0 = has_dtail ? gpu_nan<float>(tail) : NULL;
         float* scratch = gpu_nan<float>(causal_conv1d_scratch_cuda(B, T, E, K));
         causal_conv1d_backward_cuda<X>(g_dinp, ld, g_dweight, g_dbias, g_dtail0, g_dout, g_dtailT, g_inp, ld,
-                                       has_tail ? g_tail0 : NULL, g_weight, g_bias, g_doc, scratch, B, T, E,
-                                       K, 0);
+                                       has_tail ? g_tail0 : NULL, g_weight, g_bias, silu, g_doc, scratch, B,
+                                       T, E, K, 0);
         Vec got = from_gpu(g_dweight, E * K);
         if (twice) claim_zero<X>("conv backward, again: bits", differing(got.data(), first.data(), E * K));
         first = got;
@@ -441,6 +476,48 @@ template <typename X> void check_conv(size_t B, size_t T, size_t E, size_t K, in
     gpu_release();
 }
 
+// variant, bits: 1 the norm first, 2 wider rows, 4 dy in the place of dout, 8 without the output again
+template <typename X> void check_gated_rmsnorm(size_t M, size_t S, size_t G, int variant) {
+    const size_t E = S * G, gap = variant & 2 ? 8 + E % 8 : 0, ld = E + gap, ldo = E + 2 * gap;
+    const bool first = variant & 1, in_place = (variant & 4) && !gap, again = !(variant & 8);
+    snprintf(shape, sizeof shape, "M%zu S%zu G%zu variant%d", M, S, G, variant);
+    Vec y = normal_vec<X>(M * E), z = spread(normal_vec<X>(M * E, 2), E, ld), dout = normal_vec<X>(M * E);
+    Vec weight = normal_vec<float>(E, 0.3, 1), dweight = normal_vec<float>(E), out(M * E), rstd(M * G);
+    Vec dy(M * E), dz(M * ld), want = dweight, bits;
+    oracle::gated_rmsnorm_forward(out.data(), rstd.data(), y.data(), z.data(), ld, weight.data(), M, E, S,
+                                  1e-5, first);
+    oracle::gated_rmsnorm_backward(dy.data(), dz.data(), ld, want.data(), dout.data(), y.data(), z.data(), ld,
+                                   weight.data(), rstd.data(), M, E, S, first);
+    X *g_y = gpu<X>(y), *g_z = gpu<X>(z), *g_out = gpu_nan<X>(M * ldo);
+    float *g_rstd = gpu_nan<float>(M * G), *g_weight = gpu<float>(weight);
+    gated_rmsnorm_forward_cuda<X>(g_out, ldo, g_rstd, g_y, g_z, ld, g_weight, M, E, S, 1e-5f, first, 0);
+    Vec got = from_gpu(g_out, M * ldo);
+    claim<X>("gated rmsnorm forward", gathered(got, E, ldo), out, 2e-6, 4e-3);
+    claim_zero<X>("gated rmsnorm: gaps written", written_gaps(got, ldo, E, ldo));
+    claim<X>("gated rmsnorm rstd", from_gpu(g_rstd, M * G), rstd, 1e-6, 1e-6);
+    float* scratch = gpu_nan<float>(gated_rmsnorm_scratch_cuda(M, E));
+    for (int twice = 0; twice < 2; twice++) {
+        X *g_dout = gpu<X>(in_place ? dout : spread(dout, E, ldo)), *g_again = again ? gpu_nan<X>(M * ldo) : NULL;
+        X *g_dy = in_place ? g_dout : gpu_nan<X>(M * E), *g_dz = gpu_nan<X>(M * ld);
+        float* g_dweight = gpu<float>(dweight);
+        gated_rmsnorm_backward_cuda<X>(g_dy, g_dz, ld, g_again, ldo, g_dweight, g_dout, in_place ? E : ldo,
+                                       g_y, g_z, ld, g_weight, g_rstd, scratch, M, E, S, first, 0);
+        Vec dw = from_gpu(g_dweight, E), got_dz = from_gpu(g_dz, M * ld);
+        if (twice) claim_zero<X>("gated rmsnorm backward, again: bits", differing(dw.data(), bits.data(), E));
+        bits = dw;
+        if (twice) continue;
+        claim<X>("gated rmsnorm dy", from_gpu(g_dy, M * E), dy, 1e-5, 4e-3);
+        claim<X>("gated rmsnorm dz", gathered(got_dz, E, ld), gathered(dz, E, ld), 1e-5, 4e-3);
+        claim_zero<X>("gated rmsnorm: gaps written", written_gaps(got_dz, ld, E, ld));
+        claim<X>("gated rmsnorm dweight", minus(dw, dweight), minus(want, dweight), 1e-5, 1e-5);
+        if (!again) continue;
+        Vec same = from_gpu(g_again, M * ldo);
+        claim_zero<X>("gated rmsnorm backward out = that of forward: bits",
+                      differing(gathered(same, E, ldo).data(), gathered(got, E, ldo).data(), M * E));
+    }
+    gpu_release();
+}
+
 template <typename X> void check_gate(size_t M, size_t E, bool strided) {
     snprintf(shape, sizeof shape, "M%zu E%zu%s", M, E, strided ? " strided" : "");
     size_t ld = strided ? 2 * E : E;
@@ -450,8 +527,8 @@ template <typename X> void check_gate(size_t M, size_t E, bool strided) {
     oracle::gate_backward(dy.data(), ld, dz.data(), ld, dout.data(), y.data(), ld, z.data(), ld, M, E);
     X *g_y = gpu<X>(y), *g_z = gpu<X>(z), *g_out = gpu_nan<X>(M * E);
     X *again = strided ? gpu_nan<X>(M * E) : NULL, *g_dy = gpu_nan<X>(M * ld), *g_dz = gpu_nan<X>(M * ld);
-    gate_forward_cuda<X>(g_out, g_y, ld, g_z, ld, M, E, 0);
-    gate_backward_cuda<X>(g_dy, ld, g_dz, ld, again, gpu<X>(dout), g_y, ld, g_z, ld, M, E, 0);
+    gate_forward_cuda<X>(g_out, E, g_y, ld, g_z, ld, M, E, 0);
+    gate_backward_cuda<X>(g_dy, ld, g_dz, ld, again, E, gpu<X>(dout), E, g_y, ld, g_z, ld, M, E, 0);
     claim<X>("gate forward", from_gpu(g_out, M * E), out, 1e-6, 4e-3);
     if (again) claim<X>("gate backward out", from_gpu(again, M * E), out, 1e-6, 4e-3);
     Vec got_dy = from_gpu(g_dy, M * ld), got_dz = from_gpu(g_dz, M * ld);
@@ -488,6 +565,21 @@ template <typename X> void check_crossentropy(size_t M, size_t V, int variant) {
                                                                                losses.data(), M));
     else claim<X>("crossentropy losses", from_gpu(g_losses, M), losses, 1e-5, 1e-5);
     if (g_dz) claim<X>("crossentropy dlogits", from_gpu(g_dz, M * V), dz, 1e-5, 4e-3);
+    // which targets are the best tokens; half of them are made so, and a NaN is larger than everything
+    for (size_t m = 0; m < M; m++)
+        for (size_t v = 0; m % 2 == 0 && targets[m] >= 0 && v < V; v++)
+            if (z[m * V + v] > z[m * V + targets[m]]) z[m * V + v] = z[m * V + targets[m]];
+    if (M > 4 && V > 1) z[4 * V + V / 2] = NAN;
+    int* g_best = gpu(targets);
+    is_best_kernel<X><<<(unsigned)M, 256>>>(g_best, gpu<X>(z), V);
+    Vec got = from_gpu(g_best, M);
+    size_t wrong = 0;
+    for (size_t m = 0; m < M; m++) {
+        bool best = targets[m] >= 0;
+        for (size_t v = 0; v < V; v++) best = best && z[m * V + v] <= z[m * V + targets[m]];
+        wrong += got[m] != best;
+    }
+    claim_zero<X>("best tokens: wrong", (double)wrong);
     gpu_release();
 }
 
@@ -547,10 +639,16 @@ template <typename X> void check_layers(void) {
                               {2, 100, 264}, {1, 517, 96}};
     for (int i = 0; i < (small ? 6 : 8); i++)
         for (size_t K = 1; K <= 8; K++)
-            for (int variant = 0; variant < 8; variant++)
+            for (int variant = 0; variant < (K == 4 || K == 3 ? 16 : 8); variant++)
                 if (!small || K == 4 || K == 3) check_conv<X>(conv[i][0], conv[i][1], conv[i][2], K, variant);
-    for (int variant = 0; variant < 8 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
+    for (int variant = 0; variant < 16 && !small; variant++) check_conv<X>(5, 64, 1536, 4, variant);
     if (!small) check_conv<X>(sizeof(X) == 2 ? 64 : 128, 140, 1536, 4, 6);      // the longest runs of tokens
+    const size_t gated[][3] = {{1, 1, 1}, {3, 5, 1}, {21, 36, 3}, {1, 8, 2}, {37, 64, 4}, {70, 264, 1},
+                               {33, 768, 2}, {700, 1536, 1}, {21, 2048, 2}, {5, 5120, 1}, {3, 5128, 1}};
+    for (size_t i = 0; i < sizeof gated / sizeof gated[0]; i++)
+        for (int variant = 0; variant < 16; variant++)
+            if (!small || gated[i][0] < 100)
+                check_gated_rmsnorm<X>(gated[i][0], gated[i][1], gated[i][2], variant);
     const size_t gate[][2] = {{1, 1}, {3, 37}, {37, 33}, {70, 64}, {513, 1536}};
     for (int i = 0; i < (small ? 4 : 5); i++)
         for (int strided = 0; strided < 2; strided++) check_gate<X>(gate[i][0], gate[i][1], strided);
@@ -738,6 +836,174 @@ void test_cuda_scan(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------
+// 3b. SSD, backward
+
+// pad: columns before x, and between x, Bt and Ct (x and Bt, Ct are parts of one row). dt is softplus of a
+// normal number with this mean and scale; decay is added to A_log. offset: elements by which dy is shifted
+typedef struct {
+    size_t B, T, H, P, G, N, pad;
+    int docs;                // -1: none; 0, 1: random; n > 1: a document begins at every n-th token
+    bool state, hdim;
+    double dt_scale, dt_mean, decay;
+    size_t offset;
+    const char* note;
+} SsdShape;
+static const SsdShape ssd_backward_shapes[] = {
+    {1, 1, 1, 1, 1, 1, 0, -1, false, false, 1, -3, 0, 0, ""},
+    {2, 1, 2, 64, 1, 128, 8, -1, true, false, 1, -3, 0, 0, ""},
+    {2, 1, 4, 64, 2, 64, 8, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 64, 1, 64, 1, 128, 0, -1, false, false, 1, -3, 0, 0, ""},
+    {1, 65, 2, 64, 1, 128, 8, -1, true, false, 1, -3, 0, 0, ""},
+    {2, 37, 3, 5, 1, 7, 1, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 100, 4, 33, 2, 17, 3, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 300, 6, 40, 3, 24, 0, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 333, 6, 64, 1, 128, 16, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 333, 4, 64, 2, 128, 8, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 520, 4, 64, 1, 128, 8, 63, true, false, 1, -3, 0, 0, " before chunk edges"},
+    {1, 520, 4, 64, 1, 128, 8, 64, true, false, 1, -3, 0, 0, " at chunk edges"},
+    {1, 520, 4, 64, 1, 128, 8, 65, true, false, 1, -3, 0, 0, " after chunk edges"},
+    {1, 700, 2, 64, 1, 128, 8, 256, true, false, 1, -3, 0, 0, " at saved states"},
+    {1, 200, 2, 64, 1, 128, 8, 2, true, false, 1, -3, 0, 0, " short ones"},
+    {2, 200, 3, 64, 1, 64, 8, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 200, 3, 32, 1, 64, 8, 0, true, true, 1, -3, 0, 0, ""},
+    {2, 200, 4, 32, 2, 128, 8, 1, true, false, 1, -3, 0, 0, ""},
+    {2, 200, 4, 128, 2, 64, 8, 0, true, false, 1, -3, 0, 0, ""},
+    {2, 330, 3, 128, 1, 128, 8, 1, true, true, 1, -3, 0, 0, ""},
+    {1, 200, 3, 64, 1, 128, 8, 0, true, false, 1, -3, 0, 1, " misaligned"},
+    {2, 200, 3, 64, 1, 128, 4, 0, true, false, 1, -3, 0, 0, " rows misaligned"},
+    {1, 128, 3, 64, 1, 128, 8, 0, false, false, 6, 0, 0, 0, " large dt"},
+    {1, 300, 3, 64, 1, 128, 8, 0, true, false, 3, 12, 0, 0, " dt near 12"},
+    {2, 500, 3, 64, 1, 128, 8, -1, true, false, 1, -8, 0, 0, " dt near 0"},
+    {1, 1500, 2, 64, 1, 128, 8, -1, true, false, 1, -3, -9, 0, " slow decay"},
+    {2, 100, 3, 64, 1, 128, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
+    {2, 100, 3, 12, 1, 9, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
+    {1, 2500, 6, 64, 1, 128, 8, -1, true, false, 1, -4, -2, 0, " walks in parts"},
+    {1, 2500, 6, 64, 2, 128, 8, 900, true, false, 1, -4, -2, 0, " walks in parts"},
+    {150, 200, 2, 32, 1, 64, 8, 0, true, false, 1, -3, 0, 0, " many sequences"},
+};
+
+// head by head to token by token, and back
+Vec turned(const Vec& v, size_t B, size_t rows, size_t cols) {
+    Vec r(v.size());
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < rows; i++)
+            for (size_t j = 0; j < cols; j++) r[(b * cols + j) * rows + i] = v[(b * rows + i) * cols + j];
+    return r;
+}
+
+template <typename X> void check_ssd_backward(const SsdShape* s) {
+    const size_t B = s->B, T = s->T, H = s->H, P = s->P, G = s->G, N = s->N, M = B * T, E = H * P;
+    const size_t cols = E + 2 * G * N, ld = s->pad + cols, states = B * H * P * N, n_skip = s->hdim ? E : H;
+    const size_t at_B = s->pad + E, at_C = at_B + G * N;
+    Vec rows = spread(normal_vec<X>(M * cols), cols, ld), dy = normal_vec<X>(M * E), xbc(M * ld, NAN);
+    for (size_t m = 0; m < M; m++)
+        for (size_t i = 0; i < cols; i++) xbc[m * ld + s->pad + i] = rows[m * ld + i];
+    Vec dt = normal_vec<float>(M * H, s->dt_scale, s->dt_mean), A_log = normal_vec<float>(H, 0.2, s->decay);
+    for (size_t i = 0; i < M * H; i++) dt[i] = rounded<float>(dt[i] > 20 ? dt[i] : log1p(exp(dt[i])));
+    for (size_t h = 0; h < H; h++) A_log[h] = rounded<float>(A_log[h] + log((double)(h % 16 + 1)));
+    Vec D = normal_vec<float>(n_skip), h0 = normal_vec<X>(states), dhT = normal_vec<float>(states);
+    Ints doc = random_docs(B, T, s->docs == 1);
+    if (s->docs > 1)
+        for (size_t m = 0; m < M; m++) doc[m] = (int)(m % T / (size_t)s->docs);
+    const int* d = s->docs < 0 ? NULL : doc.data();
+
+    Vec dxbc(M * ld), ddt(M * H), dA(H), dD(n_skip), dh0(states);
+    oracle::ssd_recurrent_backward(dxbc.data() + s->pad, ld, ddt.data(), dA.data(), dxbc.data() + at_B,
+                                   dxbc.data() + at_C, ld, dD.data(), dh0.data(), dy.data(),
+                                   s->state ? dhT.data() : NULL, xbc.data() + s->pad, ld, dt.data(),
+                                   A_log.data(), xbc.data() + at_B, xbc.data() + at_C, ld, D.data(), s->hdim,
+                                   s->state ? h0.data() : NULL, d, B, T, H, P, G, N);
+
+    Vec dy_shifted(s->offset, NAN);
+    dy_shifted.insert(dy_shifted.end(), dy.begin(), dy.end());
+    X *g_xbc = gpu<X>(xbc), *g_dy = gpu<X>(dy_shifted) + s->offset;
+    X *g_states = gpu_nan<X>(ssd_saved_cuda(B, T, H, P, N)), *y = gpu_nan<X>(M * E);
+    float *g_dt = gpu<float>(turned(dt, B, T, H)), *g_A = gpu<float>(A_log), *g_D = gpu<float>(D);
+    float *g_h0 = s->state ? gpu<float>(h0) : NULL, *g_dhT = s->state ? gpu<float>(dhT) : NULL;
+    const int* g_doc = d ? gpu(doc) : NULL;
+    const X *g_x = g_xbc + s->pad, *g_B = g_xbc + at_B, *g_C = g_xbc + at_C;
+    snprintf(shape, sizeof shape, "B%zu T%zu H%zu P%zu G%zu N%zu%s%s%s%s", B, T, H, P, G, N,
+             d ? " doc" : "", s->state ? " state" : "", s->hdim ? " hdim" : "", s->note);
+    ssd_forward_cuda<X>(y, g_states, (float*)NULL, g_x, ld, g_dt, g_A, g_B, g_C, ld, g_D, s->hdim, g_h0, g_doc,
+                        gpu_nan<float>(ssd_forward_scratch_cuda(B, T, H, P, G, N)), B, T, H, P, G, N, 0);
+    // 0 where the decay underflows: dA is then far below what can be seen beside other numbers
+    Vec start_A = normal_vec<float>(H, s->decay > 5 ? 0 : 0.5), start_D = normal_vec<float>(n_skip, 0.5), first;
+    float* scratch = gpu_nan<float>(ssd_backward_scratch_cuda(B, T, H, P, G, N));
+    for (int twice = 0; twice < 2; twice++) {
+        X* g_dxbc = gpu_nan<X>(M * ld);
+        float *g_ddt = gpu_nan<float>(M * H), *g_dA = gpu<float>(start_A), *g_dD = gpu<float>(start_D);
+        float* g_dh0 = s->state ? gpu_nan<float>(states) : NULL;
+        const char* path = ssd_backward_cuda<X>(g_dxbc + s->pad, ld, g_ddt, g_dA, g_dxbc + at_B, g_dxbc + at_C,
+                                                ld, g_dD, g_dh0, g_dy, g_dhT, g_states, g_x, ld, g_dt, g_A,
+                                                g_B, g_C, ld, g_D, s->hdim, g_doc, scratch, B, T, H, P, G, N,
+                                                0);
+        Vec all = from_gpu(g_dxbc, M * ld), got_dt = from_gpu(g_ddt, M * H), got_A = from_gpu(g_dA, H);
+        const double gaps = written_gaps(all, ld, 0, s->pad);
+        Vec dx = gathered(all, E, ld, s->pad), dB = gathered(all, G * N, ld, at_B);
+        Vec dC = gathered(all, G * N, ld, at_C), got_D = from_gpu(g_dD, n_skip);
+        all = gathered(all, cols, ld, s->pad);
+        all.insert(all.end(), got_dt.begin(), got_dt.end());
+        all.insert(all.end(), got_A.begin(), got_A.end());
+        all.insert(all.end(), got_D.begin(), got_D.end());
+        if (twice) {
+            claim_zero<X>("ssd backward, again: bits", differing(all.data(), first.data(), all.size()));
+            continue;
+        }
+        first = all;
+        const bool fast = sizeof(X) == 2 && (P == 32 || P == 64 || P == 128) && (N == 64 || N == 128) &&
+                          !s->offset && s->pad % 8 == 0;
+        claim_zero<X>("ssd backward: another path than expected", (double)((strcmp(path, "fast") == 0) != fast));
+        claim_zero<X>("ssd backward: gaps written", gaps);
+        claim<X>("ssd dx", dx, gathered(dxbc, E, ld, s->pad), 1e-5, 4e-3);
+        claim<X>("ssd ddt", turned(got_dt, B, H, T), ddt, 1e-4, 4e-3);
+        claim<X>("ssd dB", dB, gathered(dxbc, G * N, ld, at_B), 1e-4, 5e-3);
+        claim<X>("ssd dC", dC, gathered(dxbc, G * N, ld, at_C), 1e-4, 5e-3);
+        claim<X>("ssd dA", minus(got_A, start_A), dA, 1e-4, 3e-3);
+        claim<X>("ssd dD", minus(got_D, start_D), dD, 1e-4, 3e-3);
+        if (s->state) claim<X>("ssd dh0", from_gpu(g_dh0, states), dh0, 1e-5, 4e-3);
+    }
+    gpu_release();
+}
+
+template <typename X> void check_ssd_dt(size_t B, size_t T, size_t H, size_t ld, double lo, double hi) {
+    const size_t M = B * T;
+    snprintf(shape, sizeof shape, "B%zu T%zu H%zu ld%zu limits %g %g", B, T, H, ld, lo, hi);
+    Vec raw = normal_vec<X>(M * H, 8), bias = normal_vec<float>(H), ddt = normal_vec<float>(M * H), dbias(H);
+    Vec want(M * H), start = normal_vec<float>(H, 0.5);
+    oracle::dt_softplus_backward(want.data(), H, dbias.data(), ddt.data(), raw.data(), H, bias.data(),
+                                 (double)(float)lo, (double)(float)hi, M, H);
+    X *g_raw = gpu<X>(spread(raw, H, ld)), *out = gpu_nan<X>(M * ld);
+    float *g_ddt = gpu<float>(turned(ddt, B, T, H)), *g_bias = gpu<float>(bias), *g_dbias = gpu<float>(start);
+    ssd_dt_backward_cuda<X>(out, ld, g_dbias, g_ddt, g_raw, ld, g_bias, (float)lo, (float)hi,
+                            gpu_nan<float>(ssd_dt_backward_scratch_cuda(B, T, H)), B, T, H, 0);
+    Vec got = from_gpu(out, M * ld);
+    claim<X>("ssd ddt_raw", gathered(got, H, ld), want, 1e-6, 4e-3);
+    claim<X>("ssd ddt_bias", minus(from_gpu(g_dbias, H), start), dbias, 1e-5, 1e-5);
+    claim_zero<X>("ssd ddt_raw: gaps written", written_gaps(got, ld, H, ld));
+    gpu_release();
+}
+
+// Catches: a chunk's first or last token, a document's first one, a pair of tokens counted twice or not at
+// all, a path between states left out, a padded state or channel used, sums over the wrong heads, a decay
+// that becomes NaN, a difference of large numbers, a sum that depends on the order of the threads.
+void test_cuda_ssd_backward(void) {
+    if (!gpu_present()) return;
+    use_threads(8);
+    for (size_t i = 0; i < sizeof ssd_backward_shapes / sizeof ssd_backward_shapes[0]; i++) {
+        if (only_small() && ssd_backward_shapes[i].T > 600) continue;
+        check_ssd_backward<float>(&ssd_backward_shapes[i]);
+        check_ssd_backward<bf16>(&ssd_backward_shapes[i]);
+    }
+    check_ssd_dt<float>(2, 300, 3, 3, 0, INFINITY);
+    check_ssd_dt<float>(2, 257, 40, 45, 0.01, 5);
+    check_ssd_dt<bf16>(1, 1, 24, 30, 0.01, 5);
+    check_ssd_dt<bf16>(3, 513, 33, 40, 0.001, 0.1);
+    check_ssd_dt<bf16>(2, 300, 24, 24, 0, INFINITY);
+    use_threads(1);
+    claims_report();
+}
+
+// ---------------------------------------------------------------------------------------------------
 // 4. Matmul
 
 static Matmul matmul_open(void) {
@@ -872,16 +1138,250 @@ void test_cuda_matmul(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------
+// 4.1 Attention
+
+// Q, KV: heads; ro: channels turned; cached: tokens in the cache of sequence 0, fewer in the others
+typedef struct {
+    size_t B, T, Q, KV, dh, ro;
+    bool interleaved;
+    int docs;                // -1: none
+    size_t cached, pad;      // pad: columns between rows
+    double scale;            // of q and k
+} AttentionShape;
+static const AttentionShape attention_shapes[] = {
+    {1, 2, 1, 1, 8, 0, false, -1, 0, 0, 1},
+    {2, 7, 2, 1, 24, 8, true, 1, 5, 0, 1},
+    {1, 64, 2, 2, 64, 64, false, -1, 0, 0, 1},
+    {2, 129, 4, 2, 64, 32, false, 0, 0, 8, 1},
+    {3, 37, 3, 1, 32, 32, true, 0, 40, 0, 1},
+    {2, 300, 4, 1, 96, 48, false, 0, 0, 8, 1},
+    {2, 257, 2, 2, 128, 128, false, 1, 70, 0, 1},
+    {1, 333, 1, 1, 128, 64, true, -1, 0, 0, 4},
+    {1, 700, 2, 1, 64, 64, true, 0, 130, 0, 3},
+    {1, 515, 2, 2, 32, 16, false, -1, 0, 0, 1},
+    {2, 190, 6, 2, 80, 80, false, 1, 0, 0, 1},
+    {1, 141, 8, 2, 40, 16, false, 0, 9, 16, 1},
+    {1, 260, 2, 1, 112, 2, false, -1, 300, 8, 1},
+    {2, 65, 2, 1, 20, 6, false, 0, 4, 0, 1},
+    {2, 45, 3, 3, 5, 4, true, 0, 3, 3, 1},
+    {1, 50, 2, 1, 200, 64, false, 1, 20, 0, 1},
+    {300, 3, 2, 1, 64, 64, false, -1, 3, 0, 1},
+};
+
+// what the CPU makes of one call: `row` numbers per token, q and k not yet turned
+struct AttentionOracle {
+    const AttentionShape* s;
+    size_t row, capacity, kv;            // kv: numbers in the cache of one sequence
+    double base, scale;
+    AttentionOracle(const AttentionShape* shape_, size_t room)
+        : s(shape_), row((shape_->Q + 2 * shape_->KV) * shape_->dh), capacity(shape_->cached + room + 3),
+          kv(capacity * 2 * shape_->KV * shape_->dh), base(1000), scale(0.9 / sqrt((double)shape_->dh)) {}
+    RotaryCuda rotary() const { return rotary_cuda(s->ro, base, s->interleaved); }
+    void turn(Vec* qkv, Vec* position, const double* position0, const int* doc, size_t B, size_t T) const {
+        position->resize(B * T);
+        oracle::token_positions(position->data(), position0, doc, B, T);
+        oracle::rotary_forward(qkv->data(), row, position->data(), base, s->interleaved, B * T, s->Q + s->KV,
+                               s->dh, s->ro);
+    }
+    // out (B,T,Q dh) and lse from qkv, which has been turned
+    void forward(Vec* out, Vec* lse, const Vec* qkv, const Vec& position, const Vec* kv0, size_t B,
+                 size_t T) const {
+        out->resize(B * T * s->Q * s->dh);
+        lse->resize(B * s->Q * T);
+        const double *k = qkv->data() + s->Q * s->dh, *v = k + s->KV * s->dh;
+        oracle::attention_forward(out->data(), s->Q * s->dh, lse->data(), qkv->data(), row, k, v, row,
+                                  kv0 ? kv0->data() : NULL, capacity, position.data(), scale, B, T, s->Q,
+                                  s->KV, s->dh);
+    }
+};
+
+// random_cache: NaN in the rows that are not filled yet
+template <typename X> Vec random_cache(const AttentionOracle& o, const Vec& position0) {
+    Vec kv0 = normal_vec<X>(position0.size() * o.kv);
+    for (size_t b = 0; b < position0.size(); b++)
+        for (size_t i = (size_t)position0[b] * (o.kv / o.capacity); i < o.kv; i++) kv0[b * o.kv + i] = NAN;
+    return kv0;
+}
+
+template <typename X> void check_attention(const AttentionShape* s) {
+    const size_t B = s->B, T = s->T, M = B * T, dh = s->dh, qs = s->Q * dh, ks = s->KV * dh;
+    const AttentionOracle o(s, T);
+    const size_t ld = o.row + s->pad, ldo = qs + s->pad;
+    Vec qkv = normal_vec<X>(M * o.row, s->scale), dout = normal_vec<X>(M * qs), position0(B);
+    for (size_t b = 0; b < B; b++) position0[b] = (double)(s->cached > b ? s->cached - b : 0);
+    Vec kv0 = random_cache<X>(o, position0), turned = qkv, out, lse, position;
+    Ints doc = random_docs(B, T, s->docs > 0);
+    const int* d = s->docs < 0 ? NULL : doc.data();
+    const double* p0 = s->cached ? position0.data() : NULL;
+    X *g_qkv = gpu<X>(spread(qkv, o.row, ld)), *g_out = gpu_nan<X>(M * ldo), *g_kv0 = gpu<X>(kv0);
+    X* g_dout = gpu<X>(spread(dout, qs, ldo));
+    float *g_p0 = p0 ? gpu<float>(position0) : NULL, *g_lse = gpu_nan<float>(M * s->Q);
+    int2* span = d ? gpu_array<int2>(M, NULL) : NULL;
+    const RotaryCuda rotary = o.rotary();
+    snprintf(shape, sizeof shape, "B%zu T%zu Q%zu KV%zu dh%zu ro%zu%s cached%zu%s", B, T, s->Q, s->KV, dh,
+             s->ro, s->interleaved ? "i" : "", s->cached, d ? " doc" : "");
+    if (span) attention_span_cuda(span, gpu(doc), g_p0, B, T, 0);
+    attention_rotate_cuda<X>(g_qkv, ld, g_p0, span, rotary, B, T, s->Q, s->KV, dh, 0);
+    Vec got_qkv = from_gpu(g_qkv, M * ld);
+    claim_zero<X>("attention: gaps written", written_gaps(got_qkv, ld, o.row, ld));
+    o.turn(&turned, &position, p0, d, B, T);
+    claim<X>("attention turned q, k", gathered(got_qkv, qs + ks, ld), gathered(turned, qs + ks, o.row), 1e-6,
+             4e-3);
+    // from here on with the numbers that the GPU has: of a score of 50, rounding to bf16 takes 0.1
+    turned = gathered(got_qkv, o.row, ld);
+    o.forward(&out, &lse, &turned, position, p0 ? &kv0 : NULL, B, T);
+    Vec grad(M * o.row), kvT(B * o.kv, NAN), positionT(B);
+    double *dq = grad.data(), *dk = dq + qs, *dv = dk + ks;
+    const double *q = turned.data(), *k = q + qs, *v = k + ks;
+    oracle::attention_backward(dq, o.row, dk, dv, o.row, NULL, dout.data(), out.data(), qs, lse.data(), q, o.row,
+                               k, v, o.row, p0 ? kv0.data() : NULL, o.capacity, position.data(), o.scale, B, T,
+                               s->Q, s->KV, dh);
+    oracle::rotary_backward(dq, o.row, position.data(), o.base, s->interleaved, M, s->Q + s->KV, dh, s->ro);
+    oracle::kv_append_forward(kvT.data(), positionT.data(), p0 ? kv0.data() : NULL, k, v, o.row,
+                              position.data(), o.capacity, B, T, s->KV, dh);
+    for (double& x : lse) x *= 1.4426950408889634;                         // the GPU's has base 2
+
+    const char* path = attention_forward_cuda<X>(g_out, ldo, g_lse, g_qkv, ld, g_kv0, o.capacity, g_p0, span,
+                                                 (float)o.scale, B, T, s->Q, s->KV, dh, 0);
+    snprintf(shape + strlen(shape), sizeof shape - strlen(shape), " %s", path);
+    Vec got_out = from_gpu(g_out, M * ldo);
+    claim<X>("attention out", gathered(got_out, qs, ldo), out, 1e-5, 5e-3);
+    claim<X>("attention lse", from_gpu(g_lse, M * s->Q), lse, 1e-5, 5e-3);
+    claim_zero<X>("attention: gaps written", written_gaps(got_out, ldo, qs, ldo));
+    X* again = gpu_nan<X>(M * ldo);
+    attention_forward_cuda<X>(again, ldo, (float*)NULL, g_qkv, ld, g_kv0, o.capacity, g_p0, span,
+                              (float)o.scale, B, T, s->Q, s->KV, dh, 0);
+    claim_zero<X>("attention in inference: bits",
+                  differing(gathered(from_gpu(again, M * ldo), qs, ldo).data(),
+                            gathered(got_out, qs, ldo).data(), M * qs));
+    float* scratch = gpu_nan<float>(M * s->Q);
+    Vec first;
+    for (int twice = 0; twice < 2; twice++) {
+        X* g_dqkv = gpu_nan<X>(M * ld);
+        attention_backward_cuda<X>(g_dqkv, ld, g_dout, ldo, g_out, ldo, g_lse, g_qkv, ld, g_kv0, o.capacity,
+                                   g_p0, span, rotary, (float)o.scale, scratch, B, T, s->Q, s->KV, dh, 0);
+        Vec got = from_gpu(g_dqkv, M * ld), all = gathered(got, o.row, ld);
+        if (twice) claim_zero<X>("attention backward, again: bits",
+                                 differing(all.data(), first.data(), all.size()));
+        first = all;
+        if (twice) continue;
+        claim_zero<X>("attention: gaps written", written_gaps(got, ld, o.row, ld));
+        claim<X>("attention dq", gathered(all, qs, o.row), gathered(grad, qs, o.row), 1e-5, 5e-3);
+        claim<X>("attention dk", gathered(all, ks, o.row, qs), gathered(grad, ks, o.row, qs), 1e-5, 5e-3);
+        claim<X>("attention dv", gathered(all, ks, o.row, qs + ks), gathered(grad, ks, o.row, qs + ks), 1e-5,
+                 5e-3);
+    }
+    // the cache after the call, in an array of its own and in place; rows that are not filled stay NaN
+    for (int inplace = 0; inplace < 2; inplace++) {
+        X* g_kvT = inplace ? g_kv0 : gpu_nan<X>(B * o.kv);
+        float* g_pT = inplace && g_p0 ? g_p0 : gpu_nan<float>(B);
+        attention_append_cuda<X>(g_kvT, g_pT, g_kv0, o.capacity, g_p0, g_qkv, ld, span, B, T, s->Q, s->KV, dh,
+                                 0);
+        Vec got = from_gpu(g_kvT, B * o.kv), want = kvT;
+        double beyond = 0;
+        for (size_t b = 0; b < B; b++)
+            for (size_t i = (size_t)positionT[b] * 2 * ks; i < o.kv; i++) {
+                double kept = inplace ? kv0[b * o.kv + i] : NAN;
+                beyond += isnan(kept) ? !isnan(got[b * o.kv + i]) : got[b * o.kv + i] != kept;
+                got[b * o.kv + i] = want[b * o.kv + i] = 0;
+            }
+        claim<X>("attention cache", got, want, 1e-6, 4e-3);
+        claim_zero<X>("attention cache, beyond the last row", beyond);
+        claim_zero<X>("attention cache: lengths", differing(from_gpu(g_pT, B).data(), positionT.data(), B));
+    }
+    gpu_release();
+}
+
+// A text in pieces: a first one without a cache, a second one that goes on, then token by token. Everything
+// must be as if it had come at once.
+template <typename X> void check_attention_steps(const AttentionShape* s, size_t piece, size_t steps) {
+    const size_t B = s->B, dh = s->dh, qs = s->Q * dh, T = 2 * piece + steps;
+    AttentionShape none = *s;
+    none.cached = 0;
+    const AttentionOracle o(&none, T);
+    Vec qkv = normal_vec<X>(B * T * o.row), turned = qkv, out, lse, position;
+    o.turn(&turned, &position, NULL, NULL, B, T);
+    o.forward(&out, &lse, &turned, position, NULL, B, T);
+    const RotaryCuda rotary = o.rotary();
+    X* kv = gpu_nan<X>(B * o.kv);
+    float *length = gpu<float>(Vec(B)), *scratch = gpu_nan<float>(attention_decode_scratch_cuda(B, s->Q, dh,
+                                                                                               o.capacity));
+    Vec got_all(B * T * qs), got_steps, want_steps;
+    const char* path = "";
+    for (size_t t = 0, n; t < T; t += n) {
+        n = t < 2 * piece ? piece : 1;
+        Vec part(B * n * o.row);
+        for (size_t b = 0; b < B; b++)
+            std::copy(&qkv[(b * T + t) * o.row], &qkv[(b * T + t) * o.row] + n * o.row, &part[b * n * o.row]);
+        Vec got;
+        for (int again = 0; again < (n == 1 ? 2 : 1); again++) {
+            X *g_part = gpu<X>(part), *g_out = gpu_nan<X>(B * n * qs);
+            if (n > 1) {
+                attention_rotate_cuda<X>(g_part, o.row, length, NULL, rotary, B, n, s->Q, s->KV, dh, 0);
+                attention_forward_cuda<X>(g_out, qs, (float*)NULL, g_part, o.row, kv, o.capacity, length, NULL,
+                                          (float)o.scale, B, n, s->Q, s->KV, dh, 0);
+                attention_append_cuda<X>(kv, length, kv, o.capacity, length, g_part, o.row, NULL, B, n, s->Q,
+                                         s->KV, dh, 0);
+            } else {
+                if (again) length = gpu<float>(Vec(B, (double)t));
+                path = attention_decode_cuda<X>(g_out, qs, kv, length, o.capacity, g_part, o.row, rotary,
+                                                (float)o.scale, scratch, B, s->Q, s->KV, dh, 0);
+            }
+            Vec before = got;
+            got = from_gpu(g_out, B * n * qs);
+            if (again) claim_zero<X>("attention decode, again: bits",
+                                     differing(got.data(), before.data(), got.size()));
+        }
+        for (size_t b = 0; b < B; b++)
+            std::copy(&got[b * n * qs], &got[b * n * qs] + n * qs, &got_all[(b * T + t) * qs]);
+    }
+    snprintf(shape, sizeof shape, "%s B%zu T%zu+%zu Q%zu KV%zu dh%zu ro%zu%s", path, B, 2 * piece, steps, s->Q,
+             s->KV, dh, s->ro, s->interleaved ? "i" : "");
+    const size_t from = 2 * piece * qs;
+    claim<X>("attention in two pieces", gathered(got_all, from, T * qs), gathered(out, from, T * qs), 1e-5, 5e-3);
+    claim<X>("attention decode", gathered(got_all, steps * qs, T * qs, from),
+             gathered(out, steps * qs, T * qs, from), 1e-5, 5e-3);
+    Vec kvT(B * o.kv), positionT(B), got = from_gpu(kv, B * o.kv);
+    oracle::kv_append_forward(kvT.data(), positionT.data(), NULL, &turned[qs], &turned[qs + s->KV * dh], o.row,
+                              position.data(), o.capacity, B, T, s->KV, dh);
+    const size_t filled = T * 2 * s->KV * dh;
+    claim<X>("attention decode: cache", gathered(got, filled, o.kv), gathered(kvT, filled, o.kv), 1e-6, 4e-3);
+    claim_zero<X>("attention decode: lengths", differing(from_gpu(length, B).data(), positionT.data(), B));
+    gpu_release();
+}
+
+// Catches: a tile at the edge of the text, of a document or of the cache handled wrong; a pair turned the
+// wrong way or by the wrong position; a head that takes another one's keys; a row that sees nothing.
+void test_cuda_attention(void) {
+    if (!gpu_present()) return;
+    use_threads(8);
+    for (size_t i = 0; i < sizeof attention_shapes / sizeof attention_shapes[0]; i++) {
+        const AttentionShape* s = &attention_shapes[i];
+        if (only_small() && s->T > 260) continue;
+        check_attention<float>(s);
+        check_attention<bf16>(s);
+        const size_t piece = s->T < 200 ? 5 + s->T / 4 : 150;
+        check_attention_steps<float>(s, piece, 3);
+        check_attention_steps<bf16>(s, piece, 3);
+    }
+    const AttentionShape far = {1, 0, 4, 2, 64, 64, false, -1, 0, 0, 1};
+    check_attention_steps<bf16>(&far, only_small() ? 100 : 5000, 2);
+    use_threads(1);
+    claims_report();
+}
+
+// ---------------------------------------------------------------------------------------------------
 // 5. The whole model
 
-typedef struct {
+struct CudaShape {
     const char* pattern;
     int64_t n_layer, D, E, N, K, R, F, V;
     bool tie, bias, conv_bias;
     size_t B, T;
     int docs;
     double dropout;
-} CudaShape;
+    const char* mixers = NULL;       // see toy_mamba2, toy_attention
+};
 static const CudaShape cuda_shapes[] = {
     {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0},
     {"1", 2, 7, 9, 5, 2, 3, 0, 11, false, true, false, 3, 7, 0, 0},
@@ -891,12 +1391,27 @@ static const CudaShape cuda_shapes[] = {
     {"1", 2, 32, 64, 16, 4, 8, 0, 101, true, false, true, 3, 70, -1, 0},        // from here on the fast scan
     {"1m", 2, 64, 128, 16, 4, 16, 96, 257, false, true, true, 2, 133, 0, 0.4},
     {"1", 3, 96, 192, 16, 3, 8, 0, 64, true, true, false, 2, 64, 5, 0},
+    {"2", 2, 5, 6, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0, "P3 S1 L7"},                 // Mamba-2
+    {"2", 2, 13, 24, 3, 3, 1, 0, 29, false, true, false, 3, 37, 0, 0, "P3 S2 L16 hdim before limit"},
+    {"2m", 2, 24, 48, 7, 2, 1, 19, 29, true, true, true, 3, 70, 1, 0.3, "P6 S3 L16 W36"},
+    {"12m", 2, 32, 64, 16, 4, 8, 24, 101, true, false, true, 2, 133, 2, 0, "P8 S2 L64 plain"},
+    {"2", 2, 64, 128, 64, 4, 1, 0, 101, true, false, true, 3, 300, -1, 0, "P32 S2 L64"},        // fast
+    {"2m", 2, 64, 192, 128, 4, 1, 96, 257, false, true, true, 2, 533, 0, 0.4, "P64 S1 L256 W128"},
+    {"221", 1, 96, 192, 128, 4, 8, 0, 64, true, true, false, 2, 64, 5, 0, "P64 S1 L64 hdim"},
+    {"a", 2, 13, 22, 5, 4, 1, 0, 29, true, false, true, 3, 37, 0, 0, "Q4 G2 H6 R4 K4 C3"},      // attention
+    {"am", 2, 24, 22, 5, 4, 1, 19, 29, false, false, true, 3, 70, 1, 0.3, "Q3 G1 H5 F7 C2 interleaved R4 biases"},
+    {"a", 2, 64, 22, 5, 4, 1, 0, 101, true, false, true, 2, 300, -1, 0, "Q4 G2 H32 R16 C5"},
+    {"12am", 4, 64, 128, 64, 4, 8, 96, 101, true, false, true, 2, 133, 0, 0.2,
+     "Q2 G1 H64 R64 K4 F32 C8 P32 S1 L64"},
+    {"222a", 4, 64, 128, 64, 4, 8, 0, 101, true, false, true, 2, 70, 2, 0, "Q2 G2 H64 R32 C4 P32 S1 L64"},
 };
 
 // toy_model with parameters that are exact in X: the CPU then computes with the same weights
 template <typename X> Model cuda_toy(const CudaShape* s) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     if (s->F) c.d_intermediate = s->F;
+    if (strchr(s->pattern, '2')) toy_mamba2(&c, s->mixers);
+    if (strchr(s->pattern, 'a')) toy_attention(&c, s->mixers, s->T);
     c.tie_embeddings = s->tie; c.bias = s->bias; c.conv_bias = s->conv_bias;
     Model m = toy_model(&c, true, 3);
     for (int i = 0; i < m.n_tensors; i++)
@@ -960,6 +1475,17 @@ template <typename X> void check_busy(const CudaShape* s) {
                 bits_differ(grads[0].data(), grads[1].data(), m.n_elements), 0);
 }
 
+// random_state: numbers that are exact in bf16, as the device keeps them of attention; `filled` tokens in the
+// caches
+void random_state(const Model* m, State* s, uint64_t seed, double filled) {
+    for (size_t i = 0; i < s->n_elements; i++)
+        s->data[i] = (real)rounded<bf16>(test_uniform(-1, 1, seed, i));
+    for (int l = 0; l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            for (size_t b = 0; b < s->rows && strcmp(m->layer[l].kind->state[i].name, "position") == 0; b++)
+                s->field[l][i][b] = (real)fmin(filled - (double)(b % 2), (double)s->context);
+}
+
 template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     snprintf(shape, sizeof shape, "%s D%d E%d N%d K%d B%zu T%zu%s%s%s", s->pattern, (int)s->D, (int)s->E,
              (int)s->N, (int)s->K, s->B, s->T, s->docs < 0 ? "" : " doc", carry ? " carried" : "",
@@ -974,7 +1500,7 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
         s0[k] = state_alloc(&m, B);
         sT[k] = state_alloc(&m, B);
         sG[k] = state_alloc(&m, B);
-        for (size_t i = 0; i < s0[k].n_elements; i++) s0[k].data[i] = (real)test_uniform(-1, 1, 77 + k, i);
+        random_state(&m, &s0[k], 77 + (uint64_t)k, 3);
     }
     real* want = (real*)test_alloc(m.n_elements, sizeof(real));
     enum { RUNS = 4 };                                       // once, again, and with both levels of recompute
@@ -1235,8 +1761,19 @@ template <typename X> void check_model(void) {
     size_t longest = only_small() ? 129 : 8192;
     static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0};
     static const CudaShape even = {"1m", 1, 32, 32, 16, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0};
+    static const CudaShape odd2 = {"2", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0, "P7 S1 L32"};
+    static const CudaShape even2 = {"2m", 1, 32, 64, 64, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0,
+                                    "P32 S1 L64"};
     check_lengths<X>(&odd, longest);
     check_lengths<X>(&even, longest);
+    check_lengths<X>(&odd2, only_small() ? 129 : 1000);
+    check_lengths<X>(&even2, longest);
+    static const CudaShape odd3 = {"a", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0,
+                                   "Q3 G1 H5 R2 K3 F3"};
+    static const CudaShape even3 = {"am", 1, 32, 64, 64, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0,
+                                    "Q2 G1 H32 R16"};
+    check_lengths<X>(&odd3, only_small() ? 129 : 1000);
+    check_lengths<X>(&even3, longest);
     check_steps<X>(&cuda_shapes[3], true, 0);
     check_steps<X>(&cuda_shapes[5], true, 0);
     check_steps<X>(&cuda_shapes[6], false, 0);
@@ -1246,6 +1783,15 @@ template <typename X> void check_model(void) {
     check_training<X>(&cuda_shapes[6], RECOMPUTE_ALL);
     check_training<X>(&cuda_shapes[6], RECOMPUTE_NONE, true);
     check_busy<X>(&cuda_shapes[6]);
+    check_steps<X>(&cuda_shapes[10], true, 0);
+    check_steps<X>(&cuda_shapes[13], false, 0);
+    check_training<X>(&cuda_shapes[10], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[12], RECOMPUTE_NONE);
+    check_training<X>(&cuda_shapes[13], RECOMPUTE_ALL);
+    check_steps<X>(&cuda_shapes[18], false, 0);
+    check_training<X>(&cuda_shapes[15], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[18], RECOMPUTE_CHEAP);
+    check_training<X>(&cuda_shapes[19], RECOMPUTE_ALL);
 }
 
 // Catches: a gradient written where it must be added, a buffer used by two layers at once, arguments of a
@@ -1333,9 +1879,15 @@ void test_cuda_generate(void) {
     const char* fp32 = "--precision fp32";
     Worst tokens = {0, ""}, chunks = {0, ""}, saved = {0, ""}, logits_cpu = {0, ""};
     Worst logits_chunk[2] = {{0, ""}, {0, ""}};
-    for (int fast = 0; fast < 2; fast++) {
-        Config c = fast ? toy_config("1m", 2, 32, 64, 16, 4, 8, 257)
-                        : toy_config("1m", 2, 13, 22, 5, 4, 2, 257);
+    Config configs[] = {toy_config("1m", 2, 13, 22, 5, 4, 2, 257), toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
+                        toy_config("2m", 2, 13, 24, 5, 4, 2, 257), toy_config("221", 1, 32, 64, 64, 4, 8, 257),
+                        toy_config("12am", 4, 13, 24, 5, 4, 2, 257), toy_config("a2", 4, 64, 64, 64, 4, 8, 257)};
+    toy_mamba2(&configs[2], "P3 S2 L16 W18");
+    toy_mamba2(&configs[3], "P32 S1 L64");
+    toy_attention(&configs[4], "Q4 G2 H5 R4 K3 F6", 400);
+    toy_attention(&configs[5], "Q2 G1 H32 R16", 400);
+    toy_mamba2(&configs[5], "P32 S1 L64");
+    for (const Config& c : configs) {
         Model m = toy_model(&c, false, 6);
         char prompt[301], options[400];
         for (size_t i = 0; i < 300; i++) prompt[i] = (char)('!' + random_bits(10, 0, i) % 90);
@@ -1804,11 +2356,11 @@ static void check_large_block(size_t times) {
     Twice<bf16> xz = twice_normal<bf16>(2 * n, times), dxz = twice_nan<bf16>(2 * n, times);
     Twice<bf16> x = twice_nan<bf16>(n, times), dx = twice_normal<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
-        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, no_doc, B[big], T,
-                                         E, K, 0);
+        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, true, no_doc, B[big],
+                                         T, E, K, 0);
         causal_conv1d_backward_cuda<bf16>(dxz[big], 2 * E, dweight[big], dbias[big], none, dx[big], none,
-                                          xz[big], 2 * E, none, weight, bias, no_doc, scratch, B[big], T, E,
-                                          K, 0);
+                                          xz[big], 2 * E, none, weight, bias, true, no_doc, scratch,
+                                          B[big], T, E, K, 0);
     }
     claim_rows("2^31: conv forward", x[1], x[0], E, E, tokens, times, 0);
     claim_rows("2^31: conv backward, dinp", dxz[1], dxz[0], 2 * E, E, tokens, times, 0);
@@ -1842,8 +2394,8 @@ static void check_large_block(size_t times) {
 
     for (int big = 0; big < 2; big++) {                      // gate: y and z are the halves of xz, dout is x
         bf16 *u = xz[big], *du = dxz[big];
-        gate_forward_cuda<bf16>(s[big], u, 2 * E, u + E, 2 * E, B[big] * T, E, 0);
-        gate_backward_cuda<bf16>(du, 2 * E, du + E, 2 * E, again[big], x[big], u, 2 * E, u + E, 2 * E,
+        gate_forward_cuda<bf16>(s[big], E, u, 2 * E, u + E, 2 * E, B[big] * T, E, 0);
+        gate_backward_cuda<bf16>(du, 2 * E, du + E, 2 * E, again[big], E, x[big], E, u, 2 * E, u + E, 2 * E,
                                  B[big] * T, E, 0);
     }
     claim_rows("2^31: gate forward", s[1], s[0], E, E, tokens, times, 0);

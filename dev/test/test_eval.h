@@ -38,9 +38,10 @@ Settings* eval_options(const char* text) {
 
 // Catches: a token scored twice or never, a window one too long, a state that is lost or kept too long, end
 // tokens that count, bytes of tokens that are not scored.
-void test_eval_text(Backend* (*make)(Model*, size_t, size_t)) {
+void test_eval_text(Backend* (*make)(Model*, size_t, size_t), const char* pattern) {
     enum { N = 97 };
-    Config c = toy_config("1m", 2, 12, 18, 5, 4, 2, 257);
+    Config c = toy_config(pattern, 2, 12, 18, 5, 4, 2, 257);
+    c.context = 200;
     Model m = toy_model(&c, false, 6);
     int ids[N + 1] = {256};
     unsigned char text[N];
@@ -548,7 +549,8 @@ Backend* eval_cpu(Model* m, size_t B, size_t T) {
 void test_eval(void) {
     scratch("x");
     eval_limit = 1e-14;
-    test_eval_text(eval_cpu);
+    test_eval_text(eval_cpu, "1m");
+    test_eval_text(eval_cpu, "1am");
     test_eval_items(eval_cpu);
     test_eval_metrics();
     test_eval_program();
@@ -569,7 +571,7 @@ void test_cuda_eval(void) {
     if (!gpu_present()) return;
     scratch("x");
     eval_limit = 1e-5;
-    test_eval_text(eval_gpu);
+    test_eval_text(eval_gpu, "1m");
     test_eval_items(eval_gpu);
     test_generation(eval_gpu);
 }

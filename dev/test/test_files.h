@@ -602,7 +602,7 @@ static bool same_config(const Config* a, const Config* b) {
     for (int i = 0; i < N_CONFIG_FIELDS; i++) {
         const char *p = (const char*)a + config_fields[i].offset,
                    *q = (const char*)b + config_fields[i].offset;
-        if (memcmp(p, q, config_fields[i].kind == CONFIG_BOOL ? sizeof(bool) : 8) != 0) {
+        if (config_has(a, config_fields + i) && memcmp(p, q, config_field_size(config_fields + i)) != 0) {
             fprintf(stderr, "  config field %s differs\n", config_fields[i].name);
             same = false;
         }
@@ -619,6 +619,9 @@ static Config small_config(void) {
     c.tie_embeddings = c.conv_bias = c.rescale_prenorm_residual = true;
     c.norm_eps = 1e-5, c.dt_min = 1e-3, c.dt_max = 0.1, c.dt_init_floor = 1e-4, c.dt_scale = 1,
     c.initializer_range = 0.02;
+    c.d_ssm = 24, c.headdim = 4, c.ngroups = 2, c.chunk_size = 8, c.rmsnorm = true;
+    c.dt_high = INFINITY, c.A_low = 1, c.A_high = 16;
+    c.attn_heads = 4, c.attn_heads_kv = 2, c.attn_head_dim = 6, c.rotary_dim = 4, c.rotary_base = 10000;
     c.eos_token = -1;
     return c;
 }
@@ -637,10 +640,27 @@ static const char mamba_config[] = "{\"d_model\": 768, \"n_layer\": 24, \"vocab_
                                    "{}, \"rms_norm\": true, \"residual_in_fp32\": true,"
                                    " \"fused_add_norm\": true, \"pad_vocab_size_multiple\": 8}";
 
+// Mamba-2 as transformers writes it, and a hybrid of mamba_ssm as published (mamba2attn-2.7b)
+static const char hf2_config[] =
+    "{\"architectures\": [\"Mamba2ForCausalLM\"], \"model_type\": \"mamba2\", \"hidden_size\": 768, "
+    "\"num_hidden_layers\": 24, \"state_size\": 128, \"conv_kernel\": 4, \"expand\": 2, \"head_dim\": 64, "
+    "\"num_heads\": 24, \"n_groups\": 1, \"chunk_size\": 256, \"time_step_rank\": 256, \"rms_norm\": false, "
+    "\"norm_before_gate\": true, \"time_step_limit\": [0.0, Infinity], \"layer_norm_epsilon\": 1e-05, "
+    "\"use_bias\": false, \"use_conv_bias\": true, \"hidden_act\": \"silu\", \"tie_word_embeddings\": true, "
+    "\"vocab_size\": 50288, \"eos_token_id\": 0}";
+static const char hybrid_config[] =
+    "{\"d_model\": 2560, \"d_intermediate\": 0, \"n_layer\": 64, \"vocab_size\": 50277, "
+    "\"ssm_cfg\": {\"layer\": \"Mamba2\"}, \"attn_layer_idx\": [9, 18, 27, 36, 45, 56], "
+    "\"attn_cfg\": {\"causal\": true, \"d_conv\": 4, \"head_dim\": 128, \"num_heads\": 30, "
+    "\"out_proj_bias\": false, \"qkv_proj_bias\": false, \"rotary_emb_dim\": 64}, \"rms_norm\": true, "
+    "\"residual_in_fp32\": true, \"fused_add_norm\": true, \"pad_vocab_size_multiple\": 16, "
+    "\"tie_embeddings\": true}";
+static const char* const config_bases[] = {hf_config, mamba_config, hf2_config, hybrid_config};
+
 typedef struct {
-    int base;
+    int base;      // 0: Hugging Face, 1: mamba_ssm, 2: Hugging Face's Mamba-2, 3: mamba_ssm's hybrid
     const char *find, *by, *words;
-} ConfigRow;   // base 0: Hugging Face, 1: mamba_ssm
+} ConfigRow;
 static const ConfigRow config_rows[] = {
     {0, "768", "768", NULL},
     {1, "768", "768", NULL},
@@ -679,17 +699,96 @@ static const ConfigRow config_rows[] = {
     {0, "\"eos_token_id\": 0", "\"eos_token_id\": [7, 9]", NULL},
     {0, "\"use_bias\": false", "\"use_bias\": 0", "\"use_bias\" is not true or false"},
     // other architectures
-    {0, "\"model_type\": \"mamba\"", "\"model_type\": \"mamba2\"", "\"model_type\" is \"mamba2\""},
+    {0, "\"model_type\": \"mamba\"", "\"model_type\": \"mamba2\"", "\"num_heads\""},
     {0, "\"model_type\": \"mamba\"", "\"model_type\": \"llama\"", "\"model_type\" is \"llama\""},
     {0, "\"model_type\": \"mamba\"", "\"model_type\": 1", "\"model_type\""},
     {0, "\"silu\"", "\"gelu\"", "\"hidden_act\" is not \"silu\""},
-    {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {\"layer\": \"Mamba2\"}", "\"ssm_cfg.layer\" is \"Mamba2\""},
+    {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {\"layer\": \"Mamba3\"}", "\"ssm_cfg.layer\" is \"Mamba3\""},
+    {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {\"layer\": 2}", "\"ssm_cfg.layer\" is \"not a string\""},
+    {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {\"layer\": \"Mamba2\"}", NULL},
     {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": []", "\"ssm_cfg\" is not an object"},
     {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {\"d_state\": 0}", "d_state is 0"},
     {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {\"dt_init\": \"zero\"}", "initialization of dt"},
     {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {\"dt_init\": \"NaN\"}", "dt is \"NaN\""},
     {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {\"dt_init\": \"\\\" Infinity\"}", "dt is \"\" Infinity\""},
-    {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {}, \"attn_layer_idx\": [3]", "\"attn_layer_idx\" is not empty"},
+    {1, "\"ssm_cfg\": {}", "\"ssm_cfg\": {}, \"attn_layer_idx\": [3]", "\"attn_cfg.causal\" is not true"},
+    {0, "\"ssm_cfg\": {}", "\"attn_layer_idx\": [3]", "\"attn_layer_idx\" is not empty"},
+    // Mamba-2
+    {2, "768", "768", NULL},
+    {2, "\"num_heads\": 24", "\"num_heads\": 23", "is not the inner width, 1536"},
+    {2, "\"num_heads\": 24, ", "", "\"num_heads\" (128 when absent)"},
+    {2, "\"num_heads\": 24", "\"num_heads\": 9223372036854775807", "is not the inner width"},
+    {2, "\"num_heads\": 24", "\"num_heads\": \"24\"", "is not the inner width"},
+    {2, "\"head_dim\": 64", "\"head_dim\": 0", "is not the inner width"},
+    {2, "\"head_dim\": 64", "\"head_dim\": -9223372036854775808", "is not the inner width"},
+    {2, "\"head_dim\": 64, ", "", NULL},
+    {2, "\"n_groups\": 1", "\"n_groups\": 5", "cannot be shared by 5 groups"},
+    {2, "\"n_groups\": 1", "\"n_groups\": 0", "ngroups is 0"},
+    {2, "\"n_groups\": 1", "\"n_groups\": 2147483648", "ngroups is 2147483648"},
+    {2, "\"n_groups\": 1, ", "", NULL},
+    {2, "\"chunk_size\": 256", "\"chunk_size\": 0", "chunk_size is 0"},
+    {2, "\"chunk_size\": 256", "\"chunk_size\": 1e3", "\"chunk_size\" is not an integer"},
+    {2, "\"chunk_size\": 256", "\"chunk_size\": 100000", "chunk_size is 100000"},
+    {2, "[0.0, Infinity]", "[0.0, 0.1]", NULL},
+    {2, "[0.0, Infinity]", "[0.0, {\"__float__\": \"Infinity\"}]", NULL},
+    {2, "[0.0, Infinity]", "[0.0, {\"__float__\": \"NaN\"}]", "\"time_step_limit\" is not a list of two"},
+    {2, "[0.0, Infinity]", "[0.0, NaN]", "\"time_step_limit\" is not a list of two numbers"},
+    {2, "[0.0, Infinity]", "[0.0, -Infinity]", "\"time_step_limit\" is not a list of two numbers"},
+    {2, "[0.0, Infinity]", "[Infinity, Infinity]", "\"time_step_limit\" is not a list of two numbers"},
+    {2, "[0.0, Infinity]", "[0.0, null]", "\"time_step_limit\" is not a list of two numbers"},
+    {2, "[0.0, Infinity]", "[0.2, 0.1]", "dt_limit is 0.2 .. 0.1"},
+    {2, "[0.0, Infinity]", "[0.1]", "\"time_step_limit\" is not a list of two numbers"},
+    {2, "[0.0, Infinity]", "[0, 1, 2]", "\"time_step_limit\" is not a list of two numbers"},
+    {2, "[0.0, Infinity]", "0.1", "\"time_step_limit\" is not a list of two numbers"},
+    {2, "\"time_step_rank\": 256", "\"time_step_rank\": [1]", NULL},       // Mamba-2 has none
+    {2, "\"state_size\": 128", "\"state_size\": 512", "d_state is 512"},
+    {2, "\"silu\"", "\"relu\"", "\"hidden_act\" is not \"silu\""},
+    {2, "\"expand\": 2", "\"expand\": 3", "is not the inner width, 2304"},
+    {2, "\"vocab_size\": 50288, ", "", "\"vocab_size\" is missing"},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"headdim\": 100", "d_ssm is 5120, expected a multiple of headdim, 100"},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"d_ssm\": 2560, \"headdim\": 32", NULL},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"d_ssm\": null", NULL},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"d_ssm\": 10240", "d_ssm is 10240, expected 1 .. 5120"},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"d_ssm\": 0", "d_ssm is 0"},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"A_init_range\": [0, 16]", "A_init_range is 0 .. 16"},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"A_init_range\": [1, Infinity]", "A_init_range is 1 .. inf"},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"conv_init\": null", NULL},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"conv_init\": -1", "conv_init is -1"},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"dt_limit\": [0.0, Infinity]", NULL},
+    {3, "\"Mamba2\"", "\"Mamba2\", \"rmsnorm\": 1", "\"ssm_cfg.rmsnorm\" is not true or false"},
+    // attention
+    {3, "2560", "2560", NULL},
+    {3, "\"causal\": true", "\"causal\": false", "\"attn_cfg.causal\" is not true"},
+    {3, "\"causal\": true, ", "", "\"attn_cfg.causal\" is not true"},
+    {3, "\"num_heads\": 30, ", "", "\"attn_cfg.num_heads\" is missing"},
+    {3, "\"num_heads\": 30", "\"num_heads\": 0", "\"attn_cfg.num_heads\" is missing or below 1"},
+    {3, "\"num_heads\": 30", "\"num_heads\": 65537", "attention heads is 65537"},
+    {3, "\"num_heads\": 30", "\"num_heads\": 30, \"num_heads_kv\": 7", "30 attention heads cannot share 7"},
+    {3, "\"num_heads\": 30", "\"num_heads\": 30, \"num_heads_kv\": 60", "KV heads is 60"},
+    {3, "\"num_heads\": 30", "\"num_heads\": 30, \"num_heads_kv\": null", NULL},
+    {3, "\"head_dim\": 128, ", "", "30 heads do not share d_model 2560"},
+    {3, "\"head_dim\": 128", "\"head_dim\": 9223372036854775807", "attention head_dim is 92233"},
+    {3, "\"head_dim\": 128", "\"head_dim\": 63", "rotary_emb_dim is 64"},
+    {3, "\"rotary_emb_dim\": 64", "\"rotary_emb_dim\": 63", "expected even numbers"},
+    {3, "\"rotary_emb_dim\": 64", "\"rotary_emb_base\": 0", "rotary_emb_base is 0"},
+    {3, "\"rotary_emb_dim\": 64", "\"rotary_emb_scale_base\": 512", "_scale_base\" is not supported"},
+    {3, "\"rotary_emb_dim\": 64", "\"softmax_scale\": -1", "softmax_scale is -1"},
+    {3, "\"rotary_emb_dim\": 64", "\"softmax_scale\": null", NULL},
+    {3, "\"rotary_emb_dim\": 64", "\"mlp_dim\": -4", "mlp_dim is -4"},
+    {3, "\"rotary_emb_dim\": 64", "\"mlp_dim\": 9223372036854775807", "mlp_dim is 92233"},
+    {3, "\"d_conv\": 4", "\"d_conv\": 9", "attention d_conv is 9"},
+    {3, "45, 56]", "45, 64]", "\"attn_layer_idx\"[5] is not an integer in 0 .. 63"},
+    {3, "45, 56]", "45, -1]", "\"attn_layer_idx\"[5]"},
+    {3, "45, 56]", "45, 18]", "\"attn_layer_idx\"[5]"},
+    {3, "45, 56]", "45, 5.5]", "\"attn_layer_idx\"[5]"},
+    {3, "[9, 18, 27, 36, 45, 56]", "{\"9\": 1}", "\"attn_layer_idx\" is not a list"},
+    {3, "[9, 18, 27, 36, 45, 56]", "null", NULL},
+    {3, "\"n_layer\": 64", "\"n_layer\": 511", NULL},
+    {3, "\"n_layer\": 64", "\"n_layer\": 512", "attention in some of 512 layers"},
+    {3, "\"n_layer\": 64", "\"n_layer\": -1", "attention in some of -1 layers"},
+    {3, "\"d_intermediate\": 0, \"n_layer\": 64", "\"d_intermediate\": 128, \"n_layer\": 500",
+     "make a pattern of 1000 letters"},
+    {3, "\"attn_cfg\": {", "\"attn_cfg\": [], \"x\": {", "\"attn_cfg\" is not an object"},
     {1, "\"rms_norm\": true", "\"rms_norm\": false", "\"rms_norm\" is false"},
     {1, "\"d_model\": 768, ", "", "neither \"model_type\" nor \"d_model\""},
     {1, "\"n_layer\": 24, ", "", "\"n_layer\" is missing"},
@@ -734,7 +833,7 @@ static void test_config_files(void) {
     int failed = 0;
     for (size_t i = 0; i < sizeof config_rows / sizeof *config_rows; i++) {
         const ConfigRow* r = config_rows + i;
-        char* text = replace_text(r->base ? mamba_config : hf_config, r->find, r->by);
+        char* text = replace_text(config_bases[r->base], r->find, r->by);
         file_put(path, text, strlen(text));
         failed += run_config_case(r->by, r->words);
         free(text);
@@ -786,15 +885,52 @@ static void test_config_files(void) {
     file_put(path, "{\"d_model\": 100, \"n_layer\": 1, \"vocab_size\": 8}", 47);
     failed += !config_read(&d, scratch_dir, &err) || d.dt_rank != 7 || d.d_inner != 200 ||
               d.vocab_padded != 8;
+    // mamba2-130m and mamba2attn-2.7b, and what the classes say of a missing key
+    file_put(path, hf2_config, sizeof hf2_config - 1);
+    failed += !config_read(&d, scratch_dir, &err) || strcmp(d.pattern, "2") != 0 || d.d_inner != 1536 ||
+              d.d_ssm != 1536 || d.d_state != 128 || d.headdim != 64 || d.ngroups != 1 ||
+              d.chunk_size != 256 || !d.rmsnorm || d.norm_before_gate || d.D_has_hdim || d.dt_low != 0 ||
+              d.dt_high != INFINITY || !d.tie_embeddings || d.vocab_size != 50288 || d.eos_token != 0 ||
+              d.A_low != 1 || d.A_high != 16;
+    const char* bare = "{\"model_type\": \"mamba2\", \"hidden_size\": 4096, \"num_hidden_layers\": 1, "
+                       "\"vocab_size\": 64, \"time_step_limit\": [0.001, 0.5]}";
+    file_put(path, bare, strlen(bare));
+    failed += !config_read(&d, scratch_dir, &err) || d.ngroups != 8 || d.headdim != 64 || d.d_state != 128 ||
+              d.tie_embeddings || d.eos_token != 2 || d.dt_low != 0.001 || d.dt_high != 0.5 || !d.conv_bias;
+    file_put(path, hybrid_config, sizeof hybrid_config - 1);
+    failed += !config_read(&d, scratch_dir, &err) || d.d_state != 128 || d.ngroups != 1 || d.headdim != 64 ||
+              strcmp(d.pattern, "222222222a22222222a22222222a22222222a22222222a2222222222a2222222") != 0 ||
+              d.attn_heads != 30 || d.attn_heads_kv != 30 || d.attn_head_dim != 128 || d.attn_conv != 4 ||
+              d.rotary_dim != 64 || d.rotary_base != 10000 || d.rotary_interleaved || d.attn_in_bias ||
+              d.attn_out_bias || d.attn_mlp != 0 || d.softmax_scale != 0 || d.vocab_padded != 50288;
+    static const struct { const char *layers, *pattern; } repeats[] = {
+        {"\"n_layer\": 12, \"attn_layer_idx\": [3, 7, 11]", "222a"},
+        {"\"n_layer\": 11, \"attn_layer_idx\": [7, 3]", "222a"},
+        {"\"n_layer\": 13, \"attn_layer_idx\": [3, 7, 12]", "222a222a2222a"},
+        {"\"n_layer\": 2, \"attn_layer_idx\": [0, 1]", "a"},
+        {"\"n_layer\": 4, \"attn_layer_idx\": [0, 2], \"d_intermediate\": 300", "am2m"},
+        {"\"n_layer\": 4, \"attn_layer_idx\": [], \"d_intermediate\": 300", "2m"} };
+    for (size_t i = 0; i < sizeof repeats / sizeof *repeats; i++) {
+        char made[512];
+        snprintf(made, sizeof made, "{\"d_model\": 64, \"vocab_size\": 9, %s, "
+                 "\"ssm_cfg\": {\"layer\": \"Mamba2\"}, \"attn_cfg\": {\"causal\": true, \"num_heads\": 4, "
+                 "\"mlp_dim\": 300, \"num_heads_kv\": 2}}", repeats[i].layers);
+        file_put(path, made, strlen(made));
+        failed += !config_read(&d, scratch_dir, &err) || strcmp(d.pattern, repeats[i].pattern) != 0;
+        if (strchr(d.pattern, 'a'))
+            failed += d.attn_head_dim != 16 || d.attn_mlp != 512 || d.attn_heads_kv != 2 || !d.attn_in_bias;
+        if (strchr(d.pattern, 'm')) failed += d.d_intermediate != 384;
+    }
     report("config: published dialects", failed, 0);
 
     // round trips of random configs: every field comes back exactly
-    static const char* const patterns[] = {"1", "11", "1m", "11m1", "1m1"};
+    static const char* const patterns[] = {"1", "11", "1m", "11m1", "1m1", "2", "2m", "12am", "a", "222a",
+                                           "1a"};
     failed = 0;
     for (uint64_t i = 0; i < 500; i++) {
         c = small_config();
         uint64_t bits = random_bits(11, 7, i);
-        strcpy(c.pattern, patterns[bits % 5]);
+        strcpy(c.pattern, patterns[bits % COUNT_OF(patterns)]);
         c.d_intermediate = strchr(c.pattern, 'm') ? 1 + (int64_t)(bits >> 8 & 255) : 0;
         c.n_layer = 1 + (int64_t)(bits >> 16 & 31);
         c.d_model = 1 + (int64_t)(bits >> 21 & 255);
@@ -814,14 +950,35 @@ static void test_config_files(void) {
         c.dt_max = c.dt_min + random_uniform(22, 7, i), c.dt_init_floor = random_uniform(23, 7, i);
         c.dt_scale = 0.1 + random_uniform(24, 7, i),
         c.initializer_range = i % 4 ? random_uniform(25, 7, i) : 0;
+        uint64_t more = random_bits(26, 7, i);
+        c.headdim = 1 + (int64_t)(more & 15), c.ngroups = 1 + (int64_t)(more >> 4 & 3);
+        c.d_ssm = c.headdim * c.ngroups * (1 + (int64_t)(more >> 6 & 3));
+        if (c.d_inner < c.d_ssm || more >> 8 & 1) c.d_inner = c.d_ssm + (int64_t)(more >> 9 & 1);
+        c.chunk_size = 1 + (int64_t)(more >> 10 & 511);
+        c.D_has_hdim = more >> 19 & 1, c.rmsnorm = more >> 20 & 1, c.norm_before_gate = more >> 21 & 1;
+        c.dt_low = more >> 22 & 1 ? 0 : random_uniform(27, 7, i);
+        c.dt_high = more >> 23 & 1 ? INFINITY : c.dt_low + random_uniform(28, 7, i);
+        c.A_low = 0.1 + random_uniform(29, 7, i), c.A_high = c.A_low + random_uniform(30, 7, i);
+        c.conv_init = more >> 24 & 1 ? random_uniform(31, 7, i) : 0;
+        c.attn_heads_kv = 1 + (int64_t)(more >> 25 & 3);
+        c.attn_heads = c.attn_heads_kv * (1 + (int64_t)(more >> 27 & 3));
+        c.attn_head_dim = 4 + (int64_t)(more >> 29 & 15), c.attn_conv = (int64_t)(more >> 33 & 7);
+        c.attn_mlp = 2 * (int64_t)(more >> 36 & 255), c.rotary_dim = 2 * (int64_t)(more >> 44 & 1);
+        c.rotary_base = 1 + 1e5 * random_uniform(32, 7, i);
+        c.softmax_scale = more >> 45 & 1 ? random_uniform(33, 7, i) : 0;
+        c.rotary_interleaved = more >> 46 & 1;
+        c.attn_in_bias = more >> 47 & 1, c.attn_out_bias = more >> 48 & 1;
         memset(&d, 255, sizeof d);
-        failed += !config_write(&c, -1, "float32", scratch_dir, &err);
-        // other programs compute E = int(expand * D) in double precision
+        if (!config_write(&c, -1, "float32", scratch_dir, &err) && !failed++)
+            fprintf(stderr, "  config round trip %d: %s\n", (int)i, err.text);
+        // other programs compute E = int(expand * D) in double precision; only Python reads Infinity
         json_t* root = json_load_file(path, 0, NULL);
         const json_t* expand =
             config_key(root, json_object_get(root, "expand") ? "expand" : "ssm_cfg.expand");
-        if ((int64_t)(json_number_value(expand) * (double)c.d_model) != c.d_inner) failed++;
+        if (root ? (int64_t)(json_number_value(expand) * (double)c.d_model) != c.d_inner
+                 : !(c.dt_low > 0 && c.dt_high == INFINITY)) failed++;
         json_decref(root);
+        if (!strchr(c.pattern, '1')) c.dt_init_constant = false;       // without dt_proj it says nothing
         if (!config_read(&d, scratch_dir, &err) || !same_config(&c, &d)) {
             if (!failed++) fprintf(stderr, "  config round trip %d: %s\n", (int)i, err.text);
         }

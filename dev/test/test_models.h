@@ -547,10 +547,13 @@ static bool same_bits(const Model* a, const Model* b) {
 }
 
 static void export_config(Config* c, int i) {
-    static const char* const patterns[] = {"1", "1m"};
+    static const char* const patterns[] = {"1", "1m", "2", "2mam", "2", "1a"};
     *c = small_config();
-    strcpy(c->pattern, patterns[i % 2]);
-    c->d_intermediate = i % 2 ? 128 : 0;
+    strcpy(c->pattern, patterns[i % 6]);
+    c->n_layer = 4;
+    c->d_intermediate = strchr(c->pattern, 'm') ? 128 : 0;
+    c->attn_conv = i % 12 < 6 ? 3 : 0, c->attn_mlp = i % 12 < 6 ? 256 : 0;
+    c->attn_in_bias = i % 12 < 6, c->attn_out_bias = i % 12 >= 6, c->rotary_interleaved = i % 12 < 6;
     c->tie_embeddings = i % 3 != 1;
     c->bias = i % 4 == 2;
     c->conv_bias = i % 5 != 3;
@@ -574,9 +577,9 @@ static void test_export(void) {
                 snprintf(name, sizeof name, "export_%d_%d_%d", i, dialect, dtype);
                 int form = dialect ? DIALECT_HF : DIALECT_MAMBA;
                 bool ok = checkpoint_export(&m, NULL, scratch(name), form, dtype, &err);
-                if (dialect && i % 2) {          // transformers has no MLP
-                    failed += ok || !one_line(err.text, "has no Mamba with MLPs") ||
-                        access(scratch(name), F_OK) == 0;
+                if (dialect && i % 2) {          // transformers has no MLP, no attention
+                    const char* words = c.d_intermediate ? "has no Mamba with MLPs" : "has models of Mamba-1";
+                    failed += ok || !one_line(err.text, words) || access(scratch(name), F_OK) == 0;
                     continue;
                 }
                 rows++;
@@ -599,7 +602,13 @@ static void test_export(void) {
                 }
                 failed += !same || back.config.vocab_padded != c.vocab_padded ||
                           strcmp(back.config.pattern, c.pattern) != 0 || back.config.d_inner != c.d_inner ||
-                          back.config.tie_embeddings != c.tie_embeddings || back.config.bias != c.bias;
+                          back.config.tie_embeddings != c.tie_embeddings;
+                for (int k = 0; k < N_CONFIG_FIELDS; k++) {
+                    const ConfigField* f = config_fields + k;
+                    bool said = (dialect ? f->hf : f->mamba) && config_has(&c, f);
+                    failed += said && memcmp((char*)&c + f->offset, (char*)&back.config + f->offset,
+                                             config_field_size(f)) != 0;
+                }
                 model_free(&back);
             }
         model_free(&m);
@@ -607,9 +616,45 @@ static void test_export(void) {
     failed += rows != 54;
     report("export: two dialects, three dtypes, read again", failed, 0);
 
-    // what cannot be written; a directory that exists is left alone
+    // what a dialect cannot say
+    static const struct { const char *pattern, *words; int dialect, edit; } refusals[] = {
+        {"12", "models of Mamba-1 alone and of Mamba-2 alone", DIALECT_HF, 0},
+        {"12", "no models with both Mamba-1 and Mamba-2", DIALECT_MAMBA, 0},
+        {"2m2", "an MLP in every block or in none", DIALECT_MAMBA, 0},
+        {"2", "d_ssm below the inner width; try --dialect mamba_ssm", DIALECT_HF, 1},
+        {"2", "D_has_hdim", DIALECT_HF, 2}, {"2", "rmsnorm false", DIALECT_HF, 3},
+        {"2", "the norm before the gate", DIALECT_HF, 4}, {"2", "an expand that is not whole", DIALECT_HF, 5},
+        {"2a", "mlp_dim is 254, mamba_ssm only has multiples of 256", DIALECT_MAMBA, 6},
+        {"2a", "attention in some of 512 layers", DIALECT_MAMBA, 7},
+        {"2a", "mamba_ssm only has 1e-5", DIALECT_MAMBA, 8} };
     failed = 0;
     Config c;
+    for (int i = 0; i < COUNT_OF(refusals); i++) {
+        c = small_config();
+        strcpy(c.pattern, refusals[i].pattern);
+        switch (refusals[i].edit) {
+            case 1: c.d_ssm = 16; break;
+            case 2: c.D_has_hdim = true; break;
+            case 3: c.rmsnorm = false; break;
+            case 4: c.norm_before_gate = true; break;
+            case 5: c.d_inner = c.d_ssm = 32; break;
+            case 6: c.attn_mlp = 254; break;
+            case 7: c.n_layer = 512; break;
+            case 8: c.norm_eps = 1e-6;
+        }
+        if (strchr(c.pattern, 'm')) c.d_intermediate = 128;
+        Error first;
+        bool checked = config_check(&c, &first);
+        bool fits = config_fits(&c, refusals[i].dialect == DIALECT_HF, &err);
+        if (!checked || fits || !one_line(err.text, refusals[i].words)) {
+            failed++;
+            fprintf(stderr, "  refusal %d: %s\n", i, checked ? fits ? "it fits" : err.text : first.text);
+        }
+    }
+    report("export: what a dialect cannot say", failed, 0);
+
+    // what cannot be written; a directory that exists is left alone
+    failed = 0;
     export_config(&c, 0);
     c.norm_eps = 1e-3;
     model_describe(&m, &c);
@@ -718,7 +763,7 @@ static const CliRow model_lines[] = {
     {"convert --from run --out fresh --dtype f8", NULL, 1, "expects one of: f32 f16 bf16"},
     {"convert --from run --out a.txt/x", NULL, 1, "cannot create"},
     {"convert --from hf --steps 5 --out fresh", NULL, 1, "not of 'convert'"},
-    {"info --from d_mamba2", NULL, 1, "Mamba-2 is not supported yet"},
+    {"info --from d_mamba2", NULL, 1, "backbone.layers.0.mixer.dt_bias"},
     {"generate --from d_half", NULL, 1, "2 of the 2 files it names are missing"},
     {"info --from d_config", NULL, 1, "holds neither a model"},
 };
@@ -787,7 +832,8 @@ static void test_fine_tuning(void) {
     cli_shell("mkdir d_mamba2 d_half d_config && cp hf/model.safetensors d_mamba2 && "
               "cp hf/config.json d_config && cp hf/config.json d_half", "", "");
     snprintf(path, sizeof path, "%s",
-             "{\"d_model\": 8, \"n_layer\": 1, \"vocab_size\": 9, \"ssm_cfg\": {\"layer\": \"Mamba2\"}}");
+             "{\"d_model\": 8, \"n_layer\": 1, \"vocab_size\": 9, \"ssm_cfg\": {\"layer\": \"Mamba2\", "
+             "\"headdim\": 4}}");
     cli_write("d_mamba2/config.json", path, strlen(path), "wb");
     write_index(scratch("d_half"), "{\"weight_map\": {\"a\": \"1.safetensors\", \"b\": \"2.safetensors\"}}");
     cli_rows("published models: lines", model_lines, COUNT_OF(model_lines));
