@@ -3303,7 +3303,7 @@ template <int TILES_, int WARPS_, bool TAGGED_, int TALL_, int AHEAD_, int QUEUE
     static const int TILES = TILES_, WARPS = WARPS_, TALL = TALL_, AHEAD = AHEAD_, QUEUE = QUEUE_,
                      SEQUENCES = 8 * TILES, THREADS = WARP * WARPS, WIDTH = TAGGED ? 4 : 2,
                      PART = TALL * TILES * 128, VALUES = (PART + THREADS - 1) / THREADS,
-                     BESTS = TILES * 128 > THREADS ? TILES * 128 / THREADS : 1, PAIRS = TILES == 1 ? 1 : 2;
+                     BESTS = TILES * 128 > THREADS ? TILES * 128 / THREADS : 1, PAIRS = TILES == 1 ? 1 : TILES == 2 ? 2 : 4;
     static const size_t MEMORY = (size_t)WARPS * (QUEUE * 1024 + AHEAD * TILES * 512 + PART * sizeof(float));
 };
 
@@ -3418,7 +3418,7 @@ template <int QUEUE> struct DecodeStream {
     uint32_t next, after;              // the next two runs
     uint64_t policy;
     uint32_t queue, slot;              // shared memory of this lane; the slot to be taken next
-    int left, rows, lane;
+    int left, rows, lane, owed;        // owed: slots taken and not yet asked for again, at most QUEUE / 2
 
     __device__ __forceinline__ void fetch() {
         if (left == 0) {
@@ -3453,16 +3453,26 @@ template <int QUEUE> struct DecodeStream {
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         for (slot = 0; slot < QUEUE; slot++) fetch();
         slot = 0;
+        owed = 0;
+    }
+    __device__ __forceinline__ void refill() {               // oldest first
+        uint32_t head = slot;
+        #pragma unroll 1
+        for (; owed > 0; owed--) {
+            slot = head >= (uint32_t)owed ? head - owed : head + QUEUE - owed;
+            fetch();
+        }
+        slot = head;
     }
     __device__ __forceinline__ void take(uint4* low, uint4* high) {
-        asm volatile("cp.async.wait_group %0;" :: "n"(QUEUE - 1) : "memory");
+        asm volatile("cp.async.wait_group %0;" :: "n"(QUEUE / 2 - 1) : "memory");
         uint32_t from = queue + 1024 * slot;
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(low->x), "=r"(low->y), "=r"(low->z), "=r"(low->w) : "r"(from) : "memory");
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(high->x), "=r"(high->y), "=r"(high->z), "=r"(high->w) : "r"(from + 512) : "memory");
-        fetch();
         slot = slot + 1 == QUEUE ? 0 : slot + 1;
+        if (++owed == (QUEUE + 1) / 2) refill();
     }
 };
 
@@ -3615,31 +3625,40 @@ template <bool SSD> __device__ __forceinline__ int decode_lanes(int N) {
     return N <= 16 ? 2 : N <= 32 ? 3 : N <= 64 || !SSD ? 4 : 5;
 }
 
-// DecodeStates: the first states of some (channel, sequence) pairs, 4 per thread, and their decays
+// DecodeStates: what a thread needs for its states: 4 neighbouring states of one channel, of PAIRS sequences.
 template <class S, bool SSD> struct DecodeStates {
-    float h[S::PAIRS][4], rate[S::PAIRS][4], bias[S::PAIRS], skip[S::PAIRS];
-    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int at, int lg) {
-        const int lanes = decode_lanes<SSD>(a.N), l = threadIdx.x & ((1 << lanes) - 1);
+    float h[S::PAIRS][4], rate[4], bias, skip;
+    int i, n, step, l;                 // channel of the block; first sequence and distance; number in the channel
+    __device__ __forceinline__ void load_states(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int n0) {
+        const float* from = s.state + ((size_t)(b.row0 + n0) * a.E + own.first + i) * a.N + 4 * l;
         #pragma unroll
-        for (int j = 0; j < S::PAIRS; j++, at += S::THREADS >> lanes) {
-            int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
-            if (i >= own.count || n >= b.n) continue;
-            int head = SSD ? e / a.P : e;
-            const float *from = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N + 4 * l,
-                        *A_log = SSD ? s.p[0] + head : s.p[0] + (size_t)e * a.N + 4 * l;
-            skip[j] = s.p[1][SSD && !a.D_has_hdim ? head : e];
-            bias[j] = s.p[2][head];
-            rate[j][0] = *A_log;
-            if (a.N % 4 == 0 && 4 * l < a.N) {
-                *(float4*)h[j] = *(const float4*)from;
-                if (!SSD) *(float4*)rate[j] = *(const float4*)A_log;
-            } else
+        for (int j = 0; j < S::PAIRS; j++, n0 += step, from += (size_t)step * a.E * a.N) {
+            if (i >= own.count || n0 >= b.n) continue;
+            if (a.N % 4 == 0 && 4 * l < a.N) *(float4*)h[j] = *(const float4*)from;
+            else
                 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    h[j][k] = 4 * l + k < a.N ? from[k] : 0.0f;
-                    if (!SSD) rate[j][k] = 4 * l + k < a.N ? A_log[k] : 0.0f;
-                }
+                for (int k = 0; k < 4; k++) h[j][k] = 4 * l + k < a.N ? from[k] : 0.0f;
         }
+    }
+    // at a time: that many channels of the block (log2), from c0 on
+    static __device__ __forceinline__ int at_a_time(int N, int count) {
+        int lg = power2_above(count), all = power2_above(S::THREADS >> decode_lanes<SSD>(N));
+        return lg < all ? lg : all;
+    }
+    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int c0) {
+        const int lanes = decode_lanes<SSD>(a.N), lg = at_a_time(a.N, own.count);
+        l = threadIdx.x & ((1 << lanes) - 1);
+        i = c0 + (threadIdx.x >> lanes & ((1 << lg) - 1));
+        n = threadIdx.x >> lanes >> lg;
+        step = S::THREADS >> lanes >> lg;
+        load_states(a, s, b, own, n);
+        if (i >= own.count) return;
+        int e = own.first + i, head = SSD ? e / a.P : e;
+        const float* A_log = SSD ? s.p[0] + head : s.p[0] + (size_t)e * a.N + 4 * l;
+        skip = s.p[1][SSD && !a.D_has_hdim ? head : e];
+        bias = s.p[2][head];
+        #pragma unroll
+        for (int k = 0; k < (SSD ? 1 : 4); k++) rate[k] = SSD || 4 * l + k < a.N ? scan_decay(A_log[k]) : 0.0f;
     }
 };
 
@@ -3647,58 +3666,63 @@ template <class S, bool SSD> struct DecodeStates {
 // sends y; Mamba-2 puts it where z was, and with a gated norm into `out` what its mean square is taken of
 template <class S, bool SSD>
 __device__ __forceinline__ void decode_scan(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own,
-                                            DecodeStates<S, SSD> next, unsigned tag) {
-    const int lanes = decode_lanes<SSD>(a.N), l = threadIdx.x & ((1 << lanes) - 1), lg = power2_above(own.count);
-    const int ld_bc = SSD ? 2 * a.G * a.N + a.H : 2 * a.N;
+                                            DecodeStates<S, SSD>& states, unsigned tag) {
+    const int lanes = decode_lanes<SSD>(a.N), l = states.l, ld_bc = SSD ? 2 * a.G * a.N + a.H : 2 * a.N,
+              n_first = states.n, n_step = S::PAIRS * states.step, at_a_time = 1 << states.at_a_time(a.N, own.count);
+    // the threads of two neighbouring channels stay together
+    const unsigned pair = lanes < 4 ? ((1u << (2 << lanes)) - 1) << (threadIdx.x % WARP & ~((2 << lanes) - 1)) : 0xffffffffu;
     #pragma unroll 1
-    for (int at0 = 0; at0 < b.n << lg; at0 += S::PAIRS * S::THREADS >> lanes) {
-        DecodeStates<S, SSD> now = next;
-        int at = at0 + (int)(threadIdx.x >> lanes);
-        if (at0 + (S::PAIRS * S::THREADS >> lanes) < b.n << lg)
-            next.load(a, s, b, own, at + (S::PAIRS * S::THREADS >> lanes), lg);
+    for (int c0 = 0, n0 = n_first; c0 < own.count; n0 += n_step) {
+        if (n0 >= b.n || states.i >= own.count) {              // the next channels
+            c0 += at_a_time;
+            if (c0 >= own.count) break;
+            states.load(a, s, b, own, c0);
+            n0 = n_first - n_step;
+            continue;
+        }
+        const int i = states.i, e = own.first + i, head = SSD ? e / a.P : 0;
+        if (n0 > n_first) states.load_states(a, s, b, own, n0);
         #pragma unroll
-        for (int j = 0; j < S::PAIRS; j++, at += S::THREADS >> lanes) {
-            int i = at & ((1 << lg) - 1), n = at >> lg;
-            bool inside = i < own.count && n < b.n;
-            if (!inside) i = n = 0;
-            int e = own.first + i, head = SSD ? e / a.P : 0;
+        for (int j = 0; j < S::PAIRS; j++) {
+            int n = n0 + j * states.step;
+            if (n >= b.n) break;
             float* h_e = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N;
             float* z = &b.xz[(own.count + i) * S::SEQUENCES + n];
             const float *row = b.bc + n * ld_bc, *B_n = row + (SSD ? head * a.G / a.H * a.N : 0), *C_n = B_n + a.G * a.N;
-            float dt = (SSD ? row[2 * a.G * a.N + head] : b.out[i * S::SEQUENCES + n]) + now.bias[j],
+            float dt = (SSD ? row[2 * a.G * a.N + head] : b.out[i * S::SEQUENCES + n]) + states.bias,
                   x = b.xz[i * S::SEQUENCES + n], sum = 0, after[4], same = 0;
             dt = scan_softplus_fast(dt * SCAN_LOG2E);
             if (SSD) {
                 dt = fminf(fmaxf(dt, a.dt_low), a.dt_high);
-                same = exp2_unit(dt * scan_decay(now.rate[j][0]));
+                same = exp2_unit(dt * states.rate[0]);
             }
             float dtx = dt * x;
-            if (inside)
-                #pragma unroll 1
-                for (int first = 4 * l; first < a.N; first += 4 << lanes) {
-                    #pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        if (first + k >= a.N) continue;
-                        bool read = first == 4 * l;
-                        float before = read ? now.h[j][k] : h_e[first + k], decay = same;
-                        if (!SSD)
-                            decay = exp2_unit(dt * scan_decay(read ? now.rate[j][k] : s.p[0][(size_t)e * a.N + first + k]));
-                        after[k] = fmaf(decay, before, dtx * B_n[first + k]);
-                        sum = fmaf(C_n[first + k], after[k], sum);
-                    }
-                    if (a.N % 4 == 0) *(float4*)(h_e + first) = *(float4*)after;
-                    else
-                        #pragma unroll
-                        for (int k = 0; k < 4; k++) if (first + k < a.N) h_e[first + k] = after[k];
-                }
             #pragma unroll 1
-            for (int step = 1; step < 1 << lanes; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-            float y = fmaf(now.skip[j], x, sum), gate = silu_cuda(*z);
+            for (int first = 4 * l; first < a.N; first += 4 << lanes) {
+                #pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (first + k >= a.N) continue;
+                    bool read = first == 4 * l;
+                    float before = read ? states.h[j][k] : h_e[first + k], decay = same;
+                    if (!SSD)
+                        decay = exp2_unit(dt * (read ? states.rate[k] : scan_decay(s.p[0][(size_t)e * a.N + first + k])));
+                    after[k] = fmaf(decay, before, dtx * B_n[first + k]);
+                    sum = fmaf(C_n[first + k], after[k], sum);
+                }
+                if (a.N % 4 == 0) *(float4*)(h_e + first) = *(float4*)after;
+                else
+                    #pragma unroll
+                    for (int k = 0; k < 4; k++) if (first + k < a.N) h_e[first + k] = after[k];
+            }
+            #pragma unroll
+            for (int step = 1; step < WARP; step *= 2)
+                if (step < 1 << lanes) sum += __shfl_xor_sync(pair, sum, step);
+            float y = fmaf(states.skip, x, sum), gate = silu_cuda(*z);
             if (!SSD) {                                        // a pair of channels: two groups of lanes
                 y *= gate;
-                float other = __shfl_xor_sync(0xffffffffu, y, 1 << lanes);
-                if (inside && l == 0 && i % 2 == 0) decode_post_pair<S>(a.y, (size_t)(b.row0 + n) * a.E + e, y, other, tag);
-            } else if (inside && l == 0) {
+                float other = __shfl_xor_sync(pair, y, 1 << lanes);
+                if (l == 0 && i % 2 == 0) decode_post_pair<S>(a.y, (size_t)(b.row0 + n) * a.E + e, y, other, tag);
+            } else if (l == 0) {
                 if (s.p[3]) {
                     b.out[i * S::SEQUENCES + n] = a.norm_before_gate ? y : y * gate;
                     gate *= s.p[3][e];
@@ -3825,6 +3849,13 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
     if (!S::TAGGED) decode_arrive(arrived);
 
     DecodeStates<S, S::SSD> states;
+    DecodeConv conv;                               // of the next IN
+    auto conv_load = [&](int number) {
+        const DecodeNow& in = ring[number % DECODE_RING];
+        if (number < a.n_steps && in.s.kind == DECODE_IN)
+            conv.load(a, in.s, b, Share(in.first, in.count), threadIdx.x, power2_above(in.count), a.E);
+    };
+    conv_load(S::SSD ? 1 : 0);
     float2 best[S::BESTS];
     #pragma unroll
     for (int i = 0; i < S::BESTS; i++) best[i] = make_float2(-INFINITY, __int_as_float(INT_MAX));
@@ -3845,16 +3876,17 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
         float* out = kind == DECODE_IN ? b.xz : b.out;
         // what does not depend on the other blocks
         look_ahead(number + 5);
-        DecodeConv conv;
+        DecodeConv conv_bc;
         float norm = 0;
-        if (kind == DECODE_IN || (S::SSD && kind == DECODE_BC && own.count))
-            conv.load(a, s, b, own, threadIdx.x, power2_above(own.count), kind == DECODE_IN ? a.E : 2 * a.G * a.N);
-        if (kind == DECODE_IN) {
-            const DecodeStep& scan = ring[(number + (S::SSD ? 1 : 2)) % DECODE_RING].s;
-            states.load(a, scan, b, own, threadIdx.x >> decode_lanes<S::SSD>(a.N), power2_above(own.count));
+        if (S::SSD && kind == DECODE_BC && own.count)
+            conv_bc.load(a, s, b, own, threadIdx.x, power2_above(own.count), 2 * a.G * a.N);
+        if (kind == (S::SSD ? DECODE_SSD : DECODE_SCAN)) {             // the longest wait
+            states.load(a, s, b, own, 0);
+            conv_load(number + (S::SSD ? 3 : 2));
         } else if (kind == DECODE_OUT) {
             int lg = power2_above(own.count), i = threadIdx.x & ((1 << lg) - 1);
             if (i < own.count) norm = s.p[0][own.first + i];
+            if (ring[(number + 3) % DECODE_RING].s.kind == DECODE_IN && number + 3 < a.n_steps) conv_load(number + 3);   // after an MLP
         }
         if (w == number % S::WARPS && number + 4 < a.n_steps && later.count)
             decode_prefetch(a, later.s, b, Share(later.first, later.count));
@@ -3975,7 +4007,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
         if (kind == DECODE_IN)
             decode_conv<S>(a, s, b, own, b.xz, a.E, S::SSD ? NULL : a.x, a.E, conv, tag + 1);
         else if (S::SSD && kind == DECODE_BC) {
-            if (own.count) decode_conv<S>(a, s, b, own, b.out, 2 * a.G * a.N, a.rbc, a.ld_rbc, conv, tag + 1);
+            if (own.count) decode_conv<S>(a, s, b, own, b.out, 2 * a.G * a.N, a.rbc, a.ld_rbc, conv_bc, tag + 1);
         } else if (kind == DECODE_OUT) decode_residual<S>(a, s.p[0], norm, b, own, false, tag + 1);
         else if (!S::SSD && kind == DECODE_SCAN) decode_scan<S, S::SSD>(a, s, b, own, states, tag + 1);
         else if (kind != DECODE_HEAD && own.count) {
@@ -3999,6 +4031,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_cons
         }
         MARK(6);
         if (!S::TAGGED && kind != DECODE_HEAD && !(S::SSD && following.joined)) decode_arrive(arrived);
+        stream.refill();
         MARK(7);
     }
     if (!a.next) {          // nobody waits any more: the last one leaves a zero
@@ -8894,11 +8927,8 @@ static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d,
 #ifdef DECODE_EXPERIMENT
     const char* shape = getenv("SHAPE") ? getenv("SHAPE") : "";
     #define TRY(name, ...) if (strcmp(shape, name) == 0) return decode_plan_of<DecodeShape<__VA_ARGS__> >(p, m, d, rows, state)
-    TRY("16a6", 1, 16, true, 4, 6, 8);
-    TRY("8a6", 1, 8, true, 4, 6, 16);
-    TRY("8c", 1, 8, false, 4, 6, 16);
     TRY("4c8", 4, 8, false, 2, 4, 8);
-    TRY("2t8", 2, 8, true, 2, 3, 8);
+    TRY("2t16", 2, 16, true, 2, 3, 6);
 #endif
     if (strchr(m->config.pattern, '2')) {
         if (rows <= 8) return decode_plan_of<DecodeShape<1, 16, true, 4, 3, 10, true> >(p, m, d, rows, state);
