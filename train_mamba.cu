@@ -8790,8 +8790,8 @@ typedef struct {
     void *memory, *weights;
 } DecodePlan;
 
-// decode_pack: the streams of weights
-template <class S> static void decode_pack(DecodePlan* p) {
+// decode_pack: the streams of weights. false: there is no memory for them
+template <class S> static bool decode_pack(DecodePlan* p) {
     Decode* a = &p->a;
     size_t streams = (size_t)a->blocks * S::WARPS;
     uint2 *start = (uint2*)xcalloc(streams, sizeof(uint2)), *size, sum = {0, 0};
@@ -8806,6 +8806,7 @@ template <class S> static void decode_pack(DecodePlan* p) {
         sum.x += n.x;
         sum.y += n.y;
     }
+    cudaCheck(cudaFree(size));
     uint2* start_on_device;
     uint32_t* run;
     char* weights;
@@ -8814,19 +8815,26 @@ template <class S> static void decode_pack(DecodePlan* p) {
         arena_take(&arena, &weights, (size_t)sum.x * 64 + 1024);
         arena_take(&arena, &start_on_device, streams);
         arena_take(&arena, &run, (size_t)sum.y);
-        if (!pass) p->weights = device_calloc(arena.used, 1);
-        if (!pass) p->bytes += arena.used;
+        if (pass) break;
+        size_t available, total;
+        cudaCheck(cudaMemGetInfo(&available, &total));
+        if (arena.used + ((size_t)64 << 20) > available) {
+            free(start);
+            return false;
+        }
+        p->weights = device_calloc(arena.used, 1);
+        p->bytes += arena.used;
     }
     cudaCheck(cudaMemcpy(start_on_device, start, streams * sizeof(uint2), cudaMemcpyHostToDevice));
     decode_pack_kernel<S><<<(unsigned)streams, 2 * WARP>>>(weights, run, start_on_device, NULL, a->step, a->n_steps,
                                                            a->blocks);
     cudaCheck(cudaGetLastError());
     cudaCheck(cudaDeviceSynchronize());
-    cudaCheck(cudaFree(size));
     free(start);
     a->weights = weights;
     a->start = start_on_device;
     a->run = run;
+    return true;
 }
 
 // decode_plan: false when the sizes do not fit section 4.10; then nothing was allocated
@@ -8916,7 +8924,11 @@ static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>*
     a->step = on_device;
     cudaCheck(cudaMemcpy(on_device, step, (size_t)n * sizeof(DecodeStep), cudaMemcpyHostToDevice));
     free(step);
-    decode_pack<S>(p);
+    if (!decode_pack<S>(p)) {
+        device_bytes -= p->bytes;
+        cudaCheck(cudaFree(p->memory));
+        return false;
+    }
     p->kernel = decode_kernel<S>;
     p->threads = S::THREADS;
     cudaCheck(cudaFuncSetAttribute(p->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)p->shared));
@@ -9139,7 +9151,7 @@ template <typename X> struct CudaSession {
     int* host_tokens;                  // pinned
     float* host_logits;
     DecodePlan plan;                   // bf16
-    bool planned;
+    int planned;                       // 0: not yet, 1: there is one, -1: the general kernels do it
     int64_t decoded[2];                // calls with one token for all rows: for logits; for the next tokens
     cudaGraphExec_t graph[2];          // of such calls
 };
@@ -9418,11 +9430,6 @@ template <typename X> static void cuda_download(Backend* b) {
 
 // --- generation
 
-static bool session_plan(CudaSession<bf16>* d, const Model* m, const ModelCuda<bf16>* model, const Session* s) {
-    return decode_plan(&d->plan, m, model, s->rows, d->state);
-}
-static bool session_plan(CudaSession<float>*, const Model*, const ModelCuda<float>*, const Session*) { return false; }
-
 template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)xcalloc(1, sizeof(CudaSession<X>));
     size_t tokens = s->chunk > s->rows ? s->chunk : s->rows, Vp = (size_t)b->model->config.vocab_padded;
@@ -9433,7 +9440,6 @@ template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     d->logits = (float*)device_calloc(s->rows * Vp, sizeof(float));
     d->host_tokens = (int*)host_pinned(tokens * sizeof(int));
     d->host_logits = (float*)host_pinned(s->rows * Vp * sizeof(float));
-    d->planned = session_plan(d, b->model, &cuda_of<X>(b)->model, s);
     s->device = d;
 }
 
@@ -9448,7 +9454,7 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     cudaCheck(cudaFreeHost(d->host_logits));
     for (int i = 0; i < 2; i++)
         if (d->graph[i]) cudaCheck(cudaGraphExecDestroy(d->graph[i]));
-    if (d->planned) {
+    if (d->planned > 0) {
         device_bytes -= d->plan.bytes;
         cudaCheck(cudaFree(d->plan.memory));
         cudaCheck(cudaFree(d->plan.weights));
@@ -9504,12 +9510,20 @@ static void decode_run(Backend* b, Session* s, const int* tokens, size_t n, int 
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
+// session_planned: whether decode_kernel makes the tokens of this session; the first call decides
+static bool session_planned(Backend* b, Session* s, CudaSession<bf16>* d) {
+    if (!d->planned)
+        d->planned = decode_plan(&d->plan, b->model, &cuda_of<bf16>(b)->model, s->rows, d->state) ? 1 : -1;
+    return d->planned > 0;
+}
+static bool session_planned(Backend*, Session*, CudaSession<float>*) { return false; }
+
 template <typename X>
 static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                         real* logits) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     size_t n = rows * (size_t)b->model->config.vocab_padded;
-    if (d->planned && T == 1 && rows == s->rows && logits) {
+    if (T == 1 && rows == s->rows && logits && session_planned(b, s, d)) {
         cudaStream_t stream = cuda_of<X>(b)->stream;
         decode_cuda(&d->plan, tokens, d->logits, NULL, stream);
         to_host(d->host_logits, d->logits, n, stream);
@@ -9524,7 +9538,7 @@ static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const 
 template <typename X>
 static void cuda_decode_greedy(Backend* b, Session* s, const int* tokens, int* next) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    if (d->planned) {                                       // pinned memory: the kernel writes it by itself
+    if (session_planned(b, s, d)) {                          // pinned memory: the kernel writes it by itself
         decode_cuda(&d->plan, tokens, NULL, d->host_tokens, cuda_of<X>(b)->stream);
         cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     } else decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {

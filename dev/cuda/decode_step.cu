@@ -261,7 +261,7 @@ static void launch1(void) {
     WorkCuda<bf16>* w = &d->work;
     CudaRun<bf16> run = run_on(0);
     size_t D = (size_t)model.config.d_model, Vp = (size_t)model.config.vocab_padded;
-    model_forward_cuda(&model, weights(), w, &run, w->batch.tokens, d->state, d->state, &session.state, 0);
+    model_forward_cuda(&model, weights(), w, &run, w->batch.tokens, d->state, d->state, session.rows, 0);
     matmul_forward_cuda(run.matmul, w->logits, Vp, w->f, D, weights()->head_x, (const float*)NULL, session.rows, D,
                         Vp, run.stream);
     cast_cuda(d->logits, w->logits, session.rows * Vp, run.stream);
@@ -318,7 +318,7 @@ static void launch2_on(cudaStream_t stream) {
     embedding_forward_cuda(res[0], w->batch.tokens, weights()->embedding_x, run.B, D, stream, run.dropout);
     for (int l = 0; l < model.n_layers; l++) {
         float* fields[MAX_FIELDS];
-        state_fields(fields, &model, d->state, &session.state, l, 0);
+        state_fields<bf16>(fields, &model, d->state, session.rows, l, 0);
         layer2(&run, &weights()->layer[l], &w->acts[l], w->scratch.delta, res[1 - l % 2], res[l % 2], delta,
                fields);
         delta = w->scratch.delta;
@@ -387,7 +387,7 @@ static void setup_rows(int which, size_t rows) {
     backend = backend_cuda_of<bf16>(&model, 0, 0, false, RECOMPUTE_NONE);
     backend.upload(&backend);
     session = session_create(&backend, rows, 1);
-    if (!opened()->planned) die("these sizes do not fit decode_kernel");
+    if (!session_planned(&backend, &session, opened())) die("these sizes do not fit decode_kernel");
     tokens.resize(rows);
     for (size_t r = 0; r < rows; r++) tokens[r] = (int)(random_bits(7, 1, r) % (uint64_t)c.vocab_size);
     cudaCheck(cudaMemcpy(opened()->work.batch.tokens, tokens.data(), rows * sizeof(int), cudaMemcpyHostToDevice));
