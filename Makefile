@@ -81,7 +81,8 @@ $(BUILD)/dev/%: dev/bench/%.c $(SOURCES) Makefile
 
 # --- GPU: nvcc compiles for sm_80 and sm_90, and PTX for newer ones
 NVCC ?= nvcc
-ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
+# sm_90a: the instructions that only this generation has (wgmma, see 4.11 of train_mamba.cu)
+ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90,code=compute_90
 HOST_FLAGS = $(CFLAGS) $(WARNINGS) $(OPENMP)
 empty :=
 space := $(empty) $(empty)

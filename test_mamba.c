@@ -352,7 +352,7 @@ void problem_make(Problem* p, const LayerTest* layer, const char* shape) {
         if (at) *sizes[i] = (size_t)atoi(at + 1);
     }
     const char* docs = strstr(shape, "documents");
-    if (docs) p->doc = make_docs_at((size_t)atoi(docs + 9), p->B, p->T, p->Q > 1 ? p->Q : SCAN_CHUNK);
+    if (docs) p->doc = make_docs_at((size_t)atoi(docs + 9), p->B, p->T, p->Q > 1 ? p->Q : (size_t)SCAN_CHUNK);
     if (p->V) {
         p->ids = (int*)test_alloc(p->B * p->T, sizeof(int));
         for (size_t i = 0; i < p->B * p->T; i++) p->ids[i] = (int)(random_bits(7, 1, i) % p->V);
@@ -1761,7 +1761,7 @@ void test_model_gradient(void) {
             const Kind* kind = toy.m.layer[l].kind;
             for (int i = 0; i < kind->n_state; i++) {
                 size_t n = shape->B * spec_count(&kind->state[i], &toy.m.config);
-                if (strcmp(kind->state[i].name, "position") == 0) continue;       // a number of tokens
+                if (kind->state[i].flags & TOKENS) continue;
                 double *numeric = (double*)test_alloc(n, sizeof(double)),
                     *g = to_double(toy.ds0.field[l][i], n);
                 numeric_gradient(&toy, toy.s0.field[l][i], numeric, n);
@@ -3242,6 +3242,7 @@ const Case cases[] = {
     { "cuda faults", test_cuda_faults },
     { "cuda layers", test_cuda_layers },
     { "cuda scan", test_cuda_scan },
+    { "cuda ssd forward", test_cuda_ssd_forward },
     { "cuda ssd backward", test_cuda_ssd_backward },
     { "cuda matmul", test_cuda_matmul },
     { "cuda attention", test_cuda_attention },

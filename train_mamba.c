@@ -443,6 +443,7 @@ typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(r
 #endif
 
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
 // transpose4: t[k] = { src[k], src[stride + k], src[2*stride + k], src[3*stride + k] }, k < 4
 static inline __attribute__((always_inline)) void transpose4(vec4* t, const real* src, size_t stride) {
@@ -843,7 +844,8 @@ void embedding_forward(real* out, const int* tokens, const real* weight, size_t 
 void embedding_forward_half(real* out, const int* tokens, const uint16_t* weight, size_t M, size_t D) {
     #pragma omp parallel for if (M > 64)
     for (size_t m = 0; m < M; m++)
-        for (size_t d = 0; d < D; d++) out[m * D + d] = real_of_half(weight[(size_t)tokens[m] * D + half_at(d, D)]);
+        for (size_t d = 0; d < D; d++)
+            out[m * D + d] = real_of_half(weight[(size_t)tokens[m] * D + half_at(d, D)]);
 }
 
 // out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over
@@ -1538,7 +1540,8 @@ void ssd_recurrent_backward(real* dx, size_t lddx, real* ddt, real* dA_log, real
 // so the zeros of all masks come by themselves. Products too small to matter become 0: a processor is slow
 // on denormal numbers.    Mamba-2 paper (arXiv 2405.21060), section 6, listing 1
 enum { SSD_MAX_CHUNK = 256 };       // the largest Q
-enum { SSD_CHUNK = 128 };           // the fastest one on a CPU; the result depends on Q by rounding only
+enum { SSD_CHUNK = 128 };   // the fastest of 16 .. 256 at N 128, P 64 (AMD EPYC, one thread); Q changes
+                            // the result by rounding only
 
 typedef struct { real dt[SSD_MAX_CHUNK], a[SSD_MAX_CHUNK], in[SSD_MAX_CHUNK], out[SSD_MAX_CHUNK]; } SsdDecay;
 
@@ -1818,15 +1821,12 @@ void gated_rmsnorm_forward(real* out, real* rstd, const real* y, const real* z, 
         for (size_t e0 = 0; e0 < E; e0 += S) {
             const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0;
             real *out_m = out + m * E + e0, sum = 0;
-            #pragma omp simd reduction(+:sum)
-            for (size_t s = 0; s < S; s++) {
-                real gate = silu_real(z_m[s]), w = norm_before_gate ? y_m[s] : y_m[s] * gate;
-                sum += w * w;
-                out_m[s] = weight[e0 + s] * y_m[s] * gate;
-            }
+            #pragma omp simd
+            for (size_t s = 0; s < S; s++) out_m[s] = y_m[s] * silu_real(z_m[s]);
+            sum = norm_before_gate ? dot_real(y_m, y_m, S) : dot_real(out_m, out_m, S);
             real r = 1 / (real)sqrt((double)(sum / (real)S + eps));
             if (r == 0) r = (real)NAN;        // as in rmsnorm_forward
-            for (size_t s = 0; s < S; s++) out_m[s] *= r;
+            for (size_t s = 0; s < S; s++) out_m[s] *= weight[e0 + s] * r;
             rstd[m * (E / S) + e0 / S] = r;
         }
     }
@@ -1848,20 +1848,28 @@ void gated_rmsnorm_backward(real* dy, real* dz, size_t lddz, real* dweight, cons
             const real *y_m = y + m * E + e0, *z_m = z + m * ldz + e0, *dout_m = dout + m * E + e0;
             const real* weight_g = weight + e0;
             real *dy_m = dy + m * E + e0, *dz_m = dz + m * lddz + e0;
-            real r = rstd[m * (E / S) + e0 / S], dot = 0;
-            #pragma omp simd reduction(+:dot)
-            for (size_t s = 0; s < S; s++) dot += weight_g[s] * dout_m[s] * (y_m[s] * silu_real(z_m[s]));
-            real mean = dot * r / (real)S;
-            #pragma omp simd
-            for (size_t s = 0; s < S; s++) {
-                real gate = silu_real(z_m[s]), dgate = silu_grad_real(z_m[s]), q = weight_g[s] * dout_m[s];
-                if (norm_before_gate) {
-                    dy_m[s] += r * (q * gate - y_m[s] * r * mean);
-                    dz_m[s] += q * y_m[s] * r * dgate;
-                } else {
-                    real dw = r * (q - y_m[s] * gate * r * mean);
+            real r = rstd[m * (E / S) + e0 / S], dot[CHANNEL_TILE] = {0}, mean = 0;
+            for (size_t s0 = 0; s0 < S; s0 += CHANNEL_TILE) {
+                size_t n = min_size(CHANNEL_TILE, S - s0);
+                #pragma omp simd
+                for (size_t s = 0; s < n; s++)
+                    dot[s] += weight_g[s0 + s] * dout_m[s0 + s] * (y_m[s0 + s] * silu_real(z_m[s0 + s]));
+            }
+            for (size_t s = 0; s < CHANNEL_TILE; s++) mean += dot[s] * r / (real)S;
+            if (norm_before_gate) {
+                #pragma omp simd
+                for (size_t s = 0; s < S; s++) {
+                    real q = weight_g[s] * dout_m[s];
+                    dy_m[s] += r * (q * silu_real(z_m[s]) - y_m[s] * r * mean);
+                    dz_m[s] += q * y_m[s] * r * silu_grad_real(z_m[s]);
+                }
+            } else {
+                #pragma omp simd
+                for (size_t s = 0; s < S; s++) {
+                    real gate = silu_real(z_m[s]);
+                    real dw = r * (weight_g[s] * dout_m[s] - y_m[s] * gate * r * mean);
                     dy_m[s] += dw * gate;
-                    dz_m[s] += dw * y_m[s] * dgate;
+                    dz_m[s] += dw * y_m[s] * silu_grad_real(z_m[s]);
                 }
             }
         }
@@ -2074,13 +2082,12 @@ void attention_forward(real* out, size_t ldo, real* lse, const real* q, size_t l
 //   pointers at the first row; k, v, dk, dv (keys,dh) at position p, dk and dv contiguous
 static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, const real* dout,
                                     const real* out, size_t ldo, const real* lse, const real* q, size_t ldq,
-                                    const real* k, size_t ldk, const real* v, size_t ldv,
-                                    const real* position, size_t p, real scale, size_t rows, size_t keys,
-                                    size_t dh) {
+                                    const real* k, const real* v, size_t ldkv, const real* position,
+                                    size_t p, real scale, size_t rows, size_t keys, size_t dh) {
     real P[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64)));
     real dS[ATTENTION_ROWS * ATTENTION_KEYS] __attribute__((aligned(64))) = {0};
-    attention_scores(P, q, ldq, k, ldk, position, p, scale, rows, keys, dh);
-    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldv, rows, keys, dh);         // dP
+    attention_scores(P, q, ldq, k, ldkv, position, p, scale, rows, keys, dh);
+    matmul_block(dS, ATTENTION_KEYS, dout, ldo, 1, v, 1, ldkv, rows, keys, dh);        // dP
     for (size_t i = 0; i < rows; i++) {
         real *P_i = P + i * ATTENTION_KEYS, *dS_i = dS + i * ATTENTION_KEYS, delta = 0;
         #pragma omp simd reduction(+:delta)
@@ -2093,7 +2100,7 @@ static void attention_tile_backward(real* dq, size_t lddq, real* dk, real* dv, c
     }
     matmul_block(dv, dh, P, 1, ATTENTION_KEYS, dout, ldo, 1, keys, dh, rows);
     matmul_block(dk, dh, dS, 1, ATTENTION_KEYS, q, ldq, 1, keys, dh, rows);
-    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldk, 1, rows, dh, keys);
+    matmul_block(dq, lddq, dS, ATTENTION_KEYS, 1, k, ldkv, 1, rows, dh, keys);
 }
 
 // attention_backward: tile of keys by tile of keys; each collects the gradients of its keys and values from
@@ -2115,12 +2122,12 @@ void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv,
             for (size_t start = 0, end; start < T; start = end) {                      // documents
                 end = start + same_document(position_b + start, T - start);
                 ptrdiff_t first = (ptrdiff_t)start - (ptrdiff_t)position_b[start];
-                size_t seen = (size_t)position_b[end - 1] + 1, ldk, ldv;
+                size_t seen = (size_t)position_b[end - 1] + 1, ld;
                 for (size_t p = 0; p < seen; p += ATTENTION_KEYS) {
                     size_t keys = min_size(ATTENTION_KEYS, seen - p);
                     ptrdiff_t key = first + (ptrdiff_t)p;            // the token of position p
-                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ldk);
-                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ldv);
+                    const real* k_p = kv_rows(&x, false, first, p, keys, dh, k_copy, &ld);
+                    const real* v_p = kv_rows(&x, true, first, p, keys, dh, v_copy, &ld);
                     memset(dk_p, 0, keys * dh * sizeof(real));
                     memset(dv_p, 0, keys * dh * sizeof(real));
                     for (size_t h = g * Hq / Hkv; h < (g + 1) * Hq / Hkv; h++) {
@@ -2130,7 +2137,7 @@ void attention_backward(real* dq, size_t lddq, real* dk, real* dv, size_t lddkv,
                             attention_tile_backward(dq + row * lddq + h * dh, lddq, dk_p, dv_p,
                                                     dout + row * ldo + h * dh, out + row * ldo + h * dh, ldo,
                                                     lse + (b * Hq + h) * T + t, q + row * ldq + h * dh, ldq,
-                                                    k_p, ldk, v_p, ldv, position + row, p, scale,
+                                                    k_p, v_p, ld, position + row, p, scale,
                                                     min_size(ATTENTION_ROWS, end - t), keys, dh);
                         }
                     }
@@ -2306,6 +2313,7 @@ enum {
     CHEAP = 16,         // activation that backward can make again at little cost from the others
     IF_RMSNORM = 32,    // exists only with config.rmsnorm
     IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
+    TOKENS = 512,       // state: the number of tokens in a cache; it has no gradient
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -2723,7 +2731,7 @@ typedef struct { real *conv, *kv, *position; } AttentionState;
 static const TensorSpec attention_state[] = {
     {"conv",     {DIM_KA1, DIM_QKV}, 0, 0},                  // the last inputs of the conv
     {"kv",       {DIM_CONTEXT, DIM_2, DIM_HKV, DIM_DH}, 0, 0},    // keys, turned, and values of the document
-    {"position", {DIM_1}, 0, 0},                             // how many of them there are
+    {"position", {DIM_1}, 0, TOKENS},                        // how many of them there are
 };
 
 // Heads: the sizes of an attention layer
@@ -2784,8 +2792,8 @@ void attention_block_forward(const Run* run, real* res_out, const real* res_in, 
     attention_forward(a->y, s.out, a->lse, a->qkv, s.qkv, k, v, s.qkv, s0->kv, s.capacity, a->position,
                       s.scale, B, T, s.Hq, s.Hkv, s.dh);
     if (sT->kv)
-        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T, s.Hkv,
-                          s.dh);
+        kv_append_forward(sT->kv, sT->position, s0->kv, k, v, s.qkv, a->position, s.capacity, B, T,
+                          s.Hkv, s.dh);
     gate_forward(w->mlp, up, s.in, gate, s.in, M, s.F);
     copy_columns(a->y + s.Hq * s.dh, s.out, w->mlp, s.F, M, s.F);
     linear_forward(&run->half, w->out, D, a->y, s.out, p->out_proj, p->out_proj_bias, M, s.out, D);
@@ -3028,7 +3036,9 @@ static void model_add_tensor(Model* m, const TensorSpec* spec, int layer) {
     if (!checked_size(t->ndim, t->shape, 1, &t->count)) die("%s: its size does not fit in 63 bits", t->name);
     t->offset = m->n_elements;
     m->n_params += t->count;
-    m->n_elements += (t->count + 15) / 16 * 16;
+    // a matrix has 8 n rows: those behind its own are zero and let the matmuls of a GPU work on whole tiles
+    size_t cols = t->ndim == 2 ? (size_t)t->shape[1] : 0, rows = ((size_t)t->shape[0] + 7) / 8 * 8;
+    m->n_elements += (max_size(t->count, rows * cols) + 15) / 16 * 16;
 }
 
 // model_describe: fills the layer list and the tensor table from a configuration; allocates no parameters.
@@ -3104,7 +3114,8 @@ void model_to_half(Model* m) {
             size_t I = (size_t)t->shape[1], at = t->offset + j / I * I + half_at(j % I, I);
             bits[at] = (uint16_t)(isnan(x) ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
         }
-        uintptr_t begin = ((uintptr_t)p + page - 1) / page * page, end = (uintptr_t)(p + t->count) / page * page;
+        uintptr_t begin = ((uintptr_t)p + page - 1) / page * page;
+        uintptr_t end = (uintptr_t)(p + t->count) / page * page;
         if (begin < end) madvise((void*)begin, end - begin, MADV_DONTNEED);
     }
     m->half.from = m->params;
@@ -3937,163 +3948,8 @@ void session_free(Backend* b, Session* s) {
     state_free(&s->view);
 }
 
-// defines: PromptList, prompts_read, Written
+// defines: PromptList, prompts_read, Written, Prompt, state_save, state_load, context_set
 #include "data/generation.h"
-
-// Prompt: a source of tokens of any length; text comes from memory or, piece by piece, from an open file.
-typedef struct {
-    Encoder encoder;
-    const char* text;
-    size_t left;
-    FILE* file;
-    TokenList ready;         // made, and given out up to `given`
-    size_t given;
-    bool ended;
-} Prompt;
-
-Prompt prompt_open(const Tokenizer* tok, const char* text, FILE* file) {
-    Prompt p;
-    memset(&p, 0, sizeof p);
-    encoder_open(&p.encoder, tok);
-    p.text = text;
-    p.left = strlen(text);
-    p.file = file;
-    return p;
-}
-
-void prompt_close(Prompt* p) {
-    encoder_close(&p->encoder);
-    free(p->ready.id);
-    memset(p, 0, sizeof *p);
-}
-
-// prompt_fill: tokens to give out: some, or all that follow
-static bool prompt_fill(Prompt* p, bool all, Error* err) {
-    char piece[4096];
-    while ((all || p->given == p->ready.n) && !p->ended) {
-        size_t n = p->file ? fread(piece, 1, sizeof piece, p->file) : min_size(sizeof piece, p->left);
-        p->ended = n == 0;
-        if (p->given == p->ready.n) p->ready.n = p->given = 0;
-        if (!encoder_add(&p->encoder, p->file ? piece : p->text, n, p->ended, &p->ready, err)) return false;
-        if (!p->file) { p->text += n; p->left -= n; }
-        if (p->ended && p->encoder.utf8.replaced)
-            warn("the prompt has invalid UTF-8, %lld times replaced by U+FFFD, first at byte %lld",
-                 (long long)p->encoder.utf8.replaced, (long long)p->encoder.first_replaced);
-    }
-    return true;
-}
-
-// prompt_read: *count: up to `max` more tokens; 0 at the end
-static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
-    if (!prompt_fill(p, false, err)) return false;
-    *count = min_size(max, p->ready.n - p->given);
-    if (*count) memcpy(tokens, p->ready.id + p->given, *count * sizeof(int));
-    p->given += *count;
-    return true;
-}
-
-typedef struct {
-    int64_t prompt_tokens, new_tokens;
-    double prefill_seconds, decode_seconds;
-    double state_bytes;      // of one sequence
-} GenerateStats;
-
-// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence (of
-// a cache the part that is filled), the logits after its last token, and which tokens have occurred. Tied to
-// the weights by their hash.
-static State state_of_tokens(const Model* m, int64_t tokens) {
-    Model filled = *m;
-    filled.config.context = tokens;
-    return state_alloc(&filled, 1);
-}
-
-bool state_save(const Model* m, const State* s, const real* logits, const real* seen, int64_t tokens,
-                const char* path, Error* err) {
-    char hash[32], count[32];
-    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
-    snprintf(count, sizeof count, "%lld", (long long)tokens);
-    const char* meta[] = {"format", "pt", "model", hash, "tokens", count, NULL};
-    size_t Vp = (size_t)m->config.vocab_padded;
-    State one = state_of_tokens(m, tokens);
-    state_copy_row(m, &one, 0, s, 0);
-    SafeTensorOut out[3] = {flat_tensor("state", one.data, one.n_elements), flat_tensor("logits", logits, Vp),
-                            flat_tensor("seen", seen, Vp)};
-    bool ok = safetensors_write(path, out, 3, meta, err);
-    state_free(&one);
-    return ok;
-}
-
-// state_replaceable: --save-state writes a new file, or over an older state, but over nothing else
-static bool state_replaceable(const char* path, Error* err) {
-    SafeTensors st;
-    struct stat info;
-    Error ignored;
-    if (lstat(path, &info) != 0) return true;
-    bool state = safetensors_open(&st, path, &ignored);
-    if (state) {
-        state = safetensors_metadata(&st, "model") && safetensors_find(&st, "state");
-        safetensors_close(&st);
-    }
-    return state || fail_line(err, "%s: exists and is no saved state; choose another --save-state", path);
-}
-
-bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tokens, const char* path,
-                Error* err) {
-    SafeTensors st;
-    char hash[32];
-    if (!safetensors_open(&st, path, err)) return false;
-    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
-    const char *found = safetensors_metadata(&st, "model"), *count = safetensors_metadata(&st, "tokens");
-    *tokens = count ? atoll(count) : -1;
-    const SafeTensor *a = safetensors_find(&st, "state"), *b = safetensors_find(&st, "logits"),
-                     *c = safetensors_find(&st, "seen");
-    bool known = found && a && b && c && *tokens >= 0 && (!has_cache(m) || *tokens <= s->context);
-    State one = state_of_tokens(m, known ? *tokens : 0);
-    size_t n = one.n_elements, Vp = (size_t)m->config.vocab_padded;
-    bool ok = true;
-    if (!known)
-        ok = fail(err, "%s: expected a file written by --save-state", path);
-    else if (strcmp(found, hash) != 0)
-        ok = fail(
-            err,
-            "%s: this state was made with other weights (%s, these are %s); make it anew with --save-state",
-            path, found, hash);
-    else if (a->count != n || b->count != Vp || c->count != Vp)
-        ok = fail(err, "%s: holds %zu, %zu and %zu numbers, expected %zu, %zu and %zu", path, a->count,
-                  b->count, c->count, n, Vp, Vp);
-    else
-        ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
-             safetensors_read_real(&st, c, seen, err);
-    if (ok) state_copy_row(m, s, 0, &one, 0);
-    state_free(&one);
-    safetensors_close(&st);
-    return ok;
-}
-
-// context_set: room in the caches for the longest of n sequences: the saved state, the prompt, which is read
-// to its end for that, and the new tokens. A conversation has no known end: there --context says it.
-static bool context_set(Model* m, const Options* o, Prompt* prompt, size_t n, Error* err) {
-    SafeTensors st;
-    size_t longest = 1;            // the token that starts a document
-    double saved = 0;
-    if (!has_cache(m)) return true;
-    for (size_t i = 0; i < n && !o->interactive; i++) {
-        if (!prompt_fill(&prompt[i], true, err)) return false;
-        if (prompt[i].ready.n > longest) longest = prompt[i].ready.n;
-    }
-    if (o->load_state[0]) {
-        if (!safetensors_open(&st, o->load_state, err)) return false;
-        const char* count = safetensors_metadata(&st, "tokens");
-        if (count) saved = atof(count);
-        safetensors_close(&st);
-    }
-    double tokens = o->interactive ? (double)o->context : saved + (double)longest + (double)o->max_tokens;
-    if (!(tokens <= MAX_CONTEXT))
-        return fail(err, "%.0f tokens of context, attention takes at most %d; lower --max-tokens", tokens,
-                    MAX_CONTEXT);
-    m->config.context = (int64_t)tokens;
-    return true;
-}
 
 // Generation: sequences side by side, each with all that it has read and written.
 typedef struct {
@@ -4196,7 +4052,7 @@ static void generation_copy(Generation* g, size_t r, size_t count) {
     }
 }
 
-// generation_write: every sequence goes on, one token at a time with constant memory, until its end token,
+// generation_write: every sequence goes on, one token at a time in the memory there is, until its end token,
 // --stop or --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
 bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* err) {
     const Options* o = g->o;
@@ -4735,7 +4591,7 @@ static int train_loop(Trainer* t) {
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
     if (timed > 0) {
-        Flop flop = flop_per_token(&t->model);
+        Flop flop = flop_per_token(&t->model, o->seq_len);
         double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
         printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)",
                rate, rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
@@ -4748,441 +4604,13 @@ static int train_loop(Trainer* t) {
     return t->save_failed ? 1 : 0;
 }
 
-static void print_model(const Model* m) {
-    const Config* c = &m->config;
-    printf("model: pattern %s, %lld blocks, D %lld", c->pattern, (long long)c->n_layer,
-           (long long)c->d_model);
-    if (strpbrk(c->pattern, "12"))
-        printf(", E %lld, N %lld, K %lld", (long long)c->d_inner, (long long)c->d_state,
-               (long long)c->d_conv);
-    if (strchr(c->pattern, '1')) printf(", R %lld", (long long)c->dt_rank);
-    if (strchr(c->pattern, '2'))
-        printf(", H %lld, P %lld, G %lld", (long long)(c->d_ssm / c->headdim), (long long)c->headdim,
-               (long long)c->ngroups);
-    if (strchr(c->pattern, 'a'))
-        printf(", Hq %lld, Hkv %lld, dh %lld", (long long)c->attn_heads, (long long)c->attn_heads_kv,
-               (long long)c->attn_head_dim);
-    if (c->d_intermediate) printf(", F %lld", (long long)c->d_intermediate);
-    printf(", vocabulary %lld (padded %lld)\nparameters: %zu\n", (long long)c->vocab_size,
-           (long long)c->vocab_padded, m->n_params);
-}
-
-// trainer_create: everything between the command line and the first step.
-static void trainer_create(Trainer* t, Settings* s) {
-    Error err;
-    char dir[4096], path[4352];
-    SafeTensors st, source;
-    memset(t, 0, sizeof *t);
-    t->settings = s;
-    const Options* o = &s->o;
-    t->progress.best_loss = INFINITY;
-    Config config;
-    if (o->from[0] && o->resume)
-        die("--resume continues the run in %s, --from starts a new one with the weights of a model; give one",
-            o->out);
-    if (o->from[0] && model_option_given(s) >= 0)
-        die("--%s describes a new model, but the model comes from %s; leave it out",
-            options[model_option_given(s)].name, o->from);
-    if (o->resume) {
-        if (!checkpoint_resolve(o->out, dir, sizeof dir, &err)) die("%s", err.text);
-        if (strcmp(dir, o->out) == 0)
-            die("%s is a checkpoint; --resume needs the directory of the run, the one that holds the link "
-                "`last`",
-                o->out);
-        snprintf(path, sizeof path, "%s/optimizer.safetensors", dir);
-        if (!safetensors_open(&st, path, &err) || !resume_settings(s, &st, &err) ||
-            !config_read(&config, dir, &err))
-            die("%s", err.text);
-    } else {
-        snprintf(path, sizeof path, "%s/last", o->out);
-        struct stat info;
-        if (lstat(path, &info) == 0)
-            die("%s already holds a run; --resume continues it, --out DIR starts another one elsewhere",
-                o->out);
-        snprintf(path, sizeof path, "%s/config.json", o->out);
-        if (lstat(path, &info) == 0)
-            warn("%s holds a model; from now on --from %s means the last checkpoint of this run", o->out,
-                 o->out);
-        if (checkpoint_any(o->out))
-            die("%s holds checkpoints (step_*) but no link `last`; `ln -s step_<number> last` there and "
-                "--resume, or choose "
-                "another --out",
-                o->out);
-    }
-    if (o->min_lr > o->lr && strcmp(o->schedule, "constant") != 0) {
-        if (settings_origin(s, "min-lr") == FROM_USER) die("--min-lr %g is above --lr %g", o->min_lr, o->lr);
-        s->o.min_lr = o->lr;        // the default, for a small --lr
-    }
-    if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
-    set_threads(o->threads);
-    const char* list = o->data;
-    Tokenizer* tok = &t->data.tokenizer;
-    if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
-          : o->resume ? tokenizer_open(tok, dir, &config, &err) : tokenizer_choose(tok, s, list, &err)))
-        die("%s", err.text);
-    if ((o->from[0] || o->resume) &&
-        !tokenizer_given(tok, o->tokenizer, dir, o->from[0] ? &t->model.config : &config, &err))
-        die("%s", err.text);
-    if (o->from[0]) {
-        config = t->model.config;
-        settings_from_config(s, &config);
-        model_free(&t->model);       // described again below, with the others
-        if (tok->kind == TOKENIZER_NONE && (!list[0] || !ends_with(list, ".bin")))
-            die("%s has no tokenizer.json, so it trains on token shards only: --data FILE.bin", dir);
-    }
-    if (!data_open_all(&t->data, s, &err)) die("%s", err.text);
-    if (!o->resume && !o->from[0]) {
-        int64_t V = t->data.tokenizer.vocab_size;
-        if (settings_origin(s, "vocab-size") == FROM_USER && o->vocab_size > V) V = o->vocab_size;
-        config = config_from_options(s, V, t->data.tokenizer.eos);
-    }
-    if (!config_check(&config, &err)) die("%s", err.text);
-    model_describe(&t->model, &config);
-    Model* m = &t->model;
-    if (o->carry_state && has_cache(m))
-        die("--carry-state: the cache of attention layers would grow from step to step; pattern \"%s\" has "
-            "them, train it without", config.pattern);
-    if (!freeze_tensors(m, o->freeze, &err)) die("%s", err.text);
-    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len, accum = (size_t)o->grad_accum, step_size;
-    int64_t dims[] = {o->batch_size, o->grad_accum, o->seq_len, 64};
-    if (!checked_size(4, dims, 1, &step_size))
-        die("--batch-size x --grad-accum x --seq-len does not fit in 63 bits");
-
-    if (!workspace_fits(m, o->batch_size, o->seq_len))
-        die("--batch-size x --seq-len x model does not fit in 63 bits");
-
-    // memory, before anything is allocated
-    Workspace measured = workspace_alloc(m, B, T, true, o->recompute, true);
-    double parameter_bytes = (double)m->n_elements * sizeof(real);
-    double activation_bytes = on_cpu(o) ? (double)measured.bytes : 0;
-    double batch_bytes = (double)step_size / 64 * (3 * sizeof(int)), carried_bytes = 0;
-    if (o->carry_state) carried_bytes = 2.0 * (double)(accum * B) * (double)state_count(m) * sizeof(real);
-    workspace_free(&measured);
-    print_model(m);
-    if (on_cpu(o))
-        printf("memory: parameters %.1f MiB, gradients %.1f MiB, AdamW moments %.1f MiB, activations %.1f "
-               "MiB%s\n",
-               mib(parameter_bytes), mib(parameter_bytes), mib(2 * parameter_bytes), mib(activation_bytes),
-               o->recompute == RECOMPUTE_ALL ? " (--recompute)" : o->recompute ? " (--recompute cheap)" : "");
-    if (!check_memory(4 * parameter_bytes + activation_bytes + batch_bytes + carried_bytes,
-                      "try a smaller --batch-size, --seq-len or model, or --recompute", &err))
-        die("%s", err.text);
-    if (!checkpoint_make_dir(o->out, &err)) die("%s", err.text);
-    lock_run(o->out);           // first: the probe removes unfinished saves, and must not meet another
-    if (!checkpoint_probe(o->out, (uint64_t)(6 * parameter_bytes) + (1 << 20), &err)) die("%s", err.text);
-
-    model_alloc(m, true);
-    t->backend = backend_create(o, m, B, T, true, o->recompute);
-    if (on_cpu(o)) assert(t->backend.activation_bytes == (size_t)activation_bytes);
-    if (o->resume) {
-        SafeTensors weights;
-        snprintf(path, sizeof path, "%s/model.safetensors", dir);
-        if (!resume_progress(t, &st, &err) || !safetensors_open(&weights, path, &err) ||
-            !model_load_tensors(m, &weights, &err) ||
-            !optimizer_load(m, &weights, &st, t->backend.carry_in, o->carry_state ? (int)accum : 0, &err))
-            die("%s", err.text);
-        safetensors_close(&weights);
-        safetensors_close(&st);
-        printf("resumed: %s, step %lld\n", dir, (long long)t->progress.step);
-        if (s->validation_changed) {
-            t->progress.best_loss = INFINITY;
-            printf("validation is measured in another way now: the best loss starts anew\n");
-        }
-    } else if (o->from[0]) {
-        if (!model_load_tensors(m, &source, &err)) die("%s", err.text);
-        safetensors_close(&source);
-        printf("weights: %s\n", dir);
-    } else {
-        model_init(m, o->seed);
-    }
-    t->backend.upload(&t->backend);
-
-    Loader loader = {&t->data.train,        o->seq_len, o->seed, o->carry_state, (int64_t)(B * accum),
-                     t->data.tokenizer.eos, 0,          1};
-    t->loader = loader;
-    if (!loader_check(&t->loader, &err)) die("%s", err.text);
-    loader.data = &t->data.val;
-    loader.sequential = false;
-    t->val_loader = loader;
-    if (t->data.has_val && loader_eval_samples(&t->val_loader) == 0)
-        die("%s: the validation data has %lld tokens, an evaluation needs at least 2", o->val_data,
-            (long long)t->data.val.n_tokens);
-    t->inputs = (int*)xcalloc(accum * B * T, sizeof(int));
-    t->targets = (int*)xcalloc(accum * B * T, sizeof(int));
-    t->doc = (int*)xcalloc(accum * B * T, sizeof(int));
-    t->fresh = (bool*)xcalloc(accum * B, sizeof(bool));
-    if (!log_open(t, o->resume, &err)) die("%s", err.text);
-    printf("data: %lld tokens for training, %lld for validation\n", (long long)t->data.train.n_tokens,
-           t->data.has_val ? (long long)t->data.val.n_tokens : 0);
-    printf("device: %s, %d threads, %s\n", t->backend.name, thread_count(),
-           REAL_IS_DOUBLE ? "float64" : "float32");
-}
-
-static void trainer_free(Trainer* t) {
-    for (int64_t i = 0; t->backend.carry_in && i < t->settings->o.grad_accum; i++) {
-        state_free(&t->backend.carry_in[i]);
-        state_free(&t->backend.carry_out[i]);
-    }
-    free(t->backend.carry_in);
-    free(t->backend.carry_out);
-    t->backend.destroy(&t->backend);
-    model_free(&t->model);
-    data_close_all(&t->data);
-    free(t->inputs); free(t->targets); free(t->doc); free(t->fresh);
-    if (t->log) fclose(t->log);
-}
-
-int train_main(Settings* s) {
-    Trainer t;
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    trainer_create(&t, s);
-    printf("settings:\n");
-    settings_print(s);
-    catch_signals(true);
-    int code = train_loop(&t);
-    if (code == 0) {
-        plot_loss(s->o.out);
-        printf("checkpoint: %s/last\n", s->o.out);
-    }
-    trainer_free(&t);
-    return code;
-}
-
 // ---------------------------------------------------------------------------------------------------
 // 12. Main
 
-// model_open: the model of --from, or with --preset and no --from a freshly initialized one.
-static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[4096]) {
-    Error err;
-    const Options* o = &s->o;
-    int given = model_option_given(s);
-    bool from = settings_origin(s, "from") != FROM_DEFAULT;
-    if (given >= 0 && (from || (!o->preset[0] && s->word != WORD_INFO)))
-        die("--%s describes a new model, but the model comes from the checkpoint in %s; leave it out",
-            options[given].name, o->from[0] ? o->from : "out");
-    if (given >= 0) {
-        if (o->tokenizer[0])
-            die("--tokenizer is for a trained model; --%s makes a new one", options[given].name);
-        int64_t V = o->vocab_size ? o->vocab_size : 257;
-        tokenizer_bytes(tok);
-        if (V != tok->vocab_size) { tok->kind = TOKENIZER_NONE; tok->vocab_size = V; }
-        tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : V - 1);
-        Config c = config_from_options(s, V, tok->eos);
-        if (!config_check(&c, &err)) die("%s", err.text);
-        model_describe(m, &c);
-        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
-            die("%s", err.text);
-        dir[0] = 0;
-        if (s->word == WORD_INFO) return;
-        model_alloc(m, false);
-        model_init(m, o->seed);
-        return;
-    }
-    SafeTensors st;
-    if (!model_from_checkpoint(m, &st, tok, o->from[0] ? o->from : "out", dir, &err) ||
-        !tokenizer_given(tok, o->tokenizer, dir, &m->config, &err))
-        die("%s", err.text);
-    if (s->word != WORD_INFO) {
-        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
-            die("%s", err.text);
-        model_alloc(m, false);
-        if (!model_load_tensors(m, &st, &err)) die("%s", err.text);
-    }
-    safetensors_close(&st);
-}
-
-int generate_main(Settings* s) {
-    Model m;
-    Tokenizer tok;
-    Error err;
-    char dir[4096];
-    const Options* o = &s->o;
-    set_threads(o->threads);
-    model_open(&m, &tok, s, dir);
-    if (o->save_state[0] && !state_replaceable(o->save_state, &err)) die("%s", err.text);
-    if (settings_origin(s, "dtype") != FROM_DEFAULT && !on_cpu(o))
-        die("--dtype: only the CPU keeps weights in another type; on the GPU give --precision");
-    if (strcmp(o->dtype, "f16") == 0) die("--dtype f16: the CPU generates with f32 or bf16");
-    if (strcmp(o->dtype, "bf16") == 0) model_to_half(&m);
-    Backend backend = backend_create(o, &m, 0, 0, false, false);
-    backend.upload(&backend);
-    PromptList list = {NULL, NULL, 0};
-    if (o->prompts[0] &&
-        (o->prompt[0] || o->prompt_file[0] || o->load_state[0] || o->save_state[0] || o->interactive))
-        die("--prompts: leave out --prompt, --prompt-file, --interactive and the saved states, which are for "
-            "one text");
-    if (o->prompts[0] && !prompts_read(&list, o->prompts, &err)) die("%s", err.text);
-    if (o->interactive &&
-        (o->num_samples > 1 || strcmp(o->prompt, "-") == 0 || o->load_state[0] || o->save_state[0]))
-        die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from "
-            "standard input");
-    if (!o->interactive && settings_origin(s, "context") == FROM_USER)
-        die("--context is for --interactive; otherwise the room is counted: leave it out");
-    size_t n = o->prompts[0] ? list.n : 1;
-    Prompt prompt = prompt_open(&tok, o->prompt, NULL);
-    if (o->prompt[0] && o->prompt_file[0]) die("--prompt and --prompt-file: give only one of them");
-    bool from_stdin = strcmp(o->prompt, "-") == 0;
-    if (from_stdin) prompt.file = stdin;
-    if (o->prompt_file[0] && !(prompt.file = fopen(o->prompt_file, "rb")))
-        die("%s: %s", o->prompt_file, strerror(errno));
-    struct stat info;
-    if (o->prompt_file[0] && fstat(fileno(prompt.file), &info) == 0 && S_ISDIR(info.st_mode))
-        die("%s: expected a text file, found a directory", o->prompt_file);
-    if (tok.kind == TOKENIZER_NONE && (o->prompt[0] || prompt.file || o->prompts[0] || o->interactive))
-        die("this checkpoint has no tokenizer.json, so it cannot take a text prompt; give one with "
-            "--tokenizer");
-    Prompt* prompts = (Prompt*)xcalloc(n, sizeof(Prompt));
-    for (size_t i = 0; i < list.n; i++) {
-        prompts[i] = prompt_open(&tok, list.text[i], NULL);
-        prompts[i].left = list.size[i];
-    }
-    if (!context_set(&m, o, list.n ? prompts : &prompt, n, &err)) die("%s", err.text);
-    double rows = (double)o->num_samples * (double)n, Vp = (double)m.config.vocab_padded;
-    int64_t tokens = (double)o->chunk > rows ? o->chunk : (int64_t)rows;
-    if (!workspace_fits(&m, 1, tokens))
-        die("--prompts, --num-samples or --chunk: the memory does not fit in 63 bits");
-    Workspace measured = workspace_alloc(&m, 1, (size_t)tokens, false, RECOMPUTE_NONE, true);
-    double bytes =
-        (double)measured.bytes + rows * ((double)state_count(&m) * sizeof(real) + Vp * (sizeof(real) + 1));
-    workspace_free(&measured);
-    const char* advice = has_cache(&m)
-        ? "try fewer --prompts, a smaller --num-samples, --max-tokens or --context"
-        : "try fewer --prompts, a smaller --num-samples or --chunk";
-    if (!check_memory(bytes, advice, &err)) die("%s", err.text);
-    if (!prompt.file && o->prompt[0] && !o->interactive &&
-        o->num_samples == 1) {    // echoed like the output: valid UTF-8 unless --raw
-        Utf8Stream echo = {{0}, 0, o->raw, 0};
-        char text[TOKENIZER_MAX_TEXT];
-        for (const char* p = o->prompt; *p; p++)
-            fwrite(text, 1, utf8_push(&echo, (unsigned char)*p, text), stdout);
-        fwrite(text, 1, tokenizer_flush(&echo, text), stdout);
-    }
-    if (!prompt.file && !o->interactive)
-        catch_signals(false);    // waiting for a prompt, Ctrl-C simply ends it
-    GenerateStats stats;
-    bool ok =
-        o->interactive
-            ? generate_turns(&backend, &tok, o, &prompt, stdin, stdout, &stats, &stop_signal, &err)
-            : generate(&backend, &tok, o, list.n ? prompts : &prompt, n, stdout, &stats, &stop_signal, &err);
-    if (!ok) die("%s", err.text);
-    for (size_t i = 0; i < list.n; i++) prompt_close(&prompts[i]);
-    free(prompts);
-    prompts_free(&list);
-    fprintf(stderr, "prompt: %lld tokens, %.0f tok/s; new: %lld tokens, %.1f tok/s; state: %.2f MiB\n",
-            (long long)stats.prompt_tokens,
-            stats.prompt_tokens ? (double)stats.prompt_tokens / stats.prefill_seconds : 0,
-            (long long)stats.new_tokens,
-            stats.new_tokens ? (double)stats.new_tokens / stats.decode_seconds : 0, mib(stats.state_bytes));
-    if (prompt.file && prompt.file != stdin) fclose(prompt.file);
-    prompt_close(&prompt);
-    tokenizer_free(&tok);
-    backend.destroy(&backend);
-    model_free(&m);
-    return stop_signal ? 128 + (int)stop_signal : 0;
-}
-
 // defines: eval_check, eval_text, items_open, eval_items, results_write
 #include "data/evaluation.h"
-
-// dump_logits: inputs and logits of the first batch, for comparison with other implementations.
-static bool dump_logits(Backend* b, const Loader* loader, size_t B, size_t T, const char* path, Error* err) {
-    const Model* m = b->model;
-    size_t n = B * T, D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
-    int *inputs = (int*)xcalloc(n, sizeof(int)), *targets = (int*)xcalloc(n, sizeof(int));
-    real *logits = (real*)xcalloc(n * Vp, sizeof(real)), *ids = (real*)xcalloc(n, sizeof(real));
-    bool ok = loader_eval_batch(loader, 0, (int64_t)B, inputs, targets, NULL, err);
-    if (ok) {
-        model_forward(m, &b->work, inputs, NULL, B, T, &b->none, &b->none);
-        matmul_forward(logits, Vp, b->work.f, D, m->head, NULL, n, D, Vp);
-        for (size_t i = 0; i < n; i++) ids[i] = (real)inputs[i];
-        SafeTensorOut out[2] = {flat_tensor("input_ids", ids, n), flat_tensor("logits", logits, n * Vp)};
-        for (int i = 0; i < 2; i++) {
-            out[i].ndim = 2 + i;
-            out[i].shape[0] = (int64_t)B;
-            out[i].shape[1] = (int64_t)T;
-            out[i].shape[2] = (int64_t)Vp;
-        }
-        const char* meta[] = {"format", "pt", NULL};
-        ok = safetensors_write(path, out, 2, meta, err);
-    }
-    free(inputs); free(targets); free(logits); free(ids);
-    return ok;
-}
-
-// eval_loss: --task loss
-static bool eval_loss(Backend* b, const Data* data, const Options* o, json_t* results, Error* err) {
-    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
-    Loader loader = {&data->train, o->seq_len, o->seed, false, 0, data->tokenizer.eos, 0, 1};
-    Evaluation result;
-    if (o->dump_logits[0] && !dump_logits(b, &loader, B, T, o->dump_logits, err)) return false;
-    double start = seconds_now();
-    if (!evaluate(b, &loader, B, T, o->eval_batches, o->reset_documents, &stop_signal, &result, err))
-        return false;
-    double seconds = seconds_now() - start;
-    char bpb[32];
-    bits_per_byte(&data->tokenizer, result.loss, bpb);
-    printf("tokens %lld | loss %.6f | perplexity %.4f | bits per byte %s | %.0f tok/s\n",
-           (long long)result.targets, result.loss, exp(result.loss), bpb[0] ? bpb : "(--task text)",
-           (double)result.targets / seconds);
-    json_object_set_new(results, "tokens", json_integer(result.targets));
-    json_object_set_new(results, "loss", json_finite(result.loss));
-    return true;
-}
-
-int eval_main(Settings* s) {
-    Model m;
-    Data data;
-    Items items;
-    Error err;
-    char dir[4096];
-    const Options* o = &s->o;
-    int task = task_of(o);
-    memset(&data, 0, sizeof data);
-    memset(&items, 0, sizeof items);
-    set_threads(o->threads);
-    if (!eval_check(s, &err)) die("%s", err.text);
-    model_open(&m, &data.tokenizer, s, dir);
-    // rows and tokens of a call: a text with its state carried is one long row
-    int64_t B = o->batch_size, T = o->window ? o->window : o->seq_len;
-    if (task == TASK_TEXT && !o->window) T = B > INT64_MAX / T ? INT64_MAX : B * T, B = 1;
-    const char* list = o->data;
-    if (!list[0]) list = data.default_list = default_data();
-    if (task & TASK_ITEMS ? !items_open(&items, &data.tokenizer, o, &T, &err)
-                          : !open_list(&data.train, list, &data.tokenizer, &err))
-        die("%s", err.text);
-    if (!workspace_fits(&m, B, T)) die("--batch-size x length of the rows x model does not fit in 63 bits");
-    const char* advice = "try a smaller --batch-size, --seq-len or --window";
-    if (task == TASK_TEXT && !o->window && has_cache(&m)) {      // attention keeps the whole text
-        int64_t tokens = data.train.n_tokens - 1;
-        if (o->eval_batches && o->eval_batches < tokens / T) tokens = o->eval_batches * T;
-        if (tokens > MAX_CONTEXT)
-            die("the text has %lld tokens, attention keeps at most %d; give --window", (long long)tokens,
-                MAX_CONTEXT);
-        m.config.context = tokens > 0 ? tokens : 0;
-        advice = "attention keeps the keys and values of the whole text: give --window";
-    }
-    Workspace measured = workspace_alloc(&m, (size_t)B, (size_t)T, false, RECOMPUTE_NONE, true);
-    double bytes = (double)measured.bytes + 5.0 * sizeof(int) * (double)(B * T) +
-                   (double)state_count(&m) * sizeof(real);
-    workspace_free(&measured);
-    if (!check_memory(bytes, advice, &err)) die("%s", err.text);
-    Backend backend = backend_create(o, &m, (size_t)B, (size_t)T, false, false);
-    backend.upload(&backend);
-    catch_signals(false);
-    json_t* results = json_pack("{s:s, s:s, s:s}", "task", o->task, "model", dir, "device", backend.name);
-    bool ok = task == TASK_LOSS   ? eval_loss(&backend, &data, o, results, &err)
-              : task == TASK_TEXT ? eval_text(&backend, &data, o, B, T, results, &err)
-                                  : eval_items(&backend, &items, B, T, results, &err);
-    if (ok && o->results[0] && !stop_signal) ok = results_write(o->results, results, &err);
-    if (!ok) die("%s", err.text);
-    json_decref(results);
-    items_close(&items);
-    backend.destroy(&backend);
-    data_close_all(&data);
-    model_free(&m);
-    return stop_signal ? 128 + (int)stop_signal : 0;
-}
-
+// defines: train_main, generate_main, eval_main
+#include "data/words.h"
 // defines: info_main, convert_main
 #include "data/info.h"
 // defines: tokenize_main

@@ -1,8 +1,9 @@
 // `eval`: what a model makes of texts and of test items.
 //   --task loss     as training evaluates: rows of --seq-len tokens, each from a state of zero
 //   --task text     every token of a text once, with all that stands before it: the state is carried over the
-//                   whole file, in passes of constant memory; or with --window W in windows of W tokens that
-//                   move by --stride S, each scoring its last S tokens (the first one all of its tokens)
+//                   whole file, in passes of constant memory (but attention keeps keys and values of it all);
+//                   or with --window W in windows of W tokens that move by --stride S, each scoring its last
+//                   S tokens (the first one all of its tokens)
 //   --task lambada  JSON lines {"text": ...}: its last word, predicted from what stands before it
 //   --task choice   JSON lines {"context": ..., "choices": [..., ...], "gold": number of the right one}:
 //                   multiple choice; gold counts from 0
@@ -190,9 +191,8 @@ typedef struct {
 typedef struct {
     char** files;
     int n_files, file, task;
-    FILE* stream;
-    char* line;
-    size_t room;
+    char* data;                          // of the file that is being read, NULL: none is
+    size_t size, at;
     int64_t number;                      // of the line
     Encoder encoder;
     Text text;
@@ -248,6 +248,8 @@ static bool item_choice(Items* f, Item* item, const char* context, size_t n, con
     if (kept == 0) length = 0;
     if (c->ids.n <= length) return fail(err, "choice %d gives no token", item->n - 1);
     memmove(c->ids.id, c->ids.id + length, (c->ids.n -= length) * sizeof(int));
+    // not the context's room too
+    c->ids.id = (int*)xrealloc(c->ids.id, c->ids.room = c->ids.n, sizeof(int));
     c->bytes = (double)size;
     for (size_t i = 0; i < size; i++) c->chars += (text[i] & 0xC0) != 0x80;
     c->context = &item->context;
@@ -302,31 +304,27 @@ static bool items_next(Items* f, Item* item, Error* err) {
     memset(item, 0, sizeof *item);
     while (f->file < f->n_files) {
         const char* path = f->files[f->file];
-        struct stat st;
-        if (!f->stream) {
-            int fd = open_regular(path, &st, err);
-            if (fd < 0) return false;
-            f->stream = fdopen(fd, "rb");
+        if (!f->data) {
+            if (!(f->data = read_text(path, INT64_MAX - 1, &f->size, err))) return false;
+            f->at = 0;
             f->number = 0;
         }
-        errno = 0;
-        ssize_t n = getline(&f->line, &f->room, f->stream);
-        if (n < 0) {
-            if (!feof(f->stream)) return fail_line(err, "%s: cannot read: %s", path, strerror(errno));
-            fclose(f->stream);
-            f->stream = NULL;
+        if (f->at == f->size) {
+            free(f->data);
+            f->data = NULL;
             f->file++;
             continue;
         }
+        const char *line = f->data + f->at, *end = f->data + f->size, *p = line;
+        const char* stop = (const char*)memchr(line, '\n', (size_t)(end - line));
+        size_t n = (size_t)((stop ? stop + 1 : end) - line);
+        f->at += n;
         f->number++;
-        const char* p = f->line;
-        skip_space(&p, f->line + n);
-        if (p == f->line + n) continue;
-        json_error_t where;
+        skip_space(&p, line + n);
+        if (p == line + n) continue;
         Error why;
-        json_t* root = json_loadb(f->line, (size_t)n,
-                                  JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL | JSON_DECODE_ANY, &where);
-        bool ok = root ? item_parse(f, root, item, &why) : fail(&why, "expected JSON, found: %s", where.text);
+        json_t* root = json_line(line, n, &why);
+        bool ok = root && item_parse(f, root, item, &why);
         json_decref(root);
         if (ok) return true;
         item_free(item);
@@ -365,10 +363,9 @@ static bool items_open(Items* f, const Tokenizer* tok, const Options* o, int64_t
 }
 
 static void items_close(Items* f) {
-    if (f->stream) fclose(f->stream);
     if (f->encoder.tokenizer) encoder_close(&f->encoder);
     files_free(f->files, f->n_files);
-    free(f->line);
+    free(f->data);
     free(f->text.data);
     memset(f, 0, sizeof *f);
 }

@@ -1,59 +1,68 @@
-// Around generation: prompts from a file, and where a text ends. Part of section 10 of train_mamba.c.
+// Around generation: prompts, where a text ends, saved states. Part of section 10 of train_mamba.c.
 
 // PromptList: --prompts: a text file with a prompt in every line, or JSON lines {"prompt": ...}. Empty lines
-// are none.
-typedef struct {
-    char** text;
-    size_t* size;
-    size_t n;
-} PromptList;
+// are none. They lie in the memory that the file was read into, prompt i from start[i] to the NUL in front of
+// start[i + 1]: a file of a million letters must not become a million blocks of memory.
+typedef struct { char* text; size_t* start; size_t n; } PromptList;
+
+enum { MAX_PROMPTS = 1 << 20 };
 
 static void prompts_free(PromptList* list) {
-    for (size_t i = 0; i < list->n; i++) free(list->text[i]);
     free(list->text);
-    free(list->size);
+    free(list->start);
     memset(list, 0, sizeof *list);
 }
 
-static void prompts_add(PromptList* list, const char* text, size_t n) {
-    list->text = (char**)xrealloc(list->text, list->n + 1, sizeof(char*));
-    list->size = (size_t*)xrealloc(list->size, list->n + 1, sizeof(size_t));
-    char* copy = (char*)xcalloc(n + 1, 1);
-    memcpy(copy, text, n);
-    list->text[list->n] = copy;
-    list->size[list->n++] = n;
+// prompts_add: the next prompt, moved to its place; what it is made of is never in front of that
+static bool prompts_add(PromptList* list, const char* text, size_t n, Error* err) {
+    if (list->n == MAX_PROMPTS) return fail(err, "more than %d prompts", MAX_PROMPTS);
+    if ((list->n & (list->n - 1)) == 0)                  // twice the room
+        list->start = (size_t*)xrealloc(list->start, 2 * list->n + 2, sizeof(size_t));
+    if (list->n == 0) list->start[0] = 0;
+    char* place = list->text + list->start[list->n];
+    memmove(place, text, n);
+    place[n] = 0;
+    list->start[list->n + 1] = list->start[list->n] + n + 1;
+    list->n++;
+    return true;
+}
+
+static size_t prompts_size(const PromptList* list, size_t i) {
+    return list->start[i + 1] - list->start[i] - 1;
+}
+
+// prompts_line: the prompt in one line of JSON
+static bool prompts_line(PromptList* list, const char* line, size_t n, Error* err) {
+    json_t* root = json_line(line, n, err);
+    const json_t* text = json_object_get(root, "prompt");
+    bool ok = json_is_string(text);
+    if (ok) ok = prompts_add(list, json_string_value(text), json_string_length(text), err);
+    else if (root)
+        fail(err, "expected an object with a string \"prompt\", found %s",
+             text ? "another type" : "none of that name");
+    json_decref(root);
+    return ok;
 }
 
 static bool prompts_read(PromptList* list, const char* path, Error* err) {
-    struct stat st;
-    char* line = NULL;
-    size_t room = 0;
-    ssize_t n = 0;
+    size_t size = 0;
+    Error why;
     memset(list, 0, sizeof *list);
-    int fd = open_regular(path, &st, err);
-    if (fd < 0) return false;
-    FILE* f = fdopen(fd, "rb");
+    if (!(list->text = read_text(path, INT64_MAX - 1, &size, err))) return false;
+    const char *p = list->text, *end = p + size;
     bool ok = true;
-    for (int64_t number = 1; ok && (n = getline(&line, &room, f)) > 0; number++) {
-        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) n--;
-        if (n && !is_json_lines(path)) prompts_add(list, line, (size_t)n);
-        if (!n || !is_json_lines(path)) continue;
-        json_error_t where;
-        json_t* root = json_loadb(line, (size_t)n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &where);
-        const json_t* text = json_object_get(root, "prompt");
-        if (!root)
-            ok = fail_line(err, "%s: line %lld: expected JSON, found: %s", path, (long long)number,
-                           where.text);
-        else if (!json_is_string(text))
-            ok = fail_line(err, "%s: line %lld: expected an object with a string \"prompt\", found %s", path,
-                           (long long)number, text ? "another type" : "none of that name");
-        else prompts_add(list, json_string_value(text), json_string_length(text));
-        json_decref(root);
+    for (int64_t number = 1; ok && p < end; number++) {
+        const char* stop = (const char*)memchr(p, '\n', (size_t)(end - p));
+        const char* next = stop ? stop + 1 : end;
+        size_t n = (size_t)((stop ? stop : end) - p);
+        while (n && p[n - 1] == '\r') n--;
+        if (n)
+            ok = is_json_lines(path) ? prompts_line(list, p, n, &why) : prompts_add(list, p, n, &why);
+        if (!ok) fail_line(err, "%s: line %lld: %s", path, (long long)number, why.text);
+        p = next;
     }
-    if (ok && ferror(f)) ok = fail_line(err, "%s: cannot read: %s", path, strerror(errno));
     if (ok && list->n == 0) ok = fail_line(err, "%s: expected a prompt in every line, found none", path);
-    fclose(f);
-    free(line);
+    if (!ok) prompts_free(list);
     return ok;
 }
 
@@ -91,4 +100,164 @@ static bool written_add(Written* w, const char* text, size_t n, const char* stop
 static void written_end(Written* w) {
     written_out(w, w->waiting.data, w->waiting.n);
     w->waiting.n = 0;
+}
+
+// Prompt: a source of tokens of any length; text comes from memory or, piece by piece, from an open file.
+typedef struct {
+    Encoder encoder;
+    const char* text;
+    size_t left;
+    FILE* file;
+    TokenList ready;         // made, and given out up to `given`
+    size_t given;
+    bool ended;
+} Prompt;
+
+Prompt prompt_open(const Tokenizer* tok, const char* text, FILE* file) {
+    Prompt p;
+    memset(&p, 0, sizeof p);
+    encoder_open(&p.encoder, tok);
+    p.text = text;
+    p.left = strlen(text);
+    p.file = file;
+    return p;
+}
+
+void prompt_close(Prompt* p) {
+    encoder_close(&p->encoder);
+    free(p->ready.id);
+    memset(p, 0, sizeof *p);
+}
+
+// prompt_fill: tokens to give out: some, or all that follow
+static bool prompt_fill(Prompt* p, bool all, Error* err) {
+    char piece[4096];
+    while ((all || p->given == p->ready.n) && !p->ended) {
+        size_t n = p->file ? fread(piece, 1, sizeof piece, p->file) : min_size(sizeof piece, p->left);
+        p->ended = n == 0;
+        if (p->given == p->ready.n) p->ready.n = p->given = 0;
+        if (!encoder_add(&p->encoder, p->file ? piece : p->text, n, p->ended, &p->ready, err)) return false;
+        if (!p->file) { p->text += n; p->left -= n; }
+        if (p->ended && p->encoder.utf8.replaced)
+            warn("the prompt has invalid UTF-8, %lld times replaced by U+FFFD, first at byte %lld",
+                 (long long)p->encoder.utf8.replaced, (long long)p->encoder.first_replaced);
+    }
+    return true;
+}
+
+// prompt_read: *count: up to `max` more tokens; 0 at the end
+static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
+    if (!prompt_fill(p, false, err)) return false;
+    *count = min_size(max, p->ready.n - p->given);
+    if (*count) memcpy(tokens, p->ready.id + p->given, *count * sizeof(int));
+    p->given += *count;
+    return true;
+}
+
+typedef struct {
+    int64_t prompt_tokens, new_tokens;
+    double prefill_seconds, decode_seconds;
+    double state_bytes;      // of one sequence
+} GenerateStats;
+
+// state_save, state_load: everything that a context has left behind: the recurrent state of one sequence (of
+// a cache the part that is filled), the logits after its last token, and which tokens have occurred. Tied to
+// the weights by their hash.
+static State state_of_tokens(const Model* m, int64_t tokens) {
+    Model filled = *m;
+    filled.config.context = tokens;
+    return state_alloc(&filled, 1);
+}
+
+bool state_save(const Model* m, const State* s, const real* logits, const real* seen, int64_t tokens,
+                const char* path, Error* err) {
+    char hash[32], count[32];
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
+    snprintf(count, sizeof count, "%lld", (long long)tokens);
+    const char* meta[] = {"format", "pt", "model", hash, "tokens", count, NULL};
+    size_t Vp = (size_t)m->config.vocab_padded;
+    State one = state_of_tokens(m, tokens);
+    state_copy_row(m, &one, 0, s, 0);
+    SafeTensorOut out[3] = {flat_tensor("state", one.data, one.n_elements), flat_tensor("logits", logits, Vp),
+                            flat_tensor("seen", seen, Vp)};
+    bool ok = safetensors_write(path, out, 3, meta, err);
+    state_free(&one);
+    return ok;
+}
+
+// state_replaceable: --save-state writes a new file, or over an older state, but over nothing else
+static bool state_replaceable(const char* path, Error* err) {
+    SafeTensors st;
+    struct stat info;
+    Error ignored;
+    if (lstat(path, &info) != 0) return true;
+    bool state = safetensors_open(&st, path, &ignored);
+    if (state) {
+        state = safetensors_metadata(&st, "model") && safetensors_find(&st, "state");
+        safetensors_close(&st);
+    }
+    return state || fail_line(err, "%s: exists and is no saved state; choose another --save-state", path);
+}
+
+bool state_load(const Model* m, State* s, real* logits, real* seen, int64_t* tokens, const char* path,
+                Error* err) {
+    SafeTensors st;
+    char hash[32];
+    if (!safetensors_open(&st, path, err)) return false;
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)model_hash(m));
+    const char *found = safetensors_metadata(&st, "model"), *count = safetensors_metadata(&st, "tokens");
+    *tokens = count ? atoll(count) : -1;
+    const SafeTensor *a = safetensors_find(&st, "state"), *b = safetensors_find(&st, "logits"),
+                     *c = safetensors_find(&st, "seen");
+    bool known = found && a && b && c && *tokens >= 0 && (!has_cache(m) || *tokens <= s->context);
+    State one = state_of_tokens(m, known ? *tokens : 0);
+    size_t n = one.n_elements, Vp = (size_t)m->config.vocab_padded;
+    bool ok = true;
+    if (!known)
+        ok = fail(err, "%s: expected a file written by --save-state", path);
+    else if (strcmp(found, hash) != 0)
+        ok = fail(
+            err,
+            "%s: this state was made with other weights (%s, these are %s); make it anew with --save-state",
+            path, found, hash);
+    else if (a->count != n || b->count != Vp || c->count != Vp)
+        ok = fail(err, "%s: holds %zu, %zu and %zu numbers, expected %zu, %zu and %zu", path, a->count,
+                  b->count, c->count, n, Vp, Vp);
+    else
+        ok = safetensors_read_real(&st, a, one.data, err) && safetensors_read_real(&st, b, logits, err) &&
+             safetensors_read_real(&st, c, seen, err);
+    for (int l = 0; ok && l < m->n_layers; l++)          // a larger number would be read beyond the cache
+        for (int i = 0; i < m->layer[l].kind->n_state; i++)
+            if (m->layer[l].kind->state[i].flags & TOKENS && one.field[l][i][0] != (real)*tokens)
+                ok = fail(err, "%s: damaged: %lld tokens, but %g in the cache of a layer", path,
+                          (long long)*tokens, (double)one.field[l][i][0]);
+    if (ok) state_copy_row(m, s, 0, &one, 0);
+    state_free(&one);
+    safetensors_close(&st);
+    return ok;
+}
+
+// context_set: room in the caches for the longest of n sequences: the saved state, the prompt, which is read
+// to its end for that, and the new tokens. A conversation has no known end: there --context says it.
+static bool context_set(Model* m, const Options* o, Prompt* prompt, size_t n, Error* err) {
+    SafeTensors st;
+    size_t longest = 1;            // the token that starts a document
+    double saved = 0;
+    if (!has_cache(m)) return true;
+    for (size_t i = 0; i < n && !o->interactive; i++) {
+        if (!prompt_fill(&prompt[i], true, err)) return false;
+        if (prompt[i].ready.n > longest) longest = prompt[i].ready.n;
+    }
+    if (o->load_state[0]) {
+        if (!safetensors_open(&st, o->load_state, err)) return false;
+        const char* count = safetensors_metadata(&st, "tokens");
+        if (count) saved = atof(count);
+        safetensors_close(&st);
+    }
+    double tokens = o->interactive ? (double)o->context : saved + (double)longest + (double)o->max_tokens;
+    if (!(tokens >= 1 && tokens <= MAX_CONTEXT))
+        return fail(err, "%.0f tokens of context, attention takes at most %d; lower --max-tokens", tokens,
+                    MAX_CONTEXT);
+    m->config.context = (int64_t)tokens;
+    return true;
 }

@@ -268,17 +268,22 @@ static double mib(double bytes) { return bytes / 1048576.0; }
 
 // Flop: floating-point operations per token of a training step (forward and twice as much backward)
 //   matmul   6 x the elements of every weight matrix that a token is multiplied with: all projections and the
-//            head (of a tied embedding the head alone; looking up a row computes nothing)
+//            head (of a tied embedding the head alone; looking up a row computes nothing). Attention: scores
+//            and weighted sums of the T/2 tokens that a token of a row of T sees on average, 6 T Hq dh
 //   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and
 //   add C h), 18 backward (the forward's again, and 11 for the gradients). Mamba-2: 12 per state (x B and
-//   C H, three times) and, within chunks of Q tokens of which half are seen, 3 Q per channel and number of B
+//   C H, three times) and, within chunks of Q tokens of which half are seen, 3 Q per channel and number of B.
+//   Attention: 6 T per channel of the query heads (q k and P v with half of T tokens, three times)
 // The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
 // figure 6 N per token that others quote counts every parameter N, the embedding too.
 typedef struct { double matmul, scan; } Flop;
 
-Flop flop_per_token(const Model* m) {
+Flop flop_per_token(const Model* m, int64_t T) {
     Flop f = {0, 0};
     const Config* c = &m->config;
+    for (int l = 0; l < m->n_layers; l++)
+        if (m->layer[l].kind->letter == 'a')
+            f.scan += 6.0 * (double)T * (double)(c->attn_heads * c->attn_head_dim);
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor* t = &m->tensor[i];
         bool lookup = t->spec->init == INIT_EMBEDDING && !c->tie_embeddings;
@@ -288,6 +293,9 @@ Flop flop_per_token(const Model* m) {
             f.scan += 12.0 * (double)(c->d_ssm * c->d_state) +
                       3.0 * (double)c->chunk_size * (double)(c->d_ssm + c->ngroups * c->d_state);
     }
+    for (int l = 0; l < m->n_layers; l++)
+        if (m->layer[l].kind->letter == 'a')
+            f.matmul += 6.0 * (double)T * (double)(c->attn_heads * c->attn_head_dim);
     return f;
 }
 

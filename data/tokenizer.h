@@ -296,6 +296,31 @@ int* tokenizer_encode(const Tokenizer* t, const char* text, size_t n, size_t* co
     return list.id;
 }
 
+// ---- small JSON texts, one in a line: items and prompts
+
+enum { MAX_LINE = 1 << 19, MAX_LINE_VALUES = 4096 };
+
+// json_line: the JSON text of one line. Its values are counted first: an array of numbers takes 20 times the
+// memory of its text, and no item or prompt has many.
+static json_t* json_line(const char* line, size_t n, Error* err) {
+    size_t values = 0;
+    bool quoted = false;
+    for (size_t i = 0; i < n; i++) {
+        if (line[i] == '"') quoted = !quoted;
+        else if (quoted) i += line[i] == '\\';
+        else values += line[i] == '[' || line[i] == '{' || line[i] == ',' || line[i] == ':';
+    }
+    if (n > MAX_LINE || values > MAX_LINE_VALUES) {
+        fail(err, "expected at most %d bytes and %d values in a line of JSON, found %zu and %zu", MAX_LINE,
+             MAX_LINE_VALUES, n, values);
+        return NULL;
+    }
+    json_error_t where;
+    json_t* root = json_loadb(line, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL | JSON_DECODE_ANY, &where);
+    if (!root) fail_line(err, "expected JSON, found: %s", where.text);
+    return root;
+}
+
 // ---- encoding files
 
 // Text and JSON lines files are cut into pieces that are encoded by all threads at once: a text where bpe_cut

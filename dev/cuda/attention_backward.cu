@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(128) key_kernel1(Attention p) {
     const size_t group = p.Hq / p.Hkv;
     for (size_t h = kv * group; h < (kv + 1) * group; h++) {
         for (size_t i = j; i < p.T; i++) {
-            const bf16 *q = p.qkv + (b * p.T + i) * p.ld + h * DH, *dout = p.dout + ((b * p.T + i) * p.Hq + h) * DH;
+            const bf16* q = p.qkv + (b * p.T + i) * p.ld + h * DH;
+            const bf16* dout = p.dout + ((b * p.T + i) * p.Hq + h) * DH;
             const size_t at = (b * p.Hq + h) * p.T + i;
             float P = exp2f(dot(k, q) * p.scale * ATTENTION_LOG2E - p.lse[at]);
             float dS = P * (dot(v, dout) - p.delta[at]);
@@ -138,8 +139,8 @@ template <bool KEYS> __global__ void __launch_bounds__(1024) sums_kernel2(Attent
             for (int c = x; c < DH; c += 32) {
                 const size_t m = b * p.T + u0 + y;
                 const bool real_row = u0 + y < p.T;
-                r[0][y][c] = real_row ? to_float(p.qkv[m * p.ld + (KEYS ? h : p.Hq + h * p.Hkv / p.Hq) * DH + c])
-                                      : 0.0f;
+                const size_t column = (KEYS ? h : p.Hq + h * p.Hkv / p.Hq) * DH;
+                r[0][y][c] = real_row ? to_float(p.qkv[m * p.ld + column + c]) : 0.0f;
                 r[1][y][c] = real_row && KEYS ? to_float(p.dout[(m * p.Hq + h) * DH + c]) : 0.0f;
             }
             __syncthreads();
@@ -160,7 +161,7 @@ template <bool KEYS> __global__ void __launch_bounds__(1024) sums_kernel2(Attent
 }
 
 // ------------------------------------------------------------------------------------------------
-// Launchers. From v4 on the kernels are those that ship, with other tiles.
+// Launchers. From v3 on the kernels are those that ship, with other tiles.
 
 static void launch1(void) {
     query_kernel1<<<dim3(ceil_div(a.T, 128), (unsigned)a.Hq, (unsigned)a.B), 128>>>(a);
@@ -175,27 +176,24 @@ static void launch2(void) {
 }
 static AttentionBackwardCuda<bf16> problem(void) {
     AttentionBackwardCuda<bf16> p;
-    (AttentionKeys<bf16>&)p = attention_keys<bf16>(a.qkv, a.ld, NULL, 0, NULL, NULL, a.B, a.T, a.Hq, a.Hkv, DH);
+    (AttentionKeys<bf16>&)p = attention_keys<bf16>(a.qkv, a.ld, NULL, 0, NULL, NULL, a.B, a.T, a.Hq, a.Hkv,
+                                                   DH);
     p.dqkv = a.dqkv; p.lddqkv = a.ld;
     p.dout = a.dout; p.out = a.out; p.q = a.qkv; p.lddo = p.ldo = a.Hq * DH;
     p.lse = a.lse; p.delta = a.delta; p.scale = a.scale; p.rotary = rotary;
     return p;
 }
-static void launch3(void) {
-    attention_launch_general(attention_backward_q_kernel<bf16>, problem(), a.B * a.T * a.Hq, 3 * DH + WARP, 0);
-    attention_launch_general(attention_backward_kv_kernel<bf16>, problem(), a.B * a.T * a.Hkv,
-                             4 * DH + 2 * WARP, 0);
-}
 template <int MT, int KEYS> static void launch_q(void) {
     attention_launch_fast(attention_backward_q_fast_kernel<DH, MT, KEYS>,
-                          sizeof(AttentionBackwardQShared<DH, MT, KEYS>), problem(), (int)(a.B * a.Hq), 64 * MT, 0);
+                          sizeof(AttentionBackwardQShared<DH, MT, KEYS>), problem(), (int)(a.B * a.Hq),
+                          64 * MT, 0);
 }
 template <int MT, int QUERIES> static void launch_kv(void) {
     attention_launch_fast(attention_backward_kv_fast_kernel<DH, MT, QUERIES>,
                           sizeof(AttentionBackwardKVShared<DH, MT, QUERIES>), problem(), (int)(a.B * a.Hkv),
                           64 * MT, 0);
 }
-static void launch4(void) {
+static void launch3(void) {
     launch_q<1, 64>();
     launch_kv<1, 64>();
 }
@@ -206,8 +204,7 @@ static void shipped(void) {
 static const Rung rungs[] = {
     {"a thread per query, then a thread per key", launch1, 0},
     {"P and dS in memory, products of shared tiles", launch2, 0},
-    {"a warp per row (the general path, exact for float)", launch3, 0},
-    {"tensor core; 16 rows per warp", launch4, 0},
+    {"tensor core; 16 rows per warp", launch3, 0},
     {"shipped: 32 rows per warp use each operand that is read", shipped, 0},
 };
 

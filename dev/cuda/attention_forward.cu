@@ -1,10 +1,9 @@
 // Attention forward: from one thread per query to the kernel that ships.
 //   s_ij = scale <q_i, k_j>, j <= i      P_ij = exp(s_ij) / sum_j exp(s_ij)      out_i = sum_j P_ij v_j
-// 4 dh operations for each pair of a query and a key that it sees, and half of all pairs are seen. The floor is
-// the time of these operations at the rate of a large bf16 matmul (dev/cuda/roofs: 790 TFLOP/s on an H200):
+// 4 dh operations for each pair of a query and a key that it sees, and half of all pairs are seen. The floor
+// is the time of these operations at the rate of a large bf16 matmul (dev/cuda/roofs: 790 TFLOP/s, H200):
 //   4 dh B Hq T^2 / 2 / 790e12      0.065 ms at B8 T2048 Hq12 dh64
-// The 2 x 10^8 exponentials need 0.05 ms beside it (16 per clock and processor, 132 processors, 1.98 GHz); the
-// bytes nothing that counts.
+// The 2 x 10^8 exponentials need 0.05 ms beside it (16 per clock and processor, 132 processors, 1.98 GHz).
 // q and k come turned (rotary embedding), which is a ladder of its own below: it works in place and is bound
 // by memory. Decoding is the third: one query per sequence, all time goes into reading the cache.
 #include "ladder.h"
@@ -46,7 +45,8 @@ __global__ void __launch_bounds__(128) attention_kernel1(Attention p) {
         #pragma unroll
         for (int c = 0; c < DH; c++) sum[c] = sum[c] * shrink + P * to_float(v[j * p.ld + c]);
     }
-    for (int c = 0; c < DH; c++) p.out[(b * p.T + t) * p.Hq * DH + h * DH + c] = from_float<bf16>(sum[c] / total);
+    bf16* out = p.out + ((b * p.T + t) * p.Hq + h) * DH;
+    for (int c = 0; c < DH; c++) out[c] = from_float<bf16>(sum[c] / total);
     p.lse[(b * p.Hq + h) * p.T + t] = (max + __logf(total)) * ATTENTION_LOG2E;
 }
 
@@ -58,10 +58,10 @@ __global__ void __launch_bounds__(1024) scores_kernel2(Attention p) {
     const size_t i0 = blockIdx.y * 32, j0 = blockIdx.x * 32, h = blockIdx.z % p.Hq, b = blockIdx.z / p.Hq;
     if (j0 > i0 + 31) return;
     const int x = threadIdx.x, y = threadIdx.y;
+    const size_t key = (p.Hq + h * p.Hkv / p.Hq) * DH;
     for (int c = x; c < DH; c += 32) {
         q[y][c] = i0 + y < p.T ? to_float(p.qkv[(b * p.T + i0 + y) * p.ld + h * DH + c]) : 0.0f;
-        k[y][c] = j0 + y < p.T ? to_float(p.qkv[(b * p.T + j0 + y) * p.ld + (p.Hq + h * p.Hkv / p.Hq) * DH + c])
-                               : 0.0f;
+        k[y][c] = j0 + y < p.T ? to_float(p.qkv[(b * p.T + j0 + y) * p.ld + key + c]) : 0.0f;
     }
     __syncthreads();
     float s = 0;
@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(256) attention_kernel3(Attention p) {
                 s[i][j] = j0 + x + 16 * j <= i0 + 4 * y + i ? s[i][j] * p.scale : -INFINITY;
                 larger = fmaxf(larger, s[i][j]);
             }
-            for (int step = 8; step > 0; step /= 2) larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, step));
+            for (int step = 8; step > 0; step /= 2)
+                larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, step));
             for (int j = 0; j < 4; j++) {
                 float P = __expf(s[i][j] - larger);
                 sh.P[4 * y + i][x + 16 * j] = P;
@@ -167,8 +168,8 @@ __global__ void __launch_bounds__(256) attention_kernel3(Attention p) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Launchers. From v4 on the kernel is the one that ships, with other tiles: the tensor core, scores and P stay
-// in registers, keys are copied one tile ahead.
+// Launchers. From v4 on the kernel is the one that ships, with other tiles: the tensor core, scores and P
+// stay in registers, keys are copied one tile ahead.
 
 static void launch1(void) {
     attention_kernel1<<<dim3(ceil_div(a.T, 128), (unsigned)a.Hq, (unsigned)a.B), 128>>>(a);
@@ -185,7 +186,8 @@ static void launch3(void) {
 }
 template <int MT, int KEYS> static void launch_tiles(void) {
     AttentionCuda<bf16> p;
-    (AttentionKeys<bf16>&)p = attention_keys<bf16>(a.qkv, a.ld, NULL, 0, NULL, NULL, a.B, a.T, a.Hq, a.Hkv, DH);
+    (AttentionKeys<bf16>&)p = attention_keys<bf16>(a.qkv, a.ld, NULL, 0, NULL, NULL, a.B, a.T, a.Hq, a.Hkv,
+                                                   DH);
     p.out = a.out; p.ldo = a.Hq * DH; p.lse = a.lse; p.q = a.qkv; p.scale = a.scale * ATTENTION_LOG2E;
     attention_launch_fast(attention_forward_fast_kernel<DH, MT, KEYS>,
                           sizeof(AttentionForwardShared<DH, MT, KEYS>), p, p.B * p.Hq, 64 * MT, 0);
@@ -224,7 +226,8 @@ static float *position, *scratch;
 static void decode1(void) {
     AttentionKeys<bf16> p = attention_keys<bf16>(a.qkv, a.ld, cache, capacity, position, NULL, a.B, 1, a.Hq,
                                                  a.Hkv, DH);
-    attention_decode_kernel<bf16, 1><<<dim3(1, (unsigned)a.Hq, (unsigned)a.B), ATTENTION_DECODE_WARPS * WARP>>>(
+    const dim3 blocks(1, (unsigned)a.Hq, (unsigned)a.B);
+    attention_decode_kernel<bf16, 1><<<blocks, ATTENTION_DECODE_WARPS * WARP>>>(
         scratch, cache, a.qkv, p, a.scale * ATTENTION_LOG2E, rotary, 8);
     attention_decode_sum_kernel<bf16><<<dim3((unsigned)a.Hq, (unsigned)a.B), ATTENTION_MAX_SPLITS>>>(
         a.out, a.Hq * DH, position, scratch, 1, (int)a.Hq, DH);
@@ -256,8 +259,8 @@ static void setup(int which) {
     a.scores = nan_array<float>(B * Hq * T * T);
     token_positions(position_.data(), NULL, NULL, n, T);
     const float *k = &qkv[Hq * DH], *v = k + a.Hkv * DH;
-    attention_forward(out.data(), Hq * DH, lse.data(), qkv.data(), a.ld, k, v, a.ld, NULL, 0, position_.data(),
-                      a.scale, n, T, Hq, a.Hkv, DH);
+    attention_forward(out.data(), Hq * DH, lse.data(), qkv.data(), a.ld, k, v, a.ld, NULL, 0,
+                      position_.data(), a.scale, n, T, Hq, a.Hkv, DH);
     for (float& x : lse) x *= ATTENTION_LOG2E;
     expect("out", a.out, out, 5e-3, std::vector<float>(), B * T * Hq * DH);
     expect("lse", a.lse, lse, 1e-4, std::vector<float>(), B * Hq * T);
@@ -284,7 +287,8 @@ static void setup_decode(int which) {
     a.out = nan_array<bf16>(B * heads * DH);
     rotary_forward(qkv.data(), a.ld, length.data(), 10000, false, B, 2 * heads, DH, DH);
     attention_forward(out.data(), heads * DH, lse.data(), qkv.data(), a.ld, &qkv[heads * DH],
-                      &qkv[2 * heads * DH], a.ld, kv.data(), capacity, length.data(), a.scale, B, 1, heads, heads, DH);
+                      &qkv[2 * heads * DH], a.ld, kv.data(), capacity, length.data(), a.scale, B, 1, heads,
+                      heads, DH);
     expect("out", a.out, out, 8e-3);                   // few numbers
     expect("position", position, std::vector<float>(B, (float)T), 1e-9, length);
 }
@@ -296,8 +300,8 @@ int main(int argc, char** argv) {
          B * T * heads * DH * 8, flop, flop / 790e9},
         {"attention_rotate", "B8 T2048 H12 dh64, bf16", rungs_rotate, COUNT(rungs_rotate), setup_rotate,
          B * T * 2 * heads * DH * 4, 0, 0},
-        {"attention_decode", "B1 131072 cached H12 dh64, bf16", rungs_decode, COUNT(rungs_decode), setup_decode,
-         131072 * heads * DH * 4, 0, 0},
+        {"attention_decode", "B1 131072 cached H12 dh64, bf16", rungs_decode, COUNT(rungs_decode),
+         setup_decode, 131072 * heads * DH * 4, 0, 0},
     };
     return ladder_main(argc, argv, ladders, COUNT(ladders));
 }

@@ -288,6 +288,61 @@ static void fuzz_shard(const unsigned char* data, size_t n) {
     free(paths[0]);
 }
 
+static void fuzz_items(const unsigned char* data, size_t n) {
+    static const char* const tasks[] = {"choice", "lambada"};
+    Tokenizer tok;
+    Options o;
+    memset(&o, 0, sizeof o);
+    tokenizer_bytes(&tok);
+    o.data = put_named("items.jsonl", data, n);
+    for (int task = 0; task < 2; task++) {
+        Items f;
+        Error err;
+        int64_t T, longest = 0;
+        o.task = tasks[task];
+        bool ok = items_open(&f, &tok, &o, &T, &err);
+        one_line_error(ok, &err);
+        for (Item item; ok && items_next(&f, &item, &err); item_free(&item)) {
+            must(item.n >= 1 + (task == 0) && item.gold >= 0 && item.gold < item.n && item.context.n > 0);
+            for (int i = 0; i < item.n; i++) {
+                const TokenList* ids = &item.choice[i].ids;
+                int64_t length = (int64_t)(item.context.n + ids->n) - 1;
+                if (length > longest) longest = length;
+                // the ids are bytes: those of the choice, with what the context has given it
+                must(ids->n >= 1 && (double)ids->n >= item.choice[i].bytes);
+                must(item.choice[i].chars <= item.choice[i].bytes);
+                for (size_t k = 0; k < ids->n; k++) must(ids->id[k] >= 0 && ids->id[k] < tok.vocab_size);
+            }
+        }
+        must(!ok || (longest == T && !err.text[0]));            // the second reading finds the same
+        items_close(&f);
+    }
+}
+
+static void fuzz_prompts(const unsigned char* data, size_t n) {
+    for (int json = 0; json < 2; json++) {
+        PromptList list;
+        Error err;
+        bool ok = prompts_read(&list, put_named(json ? "p.jsonl" : "p.txt", data, n), &err);
+        one_line_error(ok, &err);
+        size_t lines = 0, bytes = 0;
+        for (size_t i = 0, begin = 0; i <= n; i++) {
+            if (i < n && data[i] != '\n') continue;
+            size_t end = i;
+            while (end > begin && data[end - 1] == '\r') end--;
+            if (end > begin && !json && ok)                     // lines are taken as they are
+                must(prompts_size(&list, lines) == end - begin &&
+                     memcmp(list.text + list.start[lines], data + begin, end - begin) == 0);
+            lines += end > begin;
+            begin = i + 1;
+        }
+        must(!ok || list.n == lines);
+        for (size_t i = 0; ok && i < list.n; i++) bytes += prompts_size(&list, i) + 1;
+        must(!ok || (bytes == list.start[list.n] && bytes <= n + 1));
+        prompts_free(&list);
+    }
+}
+
 // --- the readers, with words that their changes insert
 
 typedef struct {
@@ -322,6 +377,9 @@ static const Target targets[] = {
      "\"added_tokens\": \"id\": \"content\": { } [ ] , : 0 256 257 -1 1e9 true null \"(a+)+b\" "
      "\"\\\\p{L}+\" \\u0120"},
     {"shard", fuzz_shard, "\1 \2 \377\377 \7 20240520"},
+    {"items", fuzz_items, "\"context\": \"choices\": \"gold\": \"text\": [ ] { } , : \" \\u0000 \\u2003 "
+     "\\ud83d \n 0 1 -1 1e9 true null \"a\", \"\", \342\200\203 \302\240"},
+    {"prompts", fuzz_prompts, "{\"prompt\":\"a\"} \n \r\n \" \\u0000 { } [ ] : , null"},
 };
 enum { N_TARGETS = sizeof targets / sizeof *targets };
 
@@ -544,6 +602,13 @@ static void seeds(const Target* t) {
         shard[0] = 20240520, shard[1] = 1;
         keep((unsigned char*)shard, sizeof shard - 16);
     }
+    if (t->run == fuzz_items)
+        keep_text("{\"context\": \"The sky is \", \"choices\": [\"blue\", \"a long way\"], \"gold\": 0}\n\n"
+                  "{\"gold\": 1, \"context\": \"\", \"choices\": [\"x\", \"\\u00e9\"], \"id\": [1, {}]}\n"),
+        keep_text("{\"text\": \"one two three\"}\r\n{\"text\": \"word\"}");
+    if (t->run == fuzz_prompts)
+        keep_text("{\"prompt\": \"one\\ntwo\"}\r\n\n{\"id\": 3, \"prompt\": \"\"}"),
+        keep_text("a b\n\nc\r\n\rd");
     if (t->run == fuzz_index)
         keep_text("{\"weight_map\":{\"\":\"\",\"\":\"\",\"\":\"\",\"\":\"\",\"\":\"\","
                   "\"\":\"\",\"\":\"\",\"\":\"\"}}");

@@ -42,7 +42,7 @@ for pair in """B T, E N, D M, I O, R K, F D, V M, Vp D, RBC E, b t, e n, l n, i 
         states, tile chunk, beta1 beta2, lr min_lr, warmup decay, steps warmup, norm clip, params grads, s0
         sT, ds0 dsT, before sum, kept n, lo hi, INIT_ONE INIT_ZERO, INIT_LINEAR INIT_RESIDUAL, INIT_CONV
         INIT_LINEAR, INIT_DT_WEIGHT INIT_DT_BIAS, INIT_A_LOG INIT_ONE, Hq Hkv, ldq ldkv, lddq
-        lddkv, ldk ldv, dk dv, dk_p dv_p, kept length, start end, keys seen, kv0 kvT, a_i b_i, H P, G N, heads
+        lddkv, dk dv, dk_p dv_p, kept length, start end, keys seen, kv0 kvT, a_i b_i, H P, G N, heads
         chunks, q Q, lambda state, x_c y_c, B_c C_c, dB_c dC_c, Bt Ct, dBt dCt, xs dys, CB dCB, e f, mlp Es,
         Es Cd, dA dD""".split(","):
     one, other = pair.split()

@@ -1,13 +1,13 @@
-"""Language models of Mamba-1, Mamba-2, attention and MLP layers, forward only, in PyTorch: the formulas as loops
-over time, nothing else. Gradients are those of autograd.
+"""Language models of Mamba-1, Mamba-2, attention and MLP layers, forward only, in PyTorch: the formulas as
+loops over time, nothing else. Gradients are those of autograd.
 
-The second oracle beside transformers: make_fixtures.py compares the two on every case that transformers has, and
-takes this one alone for hybrid models.
-Symbols: B, T batch and tokens, D model width, E inner width, N state size, K conv taps, R rank of dt, H heads, P
-channels per head, G groups of B and C. Tensors by the names of transformers. A layer gets p, where p(name) is its
-tensor `mixer.<name>`, or 0 where it has none, and c, a dictionary of sizes (fields, below).
-Sources: Mamba (arXiv 2312.00752), section 3.2 and algorithm 2; Mamba-2 (arXiv 2405.21060), sections 3, 6, 7 and
-9.2.3; the semantics of mamba_ssm's mamba2.py, layernorm_gated.py, mha.py and mlp.py.
+The second oracle beside transformers: make_fixtures.py compares the two on every case that transformers has,
+and takes this one alone for hybrid models.
+Symbols: B, T batch and tokens, D model width, E inner width, N state size, K conv taps, R rank of dt, H
+heads, P channels per head, G groups of B and C. Tensors by the names of transformers. A layer gets p, where
+p(name) is its tensor `mixer.<name>`, or 0 where it has none, and c, a dictionary of sizes (fields, below).
+Sources: Mamba (arXiv 2312.00752), section 3.2 and algorithm 2; Mamba-2 (arXiv 2405.21060), sections 3, 6, 7
+and 9.2.3; the semantics of mamba_ssm's mamba2.py, layernorm_gated.py, mha.py and mlp.py.
 """
 import math
 
@@ -59,7 +59,8 @@ def grouped_norm(x, weight, groups, eps):
 
 
 def mamba2_mixer(u, p, c):
-    """u (B,T,D) -> (B,T,D). [z0; x0; z; x; B; C; dt] = W_in u; z0, x0 are an MLP of the E - Es other channels"""
+    """u (B,T,D) -> (B,T,D). [z0; x0; z; x; B; C; dt] = W_in u; z0, x0 are an MLP of the other E - Es channels
+    """
     B, T, _ = u.shape
     E, Es, N, P, G = c["d_inner"], c["d_ssm"], c["d_state"], c["headdim"], c["ngroups"]
     H, rest = Es // P, E - Es
@@ -117,7 +118,8 @@ def attention_mixer(u, p, c):
     out = []
     for t in range(T):
         # O_t = sum_{j <= t} softmax_j(scale q_t k_j) v_j
-        score = (c["softmax_scale"] or 1 / math.sqrt(dh)) * (q[:, t, None] * k[:, :t + 1]).sum(-1)      # (B,j,Hq)
+        scale = c["softmax_scale"] or 1 / math.sqrt(dh)
+        score = scale * (q[:, t, None] * k[:, :t + 1]).sum(-1)           # (B,j,Hq)
         weight = torch.exp(score - score.amax(1, keepdim=True))
         weight = weight / weight.sum(1, keepdim=True)
         out.append((weight[..., None] * v[:, :t + 1]).sum(1).reshape(B, Hq * dh))
@@ -129,8 +131,8 @@ MIXERS = {"1": mamba1_mixer, "2": mamba2_mixer, "a": attention_mixer}
 
 
 def fields(config):
-    """The sizes that config.json describes, by the names of the program's Config; the pattern has a letter for each
-    mixer, and an m behind those with an MLP"""
+    """The sizes that config.json describes, by the names of the program's Config; the pattern has a letter
+    for each mixer, and an m behind those with an MLP"""
     if "model_type" in config:
         c = dict(pattern={"mamba": "1", "mamba2": "2"}[config["model_type"]], d_state=config["state_size"],
                  d_inner=config["expand"] * config["hidden_size"], norm_eps=config["layer_norm_epsilon"],

@@ -2,19 +2,20 @@
 
     python dev/reference/make_fixtures.py [--out DIR] [--case NAME]
 
-The reference is transformers' MambaForCausalLM and Mamba2ForCausalLM on the CPU, in true float64. As published
-they compute in float32 in many places whatever the dtype of the weights (RMSNorm, residual, A, D, dt bias, the
-scan's input, logits, loss); Float64Only below answers those casts with the float64 tensor itself. Three checks
-show that nothing was missed: no operation of a run may produce a 32-bit or 16-bit float (AssertFloat64), the
-gradients equal finite differences, and the logits equal those of an independent implementation (formulas.py). For
-models with attention, MLPs or what transformers' Mamba-2 does not have, formulas.py is the reference; its parts
-are in the other cases too, except attention and MLP. A failed check ends the script with exit code 1.
+The reference is transformers' MambaForCausalLM and Mamba2ForCausalLM on the CPU, in true float64. As
+published they compute in float32 in many places whatever the dtype of the weights (RMSNorm, residual, A, D,
+dt bias, the scan's input, logits, loss); Float64Only below answers those casts with the float64 tensor
+itself. Three checks show that nothing was missed: no operation of a run may produce a 32-bit or 16-bit float
+(AssertFloat64), the gradients equal finite differences, and the logits equal those of an independent
+implementation (formulas.py). For models with attention, MLPs or what transformers' Mamba-2 does not have,
+formulas.py is the reference; its parts are in the other cases too, except attention and MLP. A failed check
+ends the script with exit code 1.
 
 Each case is a directory:
-  config.json, model.safetensors   as save_pretrained writes them, float64; in mamba2_ssm the model of the case
-                                   mamba2 as mamba_ssm publishes it, config.json and pytorch_model.bin, without
-                                   expected.safetensors; in the hybrid cases by this script, in the dialect of
-                                   mamba_ssm, with what that has no word for in "ssm_c"
+  config.json, model.safetensors   as save_pretrained writes them, float64; in mamba2_ssm the model of the
+                                   case mamba2 as mamba_ssm publishes it, config.json and pytorch_model.bin,
+                                   without expected.safetensors; in the cases of formulas.py by this script,
+                                   in the dialect of mamba_ssm, what that has no word for in "ssm_c"
   expected.safetensors             B sequences of T tokens, F64 unless said, hyperparameters in __metadata__:
     input_ids, labels (B,T) I64    labels as transformers wants them: it shifts by one itself; -100 is ignored
     targets (B,T) I64              labels shifted left, last column -100: logits[b,t] predicts targets[b,t]
@@ -22,8 +23,9 @@ Each case is a directory:
     grad.<parameter>               d loss / d parameter, names as in model.safetensors
     losses, grad_norms (10)        before each of 10 optimizer steps on this batch, norms before clipping
     adamw.<parameter>              the parameters after those steps
-    logits_step (B,T,Vp)           the logits again, from a prefill of 3 tokens and then one token at a time; not
-                                   with formulas.py, nor with a time_step_limit, which transformers' step ignores
+    logits_step (B,T,Vp)           the logits again, from a prefill of 3 tokens and then one token at a time;
+                                   not with formulas.py, nor with a time_step_limit, which the step of
+                                   transformers ignores
 """
 import argparse
 import json
@@ -96,15 +98,15 @@ CASES = {
         dict(hidden_size=7, num_hidden_layers=3, state_size=4, conv_kernel=2, expand=3, time_step_rank=3,
              vocab_size=16, tie_word_embeddings=True, use_conv_bias=False), 13, 2, 11),
     "mamba2": (
-        dict(hidden_size=12, num_hidden_layers=2, state_size=5, conv_kernel=3, expand=2, num_heads=6, head_dim=4,
-             n_groups=1, chunk_size=5, vocab_size=24, tie_word_embeddings=True), 19, 3, 13),
+        dict(hidden_size=12, num_hidden_layers=2, state_size=5, conv_kernel=3, expand=2, num_heads=6,
+             head_dim=4, n_groups=1, chunk_size=5, vocab_size=24, tie_word_embeddings=True), 19, 3, 13),
     "mamba2_limits": (
-        dict(hidden_size=10, num_hidden_layers=2, state_size=7, conv_kernel=2, expand=3, num_heads=10, head_dim=3,
-             n_groups=1, chunk_size=8, vocab_size=17, tie_word_embeddings=False, use_bias=True,
+        dict(hidden_size=10, num_hidden_layers=2, state_size=7, conv_kernel=2, expand=3, num_heads=10,
+             head_dim=3, n_groups=1, chunk_size=8, vocab_size=17, tie_word_embeddings=False, use_bias=True,
              use_conv_bias=False, time_step_limit=(0.1, 1.5), layer_norm_epsilon=1e-3), 17, 2, 37),
     "mamba2_groups": (
-        dict(hidden_size=8, num_hidden_layers=2, state_size=3, conv_kernel=4, expand=3, num_heads=6, head_dim=4,
-             n_groups=3, chunk_size=4, vocab_size=16, tie_word_embeddings=True), 13, 2, 11),
+        dict(hidden_size=8, num_hidden_layers=2, state_size=3, conv_kernel=4, expand=3, num_heads=6,
+             head_dim=4, n_groups=3, chunk_size=4, vocab_size=16, tie_word_embeddings=True), 13, 2, 11),
 }
 # mamba_ssm's words: D has a number per channel, the norm stands before the gate, 8 of 24 channels are an MLP
 HYBRID = dict(
@@ -112,23 +114,24 @@ HYBRID = dict(
     ssm_cfg=dict(layer="Mamba2", d_state=5, d_conv=3, expand=2, headdim=4, ngroups=2, chunk_size=6, d_ssm=16,
                  D_has_hdim=True, rmsnorm=True, norm_before_gate=True, dt_limit=[0.05, 2.0]),
     attn_layer_idx=[1],
-    attn_cfg=dict(causal=True, num_heads=4, num_heads_kv=2, head_dim=6, mlp_dim=0, d_conv=3, qkv_proj_bias=True,
-                  out_proj_bias=False, rotary_emb_dim=6, rotary_emb_base=100.0, rotary_emb_interleaved=False,
-                  softmax_scale=None),
+    attn_cfg=dict(causal=True, num_heads=4, num_heads_kv=2, head_dim=6, mlp_dim=0, d_conv=3,
+                  qkv_proj_bias=True, out_proj_bias=False, rotary_emb_dim=6, rotary_emb_base=100.0,
+                  rotary_emb_interleaved=False, softmax_scale=None),
     rms_norm=True, residual_in_fp32=True, fused_add_norm=True)
 # all kinds of layers, widths that mamba_ssm would round up, no norm after the gate, the other pairing
 MIXED = dict(
     d_model=9, d_intermediate=10, n_layer=4, vocab_size=13, pad_vocab_size_multiple=1, tie_embeddings=False,
-    ssm_cfg=dict(layer="Mamba2", d_state=4, d_conv=2, expand=2, headdim=3, ngroups=1, chunk_size=4, d_ssm=None,
-                 D_has_hdim=False, rmsnorm=False, norm_before_gate=False, dt_limit=[0.0, 3.0], dt_rank=2),
+    ssm_cfg=dict(layer="Mamba2", d_state=4, d_conv=2, expand=2, headdim=3, ngroups=1, chunk_size=4,
+                 d_ssm=None, D_has_hdim=False, rmsnorm=False, norm_before_gate=False, dt_limit=[0.0, 3.0],
+                 dt_rank=2),
     attn_layer_idx=[],
-    attn_cfg=dict(causal=True, num_heads=2, num_heads_kv=1, head_dim=6, mlp_dim=6, d_conv=0, qkv_proj_bias=False,
-                  out_proj_bias=True, rotary_emb_dim=4, rotary_emb_base=10000.0, rotary_emb_interleaved=True,
-                  softmax_scale=0.7),
+    attn_cfg=dict(causal=True, num_heads=2, num_heads_kv=1, head_dim=6, mlp_dim=6, d_conv=0,
+                  qkv_proj_bias=False, out_proj_bias=True, rotary_emb_dim=4, rotary_emb_base=10000.0,
+                  rotary_emb_interleaved=True, softmax_scale=0.7),
     rms_norm=True, residual_in_fp32=True, fused_add_norm=True,
     ssm_c=dict(pattern="2ma1", d_intermediate=10, attn_mlp=6))
-# attention alone, part of each head turned. No bias of keys: where no position turns them, the softmax does not
-# change with it, and AdamW would divide rounding errors by rounding errors
+# attention alone, part of each head turned. No bias of keys: where no position turns them, the softmax does
+# not change with it, and AdamW would divide rounding errors by rounding errors
 ATTENTION = dict(HYBRID, n_layer=2, attn_layer_idx=[0, 1], ssm_cfg=dict(HYBRID["ssm_cfg"]),
                  attn_cfg=dict(HYBRID["attn_cfg"], num_heads=6, num_heads_kv=3, d_conv=0, qkv_proj_bias=False,
                                rotary_emb_dim=2))
@@ -147,8 +150,8 @@ def tensor_shapes(config):
     qkv = heads + 2 * c["attn_heads_kv"] * c["attn_head_dim"]
     kinds = {
         "1": {"in_proj.weight": (2 * E, D), "conv1d.weight": (E, 1, K), "conv1d.bias": (E,),
-              "x_proj.weight": (0 if R is None else R + 2 * N, E), "dt_proj.weight": (E, R), "dt_proj.bias": (E,),
-              "A_log": (E, N), "D": (E,), "out_proj.weight": (D, E)},
+              "x_proj.weight": (0 if R is None else R + 2 * N, E), "dt_proj.weight": (E, R),
+              "dt_proj.bias": (E,), "A_log": (E, N), "D": (E,), "out_proj.weight": (D, E)},
         "2": {"in_proj.weight": (2 * E + 2 * G * N + H, D), "conv1d.weight": (Cd, 1, K), "conv1d.bias": (Cd,),
               "dt_bias": (H,), "A_log": (H,), "D": (Es if ssm["D_has_hdim"] else H,),
               "norm.weight": (Es,) if ssm["rmsnorm"] else None, "out_proj.weight": (D, E)},
@@ -158,7 +161,8 @@ def tensor_shapes(config):
               "conv1d.bias": (qkv,) if attn["d_conv"] else None,
               "out_proj.weight": (D, heads + c["attn_mlp"] // 2),
               "out_proj.bias": (D,) if attn["out_proj_bias"] else None}}
-    vocabulary = -(-config["vocab_size"] // config["pad_vocab_size_multiple"]) * config["pad_vocab_size_multiple"]
+    multiple = config["pad_vocab_size_multiple"]
+    vocabulary = -(-config["vocab_size"] // multiple) * multiple
     shapes, at, pattern = {"backbone.embeddings.weight": (vocabulary, D)}, 0, c["pattern"]
     for i in range(c["n_layer"]):
         layer = f"backbone.layers.{i}."
@@ -289,7 +293,8 @@ def expect(name, model, ids, labels, targets, generator):
                     "logits": result.logits.detach().clone(), "loss": result.loss.detach().reshape(1)}
         for parameter, p in model.named_parameters():
             expected["grad." + parameter] = p.grad.detach().clone()
-        if hasattr(model, "config") and getattr(model.config, "time_step_limit", (0, math.inf))[1] == math.inf:
+        config = getattr(model, "config", None)
+        if config and getattr(config, "time_step_limit", (0, math.inf))[1] == math.inf:
             expected["logits_step"] = logits_of_steps(model, ids)
         fd_error = finite_difference_error(model, ids, labels, generator)
         decayed = [p for n, p in model.named_parameters() if DECAYED.search(n)]
@@ -308,8 +313,8 @@ def expect(name, model, ids, labels, targets, generator):
         expected["losses"], expected["grad_norms"] = torch.tensor(losses), torch.tensor(norms)
         for parameter, p in model.named_parameters():
             expected["adamw." + parameter] = p.detach().clone()
-    print(f"{name:14s} float64 in all of {watch.operations} operations; loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
-          f"gradient norm {min(norms):.2f} to {max(norms):.2f}")
+    print(f"{name:14s} float64 in all of {watch.operations} operations; loss {losses[0]:.4f} -> "
+          f"{losses[-1]:.4f}, gradient norm {min(norms):.2f} to {max(norms):.2f}")
     check(name, "gradients against finite differences, worst parameter", fd_error, 1e-8)
     smallest = min(float(v.norm()) for k, v in expected.items() if k.startswith("grad."))
     check(name, "1 / smallest gradient norm (every parameter matters)", 1.0 / smallest, 1e4)
@@ -350,8 +355,8 @@ def save_as_mamba_ssm(path, config, tensors):
                headdim=config.head_dim, chunk_size=config.chunk_size)
     with open(os.path.join(path, "config.json"), "w") as file:
         json.dump(dict(d_model=config.hidden_size, d_intermediate=0, n_layer=config.num_hidden_layers,
-                       vocab_size=config.vocab_size, ssm_cfg=ssm, attn_layer_idx=[], attn_cfg={}, rms_norm=True,
-                       residual_in_fp32=True, fused_add_norm=True, pad_vocab_size_multiple=8,
+                       vocab_size=config.vocab_size, ssm_cfg=ssm, attn_layer_idx=[], attn_cfg={},
+                       rms_norm=True, residual_in_fp32=True, fused_add_norm=True, pad_vocab_size_multiple=8,
                        tie_embeddings=config.tie_word_embeddings), file, indent=2)
     renamed = {k.replace("embeddings.", "embedding."): v for k, v in tensors.items()}
     renamed.setdefault("lm_head.weight", renamed["backbone.embedding.weight"])
@@ -404,7 +409,8 @@ def make_case(name, out):
     logits = formulas.language_model(saved, formulas.fields(saved_config), ids)
     loss = float(formulas.cross_entropy(logits, targets))
     check(name, "logits against the formulas", relative_l2(logits, expected["logits"]), 1e-13)
-    check(name, "loss against the formulas", abs(loss - float(expected["loss"])) / float(expected["loss"]), 1e-13)
+    wanted = float(expected["loss"])
+    check(name, "loss against the formulas", abs(loss - wanted) / wanted, 1e-13)
     print(f"{name:14s} for comparison: logits with the published float32 casts differ by "
           f"{relative_l2(as_published, expected['logits']):.1e}")
     if name == "mamba2":

@@ -43,27 +43,38 @@ void attention_make(Problem* p) {
             before = document_starts(p, b, t) ? 1 : before + 1;
         }
     }
-    p->saved_size = p->B * p->T * (1 + a.Hq + a.width);
-    p->scratch_size = p->B * p->T * a.width;
+    p->saved_size = p->B * p->T * (1 + a.Hq + a.width + 1);
+    p->scratch_size = p->B * p->T * (a.width + 2);
 }
 
-// saved: positions, lse, qkv after the rotation
+// Pieces: q of all tokens at its own stride, then k and v, so that the strides differ
+typedef struct { real *q, *k, *v; size_t ldq, ldkv; } Pieces;
+
+Pieces pieces_of(const TestHeads* a, real* memory, size_t M, size_t gap) {
+    size_t ldq = a->Hq * a->dh + gap, k_width = a->Hkv * a->dh;
+    Pieces x = { memory, memory + M * ldq, memory + M * ldq + k_width, ldq, 2 * k_width };
+    return x;
+}
+
+// saved: positions, lse, q, k and v after the rotation
 void attention_fwd(Problem* p) {
     TestHeads a = test_heads(p);
     size_t M = p->B * p->T, q_width = a.Hq * a.dh, k_width = a.Hkv * a.dh;
     const Operand *qkv = &p->in[0], *kv0 = &p->in[1], *out = &p->out[0], *kvT = &p->out[1];
-    real *position = p->saved, *lse = position + M, *x = lse + M * a.Hq;
+    real *position = p->saved, *lse = position + M;
+    Pieces x = pieces_of(&a, lse + M * a.Hq, M, 1);
     real* position0 = (real*)test_alloc(2 * p->B, sizeof(real));
     for (size_t b = 0; b < p->B; b++) position0[b] = kv0->value ? (real)p->ids[b * p->T] : 0;
-    for (size_t m = 0; m < M; m++) memcpy(x + m * a.width, qkv->value + m * qkv->ld, a.width * sizeof(real));
+    copy_columns(x.q, x.ldq, qkv->value, qkv->ld, M, q_width);
+    copy_columns(x.k, x.ldkv, qkv->value + q_width, qkv->ld, M, 2 * k_width);
     token_positions(position, kv0->value ? position0 : NULL, p->doc, p->B, p->T);
-    rotary_forward(x, a.width, position, a.base, a.interleaved, M, a.Hq + a.Hkv, a.dh, a.ro);
-    const real *k = x + q_width, *v = k + k_width;
-    attention_forward(out->value, out->ld, lse, x, a.width, k, v, a.width, kv0->value, a.capacity, position,
-                      a.scale, p->B, p->T, a.Hq, a.Hkv, a.dh);
+    rotary_forward(x.q, x.ldq, position, a.base, a.interleaved, M, a.Hq, a.dh, a.ro);
+    rotary_forward(x.k, x.ldkv, position, a.base, a.interleaved, M, a.Hkv, a.dh, a.ro);
+    attention_forward(out->value, out->ld, lse, x.q, x.ldq, x.k, x.v, x.ldkv, kv0->value, a.capacity,
+                      position, a.scale, p->B, p->T, a.Hq, a.Hkv, a.dh);
     if (!kvT->value) return;
     real* positionT = position0 + p->B;
-    kv_append_forward(kvT->value, positionT, kv0->value, k, v, a.width, position, a.capacity, p->B, p->T,
+    kv_append_forward(kvT->value, positionT, kv0->value, x.k, x.v, x.ldkv, position, a.capacity, p->B, p->T,
                       a.Hkv, a.dh);
     for (size_t b = 0; b < p->B; b++) {
         size_t length = (size_t)positionT[b];
@@ -73,22 +84,32 @@ void attention_fwd(Problem* p) {
     }
 }
 
+// without rotation the gradients are added to what is in the problem's arrays, else to zeros first
 void attention_bwd(Problem* p) {
     TestHeads a = test_heads(p);
     size_t M = p->B * p->T, q_width = a.Hq * a.dh, k_width = a.Hkv * a.dh;
     const Operand *qkv = &p->in[0], *kv0 = &p->in[1], *out = &p->out[0], *kvT = &p->out[1];
-    real *position = p->saved, *lse = position + M, *x = lse + M * a.Hq;
-    real *dx = a.ro ? p->scratch : qkv->grad, *dk = dx + q_width, *dv = dk + k_width;
-    size_t ld = a.ro ? a.width : qkv->ld;
-    for (size_t i = 0; a.ro && i < M * a.width; i++) dx[i] = 0;
-    attention_backward(dx, ld, dk, dv, ld, kv0->grad, out->grad, out->value, out->ld, lse, x, a.width,
-                       x + q_width, x + q_width + k_width, a.width, kv0->value, a.capacity, position, a.scale,
-                       p->B, p->T, a.Hq, a.Hkv, a.dh);
+    real *position = p->saved, *lse = position + M;
+    Pieces x = pieces_of(&a, lse + M * a.Hq, M, 1), d = pieces_of(&a, p->scratch, M, 2);
+    if (!a.ro) {
+        Pieces grad = { qkv->grad, qkv->grad + q_width, qkv->grad + q_width + k_width, qkv->ld, qkv->ld };
+        d = grad;
+    }
+    for (size_t i = 0; a.ro && i < M * (a.width + 2); i++) p->scratch[i] = 0;
+    attention_backward(d.q, d.ldq, d.k, d.v, d.ldkv, kv0->grad, out->grad, out->value, out->ld, lse, x.q,
+                       x.ldq, x.k, x.v, x.ldkv, kv0->value, a.capacity, position, a.scale, p->B, p->T, a.Hq,
+                       a.Hkv, a.dh);
     if (kvT->grad)
-        kv_append_backward(dk, dv, ld, kv0->grad, kvT->grad, position, a.capacity, p->B, p->T, a.Hkv, a.dh);
+        kv_append_backward(d.k, d.v, d.ldkv, kv0->grad, kvT->grad, position, a.capacity, p->B, p->T, a.Hkv,
+                           a.dh);
     if (!a.ro) return;
-    rotary_backward(dx, ld, position, a.base, a.interleaved, M, a.Hq + a.Hkv, a.dh, a.ro);
-    for (size_t i = 0; i < M * a.width; i++) qkv->grad[i / a.width * qkv->ld + i % a.width] += dx[i];
+    rotary_backward(d.q, d.ldq, position, a.base, a.interleaved, M, a.Hq, a.dh, a.ro);
+    rotary_backward(d.k, d.ldkv, position, a.base, a.interleaved, M, a.Hkv, a.dh, a.ro);
+    for (size_t m = 0; m < M; m++) {
+        real* g = qkv->grad + m * qkv->ld;
+        for (size_t i = 0; i < q_width; i++) g[i] += d.q[m * d.ldq + i];
+        for (size_t i = 0; i < 2 * k_width; i++) g[q_width + i] += d.k[m * d.ldkv + i];
+    }
 }
 
 // turned: element d of a head at a position, by the definition
@@ -383,6 +404,19 @@ void test_context(void) {
         report(k ? "a state that is too long: not refused" : "a state that just fits: refused", ok != !k, 0);
         state_free(&s[k]);
     }
+    m.config.context = 17;
+    State good = state_alloc(&m, 1);
+    must(state_load(&m, &good, logits, seen, &tokens, scratch("part.state"), &err), &err);
+    for (int k = 0; k < 3; k++) {
+        ((AttentionState*)good.field[1])->position[0] = (real)(k == 0 ? 1e6 : k == 1 ? -1 : NAN);
+        must(state_save(&m, &good, logits, seen, 17, scratch("damaged.state"), &err), &err);
+        s[0] = state_alloc(&m, 1);
+        bool ok = state_load(&m, &s[0], logits, seen, &tokens, scratch("damaged.state"), &err);
+        report("a saved state with a wrong number of tokens: not refused",
+               refused(ok, &err, "in the cache of a layer"), 0);
+        state_free(&s[0]);
+    }
+    state_free(&good);
     static Settings set;
     snprintf(option, sizeof option, "--interactive --max-tokens 8 --context 30 --temperature 0");
     int argc = split_words(option, argv);
@@ -403,6 +437,26 @@ void test_context(void) {
     settings_free(&set);
     backend.destroy(&backend);
     model_free(&m);
+}
+
+// Gradients with states that are not wanted (NULL) = those with a state of zero, as training calls it.
+void test_no_state(void) {
+    Config c = toy_config("1am", 4, 5, 6, 3, 3, 2, 9);
+    Toy toy[2];
+    for (int k = 0; k < 2; k++) {
+        Toy* t = &toy[k];
+        toy_make(t, &c, 2, 9, 0, RECOMPUTE_NONE);
+        memset(t->s0.data, 0, t->s0.n_elements * sizeof(real));
+        memset(t->dsT.data, 0, t->dsT.n_elements * sizeof(real));
+        const State *s0 = k ? &t->none : &t->s0, *sT = k ? &t->none : &t->sT;
+        model_forward(&t->m, &t->w, t->tokens, t->doc, 2, 9, s0, sT);
+        model_loss(&t->m, &t->w, t->targets, 18, true, t->scale);
+        model_backward(&t->m, &t->w, t->tokens, t->doc, 2, 9, s0, k ? &t->none : &t->ds0,
+                       k ? &t->none : &t->dsT);
+    }
+    report("no state = a state of zero: bits differ",
+           bits_differ(toy[0].m.grads, toy[1].m.grads, toy[0].m.n_elements), 0);
+    for (int k = 0; k < 2; k++) toy_free(&toy[k]);
 }
 
 void test_attention(void) {
@@ -428,6 +482,7 @@ void test_attention(void) {
     test_far_rotation();
     test_block_formula();
     test_decode_faults();
+    test_no_state();
     test_context();
     test_attention_extremes();
     char line[256];

@@ -489,6 +489,76 @@ void test_stop(void) {
     report("stop texts in pieces of 1 to 4 bytes: wrong", wrong, 0);
 }
 
+// ---- files of items and prompts that ask for memory: at most twice the file and 16 MiB
+
+typedef struct { const char* name; bool prompts; const char *start, *unit, *end; size_t n; const char* words;
+               } LargeRow;
+static const LargeRow large_rows[] = {
+    {"2^20 prompts of a letter", true, "", "a\n", "", 1 << 20, NULL},
+    {"one more", true, "", "a\n", "b", 1 << 20, "line 1048577: more than 1048576 prompts"},
+    {"a prompt of 40 MB", true, "", "many tokens ", "", 40000000 / 12, NULL},
+    {"an empty line of 40 MB", true, "", "\r", "", 40000000, "found none"},
+    {"JSON prompts", true, "{\"x\": 1, \"prompt\": \"begin\"}\n", "{\"prompt\": \"a\"}\n", "", 500000,
+     NULL},
+    {"a JSON prompt of 500 kB", true, "{\"prompt\": \"", "\\u0041", "\"}", 500000 / 6, NULL},
+    {"a JSON prompt of 600 kB", true, "{\"prompt\": \"", "\\u0041", "\"}", 600000 / 6,
+     "line 1: expected at most 524288 bytes and 4096 values in a line of JSON, found 600014 and 2"},
+    {"numbers", true, "{\"prompt\": \"a\", \"x\": [0", ",0", "]}", 200000, "found 400025 and 200005"},
+    {"brackets", true, "{\"prompt\": \"a\", \"x\": ", "[", "", 4000, "line 1: expected JSON"},
+    {"objects", true, "{\"prompt\": \"a\", \"x\": ", "{\"\":", "", 200000, "values in a line of JSON"},
+    {"items: 20 choices after 500 kB", false, "{\"gold\": 1, \"choices\": [\"a\", \"b\", \"c\", "
+     "\"d\", \"e\", \"f\", \"g\", \"h\", \"i\", \"j\", \"k\", \"l\", \"m\", \"n\", \"o\", \"p\", \"q\", "
+     "\"r\", \"s\", \"t\"], "
+     "\"context\": \"", "many words ", "\"}", 500000 / 11, NULL},
+    {"items: 1000 choices", false, "{\"gold\": 1, \"context\": \"a long one, that stands in front of all of "
+     "these, and would be kept a thousand times\", \"choices\": [\"a\"", ",\"b\"", "]}", 999, NULL},
+    {"items: 1001 choices", false, "{\"gold\": 1, \"context\": \"\", \"choices\": [\"a\"", ",\"b\"", "]}",
+     1000, "found more"},
+    {"items: numbers", false, "{\"gold\": 1, \"choices\": [0", ",0", "]}", 250000, "values in a line"},
+    {"items: empty lines", false, "", " \n\r\n", "", 5000000, "found none"},
+};
+
+static void large_case(void* arg) {
+    const LargeRow* r = (const LargeRow*)arg;
+    const char* path = scratch(r->prompts ? "large.txt" : "large.jsonl");
+    struct stat info;
+    Error err = {""};
+    if (r->prompts && r->start[0] == '{') path = scratch("large.jsonl");
+    if (stat(path, &info) != 0) exit(1);
+    Tokenizer tok;
+    Options o;
+    PromptList list;
+    Items f;
+    int64_t T;
+    memset(&o, 0, sizeof o);
+    tokenizer_bytes(&tok);
+    o.data = path, o.task = "choice";
+    limit_memory((size_t)info.st_size);
+    bool ok = r->prompts ? prompts_read(&list, path, &err) : items_open(&f, &tok, &o, &T, &err);
+    if (ok && r->prompts) ok = list.start[list.n] <= (size_t)info.st_size + 1;
+    if (r->words ? !ok && one_line(err.text, r->words) : ok) return;
+    fprintf(stderr, "expected \"%s\", found \"%s\"", r->words ? r->words : "loads", err.text);
+    exit(1);
+}
+
+void test_large_lines(void) {
+    int failed = 0;
+    for (int i = 0; i < COUNT_OF(large_rows); i++) {
+        const LargeRow* r = &large_rows[i];
+        size_t unit = strlen(r->unit), start = strlen(r->start), size = start + r->n * unit + strlen(r->end);
+        char *text = (char*)malloc(size + 1), *p = text + start, message[4096] = "";
+        strcpy(text, r->start);
+        for (size_t k = 0; k < r->n; k++, p += unit) memcpy(p, r->unit, unit);
+        strcpy(p, r->end);
+        file_put(scratch(r->prompts && r->start[0] != '{' ? "large.txt" : "large.jsonl"), text, size);
+        free(text);
+        int code = in_child(large_case, (void*)(uintptr_t)r, message, sizeof message);
+        if (code) fprintf(stderr, "  large row \"%s\": exit code %d: %s\n", r->name, code, message);
+        failed += code != 0;
+    }
+    report("large files of items and prompts", failed, 0);
+}
+
 static const CliRow generate_bad[] = {
     {"generate --from run --prompts nowhere.txt", NULL, 1, "nowhere.txt: cannot open"},
     {"generate --from run --prompts empty.txt", NULL, 1, "expected a prompt in every line, found none"},
@@ -557,6 +627,7 @@ void test_eval(void) {
     test_generation(eval_cpu);
     test_stop();
     test_generate_program();
+    test_large_lines();
 }
 
 #ifdef __CUDACC__

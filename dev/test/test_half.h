@@ -16,7 +16,8 @@ static void check_half_matmul(size_t M, size_t I, size_t O, bool has_bias) {
     real *inp = (real*)test_alloc(M * ldi, sizeof(real)), *bias = (real*)test_alloc(O, sizeof(real));
     real *out = (real*)test_alloc(M * ldo, sizeof(real)), *one = (real*)test_alloc(ldo, sizeof(real));
     uint16_t* weight = (uint16_t*)test_alloc(O * I, sizeof(uint16_t));
-    double *want = (double*)test_alloc(M * O, sizeof(double)), *got = (double*)test_alloc(M * O, sizeof(double));
+    double* want = (double*)test_alloc(M * O, sizeof(double));
+    double* got = (double*)test_alloc(M * O, sizeof(double));
     double differ = 0, outside = 0;
     char name[100];
     for (size_t i = 0; i < M * ldi; i++) inp[i] = (real)test_uniform(-1, 1, 1, i);
@@ -45,7 +46,8 @@ static void check_half_matmul(size_t M, size_t I, size_t O, bool has_bias) {
     }
     snprintf(name, sizeof name, "matmul M%zu I%zu O%zu%s", M, I, O, has_bias ? " bias" : "");
     report(name, relative_l2(got, want, M * O), REAL_IS_DOUBLE ? 1e-14 : 1e-6);
-    snprintf(name, sizeof name, "M%zu I%zu O%zu: rows that are not those alone, or written between rows", M, I, O);
+    snprintf(name, sizeof name, "M%zu I%zu O%zu: rows that are not those alone, or written between rows",
+             M, I, O);
     report(name, differ + outside, 0);
 }
 
@@ -62,7 +64,8 @@ void test_half(void) {
         size_t Vp = (size_t)c.vocab_padded;
         enum { LENGTH = 23 };
         int tokens[LENGTH];
-        double *want = (double*)test_alloc(Vp, sizeof(double)), *got = (double*)test_alloc(Vp, sizeof(double));
+        double* want = (double*)test_alloc(Vp, sizeof(double));
+        double* got = (double*)test_alloc(Vp, sizeof(double));
         real* logits[3];
         for (int t = 0; t < LENGTH; t++) tokens[t] = (int)(random_bits(8, 0, (uint64_t)t) % 101);
         for (int i = 0; i < rounded.n_tensors; i++)

@@ -223,6 +223,27 @@ void test_ssd_recurrent(void) {
     check_packed(&ssd_recurrent_layer, packed, COUNT_OF(packed));
 }
 
+// Memory made for B x T tokens serves every call of at most B sequences and B T tokens: many short pieces, then
+// one long prompt. Catches: a size counted from the wrong number of chunks, which no result shows.
+void test_ssd_sizes(void) {
+    enum { H = 2, P = 3, G = 2, N = 2 };
+    double small = 0, calls = 0;
+    for (size_t B = 1; B <= 4; B++)
+        for (size_t T = 1; T <= 12; T++)
+            for (size_t Q = 1; Q <= 9; Q++)
+                for (size_t b = 1; b <= B; b++)
+                    for (size_t t = 1; b * t <= B * T; t++, calls++) {
+                        size_t q = Q < t ? Q : t, chunks = b * ((t + q - 1) / q), states = chunks * H * P * N;
+                        size_t head = b * H * q * P, forward = chunks * G * q * (2 * q + P);
+                        size_t backward = chunks * G * q * (4 * q + 2 * P + N), parts = chunks * (H + H * P);
+                        size_t scratch_size = ssd_scratch(B, T, H, P, G, N, Q);
+                        small += ssd_saved(B, T, H, P, N, Q) < states;
+                        small += scratch_size < states + (head > forward ? head : forward);
+                        small += scratch_size < states + parts + (head > backward ? head : backward);
+                    }
+    report("SSD: saved or scratch too small for a call", small + (calls < 10000), 0);
+}
+
 // Gated RMSNorm over groups of S channels; z a part of wider rows. "before": the norm comes before the gate.
 bool norm_first(const Problem* p) { return strstr(p->shape, "before") != NULL; }
 void gated_rmsnorm_make(Problem* p) {
@@ -264,16 +285,19 @@ void test_gated_rmsnorm(void) {
 }
 
 // dt and A far from where decays are between 0 and 1: the chunked form = the recurrence, both finite.
-// Catches: 0 * infinity, infinity - infinity, a mask that is NaN.
+// Catches: 0 * infinity, infinity - infinity, a mask that is NaN; in a long chunk a gradient of dt made from
+// differences of nearly equal numbers.
 void test_ssd_extremes(void) {
     const struct { const char* name; double A_log, dt; } rows[] = {
         { "A 0", -200, 0.5 }, { "A huge", 80, 0.5 }, { "A above every number", 200, 0.5 }, { "dt 0", 1, 0 },
         { "dt 0, A huge", 80, 0 }, { "dt tiny", 1, 1e-30 }, { "dt large", 2.77, 100 },
         { "dt A -50", 2.77, 50 / 16. }, { "dt A -5", 2.77, 5 / 16. },
-        { "every third dt large", 2.77, -100 } };
+        { "every third dt large", 2.77, -100 }, { "dt A -1.6, a long chunk", 2.77, 0.1 } };
     Worst forward = { 0, "" }, backward = { 0, "" };
     for (int k = 0; k < COUNT_OF(rows); k++) {
-        const char* shape = "B1 T37 H2 P3 G1 N5 Q16 state final";
+        bool is_long = strstr(rows[k].name, "long") != NULL;
+        const char* shape = is_long ? "B1 T256 H4 P16 G1 N32 Q256 state final"
+                                    : "B1 T37 H2 P3 G1 N5 Q16 state final";
         Problem p;
         random_stream = 1 << 20;
         problem_make(&p, &ssd_layer, shape);
@@ -523,6 +547,7 @@ void test_mamba2_packed(void) {
 }
 
 void test_mamba2(void) {
+    test_ssd_sizes();
     test_ssd_extremes();
     test_mamba2_parameters();
     const char* const blocks[] = {

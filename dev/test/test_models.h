@@ -839,10 +839,50 @@ static void test_fine_tuning(void) {
     cli_rows("published models: lines", model_lines, COUNT_OF(model_lines));
 }
 
+// --- a hybrid from the command line to mamba_ssm's form and back
+
+static void test_hybrid_program(void) {
+    const char* small = "--data a.txt --seq-len 16 --batch-size 2 --max-tokens 0 --eval-every 0 ";
+    char args[1024];
+    snprintf(args, sizeof args, "%s --out mix --steps 3 --pattern 2mam --n-layer 2 --d-model 16 --headdim 8 "
+             "--ngroups 2 --d-state 9 --chunk-size 5 --attn-heads 2 --attn-heads-kv 1 --attn-conv 3 "
+             "--rotary-dim 4 --rotary-base 100", small);
+    Finished f = cli_run(args);
+    cli_check(f.code == 0, "train", &f);
+    f = cli_run("convert --from mix --out mix_ms --dialect mamba_ssm");
+    cli_check(f.code == 0, "convert", &f);
+    f = cli_run("convert --from mix --out mix_hf --dialect hf");
+    cli_check(f.code == 1 && strstr(f.err, "transformers has no Mamba with MLPs"), "convert to hf", &f);
+    double loss[2];
+    for (int i = 0; i < 2; i++) {
+        snprintf(args, sizeof args, "eval --from %s --data one.txt --seq-len 32", i ? "mix_ms" : "mix");
+        f = cli_run(args);
+        loss[i] = number_after(f.out, "| loss ");
+        cli_check(f.code == 0 && loss[i] > 1, "eval", &f);
+    }
+    cli_check(loss[0] == loss[1], "the same loss in both forms", &f);
+    f = cli_run("info --from mix_ms");
+    cli_check(f.code == 0 && strstr(f.out, "model: pattern 2mam, 2 blocks, D 16, E 32, N 9, K 4, H 4, P 8, "
+                                           "G 2, Hq 2, Hkv 1, dh 8, F 128") &&
+              strstr(f.out, "rotary_base 100.0"), "info", &f);
+    // what the model is stands among the settings of the run that goes on from it
+    snprintf(args, sizeof args, "%s --from mix_ms --out mix2 --steps 2", small);
+    f = cli_run(args);
+    cli_check(f.code == 0 && strstr(f.out, "  rotary-base          100.0") &&
+              strstr(f.out, "  attn-heads-kv        1") && strstr(f.out, "  chunk-size           5"),
+              "train --from", &f);
+    f = cli_run("--out mix2 --resume --steps 4 --max-tokens 0");
+    cli_check(f.code == 0, "resume", &f);
+    f = cli_run("generate --from mix2 --prompt ab --max-tokens 9");
+    cli_check(f.code == 0 && f.out_size > 0, "generate", &f);
+    cli_group("a hybrid: train, convert, info, from, resume, generate", 10);
+}
+
 void test_models(void) {
     test_pickles();
     test_zips();
     test_indices();
     test_export();
     test_fine_tuning();
+    test_hybrid_program();
 }
