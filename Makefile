@@ -101,8 +101,7 @@ $(BUILD)/train_mambacu: train_mamba.cu $(SOURCES) Makefile
 	$(NVCC) $(CUDA_FLAGS) train_mamba.cu -o $@ $(CUDA_LIBS)
 
 # the double oracle of the GPU tests; --wrap: calls that dev/test/test_cuda.h counts, or lets fail
-CUDA_WRAPPED = cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel __cudaGetKernel __cudaRegisterFunction \
-               cudaMalloc cudaDeviceGetAttribute
+CUDA_WRAPPED = cudaLaunchKernel cudaLaunchKernelExC __cudaGetKernel __cudaRegisterFunction cudaMalloc cudaDeviceGetAttribute
 $(BUILD)/oracle.o: dev/test/oracle.cpp $(SOURCES) Makefile
 	@mkdir -p $(BUILD)
 	$(CXX) -std=c++17 $(CFLAGS) $(WARNINGS) $(OPENMP) $(JANSSON_CFLAGS) -c $< -o $@

@@ -3266,810 +3266,266 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // 4.10 Decoding: one token of each of a few sequences
 //
 // With one token per sequence every weight is read to be used a few times: the time of a token is the time of
-// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what the reading has to wait for. As
-// kernels one after the other, a token waits at each of 100 ends for 2 to 3 us. So the whole token is one
-// kernel, with one block on every processor of the chip:
-//
-//   - The token is a list of steps (DecodeStep): a matmul, then what follows it element by element. Every block
-//     makes its share of the outputs of a step and sends it to the others.
-//   - The weights do not wait. Which weights a warp needs, and in which order, is known beforehand: a copy of
-//     them in that order is made once (decode_pack), one stream per warp, and each warp keeps the next pieces
-//     of its stream on their way into shared memory, whatever it is waiting for (DecodeStream).
-//
-//   Mamba-1:   IN: norm, W_in, conv | X: W_x | SCAN: W_dt, state, gate | OUT: W_out, residual
-//   MLP:       UP: norm, W_1, gate | OUT: W_2, residual
-//   at the end HEAD: norm, logits, the largest
-//
-// A block has the same channels in IN and SCAN, so x, z and the states stay with it; and the same columns of
-// the residual stream in every OUT, so that never leaves its shared memory. Of the norm, 1/rms is a factor of
-// a whole row: OUT sends res * weight and the block's sum of squares, and the matmul that reads them applies
-// 1/rms at its end.
-//
-// With up to 8 sequences every word that is sent carries the number of its step (`tag`), and who needs it asks
-// for it until it is there: 0.8 us from block to block. With more, the words would be too many: blocks count
-// themselves in at the end of a step (decode_arrive, decode_wait: 1.5 us).
-// With many sequences the blocks form groups, each with its own sequences: `blocks` of them share the rows of
-// every matrix. Groups never wait for each other, and read the same weights at about the same time.
+// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what lies between the kernels, about
+// 2.5 us for each. So a Mamba-1 layer is four kernels:
+//   norm + W_in + conv | W_x | W_dt + state + gate | W_out
+// (a whole token as one kernel with barriers between the blocks was no faster).
+// With more sequences than DECODE_FEW (measured) the matmuls are work for cuBLASLt, and norm and convolution
+// kernels of their own: mamba-130m on one H200, us per token of all sequences, with these kernels or cuBLASLt:
+// 16 sequences 561 or 728, 32: 925 or 789, 64: 1170 or 911.
 
-enum { DECODE_ROWS = 64, DECODE_MAX_STEPS = 4, DECODE_RING = 8 };
-enum { DECODE_IN, DECODE_X, DECODE_SCAN, DECODE_OUT, DECODE_UP, DECODE_HEAD, DECODE_BC, DECODE_SSD };
+enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
 
-// DecodeShape: TILES groups of 8 sequences; WARPS of a block share the sums over k; TALL tiles of 16 outputs
-// and AHEAD chunks of 32 k per warp are worked on at a time; QUEUE pieces of weights are on their way
-template <int TILES_, int WARPS_, bool TAGGED_, int TALL_, int AHEAD_, int QUEUE_, bool SSD_ = false> struct DecodeShape {
-    static const bool TAGGED = TAGGED_, SSD = SSD_;
-    static const int TILES = TILES_, WARPS = WARPS_, TALL = TALL_, AHEAD = AHEAD_, QUEUE = QUEUE_,
-                     SEQUENCES = 8 * TILES, THREADS = WARP * WARPS, WIDTH = TAGGED ? 4 : 2,
-                     PART = TALL * TILES * 128, VALUES = (PART + THREADS - 1) / THREADS,
-                     BESTS = TILES * 128 > THREADS ? TILES * 128 / THREADS : 1, PAIRS = TILES == 1 ? 1 : TILES == 2 ? 2 : 4;
-    static const size_t MEMORY = (size_t)WARPS * (QUEUE * 1024 + AHEAD * TILES * 512 + PART * sizeof(float));
-};
-
-// DecodeStep: out (rows,O) = input (rows,K) weight^T + bias, then by kind:
-//   IN    O = E, K = D: rows o (x) and second + o (z). x goes through the convolution.
-//         p: conv weight, conv bias; state: conv (rows,taps-1,E)
-//   X     O = R+2N, K = E: r, B, C
-//   SCAN  O = E, K = R: dt, then one step of the recurrence, skip and gate.
-//         p: A_log, D, bias of dt; state: h (rows,E,N)
-//   OUT   O = D: added to the residual stream.   p: weight of the next norm
-//   UP    O = F, K = D: rows o (up) and second + o (gate)
-//   HEAD  O = Vp, K = D: logits
-//   BC    O = 2GN+H, K = D: B, C (through the convolution), dt.   p, state as in IN, for all channels
-//   SSD   O = E, K = 0: one step of the recurrence, skip, gate, gated norm but for its 1/rms
-//         p: A_log, D, bias of dt, norm weight or NULL; state: h (rows,H,P,N)
-// joined: it reads what the step before it has read. norm: OUT reads what a gated norm has sent
+// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows
+//   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in:
+//   other blocks still read it). With conv_weight the first E outputs go through the causal convolution and
+//   SiLU; conv_state (rows,taps-1,E) holds its last inputs.
 typedef struct {
-    int kind, O, K, second, joined, gated;
-    const bf16* weight;
-    const float *bias, *p[4];
-    float* state;
-} DecodeStep;
+    const bf16* weight;                // (O,K)
+    const float* bias;                 // (O) or NULL
+    size_t O, K;
+    int rows;
+    const bf16* act;
+    size_t ld_act;
+    const float* res_in;               // (rows,K)
+    const bf16* delta;                 // (rows,K) or NULL
+    float* res_out;
+    const float* norm;                 // (K)
+    float eps;
+    bf16* out;                         // (rows,O), row stride ldo; NULL: out_float
+    float* out_float;
+    size_t ldo;
+    const float *conv_weight, *conv_bias;
+    float* conv_state;
+    int taps;
+    size_t E;
+} DecodeLinear;
 
-// Decode: one token of `rows` sequences
-typedef struct {
-    const DecodeStep* step;
-    int n_steps, blocks;               // of a group
-    int rows, D, E, N, R, taps, F, V, Vp, H, P, G, channels;    // channels: of the convolution, as a row of its state
-    bool D_has_hdim, norm_before_gate;
-    float eps, dt_low, dt_high;
-    const char* weights;               // the streams, see decode_pack
-    const uint2* start;                // (blocks,WARPS): in units of 64 bytes; in run
-    const uint32_t* run;
-    const bf16* embedding;
-    const float* norm;                 // weight of the first norm
-    // what blocks send to each other
-    char *u, *x, *rbc, *y;
-    int ld_rbc;                        // row stride of rbc
-    uint2* squares;                    // (2,groups,blocks,8 TILES): of the residual stream, of the gated norm
-    float2* best;                      // the same: a logit, and its index as bits
-    unsigned* arrived;                 // (groups,32), zero before and after
-    unsigned tag;                      // of the first step
-    // out
-    float* logits;                     // (rows,Vp), or NULL
-    int* next;                         // (rows) the most likely tokens, -1 after a logit that is not finite; or NULL
-    int out_at, xz_at, bc_at, res_at, scale_at;    // in shared memory, floats
-    int token[DECODE_ROWS];
-#ifdef DECODE_PROFILE
-    long long* profile;
-#endif
-} Decode;
-#ifdef DECODE_PROFILE
-#define MARK(i) do { if (a.profile && threadIdx.x == 0) a.profile[((size_t)blockIdx.x * a.n_steps + number) * 8 + i] = clock64(); } while (0)
-static long long* decode_profile;
-#else
-#define MARK(i)
-#endif
-
-// Share: the outputs [first, first + count) of O that are those of block `index`, in pairs
-struct Share {
-    int first, count;
-    __device__ __forceinline__ Share(int O, int index, int blocks) {
-        first = 2 * (int)((unsigned)(O / 2) * (unsigned)index / (unsigned)blocks);
-        count = 2 * (int)((unsigned)(O / 2) * (unsigned)(index + 1) / (unsigned)blocks) - first;
+// decode_linear: a block makes 16 outputs of all sequences, its eight warps share the sum over k: warp w
+// takes the chunks w, w + 8, ... of 32. The tensor core multiplies weights (16 outputs x 16 k) with inputs
+// (16 k x 8 sequences). The order of k within a chunk does not matter as long as both sides have the same, so lane
+// (g, q) simply takes k = 8q..8q+7 of its row, 16 bytes, for two multiplications.
+// TILES: groups of 8 sequences.   bytes: 2 per weight
+template <int TILES, bool NORM>
+__global__ void __launch_bounds__(DECODE_WARPS * WARP)
+decode_linear_kernel(const DecodeLinear a) {
+    extern __shared__ __align__(128) char shared[];
+    bf16* normalized = (bf16*)shared;                        // NORM: (8, K + 32)
+    __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8];
+    const int AHEAD = 6;                                     // chunks of weights in registers
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
+    const size_t o0 = (size_t)blockIdx.x * 16, K = a.K, ld_norm = K + 32;
+    const int chunks = (int)(K / 32);
+    size_t o_low = o0 + g < a.O ? o0 + g : a.O - 1, o_high = o0 + g + 8 < a.O ? o0 + g + 8 : a.O - 1;
+    const bf16 *low = a.weight + o_low * K + 8 * q, *high = a.weight + o_high * K + 8 * q;
+    uint4 w_low[AHEAD], w_high[AHEAD];
+    #pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        int c = w + i * DECODE_WARPS;
+        if (c >= chunks) break;
+        w_low[i] = __ldg((const uint4*)(low + 32 * c));
+        w_high[i] = __ldg((const uint4*)(high + 32 * c));
     }
-    __device__ __forceinline__ Share(int first_, int count_) : first(first_), count(count_) {}
-};
-
-// power2_above: the smallest p with 2^p >= n. Threads are spread over rows of 2^p, which needs no division.
-__device__ __forceinline__ int power2_above(int n) { return 32 - __clz(n - 1); }
-
-// decode_pack: writes the streams. A unit is 32 k of up to 16 rows, only those that exist; k beyond K is 0. A
-// run is a number of units with the same number of rows, units | rows << 24; 0 is the end of a stream.
-// The order of the units of a step is that in which decode_kernel takes them. One block per stream; weights
-// NULL: only counts, size[stream] = (units of 64 bytes, runs).
-template <class S>
-__global__ void __launch_bounds__(2 * WARP)
-decode_pack_kernel(char* weights, uint32_t* run, const uint2* start, uint2* size, const DecodeStep* step, int n_steps,
-                   int blocks) {
-    const int w = (int)blockIdx.x % S::WARPS, lane = threadIdx.x % WARP, half = threadIdx.x / WARP;
-    unsigned pieces = 0, runs = 0;
-    if (weights) { weights += (size_t)start[blockIdx.x].x * 64; run += start[blockIdx.x].y; }
-    for (int number = 0; number < n_steps; number++) {
-        const DecodeStep s = step[number];
-        const Share own(s.O, (int)blockIdx.x / S::WARPS, blocks);
-        const int rows = s.second ? 2 * own.count : own.count, chunks = (s.K + 31) / 32;
-        for (int first = 0; first < rows; first += 16 * S::TALL)
-            for (int c0 = w; c0 < chunks; c0 += S::AHEAD * S::WARPS)
-                for (int row0 = first; row0 < rows && row0 < first + 16 * S::TALL; row0 += 16) {
-                    int tall = rows - row0 < 16 ? rows - row0 : 16, units = 0, i = row0 + 8 * half + lane / 4;
-                    const bf16* from = s.weight + (ptrdiff_t)(own.first + (i < own.count ? i : s.second + i - own.count)) * s.K;
-                    for (int c = c0; units < S::AHEAD && c < chunks; units++, c += S::WARPS) {
-                        int k = 32 * c + 8 * (lane % 4);
-                        if (weights && i < row0 + tall)
-                            *(uint4*)(weights + (size_t)pieces * 64 + 16 * threadIdx.x) =
-                                k < s.K ? *(const uint4*)(from + k) : make_uint4(0, 0, 0, 0);
-                        pieces += tall;
-                    }
-                    if (weights && threadIdx.x == 0) run[runs] = (uint32_t)units | (uint32_t)tall << 24;
-                    runs++;
+    if (NORM) {
+        // every block does it again, for at most 8 rows; 1/rms is a factor of the whole row and comes last
+        for (int n = 0; n < a.rows; n++) {
+            float sum = 0;
+            for (size_t k = 2 * threadIdx.x; k < K; k += 2 * DECODE_WARPS * WARP) {
+                float2 x = *(const float2*)(a.res_in + n * K + k), scale = *(const float2*)(a.norm + k);
+                if (a.delta) {
+                    Pack<bf16, 2> add = load_pack<2>(a.delta + n * K + k);
+                    x.x += to_float(add.v[0]);
+                    x.y += to_float(add.v[1]);
                 }
-    }
-    if (threadIdx.x > 0) return;
-    if (weights) run[runs] = 0;
-    else size[blockIdx.x] = make_uint2(pieces, runs + 1);
-}
-
-// DecodeStream: the weights of one warp. Lane (g, q) holds k = 8q..8q+7 of the rows g and g + 8 of a unit.
-template <int QUEUE> struct DecodeStream {
-    const char* at;                    // of this lane: the next unit to be asked for
-    const uint32_t* run;
-    uint32_t next, after;              // the next two runs
-    uint64_t policy;
-    uint32_t queue, slot;              // shared memory of this lane; the slot to be taken next
-    int left, rows, lane, owed;        // owed: slots taken and not yet asked for again, at most QUEUE / 2
-
-    __device__ __forceinline__ void fetch() {
-        if (left == 0) {
-            left = (int)(next & 0xffffff);
-            rows = (int)(next >> 24);
-            next = after;
-            if (next) after = __ldg(++run);
+                if (blockIdx.x == 0) *(float2*)(a.res_out + n * K + k) = x;
+                sum += x.x * x.x + x.y * x.y;
+                *(uint32_t*)(normalized + n * ld_norm + k) = scan_pack(x.x * scale.x, x.y * scale.y);
+            }
+            sum = warp_sum(sum);
+            if (lane == 0) squares[w][n] = sum;
         }
-        if (left) {
-            uint32_t to = queue + 1024 * slot;
-            if (lane < 4 * rows)
-                asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
-                             :: "r"(to), "l"(at), "l"(policy) : "memory");
-            if (lane + 32 < 4 * rows)
-                asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
-                             :: "r"(to + 512), "l"(at + 512), "l"(policy) : "memory");
-            at += 64 * rows;
-            left--;
-        }
-        copy_async_commit();
+        __syncthreads();
     }
-    __device__ __forceinline__ DecodeStream(const Decode& a, int stream, char* memory) {
-        lane = threadIdx.x % WARP;
-        uint2 start = a.start[stream];
-        at = a.weights + (size_t)start.x * 64 + 16 * lane;
-        run = a.run + start.y;
-        next = __ldg(run);
-        after = next ? __ldg(++run) : 0;
-        left = 0;
-        queue = (uint32_t)__cvta_generic_to_shared(memory) + 16 * lane;
-        // used once: these lines shall leave the cache first, so that all else stays there from token to token
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-        for (slot = 0; slot < QUEUE; slot++) fetch();
-        slot = 0;
-        owed = 0;
+    // the inputs of the sequence that this lane loads in each tile; beyond the last one the last again, what
+    // comes of it is not stored
+    const bf16* input[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        int n = 8 * t + g < a.rows ? 8 * t + g : a.rows - 1;
+        input[t] = (NORM ? normalized + n * ld_norm : a.act + n * a.ld_act) + 8 * q;
     }
-    __device__ __forceinline__ void refill() {               // oldest first
-        uint32_t head = slot;
-        #pragma unroll 1
-        for (; owed > 0; owed--) {
-            slot = head >= (uint32_t)owed ? head - owed : head + QUEUE - owed;
-            fetch();
-        }
-        slot = head;
-    }
-    __device__ __forceinline__ void take(uint4* low, uint4* high) {
-        asm volatile("cp.async.wait_group %0;" :: "n"(QUEUE / 2 - 1) : "memory");
-        uint32_t from = queue + 1024 * slot;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(low->x), "=r"(low->y), "=r"(low->z), "=r"(low->w) : "r"(from) : "memory");
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(high->x), "=r"(high->y), "=r"(high->z), "=r"(high->w) : "r"(from + 512) : "memory");
-        slot = slot + 1 == QUEUE ? 0 : slot + 1;
-        if (++owed == (QUEUE + 1) / 2) refill();
-    }
-};
-
-// --- from block to block
-
-// decode_arrive: everything that the block wrote is visible to blocks that have waited for it
-__device__ __forceinline__ void decode_arrive(unsigned* arrived) {
-    __syncthreads();
-    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(arrived) : "memory");
-}
-__device__ __forceinline__ void decode_wait(const unsigned* arrived, unsigned count) {
-    if (threadIdx.x == 0) {
-        unsigned now;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-        while (now < count);
-    }
-    __syncthreads();
-}
-
-// one or two words of 8 bytes; tagged ones: the value and its tag
-__device__ __forceinline__ uint2 decode_peek(const void* p) {
-    unsigned long long x;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
-    return make_uint2((uint32_t)x, (uint32_t)(x >> 32));
-}
-__device__ __forceinline__ uint4 decode_peek2(const void* p) {
-    unsigned long long x, y;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(x), "=l"(y) : "l"(p) : "memory");
-    return make_uint4((uint32_t)x, (uint32_t)(x >> 32), (uint32_t)y, (uint32_t)(y >> 32));
-}
-__device__ __forceinline__ void decode_post(void* p, uint32_t value, unsigned tag) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;"
-                 :: "l"(p), "l"((unsigned long long)tag << 32 | value) : "memory");
-}
-
-template <class S>
-__device__ __forceinline__ void decode_post_pair(char* to, size_t at, float low, float high, unsigned tag) {
-    if (S::TAGGED) decode_post(to + 4 * at, scan_pack(low, high), tag);
-    else *(uint32_t*)(to + 2 * at) = scan_pack(low, high);
-}
-
-// decode_send: neighbouring threads have neighbouring values; two of them become one word
-template <class S> __device__ __forceinline__ void decode_send(char* to, size_t at, float value, unsigned tag) {
-    int lane = threadIdx.x % WARP;
-    float other = __shfl_xor_sync(3u << (lane & ~1), value, 1);
-    if (!(lane & 1)) decode_post_pair<S>(to, at, value, other, tag);
-}
-
-// DecodeInput: 8 values that were sent
-template <bool TAGGED> struct DecodeInput {
-    uint4 a, b;
-    __device__ __forceinline__ void load(const char* from, bool inside, unsigned tag) {
-        a = b = TAGGED ? make_uint4(0, tag, 0, tag) : make_uint4(0, 0, 0, 0);
-        if (inside && TAGGED) { a = decode_peek2(from); b = decode_peek2(from + 16); }
-        if (inside && !TAGGED) a = __ldcg((const uint4*)from);
-    }
-    __device__ __forceinline__ bool arrived(unsigned tag) const {
-        return !TAGGED || (a.y == tag && a.w == tag && b.y == tag && b.w == tag);
-    }
-    __device__ __forceinline__ uint4 value() const { return TAGGED ? make_uint4(a.x, a.z, b.x, b.z) : a; }
-};
-
-// --- element by element
-
-// DecodeBlock: a block's place, and its shared memory
-struct DecodeBlock {
-    int index, blocks, row0, n;        // in its group; the first sequence and the number of them
-    float *part, *out, *xz, *bc, *res, *scale;
-    uint2 *squares, *gated_squares;
-    float2* best;
-};
-
-// decode_prefetch: what a later step will read element by element, into the cache of the chip
-static __device__ __noinline__ void decode_prefetch_rows(const float* p, int rows, size_t stride, int n) {
-    #pragma unroll 1
-    for (int row = 0; p && row < rows; row++)
-        #pragma unroll 1
-        for (int i = threadIdx.x % WARP * 32; i < n + 31; i += 32 * WARP)
-            asm volatile("prefetch.global.L2 [%0];" :: "l"(p + row * stride + (i < n ? i : n - 1)));
-}
-__device__ __forceinline__ void decode_prefetch(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own) {
-    size_t e = (size_t)own.first;
-    if (s.kind == DECODE_IN || s.kind == DECODE_BC) {
-        decode_prefetch_rows(s.p[0] + e * a.taps, 1, 0, own.count * a.taps);
-        decode_prefetch_rows(s.p[1] ? s.p[1] + e : NULL, 1, 0, own.count);
-        decode_prefetch_rows(s.state + (size_t)b.row0 * (a.taps - 1) * a.channels + e, b.n * (a.taps - 1), a.channels,
-                             own.count);
-    } else if (s.kind == DECODE_SCAN || s.kind == DECODE_SSD) {
-        if (s.kind == DECODE_SCAN) {
-            decode_prefetch_rows(s.p[0] + e * a.N, 1, 0, own.count * a.N);
-            decode_prefetch_rows(s.p[1] + e, 1, 0, own.count);
-            decode_prefetch_rows(s.p[2] + e, 1, 0, own.count);
-        } else decode_prefetch_rows(s.p[3] ? s.p[3] + e : NULL, 1, 0, own.count);
-        size_t states = (size_t)a.E * a.N;
-        if (states * a.rows < (size_t)4 << 20)               // else they would only push each other out
-            decode_prefetch_rows(s.state + b.row0 * states + e * a.N, b.n, states, own.count * a.N);
-    } else if (s.kind == DECODE_OUT) decode_prefetch_rows(s.p[0] + e, 1, 0, own.count);
-}
-
-// DecodeConv: what the convolution of one channel of one sequence needs besides its new input
-struct DecodeConv {
-    float weight[4], tail[3], bias;
-    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int at, int lg,
-                                         int convolved) {
-        int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
-        if (i >= own.count || n >= b.n || e >= convolved) return;
-        bias = s.p[1] ? s.p[1][e] : 0.0f;
+    float acc[TILES][4] = {};
+    uint4 v[TILES], v_next[TILES];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) if (w < chunks) v[t] = *(const uint4*)(input[t] + 32 * w);
+    for (int c0 = w; c0 < chunks; c0 += AHEAD * DECODE_WARPS) {
         #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (k < a.taps) weight[k] = s.p[0][(size_t)e * a.taps + k];
-            if (k < a.taps - 1) tail[k] = s.state[((size_t)(b.row0 + n) * (a.taps - 1) + k) * a.channels + e];
-        }
-    }
-};
-
-// decode_conv: the convolution and SiLU of those of the outputs below `convolved`; all are sent to `to`, unless
-// that is NULL. z, the second half of the rows, is rounded.
-template <class S>
-__device__ __forceinline__ void decode_conv(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, float* values,
-                                            int convolved, char* to, int ld, DecodeConv next, unsigned tag) {
-    const int lg = power2_above(own.count);
-    #pragma unroll 1
-    for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
-        DecodeConv now = next;
-        if (at + S::THREADS < b.n << lg) next.load(a, s, b, own, at + S::THREADS, lg, convolved);
-        int i = at & ((1 << lg) - 1), n = at >> lg, e = own.first + i;
-        if (i >= own.count) continue;
-        float *value = &values[i * S::SEQUENCES + n], *z = value + own.count * S::SEQUENCES;
-        float out = to_float(from_float<bf16>(*value));
-        if (s.second) *z = to_float(from_float<bf16>(*z));
-        float x = out, c = now.bias;
-        if (e < convolved) {
+        for (int i = 0; i < AHEAD; i++) {
+            int c = c0 + i * DECODE_WARPS, next = c + AHEAD * DECODE_WARPS;
+            if (c >= chunks) break;
             #pragma unroll
-            for (int k = 0; k < 4; k++)
-                if (k < a.taps) c += now.weight[k] * (k == a.taps - 1 ? x : now.tail[k < 3 ? k : 2]);
-            out = to_float(from_float<bf16>(silu_cuda(c)));
-        }
-        *value = out;
-        if (to) decode_send<S>(to, (size_t)(b.row0 + n) * ld + e, out, tag);
-        if (e >= convolved) continue;
-        float* tail = s.state + (size_t)(b.row0 + n) * (a.taps - 1) * a.channels + e;
-        #pragma unroll
-        for (int k = 0; k < 3; k++)
-            if (k < a.taps - 1) tail[(size_t)k * a.channels] = k + 2 < a.taps ? now.tail[k < 2 ? k + 1 : 2] : x;
-    }
-}
-
-// Threads of one (channel, sequence) pair in a scan: 4 states to each of them, at most a warp (log2)
-template <bool SSD> __device__ __forceinline__ int decode_lanes(int N) {
-    return N <= 16 ? 2 : N <= 32 ? 3 : N <= 64 || !SSD ? 4 : 5;
-}
-
-// DecodeStates: what a thread needs for its states: 4 neighbouring states of one channel, of PAIRS sequences.
-template <class S, bool SSD> struct DecodeStates {
-    float h[S::PAIRS][4], rate[4], bias, skip;
-    int i, n, step, l;                 // channel of the block; first sequence and distance; number in the channel
-    __device__ __forceinline__ void load_states(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int n0) {
-        const float* from = s.state + ((size_t)(b.row0 + n0) * a.E + own.first + i) * a.N + 4 * l;
-        #pragma unroll
-        for (int j = 0; j < S::PAIRS; j++, n0 += step, from += (size_t)step * a.E * a.N) {
-            if (i >= own.count || n0 >= b.n) continue;
-            if (a.N % 4 == 0 && 4 * l < a.N) *(float4*)h[j] = *(const float4*)from;
-            else
-                #pragma unroll
-                for (int k = 0; k < 4; k++) h[j][k] = 4 * l + k < a.N ? from[k] : 0.0f;
+            for (int t = 0; t < TILES; t++)
+                if (c + DECODE_WARPS < chunks)
+                    v_next[t] = *(const uint4*)(input[t] + 32 * (c + DECODE_WARPS));
+            const uint32_t first[4] = {w_low[i].x, w_high[i].x, w_low[i].y, w_high[i].y},
+                           second[4] = {w_low[i].z, w_high[i].z, w_low[i].w, w_high[i].w};
+            #pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                scan_mma_bf16(acc[t], first, v[t].x, v[t].y);
+                scan_mma_bf16(acc[t], second, v[t].z, v[t].w);
+                v[t] = v_next[t];
+            }
+            if (next < chunks) {
+                w_low[i] = __ldg((const uint4*)(low + 32 * next));
+                w_high[i] = __ldg((const uint4*)(high + 32 * next));
+            }
         }
     }
-    // at a time: that many channels of the block (log2), from c0 on
-    static __device__ __forceinline__ int at_a_time(int N, int count) {
-        int lg = power2_above(count), all = power2_above(S::THREADS >> decode_lanes<SSD>(N));
-        return lg < all ? lg : all;
-    }
-    __device__ __forceinline__ void load(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own, int c0) {
-        const int lanes = decode_lanes<SSD>(a.N), lg = at_a_time(a.N, own.count);
-        l = threadIdx.x & ((1 << lanes) - 1);
-        i = c0 + (threadIdx.x >> lanes & ((1 << lg) - 1));
-        n = threadIdx.x >> lanes >> lg;
-        step = S::THREADS >> lanes >> lg;
-        load_states(a, s, b, own, n);
-        if (i >= own.count) return;
-        int e = own.first + i, head = SSD ? e / a.P : e;
-        const float* A_log = SSD ? s.p[0] + head : s.p[0] + (size_t)e * a.N + 4 * l;
-        skip = s.p[1][SSD && !a.D_has_hdim ? head : e];
-        bias = s.p[2][head];
+    #pragma unroll
+    for (int t = 0; t < TILES; t++) *(float4*)&part[w][t][4 * lane] = *(const float4*)acc[t];
+    __syncthreads();
+    for (int v = threadIdx.x; v < TILES * 128; v += DECODE_WARPS * WARP) {
+        // value j of lane (g, q) is output g + 8 (j / 2), sequence 2q + j % 2
+        int t = v / 128, source = v % 128 / 4, j = v % 4;
+        size_t o = o0 + (source >> 2) + 8 * (j >> 1);
+        int n = 8 * t + 2 * (source & 3) + (j & 1);
+        if (o >= a.O || n >= a.rows) continue;
+        float sum = 0;
         #pragma unroll
-        for (int k = 0; k < (SSD ? 1 : 4); k++) rate[k] = SSD || 4 * l + k < a.N ? scan_decay(A_log[k]) : 0.0f;
-    }
-};
-
-// decode_scan: formulas (F4) to (F8) of Mamba-1 (section 4.9), (S2) to (S5) of Mamba-2 for one token. Mamba-1
-// sends y; Mamba-2 puts it where z was, and with a gated norm into `out` what its mean square is taken of
-template <class S, bool SSD>
-__device__ __forceinline__ void decode_scan(const Decode& a, const DecodeStep& s, const DecodeBlock& b, Share own,
-                                            DecodeStates<S, SSD>& states, unsigned tag) {
-    const int lanes = decode_lanes<SSD>(a.N), l = states.l, ld_bc = SSD ? 2 * a.G * a.N + a.H : 2 * a.N,
-              n_first = states.n, n_step = S::PAIRS * states.step, at_a_time = 1 << states.at_a_time(a.N, own.count);
-    // the threads of two neighbouring channels stay together
-    const unsigned pair = lanes < 4 ? ((1u << (2 << lanes)) - 1) << (threadIdx.x % WARP & ~((2 << lanes) - 1)) : 0xffffffffu;
-    #pragma unroll 1
-    for (int c0 = 0, n0 = n_first; c0 < own.count; n0 += n_step) {
-        if (n0 >= b.n || states.i >= own.count) {              // the next channels
-            c0 += at_a_time;
-            if (c0 >= own.count) break;
-            states.load(a, s, b, own, c0);
-            n0 = n_first - n_step;
+        for (int i = 0; i < DECODE_WARPS; i++) sum += part[i][t][v % 128];
+        if (NORM) {
+            float square = 0;
+            #pragma unroll
+            for (int i = 0; i < DECODE_WARPS; i++) square += squares[i][n];
+            sum *= 1.0f / sqrtf(square / (float)K + a.eps);
+        }
+        if (a.bias) sum += a.bias[o];
+        if (!a.out) {
+            a.out_float[n * a.ldo + o] = sum;
             continue;
         }
-        const int i = states.i, e = own.first + i, head = SSD ? e / a.P : 0;
-        if (n0 > n_first) states.load_states(a, s, b, own, n0);
-        #pragma unroll
-        for (int j = 0; j < S::PAIRS; j++) {
-            int n = n0 + j * states.step;
-            if (n >= b.n) break;
-            float* h_e = s.state + ((size_t)(b.row0 + n) * a.E + e) * a.N;
-            float* z = &b.xz[(own.count + i) * S::SEQUENCES + n];
-            const float *row = b.bc + n * ld_bc, *B_n = row + (SSD ? head * a.G / a.H * a.N : 0), *C_n = B_n + a.G * a.N;
-            float dt = (SSD ? row[2 * a.G * a.N + head] : b.out[i * S::SEQUENCES + n]) + states.bias,
-                  x = b.xz[i * S::SEQUENCES + n], sum = 0, after[4], same = 0;
-            dt = scan_softplus_fast(dt * SCAN_LOG2E);
-            if (SSD) {
-                dt = fminf(fmaxf(dt, a.dt_low), a.dt_high);
-                same = exp2_unit(dt * states.rate[0]);
+        if (a.conv_weight && o < a.E) {                      // as causal_conv1d_forward, with T = 1
+            float x = to_float(from_float<bf16>(sum)), c = a.conv_bias ? a.conv_bias[o] : 0.0f;
+            float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + o;
+            for (int k = 0; k + 1 < a.taps; k++) {
+                c += a.conv_weight[o * a.taps + k] * tail[k * a.E];
+                tail[k * a.E] = k + 2 < a.taps ? tail[(k + 1) * a.E] : x;
             }
-            float dtx = dt * x;
-            #pragma unroll 1
-            for (int first = 4 * l; first < a.N; first += 4 << lanes) {
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    if (first + k >= a.N) continue;
-                    bool read = first == 4 * l;
-                    float before = read ? states.h[j][k] : h_e[first + k], decay = same;
-                    if (!SSD)
-                        decay = exp2_unit(dt * (read ? states.rate[k] : scan_decay(s.p[0][(size_t)e * a.N + first + k])));
-                    after[k] = fmaf(decay, before, dtx * B_n[first + k]);
-                    sum = fmaf(C_n[first + k], after[k], sum);
-                }
-                if (a.N % 4 == 0) *(float4*)(h_e + first) = *(float4*)after;
-                else
-                    #pragma unroll
-                    for (int k = 0; k < 4; k++) if (first + k < a.N) h_e[first + k] = after[k];
-            }
-            #pragma unroll
-            for (int step = 1; step < WARP; step *= 2)
-                if (step < 1 << lanes) sum += __shfl_xor_sync(pair, sum, step);
-            float y = fmaf(states.skip, x, sum), gate = silu_cuda(*z);
-            if (!SSD) {                                        // a pair of channels: two groups of lanes
-                y *= gate;
-                float other = __shfl_xor_sync(pair, y, 1 << lanes);
-                if (l == 0 && i % 2 == 0) decode_post_pair<S>(a.y, (size_t)(b.row0 + n) * a.E + e, y, other, tag);
-            } else if (l == 0) {
-                if (s.p[3]) {
-                    b.out[i * S::SEQUENCES + n] = a.norm_before_gate ? y : y * gate;
-                    gate *= s.p[3][e];
-                }
-                *z = y * gate;
-            }
+            sum = silu_cuda(c + a.conv_weight[o * a.taps + a.taps - 1] * x);
         }
+        a.out[n * a.ldo + o] = from_float<bf16>(sum);
     }
 }
 
-// decode_squares: sends the sum of squares of the block's values (count,SEQUENCES), for every sequence
-template <class S>
-__device__ __forceinline__ void decode_squares(const DecodeBlock& b, const float* values, int count, uint2* squares,
-                                               unsigned tag) {
-    const int lanes = S::THREADS / S::SEQUENCES < WARP ? S::THREADS / S::SEQUENCES : WARP;   // of a sequence
-    float sum = 0;
-    int n = threadIdx.x / lanes;
-    #pragma unroll 1
-    for (int i = threadIdx.x % lanes; n < b.n && i < count; i += lanes) {
-        float v = values[i * S::SEQUENCES + n];
-        sum += v * v;
-    }
-    #pragma unroll
-    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % lanes == 0 && n < S::SEQUENCES) decode_post(&squares[b.index * S::SEQUENCES + n], __float_as_uint(sum), tag);
+static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
+    unsigned blocks = (unsigned)((a.O + 15) / 16), threads = DECODE_WARPS * WARP;
+    if (!a.act) {
+        size_t shared = 8 * (a.K + 32) * sizeof(bf16);
+        scan_allow_shared(decode_linear_kernel<1, true>, shared);
+        decode_linear_kernel<1, true><<<blocks, threads, shared, stream>>>(a);
+    } else if (a.rows <= 8) decode_linear_kernel<1, false><<<blocks, threads, 0, stream>>>(a);
+    else decode_linear_kernel<2, false><<<blocks, threads, 0, stream>>>(a);
+    cudaCheck(cudaGetLastError());
 }
 
-// decode_residual: the block's columns of the residual stream += out; what the next norm reads. embed: = the
-// embedding
-template <class S>
-__device__ __forceinline__ void decode_residual(const Decode& a, const float* norm, float norm_first, const DecodeBlock& b,
-                                                Share own, bool embed, unsigned tag) {
-    const int lg = power2_above(own.count);
-    #pragma unroll 1
-    for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
-        int i = at & ((1 << lg) - 1), n = at >> lg, o = own.first + i;
-        if (i >= own.count) continue;
-        float* res = &b.res[i * S::SEQUENCES + n];
-        float r = embed ? to_float(a.embedding[(size_t)a.token[b.row0 + n] * a.D + o]) : *res + b.out[i * S::SEQUENCES + n];
-        *res = r;
-        decode_send<S>(a.u, (size_t)(b.row0 + n) * a.D + o, r * (at == (int)threadIdx.x ? norm_first : norm[o]), tag);
+// decode_conv: causal convolution and SiLU of one token.   x (rows,E)   input: row stride ld
+//   tail (rows,taps-1,E): the last inputs, updated.   One thread per channel of a sequence
+__global__ void __launch_bounds__(256) decode_conv_kernel(bf16* x, float* tail, const bf16* input, size_t ld,
+                                                          const float* weight, const float* bias, size_t E,
+                                                          int taps) {
+    size_t n = blockIdx.y, e = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (e >= E) return;
+    float newest = to_float(input[n * ld + e]), c = bias ? bias[e] : 0.0f;
+    float* tail_e = tail + n * (taps - 1) * E + e;
+    for (int k = 0; k + 1 < taps; k++) {
+        c += weight[e * taps + k] * tail_e[k * E];
+        tail_e[k * E] = k + 2 < taps ? tail_e[(k + 1) * E] : newest;
     }
-    __syncthreads();
-    decode_squares<S>(b, b.res, own.count, b.squares, tag);
+    x[n * E + e] = from_float<bf16>(silu_cuda(c + weight[e * taps + taps - 1] * newest));
 }
 
-// decode_rms: 1/rms of rows of `width` from the sums of all blocks
-template <class S>
-__device__ __forceinline__ void decode_rms(const Decode& a, const DecodeBlock& b, const uint2* squares, int width, unsigned tag) {
-    const int lanes = S::THREADS / S::SEQUENCES < WARP ? S::THREADS / S::SEQUENCES : WARP, MANY = 5;
-    float sum = 0;
-    int n = (S::THREADS - 1 - (int)threadIdx.x) / lanes;     // the last warps: they may have less else to do
-    if (n >= b.n) return;
-    #pragma unroll 1
-    for (int first = threadIdx.x % lanes; first < b.blocks; first += MANY * lanes) {
-        uint2 v[MANY];
-        bool arrived;
-        do {
-            arrived = true;
-            #pragma unroll
-            for (int j = 0; j < MANY; j++) {
-                v[j] = make_uint2(0, tag);
-                if (first + j * lanes < b.blocks) v[j] = decode_peek(&squares[(first + j * lanes) * S::SEQUENCES + n]);
-            }
-            #pragma unroll
-            for (int j = 0; j < MANY; j++) arrived = arrived && (!S::TAGGED || v[j].y == tag);
-        } while (!arrived);
+static void decode_conv_cuda(bf16* x, float* tail, const bf16* input, size_t ld, const float* weight,
+                             const float* bias, size_t rows, size_t E, size_t taps, cudaStream_t stream) {
+    dim3 grid((unsigned)((E + 255) / 256), (unsigned)rows);
+    decode_conv_kernel<<<grid, 256, 0, stream>>>(x, tail, input, ld, weight, bias, E, (int)taps);
+    cudaCheck(cudaGetLastError());
+}
+
+// four states of a channel from `first` on, as far as there are that many
+__device__ __forceinline__ void decode_load_states(float* state, const float* h_e, int first, int N) {
+    if (N % 4 == 0 && first < N) *(float4*)state = *(const float4*)(h_e + first);
+    else
         #pragma unroll
-        for (int j = 0; j < MANY; j++) sum += __uint_as_float(v[j].x);
-    }
-    #pragma unroll
-    for (int step = lanes / 2; step > 0; step /= 2)
-        sum += __shfl_xor_sync(lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << (threadIdx.x % WARP / lanes * lanes), sum, step);
-    if (threadIdx.x % lanes == 0) b.scale[n] = 1.0f / sqrtf(sum / (float)width + a.eps);
+        for (int i = 0; i < 4; i++) state[i] = first + i < N ? h_e[first + i] : 0.0f;
 }
 
-__device__ __forceinline__ void decode_better(float2* best, float z, int index) {
-    int other = __float_as_int(best->y);
-    if (z > best->x || (z == best->x && index < other && z > -INFINITY)) *best = make_float2(z, __int_as_float(index));
-}
-
-// DecodeNow: a step in shared memory, and the share of the block
-typedef struct { DecodeStep s; int first, count; } DecodeNow;
-
-template <class S>
-__global__ void __launch_bounds__(S::THREADS, 1) decode_kernel(const __grid_constant__ Decode a) {
-    const int TILES = S::TILES, AHEAD = S::AHEAD, SEQUENCES = S::SEQUENCES, WIDTH = S::WIDTH;
+// decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to
+// (F8) of 4.9).   y (rows,E)   x, z (rows,E), row strides ldx, ldz   rbc (rows,R+2N)   h (rows,E,N)
+// Four lanes share a channel; a block has 32 channels of `each` sequences, one after the other.
+// bytes: 2 per weight, 8 per state
+__global__ void __launch_bounds__(4 * WARP)
+decode_scan_kernel(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc, const bf16* dt_weight,
+                   const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
+                   int rows, int each, size_t E, int N, int R) {
     extern __shared__ __align__(128) char shared[];
-    __shared__ DecodeNow ring[DECODE_RING];
-    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
-    const int group = blockIdx.x / a.blocks;
-    DecodeBlock b;
-    b.index = blockIdx.x % a.blocks;
-    b.blocks = a.blocks;
-    b.row0 = group * SEQUENCES;
-    b.n = a.rows - b.row0 < SEQUENCES ? a.rows - b.row0 : SEQUENCES;
-    uint4* stage = (uint4*)(shared + S::WARPS * S::QUEUE * 1024) + w * AHEAD * TILES * WARP + lane;
-    b.part = (float*)(shared + S::WARPS * (S::QUEUE * 1024 + AHEAD * TILES * 512));
-    float* more = b.part + S::WARPS * S::PART;
-    b.out = more + a.out_at; b.xz = more + a.xz_at; b.bc = more + a.bc_at; 
-    b.res = more + a.res_at; b.scale = more + a.scale_at;
-    b.squares = a.squares + (size_t)group * a.blocks * SEQUENCES;
-    b.gated_squares = b.squares + (size_t)gridDim.x * SEQUENCES;
-    b.best = a.best + (size_t)group * a.blocks * SEQUENCES;
-    unsigned *arrived = a.arrived + 32 * group, waits = 0;
-
-    DecodeStream<S::QUEUE> stream(a, b.index * S::WARPS + w, shared + w * S::QUEUE * 1024);
-    auto look_ahead = [&](int number) {            // the last warp brings a step into the ring
-        if (w != S::WARPS - 1 || number >= a.n_steps) return;
-        DecodeNow* to = &ring[number % DECODE_RING];
-        if (lane < (int)(sizeof(DecodeStep) / 4)) ((int*)&to->s)[lane] = ((const int*)(a.step + number))[lane];
-        if (lane == 31) {
-            Share own(a.step[number].O, b.index, b.blocks);
-            to->first = own.first;
-            to->count = own.count;
-        }
-    };
-    for (int i = 0; i < 5; i++) look_ahead(i);
-    {
-        const Share own(a.D, b.index, b.blocks);
-        int lg = power2_above(own.count), i = threadIdx.x & ((1 << lg) - 1);
-        decode_residual<S>(a, a.norm, i < own.count ? a.norm[own.first + i] : 0.0f, b, own, true, a.tag);
-    }
-    if (!S::TAGGED) decode_arrive(arrived);
-
-    DecodeStates<S, S::SSD> states;
-    DecodeConv conv;                               // of the next IN
-    auto conv_load = [&](int number) {
-        const DecodeNow& in = ring[number % DECODE_RING];
-        if (number < a.n_steps && in.s.kind == DECODE_IN)
-            conv.load(a, in.s, b, Share(in.first, in.count), threadIdx.x, power2_above(in.count), a.E);
-    };
-    conv_load(S::SSD ? 1 : 0);
-    float2 best[S::BESTS];
+    bf16* weight = (bf16*)shared;                            // (32,R)
+    float* rbc_n = (float*)(weight + WARP * R);              // (each,R+2N)
+    const int l = threadIdx.x % 4, c = threadIdx.x / 4, n0 = blockIdx.y * each;
+    const int n1 = n0 + each < rows ? n0 + each : rows, RBC = R + 2 * N;
+    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c;
+    // E is a multiple of 32: the rows of W_dt of this block are one aligned piece
+    for (int i = threadIdx.x; i < WARP * R / 8; i += 4 * WARP)
+        ((uint4*)weight)[i] = __ldg((const uint4*)(dt_weight + e0 * R) + i);
+    float bias = dt_bias[e], D = Dskip[e], decay[4];
+    alignas(16) float state[4];
     #pragma unroll
-    for (int i = 0; i < S::BESTS; i++) best[i] = make_float2(-INFINITY, __int_as_float(INT_MAX));
-    unsigned tag = a.tag - 1;
-    #pragma unroll 1
-    for (int number = 0; number < a.n_steps; number++) {
-        const DecodeNow &now = ring[number % DECODE_RING], &later = ring[(number + 4) % DECODE_RING];
-        const DecodeStep& s = now.s;
-        MARK(0);
-        const int kind = s.kind;
-        const bool joined = S::SSD && s.joined;
-        if (!joined) tag++;
-        const Share own(now.first, now.count);
-        const int rows = s.second ? 2 * own.count : own.count, tiles = (rows + 15) / 16, chunks = (s.K + 31) / 32;
-        const char* input = kind == DECODE_X ? a.x : kind == DECODE_SCAN || (S::SSD && kind == DECODE_SSD) ? a.rbc : kind == DECODE_OUT ? a.y : a.u;
-        const int ld = kind == DECODE_SCAN ? a.ld_rbc : s.K;
-        const bool normed = kind == DECODE_IN || kind == DECODE_UP || kind == DECODE_HEAD || (S::SSD && (kind == DECODE_BC || s.gated));
-        float* out = kind == DECODE_IN ? b.xz : b.out;
-        // what does not depend on the other blocks
-        look_ahead(number + 5);
-        DecodeConv conv_bc;
-        float norm = 0;
-        if (S::SSD && kind == DECODE_BC && own.count)
-            conv_bc.load(a, s, b, own, threadIdx.x, power2_above(own.count), 2 * a.G * a.N);
-        if (kind == (S::SSD ? DECODE_SSD : DECODE_SCAN)) {             // the longest wait
-            states.load(a, s, b, own, 0);
-            conv_load(number + (S::SSD ? 3 : 2));
-        } else if (kind == DECODE_OUT) {
-            int lg = power2_above(own.count), i = threadIdx.x & ((1 << lg) - 1);
-            if (i < own.count) norm = s.p[0][own.first + i];
-            if (ring[(number + 3) % DECODE_RING].s.kind == DECODE_IN && number + 3 < a.n_steps) conv_load(number + 3);   // after an MLP
-        }
-        if (w == number % S::WARPS && number + 4 < a.n_steps && later.count)
-            decode_prefetch(a, later.s, b, Share(later.first, later.count));
-        MARK(1);
-        if (!S::TAGGED && !joined) decode_wait(arrived, ++waits * b.blocks);
-        if (!S::TAGGED) MARK(2);
-
-        // the sequence that this lane loads in each tile; beyond the last one the last again
-        const char* from[TILES];
-        #pragma unroll
-        for (int t = 0; t < TILES; t++)
-            from[t] = input + ((size_t)(b.row0 + (8 * t + g < b.n ? 8 * t + g : b.n - 1)) * ld + 8 * q) * WIDTH;
-        DecodeInput<S::TAGGED> v[AHEAD][TILES];
-        auto load = [&](int c0) {
-            #pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                int k = 32 * (c0 + i * S::WARPS);
-                #pragma unroll
-                for (int t = 0; t < TILES; t++) v[i][t].load(from[t] + k * WIDTH, k + 8 * q < s.K, tag);
-            }
-        };
-        const bool once = chunks <= AHEAD * S::WARPS;                  // all inputs are in `stage` at a time
-        #pragma unroll 1
-        for (int first = 0; first < tiles; first += S::TALL) {
-            #pragma unroll 1
-            for (int c0 = first == 0 || !once ? w - AHEAD * S::WARPS : w; c0 < chunks; c0 += AHEAD * S::WARPS) {
-                if (c0 >= 0 && (first == 0 || !once)) {
-                    for (bool all = !S::TAGGED; !all;) {     // asked for together until all have arrived
-                        all = true;
-                        #pragma unroll
-                        for (int i = 0; i < AHEAD; i++)
-                            #pragma unroll
-                            for (int t = 0; t < TILES; t++) all = all && v[i][t].arrived(tag);
-                        if (!all) load(c0);
-                    }
-                    #pragma unroll
-                    for (int i = 0; i < AHEAD; i++)
-                        #pragma unroll
-                        for (int t = 0; t < TILES; t++) stage[(i * TILES + t) * WARP] = v[i][t].value();
-                    __syncwarp();
-                    if (S::TAGGED && first == 0 && c0 == w) MARK(2);
-                }
-                if (c0 + AHEAD * S::WARPS < chunks) load(c0 + AHEAD * S::WARPS);
-                if (c0 < 0) {
-                    if (first > 0) continue;
-                    // while the first inputs are on their way
-                    if (normed && !joined)
-                        decode_rms<S>(a, b, S::SSD && s.gated ? b.gated_squares : b.squares, S::SSD && s.gated ? a.E : a.D, tag);
-                    if (kind != DECODE_SCAN && !(S::SSD && kind == DECODE_SSD)) continue;
-                    const int words = S::SSD ? (2 * a.G * a.N + a.H) / 2 : a.N, lg = power2_above(words),
-                              skip = S::SSD ? 0 : a.R;
-                    #pragma unroll 1
-                    for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
-                        int i = at & ((1 << lg) - 1), n = at >> lg;
-                        if (i >= words) continue;
-                        const char* place = a.rbc + ((size_t)(b.row0 + n) * a.ld_rbc + skip + 2 * i) * WIDTH;
-                        uint2 word = make_uint2(0, tag);
-                        if (S::TAGGED) do word = decode_peek(place); while (word.y != tag);
-                        else word.x = __ldcg((const uint32_t*)place);
-                        *(float2*)&b.bc[(n * words + i) * 2] = make_float2(scan_low(word.x), scan_high(word.x));
-                    }
-                    __syncwarp();
-                    continue;
-                }
-                const int mine = (chunks - c0 + S::WARPS - 1) / S::WARPS < AHEAD ? (chunks - c0 + S::WARPS - 1) / S::WARPS : AHEAD;
-                #pragma unroll 1
-                for (int r = 0; r < S::TALL && first + r < tiles; r++) {
-                    float* part = &b.part[w * S::PART + r * TILES * 128 + 4 * lane];
-                    float acc[2][TILES][4] = {};
-                    #pragma unroll
-                    for (int t = 0; t < TILES; t++) if (c0 > w) *(float4*)acc[0][t] = *(const float4*)(part + t * 128);
-                    #pragma unroll 1
-                    for (int i = 0; i < mine; i++) {
-                        uint4 low, high;
-                        stream.take(&low, &high);
-                        const uint32_t k0[4] = {low.x, high.x, low.y, high.y}, k1[4] = {low.z, high.z, low.w, high.w};
-                        #pragma unroll
-                        for (int t = 0; t < TILES; t++) {
-                            uint4 in = stage[(i * TILES + t) * WARP];
-                            scan_mma_bf16(acc[0][t], k0, in.x, in.y);
-                            scan_mma_bf16(acc[1][t], k1, in.z, in.w);
-                        }
-                    }
-                    #pragma unroll
-                    for (int t = 0; t < TILES; t++)
-                        *(float4*)(part + t * 128) = make_float4(acc[0][t][0] + acc[1][t][0], acc[0][t][1] + acc[1][t][1],
-                                                                 acc[0][t][2] + acc[1][t][2], acc[0][t][3] + acc[1][t][3]);
-                }
-            }
-            MARK(3);
-            __syncthreads();
-            MARK(4);
-            #pragma unroll
-            for (int j = 0; j < S::VALUES; j++) {
-                // value k of lane (g, q) is row g + 8 (k / 2), sequence 2q + k % 2
-                int at = threadIdx.x + j * S::THREADS, tile = at / 128, source = at % 128 / 4, k = at % 4;
-                int i = 16 * (first + tile / TILES) + (source >> 2) + 8 * (k >> 1);
-                int n = 8 * (tile % TILES) + 2 * (source & 3) + (k & 1);
-                if (at >= S::PART || i >= rows || n >= b.n) continue;
-                float sum = 0;
-                #pragma unroll
-                for (int p = 0; p < S::WARPS; p++) if (p < chunks) sum += b.part[p * S::PART + at];
-                int o = own.first + (i < own.count ? i : s.second + i - own.count);
-                if (normed) sum *= b.scale[n];
-                if (s.bias) sum += s.bias[o];
-                if (kind != DECODE_HEAD) out[i * SEQUENCES + n] = sum;
-                else {
-                    if (a.logits) a.logits[(size_t)(b.row0 + n) * a.Vp + o] = sum;
-                    if (o < a.V) decode_better(&best[j % S::BESTS], sum <= 3.4e38f ? sum : INFINITY, sum <= 3.4e38f ? o : -1);
-                }
-            }
-            __syncthreads();
-        }
-        if (tiles == 0) __syncthreads();
-        MARK(5);
-        // values for the other blocks
-        const DecodeStep& following = ring[(number + 1) % DECODE_RING].s;
-        if (kind == DECODE_IN)
-            decode_conv<S>(a, s, b, own, b.xz, a.E, S::SSD ? NULL : a.x, a.E, conv, tag + 1);
-        else if (S::SSD && kind == DECODE_BC) {
-            if (own.count) decode_conv<S>(a, s, b, own, b.out, 2 * a.G * a.N, a.rbc, a.ld_rbc, conv_bc, tag + 1);
-        } else if (kind == DECODE_OUT) decode_residual<S>(a, s.p[0], norm, b, own, false, tag + 1);
-        else if (!S::SSD && kind == DECODE_SCAN) decode_scan<S, S::SSD>(a, s, b, own, states, tag + 1);
-        else if (kind != DECODE_HEAD && own.count) {
-            if (S::SSD && kind == DECODE_SSD) {
-                decode_scan<S, S::SSD>(a, s, b, own, states, tag + 1);
-                __syncthreads();
-                if (s.p[3]) decode_squares<S>(b, b.out, own.count, b.gated_squares, tag + 1);
-            }
-            const int lg = power2_above(own.count), ld_out = kind == DECODE_X ? a.ld_rbc : s.O;
-            char* to = kind == DECODE_X ? a.rbc : a.y;
-            #pragma unroll 1
-            for (int at = threadIdx.x; at < b.n << lg; at += S::THREADS) {
-                int i = at & ((1 << lg) - 1), n = at >> lg;
-                if (i >= own.count) continue;
-                float z = S::SSD && kind == DECODE_SSD ? b.xz[(own.count + i) * SEQUENCES + n] : b.out[i * SEQUENCES + n];
-                if (kind == DECODE_UP)
-                    z = to_float(from_float<bf16>(z)) *
-                        silu_cuda(to_float(from_float<bf16>(b.out[(own.count + i) * SEQUENCES + n])));
-                decode_send<S>(to, (size_t)(b.row0 + n) * ld_out + own.first + i, z, tag + 1);
-            }
-        }
-        MARK(6);
-        if (!S::TAGGED && kind != DECODE_HEAD && !(S::SSD && following.joined)) decode_arrive(arrived);
-        stream.refill();
-        MARK(7);
-    }
-    if (!a.next) {          // nobody waits any more: the last one leaves a zero
-        __syncthreads();
-        if (threadIdx.x == 0 && atomicAdd(arrived, 1) == (waits + 1) * b.blocks - 1) *arrived = 0;
-        return;
-    }
-
-    // the best of the block, of the group
-    float2* all = (float2*)b.part;
-    #pragma unroll
-    for (int i = 0; i < S::BESTS; i++) all[threadIdx.x + i * S::THREADS] = best[i];
+    for (int i = 0; i < 4; i++)
+        decay[i] = 4 * l + i < N ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
+    decode_load_states(state, h + (n0 * E + e) * N, 4 * l, N);             // written one token ago
+    for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP)
+        rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
     __syncthreads();
-    if ((int)threadIdx.x < b.n) {
-        int n = threadIdx.x;
-        float2 top = make_float2(-INFINITY, __int_as_float(INT_MAX));
-        for (int p = n / 8; p < (TILES * 128 > S::THREADS ? TILES : S::THREADS / 128); p += TILES)
+    for (int n = n0; n < n1; n++, rbc_n += RBC) {
+        float dt = 0, sum = 0, x_e = to_float(x[n * ldx + e]);
+        float* h_e = h + (n * E + e) * N;
+        for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
+        dt += __shfl_xor_sync(0xffffffffu, dt, 1);
+        dt += __shfl_xor_sync(0xffffffffu, dt, 2);
+        dt = scan_softplus(dt + bias);
+        const float *B_n = rbc_n + R, *C_n = B_n + N;
+        for (int first = 4 * l; first < N; first += 16) {
+            alignas(16) float after[4];
             #pragma unroll
-            for (int i = 0; i < 16; i++) {
-                float2 z = all[p * 128 + i / 2 * 16 + n % 8 / 2 * 4 + i % 2 * 2 + n % 2];
-                decode_better(&top, z.x, __float_as_int(z.y));
+            for (int i = 0; i < 4; i++) {
+                int s = first + i;
+                if (s >= N) continue;
+                float before = first < 16 ? state[i] : h_e[s];
+                float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
+                after[i] = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
+                sum = fmaf(C_n[s], after[i], sum);
             }
-        b.best[b.index * SEQUENCES + n] = top;
-    }
-    decode_arrive(arrived);
-    if (b.index > 0) return;
-    decode_wait(arrived, ++waits * b.blocks);
-    for (int n = w; n < b.n; n += S::WARPS) {
-        float2 top = make_float2(-INFINITY, __int_as_float(INT_MAX));
-        for (int i = lane; i < b.blocks; i += WARP) {
-            float2 z = __ldcg(&b.best[i * SEQUENCES + n]);
-            decode_better(&top, z.x, __float_as_int(z.y));
+            if (N % 4 == 0) *(float4*)(h_e + first) = *(const float4*)after;
+            else
+                #pragma unroll
+                for (int i = 0; i < 4; i++) if (first + i < N) h_e[first + i] = after[i];
         }
-        #pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2)
-            decode_better(&top, __shfl_xor_sync(0xffffffffu, top.x, step), __float_as_int(__shfl_xor_sync(0xffffffffu, top.y, step)));
-        int index = __float_as_int(top.y);
-        if (lane == 0) a.next[b.row0 + n] = index == INT_MAX ? -1 : index;
+        if (n + 1 < n1) decode_load_states(state, h_e + E * N, 4 * l, N);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (l == 0) y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
     }
-    if (threadIdx.x == 0) *arrived = 0;
+}
+
+static void decode_scan_cuda(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc,
+                             const bf16* dt_weight, const float* dt_bias, const float* A_log,
+                             const float* Dskip, const bf16* z, size_t ldz, size_t rows, size_t E, size_t N, size_t R, cudaStream_t stream) {
+    size_t each = rows > 16 ? 4 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
+    scan_allow_shared(decode_scan_kernel, shared);
+    dim3 grid((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each));
+    decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, ldx, rbc, dt_weight, dt_bias, A_log,
+                                                           Dskip, z, ldz, (int)rows, (int)each, E, (int)N,
+                                                           (int)R);
+    cudaCheck(cudaGetLastError());
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -8026,6 +7482,46 @@ static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, c
         linear_backward_weight(run, dweight, (float*)NULL, dout, lddo, acts->u, D, shared->sums, D, O);
 }
 
+// Blocks with one token of each sequence (section 4.10), in bf16. res_in and delta_in as above; the residual
+// stream after the addition goes to res_out, what the block adds to shared->delta.
+
+// decode_matmul: with more than a few sequences a product is work for the tensor cores, and cuBLASLt is faster
+static void decode_matmul(const CudaRun<bf16>* run, const DecodeLinear& a) {
+    if (run->B <= DECODE_FEW) decode_linear_cuda(a, run->stream);
+    else if (a.out)
+        matmul_forward_cuda(run->matmul, a.out, a.ldo, a.act, a.ld_act, a.weight, a.bias, run->B, a.K, a.O,
+                            run->stream);
+    else
+        gemm(run->matmul, a.out_float, a.ldo, a.weight, a.K, true, a.act, a.ld_act, false, a.O, run->B, a.K, 0.0f,
+             run->stream);
+}
+
+// norm, then the first matmul of a block: up to 8 sequences in one kernel
+static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const ActsCuda<bf16>* acts,
+                                float* res_out, const float* res_in, const bf16* delta_in,
+                                const float* norm) {
+    size_t D = (size_t)run->config->d_model;
+    a.K = D;
+    a.rows = (int)run->B;
+    if (run->B <= 8) {
+        a.res_in = res_in; a.delta = delta_in; a.res_out = res_out; a.norm = norm;
+        a.eps = (float)run->config->norm_eps;
+    } else {
+        residual_rmsnorm_forward_cuda(res_out, acts->u, acts->rstd, res_in, delta_in, norm, run->B, D,
+                                      (float)run->config->norm_eps, run->stream);
+        a.act = acts->u; a.ld_act = D;
+    }
+    decode_matmul(run, a);
+}
+
+static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16* act, const bf16* weight,
+                                const float* bias, size_t K, size_t O) {
+    DecodeLinear a = {};
+    a.weight = weight; a.bias = bias; a.O = O; a.K = K; a.rows = (int)run->B;
+    a.act = act; a.ld_act = K; a.out = out; a.ldo = O;
+    decode_matmul(run, a);
+}
+
 // --------------------------------------------------------------------------------------------------
 // 5.1 Mamba-1
 
@@ -8133,22 +7629,39 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                          p->norm, p->in_proj, 2 * E);
 }
 
-// mamba1_decode_steps: the steps of section 4.10 that are this layer; norm: the weight of the next one. Returns
-// their number, 0 when its sizes do not fit.
-static int mamba1_decode_steps(const Config* c, const LayerCuda<bf16>* L, float* const* state,
-                               const float* norm, DecodeStep* step) {
+static bool mamba1_decodes(const Config* c) { return c->d_inner % 32 == 0; }
+
+static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
+                                     const ActsCuda<bf16>* acts, const ScratchCuda<bf16>* shared,
+                                     float* res_out, const float* res_in, const bf16* delta_in,
+                                     float* const* state) {
     const Mamba1Params* p = (const Mamba1Params*)L->p;
+    const Mamba1ActsCuda<bf16>* a = (const Mamba1ActsCuda<bf16>*)acts->field;
+    const Mamba1ScratchCuda<bf16>* w = (const Mamba1ScratchCuda<bf16>*)acts->scratch;
     const Mamba1State* s = (const Mamba1State*)state;
-    int D = (int)c->d_model, E = (int)c->d_inner, R = (int)c->dt_rank;
-    if (E % 32 || R % 8 || c->d_conv > 4) return 0;
-    const DecodeStep steps[] = {
-        {DECODE_IN, E, D, E, 0, 0, weight_x(L, p->in_proj), p->in_proj_bias, {p->conv1d, p->conv1d_bias}, s->conv},
-        {DECODE_X, R + 2 * (int)c->d_state, E, 0, 0, 0, weight_x(L, p->x_proj), NULL, {}, NULL},
-        {DECODE_SCAN, E, R, 0, 0, 0, weight_x(L, p->dt_proj), NULL, {p->A_log, p->D, p->dt_proj_bias}, s->ssm},
-        {DECODE_OUT, D, E, 0, 0, 0, weight_x(L, p->out_proj), p->out_proj_bias, {norm}, NULL},
-    };
-    memcpy(step, steps, sizeof steps);
-    return 4;
+    const Config* c = run->config;
+    size_t D = (size_t)c->d_model, E = (size_t)c->d_inner, N = (size_t)c->d_state, R = (size_t)c->dt_rank;
+    DecodeLinear in = {};
+    in.weight = weight_x(L, p->in_proj); in.bias = p->in_proj_bias; in.O = 2 * E;
+    in.out = a->xz; in.ldo = 2 * E;
+    const bool few = run->B <= DECODE_FEW;                 // then the convolution happens in the first kernel
+    if (few) {
+        in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s->conv;
+        in.taps = (int)c->d_conv; in.E = E;
+    }
+    decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
+    if (!few)
+        decode_conv_cuda(a->x, s->conv, a->xz, 2 * E, p->conv1d, p->conv1d_bias, run->B, E, (size_t)c->d_conv,
+                         run->stream);
+    const bf16* x = few ? a->xz : a->x;
+    size_t ldx = few ? 2 * E : E;
+    DecodeLinear x_proj = {};
+    x_proj.weight = weight_x(L, p->x_proj); x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
+    x_proj.act = x; x_proj.ld_act = ldx; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
+    decode_matmul(run, x_proj);
+    decode_scan_cuda(w->y, s->ssm, x, ldx, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log, p->D,
+                     a->xz + E, 2 * E, run->B, E, N, R, run->stream);
+    decode_plain_linear(run, shared->delta, w->y, weight_x(L, p->out_proj), p->out_proj_bias, E, D);
 }
 
 // mamba1_paths: which kernels serve these sizes, the fast ones or those for any shape
@@ -8311,26 +7824,6 @@ template <typename X> static void mamba2_paths(const Config* c) {
            !ssd && sizeof(X) == 2
                ? " (the fast one needs --headdim 32, 64 or 128, --d-state 64 or 128)" : "",
            gated_threads(S) ? "fast" : "general");
-}
-
-static int mamba2_decode_steps(const Config* c, const LayerCuda<bf16>* L, float* const* state,
-                               const float* norm, DecodeStep* step) {
-    const Mamba2Params* p = (const Mamba2Params*)L->p;
-    const Mamba2State* s = (const Mamba2State*)state;
-    int D = (int)c->d_model, E = (int)c->d_inner, K = (int)c->d_conv, H = (int)(c->d_ssm / c->headdim),
-        BC = 2 * (int)(c->ngroups * c->d_state);
-    if (E % 32 || c->d_ssm != E || H % 2 || K > 4 || (c->rmsnorm && c->ngroups > 1)) return 0;
-    const bf16* in = weight_x(L, p->in_proj);                // rows for z, x, B and C, dt
-    const float *in_bias = p->in_proj_bias, *conv_bias = p->conv1d_bias, *gated_norm = c->rmsnorm ? p->gated_norm : NULL;
-    const DecodeStep steps[] = {
-        {DECODE_BC, BC + H, D, 0, 0, 0, in + (size_t)2 * E * D, in_bias ? in_bias + 2 * E : NULL,
-         {p->conv1d + E * K, conv_bias ? conv_bias + E : NULL}, s->conv + E},
-        {DECODE_IN, E, D, -E, 1, 0, in + (size_t)E * D, in_bias ? in_bias + E : NULL, {p->conv1d, conv_bias}, s->conv},
-        {DECODE_SSD, E, 0, 0, 0, 0, NULL, NULL, {p->A_log, p->D, p->dt_bias, gated_norm}, s->ssm},
-        {DECODE_OUT, D, E, 0, 0, c->rmsnorm, weight_x(L, p->out_proj), p->out_proj_bias, {norm}, NULL},
-    };
-    memcpy(step, steps, sizeof steps);
-    return 4;
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -8513,14 +8006,20 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
                          2 * F);
 }
 
-static int mlp_decode_steps(const Config* c, const LayerCuda<bf16>* L, float* const*, const float* norm,
-                            DecodeStep* step) {
+static bool mlp_decodes(const Config* c) { return c->d_intermediate % 32 == 0; }
+
+static void mlp_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
+                                  const ActsCuda<bf16>* acts, const ScratchCuda<bf16>* shared, float* res_out,
+                                  const float* res_in, const bf16* delta_in, float* const*) {
     const MlpParams* p = (const MlpParams*)L->p;
-    int D = (int)c->d_model, F = (int)c->d_intermediate;
-    if (F % 32) return 0;
-    step[0] = {DECODE_UP, F, D, F, 0, 0, weight_x(L, p->fc1), NULL, {}, NULL};
-    step[1] = {DECODE_OUT, D, F, 0, 0, 0, weight_x(L, p->fc2), NULL, {norm}, NULL};
-    return 2;
+    const MlpActsCuda<bf16>* a = (const MlpActsCuda<bf16>*)acts->field;
+    const MlpScratchCuda<bf16>* w = (const MlpScratchCuda<bf16>*)acts->scratch;
+    size_t D = (size_t)run->config->d_model, F = (size_t)run->config->d_intermediate;
+    DecodeLinear up = {};
+    up.weight = weight_x(L, p->fc1); up.O = 2 * F; up.out = a->h; up.ldo = 2 * F;
+    decode_first_linear(run, up, acts, res_out, res_in, delta_in, p->norm);
+    gate_forward_cuda(w->m, F, a->h, 2 * F, a->h + F, 2 * F, run->B, F, run->stream);
+    decode_plain_linear(run, shared->delta, w->m, weight_x(L, p->fc2), NULL, F, D);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -8535,8 +8034,10 @@ template <typename X> struct KindCuda {
                     const float* res_in, const X* delta_in, float* const* state0, float* const* stateT);
     void (*backward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
                      float* const* state0);
-    int (*decode)(const Config*, const LayerCuda<bf16>*, float* const* state, const float* norm,
-                  DecodeStep*);                    // section 4.10: its steps for one token; NULL: none
+    bool (*decodes)(const Config*);                // whether `decode` is for these sizes; NULL: for none
+    void (*decode)(const CudaRun<bf16>*, const LayerCuda<bf16>*, const ActsCuda<bf16>*,
+                   const ScratchCuda<bf16>*, float* res_out, const float* res_in, const bf16* delta_in,
+                   float* const* state);
     void (*paths)(const Config*);                  // prints which of its kernels are fast; NULL: no choice
     int state_x;                                   // bit i: field i of its state is X, not float
 };
@@ -8545,14 +8046,14 @@ template <typename X> struct KindCuda {
 enum { N_KINDS_CUDA = 4 };
 template <typename X> static const KindCuda<X> kinds_cuda[N_KINDS_CUDA] = {
     {'1', TABLE(mamba1_acts_cuda), TABLE(mamba1_scratch_cuda), mamba1_sums_cuda, mamba1_block_forward_cuda<X>,
-     mamba1_block_backward_cuda<X>, mamba1_decode_steps, mamba1_paths<X>, 0},
+     mamba1_block_backward_cuda<X>, mamba1_decodes, mamba1_block_decode_cuda, mamba1_paths<X>, 0},
     {'2', TABLE(mamba2_acts_cuda), TABLE(mamba2_scratch_cuda), mamba2_sums_cuda, mamba2_block_forward_cuda<X>,
-     mamba2_block_backward_cuda<X>, mamba2_decode_steps, mamba2_paths<X>, 0},
+     mamba2_block_backward_cuda<X>, NULL, NULL, mamba2_paths<X>, 0},
     {'a', TABLE(attention_acts_cuda), TABLE(attention_scratch_cuda), attention_sums_cuda,
-     attention_block_forward_cuda<X>, attention_block_backward_cuda<X>, NULL, attention_paths<X>,
+     attention_block_forward_cuda<X>, attention_block_backward_cuda<X>, NULL, NULL, attention_paths<X>,
      1 << FIELD(AttentionState, kv)},
     {'m', TABLE(mlp_acts_cuda), TABLE(mlp_scratch_cuda), NULL, mlp_block_forward_cuda<X>,
-     mlp_block_backward_cuda<X>, mlp_decode_steps, NULL, 0},
+     mlp_block_backward_cuda<X>, mlp_decodes, mlp_block_decode_cuda, NULL, 0},
 };
 
 #define SAME_FIELDS(type, table)                                          \
@@ -8941,191 +8442,38 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
                                   (float)m->config.norm_eps, run->stream, run->dropout);
 }
 
-// DecodePlan: what decode_kernel needs besides the tokens, with its device memory. Made once per session.
-typedef struct {
-    Decode a;
-    int groups, threads;
-    void (*kernel)(Decode);
-    size_t shared, bytes;
-    void *memory, *weights;
-} DecodePlan;
-
-// decode_pack: the streams of weights. false: there is no memory for them
-template <class S> static bool decode_pack(DecodePlan* p) {
-    Decode* a = &p->a;
-    size_t streams = (size_t)a->blocks * S::WARPS;
-    uint2 *start = (uint2*)xcalloc(streams, sizeof(uint2)), *size, sum = {0, 0};
-    cudaCheck(cudaMalloc((void**)&size, streams * sizeof(uint2)));
-    cudaCheck(cudaDeviceSynchronize());                      // the weights may be on their way
-    decode_pack_kernel<S><<<(unsigned)streams, 2 * WARP>>>(NULL, NULL, NULL, size, a->step, a->n_steps, a->blocks);
-    cudaCheck(cudaGetLastError());
-    cudaCheck(cudaMemcpy(start, size, streams * sizeof(uint2), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < streams; i++) {
-        uint2 n = start[i];
-        start[i] = sum;
-        sum.x += n.x;
-        sum.y += n.y;
+// model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states updated in place.
+// Returns false when the shapes do not fit section 4.10; then nothing was done.
+static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
+                              CudaRun<bf16>* run, const int* tokens, float* state, size_t rows,
+                              float* logits) {
+    size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
+    bool fits = run->B <= DECODE_ROWS && D % 32 == 0;
+    for (int l = 0; l < m->n_layers; l++)
+        fits = fits && d->layer[l].kind->decodes && d->layer[l].kind->decodes(&m->config);
+    if (!fits) return false;
+    float* res[2] = {w->acts[0].res, w->res_last};           // in turn
+    const bf16* delta = NULL;
+    embedding_forward_cuda(res[0], tokens, d->embedding_x, run->B, D, run->stream, run->dropout);
+    for (int l = 0; l < m->n_layers; l++) {
+        float* fields[MAX_FIELDS];
+        state_fields<bf16>(fields, m, state, rows, l, 0);
+        d->layer[l].kind->decode(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
+                                 delta, fields);
+        delta = w->scratch.delta;
     }
-    cudaCheck(cudaFree(size));
-    uint2* start_on_device;
-    uint32_t* run;
-    char* weights;
-    for (int pass = 0; pass < 2; pass++) {
-        ArenaCuda arena = {(char*)p->weights, 0};
-        arena_take(&arena, &weights, (size_t)sum.x * 64 + 1024);
-        arena_take(&arena, &start_on_device, streams);
-        arena_take(&arena, &run, (size_t)sum.y);
-        if (pass) break;
-        size_t available, total;
-        cudaCheck(cudaMemGetInfo(&available, &total));
-        if (arena.used + ((size_t)64 << 20) > available) {
-            free(start);
-            return false;
-        }
-        p->weights = device_calloc(arena.used, 1);
-        p->bytes += arena.used;
-    }
-    cudaCheck(cudaMemcpy(start_on_device, start, streams * sizeof(uint2), cudaMemcpyHostToDevice));
-    decode_pack_kernel<S><<<(unsigned)streams, 2 * WARP>>>(weights, run, start_on_device, NULL, a->step, a->n_steps,
-                                                           a->blocks);
-    cudaCheck(cudaGetLastError());
-    cudaCheck(cudaDeviceSynchronize());
-    free(start);
-    a->weights = weights;
-    a->start = start_on_device;
-    a->run = run;
+    float* last = res[m->n_layers % 2];
+    residual_rmsnorm_forward_cuda(last, w->f, w->f_rstd, last, delta, d->norm_f, run->B, D,
+                                  (float)m->config.norm_eps, run->stream);
+    DecodeLinear head = {};
+    head.weight = d->head_x; head.O = Vp; head.K = D; head.rows = (int)run->B;
+    head.act = w->f; head.ld_act = D; head.out_float = logits; head.ldo = Vp;
+    decode_matmul(run, head);
     return true;
 }
-
-// decode_plan: false when the sizes do not fit section 4.10; then nothing was allocated
-template <class S>
-static bool decode_plan_of(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state) {
-    const Config* c = &m->config;
-    int D = (int)c->d_model, E = (int)c->d_inner, N = (int)c->d_state, R = (int)c->dt_rank, RBC = R + 2 * N,
-        F = (int)c->d_intermediate, Vp = (int)c->vocab_padded, processors, most;
-    memset(p, 0, sizeof *p);
-    if (rows > DECODE_ROWS || D % 32) return false;
-    p->groups = ((int)rows + S::SEQUENCES - 1) / S::SEQUENCES;
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
-    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-    Decode* a = &p->a;
-    a->blocks = processors / p->groups;
-    if (a->blocks > D / 2) a->blocks = D / 2;      // every block has a part of every row
-    a->rows = (int)rows;
-    a->D = D; a->E = E; a->N = N; a->R = R; a->F = F; a->Vp = Vp;
-    a->taps = (int)c->d_conv;
-    a->V = (int)c->vocab_size;
-    a->eps = (float)c->norm_eps;
-    a->channels = E;
-    a->G = 1;
-    if (S::SSD) {
-        a->P = (int)c->headdim;
-        a->G = (int)c->ngroups;
-        a->H = (int)(c->d_ssm / c->headdim);
-        a->channels = E + 2 * a->G * N;
-        a->D_has_hdim = c->D_has_hdim;
-        a->norm_before_gate = c->norm_before_gate;
-        a->dt_low = (float)c->dt_low;
-        a->dt_high = (float)c->dt_high;
-        RBC = 2 * a->G * N + a->H;
-    }
-    a->ld_rbc = (RBC + 7) / 8 * 8;
-    auto share = [&](int O) { return 2 * ((O / 2 + a->blocks - 1) / a->blocks); };
-    int floats = 0;
-    auto take = [&](int n) {
-        int at = floats;
-        floats += (n + 3) / 4 * 4;
-        return at;
-    };
-    int out = share(D);
-    for (int n : {share(RBC), share(E), 2 * share(F)}) out = n > out ? n : out;
-    a->out_at = take(out * S::SEQUENCES);
-    a->xz_at = take(2 * share(E) * S::SEQUENCES);
-    a->bc_at = take((S::SSD ? RBC : 2 * N) * S::SEQUENCES);
-    a->res_at = take(share(D) * S::SEQUENCES);
-    a->scale_at = take(S::SEQUENCES);
-    p->shared = S::MEMORY + (size_t)floats * sizeof(float);
-    if (p->shared + 2048 > (size_t)most || a->blocks == 0) return false;
-
-    DecodeStep* step = (DecodeStep*)xcalloc((size_t)m->n_layers * DECODE_MAX_STEPS + 1, sizeof(DecodeStep));
-    int n = 0, added = 1;
-    for (int l = 0; added && l < m->n_layers; l++, n += added) {
-        float* field[MAX_FIELDS];
-        state_fields<bf16>(field, m, state, rows, l, 0);
-        const LayerCuda<bf16>* L = &d->layer[l];
-        // the first parameter of every kind is its norm
-        added = L->kind->decode == NULL ? 0 : L->kind->decode(c, L, field, l + 1 < m->n_layers ? L[1].p[0] : d->norm_f, step + n);
-    }
-    for (int i = 0; i < n; i++)          // no layers of Mamba-1 and Mamba-2 in one model
-        if (S::SSD ? step[i].kind == DECODE_X : step[i].kind == DECODE_SSD) added = 0;
-    if (!added) {
-        free(step);
-        return false;
-    }
-    step[n++] = {DECODE_HEAD, Vp, D, 0, 0, 0, d->head_x, NULL, {}, NULL};
-    a->n_steps = n;
-    a->embedding = d->embedding_x;
-    a->norm = d->layer[0].p[0];
-    size_t places = (size_t)p->groups * (size_t)a->blocks * S::SEQUENCES;
-    DecodeStep* on_device;
-    for (int pass = 0; pass < 2; pass++) {
-        ArenaCuda arena = {(char*)p->memory, 0};
-        arena_take(&arena, &on_device, (size_t)n);
-        arena_take(&arena, &a->u, rows * (size_t)D * S::WIDTH);
-        arena_take(&arena, &a->x, rows * (size_t)E * S::WIDTH);
-        arena_take(&arena, &a->rbc, rows * (size_t)a->ld_rbc * S::WIDTH);
-        arena_take(&arena, &a->y, rows * (size_t)(E > F ? E : F) * S::WIDTH);
-        arena_take(&arena, &a->squares, 2 * places);
-        arena_take(&arena, &a->best, places);
-        arena_take(&arena, &a->arrived, (size_t)p->groups * 32);
-        p->bytes = arena.used;
-        if (!pass) p->memory = device_calloc(p->bytes, 1);
-    }
-    a->step = on_device;
-    cudaCheck(cudaMemcpy(on_device, step, (size_t)n * sizeof(DecodeStep), cudaMemcpyHostToDevice));
-    free(step);
-    if (!decode_pack<S>(p)) {
-        device_bytes -= p->bytes;
-        cudaCheck(cudaFree(p->memory));
-        return false;
-    }
-    p->kernel = decode_kernel<S>;
-    p->threads = S::THREADS;
-    cudaCheck(cudaFuncSetAttribute(p->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)p->shared));
-    return true;
-}
-
-static bool decode_plan(DecodePlan* p, const Model* m, const ModelCuda<bf16>* d, size_t rows, float* state) {
-#ifdef DECODE_EXPERIMENT
-    const char* shape = getenv("SHAPE") ? getenv("SHAPE") : "";
-    #define TRY(name, ...) if (strcmp(shape, name) == 0) return decode_plan_of<DecodeShape<__VA_ARGS__> >(p, m, d, rows, state)
-    TRY("4c8", 4, 8, false, 2, 4, 8);
-    TRY("2t16", 2, 16, true, 2, 3, 6);
-#endif
-    if (strchr(m->config.pattern, '2')) {
-        if (rows <= 8) return decode_plan_of<DecodeShape<1, 16, true, 4, 3, 10, true> >(p, m, d, rows, state);
-        if (rows <= 16) return decode_plan_of<DecodeShape<2, 16, false, 2, 3, 6, true> >(p, m, d, rows, state);
-        return decode_plan_of<DecodeShape<4, 16, false, 2, 2, 4, true> >(p, m, d, rows, state);
-    }
-    if (rows <= 8) return decode_plan_of<DecodeShape<1, 16, true, 4, 3, 10> >(p, m, d, rows, state);
-    if (rows <= 16) return decode_plan_of<DecodeShape<2, 16, false, 2, 3, 6> >(p, m, d, rows, state);
-    return decode_plan_of<DecodeShape<4, 16, false, 2, 2, 4> >(p, m, d, rows, state);
-}
-
-// decode_cuda: one token of each sequence; the logits to `logits`, the most likely next tokens to `next`,
-// which may be NULL
-static void decode_cuda(DecodePlan* p, const int* tokens, float* logits, int* next, cudaStream_t stream) {
-    p->a.tag += (unsigned)p->a.n_steps + 1;
-    Decode a = p->a;
-    a.logits = logits;
-    a.next = next;
-#ifdef DECODE_PROFILE
-    a.profile = decode_profile;
-#endif
-    memcpy(a.token, tokens, (size_t)a.rows * sizeof(int));
-    void* args[] = {&a};
-    cudaCheck(cudaLaunchCooperativeKernel((const void*)p->kernel, dim3((unsigned)(p->groups * a.blocks)),
-                                          dim3((unsigned)p->threads), args, p->shared, stream));
+static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
+                              const int*, float*, size_t, float*) {
+    return false;
 }
 
 // argmax: *token = the index of the largest of n logits of each row, the first of equals, -1 when one is not
@@ -9310,8 +8658,6 @@ template <typename X> struct CudaSession {
     size_t state_words;
     int* host_tokens;                  // pinned
     float* host_logits;
-    DecodePlan plan;                   // bf16
-    int planned;                       // 0: not yet, 1: there is one, -1: the general kernels do it
     int64_t decoded[2];                // calls with one token for all rows: for logits; for the next tokens
     cudaGraphExec_t graph[2];          // of such calls
 };
@@ -9614,11 +8960,6 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     cudaCheck(cudaFreeHost(d->host_logits));
     for (int i = 0; i < 2; i++)
         if (d->graph[i]) cudaCheck(cudaGraphExecDestroy(d->graph[i]));
-    if (d->planned > 0) {
-        device_bytes -= d->plan.bytes;
-        cudaCheck(cudaFree(d->plan.memory));
-        cudaCheck(cudaFree(d->plan.weights));
-    }
     free(d);
 }
 
@@ -9638,6 +8979,9 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
     to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
+    if (T == 1 && row0 == 0 && logits &&
+        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, s->rows, d->logits))
+        return;
     model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, s->rows, row0);
     for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
@@ -9670,25 +9014,12 @@ static void decode_run(Backend* b, Session* s, const int* tokens, size_t n, int 
     cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
-// session_planned: whether decode_kernel makes the tokens of this session; the first call decides
-static bool session_planned(Backend* b, Session* s, CudaSession<bf16>* d) {
-    if (!d->planned)
-        d->planned = decode_plan(&d->plan, b->model, &cuda_of<bf16>(b)->model, s->rows, d->state) ? 1 : -1;
-    return d->planned > 0;
-}
-static bool session_planned(Backend*, Session*, CudaSession<float>*) { return false; }
-
 template <typename X>
 static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                         real* logits) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     size_t n = rows * (size_t)b->model->config.vocab_padded;
-    if (T == 1 && rows == s->rows && logits && session_planned(b, s, d)) {
-        cudaStream_t stream = cuda_of<X>(b)->stream;
-        decode_cuda(&d->plan, tokens, d->logits, NULL, stream);
-        to_host(d->host_logits, d->logits, n, stream);
-        cudaCheck(cudaStreamSynchronize(stream));
-    } else decode_run<X>(b, s, tokens, rows * T, 0, T == 1 && rows == s->rows && logits, [&] {
+    decode_run<X>(b, s, tokens, rows * T, 0, T == 1 && rows == s->rows && logits, [&] {
         decode_launch<X>(b, s, row0, rows, T, logits != NULL);
         if (logits) to_host(d->host_logits, d->logits, n, cuda_of<X>(b)->stream);
     });
@@ -9698,10 +9029,7 @@ static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const 
 template <typename X>
 static void cuda_decode_greedy(Backend* b, Session* s, const int* tokens, int* next) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    if (session_planned(b, s, d)) {                          // pinned memory: the kernel writes it by itself
-        decode_cuda(&d->plan, tokens, NULL, d->host_tokens, cuda_of<X>(b)->stream);
-        cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
-    } else decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
+    decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
         cudaStream_t stream = cuda_of<X>(b)->stream;
         decode_launch<X>(b, s, 0, s->rows, 1, true);
         argmax_kernel<<<(unsigned)s->rows, 1024, 0, stream>>>(d->work.batch.targets, d->logits,
