@@ -264,18 +264,23 @@ static MatmulPlan* matmul_plan(Matmul* mm, const MatmulKey* key) {
     memset(p, 0, sizeof *p);
     p->key = *key;
     // fp32, for exact comparison: an output row has the bits that it has without the other rows. So the
-    // algorithm of a linear layer's forward is that for 128 rows, however many there are.
-    bool forward = key->op_a == CUBLAS_OP_T && key->op_b == CUBLAS_OP_N;
-    bool fixed = key->type_ab == CUDA_R_32F && forward;
-    if (fixed) p->key.N = 128;
+    // algorithm of a linear layer's forward is that for 128 rows, however many there are, if it can do them.
     cublasLtMatmulHeuristicResult_t result;
-    matmul_candidates(mm, p, &result, 1);
-    p->algo = result.algo;
-    if (fixed) {
-        uint64_t rows = p->key.N = key->N;
+    if (key->type_ab == CUDA_R_32F && key->op_a == CUBLAS_OP_T && key->op_b == CUBLAS_OP_N) {
+        const uint64_t rows = key->N;
+        p->key.N = 128;
+        matmul_candidates(mm, p, &result, 1);
+        p->key.N = key->N;
+        p->algo = result.algo;
         cublasCheck(cublasLtMatrixLayoutSetAttribute(p->b, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
         cublasCheck(cublasLtMatrixLayoutSetAttribute(p->c, CUBLASLT_MATRIX_LAYOUT_COLS, &rows, sizeof rows));
+        if (cublasLtMatmulAlgoCheck(mm->handle, p->desc, p->a, p->b, p->c, p->c, &p->algo, &result) ==
+                CUBLAS_STATUS_SUCCESS &&
+            result.workspaceSize <= MATMUL_WORKSPACE)
+            return p;
     }
+    matmul_candidates(mm, p, &result, 1);
+    p->algo = result.algo;
     matmul_overlap_output(mm, p);
     return p;
 }
@@ -4442,57 +4447,41 @@ enum { SSD_SPAN = 64, SSD_PER_SAVED = SSD_SPACING / SSD_SPAN, SSD_ROUND = 16384 
 // log2 of a decay that is 0 in float. Nothing smaller is added to cs: its digits are needed for what follows
 #define SSD_GONE -130.0f
 
-// SsdTokens: the decays of a tile. from_i = exp(cs_i): what is left at i of the state before the tile, 0 when a
-// document begins at i or before; to_j = exp(cs_end - cs_j): what is left after the tile of what j adds; all:
-// from before the tile to after it. cs is in base 2.
-struct alignas(16) SsdTokens {
-    float cs[SSD_SPAN], dt[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
-    float all;
-};
-
-// ssd_resets: bit l of even, odd: whether a document begins at token t0 + 2 l, t0 + 2 l + 1. By a whole warp.
-__device__ __forceinline__ void ssd_resets(uint32_t* even, uint32_t* odd, const int* doc, size_t b, size_t t0,
-                                           size_t T) {
-    size_t t = t0 + 2 * (threadIdx.x % WARP);
-    *even = doc ? __ballot_sync(0xffffffffu, t < T && scan_resets_cuda(doc, b, t, T)) : 0;
-    *odd = doc ? __ballot_sync(0xffffffffu, t + 1 < T && scan_resets_cuda(doc, b, t + 1, T)) : 0;
-}
-
-// ssd_dt_pair: dt of this lane's tokens, 2 l and 2 l + 1; 0 beyond the last token
-__device__ __forceinline__ float2 ssd_dt_pair(const float* dt, size_t t0, size_t T) {
-    size_t t = t0 + 2 * (threadIdx.x % WARP);
-    return make_float2(t < T ? dt[t] : 0.0f, t + 1 < T ? dt[t + 1] : 0.0f);
-}
-
-// ssd_tokens: fills *s, by a whole warp
-__device__ __forceinline__ void ssd_tokens(SsdTokens* s, float2 dt, float A2, uint32_t even, uint32_t odd) {
+// ssd_begins: begin[i] = where in the tile the document of token i begins, -1: before it. By a whole warp.
+template <int Q>
+__device__ __forceinline__ void ssd_begins(int* begin, const int* doc, size_t b, size_t t0, size_t T) {
     const int lane = threadIdx.x % WARP;
-    const uint32_t upto = 0xffffffffu >> (WARP - 1 - lane), below = upto >> 1;     // lanes 0..lane; 0..lane-1
-    const float a0 = fmaxf(dt.x * A2, SSD_GONE), a1 = fmaxf(dt.y * A2, SSD_GONE);
-    float sum = a0 + a1;
+    int last = -1;
+    #pragma unroll
+    for (int k = 0; k < Q; k += WARP) {
+        const size_t t = t0 + k + lane;
+        const uint32_t resets = __ballot_sync(0xffffffffu, doc && t < T && scan_resets_cuda(doc, b, t, T));
+        const uint32_t upto = resets & 0xffffffffu >> (WARP - 1 - lane);
+        begin[k + lane] = upto ? k + 31 - __clz(upto) : last;
+        if (resets) last = k + 31 - __clz(resets);
+    }
+}
+
+// ssd_decays: cs (in base 2) and dt of a head's tile; dt of tokens K lane .. + K - 1 in registers, 0 beyond the
+// last token. By a whole warp.
+template <int K> __device__ __forceinline__ void ssd_decays(float* cs, float* dt_to, const float* dt, float A2) {
+    const int lane = threadIdx.x % WARP;
+    float sum[K];
+    #pragma unroll
+    for (int k = 0; k < K; k++) sum[k] = fmaxf(dt[k] * A2, SSD_GONE) + (k > 0 ? sum[k - 1] : 0.0f);
+    float all = sum[K - 1];
     #pragma unroll
     for (int step = 1; step < WARP; step *= 2) {
-        float before = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += before;
+        float left = __shfl_up_sync(0xffffffffu, all, step);
+        if (lane >= step) all += left;
     }
-    const float cs0 = sum - a1, cs1 = sum, end = __shfl_sync(0xffffffffu, sum, WARP - 1);
-    *(float2*)&s->cs[2 * lane] = make_float2(cs0, cs1);
-    *(float2*)&s->dt[2 * lane] = dt;
-    *(float2*)&s->from[2 * lane] = make_float2((even & upto) | (odd & below) ? 0.0f : exp2_unit(cs0),
-                                               (even & upto) | (odd & upto) ? 0.0f : exp2_unit(cs1));
-    *(float2*)&s->to[2 * lane] = make_float2((even & ~upto) | (odd & ~below) ? 0.0f : exp2_unit(end - cs0),
-                                             (even & ~upto) | (odd & ~upto) ? 0.0f : exp2_unit(end - cs1));
-    if (lane == 0) s->all = even | odd ? 0.0f : exp2_unit(end);
-}
-
-// ssd_begins: begin[i] = where in the tile the document of token i begins, 0 if before it. By a whole warp.
-__device__ __forceinline__ void ssd_begins(int* begin, uint32_t even, uint32_t odd) {
-    const int lane = threadIdx.x % WARP;
-    const uint32_t upto = 0xffffffffu >> (WARP - 1 - lane), below = upto >> 1;
-    const int e = 2 * (31 - __clz(even & upto)), o0 = 2 * (31 - __clz(odd & below)) + 1,
-              o1 = 2 * (31 - __clz(odd & upto)) + 1;           // negative: none
-    begin[2 * lane] = max(max(e, o0), 0);
-    begin[2 * lane + 1] = max(max(e, o1), 0);
+    float left = __shfl_up_sync(0xffffffffu, all, 1);
+    if (lane == 0) left = 0.0f;
+    #pragma unroll
+    for (int k = 0; k < K; k++) {
+        cs[K * lane + k] = left + sum[k];
+        dt_to[K * lane + k] = dt[k];
+    }
 }
 
 // --- general path -------------------------------------------------------------------------------------
@@ -4538,7 +4527,8 @@ ssd_states_kernel(float* out, float* dh0, const X* states, const float* dhT, con
 
 // ssd_backward_kernel: one block per tile, head and sequence, the formulas above. dBC (B,T,H,2N): what the
 // head adds to dBt and dCt. sums (B tiles, n_sums): H sums for dA_log, then H (or H P) for dDskip.
-struct SsdBackward {
+struct alignas(16) SsdBackward {
+    float a[16][SSD_SPAN + 4], b[16][SSD_SPAN + 4];            // a slab of the operands of ssd_product
     float GL[SSD_SPAN][SSD_SPAN + 1];                          // L, then G L
     float dG[SSD_SPAN][SSD_SPAN + 1];                          // L dt S
     float W[SSD_SPAN][SSD_SPAN + 1];                           // then its sums along a row
@@ -4546,6 +4536,47 @@ struct SsdBackward {
     float e[SSD_SPAN], f[SSD_SPAN], direct[SSD_SPAN], dalpha[SSD_SPAN], part[8];
     float all;
 };
+
+// ssd_product: acc += a b, 64 x K times K x 64, in float, by a block of 256 threads. a(i,k), b(k,j): the
+// operands' elements. Thread t has rows i = 4 (t / 16) .. + 3, columns j = 4 (t % 16) .. + 3.
+template <typename A, typename B>
+__device__ __forceinline__ void ssd_product(float (&acc)[4][4], SsdBackward& sh, int K, A a, B b) {
+    const int tid = threadIdx.x;
+    for (int k0 = 0; k0 < K; k0 += 16) {
+        __syncthreads();
+        #pragma unroll
+        for (int i = tid; i < 16 * SSD_SPAN; i += 256) {
+            sh.a[i % 16][i / 16] = k0 + i % 16 < K ? a(i / 16, k0 + i % 16) : 0.0f;
+            sh.b[i / 64][i % 64] = k0 + i / 64 < K ? b(k0 + i / 64, i % 64) : 0.0f;
+        }
+        __syncthreads();
+        #pragma unroll
+        for (int k = 0; k < 16; k++) {
+            float u[4], v[4];
+            *(float4*)u = *(const float4*)&sh.a[k][4 * (tid / 16)];
+            *(float4*)v = *(const float4*)&sh.b[k][4 * (tid % 16)];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                #pragma unroll
+                for (int j = 0; j < 4; j++) acc[i][j] = fmaf(u[i], v[j], acc[i][j]);
+            }
+        }
+    }
+}
+
+// sums[i] += sum_j acc_ij v(i,j)
+template <typename V> __device__ __forceinline__ void ssd_row_dots(float* sums, const float (&acc)[4][4], V v) {
+    const int i0 = 4 * (threadIdx.x / 16), j0 = 4 * (threadIdx.x % 16);
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float sum = 0.0f;
+        #pragma unroll
+        for (int j = 0; j < 4; j++) sum = fmaf(acc[i][j], v(i0 + i, j0 + j), sum);
+        #pragma unroll
+        for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (j0 == 0) sums[i0 + i] += sum;
+    }
+}
 
 template <typename X>
 __global__ void __launch_bounds__(256)
@@ -4555,7 +4586,7 @@ ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, siz
                     bool D_has_hdim, const int* doc, size_t T, size_t H, size_t P, size_t G, size_t N) {
     extern __shared__ __align__(128) char shared[];
     SsdBackward& sh = *(SsdBackward*)shared;
-    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP, i0 = 4 * (tid / 16), j0 = 4 * (tid % 16);
     const size_t tiles = (T + SSD_SPAN - 1) / SSD_SPAN, b = blockIdx.x / tiles, t0 = blockIdx.x % tiles * SSD_SPAN;
     const size_t h = blockIdx.y, E = H * P;
     const int count = T - t0 < SSD_SPAN ? (int)(T - t0) : SSD_SPAN;
@@ -4567,17 +4598,25 @@ ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, siz
     after += (blockIdx.x * H + h) * P * N;
     dBC += ((b * T + t0) * H + h) * 2 * N;
     sums += blockIdx.x * n_sums;
+    // elements: token i, channel p or state n; 0 beyond the last one
+    auto x_at = [&](int i, size_t p) { return i < count && p < P ? to_float(x_h[i * ldx + p]) : 0.0f; };
+    auto dy_at = [&](int i, size_t p) { return i < count && p < P ? to_float(dy_h[i * E + p]) : 0.0f; };
+    auto B_at = [&](int i, size_t n) { return i < count && n < N ? to_float(Bt_h[i * ldbc + n]) : 0.0f; };
+    auto C_at = [&](int i, size_t n) { return i < count && n < N ? to_float(Ct_h[i * ldbc + n]) : 0.0f; };
+    auto H_at = [&](size_t p, size_t n) { return p < P && n < N ? before[p * N + n] : 0.0f; };
+    auto lambda_at = [&](size_t p, size_t n) { return p < P && n < N ? after[p * N + n] : 0.0f; };
 
-    if (tid < count) {
-        sh.dt[tid] = dt[(b * H + h) * T + t0 + tid];
+    if (tid < SSD_SPAN) {
+        sh.dt[tid] = tid < count ? dt[(b * H + h) * T + t0 + tid] : 0.0f;
         // a document that begins: more than any sum of other decays
-        sh.alpha[tid] = scan_resets_cuda(doc, b, t0 + tid, T) ? -FLT_MAX : sh.dt[tid] * A2;
+        sh.alpha[tid] = tid < count && scan_resets_cuda(doc, b, t0 + tid, T) ? -FLT_MAX : sh.dt[tid] * A2;
+        sh.e[tid] = sh.f[tid] = sh.direct[tid] = 0.0f;
     }
     __syncthreads();
-    if (tid < count) {                                         // sums that begin at token tid: no differences
+    if (tid < SSD_SPAN) {                                      // sums that begin at token tid: no differences
         float sum = 0.0f;
         for (int i = 0; i < tid; i++) sh.GL[i][tid] = 0.0f;
-        for (int i = tid; i < count; i++) {
+        for (int i = tid; i < SSD_SPAN; i++) {
             if (i > tid) sum += sh.alpha[i];
             sh.GL[i][tid] = exp2f(sum);
         }
@@ -4585,89 +4624,107 @@ ssd_backward_kernel(X* dx, size_t lddx, float* ddt, float* dBC, float* sums, siz
         sum = 0.0f;
         for (int i = 0; i <= tid; i++) sum += sh.alpha[i];
         sh.from[tid] = exp2f(sum);
-        if (tid == count - 1) sh.all = exp2f(sum);
+        if (tid == SSD_SPAN - 1) sh.all = exp2f(sum);
     }
-    __syncthreads();
-    for (int k = tid; k < count * count; k += 256) {
-        int i = k / count, j = k % count;
-        if (j > i) continue;
-        float S = 0.0f, g = 0.0f, L = sh.GL[i][j];
-        for (size_t p = 0; p < P; p++) S = fmaf(to_float(dy_h[i * E + p]), to_float(x_h[j * ldx + p]), S);
-        for (size_t n = 0; n < N; n++) g = fmaf(to_float(Ct_h[i * ldbc + n]), to_float(Bt_h[j * ldbc + n]), g);
-        sh.dG[i][j] = L * sh.dt[j] * S;
-        sh.GL[i][j] = g * L;
-        sh.W[i][j] = j < i ? g * L * sh.dt[j] * S : 0.0f;
-    }
-    __syncthreads();
-    for (int j = w; j < count; j += 8) {                       // token j: dx, <v, x>, e
-        float direct = 0.0f, e = 0.0f;
-        for (size_t p = lane; p < P; p += WARP) {
-            float v = 0.0f, x_j = to_float(x_h[j * ldx + p]);
-            for (size_t n = 0; n < N; n++) v = fmaf(after[p * N + n], to_float(Bt_h[j * ldbc + n]), v);
-            v *= sh.to[j];
-            e = fmaf(v, x_j, e);
-            for (int i = j; i < count; i++) v = fmaf(sh.GL[i][j], to_float(dy_h[i * E + p]), v);
-            direct = fmaf(v, x_j, direct);
-            float D = Dskip[D_has_hdim ? h * P + p : h];
-            dx_h[j * lddx + p] = from_float<X>(fmaf(sh.dt[j], v, D * to_float(dy_h[j * E + p])));
+    float S[4][4] = {}, Gram[4][4] = {};
+    ssd_product(S, sh, (int)P, dy_at, [&](int p, int j) { return x_at(j, p); });
+    ssd_product(Gram, sh, (int)N, C_at, [&](int n, int j) { return B_at(j, n); });
+    #pragma unroll
+    for (int r = 0; r < 4; r++) {
+        #pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const int i = i0 + r, j = j0 + k;
+            const float L = sh.GL[i][j];
+            sh.dG[i][j] = L * sh.dt[j] * S[r][k];
+            sh.GL[i][j] = L * Gram[r][k];
+            sh.W[i][j] = j < i ? L * Gram[r][k] * sh.dt[j] * S[r][k] : 0.0f;
         }
-        direct = warp_sum(direct);
-        e = warp_sum(e);
-        float f = 0.0f;                                        // and dBt, dCt, f
-        for (size_t n = lane; n < N; n += WARP) {
-            float dC = 0.0f, dB = 0.0f;
-            for (size_t p = 0; p < P; p++) {
-                dC = fmaf(to_float(dy_h[j * E + p]), before[p * N + n], dC);
-                dB = fmaf(to_float(x_h[j * ldx + p]), after[p * N + n], dB);
+    }
+    for (size_t p0 = 0; p0 < P; p0 += SSD_SPAN) {              // rows j: v, <v, x>, e, dx
+        float v[4][4] = {};
+        ssd_product(v, sh, (int)N, B_at, [&](int n, int p) { return lambda_at(p0 + p, n); });
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            #pragma unroll
+            for (int k = 0; k < 4; k++) v[r][k] *= sh.to[i0 + r];
+        }
+        ssd_row_dots(sh.e, v, [&](int j, int p) { return sh.dt[j] * x_at(j, p0 + p); });
+        ssd_product(v, sh, SSD_SPAN, [&](int j, int i) { return sh.GL[i][j]; },
+                    [&](int i, int p) { return dy_at(i, p0 + p); });
+        ssd_row_dots(sh.direct, v, [&](int j, int p) { return x_at(j, p0 + p); });
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int j = i0 + r;
+                const size_t p = p0 + j0 + k;
+                if (j >= count || p >= P) continue;
+                const float D = Dskip[D_has_hdim ? h * P + p : h];
+                dx_h[j * lddx + p] = from_float<X>(fmaf(sh.dt[j], v[r][k], D * dy_at(j, p)));
             }
-            dC *= sh.from[j];
-            dB *= sh.to[j] * sh.dt[j];
-            f = fmaf(to_float(Ct_h[j * ldbc + n]), dC, f);
-            for (int i = 0; i <= j; i++) dC = fmaf(sh.dG[j][i], to_float(Bt_h[i * ldbc + n]), dC);
-            for (int i = j; i < count; i++) dB = fmaf(sh.dG[i][j], to_float(Ct_h[i * ldbc + n]), dB);
-            dBC[j * H * 2 * N + n] = dB;
-            dBC[j * H * 2 * N + N + n] = dC;
         }
-        f = warp_sum(f);
-        if (lane == 0) {
-            sh.direct[j] = direct;
-            sh.e[j] = e * sh.dt[j];
-            sh.f[j] = f;
+    }
+    for (size_t n0 = 0; n0 < N; n0 += SSD_SPAN) {              // dCt, f; dBt
+        float dC[4][4] = {}, dB[4][4] = {};
+        ssd_product(dC, sh, (int)P, dy_at, [&](int p, int n) { return H_at(p, n0 + n); });
+        ssd_product(dB, sh, (int)P, x_at, [&](int p, int n) { return lambda_at(p, n0 + n); });
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                dC[r][k] *= sh.from[i0 + r];
+                dB[r][k] *= sh.to[i0 + r] * sh.dt[i0 + r];
+            }
+        }
+        ssd_row_dots(sh.f, dC, [&](int i, int n) { return C_at(i, n0 + n); });
+        ssd_product(dC, sh, SSD_SPAN, [&](int i, int j) { return sh.dG[i][j]; },
+                    [&](int j, int n) { return B_at(j, n0 + n); });
+        ssd_product(dB, sh, SSD_SPAN, [&](int j, int i) { return sh.dG[i][j]; },
+                    [&](int i, int n) { return C_at(i, n0 + n); });
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const size_t n = n0 + j0 + k;
+                if (i0 + r >= count || n >= N) continue;
+                dBC[(i0 + r) * H * 2 * N + n] = dB[r][k];
+                dBC[(i0 + r) * H * 2 * N + N + n] = dC[r][k];
+            }
         }
     }
     float through = 0.0f;
     for (size_t i = tid; i < P * N; i += 256) through = fmaf(before[i], after[i], through);
     through = warp_sum(through);
     if (lane == 0) sh.part[w] = through;
-    if (tid < count) {                                         // W_ij := sum of W_i0 .. W_i,j-1
+    __syncthreads();
+    if (tid < SSD_SPAN) {                                      // W_ij := sum of W_i0 .. W_i,j-1
         float sum = 0.0f;
-        for (int j = 0; j < tid; j++) {
+        for (int j = 0; j <= tid; j++) {
             float v = sh.W[tid][j];
             sh.W[tid][j] = sum;
             sum += v;
         }
-        sh.W[tid][tid] = sum;
     }
     __syncthreads();
-    if (tid < count) {
+    if (tid < SSD_SPAN) {
         float sum = 0.0f;
         for (int k = 0; k < 8; k++) sum += sh.part[k];
         sum *= sh.all;
         for (int j = 0; j < tid; j++) sum += sh.e[j];
-        for (int i = tid; i < count; i++) sum += sh.f[i] + sh.W[i][tid];
+        for (int i = tid; i < SSD_SPAN; i++) sum += sh.f[i] + sh.W[i][tid];
         sh.dalpha[tid] = sum;
-        ddt[(b * H + h) * T + t0 + tid] = fmaf(A2 * SCAN_LN2, sum, sh.direct[tid]);
+        if (tid < count) ddt[(b * H + h) * T + t0 + tid] = fmaf(A2 * SCAN_LN2, sum, sh.direct[tid]);
     }
     __syncthreads();
     if (tid == 0) {
         float sum = 0.0f;
-        for (int j = 0; j < count; j++) sum = fmaf(sh.dt[j], sh.dalpha[j], sum);
+        for (int j = 0; j < SSD_SPAN; j++) sum = fmaf(sh.dt[j], sh.dalpha[j], sum);
         sums[h] = A2 * SCAN_LN2 * sum;
     }
     float skip = 0.0f;                                         // dDskip
     for (size_t p = tid; p < P; p += 256) {
         float sum = 0.0f;
-        for (int j = 0; j < count; j++) sum = fmaf(to_float(dy_h[j * E + p]), to_float(x_h[j * ldx + p]), sum);
+        for (int j = 0; j < count; j++) sum = fmaf(dy_at(j, p), x_at(j, p), sum);
         if (D_has_hdim) sums[H + h * P + p] = sum;
         skip += sum;
     }
@@ -4697,28 +4754,16 @@ ssd_sum_parts_kernel(X* dBt, X* dCt, size_t lddbc, const float* parts, size_t n_
 }
 
 // --- fast path: states --------------------------------------------------------------------------------
-// The tensor core's matrices: see 4.9. Lane 4g + q of a warp. An operand comes from rows of shared memory in
-// one of four ways, by what a row is (its length must be the operand's width plus 8, so that the 8 rows of a
-// matrix lie in different banks). Operand A (16 x 16) is m x k, B (16 x 16: two of 8 columns) is k x n:
-//   A from rows m: load_matrices at [lr][lc]          A from rows k: load_matrices_trans at [kr][kc]
-//   B from rows n: load_matrices at [kr][kc]          B from rows k: load_matrices_trans at [lr][lc]
-struct SsdLane {
-    int lane, warp, g, q, lr, lc, kr, kc;
-    __device__ __forceinline__ SsdLane() {
-        lane = threadIdx.x % WARP;
-        warp = threadIdx.x / WARP;
-        g = lane >> 2;
-        q = lane & 3;
-        lr = lane & 15;
-        lc = (lane >> 4) * 8;
-        kr = (lane & 7) + (lane >> 4) * 8;
-        kc = (lane >> 3 & 1) * 8;
-    }
-};
 
-// 64 rows of COLS bf16 into shared memory, by THREADS threads; zeros beyond the last token
+// where H before, or Lambda after, tile c of sequence b is: H only between two saved ones
+static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t c, size_t tiles) {
+    const size_t saved = (tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
+    return lambda ? b * tiles + c : b * (tiles - saved) + c - c / SSD_PER_SAVED - 1;
+}
+
+// 64 rows of COLS bf16 into shared memory, rows 16 bytes apart, by THREADS threads; zeros beyond the last token
 template <int COLS, int THREADS>
-__device__ __forceinline__ void ssd_copy_tile(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
+__device__ __forceinline__ void ssd_copy_rows(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
     #pragma unroll
     for (int k = 0; k < SSD_SPAN * COLS / 8 / THREADS; k++) {
         int v = (int)threadIdx.x + k * THREADS, row = v / (COLS / 8), col = v % (COLS / 8) * 8;
@@ -4726,193 +4771,239 @@ __device__ __forceinline__ void ssd_copy_tile(bf16 (*to)[COLS + 8], const bf16* 
     }
 }
 
-enum { SSD_WALK_STAGES = 3 };
-template <int P, int N> struct SsdStatesShared {
-    bf16 rows[SSD_WALK_STAGES][SSD_SPAN][P + 8], cols[SSD_WALK_STAGES][SSD_SPAN][N + 8];
-    bf16 out[P][N + 8];                                        // 16 rows per warp, for stores of whole rows
-    SsdTokens tokens[2];
-};
-
-// where H before, or Lambda after, tile c of sequence b is: H only between two saved ones
-static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t c, size_t tiles) {
-    size_t saved = (tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
-    return lambda ? b * tiles + c : b * (tiles - saved) + c - c / SSD_PER_SAVED - 1;
+// address of the pair of neighbouring values r, c of a tile
+__device__ __forceinline__ uint32_t* ssd_pair(bf16* tile, int r, int c) {
+    return (uint32_t*)((char*)tile + r * 128 + ((c / 8 ^ (r & 7)) << 4) + c % 8 * 2);
 }
 
-// ssd_states_fast_kernel: ssd_states_kernel for the tensor core, with as many threads as 2 P: warp w holds
-// rows 16w..16w+15 of the state, all N columns, in registers. A walk covers `each` tiles. To the left, walks
-// that cover less than a sequence need what comes from the right, in two launches:
-//   local not NULL, LOCAL true    writes local (B,walks,H,P,N): the state after the walk's first tile, as if
-//                                 nothing came from the right, and decays (B,walks,H): from end to beginning
-//   local not NULL, LOCAL false   begins with what these make
+// The walks go 64 tokens at a time; a state has as many warps as 16 rows, and stays in their registers, all N
+// columns of them.
+enum { SSD_WALK_STAGES = 3 };
+template <int P, int N> struct SsdWalkShared {
+    enum { PB = (P + 63) / 64, NB = N / 64 };                  // 64 x 64 pieces of a state
+    bf16 rows[SSD_WALK_STAGES][PB][SSD_TILE], cols[SSD_WALK_STAGES][NB][SSD_TILE];
+    bf16 out[PB][NB][SSD_TILE];                          // 16 rows per warp, for stores of whole rows
+    float cs[2][64], dt[2][64], weight[2][64];
+    int begin[2][64];
+};
+
+// SsdWalks: what the walks need. Walks to the left begin at dhT (or NULL: 0) and cover `each` pieces of 64
+// tokens. Where that is less than a sequence they need what comes from the right, and are made twice:
+//   LOCAL true     write local (B,walks,H,P,N), the state after the walk's first piece as if nothing came from
+//                  the right, and decays (B,walks,H), from the walk's end to its beginning
+//   LOCAL false    begin with what these make
+struct SsdWalks {
+    bf16 *before, *after;
+    float *dh0, *local, *decays;                               // local NULL: one walk per sequence
+    const bf16 *states, *x, *dy, *Bt, *Ct;
+    const float *dhT, *dt, *A_log;
+    const int* doc;
+    size_t ldx, ldbc, T, H, G;
+    int lefts, walks, each, saved;                             // lefts: blocks that walk to the left
+};
+
+// ssd_walk: ssd_states_kernel for the tensor core; `block`: its number among the blocks of this direction
 template <int P, int N, bool REVERSE, bool LOCAL>
-__global__ void __launch_bounds__(2 * P)
-ssd_states_fast_kernel(bf16* out, float* dh0, float* local, float* decays, const bf16* states,
-                       const float* dhT, const bf16* rows, size_t ldr, const bf16* cols, size_t ldc,
-                       const float* dt, const float* A_log, const int* doc, size_t T, size_t H, size_t G,
-                       int walks, int each) {
-    extern __shared__ __align__(128) char shared[];
-    SsdStatesShared<P, N>& sh = *(SsdStatesShared<P, N>*)shared;
-    const SsdLane l;
-    const int walk = blockIdx.x % walks, tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN);
-    const size_t h = blockIdx.x / walks % H, b = blockIdx.x / walks / H;
-    const int first = walk * each, end = min(first + each, tiles);
-    // tiles to walk through: not the last one, unless somebody wants what is behind it
-    const int steps = end - first - (LOCAL || (REVERSE && first == 0 && dh0) ? 0 : 1);
-    const float A2 = scan_decay(A_log[h]);
-    const float* dt_h = dt + (b * H + h) * T;
-    rows += b * T * ldr + h * P;
-    cols += b * T * ldc + h * G / H * N;
-    const int r0 = 16 * l.warp + l.g;
-    auto tile_of = [&](int k) { return REVERSE ? end - 1 - k : first + k; };
+__device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>& sh, int block) {
+    enum { PB = (P + 63) / 64, NB = N / 64, THREADS = 128 * PB };
+    const int lane = threadIdx.x % WARP, g = lane >> 2, q = lane & 3;
+    const int W = __shfl_sync(0xffffffffu, (int)threadIdx.x / WARP, 0), w = W % 4, own = W / 4;
+    const int kr = (lane & 7) + (lane >> 4) * 8, kc = lane >> 3 & 1;
+    const int walks = REVERSE ? a.walks : a.saved, each = REVERSE ? a.each : SSD_SPACING / 64;
+    const int walk = block % walks, pieces = (int)((a.T + 63) / 64);
+    const size_t h = block / walks % a.H, b = block / walks / a.H, T = a.T, H = a.H;
+    const int first = walk * each, end = min(first + each, pieces);
+    // pieces to walk through: not the last one, unless somebody wants what is behind it
+    const bool to_h0 = REVERSE && !LOCAL && first == 0 && a.dh0;
+    const int steps = end - first - !(LOCAL || to_h0);
+    const float A2 = scan_decay(a.A_log[h]);
+    const float* dt = a.dt + (b * H + h) * T;
+    const uint32_t ldr = (uint32_t)(REVERSE ? H * P : a.ldx), ldc = (uint32_t)a.ldbc;
+    const bf16* rows = (REVERSE ? a.dy + b * T * ldr : a.x + b * T * ldr) + h * P;
+    const bf16* cols = (REVERSE ? a.Ct : a.Bt) + b * T * ldc + h * a.G / H * N;
+    auto piece_of = [&](int k) { return REVERSE ? end - 1 - k : first + k; };
     auto load = [&](int k) {
         if (k < steps) {
-            size_t t0 = (size_t)tile_of(k) * SSD_SPAN;
-            int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN), stage = k % SSD_WALK_STAGES;
-            ssd_copy_tile<P, 2 * P>(sh.rows[stage], rows + t0 * ldr, ldr, count);
-            ssd_copy_tile<N, 2 * P>(sh.cols[stage], cols + t0 * ldc, ldc, count);
+            const size_t t0 = (size_t)piece_of(k) * 64;
+            const int count = (int)(T - t0 < 64 ? T - t0 : 64), stage = k % SSD_WALK_STAGES;
+            #pragma unroll
+            for (int p = 0; p < PB; p++)
+                ssd_load_tile<THREADS>(ssd_address(sh.rows[stage][p]), rows + t0 * ldr + 64 * p, ldr, count, P - 64 * p,
+                                       threadIdx.x);
+            #pragma unroll
+            for (int n = 0; n < NB; n++)
+                ssd_load_tile<THREADS>(ssd_address(sh.cols[stage][n]), cols + t0 * ldc + 64 * n, ldc, count, 64,
+                                       threadIdx.x);
         }
         copy_async_commit();
     };
-    float2 dt_next = make_float2(0.0f, 0.0f);
+    float dt_next[2];
     auto load_dt = [&](int k) {
-        if (l.warp == 0 && k < steps) dt_next = ssd_dt_pair(dt_h, (size_t)tile_of(k) * SSD_SPAN, T);
+        if (W > 0 || k >= steps) return;
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const size_t t = (size_t)piece_of(k) * 64 + 2 * lane + i;
+            dt_next[i] = t < T ? dt[t] : 0.0f;
+        }
     };
-    auto tokens = [&](int k) {
-        if (l.warp > 0 || k >= steps) return;
-        uint32_t even, odd;
-        ssd_resets(&even, &odd, doc, b, (size_t)tile_of(k) * SSD_SPAN, T);
-        ssd_tokens(&sh.tokens[k % 2], dt_next, A2, even, odd);
+    auto weigh = [&](int k) {                                  // decays, and what of a token is left at the end
+        if (W > 0 || k >= steps) return;
+        const int s = k & 1;
+        ssd_begins<64>(sh.begin[s], a.doc, b, (size_t)piece_of(k) * 64, T);
+        ssd_decays<2>(sh.cs[s], sh.dt[s], dt_next, A2);
+        __syncwarp();
+        #pragma unroll
+        for (int i = lane; i < 64; i += WARP) {
+            const float cs = sh.cs[s][i], last = sh.cs[s][63];
+            if (REVERSE) sh.weight[s][i] = sh.begin[s][i] < 0 ? exp2_unit(cs) : 0.0f;
+            else sh.weight[s][i] = i >= sh.begin[s][63] ? exp2_unit(last - cs) * sh.dt[s][i] : 0.0f;
+        }
     };
     load_dt(0);
     load(0);
     load(1);
-    tokens(0);
+    weigh(0);
     load_dt(1);
 
-    float s[N / 8][4], decay = 1.0f;                           // rows r0, r0 + 8, columns 8 i + 2 q, + 1
-    const size_t PN = P * N, mine = (size_t)r0 * N + 2 * l.q;
-    if (!REVERSE) {
-        const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-        const bf16* from = states + ((b * saved + first / SSD_PER_SAVED) * H + h) * PN + mine;
+    float S[NB][8][4], decay = 1.0f;                           // rows r0, r0 + 8, columns 64 n + 8 i + 2 q, + 1
+    const int r0 = 64 * own + 16 * w + g;
+    const size_t PN = P * N, mine = (size_t)r0 * N + 2 * q;
+    const bool inside = P >= 64 || r0 < P;                     // for P < 64: the other rows are 0
+    #pragma unroll
+    for (int i = 0; i < N / 8; i++) {
+        float* s = S[i / 8][i % 8];
+        s[0] = s[1] = s[2] = s[3] = 0.0f;
+        if (REVERSE || !inside) continue;
+        const bf16* from = a.states + ((b * a.saved + walk) * H + h) * PN + mine + 8 * i;
+        const uint32_t v0 = *(const uint32_t*)from, v1 = *(const uint32_t*)(from + 8 * N);
+        s[0] = scan_low(v0); s[1] = scan_high(v0); s[2] = scan_low(v1); s[3] = scan_high(v1);
+    }
+    for (int k = LOCAL || !a.local ? walk : walks - 1; REVERSE && k >= walk && inside; k--) {
+        // dhT enters the last walk; every other one gets what the one to its right leaves
+        const bool start = k == walk;
+        if (start && (walk < walks - 1 || !a.dhT)) break;
+        const float* from = (start ? a.dhT + (b * H + h) * PN : a.local + ((b * walks + k) * H + h) * PN) + mine;
+        const float keep = start ? 0.0f : a.decays[(b * walks + k) * H + h];
         #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            uint32_t v0 = *(const uint32_t*)(from + 8 * i), v1 = *(const uint32_t*)(from + 8 * N + 8 * i);
-            s[i][0] = scan_low(v0); s[i][1] = scan_high(v0); s[i][2] = scan_low(v1); s[i][3] = scan_high(v1);
-        }
-    } else {
-        #pragma unroll
-        for (int i = 0; i < N / 8; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
-        for (int k = LOCAL || !local || walk == walks - 1 ? walk : walks - 1; k >= walk; k--) {
-            // dhT enters the last walk; what walk k leaves to the one before it
-            const bool start = k == walk;
-            if (start && (walk < walks - 1 || !dhT)) break;
-            const float* from = start ? dhT + (b * H + h) * PN + mine
-                                      : local + ((b * walks + k) * H + h) * PN + mine;
-            const float keep = start ? 0.0f : decays[(b * walks + k) * H + h];
-            #pragma unroll
-            for (int i = 0; i < N / 8; i++) {
-                float2 v0 = *(const float2*)(from + 8 * i), v1 = *(const float2*)(from + 8 * N + 8 * i);
-                s[i][0] = fmaf(keep, s[i][0], v0.x); s[i][1] = fmaf(keep, s[i][1], v0.y);
-                s[i][2] = fmaf(keep, s[i][2], v1.x); s[i][3] = fmaf(keep, s[i][3], v1.y);
-            }
+            float* s = S[i / 8][i % 8];
+            const float2 v0 = *(const float2*)(from + 8 * i), v1 = *(const float2*)(from + 8 * N + 8 * i);
+            s[0] = fmaf(keep, s[0], v0.x); s[1] = fmaf(keep, s[1], v0.y);
+            s[2] = fmaf(keep, s[2], v1.x); s[3] = fmaf(keep, s[3], v1.y);
         }
     }
 
     auto store = [&](int c) {
         #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            *(uint32_t*)&sh.out[r0][8 * i + 2 * l.q] = scan_pack(s[i][0], s[i][1]);
-            *(uint32_t*)&sh.out[r0 + 8][8 * i + 2 * l.q] = scan_pack(s[i][2], s[i][3]);
+            const float* s = S[i / 8][i % 8];
+            *ssd_pair(sh.out[own][i / 8], 16 * w + g, i % 8 * 8 + 2 * q) = scan_pack(s[0], s[1]);
+            *ssd_pair(sh.out[own][i / 8], 16 * w + g + 8, i % 8 * 8 + 2 * q) = scan_pack(s[2], s[3]);
         }
         __syncwarp();
-        bf16* to = out + (ssd_slot(REVERSE, b, c, tiles) * H + h) * PN + 16 * l.warp * N;
+        bf16* to = (REVERSE ? a.after : a.before) + (ssd_slot(REVERSE, b, c, pieces) * H + h) * PN;
         #pragma unroll
-        for (int k = 0; k < 16 * N / 8 / WARP; k++) {
-            int v = l.lane + k * WARP;
-            scan_store16(to + 8 * v, *(const uint4*)&sh.out[16 * l.warp + v / (N / 8)][v % (N / 8) * 8]);
+        for (int v = lane; v < 16 * N / 8; v += WARP) {
+            const int row = 16 * w + v / (N / 8), col = v % (N / 8) * 8;
+            if (P >= 64 || row < P)
+                scan_store16(to + (64 * own + row) * N + col, *(const uint4*)ssd_pair(sh.out[own][col / 64], row, col % 64));
         }
         __syncwarp();
     };
     #pragma unroll 1
     for (int k = 0; k < steps; k++) {
-        const int c = tile_of(k), stage = k % SSD_WALK_STAGES;
-        const SsdTokens& tk = sh.tokens[k % 2];
+        const int c = piece_of(k), stage = k % SSD_WALK_STAGES;
         if (REVERSE && !LOCAL) store(c);
         copy_async_wait(1);
-        __syncthreads();                                       // the tile and its decays are there
+        ssd_shared_written();
+        __syncthreads();                                       // the piece and its decays are there
         load(k + 2);
-        tokens(k + 1);
+        weigh(k + 1);
         load_dt(k + 2);
+        const float all = sh.begin[k & 1][63] < 0 ? exp2_unit(sh.cs[k & 1][63]) : 0.0f;
+        if (LOCAL) decay *= all;
+        uint32_t m[4][4];                                      // rows of the state, columns: 16 tokens each
         #pragma unroll
-        for (int i = 0; i < N / 8; i++) { s[i][0] *= tk.all; s[i][1] *= tk.all; s[i][2] *= tk.all; s[i][3] *= tk.all; }
-        if (LOCAL) decay *= tk.all;
-        #pragma unroll
-        for (int i = 0; i < SSD_SPAN / 16; i++) {              // 16 tokens
-            uint32_t a[4];
-            load_matrices_trans(a, &sh.rows[stage][16 * i + l.kr][16 * l.warp + l.kc]);
+        for (int i = 0; i < 4; i++) {
+            ssd_ldmatrix_transposed(m[i], ssd_piece(ssd_address(sh.rows[stage][own]), 16 * i + kr, 2 * w + kc));
             #pragma unroll
-            for (int j = 0; j < 2; j++) {                      // the decays belong to k
-                const int t = 16 * i + 8 * j + 2 * l.q;
-                float2 weight = *(const float2*)&(REVERSE ? tk.from : tk.to)[t];
-                if (!REVERSE) {
-                    float2 dt_t = *(const float2*)&tk.dt[t];
-                    weight.x *= dt_t.x;
-                    weight.y *= dt_t.y;
-                }
-                #pragma unroll
-                for (int m = 2 * j; m < 2 * j + 2; m++)
-                    a[m] = scan_pack(scan_low(a[m]) * weight.x, scan_high(a[m]) * weight.y);
-            }
-            #pragma unroll
-            for (int n = 0; n < N / 16; n++) {
-                uint32_t r[4];
-                load_matrices_trans(r, &sh.cols[stage][16 * i + l.lr][16 * n + l.lc]);
-                scan_mma_bf16(s[2 * n], a, r[0], r[1]);
-                scan_mma_bf16(s[2 * n + 1], a, r[2], r[3]);
+            for (int j = 0; j < 4; j++) {
+                const float2 weight = *(const float2*)&sh.weight[k & 1][16 * i + 8 * (j / 2) + 2 * q];
+                m[i][j] = scan_pack(scan_low(m[i][j]) * weight.x, scan_high(m[i][j]) * weight.y);
             }
         }
+        #pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            float* s = S[i / 8][i % 8];
+            s[0] *= all; s[1] *= all; s[2] *= all; s[3] *= all;
+        }
+        ssd_mma_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], m, ssd_address(sh.cols[stage][n]), 4);
+        ssd_mma_commit();
+        ssd_mma_wait<0>();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_mma_done(S[n]);
         if (!REVERSE) store(c + 1);
     }
     if (REVERSE && !LOCAL && steps < end - first) store(first);
-    if (LOCAL || (REVERSE && first == 0 && dh0)) {
-        float* to = (LOCAL ? local + ((b * walks + walk) * H + h) * PN : dh0 + (b * H + h) * PN) + mine;
+    if ((LOCAL || to_h0) && inside) {
+        float* to = (LOCAL ? a.local + ((b * walks + walk) * H + h) * PN : a.dh0 + (b * H + h) * PN) + mine;
         #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            *(float2*)(to + 8 * i) = make_float2(s[i][0], s[i][1]);
-            *(float2*)(to + 8 * N + 8 * i) = make_float2(s[i][2], s[i][3]);
+            const float* s = S[i / 8][i % 8];
+            *(float2*)(to + 8 * i) = make_float2(s[0], s[1]);
+            *(float2*)(to + 8 * N + 8 * i) = make_float2(s[2], s[3]);
         }
-        if (LOCAL && threadIdx.x == 0) decays[(b * walks + walk) * H + h] = decay;
     }
+    if (LOCAL && threadIdx.x == 0) a.decays[(b * walks + walk) * H + h] = decay;
+}
+
+template <int P, int N>
+__global__ void __launch_bounds__(P <= 64 ? 128 : 256)
+ssd_walk_local_kernel(const __grid_constant__ SsdWalks a) {
+    extern __shared__ __align__(1024) char tile_shared[];
+    ssd_walk<P, N, true, true>(a, *(SsdWalkShared<P, N>*)tile_shared, blockIdx.x);
+}
+// both directions: the walks to the left take long and begin first, the short ones fill up
+template <int P, int N>
+__global__ void __launch_bounds__(P <= 64 ? 128 : 256)
+ssd_walk_kernel(const __grid_constant__ SsdWalks a) {
+    extern __shared__ __align__(1024) char tile_shared[];
+    SsdWalkShared<P, N>& sh = *(SsdWalkShared<P, N>*)tile_shared;
+    if ((int)blockIdx.x < a.lefts) ssd_walk<P, N, true, false>(a, sh, blockIdx.x);
+    else ssd_walk<P, N, false, false>(a, sh, blockIdx.x - a.lefts);
 }
 
 // --- fast path: tiles ---------------------------------------------------------------------------------
-// A block of four warps owns one tile of one sequence and the heads of one group, or of a part of it. Warp w
-// owns tokens 16w..16w+15, as rows i and as rows j of the formulas. For every head it makes
-//   16 x 64 products: S = dy x^T (up to its own tokens), v = (G L)^T dy (from its own tokens on)
-//   state products:   H^T dy, Lambda^T x, Lambda Bt of its tokens, and 16 rows of <Lambda, H>
-// and the sums over heads stay: dBt, dCt in registers, dG in shared memory, each value with the thread that
-// adds to it. G is the same for all heads of the group.
-// Sums over pairs: what lies inside the warp's 16 tokens is summed as the formula says. Of the pairs between
+// A block of eight warps owns one tile of one sequence and walks through the heads of one group, or of a part
+// of it. Warp w < 4 owns tokens 16w..16w+15 as rows i of the formulas, warp 4 + w the same tokens as rows j.
+// For every head they make, as products of 16 rows:
+//   rows i: S = dy x^T up to the warp's own tokens; H^T dy; a part of <Lambda, H>
+//   rows j: v = (G L)^T dy from the warp's own tokens on; Lambda Bt; Lambda^T x
+// and the sums over heads stay: dCt or dBt in registers, dG in shared memory, each value with the thread that
+// adds to it. G is the same for all heads of the group. Two blocks share a processor: while one waits for the
+// arrays of its next head, the other one works.
+// Sums over pairs: what lies inside a warp's 16 tokens is summed as the formula says. Of the pairs between
 // two warps only sums along rows and columns count; those along columns are <x_j, v_j> before v_j has got its
 // own 16 tokens, those along rows are made of S.
 
 template <int P, int N> struct SsdBackwardShared {
     bf16 Bt[SSD_SPAN][N + 8], Ct[SSD_SPAN][N + 8];
-    bf16 x[SSD_SPAN][P + 8], dy[SSD_SPAN][P + 8];              // x: later dx
+    bf16 x[SSD_SPAN][P + 8], dy[SSD_SPAN][P + 8];
     bf16 before[P][N + 8], after[P][N + 8];                    // H, Lambda
     bf16 gram[SSD_SPAN][SSD_SPAN + 8];                         // G, 0 where L is; in the end dG
     float4 dgram[20][WARP];                                    // dG: as the tensor core leaves it, 16 x 8 each
-    SsdTokens tokens[2];
+    float cs[2][SSD_SPAN], dt[3][SSD_SPAN];                    // of two and three heads
     int begin[SSD_SPAN];
-    float dalpha[SSD_SPAN], direct[SSD_SPAN];
-    float row[4][16], column[4][16], inner[4][16];             // of the warps' tokens
-    float sums[4][8];
+    float rows[SSD_SPAN], columns[SSD_SPAN], direct[SSD_SPAN]; // of dalpha: what a warp sums for its own tokens
+    float line[8][16], inner[4][16];
+    float sums[4][8], e[4];
 };
 
-// What a warp leaves in sums: e of its tokens; pairs of its tokens with everything before tile column K = 0,
-// 1, 2 of 16; its part of <Lambda, H>; of <dy, x>
-enum { SSD_SUM_E, SSD_SUM_LEFT, SSD_SUM_THROUGH = SSD_SUM_LEFT + 3, SSD_SUM_SKIP };
+// What a warp of rows i leaves in sums: f of its tokens and sums of W over its rows and the columns before 16 K,
+// K = 0, 1, 2; its part of <Lambda, H>; of <dy, x>. e: of the tokens of a warp of rows j
+enum { SSD_SUM_LEFT, SSD_SUM_THROUGH = SSD_SUM_LEFT + 3, SSD_SUM_SKIP };
 
 // Reductions of eight values at once: every step halves the number of values and of lanes that hold one.
 //   ssd_sum_quad: over the four lanes of a quad; lane q keeps values 2q, 2q + 1
@@ -4977,10 +5068,16 @@ __device__ __forceinline__ float ssd_dot(uint32_t v, float a, float b, float sum
     return fmaf(scan_low(v), a, fmaf(scan_high(v), b, sum));
 }
 
+// the sum over the lanes of a quad, in all four
+__device__ __forceinline__ float ssd_quad_sum(float v) {
+    v += __shfl_xor_sync(0xffffffffu, v, 1);
+    return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
 // ssd_backward_fast_kernel: the formulas at the top. dBC: NULL, then dBt and dCt are written; or the sums of
 // this part's heads, (parts,B,T,G,2N). sums: as ssd_backward_kernel.
 template <int P, int N>
-__global__ void __launch_bounds__(4 * WARP, P == 128 && N == 128 ? 1 : 2)
+__global__ void __launch_bounds__(8 * WARP, P == 128 ? 1 : 2)
 ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt, size_t lddbc, float* dBC,
                          float* sums, size_t n_sums, const bf16* states, const bf16* before,
                          const bf16* after, const bf16* dy, const bf16* x, size_t ldx, const float* dt,
@@ -4988,15 +5085,20 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                          bool D_has_hdim, const int* doc, size_t B, size_t T, int H, int G, int parts) {
     extern __shared__ __align__(128) char shared[];
     SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)shared;
-    const SsdLane l;
-    const int w = l.warp, g = l.g, q = l.q, r0 = 16 * w + g, r1 = r0 + 8;
+    enum { THREADS = 8 * WARP, PN = P * N };
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, w = warp % 4, g = lane >> 2, q = lane & 3;
+    const int r0 = 16 * w + g, r1 = r0 + 8;
+    // where a lane points to for a 16 x 16 operand; A (16 x 16) is m x k, B (16 x 16: two of 8 columns) is k x n:
+    //   A from rows m: load_matrices at [lr][lc]          A from rows k: load_matrices_trans at [kr][kc]
+    //   B from rows n: load_matrices at [kr][kc]          B from rows k: load_matrices_trans at [lr][lc]
+    const int lr = lane & 15, lc = (lane >> 4) * 8, kr = (lane & 7) + (lane >> 4) * 8, kc = (lane >> 3 & 1) * 8;
     const int tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN), part = blockIdx.x % parts;
     const int group = blockIdx.x / parts % G, c = blockIdx.x / parts / G % tiles;
     const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_SPAN, E = (size_t)H * P;
     const int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN);
     const int each = (H / G + parts - 1) / parts, h0 = group * (H / G) + part * each;
     const int h1 = min(h0 + each, (group + 1) * (H / G));
-    const size_t PN = P * N, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
+    const size_t saved = (T + SSD_SPACING - 1) / SSD_SPACING;
     x += (b * T + t0) * ldx;
     dx += (b * T + t0) * lddx;
     dy += (b * T + t0) * E;
@@ -5005,45 +5107,52 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                                : states + (b * saved + c / SSD_PER_SAVED) * H * PN;
     sums += (b * tiles + c) * n_sums;
 
-    auto load_rows = [&](int h) {
-        ssd_copy_tile<P, 4 * WARP>(sh.x, x + h * P, ldx, count);
-        ssd_copy_tile<P, 4 * WARP>(sh.dy, dy + h * P, E, count);
-    };
     auto load_state = [&](bf16 (*to)[N + 8], const bf16* from) {
         #pragma unroll
-        for (int k = 0; k < P * N / 8 / (4 * WARP); k++) {
-            int v = (int)threadIdx.x + k * 4 * WARP;
+        for (int k = 0; k < PN / 8 / THREADS; k++) {
+            int v = (int)threadIdx.x + k * THREADS;
             scan_copy16(&to[v / (N / 8)][v % (N / 8) * 8], from + v * 8, true);
         }
     };
-    ssd_copy_tile<N, 4 * WARP>(sh.Bt, Bt + (b * T + t0) * ldbc + group * N, ldbc, count);
-    ssd_copy_tile<N, 4 * WARP>(sh.Ct, Ct + (b * T + t0) * ldbc + group * N, ldbc, count);
+    auto load_head = [&](int h) {
+        if (h >= h1) return;
+        ssd_copy_rows<P, THREADS>(sh.x, x + h * P, ldx, count);
+        ssd_copy_rows<P, THREADS>(sh.dy, dy + h * P, E, count);
+        load_state(sh.before, before + (size_t)h * PN);
+        load_state(sh.after, after + (size_t)h * PN);
+        if (threadIdx.x < SSD_SPAN)
+            scan_copy4(&sh.dt[(h + 1 - h0) % 3][threadIdx.x],
+                       dt + (b * H + min(h + 1, h1 - 1)) * T + t0 + min((int)threadIdx.x, count - 1),
+                       (int)threadIdx.x < count);
+    };
+    auto decays_of = [&](int h) {                              // by one warp
+        float* dts = sh.dt[(h - h0) % 3];
+        const float v[2] = {dts[2 * lane], dts[2 * lane + 1]};
+        ssd_decays<2>(sh.cs[(h - h0) & 1], dts, v, scan_decay(A_log[h]));
+    };
+    ssd_copy_rows<N, THREADS>(sh.Bt, Bt + (b * T + t0) * ldbc + group * N, ldbc, count);
+    ssd_copy_rows<N, THREADS>(sh.Ct, Ct + (b * T + t0) * ldbc + group * N, ldbc, count);
+    if (threadIdx.x < SSD_SPAN && h0 < h1)
+        sh.dt[0][threadIdx.x] = (int)threadIdx.x < count ? dt[(b * H + h0) * T + t0 + threadIdx.x] : 0.0f;
     copy_async_commit();
-    if (h0 < h1) {
-        load_rows(h0);
-        load_state(sh.before, before + h0 * PN);
-        load_state(sh.after, after + h0 * PN);
-    }
+    load_head(h0);
     copy_async_commit();
-    uint32_t even, odd;
-    ssd_resets(&even, &odd, doc, b, t0, T);
-    if (w == 0) ssd_begins(sh.begin, even, odd);
-    if (w == 0 && h0 < h1)
-        ssd_tokens(&sh.tokens[0], ssd_dt_pair(dt + (b * H + h0) * T, t0, T), scan_decay(A_log[h0]), even, odd);
-    for (int k = 0; k < 2 * (w + 1); k++)
-        sh.dgram[w * (w + 1) + k][l.lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (warp == 0) ssd_begins<SSD_SPAN>(sh.begin, doc, b, t0, T);
+    if (warp < 4)
+        for (int k = 0; k < 2 * (w + 1); k++)
+            sh.dgram[w * (w + 1) + k][lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     copy_async_wait(1);
     __syncthreads();
-    const int begin0 = sh.begin[r0], begin1 = sh.begin[r1];
-    #pragma unroll
-    for (int J = 0; J < 4; J++) {                              // G
-        if (J > w) break;
+    if (warp == 7 && h0 < h1) decays_of(h0);
+    const int begin0 = sh.begin[r0], begin1 = sh.begin[r1], begin_end = sh.begin[SSD_SPAN - 1];
+    #pragma unroll 1
+    for (int J = 0; J <= w && warp < 4; J++) {                 // G
         float s[2][4] = {};
         #pragma unroll
         for (int k = 0; k < N / 16; k++) {
             uint32_t a[4], r[4];
-            load_matrices(a, &sh.Ct[16 * w + l.lr][16 * k + l.lc]);
-            load_matrices(r, &sh.Bt[16 * J + l.kr][16 * k + l.kc]);
+            load_matrices(a, &sh.Ct[16 * w + lr][16 * k + lc]);
+            load_matrices(r, &sh.Bt[16 * J + kr][16 * k + kc]);
             scan_mma_bf16(s[0], a, r[0], r[1]);
             scan_mma_bf16(s[1], a, r[2], r[3]);
         }
@@ -5057,29 +5166,68 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         }
     }
 
-    float dB[N / 8][4] = {}, dC[N / 8][4] = {};                // rows r0, r1, columns 8 k + 2 q, + 1
+    // ddt and the sums for dA_log and dDskip of head h, from what the warps left: by one warp
+    auto finish = [&](int h) {
+        const float *cs = sh.cs[(h - h0) & 1], *dts = sh.dt[(h - h0) % 3], A = scan_decay(A_log[h]) * SCAN_LN2;
+        float through = 0.0f, skip = 0.0f, dA = 0.0f;
+        #pragma unroll
+        for (int k = 0; k < 4; k++) {
+            through += sh.sums[k][SSD_SUM_THROUGH];
+            skip += sh.sums[k][SSD_SUM_SKIP];
+        }
+        through *= begin_end < 0 ? exp2_unit(cs[SSD_SPAN - 1]) : 0.0f;
+        #pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int m = lane + WARP * k, M = m / 16;         // and pairs on both sides of the 16 tokens of m
+            float dalpha = sh.rows[m] + sh.columns[m] + through;
+            #pragma unroll
+            for (int J = 0; J < 3; J++) dalpha += J < M ? sh.e[J] : 0.0f;
+            #pragma unroll
+            for (int I = 1; I < 4; I++) dalpha += I > M ? sh.sums[I][SSD_SUM_LEFT + min(M, 2)] : 0.0f;
+            dA = fmaf(dts[m], dalpha, dA);
+            if (m < count) ddt[(b * H + h) * T + t0 + m] = fmaf(A, dalpha, sh.direct[m]);
+        }
+        dA = warp_sum(dA);
+        if (lane == 0) {
+            sums[h] = A * dA;
+            if (!D_has_hdim) sums[H + h] = skip;
+        }
+    };
+    // sums over the warp's 16 tokens from the line's first (or last, REVERSE) one; the sum at token lane % 16
+    auto running = [&](float* line, float* to, bool reverse) {
+        __syncwarp();
+        const int m = reverse ? 15 - (lane & 15) : lane & 15;
+        float s = line[m];
+        #pragma unroll
+        for (int step = 1; step < 16; step *= 2) {
+            float left = __shfl_up_sync(0xffffffffu, s, step, 16);
+            if ((lane & 15) >= step) s += left;
+        }
+        float left = __shfl_up_sync(0xffffffffu, s, 1, 16);
+        if (lane >= 16) return;
+        if (reverse) to[m] = s + sh.inner[w][m];
+        else to[m] = m > 0 ? left : 0.0f;
+    };
+
+    float sum[N / 8][4] = {};                                  // dCt or dBt, rows r0, r1, columns 8 k + 2 q, + 1
     #pragma unroll 1
     for (int h = h0; h < h1; h++) {
-        const SsdTokens& tk = sh.tokens[(h - h0) & 1];
-        const float A2 = scan_decay(A_log[h]);
-        float2 dt_next = make_float2(0.0f, 0.0f);
-        if (w == 0 && h + 1 < h1) dt_next = ssd_dt_pair(dt + (b * H + h + 1) * T, t0, T);
+        const float *cs = sh.cs[(h - h0) & 1], *dts = sh.dt[(h - h0) % 3];
         copy_async_wait(0);
-        __syncthreads();                                       // x, dy, H and Lambda of this head are there
-        float left[3] = {}, through = 0.0f, skip = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
-        {   // rows i: S, dG, sums of W; dCt
+        __syncthreads();                                       // this head's arrays are there
+        if (warp < 4) {                                        // --- rows i: S, dG, sums of W; dCt, f
+            const float cs0 = cs[r0], cs1 = cs[r1];
             uint32_t a[P / 16][4];
             #pragma unroll
-            for (int k = 0; k < P / 16; k++) load_matrices(a[k], &sh.dy[16 * w + l.lr][16 * k + l.lc]);
-            const float cs0 = tk.cs[r0], cs1 = tk.cs[r1];
-            #pragma unroll
-            for (int J = 0; J < 4; J++) {
-                if (J > w) break;
+            for (int k = 0; k < P / 16; k++) load_matrices(a[k], &sh.dy[16 * w + lr][16 * k + lc]);
+            float left1 = 0.0f, left2 = 0.0f, skip = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
+            #pragma unroll 1
+            for (int J = 0; J <= w; J++) {
                 float s[2][4] = {}, W[2][4];
                 #pragma unroll
                 for (int k = 0; k < P / 16; k++) {
                     uint32_t r[4];
-                    load_matrices(r, &sh.x[16 * J + l.kr][16 * k + l.kc]);
+                    load_matrices(r, &sh.x[16 * J + kr][16 * k + kc]);
                     scan_mma_bf16(s[0], a[k], r[0], r[1]);
                     scan_mma_bf16(s[1], a[k], r[2], r[3]);
                 }
@@ -5087,13 +5235,13 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     const int j = 16 * J + 8 * n + 2 * q;
-                    const float2 cs_j = *(const float2*)&tk.cs[j], dt_j = *(const float2*)&tk.dt[j];
+                    const float2 cs_j = *(const float2*)&cs[j], dt_j = *(const float2*)&dts[j];
                     s[n][0] *= exp2_unit(fminf(cs0 - cs_j.x, 0.0f)) * dt_j.x;
                     s[n][1] *= exp2_unit(fminf(cs0 - cs_j.y, 0.0f)) * dt_j.y;
                     s[n][2] *= exp2_unit(fminf(cs1 - cs_j.x, 0.0f)) * dt_j.x;
                     s[n][3] *= exp2_unit(fminf(cs1 - cs_j.y, 0.0f)) * dt_j.y;
-                    float4* to = &sh.dgram[w * (w + 1) + 2 * J + n][l.lane];
-                    float4 v = *to;
+                    float4* to = &sh.dgram[w * (w + 1) + 2 * J + n][lane];
+                    const float4 v = *to;
                     *to = make_float4(v.x + s[n][0], v.y + s[n][1], v.z + s[n][2], v.w + s[n][3]);
                     const uint32_t g0 = *(const uint32_t*)&sh.gram[r0][j], g1 = *(const uint32_t*)&sh.gram[r1][j];
                     W[n][0] = scan_low(g0) * s[n][0]; W[n][1] = scan_high(g0) * s[n][1];
@@ -5102,227 +5250,169 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 if (J < w) {
                     row0 += (W[0][0] + W[0][1]) + (W[1][0] + W[1][1]);
                     row1 += (W[0][2] + W[0][3]) + (W[1][2] + W[1][3]);
-                    if (J < 2) left[J + 1] = row0 + row1;      // pairs with columns below 16 (J + 1)
+                    if (J == 0) left1 = row0 + row1;           // pairs with columns below 16, 32
+                    if (J == 1) left2 = row0 + row1;
                 } else {
-                    ssd_inner_pairs(sh.inner[w], W[0], W[1], g, q, l.lane);
+                    ssd_inner_pairs(sh.inner[w], W[0], W[1], g, q, lane);
                 }
             }
-            const float from0 = tk.from[r0], from1 = tk.from[r1];
+            const float from0 = begin0 < 0 ? exp2_unit(cs0) : 0.0f, from1 = begin1 < 0 ? exp2_unit(cs1) : 0.0f;
             #pragma unroll
-            for (int n = 0; n < N / 32; n++) {
-                float s[4][4] = {};
+            for (int n = 0; n < N / 16; n++) {
+                float s[2][4] = {};
                 #pragma unroll
                 for (int k = 0; k < P / 16; k++) {
-                    #pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        uint32_t r[4];
-                        load_matrices_trans(r, &sh.before[16 * k + l.lr][32 * n + 16 * m + l.lc]);
-                        scan_mma_bf16(s[2 * m], a[k], r[0], r[1]);
-                        scan_mma_bf16(s[2 * m + 1], a[k], r[2], r[3]);
-                    }
+                    uint32_t r[4];
+                    load_matrices_trans(r, &sh.before[16 * k + lr][16 * n + lc]);
+                    scan_mma_bf16(s[0], a[k], r[0], r[1]);
+                    scan_mma_bf16(s[1], a[k], r[2], r[3]);
                 }
                 #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    const int col = 32 * n + 8 * m + 2 * q;
-                    float* to = dC[4 * n + m];
+                for (int m = 0; m < 2; m++) {
+                    const int col = 16 * n + 8 * m + 2 * q;
+                    float* to = sum[2 * n + m];
                     s[m][0] *= from0; s[m][1] *= from0; s[m][2] *= from1; s[m][3] *= from1;
                     to[0] += s[m][0]; to[1] += s[m][1]; to[2] += s[m][2]; to[3] += s[m][3];
                     f0 = ssd_dot(*(const uint32_t*)&sh.Ct[r0][col], s[m][0], s[m][1], f0);
                     f1 = ssd_dot(*(const uint32_t*)&sh.Ct[r1][col], s[m][2], s[m][3], f1);
                 }
             }
-        }
-        for (int i = w; i < P / 16; i += 4) {                  // <Lambda, H>: the diagonal of Lambda H^T
-            float s[2][4] = {};
-            #pragma unroll
-            for (int k = 0; k < N / 16; k++) {
-                uint32_t a[4], r[4];
-                load_matrices(a, &sh.after[16 * i + l.lr][16 * k + l.lc]);
-                load_matrices(r, &sh.before[16 * i + l.kr][16 * k + l.kc]);
-                scan_mma_bf16(s[0], a, r[0], r[1]);
-                scan_mma_bf16(s[1], a, r[2], r[3]);
+            float through = 0.0f;
+            #pragma unroll 1
+            for (int i = w; i < P / 16; i += 4) {              // <Lambda, H>: the diagonal of Lambda H^T
+                float s[2][4] = {};
+                #pragma unroll
+                for (int k = 0; k < N / 16; k++) {
+                    uint32_t u[4], r[4];
+                    load_matrices(u, &sh.after[16 * i + lr][16 * k + lc]);
+                    load_matrices(r, &sh.before[16 * i + kr][16 * k + kc]);
+                    scan_mma_bf16(s[0], u, r[0], r[1]);
+                    scan_mma_bf16(s[1], u, r[2], r[3]);
+                }
+                if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
             }
-            if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
-        }
-        if (D_has_hdim) {
-            for (int p = threadIdx.x; p < P; p += 4 * WARP) {
-                float sum = 0.0f;
-                for (int t = 0; t < SSD_SPAN; t++) sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
-                sums[H + h * P + p] = sum;
-            }
-        }
-        __syncthreads();                                       // H is free, and x but for the warp's own rows
-        if (h + 1 < h1) {
-            load_state(sh.before, before + (h + 1) * PN);
-            if (w == 0)
-                ssd_tokens(&sh.tokens[(h + 1 - h0) & 1], dt_next, scan_decay(A_log[h + 1]), even, odd);
-        }
-        float e0 = 0.0f, e1 = 0.0f, column0 = 0.0f, column1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
-        const float dt0 = tk.dt[r0], dt1 = tk.dt[r1];
-        {   // rows j: dBt; v and its sums; dx
+            float all[8] = {f0 + f1, f0 + f1 + left1, f0 + f1 + left2, through, skip};
+            const float total = ssd_sum_quads(all, g);
+            if (q == 0) sh.sums[w][g] = total;
+            f0 = ssd_quad_sum(f0 + row0);
+            f1 = ssd_quad_sum(f1 + row1);
+            if (q == 0) { sh.line[w][g] = f0; sh.line[w][g + 8] = f1; }
+            running(sh.line[w], sh.rows + 16 * w, true);
+        } else {                                               // --- rows j: dBt; v and its sums; dx
+            const float cs0 = cs[r0], cs1 = cs[r1], dt0 = dts[r0], dt1 = dts[r1], end = cs[SSD_SPAN - 1];
+            const float to0 = r0 >= begin_end ? exp2_unit(end - cs0) : 0.0f;
+            const float to1 = r1 >= begin_end ? exp2_unit(end - cs1) : 0.0f;
+            float e0 = 0.0f, e1 = 0.0f, column0 = 0.0f, column1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
             uint32_t xa[P / 16][4];
             #pragma unroll
-            for (int k = 0; k < P / 16; k++) load_matrices(xa[k], &sh.x[16 * w + l.lr][16 * k + l.lc]);
-            const float to0 = tk.to[r0], to1 = tk.to[r1], cs0 = tk.cs[r0], cs1 = tk.cs[r1];
+            for (int k = 0; k < P / 16; k++) load_matrices(xa[k], &sh.x[16 * w + lr][16 * k + lc]);
             #pragma unroll
-            for (int n = 0; n < N / 32; n++) {
-                float s[4][4] = {};
+            for (int n = 0; n < N / 16; n++) {
+                float s[2][4] = {};
                 #pragma unroll
                 for (int k = 0; k < P / 16; k++) {
-                    #pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        uint32_t r[4];
-                        load_matrices_trans(r, &sh.after[16 * k + l.lr][32 * n + 16 * m + l.lc]);
-                        scan_mma_bf16(s[2 * m], xa[k], r[0], r[1]);
-                        scan_mma_bf16(s[2 * m + 1], xa[k], r[2], r[3]);
-                    }
+                    uint32_t r[4];
+                    load_matrices_trans(r, &sh.after[16 * k + lr][16 * n + lc]);
+                    scan_mma_bf16(s[0], xa[k], r[0], r[1]);
+                    scan_mma_bf16(s[1], xa[k], r[2], r[3]);
                 }
                 #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    float* to = dB[4 * n + m];
+                for (int m = 0; m < 2; m++) {
+                    float* to = sum[2 * n + m];
                     to[0] = fmaf(to0 * dt0, s[m][0], to[0]); to[1] = fmaf(to0 * dt0, s[m][1], to[1]);
                     to[2] = fmaf(to1 * dt1, s[m][2], to[2]); to[3] = fmaf(to1 * dt1, s[m][3], to[3]);
                 }
             }
-            enum { WIDTH = P < 64 ? P : 64 };                  // channels at a time
             #pragma unroll
-            for (int p0 = 0; p0 < P; p0 += WIDTH) {
-                float v[WIDTH / 8][4] = {};
+            for (int p0 = 0; p0 < P; p0 += 32) {               // 32 channels at a time
+                float v[4][4] = {};
                 #pragma unroll
                 for (int k = 0; k < N / 16; k++) {             // Lambda Bt
-                    uint32_t a[4];
-                    load_matrices(a, &sh.Bt[16 * w + l.lr][16 * k + l.lc]);
+                    uint32_t u[4];
+                    load_matrices(u, &sh.Bt[16 * w + lr][16 * k + lc]);
                     #pragma unroll
-                    for (int n = 0; n < WIDTH / 16; n++) {
+                    for (int n = 0; n < 2; n++) {
                         uint32_t r[4];
-                        load_matrices(r, &sh.after[p0 + 16 * n + l.kr][16 * k + l.kc]);
-                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
-                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
+                        load_matrices(r, &sh.after[p0 + 16 * n + kr][16 * k + kc]);
+                        scan_mma_bf16(v[2 * n], u, r[0], r[1]);
+                        scan_mma_bf16(v[2 * n + 1], u, r[2], r[3]);
                     }
                 }
                 // x of this lane's places: v[2 k], v[2 k + 1] lie where xa[k][0], [1] and [2], [3] do
                 auto dots = [&](float* sum0, float* sum1) {
                     #pragma unroll
-                    for (int n = 0; n < WIDTH / 8; n++) {
+                    for (int n = 0; n < 4; n++) {
                         const uint32_t* x_n = &xa[p0 / 16 + n / 2][n % 2 * 2];
                         *sum0 = ssd_dot(x_n[0], v[n][0], v[n][1], *sum0);
                         *sum1 = ssd_dot(x_n[1], v[n][2], v[n][3], *sum1);
                     }
                 };
                 #pragma unroll
-                for (int n = 0; n < WIDTH / 8; n++) { v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1; }
+                for (int n = 0; n < 4; n++) { v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1; }
                 dots(&e0, &e1);
-                #pragma unroll
-                for (int I = 3; I >= 0; I--) {                 // (G L)^T dy, the warp's own tokens last
-                    if (I < w) break;
+                #pragma unroll 1
+                for (int I = 3; I >= w; I--) {                 // (G L)^T dy, the warp's own tokens last
                     if (I == w) dots(&column0, &column1);
-                    uint32_t a[4];
-                    load_matrices_trans(a, &sh.gram[16 * I + l.kr][16 * w + l.kc]);
+                    uint32_t u[4];
+                    load_matrices_trans(u, &sh.gram[16 * I + kr][16 * w + kc]);
                     #pragma unroll
-                    for (int m = 0; m < 4; m++) {              // a[m]: row j = r0 or r1, columns i, i + 1
-                        const float2 cs_i = *(const float2*)&tk.cs[16 * I + 8 * (m / 2) + 2 * q];
+                    for (int m = 0; m < 4; m++) {              // u[m]: row j = r0 or r1, columns i, i + 1
+                        const float2 cs_i = *(const float2*)&cs[16 * I + 8 * (m / 2) + 2 * q];
                         const float cs_j = m % 2 ? cs1 : cs0;
-                        a[m] = scan_pack(scan_low(a[m]) * exp2_unit(fminf(cs_i.x - cs_j, 0.0f)),
-                                         scan_high(a[m]) * exp2_unit(fminf(cs_i.y - cs_j, 0.0f)));
+                        u[m] = scan_pack(scan_low(u[m]) * exp2_unit(fminf(cs_i.x - cs_j, 0.0f)),
+                                         scan_high(u[m]) * exp2_unit(fminf(cs_i.y - cs_j, 0.0f)));
                     }
                     #pragma unroll
-                    for (int n = 0; n < WIDTH / 16; n++) {
+                    for (int n = 0; n < 2; n++) {
                         uint32_t r[4];
-                        load_matrices_trans(r, &sh.dy[16 * I + l.lr][p0 + 16 * n + l.lc]);
-                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
-                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
+                        load_matrices_trans(r, &sh.dy[16 * I + lr][p0 + 16 * n + lc]);
+                        scan_mma_bf16(v[2 * n], u, r[0], r[1]);
+                        scan_mma_bf16(v[2 * n + 1], u, r[2], r[3]);
                     }
                 }
                 dots(&direct0, &direct1);
                 #pragma unroll
-                for (int k = 0; k < WIDTH / 16; k++) {         // dx, where x was
-                    uint32_t dy_k[4];
-                    load_matrices(dy_k, &sh.dy[16 * w + l.lr][p0 + 16 * k + l.lc]);
-                    #pragma unroll
-                    for (int n = 0; n < 2; n++) {
-                        const int p = p0 + 16 * k + 8 * n + 2 * q;
-                        const float Da = Dskip[D_has_hdim ? h * P + p : h], Db = Dskip[D_has_hdim ? h * P + p + 1 : h];
-                        const float* s = v[2 * k + n];
-                        const uint32_t y0 = dy_k[2 * n], y1 = dy_k[2 * n + 1];
-                        *(uint32_t*)&sh.x[r0][p] = scan_pack(fmaf(dt0, s[0], Da * scan_low(y0)),
-                                                             fmaf(dt0, s[1], Db * scan_high(y0)));
-                        *(uint32_t*)&sh.x[r1][p] = scan_pack(fmaf(dt1, s[2], Da * scan_low(y1)),
-                                                             fmaf(dt1, s[3], Db * scan_high(y1)));
-                    }
+                for (int n = 0; n < 4; n++) {                  // dx
+                    const int p = p0 + 8 * n + 2 * q;
+                    const float Da = Dskip[D_has_hdim ? h * P + p : h], Db = Dskip[D_has_hdim ? h * P + p + 1 : h];
+                    const uint32_t y0 = *(const uint32_t*)&sh.dy[r0][p], y1 = *(const uint32_t*)&sh.dy[r1][p];
+                    bf16* to = dx + r0 * lddx + h * P + p;
+                    if (r0 < count) *(uint32_t*)to = scan_pack(fmaf(dt0, v[n][0], Da * scan_low(y0)),
+                                                               fmaf(dt0, v[n][1], Db * scan_high(y0)));
+                    to += 8 * lddx;
+                    if (r1 < count) *(uint32_t*)to = scan_pack(fmaf(dt1, v[n][2], Da * scan_low(y1)),
+                                                               fmaf(dt1, v[n][3], Db * scan_high(y1)));
                 }
             }
-            __syncwarp();
-            #pragma unroll
-            for (int k = 0; k < 16 * P / 8 / WARP; k++) {
-                int v = l.lane + k * WARP, row = 16 * w + v / (P / 8), p = v % (P / 8) * 8;
-                if (row < count) scan_store16(dx + row * lddx + h * P + p, *(const uint4*)&sh.x[row][p]);
+            float v[8] = {column0, column1, direct0, direct1, e0, e1, 0.0f, 0.0f};
+            ssd_sum_quad(v, q);
+            if (q == 0) { sh.line[warp][g] = v[0] * dt0; sh.line[warp][g + 8] = v[1] * dt1; }
+            if (q == 1) { sh.direct[r0] = v[0]; sh.direct[r1] = v[1]; }
+            const float e = warp_sum(q == 2 ? v[0] * dt0 + v[1] * dt1 : 0.0f);
+            if (lane == 0) sh.e[w] = e;
+            running(sh.line[warp], sh.columns + 16 * w, false);
+        }
+        if (D_has_hdim) {
+            for (int p = threadIdx.x; p < P; p += THREADS) {
+                float s = 0.0f;
+                for (int t = 0; t < SSD_SPAN; t++) s = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), s);
+                sums[H + h * P + p] = s;
             }
         }
-        // the warp's sums
-        left[0] = f0 + f1;
-        left[1] += left[0];
-        left[2] += left[0];
-        float v[8] = {column0, column1, f0 + row0, f1 + row1, direct0, direct1, e0, e1};
-        ssd_sum_quad(v, q);
-        if (q == 0) { sh.column[w][g] = v[0] * dt0; sh.column[w][g + 8] = v[1] * dt1; }
-        if (q == 1) { sh.row[w][g] = v[0]; sh.row[w][g + 8] = v[1]; }
-        if (q == 2) { sh.direct[r0] = v[0]; sh.direct[r1] = v[1]; }
-        float all[8] = {q == 3 ? v[0] * dt0 + v[1] * dt1 : 0.0f, left[0], left[1], left[2], through, skip, 0.0f, 0.0f};
-        float sum = ssd_sum_quads(all, g);
-        if (q == 0) sh.sums[w][g] = sum;
-        __syncwarp();
-        {   // lanes 0..15: what columns before m add; lanes 31..16, from right to left: rows from m on
-            const int m = l.lane < 16 ? l.lane : 31 - l.lane;
-            float s = l.lane < 16 ? sh.column[w][m] : sh.row[w][m];
-            #pragma unroll
-            for (int step = 1; step < 16; step *= 2) {
-                float before_ = __shfl_up_sync(0xffffffffu, s, step, 16);
-                if ((l.lane & 15) >= step) s += before_;
-            }
-            float columns = __shfl_up_sync(0xffffffffu, s, 1, 16), rows = __shfl_xor_sync(0xffffffffu, s, 31);
-            if (l.lane < 16) sh.dalpha[16 * w + m] = sh.inner[w][m] + (m > 0 ? columns : 0.0f) + rows;
-        }
-        __syncthreads();                                       // everything but the decays is free
-        if (h + 1 < h1) {
-            load_rows(h + 1);
-            load_state(sh.after, after + (h + 1) * PN);
-        }
+        if (warp == 7 && h + 1 < h1) decays_of(h + 1);
+        __syncthreads();                                       // x, dy, H and Lambda are free
+        load_head(h + 1);
         copy_async_commit();
-        if (w == 1) {                                          // ddt and the sums for dA_log, dDskip
-            const float A = A2 * SCAN_LN2;
-            float through_all = 0.0f, skip_all = 0.0f, dA = 0.0f;
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                through_all += sh.sums[k][SSD_SUM_THROUGH];
-                skip_all += sh.sums[k][SSD_SUM_SKIP];
-            }
-            #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const int m = l.lane + 32 * k, K = m / 16;     // pairs on both sides of the 16 tokens of m
-                float dalpha = sh.dalpha[m] + tk.all * through_all;
-                #pragma unroll
-                for (int J = 0; J < 3; J++) dalpha += J < K ? sh.sums[J][SSD_SUM_E] : 0.0f;
-                #pragma unroll
-                for (int I = 1; I < 4; I++) dalpha += I > K ? sh.sums[I][SSD_SUM_LEFT + min(K, 2)] : 0.0f;
-                dA = fmaf(tk.dt[m], dalpha, dA);
-                if (m < count) ddt[(b * H + h) * T + t0 + m] = fmaf(A, dalpha, sh.direct[m]);
-            }
-            dA = warp_sum(dA);
-            if (l.lane == 0) {
-                sums[h] = A * dA;
-                if (!D_has_hdim) sums[H + h] = skip_all;
-            }
-        }
+        if (warp == 4) finish(h);
     }
 
     // what dG adds
-    #pragma unroll
-    for (int J = 0; J < 4; J++) {
-        if (J > w) break;
+    #pragma unroll 1
+    for (int J = 0; J <= w && warp < 4; J++) {
         uint32_t a[4];
         #pragma unroll
         for (int n = 0; n < 2; n++) {
-            const float4 v = sh.dgram[w * (w + 1) + 2 * J + n][l.lane];
+            const float4 v = sh.dgram[w * (w + 1) + 2 * J + n][lane];
             const int j = 16 * J + 8 * n + 2 * q;
             a[2 * n] = scan_pack(j <= r0 && j >= begin0 ? v.x : 0.0f, j + 1 <= r0 && j + 1 >= begin0 ? v.y : 0.0f);
             a[2 * n + 1] = scan_pack(j <= r1 && j >= begin1 ? v.z : 0.0f, j + 1 <= r1 && j + 1 >= begin1 ? v.w : 0.0f);
@@ -5332,41 +5422,35 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         #pragma unroll
         for (int n = 0; n < N / 16; n++) {
             uint32_t r[4];
-            load_matrices_trans(r, &sh.Bt[16 * J + l.lr][16 * n + l.lc]);
-            scan_mma_bf16(dC[2 * n], a, r[0], r[1]);
-            scan_mma_bf16(dC[2 * n + 1], a, r[2], r[3]);
+            load_matrices_trans(r, &sh.Bt[16 * J + lr][16 * n + lc]);
+            scan_mma_bf16(sum[2 * n], a, r[0], r[1]);
+            scan_mma_bf16(sum[2 * n + 1], a, r[2], r[3]);
         }
     }
     __syncthreads();
-    #pragma unroll
-    for (int I = 3; I >= 0; I--) {
-        if (I < w) break;
+    #pragma unroll 1
+    for (int I = w; I < 4 && warp >= 4; I++) {
         uint32_t a[4];
-        load_matrices_trans(a, &sh.gram[16 * I + l.kr][16 * w + l.kc]);
+        load_matrices_trans(a, &sh.gram[16 * I + kr][16 * w + kc]);
         #pragma unroll
         for (int n = 0; n < N / 16; n++) {
             uint32_t r[4];
-            load_matrices_trans(r, &sh.Ct[16 * I + l.lr][16 * n + l.lc]);
-            scan_mma_bf16(dB[2 * n], a, r[0], r[1]);
-            scan_mma_bf16(dB[2 * n + 1], a, r[2], r[3]);
+            load_matrices_trans(r, &sh.Ct[16 * I + lr][16 * n + lc]);
+            scan_mma_bf16(sum[2 * n], a, r[0], r[1]);
+            scan_mma_bf16(sum[2 * n + 1], a, r[2], r[3]);
         }
     }
+    bf16* out = warp < 4 ? dCt : dBt;
     #pragma unroll
     for (int k = 0; k < 2; k++) {
         const int row = k ? r1 : r0;
         if (row >= count) continue;
         const size_t m = b * T + t0 + row;
-        float* to = dBC + ((part * B * T + m) * G + group) * 2 * N + 2 * q;
+        float* to = dBC + ((part * B * T + m) * G + group) * 2 * N + (warp < 4 ? N : 0) + 2 * q;
         #pragma unroll
         for (int n = 0; n < N / 8; n++) {
-            if (dBC) {
-                *(float2*)(to + 8 * n) = make_float2(dB[n][2 * k], dB[n][2 * k + 1]);
-                *(float2*)(to + N + 8 * n) = make_float2(dC[n][2 * k], dC[n][2 * k + 1]);
-            } else {
-                const size_t at = m * lddbc + group * N + 8 * n + 2 * q;
-                *(uint32_t*)(dBt + at) = scan_pack(dB[n][2 * k], dB[n][2 * k + 1]);
-                *(uint32_t*)(dCt + at) = scan_pack(dC[n][2 * k], dC[n][2 * k + 1]);
-            }
+            if (dBC) *(float2*)(to + 8 * n) = make_float2(sum[n][2 * k], sum[n][2 * k + 1]);
+            else *(uint32_t*)(out + m * lddbc + group * N + 8 * n + 2 * q) = scan_pack(sum[n][2 * k], sum[n][2 * k + 1]);
         }
     }
 }
@@ -5385,17 +5469,17 @@ struct SsdBackwardPlan {
 static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, size_t H, size_t P, size_t G,
                                                 size_t N) {
     SsdBackwardPlan s;
-    const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N;
+    const size_t tokens = fast ? SSD_ROUND : SSD_ROUND / 4, PN = P * N, half = fast ? 2 : 1;   // bf16, float states
     s.round = tokens / T < 1 ? 1 : tokens / T < B ? tokens / T : B;
     s.tiles = (T + SSD_SPAN - 1) / SSD_SPAN;
     s.saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-    size_t walks = SSD_BACKWARD_BLOCKS / (s.round * H), most = (s.tiles + SSD_PER_SAVED - 1) / SSD_PER_SAVED;
-    walks = !fast || walks < 1 ? 1 : walks < most ? walks : most;
-    s.each = (s.tiles + walks - 1) / walks;
-    s.walks = (s.tiles + s.each - 1) / s.each;
+    size_t walks = SSD_BACKWARD_BLOCKS / (s.round * H);
+    walks = !fast || walks < 1 ? 1 : walks < s.saved ? walks : s.saved;
+    s.each = (s.saved + walks - 1) / walks * (SSD_SPACING / 64);
+    s.walks = (s.saved * (SSD_SPACING / 64) + s.each - 1) / s.each;
     s.parts = SSD_BACKWARD_BLOCKS / (s.round * s.tiles * G);
     s.parts = !fast ? H / G : s.parts < 1 ? 1 : s.parts < H / G ? s.parts : H / G;
-    size_t at = 0, half = fast ? 2 : 1;                        // the fast path's states are bf16
+    size_t at = 0;
     auto take = [&at](size_t n) { size_t from = at; at += (n + 3) / 4 * 4; return from; };
     s.before = take(s.round * (fast ? s.tiles - s.saved : s.tiles) * H * PN / half);
     s.after = take(s.round * s.tiles * H * PN / half);
@@ -5405,13 +5489,6 @@ static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, s
     s.sums = take(B * s.tiles * (H + H * P));
     s.floats = at;
     return s;
-}
-
-// floats of scratch
-size_t ssd_backward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
-    size_t fast = ssd_backward_plan(true, B, T, H, P, G, N).floats;
-    size_t general = ssd_backward_plan(false, B, T, H, P, G, N).floats;
-    return fast > general ? fast : general;
 }
 
 // what both paths need for sequences b..b+n-1; X = bf16 in the fast one
@@ -5458,29 +5535,21 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     float *local = s.walks > 1 ? scratch + s.local : NULL, *decays = scratch + s.decays;
     float* dBC = s.parts > 1 ? scratch + s.dBC : NULL;
     const size_t T = a.T, H = a.H, G = a.G;
-    const size_t walk_bytes = sizeof(SsdStatesShared<P, N>), tile_bytes = sizeof(SsdBackwardShared<P, N>);
-    auto right = ssd_states_fast_kernel<P, N, false, false>;
-    auto ends = ssd_states_fast_kernel<P, N, true, true>, left = ssd_states_fast_kernel<P, N, true, false>;
-    scan_allow_shared(right, walk_bytes);
-    scan_allow_shared(ends, walk_bytes);
-    scan_allow_shared(left, walk_bytes);
+    const size_t walk_bytes = sizeof(SsdWalkShared<P, N>), tile_bytes = sizeof(SsdBackwardShared<P, N>);
+    scan_allow_shared(ssd_walk_local_kernel<P, N>, walk_bytes);
+    scan_allow_shared(ssd_walk_kernel<P, N>, walk_bytes);
     scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
-    if (T > SSD_SPAN) {
-        right<<<(unsigned)(r.n * H * s.saved), 2 * P, walk_bytes, stream>>>(
-            before, NULL, NULL, NULL, r.states, NULL, r.x, a.ldx, r.Bt, a.ldbc, r.dt, a.A_log, r.doc, T, H, G,
-            (int)s.saved, SSD_PER_SAVED);
-        cudaCheck(cudaGetLastError());
-    }
-    const unsigned walks = (unsigned)(r.n * H * s.walks);
+    const unsigned lefts = (unsigned)(r.n * H * s.walks), rights = T > SSD_SPAN ? (unsigned)(r.n * H * s.saved) : 0;
+    const SsdWalks walks = {before, after, r.dh0, local, decays, r.states, r.x, r.dy, r.Bt, r.Ct, r.dhT, r.dt,
+                            a.A_log, r.doc, a.ldx, a.ldbc, T, H, G, (int)lefts, (int)s.walks, (int)s.each,
+                            (int)s.saved};
     if (local) {
-        ends<<<walks, 2 * P, walk_bytes, stream>>>(NULL, NULL, local, decays, NULL, r.dhT, r.dy, H * P, r.Ct, a.ldbc,
-                                                   r.dt, a.A_log, r.doc, T, H, G, (int)s.walks, (int)s.each);
+        ssd_walk_local_kernel<P, N><<<lefts, P <= 64 ? 128 : 256, walk_bytes, stream>>>(walks);
         cudaCheck(cudaGetLastError());
     }
-    left<<<walks, 2 * P, walk_bytes, stream>>>(after, r.dh0, local, decays, NULL, r.dhT, r.dy, H * P, r.Ct, a.ldbc,
-                                               r.dt, a.A_log, r.doc, T, H, G, (int)s.walks, (int)s.each);
+    ssd_walk_kernel<P, N><<<lefts + rights, P <= 64 ? 128 : 256, walk_bytes, stream>>>(walks);
     cudaCheck(cudaGetLastError());
-    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), 4 * WARP, tile_bytes, stream>>>(
+    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), 8 * WARP, tile_bytes, stream>>>(
         r.dx, a.lddx, r.ddt, r.dBt, r.dCt, a.lddbc, dBC, r.sums, a.n_sums, r.states, before, after, r.dy, r.x,
         a.ldx, r.dt, a.A_log, r.Bt, r.Ct, a.ldbc, a.Dskip, a.D_has_hdim, r.doc, r.n, T, (int)H, (int)G,
         (int)s.parts);
@@ -5491,11 +5560,11 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     cudaCheck(cudaGetLastError());
 }
 
-// the fast path's launcher for these sizes, NULL: there is none, or the GPU has too little shared memory
+// the fast path's launcher for these sizes; NULL: there is none, or the GPU has too little shared memory
 typedef void (*SsdBackwardFast)(const SsdBackwardRound<bf16>&, const SsdBackwardShape&, const SsdBackwardPlan&,
                                 float*, cudaStream_t);
 static inline SsdBackwardFast ssd_backward_fast_of(size_t P, size_t N) {
-    struct { size_t P, N, bytes; SsdBackwardFast launch; } paths[] = {
+    static const struct { size_t P, N, bytes; SsdBackwardFast launch; } paths[] = {
         {32, 64, sizeof(SsdBackwardShared<32, 64>), ssd_backward_fast<32, 64>},
         {32, 128, sizeof(SsdBackwardShared<32, 128>), ssd_backward_fast<32, 128>},
         {64, 64, sizeof(SsdBackwardShared<64, 64>), ssd_backward_fast<64, 64>},
@@ -5509,6 +5578,13 @@ static inline SsdBackwardFast ssd_backward_fast_of(size_t P, size_t N) {
     for (size_t i = 0; i < sizeof paths / sizeof paths[0]; i++)
         if (paths[i].P == P && paths[i].N == N && paths[i].bytes <= (size_t)bytes) return paths[i].launch;
     return NULL;
+}
+
+// floats of scratch
+size_t ssd_backward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
+    size_t general = ssd_backward_plan(false, B, T, H, P, G, N).floats;
+    size_t fast = ssd_backward_plan(true, B, T, H, P, G, N).floats;
+    return fast > general ? fast : general;
 }
 
 // ssd_backward_cuda: formulas at the top of this section. dy (B,T,H,P) is the gradient of y.
@@ -6706,7 +6782,8 @@ attention_backward_q_fast_kernel(const __grid_constant__ AttentionBackwardCuda<b
     }
     __syncwarp();
     attention_store_gradient<ROWS, DH>(p.dqkv + (m0 + w * ROWS) * p.lddqkv + h * p.dh, p.lddqkv,
-                                       sh.dq + w * ROWS, row0, p.T, old, at.span, p.scale, p.rotary, true, p.dh);
+                                       sh.dq + w * ROWS, row0, p.T, old, at.span, p.scale, p.rotary, true,
+                                       p.dh);
 }
 
 // dk, dv: a block has 64 MT keys of one KV head and walks over the queries that see them, of all query heads

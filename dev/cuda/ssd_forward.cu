@@ -41,8 +41,8 @@ __global__ void ssd_kernel1(Ssd p, float* memory) {
     for (int n = 0; n < N; n++) state[n] = 0;
     for (size_t t = 0; t < p.T; t++) {
         size_t row = b * p.T + t;
-        float dt = p.dt[(b * p.H + h) * p.T + t], a = expf(dt * A), x_t = to_float(p.x[row * p.ldx + h * P + c]);
-        float y_t = p.Dskip[h] * x_t;
+        float dt = p.dt[(b * p.H + h) * p.T + t], a = expf(dt * A);
+        float x_t = to_float(p.x[row * p.ldx + h * P + c]), y_t = p.Dskip[h] * x_t;
         for (int n = 0; n < N; n++) {
             if (t % SSD_SPACING == 0) saved_at(p, b, t / Q, h)[c * N + n] = from_float<bf16>(state[n]);
             state[n] = a * state[n] + dt * x_t * to_float(p.Bt[row * p.ldbc + n]);
@@ -57,17 +57,29 @@ __global__ void ssd_kernel1(Ssd p, float* memory) {
 // states one after the other; y. A thread makes one number. Everything between the kernels goes through
 // memory: at 8 x 2048 tokens, 24 heads the states alone are 200 MB, written, read, and written again.
 
-typedef struct { float *cs, *cb, *state; } Between;     // cs (B,H,T)  cb (B,chunks,Q,Q)  state (B,chunks,H,P,N)
+// cs (B,H,T)   cb (B,chunks,Q,Q)   state (B,chunks,H,P,N)
+typedef struct { float *cs, *cb, *state; } Between;
 static Between between;
 
+__host__ __device__ static inline size_t chunks_of(const Ssd& p) { return (p.T + Q - 1) / Q; }
+
+// a block per sequence, chunk and head
+typedef struct { size_t b, c, h; } Where;
+__device__ __forceinline__ Where where(const Ssd& p) {
+    return {blockIdx.x / p.H / chunks_of(p), blockIdx.x / p.H % chunks_of(p), blockIdx.x % p.H};
+}
+
 __global__ void cs_kernel(Ssd p, Between m) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, chunks = (p.T + Q - 1) / Q, bh = i / chunks, c = i % chunks;
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, bh = i / chunks_of(p), c = i % chunks_of(p);
     if (bh >= p.B * p.H) return;
     float A = -expf(p.A_log[bh % p.H]), sum = 0;
-    for (size_t t = c * Q; t < (c + 1) * Q && t < p.T; t++) m.cs[bh * p.T + t] = sum += A * p.dt[bh * p.T + t];
+    for (size_t t = c * Q; t < (c + 1) * Q && t < p.T; t++) {
+        sum += A * p.dt[bh * p.T + t];
+        m.cs[bh * p.T + t] = sum;
+    }
 }
 __global__ void cb_kernel2(Ssd p, Between m) {
-    size_t chunks = (p.T + Q - 1) / Q, b = blockIdx.x / chunks, t0 = blockIdx.x % chunks * Q;
+    size_t b = blockIdx.x / chunks_of(p), t0 = blockIdx.x % chunks_of(p) * Q;
     for (size_t e = threadIdx.x; e < Q * Q; e += blockDim.x) {
         size_t i = t0 + e / Q, j = t0 + e % Q;
         float sum = 0;
@@ -77,7 +89,7 @@ __global__ void cb_kernel2(Ssd p, Between m) {
     }
 }
 __global__ void states_kernel2(Ssd p, Between m) {
-    size_t chunks = (p.T + Q - 1) / Q, h = blockIdx.x % p.H, c = blockIdx.x / p.H % chunks, b = blockIdx.x / p.H / chunks;
+    const size_t b = where(p).b, c = where(p).c, h = where(p).h;
     size_t t0 = c * Q, t1 = t0 + Q < p.T ? t0 + Q : p.T;
     const float *cs = m.cs + (b * p.H + h) * p.T, *dt = p.dt + (b * p.H + h) * p.T;
     for (size_t e = threadIdx.x; e < P * N; e += blockDim.x) {
@@ -90,8 +102,8 @@ __global__ void states_kernel2(Ssd p, Between m) {
 }
 // in: what each chunk adds; out: the state before each chunk
 __global__ void pass_kernel(Ssd p, Between m) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, size = P * N, b = i / (p.H * size), h = i / size % p.H;
-    size_t chunks = (p.T + Q - 1) / Q;
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, size = P * N, chunks = chunks_of(p);
+    size_t b = i / (p.H * size), h = i / size % p.H;
     float state = 0;
     if (b >= p.B) return;
     for (size_t c = 0; c < chunks; c++) {
@@ -103,7 +115,7 @@ __global__ void pass_kernel(Ssd p, Between m) {
     }
 }
 __global__ void y_kernel2(Ssd p, Between m) {
-    size_t chunks = (p.T + Q - 1) / Q, h = blockIdx.x % p.H, c = blockIdx.x / p.H % chunks, b = blockIdx.x / p.H / chunks;
+    const size_t b = where(p).b, c = where(p).c, h = where(p).h, chunks = chunks_of(p);
     const float *cs = m.cs + (b * p.H + h) * p.T, *dt = p.dt + (b * p.H + h) * p.T;
     const float *cb = m.cb + (b * chunks + c) * Q * Q, *state = m.state + (size_t)blockIdx.x * P * N;
     for (size_t e = threadIdx.x; e < Q * P; e += blockDim.x) {
@@ -115,7 +127,8 @@ __global__ void y_kernel2(Ssd p, Between m) {
                    to_float(p.x[(b * p.T + j) * p.ldx + h * P + col]);
         for (int n = 0; n < N; n++) old += to_float(p.Ct[(b * p.T + i) * p.ldbc + n]) * state[col * N + n];
         float x_i = to_float(p.x[(b * p.T + i) * p.ldx + h * P + col]);
-        p.y[(b * p.T + i) * p.H * P + h * P + col] = from_float<bf16>(sum + expf(cs[i]) * old + p.Dskip[h] * x_i);
+        sum += expf(cs[i]) * old + p.Dskip[h] * x_i;
+        p.y[(b * p.T + i) * p.H * P + h * P + col] = from_float<bf16>(sum);
     }
 }
 
@@ -152,7 +165,8 @@ __device__ __forceinline__ void load_tokens(Tokens& k, const Ssd& p, const float
     }
 }
 // (exp(cs_last - cs_j) dt_j x_j)^T, rows 16w.. of 64 channels
-__device__ __forceinline__ void weighted_x(uint32_t (&a)[4][4], const bf16* x, const Tokens& k, int w, int lane) {
+__device__ __forceinline__ void weighted_x(uint32_t (&a)[4][4], const bf16* x, const Tokens& k, int w,
+                                           int lane) {
     #pragma unroll
     for (int j = 0; j < 4; j++) {
         uint32_t r[4];
@@ -161,14 +175,15 @@ __device__ __forceinline__ void weighted_x(uint32_t (&a)[4][4], const bf16* x, c
         #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int t = j * 16 + i / 2 * 8 + 2 * (lane % 4);
-            const float w0 = expf(k.cs[Q - 1] - k.cs[t]) * k.dt[t], w1 = expf(k.cs[Q - 1] - k.cs[t + 1]) * k.dt[t + 1];
+            const float last = k.cs[Q - 1], w0 = expf(last - k.cs[t]) * k.dt[t];
+            const float w1 = expf(last - k.cs[t + 1]) * k.dt[t + 1];
             a[j][i] = scan_pack(w0 * scan_low(r[order[i]]), w1 * scan_high(r[order[i]]));
         }
     }
 }
 // M from CB, rows 16w..
-__device__ __forceinline__ void weighted_cb(uint32_t (&M)[4][4], const float (&cb)[8][4], const Tokens& k, int w,
-                                            int lane) {
+__device__ __forceinline__ void weighted_cb(uint32_t (&M)[4][4], const float (&cb)[8][4], const Tokens& k,
+                                            int w, int lane) {
     #pragma unroll
     for (int q = 0; q < 4; q++) {
         #pragma unroll
@@ -191,8 +206,9 @@ __device__ __forceinline__ void store_rows(bf16* tile, const float (&d)[8][4], i
     }
 }
 // y = d + Dskip x
-__device__ __forceinline__ void store_y(const Ssd& p, const float (&d)[8][4], size_t b, size_t t0, size_t h, int w,
-                                        int lane) {
+__device__ __forceinline__ void store_y(const Ssd& p, const float (&d)[8][4], size_t b, size_t t0, size_t h,
+                                        int w, int lane) {
+    const float D = p.Dskip[h];
     #pragma unroll
     for (int i = 0; i < 8; i++) {
         #pragma unroll
@@ -201,7 +217,7 @@ __device__ __forceinline__ void store_y(const Ssd& p, const float (&d)[8][4], si
             if (t >= p.T) continue;
             const uint32_t x = *(const uint32_t*)(p.x + (b * p.T + t) * p.ldx + col);
             *(uint32_t*)(p.y + (b * p.T + t) * p.H * P + col) =
-                scan_pack(fmaf(p.Dskip[h], scan_low(x), d[i][2 * q]), fmaf(p.Dskip[h], scan_high(x), d[i][2 * q + 1]));
+                scan_pack(fmaf(D, scan_low(x), d[i][2 * q]), fmaf(D, scan_high(x), d[i][2 * q + 1]));
         }
     }
 }
@@ -210,7 +226,7 @@ __global__ void __launch_bounds__(128) cb_kernel3(Ssd p, Between m) {
     extern __shared__ __align__(128) char shared[];
     Tile* tiles = (Tile*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP;
-    const size_t chunks = (p.T + Q - 1) / Q, b = blockIdx.x / chunks, t0 = blockIdx.x % chunks * Q;
+    const size_t b = blockIdx.x / chunks_of(p), t0 = blockIdx.x % chunks_of(p) * Q;
     float d[8][4] = {};
     load_bc(tiles, p, p.Ct, b, t0);
     load_bc(tiles + 2, p, p.Bt, b, t0);
@@ -228,7 +244,7 @@ __global__ void __launch_bounds__(128) states_kernel3(Ssd p, Between m) {
     __shared__ Tokens k;
     Tile* tiles = (Tile*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP;
-    const size_t chunks = (p.T + Q - 1) / Q, h = blockIdx.x % p.H, c = blockIdx.x / p.H % chunks, b = blockIdx.x / p.H / chunks;
+    const size_t b = where(p).b, c = where(p).c, h = where(p).h;
     float d[N / 64][8][4] = {};
     uint32_t a[4][4];
     load_bc(tiles, p, p.Bt, b, c * Q);
@@ -241,7 +257,8 @@ __global__ void __launch_bounds__(128) states_kernel3(Ssd p, Between m) {
         ssd_mma_columns(d[n], a, tiles[n], 4);
         #pragma unroll
         for (int i = 0; i < 32; i++) {
-            const int row = w * 16 + lane / 4 + i % 4 / 2 * 8, col = n * 64 + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+            const int row = w * 16 + lane / 4 + i % 4 / 2 * 8;
+            const int col = n * 64 + i / 4 * 8 + 2 * (lane % 4) + i % 2;
             m.state[((size_t)blockIdx.x * P + row) * N + col] = d[n][i / 4][i % 4];
         }
     }
@@ -251,7 +268,7 @@ __global__ void __launch_bounds__(128) y_kernel3(Ssd p, Between m) {
     __shared__ Tokens k;
     Tile* tiles = (Tile*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP;
-    const size_t chunks = (p.T + Q - 1) / Q, h = blockIdx.x % p.H, c = blockIdx.x / p.H % chunks, b = blockIdx.x / p.H / chunks;
+    const size_t b = where(p).b, c = where(p).c, h = where(p).h, chunks = chunks_of(p);
     float d[8][4] = {}, cb[8][4];
     uint32_t M[4][4];
     load_bc(tiles, p, p.Ct, b, c * Q);
@@ -289,7 +306,7 @@ template <bool CB> __global__ void __launch_bounds__(128, 2) march_kernel(Ssd p,
     extern __shared__ __align__(128) char shared[];
     March& s = *(March*)shared;
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP;
-    const size_t chunks = (p.T + Q - 1) / Q, h = blockIdx.x % p.H, b = blockIdx.x / p.H;
+    const size_t chunks = chunks_of(p), h = blockIdx.x % p.H, b = blockIdx.x / p.H;
     const float A = -expf(p.A_log[h]);
     float S[N / 64][8][4] = {};
     auto load = [&](size_t c) {
@@ -325,7 +342,8 @@ template <bool CB> __global__ void __launch_bounds__(128, 2) march_kernel(Ssd p,
         if (c % EVERY == 0) {
             #pragma unroll
             for (int i = 0; i < 32 * (N / 64); i += 2) {
-                const int row = w * 16 + lane / 4 + i % 4 / 2 * 8, col = i / 32 * 64 + i % 32 / 4 * 8 + 2 * (lane % 4);
+                const int row = w * 16 + lane / 4 + i % 4 / 2 * 8;
+                const int col = i / 32 * 64 + i % 32 / 4 * 8 + 2 * (lane % 4);
                 const float* v = &S[i / 32][i % 32 / 4][i % 4];
                 *(uint32_t*)(saved_at(p, b, c, h) + row * N + col) = scan_pack(v[0], v[1]);
             }
@@ -371,7 +389,7 @@ template <bool CB> __global__ void __launch_bounds__(128, 2) march_kernel(Ssd p,
 
 static float* shipped_scratch;
 
-static unsigned chunks(void) { return (unsigned)((ssd.T + Q - 1) / Q); }
+static unsigned chunks(void) { return (unsigned)chunks_of(ssd); }
 static unsigned blocks(size_t threads) { return (unsigned)((threads + 255) / 256); }
 static void launch1(void) { ssd_kernel1<<<blocks(ssd.B * ssd.H * P), 256>>>(ssd, memory); }
 static void launch2(void) {
@@ -400,14 +418,15 @@ static void launch4(void) {
 static void launch5(void) {
     uint4* cb = (uint4*)shipped_scratch;
     scan_allow_shared(ssd_cb_kernel<N / 64>, 4 * TILE);
-    ssd_cb_kernel<N / 64><<<(unsigned)ssd.B * chunks(), 128, 4 * TILE>>>(cb, ssd.Bt, ssd.Ct, ssd.ldbc, ssd.T, 1, N,
-                                                                        chunks());
+    ssd_cb_kernel<N / 64><<<(unsigned)ssd.B * chunks(), 128, 4 * TILE>>>(cb, ssd.Bt, ssd.Ct, ssd.ldbc, ssd.T,
+                                                                        1, N, chunks());
     scan_allow_shared(march_kernel<true>, sizeof(March));
     march_kernel<true><<<(unsigned)(ssd.B * ssd.H), 128, sizeof(March)>>>(ssd, cb);
 }
 static void shipped(void) {
-    ssd_forward_cuda<bf16>(ssd.y, ssd.states, NULL, ssd.x, ssd.ldx, ssd.dt, ssd.A_log, ssd.Bt, ssd.Ct, ssd.ldbc,
-                           ssd.Dskip, false, NULL, NULL, shipped_scratch, ssd.B, ssd.T, ssd.H, P, 1, N, 0);
+    ssd_forward_cuda<bf16>(ssd.y, ssd.states, NULL, ssd.x, ssd.ldx, ssd.dt, ssd.A_log, ssd.Bt, ssd.Ct,
+                           ssd.ldbc, ssd.Dskip, false, NULL, NULL, shipped_scratch, ssd.B, ssd.T, ssd.H, P, 1,
+                           N, 0);
 }
 
 static const Rung rungs[] = {
@@ -425,7 +444,8 @@ static const Rung rungs_few[] = {
 
 static void setup_ssd(size_t B, size_t T, size_t H) {
     const size_t M = B * T, E = H * P, width = E + 2 * N, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-    std::vector<float> xbc, D, A_log(H), dt(M * H), turned(M * H), states(B * saved * E * N), y(M * E), h(E * N);
+    std::vector<float> xbc, D, A_log(H), dt(M * H), turned(M * H), states(B * saved * E * N), y(M * E);
+    std::vector<float> h(E * N);
     ssd.B = B; ssd.T = T; ssd.H = H; ssd.ldx = ssd.ldbc = width;
     ssd.y = nan_array<bf16>(M * E);
     ssd.states = nan_array<bf16>(B * saved * E * N);
@@ -444,14 +464,15 @@ static void setup_ssd(size_t B, size_t T, size_t H) {
     between.cb = nan_array<float>(B * chunks() * Q * Q);
     between.state = nan_array<float>(B * chunks() * E * N);
     shipped_scratch = nan_array<float>(ssd_forward_scratch_cuda(B, T, H, P, 1, N));
-    for (size_t b = 0; b < B; b++) {                           // 256 tokens at a time, so that the states are seen
+    for (size_t b = 0; b < B; b++) {                   // 256 tokens at a time, so that the states are seen
         std::fill(h.begin(), h.end(), 0.0f);
         for (size_t t = 0; t < T; t += SSD_SPACING) {
             const size_t at = b * T + t;
             std::copy(h.begin(), h.end(), &states[(b * saved + t / SSD_SPACING) * E * N]);
-            ssd_recurrent_forward(&y[at * E], h.data(), &xbc[at * width], width, &dt[at * H], A_log.data(),
-                                  &xbc[at * width + E], &xbc[at * width + E + N], width, D.data(), false, h.data(), NULL,
-                                  1, min_size(T - t, SSD_SPACING), H, P, 1, N);
+            const float *x = &xbc[at * width], *Bt = x + E, *Ct = Bt + N;
+            ssd_recurrent_forward(&y[at * E], h.data(), x, width, &dt[at * H], A_log.data(), Bt, Ct, width,
+                                  D.data(), false, h.data(), NULL, 1, min_size(T - t, SSD_SPACING), H, P, 1,
+                                  N);
         }
     }
     expect("y", ssd.y, y, 5e-3);
@@ -468,8 +489,8 @@ int main(int argc, char** argv) {
     static_assert((int)B_MANY * T_MANY == (int)B_FEW * T_FEW, "one floor for both");
     const Ladder ladders[] = {
         {"ssd_forward", "B8 T2048 H24 P64 N128, bf16", rungs, COUNT(rungs), setup, bytes, 0, 0},
-        {"ssd_forward, few sequences", "B1 T16384 H24 P64 N128, bf16", rungs_few, COUNT(rungs_few), setup_few, bytes,
-         0, 0},
+        {"ssd_forward, few sequences", "B1 T16384 H24 P64 N128, bf16", rungs_few, COUNT(rungs_few), setup_few,
+         bytes, 0, 0},
     };
     return ladder_main(argc, argv, ladders, COUNT(ladders));
 }

@@ -467,7 +467,8 @@ void test_attention(void) {
         "B8 T7 Q2 G2 H3 R2 interleaved state final documents0 C2", "B1 T5 Q2 G1 H2 state final C62",
         "B2 T66 Q2 G1 H2 R2 final", "B2 T70 Q2 G2 H37 R6 state final big documents0 C60",
         "B1 T130 Q2 G1 H16 R16 state final big C70", "B1 T200 Q3 G3 H33 interleaved R8 big documents5",
-        "B2 T64 Q2 G1 H32 R8 state final big C64", "B1 T3 Q4 G2 H256 R256 state final big C2" };
+        "B2 T64 Q2 G1 H32 R8 state final big C64", "B1 T3 Q4 G2 H256 R256 state final big C2",
+        "B2 T5 Q2 G1 H4 R2 state final big C200" };      // tiles of keys in the cache only
     check_layer(&attention_layer, shapes, COUNT_OF(shapes));
     const char* const pieces[] = {
         "B1 T40 Q2 G1 H5 R4 state final C3", "B1 T40 Q2 G2 H4 R2 interleaved state final C50",

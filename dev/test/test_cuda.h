@@ -493,7 +493,8 @@ template <typename X> void check_gated_rmsnorm(size_t M, size_t S, size_t G, int
     claim<X>("gated rmsnorm rstd", from_gpu(g_rstd, M * G), rstd, 1e-6, 1e-6);
     float* scratch = gpu_nan<float>(gated_rmsnorm_scratch_cuda(M, E));
     for (int twice = 0; twice < 2; twice++) {
-        X *g_dout = gpu<X>(in_place ? dout : spread(dout, E, ldo)), *g_again = again ? gpu_nan<X>(M * ldo) : NULL;
+        X *g_dout = gpu<X>(in_place ? dout : spread(dout, E, ldo));
+        X* g_again = again ? gpu_nan<X>(M * ldo) : NULL;
         X *g_dy = in_place ? g_dout : gpu_nan<X>(M * E), *g_dz = gpu_nan<X>(M * ld);
         float* g_dweight = gpu<float>(dweight);
         gated_rmsnorm_backward_cuda<X>(g_dy, g_dz, ld, g_again, ldo, g_dweight, g_dout, in_place ? E : ldo,
@@ -1037,9 +1038,14 @@ static const SsdShape ssd_backward_shapes[] = {
     {1, 128, 3, 64, 1, 128, 8, 0, false, false, 6, 0, 0, 0, " large dt"},
     {1, 300, 3, 64, 1, 128, 8, 0, true, false, 3, 12, 0, 0, " dt near 12"},
     {2, 500, 3, 64, 1, 128, 8, -1, true, false, 1, -8, 0, 0, " dt near 0"},
-    {1, 1500, 2, 64, 1, 128, 8, -1, true, false, 1, -3, -9, 0, " slow decay"},
+    {1, 1000, 16, 64, 2, 128, 8, -1, true, false, 1, -3, -9, 0, " slow decay"},
     {2, 100, 3, 64, 1, 128, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
     {2, 100, 3, 12, 1, 9, 8, 0, true, false, 1, 2, 6, 0, " decay underflows"},
+    {1, 600, 2, 32, 1, 64, 8, 0, true, false, 1, -4, -2, 0, " walks in parts"},
+    {1, 600, 2, 32, 1, 128, 8, 0, true, false, 1, -4, -2, 0, " walks in parts"},
+    {1, 600, 2, 64, 1, 64, 8, 0, true, false, 1, -4, -2, 0, " walks in parts"},
+    {1, 600, 2, 128, 1, 64, 8, 0, true, false, 1, -4, -2, 0, " walks in parts"},
+    {1, 600, 2, 128, 1, 128, 8, 0, true, false, 1, -4, -2, 0, " walks in parts"},
     {1, 2500, 6, 64, 1, 128, 8, -1, true, false, 1, -4, -2, 0, " walks in parts"},
     {1, 2500, 6, 64, 2, 128, 8, 900, true, false, 1, -4, -2, 0, " walks in parts"},
     {150, 200, 2, 32, 1, 64, 8, 0, true, false, 1, -3, 0, 0, " many sequences"},
@@ -1053,6 +1059,8 @@ Vec turned(const Vec& v, size_t B, size_t rows, size_t cols) {
             for (size_t j = 0; j < cols; j++) r[(b * cols + j) * rows + i] = v[(b * rows + i) * cols + j];
     return r;
 }
+
+static int fake_shared = 0;                  // a GPU with so many bytes of shared memory per block, 0: the true one
 
 template <typename X> void check_ssd_backward(const SsdShape* s) {
     const size_t B = s->B, T = s->T, H = s->H, P = s->P, G = s->G, N = s->N, M = B * T, E = H * P;
@@ -1114,7 +1122,7 @@ template <typename X> void check_ssd_backward(const SsdShape* s) {
         }
         first = all;
         const bool fast = sizeof(X) == 2 && (P == 32 || P == 64 || P == 128) && (N == 64 || N == 128) &&
-                          !s->offset && s->pad % 8 == 0;
+                          !s->offset && s->pad % 8 == 0 && !(fake_shared && P * N > 64 * 64);
         claim_zero<X>("ssd backward: another path than expected", (double)((strcmp(path, "fast") == 0) != fast));
         claim_zero<X>("ssd backward: gaps written", gaps);
         claim<X>("ssd dx", dx, gathered(dxbc, E, ld, s->pad), 1e-5, 4e-3);
@@ -1156,6 +1164,9 @@ void test_cuda_ssd_backward(void) {
         if (only_small() && ssd_backward_shapes[i].T > 600) continue;
         check_ssd_backward<float>(&ssd_backward_shapes[i]);
         check_ssd_backward<bf16>(&ssd_backward_shapes[i]);
+        fake_shared = 99 << 10;                                // too little for some of the fast paths
+        check_ssd_backward<bf16>(&ssd_backward_shapes[i]);
+        fake_shared = 0;
     }
     check_ssd_dt<float>(2, 300, 3, 3, 0, INFINITY);
     check_ssd_dt<float>(2, 257, 40, 45, 0.01, 5);
@@ -1550,7 +1561,11 @@ struct CudaShape {
     int docs;
     double dropout;
     const char* mixers = NULL;       // see toy_mamba2, toy_attention
+    uint64_t seed = 3;
 };
+// Mamba-2 with the random parameters of toys can be so ill-conditioned that rounding alone changes gradients
+// by more than the limits. These shapes and seeds are not: parameters changed by 2e-3 of themselves, about
+// what bf16 does, change no gradient by more than 2.5e-2 (few elements: 4e-2), on the CPU.
 static const CudaShape cuda_shapes[] = {
     {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0},
     {"1", 2, 7, 9, 5, 2, 3, 0, 11, false, true, false, 3, 7, 0, 0},
@@ -1560,19 +1575,20 @@ static const CudaShape cuda_shapes[] = {
     {"1", 2, 32, 64, 16, 4, 8, 0, 101, true, false, true, 3, 70, -1, 0},        // from here on the fast scan
     {"1m", 2, 64, 128, 16, 4, 16, 96, 257, false, true, true, 2, 133, 0, 0.4},
     {"1", 3, 96, 192, 16, 3, 8, 0, 64, true, true, false, 2, 64, 5, 0},
-    {"2", 2, 5, 6, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0, "P3 S1 L7"},                 // Mamba-2
-    {"2", 2, 13, 24, 3, 3, 1, 0, 29, false, true, false, 3, 37, 0, 0, "P3 S2 L16 hdim before limit"},
-    {"2m", 2, 24, 48, 7, 2, 1, 19, 29, true, true, true, 3, 70, 1, 0.3, "P6 S3 L16 W36"},
+    {"2", 2, 5, 6, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0, "P3 S1 L7", 4},              // Mamba-2
+    {"2", 2, 13, 24, 3, 3, 1, 0, 29, false, true, false, 3, 37, 0, 0, "P3 S2 L16 hdim before limit", 4},
+    {"2m", 1, 24, 48, 7, 2, 1, 19, 29, true, true, true, 3, 70, 1, 0.3, "P6 S3 L16 W36"},
     {"12m", 2, 32, 64, 16, 4, 8, 24, 101, true, false, true, 2, 133, 2, 0, "P8 S2 L64 plain"},
-    {"2", 2, 64, 128, 64, 4, 1, 0, 101, true, false, true, 3, 300, -1, 0, "P32 S2 L64"},        // fast
-    {"2m", 2, 64, 192, 128, 4, 1, 96, 257, false, true, true, 2, 533, 0, 0.4, "P64 S1 L256 W128"},
+    {"2", 1, 64, 256, 64, 4, 1, 0, 101, false, false, true, 3, 300, -1, 0, "P32 S2 L64", 4},    // fast
+    {"2m", 1, 64, 192, 128, 4, 1, 96, 257, false, true, true, 2, 533, 0, 0.4, "P64 S1 L256 W128"},
     {"221", 1, 96, 192, 128, 4, 8, 0, 64, true, true, false, 2, 64, 5, 0, "P64 S1 L64 hdim"},
     {"a", 2, 13, 22, 5, 4, 1, 0, 29, true, false, true, 3, 37, 0, 0, "Q4 G2 H6 R4 K4 C3"},      // attention
-    {"am", 2, 24, 22, 5, 4, 1, 19, 29, false, false, true, 3, 70, 1, 0.3, "Q3 G1 H5 F7 C2 interleaved R4 biases"},
+    {"am", 2, 24, 22, 5, 4, 1, 19, 29, false, false, true, 3, 70, 1, 0.3,
+     "Q3 G1 H5 F7 C2 interleaved R4 biases"},
     {"a", 2, 64, 22, 5, 4, 1, 0, 101, true, false, true, 2, 300, -1, 0, "Q4 G2 H32 R16 C5"},
     {"12am", 4, 64, 128, 64, 4, 8, 96, 101, true, false, true, 2, 133, 0, 0.2,
      "Q2 G1 H64 R64 K4 F32 C8 P32 S1 L64"},
-    {"222a", 4, 64, 128, 64, 4, 8, 0, 101, true, false, true, 2, 70, 2, 0, "Q2 G2 H64 R32 C4 P32 S1 L64"},
+    {"2a", 2, 64, 128, 64, 4, 8, 0, 101, true, false, true, 2, 70, 2, 0, "Q2 G2 H64 R32 C4 P32 S1 L64"},
 };
 
 // toy_model with parameters that are exact in X: the CPU then computes with the same weights
@@ -1582,7 +1598,7 @@ template <typename X> Model cuda_toy(const CudaShape* s) {
     if (strchr(s->pattern, '2')) toy_mamba2(&c, s->mixers);
     if (strchr(s->pattern, 'a')) toy_attention(&c, s->mixers, s->T);
     c.tie_embeddings = s->tie; c.bias = s->bias; c.conv_bias = s->conv_bias;
-    Model m = toy_model(&c, true, 3);
+    Model m = toy_model(&c, true, s->seed);
     for (int i = 0; i < m.n_tensors; i++)
         for (size_t j = 0; j < m.tensor[i].count; j++) {
             real* p = &m.params[m.tensor[i].offset + j];
@@ -1930,8 +1946,9 @@ template <typename X> void check_model(void) {
     size_t longest = only_small() ? 129 : 8192;
     static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0};
     static const CudaShape even = {"1m", 1, 32, 32, 16, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0};
-    static const CudaShape odd2 = {"2", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0, "P7 S1 L32"};
-    static const CudaShape even2 = {"2m", 1, 32, 64, 64, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0,
+    static const CudaShape odd2 = {"2", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0,
+                                   "P7 S1 L32"};
+    static const CudaShape even2 = {"12m", 2, 32, 64, 64, 4, 8, 24, 37, false, false, true, 1, 1, -1, 0,
                                     "P32 S1 L64"};
     check_lengths<X>(&odd, longest);
     check_lengths<X>(&even, longest);
@@ -2218,6 +2235,10 @@ static int allocations_left = -1;            // this many succeed; negative: all
 extern "C" {
 cudaError_t __real_cudaDeviceGetAttribute(int*, cudaDeviceAttr, int);
 cudaError_t __wrap_cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    if (fake_shared && attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
+        *value = fake_shared;
+        return cudaSuccess;
+    }
     if (!fake_major || attribute != cudaDevAttrComputeCapabilityMajor)
         return __real_cudaDeviceGetAttribute(value, attribute, device);
     *value = fake_major;
