@@ -84,13 +84,7 @@ static void forward3(void) {
     forward_kernel3<<<(unsigned)((M + 3) / 4), 4 * WARP>>>(out, rstd, y, z, LD, weight, M, E, eps);
 }
 
-// v4: a pack per thread, a block per row: few registers, so that many rows are under way
-static void forward4(void) {
-    gated_rmsnorm_forward_kernel<<<(unsigned)M, gated_threads(E)>>>(out, E, rstd, y, z, LD, weight, M, E,
-                                                                    (int)E, eps, false);
-}
-
-// shipped: a block takes several rows; the loads of the next are under way during the sum over this one
+// shipped: a pack per thread, a block per row: few registers, so that many rows are under way
 static void forward_shipped(void) {
     gated_rmsnorm_forward_cuda<bf16>(out, E, rstd, y, z, LD, weight, M, E, E, eps, false, 0);
 }
@@ -126,14 +120,14 @@ static void backward1(void) {
     backward_kernel1<<<(unsigned)M, 256>>>(dy, dz, LD, again, dweight, dout, y, z, weight, rstd, E);
 }
 
-// v2: NORM_BLOCKS blocks walk through the rows and leave partial sums, added in order by a second kernel
+// v2: GATED_BLOCKS blocks walk through the rows and leave partial sums, added in order by a second kernel
 static void backward2(void) {
-    gated_rmsnorm_backward_general_kernel<<<NORM_BLOCKS, 256>>>(dy, dz, LD, again, E, scratch, dout, E, y, z,
+    gated_rmsnorm_backward_general_kernel<<<GATED_BLOCKS, 256>>>(dy, dz, LD, again, E, scratch, dout, E, y, z,
                                                                 LD, weight, rstd, M, E, E, false);
-    sum_parts_cuda(dweight, NULL, scratch, NORM_BLOCKS, E, 0, E, 0);
+    sum_parts_cuda(dweight, NULL, scratch, GATED_BLOCKS, E, 0, E, 0);
 }
 
-// shipped: a pack per thread, dweight in registers, the loads of the next row under way
+// shipped: a pack per thread, dweight in registers
 static void backward_shipped(void) {
     gated_rmsnorm_backward_cuda<bf16>(dy, dz, LD, again, E, dweight, dout, E, y, z, LD, weight, rstd, scratch,
                                       M, E, E, false, 0);
@@ -145,13 +139,12 @@ static const Rung forward_rungs[] = {
     {"gate, then norm; the product in memory", forward1, 0},
     {"one kernel, value by value, the row read twice", forward2, 0},
     {"one warp per row, 16 bytes, the row in registers", forward3, 0},
-    {"one block per row, 16 bytes per thread", forward4, 0},
-    {"shipped: blocks of several rows, the next one under way", forward_shipped, 0},
+    {"shipped: one block per row, 16 bytes per thread", forward_shipped, 0},
 };
 static const Rung backward_rungs[] = {
     {"one block per row, atomic weight gradient", backward1, 0},
     {"a grid of blocks, partial sums in order", backward2, 0},
-    {"shipped: 16 bytes per thread, the next row under way", backward_shipped, 0},
+    {"shipped: 16 bytes per thread, sums in registers", backward_shipped, 0},
 };
 
 static std::vector<float> h_y, h_z, h_weight, h_rstd;
@@ -184,7 +177,7 @@ static void backward_setup(int which) {
     std::vector<float> before = want_dweight, zeros(M * LD);
     dy = nan_array<bf16>(M * E);
     again = nan_array<bf16>(M * E);
-    scratch = nan_array<float>(NORM_BLOCKS * E);
+    scratch = nan_array<float>(GATED_BLOCKS * E);
     gated_rmsnorm_forward(want_out.data(), h_rstd.data(), h_y.data(), h_z.data(), LD, h_weight.data(), M, E, E,
                           eps, false);
     rstd = device_copy(h_rstd);

@@ -38,7 +38,8 @@ all_states_kernel(bf16* h, const bf16* x, const bf16* Bt, size_t ld, const float
     float s = 0.0f;
     for (size_t t = 0; t < T; t++) {
         const size_t m = b * T + t;
-        const float dt_t = dt[(b * H + head) * T + t], a = scan_resets_cuda(doc, b, t, T) ? 0.0f : exp2f(dt_t * A2);
+        const float dt_t = dt[(b * H + head) * T + t];
+        const float a = scan_resets_cuda(doc, b, t, T) ? 0.0f : exp2f(dt_t * A2);
         s = fmaf(dt_t * to_float(x[m * ld + head * P + i / N]), to_float(Bt[m * ld + i % N]), a * s);
         h[(m * H + head) * P * N + i] = from_float<bf16>(s);
     }
@@ -89,11 +90,12 @@ static void launch_rows(void) {
     bf16 *dBt = dxbc + H * P, *Bt = xbc + H * P;
     cudaCheck(cudaMemsetAsync(dBC, 0, M * DIMS * sizeof(float)));
     cudaCheck(cudaMemsetAsync(ddt, 0, M * H * sizeof(float)));
-    row_kernel<<<dim3(P / 8, (unsigned)H, (unsigned)B), 256>>>(dxbc, ddt, dA_log, dDskip, dBC, all_states, dy, xbc,
-                                                               Bt, Bt + N, columns(), dt, A_log, Dskip, doc, T, H);
+    row_kernel<<<dim3(P / 8, (unsigned)H, (unsigned)B), 256>>>(
+        dxbc, ddt, dA_log, dDskip, dBC, all_states, dy, xbc, Bt, Bt + N, columns(), dt, A_log, Dskip, doc, T,
+        H);
     cudaCheck(cudaGetLastError());
-    ssd_sum_parts_kernel<bf16><<<(unsigned)((M * DIMS + 255) / 256), 256>>>(dBt, dBt + N, columns(), dBC, 1, 0,
-                                                                           DIMS, DIMS, M, G, N);
+    ssd_sum_parts_kernel<bf16><<<(unsigned)((M * DIMS + 255) / 256), 256>>>(
+        dBt, dBt + N, columns(), dBC, 1, 0, DIMS, DIMS, M, G, N);
     cudaCheck(cudaGetLastError());
 }
 
@@ -118,8 +120,8 @@ static void launch_general(void) {
 static void launch_shipped(void) {
     bf16 *dBt = dxbc + H * P, *Bt = xbc + H * P;
     ssd_backward_cuda<bf16>(dxbc, columns(), ddt, dA_log, dBt, dBt + N, columns(), dDskip, (float*)NULL, dy,
-                            (const float*)NULL, states, xbc, columns(), dt, A_log, Bt, Bt + N, columns(), Dskip,
-                            false, doc, scratch, B, T, H, P, G, N, 0);
+                            (const float*)NULL, states, xbc, columns(), dt, A_log, Bt, Bt + N, columns(),
+                            Dskip, false, doc, scratch, B, T, H, P, G, N, 0);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -156,13 +158,13 @@ static void setup_problem(const size_t* size, bool small, bool recurrence) {
     dDskip = nan_array<float>(H);
     scratch = nan_array<float>(ssd_backward_scratch_cuda(B, T, H, P, G, N));
     forward_scratch = nan_array<float>(ssd_forward_scratch_cuda(B, T, H, P, G, N));
-    ssd_forward_cuda<bf16>(y, states, (float*)NULL, xbc, ld, dt, A_log, xbc + E, xbc + E + N, ld, Dskip, false,
-                           (const float*)NULL, doc, forward_scratch, B, T, H, P, G, N, 0);
+    ssd_forward_cuda<bf16>(y, states, (float*)NULL, xbc, ld, dt, A_log, xbc + E, xbc + E + N, ld, Dskip,
+                           false, (const float*)NULL, doc, forward_scratch, B, T, H, P, G, N, 0);
     if (recurrence) {
         all_states = nan_array<bf16>(M * E * N);
         dBC = nan_array<float>(M * DIMS);
-        all_states_kernel<<<dim3(P * N / 256, (unsigned)H, (unsigned)B), 256>>>(all_states, xbc, xbc + E, ld, dt,
-                                                                               A_log, doc, T, H);
+        all_states_kernel<<<dim3(P * N / 256, (unsigned)H, (unsigned)B), 256>>>(
+            all_states, xbc, xbc + E, ld, dt, A_log, doc, T, H);
         cudaCheck(cudaGetLastError());
     }
     cudaCheck(cudaDeviceSynchronize());
@@ -171,13 +173,14 @@ static void setup_problem(const size_t* size, bool small, bool recurrence) {
     const float* x = h_xbc.data();
     float* dx = want.data();
     if (small) {
-        ssd_recurrent_backward(dx, ld, want_dt.data(), want_A.data(), dx + E, dx + E + N, ld, want_D.data(), NULL,
-                               h_dy.data(), NULL, x, ld, h_dt.data(), h_A.data(), x + E, x + E + N, ld, h_D.data(),
-                               false, NULL, d, once, T, H, P, G, N);
+        ssd_recurrent_backward(dx, ld, want_dt.data(), want_A.data(), dx + E, dx + E + N, ld, want_D.data(),
+                               NULL, h_dy.data(), NULL, x, ld, h_dt.data(), h_A.data(), x + E, x + E + N, ld,
+                               h_D.data(), false, NULL, d, once, T, H, P, G, N);
     } else {                                                   // the same in chunks, which is faster
-        std::vector<float> hs(ssd_saved(once, T, H, P, N, 64)), v(M1 * E), work(ssd_scratch(once, T, H, P, G, N, 64));
-        ssd_forward(v.data(), hs.data(), NULL, x, ld, h_dt.data(), h_A.data(), x + E, x + E + N, ld, h_D.data(),
-                    false, NULL, d, work.data(), once, T, H, P, G, N, 64);
+        std::vector<float> hs(ssd_saved(once, T, H, P, N, 64)), v(M1 * E);
+        std::vector<float> work(ssd_scratch(once, T, H, P, G, N, 64));
+        ssd_forward(v.data(), hs.data(), NULL, x, ld, h_dt.data(), h_A.data(), x + E, x + E + N, ld,
+                    h_D.data(), false, NULL, d, work.data(), once, T, H, P, G, N, 64);
         ssd_backward(dx, ld, want_dt.data(), want_A.data(), dx + E, dx + E + N, ld, want_D.data(), NULL,
                      h_dy.data(), NULL, hs.data(), x, ld, h_dt.data(), h_A.data(), x + E, x + E + N, ld,
                      h_D.data(), false, NULL, d, work.data(), once, T, H, P, G, N, 64);
@@ -196,8 +199,8 @@ static void setup_one(int which) { setup_problem(which ? TIMED[1] : SMALL[1], wh
 
 static const Rung wide[] = {
     {"recurrence: warp = channel, every h stored (6.4 GB), atomics", launch_rows, 0},
-    {"tiles of 64 tokens, plain loops (the general path)", launch_general, 0},
-    {"shipped: tensor core, block = tile and all heads", launch_shipped, 0},
+    {"tiles of 64 tokens, products in float (the general path)", launch_general, 0},
+    {"shipped: tensor core, walks, then block = tile and all heads", launch_shipped, 0},
 };
 static const Rung one[] = {
     {"shipped: walks in parts, heads in parts", launch_shipped, 0},
