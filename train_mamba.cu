@@ -3277,7 +3277,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // (a whole token as one kernel with barriers between the blocks was no faster).
 // With more sequences than DECODE_FEW the matmuls are work for cuBLASLt, and norm and convolution kernels of
 // their own. Measured with mamba-130m on one H200, us per token of all sequences, these kernels or cuBLASLt:
-// 16 sequences 561 or 728, 32: 925 or 789, 64: 1170 or 911.
+// 16 sequences 561 or 728, 32: 925 or 789, 64: 1170 or 849.
 
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
 
