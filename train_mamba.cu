@@ -3274,10 +3274,14 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what lies between the kernels, about
 // 2.5 us for each. So a Mamba-1 layer is four kernels:
 //   norm + W_in + conv | W_x | W_dt + state + gate | W_out
+// (a whole token as one kernel with barriers between the blocks was no faster).
+// With more sequences than DECODE_FEW the matmuls are work for cuBLASLt, and norm and convolution kernels of
+// their own. Measured with mamba-130m on one H200, us per token of all sequences, these kernels or cuBLASLt:
+// 16 sequences 561 or 728, 32: 925 or 789, 64: 1170 or 849.
 
-enum { DECODE_WARPS = 8, DECODE_ROWS = 64 };     // DECODE_ROWS: the most sequences
+enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
 
-// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias
+// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows
 //   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in:
 //   other blocks still read it). With conv_weight the first E outputs go through the causal convolution and
 //   SiLU; conv_state (rows,taps-1,E) holds its last inputs.
@@ -3313,8 +3317,7 @@ decode_linear_kernel(const DecodeLinear a) {
     extern __shared__ __align__(128) char shared[];
     bf16* normalized = (bf16*)shared;                        // NORM: (8, K + 32)
     __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8];
-    // AHEAD: chunks of weights in registers; with many sequences these are needed for the inputs
-    const int AHEAD = TILES == 8 ? 3 : 6;
+    const int AHEAD = 6;                                     // chunks of weights in registers
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
     const size_t o0 = (size_t)blockIdx.x * 16, K = a.K, ld_norm = K + 32;
     const int chunks = (int)(K / 32);
@@ -3426,18 +3429,47 @@ static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
         scan_allow_shared(decode_linear_kernel<1, true>, shared);
         decode_linear_kernel<1, true><<<blocks, threads, shared, stream>>>(a);
     } else if (a.rows <= 8) decode_linear_kernel<1, false><<<blocks, threads, 0, stream>>>(a);
-    else if (a.rows <= 16) decode_linear_kernel<2, false><<<blocks, threads, 0, stream>>>(a);
-    else if (a.rows <= 32) decode_linear_kernel<4, false><<<blocks, threads, 0, stream>>>(a);
-    else decode_linear_kernel<8, false><<<blocks, threads, 0, stream>>>(a);
+    else decode_linear_kernel<2, false><<<blocks, threads, 0, stream>>>(a);
     cudaCheck(cudaGetLastError());
 }
 
+// decode_conv: causal convolution and SiLU of one token.   x (rows,E)   input: row stride ld
+//   tail (rows,taps-1,E): the last inputs, updated.   One thread per channel of a sequence
+__global__ void __launch_bounds__(256) decode_conv_kernel(bf16* x, float* tail, const bf16* input, size_t ld,
+                                                          const float* weight, const float* bias, size_t E,
+                                                          int taps) {
+    size_t n = blockIdx.y, e = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (e >= E) return;
+    float newest = to_float(input[n * ld + e]), c = bias ? bias[e] : 0.0f;
+    float* tail_e = tail + n * (taps - 1) * E + e;
+    for (int k = 0; k + 1 < taps; k++) {
+        c += weight[e * taps + k] * tail_e[k * E];
+        tail_e[k * E] = k + 2 < taps ? tail_e[(k + 1) * E] : newest;
+    }
+    x[n * E + e] = from_float<bf16>(silu_cuda(c + weight[e * taps + taps - 1] * newest));
+}
+
+static void decode_conv_cuda(bf16* x, float* tail, const bf16* input, size_t ld, const float* weight,
+                             const float* bias, size_t rows, size_t E, size_t taps, cudaStream_t stream) {
+    dim3 grid((unsigned)((E + 255) / 256), (unsigned)rows);
+    decode_conv_kernel<<<grid, 256, 0, stream>>>(x, tail, input, ld, weight, bias, E, (int)taps);
+    cudaCheck(cudaGetLastError());
+}
+
+// four states of a channel from `first` on, as far as there are that many
+__device__ __forceinline__ void decode_load_states(float* state, const float* h_e, int first, int N) {
+    if (N % 4 == 0 && first < N) *(float4*)state = *(const float4*)(h_e + first);
+    else
+        #pragma unroll
+        for (int i = 0; i < 4; i++) state[i] = first + i < N ? h_e[first + i] : 0.0f;
+}
+
 // decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to
-// (F8) of 4.9).   y (rows,E)   x, z (rows,E), row stride ldz   rbc (rows,R+2N)   h (rows,E,N)
+// (F8) of 4.9).   y (rows,E)   x, z (rows,E), row strides ldx, ldz   rbc (rows,R+2N)   h (rows,E,N)
 // Four lanes share a channel; a block has 32 channels of `each` sequences, one after the other.
 // bytes: 2 per weight, 8 per state
 __global__ void __launch_bounds__(4 * WARP)
-decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
+decode_scan_kernel(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc, const bf16* dt_weight,
                    const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
                    int rows, int each, size_t E, int N, int R) {
     extern __shared__ __align__(128) char shared[];
@@ -3449,17 +3481,17 @@ decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16
     // E is a multiple of 32: the rows of W_dt of this block are one aligned piece
     for (int i = threadIdx.x; i < WARP * R / 8; i += 4 * WARP)
         ((uint4*)weight)[i] = __ldg((const uint4*)(dt_weight + e0 * R) + i);
-    float bias = dt_bias[e], D = Dskip[e], decay[4], state[4];
+    float bias = dt_bias[e], D = Dskip[e], decay[4];
+    alignas(16) float state[4];
     #pragma unroll
-    for (int i = 0; i < 4; i++) {                            // the states were written one token ago
+    for (int i = 0; i < 4; i++)
         decay[i] = 4 * l + i < N ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
-        state[i] = 4 * l + i < N ? h[(n0 * E + e) * N + 4 * l + i] : 0.0f;
-    }
+    decode_load_states(state, h + (n0 * E + e) * N, 4 * l, N);             // written one token ago
     for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP)
         rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
     __syncthreads();
     for (int n = n0; n < n1; n++, rbc_n += RBC) {
-        float dt = 0, sum = 0, x_e = to_float(x[n * ldz + e]);
+        float dt = 0, sum = 0, x_e = to_float(x[n * ldx + e]);
         float* h_e = h + (n * E + e) * N;
         for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
         dt += __shfl_xor_sync(0xffffffffu, dt, 1);
@@ -3467,33 +3499,38 @@ decode_scan_kernel(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16
         dt = scan_softplus(dt + bias);
         const float *B_n = rbc_n + R, *C_n = B_n + N;
         for (int first = 4 * l; first < N; first += 16) {
+            alignas(16) float after[4];
             #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int s = first + i;
                 if (s >= N) continue;
                 float before = first < 16 ? state[i] : h_e[s];
                 float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
-                float after = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
-                h_e[s] = after;
-                sum = fmaf(C_n[s], after, sum);
+                after[i] = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
+                sum = fmaf(C_n[s], after[i], sum);
             }
+            if (N % 4 == 0) *(float4*)(h_e + first) = *(const float4*)after;
+            else
+                #pragma unroll
+                for (int i = 0; i < 4; i++) if (first + i < N) h_e[first + i] = after[i];
         }
-        #pragma unroll
-        for (int i = 0; i < 4; i++) state[i] = n + 1 < n1 && 4 * l + i < N ? h_e[E * N + 4 * l + i] : 0.0f;
+        if (n + 1 < n1) decode_load_states(state, h_e + E * N, 4 * l, N);
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         if (l == 0) y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
     }
 }
 
-static void decode_scan_cuda(bf16* y, float* h, const bf16* x, const bf16* rbc, const bf16* dt_weight,
-                             const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z,
-                             size_t ldz, size_t rows, size_t E, size_t N, size_t R, cudaStream_t stream) {
-    size_t each = rows > 16 ? 8 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
+static void decode_scan_cuda(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc,
+                             const bf16* dt_weight, const float* dt_bias, const float* A_log,
+                             const float* Dskip, const bf16* z, size_t ldz, size_t rows, size_t E, size_t N,
+                             size_t R, cudaStream_t stream) {
+    size_t each = rows > 16 ? 4 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
     scan_allow_shared(decode_scan_kernel, shared);
     dim3 grid((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each));
-    decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, rbc, dt_weight, dt_bias, A_log, Dskip, z,
-                                                           ldz, (int)rows, (int)each, E, (int)N, (int)R);
+    decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, ldx, rbc, dt_weight, dt_bias, A_log,
+                                                           Dskip, z, ldz, (int)rows, (int)each, E, (int)N,
+                                                           (int)R);
     cudaCheck(cudaGetLastError());
 }
 
@@ -7556,6 +7593,17 @@ static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, c
 // Blocks with one token of each sequence (section 4.10), in bf16. res_in and delta_in as above; the residual
 // stream after the addition goes to res_out, what the block adds to shared->delta.
 
+// decode_matmul: with more than a few sequences cuBLASLt is faster
+static void decode_matmul(const CudaRun<bf16>* run, const DecodeLinear& a) {
+    if (run->B <= DECODE_FEW) decode_linear_cuda(a, run->stream);
+    else if (a.out)
+        matmul_forward_cuda(run->matmul, a.out, a.ldo, a.act, a.ld_act, a.weight, a.bias, run->B, a.K, a.O,
+                            run->stream);
+    else
+        gemm(run->matmul, a.out_float, a.ldo, a.weight, a.K, true, a.act, a.ld_act, false, a.O, run->B, a.K,
+             0.0f, run->stream);
+}
+
 // norm, then the first matmul of a block: up to 8 sequences in one kernel
 static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const ActsCuda<bf16>* acts,
                                 float* res_out, const float* res_in, const bf16* delta_in,
@@ -7571,7 +7619,7 @@ static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const 
                                       (float)run->config->norm_eps, run->stream);
         a.act = acts->u; a.ld_act = D;
     }
-    decode_linear_cuda(a, run->stream);
+    decode_matmul(run, a);
 }
 
 static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16* act, const bf16* weight,
@@ -7579,7 +7627,7 @@ static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16*
     DecodeLinear a = {};
     a.weight = weight; a.bias = bias; a.O = O; a.K = K; a.rows = (int)run->B;
     a.act = act; a.ld_act = K; a.out = out; a.ldo = O;
-    decode_linear_cuda(a, run->stream);
+    decode_matmul(run, a);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -7704,14 +7752,22 @@ static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     DecodeLinear in = {};
     in.weight = weight_x(L, p->in_proj); in.bias = p->in_proj_bias; in.O = 2 * E;
     in.out = a->xz; in.ldo = 2 * E;
-    in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s->conv;
-    in.taps = (int)c->d_conv; in.E = E;
+    const bool few = run->B <= DECODE_FEW;                 // then the convolution happens in the first kernel
+    if (few) {
+        in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s->conv;
+        in.taps = (int)c->d_conv; in.E = E;
+    }
     decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
+    if (!few)
+        decode_conv_cuda(a->x, s->conv, a->xz, 2 * E, p->conv1d, p->conv1d_bias, run->B, E, (size_t)c->d_conv,
+                         run->stream);
+    const bf16* x = few ? a->xz : a->x;
+    size_t ldx = few ? 2 * E : E;
     DecodeLinear x_proj = {};
     x_proj.weight = weight_x(L, p->x_proj); x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
-    x_proj.act = a->xz; x_proj.ld_act = 2 * E; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
-    decode_linear_cuda(x_proj, run->stream);
-    decode_scan_cuda(w->y, s->ssm, a->xz, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log, p->D,
+    x_proj.act = x; x_proj.ld_act = ldx; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
+    decode_matmul(run, x_proj);
+    decode_scan_cuda(w->y, s->ssm, x, ldx, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log, p->D,
                      a->xz + E, 2 * E, run->B, E, N, R, run->stream);
     decode_plain_linear(run, shared->delta, w->y, weight_x(L, p->out_proj), p->out_proj_bias, E, D);
 }
@@ -8520,7 +8576,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     DecodeLinear head = {};
     head.weight = d->head_x; head.O = Vp; head.K = D; head.rows = (int)run->B;
     head.act = w->f; head.ld_act = D; head.out_float = logits; head.ldo = Vp;
-    decode_linear_cuda(head, run->stream);
+    decode_matmul(run, head);
     return true;
 }
 static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,

@@ -23,7 +23,11 @@
 #ifndef LADDER_H
 #define LADDER_H
 
+#ifdef LADDER_MODEL                    // a ladder that needs blocks and models, too
+#define SSM_NO_CUDA_MAIN
+#else
 #define SSM_KERNELS_ONLY
+#endif
 // defines: the kernels and launchers, and all of train_mamba.c
 #include "../../train_mamba.cu"
 

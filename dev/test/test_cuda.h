@@ -21,6 +21,7 @@
 //  9. Indices beyond 2^31
 
 #include <cxxabi.h>
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -2003,16 +2004,18 @@ void cuda_logits(Backend* b, real* logits, const int* tokens, size_t n, size_t c
 }
 
 // Token by token with 1 to 70 sequences (section 4.10, and beyond it the kernels for any length), against the
-// CPU, which reads each sequence in one piece
-void check_decoding(Worst* worst, Worst* twice) {
+// CPU, which reads each sequence in one piece. The second time all steps but the last are greedy.
+void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
     enum { STEPS = 21, MOST = 70 };
     const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
                               toy_config("1", 3, 96, 192, 5, 2, 7, 100),
-                              toy_config("11m", 1, 64, 1600, 40, 4, 4, 100)};
+                              toy_config("11m", 1, 64, 1600, 40, 4, 4, 100),
+                              toy_config("1m", 1, 1056, 352, 16, 3, 40, 1000)};
     const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
-    for (int k = 0; k < 3; k++) {
+    for (int k = 0; k < 4; k++) {
         Config c = configs[k];
         c.bias = k == 1;
+        if (c.d_intermediate) c.d_intermediate = 32 + 64 * k;
         Model m = toy_model(&c, false, 6 + (uint64_t)k);
         size_t V = (size_t)c.vocab_size, Vp = (size_t)c.vocab_padded;
         Backend cpu = backend_cpu(&m, 0, 0, false, RECOMPUTE_NONE);
@@ -2021,7 +2024,7 @@ void check_decoding(Worst* worst, Worst* twice) {
         real* want = (real*)test_alloc(MOST * Vp, sizeof(real));
         real* got[2] = {(real*)test_alloc(MOST * Vp, sizeof(real)),
                         (real*)test_alloc(MOST * Vp, sizeof(real))};
-        int ids[MOST][STEPS], step_ids[MOST];
+        int ids[MOST][STEPS], step_ids[MOST], best[MOST][STEPS], next[MOST];
         for (size_t r = 0; r < MOST; r++) {
             for (size_t t = 0; t < STEPS; t++) ids[r][t] = (int)(random_bits(40, r, t) % V);
             cuda_logits(&cpu, want + r * Vp, ids[r], STEPS, STEPS);
@@ -2029,10 +2032,20 @@ void check_decoding(Worst* worst, Worst* twice) {
         for (size_t n : counts) {
             for (int again = 0; again < 2; again++) {
                 Session s = session_create(&b, n, 1);
+                double wrong = 0;
                 for (size_t t = 0; t < STEPS; t++) {
                     for (size_t r = 0; r < n; r++) step_ids[r] = ids[r][t];
+                    if (again && t + 1 < STEPS) {
+                        b.decode_greedy(&b, &s, step_ids, next);
+                        for (size_t r = 0; r < n; r++) wrong += next[r] != best[r][t];
+                        continue;
+                    }
                     b.decode(&b, &s, 0, n, step_ids, 1, got[again]);
+                    for (size_t r = 0; r < n; r++)
+                        best[r][t] = (int)(std::max_element(got[again] + r * Vp, got[again] + r * Vp + V) -
+                                           (got[again] + r * Vp));
                 }
+                worst_add(greedy, wrong, "D%d, %zu rows", (int)c.d_model, n);
                 session_free(&b, &s);
             }
             for (size_t r = 0; r < n; r++)
@@ -2124,10 +2137,11 @@ void test_cuda_generate(void) {
         model_free(&m);
     }
     other_backend = NULL;
-    Worst decoding = {0, ""}, twice = {0, ""};
-    check_decoding(&decoding, &twice);
+    Worst decoding = {0, ""}, twice = {0, ""}, greedy = {0, ""};
+    check_decoding(&decoding, &twice, &greedy);
     worst_report("bf16: logits token by token, 1 to 70 sequences = the CPU's", &decoding, 3e-2);
     worst_report("bf16: logits token by token, again: bits", &twice, 0);
+    worst_report("bf16: greedy tokens that are not those of the largest logits", &greedy, 0);
     worst_report("fp32: tokens of the GPU differ from those of the CPU", &tokens, 0);
     worst_report("fp32: tokens after prefill in chunks of 1, 7, 1000 differ", &chunks, 0);
     worst_report("fp32: a state saved on one device, tokens on the other differ", &saved, 0);
