@@ -3240,7 +3240,11 @@ void state_copy_row(const Model* m, State* dst, size_t to, const State* src, siz
 }
 
 // has_cache: does the state of the model grow with the number of tokens?
-static bool has_cache(const Model* m) { return strchr(m->config.pattern, 'a') != NULL; }
+// The letters of a pattern that is longer than the model are no layers.
+static bool has_cache(const Model* m) {
+    for (int l = 0; l < m->n_layers; l++) if (m->layer[l].kind->letter == 'a') return true;
+    return false;
+}
 
 // state_count: numbers in the state of one sequence
 static size_t state_count(const Model* m) {

@@ -5,14 +5,19 @@
 // metadata, the training settings and counters. Both tensor files carry the step and a save id, the hash of
 // all parameters.
 
+// model_hash: of all parameters; of a matrix in bfloat16 those numbers, as params has lost it
 uint64_t model_hash(const Model* m) {
     uint64_t hash = 0;
     for (int i = 0; i < m->n_tensors; i++) {
-        const unsigned char* p = (const unsigned char*)(m->params + m->tensor[i].offset);
-        size_t bytes = m->tensor[i].count * sizeof(real);
+        const Tensor* t = &m->tensor[i];
+        const unsigned char* p = (const unsigned char*)(m->params + t->offset);
+        const uint16_t* bits = m->half.bits && (t->spec->flags & DECAY) ? m->half.bits + t->offset : NULL;
+        size_t bytes = t->count * (bits ? sizeof *bits : sizeof(real)), I = (size_t)t->shape[1];
         for (size_t j = 0; j < bytes; j += 8) {
             uint64_t word = 0;
-            memcpy(&word, p + j, min_size(8, bytes - j));
+            if (!bits) memcpy(&word, p + j, min_size(8, bytes - j));
+            for (size_t k = j / 2; bits && k < min_size(j / 2 + 4, t->count); k++)
+                word = word << 16 | bits[k / I * I + half_at(k % I, I)];
             hash = (hash ^ word) * 0x9e3779b97f4a7c15ull;
             hash ^= hash >> 29;
         }

@@ -1504,19 +1504,20 @@ static bool config_fits(const Config* c, bool hf, Error* err) {
     size_t mlps = 0;
     for (const char* p = c->pattern; *p; p++) mlps += *p == 'm';
     if (hf) {
+        Error unused;
+        const char* advice = config_fits(c, false, &unused) ? "; try --dialect mamba_ssm" : "";
         if (mlps)
-            return fail(err, "pattern %s: transformers has no Mamba with MLPs; try --dialect mamba_ssm",
-                        c->pattern);
+            return fail(err, "pattern %s: transformers has no Mamba with MLPs%s", c->pattern, advice);
         if (!pattern_is_all(c, "1") && !pattern_is_all(c, "2"))
-            return fail(err, "pattern %s: transformers has models of Mamba-1 alone and of Mamba-2 alone",
-                        c->pattern);
+            return fail(err, "pattern %s: transformers has models of Mamba-1 alone and of Mamba-2 alone%s",
+                        c->pattern, advice);
         const char* what = *c->pattern == '1'            ? NULL
                            : c->d_ssm != c->d_inner      ? "d_ssm below the inner width"
                            : c->D_has_hdim               ? "one D per channel (D_has_hdim)"
                            : !c->rmsnorm                 ? "no norm after the gate (rmsnorm false)"
                            : c->norm_before_gate         ? "the norm before the gate"
                            : c->d_inner % c->d_model     ? "an expand that is not whole" : NULL;
-        return !what || fail(err, "transformers' Mamba-2 does not have %s; try --dialect mamba_ssm", what);
+        return !what || fail(err, "transformers' Mamba-2 does not have %s%s", what, advice);
     }
     if (strchr(c->pattern, '1') && strchr(c->pattern, '2'))
         return fail(err, "pattern %s: mamba_ssm has no models with both Mamba-1 and Mamba-2", c->pattern);

@@ -273,7 +273,6 @@ static double mib(double bytes) { return bytes / 1048576.0; }
 //   scan     25 per state of every channel: 7 forward (dt A, exp, dt x B, multiply and add h, multiply and
 //   add C h), 18 backward (the forward's again, and 11 for the gradients). Mamba-2: 12 per state (x B and
 //   C H, three times) and, within chunks of Q tokens of which half are seen, 3 Q per channel and number of B.
-//   Attention: 6 T per channel of the query heads (q k and P v with half of T tokens, three times)
 // The utilization of a device (MFU) is matmul flop / time / the device's rate in matmuls, as is usual. The
 // figure 6 N per token that others quote counts every parameter N, the embedding too.
 typedef struct { double matmul, scan; } Flop;
@@ -281,9 +280,6 @@ typedef struct { double matmul, scan; } Flop;
 Flop flop_per_token(const Model* m, int64_t T) {
     Flop f = {0, 0};
     const Config* c = &m->config;
-    for (int l = 0; l < m->n_layers; l++)
-        if (m->layer[l].kind->letter == 'a')
-            f.scan += 6.0 * (double)T * (double)(c->attn_heads * c->attn_head_dim);
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor* t = &m->tensor[i];
         bool lookup = t->spec->init == INIT_EMBEDDING && !c->tie_embeddings;

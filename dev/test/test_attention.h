@@ -382,6 +382,10 @@ void test_context(void) {
     char option[300], *argv[64];
     snprintf(option, sizeof option, "--max-tokens 0 --save-state %s", scratch("part.state"));
     written(&m, "seventeen letters", option);
+    double more = flop_per_token(&m, 9).matmul + flop_per_token(&m, 9).scan -
+                  flop_per_token(&m, 1).matmul - flop_per_token(&m, 1).scan;
+    report("flop of 8 tokens more: 48 per channel of the queries",
+           fabs(more - 48.0 * (double)(c.attn_heads * c.attn_head_dim)), 1e-6);
     report("context of a prompt of 17 tokens", fabs((double)m.config.context - 17), 0);
     Error err;
     SafeTensors st;

@@ -296,7 +296,7 @@ const CliRow cli_options[] = {
     {TOY "--out fresh --steps 1 --data \"\"", NULL, 1, "--data"}, {NEW "--pattern 1z", NULL, 1, "letter 'z'"},
     {NEW "--pattern m", NULL, 1, "must follow a mixer"}, {NEW "--pattern \"\"", NULL, 1, "0 letters"},
     {NEW "--pattern 1mm", NULL, 1, "1mm"},
-    {NEW "--pattern 1a --carry-state", NULL, 1, "train it without"},
+    {NEW "--pattern a1 --carry-state", NULL, 1, "train it without"},
     {NEW "--pattern a --attn-head-dim 257", NULL, 1, "head_dim is 257, expected 1 .. 256"},
     {NEW "--pattern a --attn-heads 4 --attn-heads-kv 3", NULL, 1, "4 attention heads cannot share 3"},
     {NEW "--pattern a --rotary-dim 3", NULL, 1, "rotary_emb_dim 3"},

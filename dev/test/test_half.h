@@ -51,6 +51,21 @@ static void check_half_matmul(size_t M, size_t I, size_t O, bool has_bias) {
     report(name, differ + outside, 0);
 }
 
+// check_half_hash: a saved state belongs to the rounded weights. Catches: a hash of what the memory of the
+// matrices holds after they are gone from it.
+static void check_half_hash(const Config* c, const Model* half) {
+    test_alloc(1001, sizeof(real));                  // the next model lies elsewhere in its pages
+    for (int k = 0; k < 3; k++) {
+        Model other = toy_model(c, false, 5);
+        const Tensor* t = &other.tensor[k == 1 ? 0 : 2];
+        if (k) other.params[t->offset + t->count / 2] += 1;
+        model_to_half(&other);
+        report(k ? "hash of other weights" : "hash of the same weights",
+               (model_hash(&other) == model_hash(half)) == (k > 0), 0);
+        model_free(&other);
+    }
+}
+
 // Catches: a matrix that is not converted or not used, an embedding in another order; a sum that depends on
 // how the text is cut.
 void test_half(void) {
@@ -88,6 +103,7 @@ void test_half(void) {
         report(tied ? "tied: logits of the rounded model" : "logits of the rounded model",
                relative_l2(got, want, Vp), REAL_IS_DOUBLE ? 1e-13 : 2e-6);
         report("whole and token by token: bits", memcmp(logits[1], logits[2], Vp * sizeof(real)) != 0, 0);
+        check_half_hash(&c, &half);
         model_free(&half);
     }
 }
