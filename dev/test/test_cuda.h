@@ -632,7 +632,7 @@ template <typename X> void check_layers(void) {
             check_rmsnorm<X>(21, D[d], variant);
             if (!small && D[d] <= 1536) check_rmsnorm<X>(D[d] == 768 ? 2300 : 600, D[d], variant);
         }
-    const size_t conv[][3] = {{1, 1, 1}, {1, 1, 64}, {3, 7, 33}, {2, 2, 36}, {3, 3, 128}, {3, 37, 40},
+    const size_t conv[][3] = {{1, 1, 3}, {1, 1, 64}, {3, 7, 33}, {2, 2, 36}, {3, 3, 128}, {3, 37, 40},
                               {2, 100, 264}, {1, 517, 96}};
     for (int i = 0; i < (small ? 6 : 8); i++)
         for (size_t K = 1; K <= 8; K++)
