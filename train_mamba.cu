@@ -438,9 +438,9 @@ __device__ __forceinline__ void copy_async_wait(int groups) {
     else asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-// load_matrices: four 8 x 8 matrices of bf16 from shared memory (ldmatrix), as the tensor core takes them. Lane
-// l gives the address (of 16 bytes) of row l % 8 of matrix l / 8; r[k] is then matrix k, of which lane 4g + q
-// holds row g, columns 2q and 2q+1; _trans: column g, rows 2q and 2q+1.
+// load_matrices: four 8 x 8 matrices of bf16 from shared memory (ldmatrix), as the tensor core takes them.
+// Lane l gives the address (of 16 bytes) of row l % 8 of matrix l / 8; r[k] is then matrix k, of which lane
+// 4g + q holds row g, columns 2q and 2q+1; _trans: column g, rows 2q and 2q+1.
 __device__ __forceinline__ void load_matrices(uint32_t* r, const bf16* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -4994,7 +4994,9 @@ ssd_walk_kernel(const __grid_constant__ SsdWalks a) {
 //   16 x 64 products: S = dy x^T (up to its own tokens), v = (G L)^T dy (from its own tokens on)
 //   state products:   H^T dy, Lambda^T x, Lambda Bt of its tokens, and 16 rows of <Lambda, H>
 // and the sums over heads stay: dBt, dCt in registers, dG in shared memory, each value with the thread that
-// adds to it. G is the same for all heads of the group.
+// adds to it. G is the same for all heads of the group. Two blocks share a processor: one works while the
+// other waits for the arrays of its next head. A tile and head need 48 KB, about 250 products of the tensor
+// core (16 x 8 x 16) per warp and two barriers.
 // Sums over pairs: what lies inside the warp's 16 tokens is summed as the formula says. Of the pairs between
 // two warps only sums along rows and columns count; those along columns are <x_j, v_j> before v_j has got its
 // own 16 tokens, those along rows are made of S.
@@ -5634,8 +5636,9 @@ size_t ssd_backward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t 
 //   dx (row stride lddx), dBt, dCt (row stride lddbc), ddt (B,H,T), dh0: written
 //   dA_log (H), dDskip (H), or (H,P) with D_has_hdim: added to     dh0, dhT (B,H,P,N) float, doc: may be NULL
 //   states: as forward left them (h0 is in them)     scratch: ssd_backward_scratch_cuda() floats
-// Returns the path taken. Bytes of the fast path at B8 T2048 H24 P64 N128: 630 MB, of which 350 MB are the
-// states between tiles.
+// Returns the path taken. B8 T2048 H24 P64 N128 (H200, bf16, cold cache): 0.32 ms, 0.10 of it the walks.
+// 630 MB go through the memory, 350 MB of them states between tiles; inputs and outputs alone are 196 MB and
+// would take 0.05 ms.
 template <typename X>
 const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* dBt, X* dCt, size_t lddbc,
                               float* dDskip, float* dh0, const X* dy, const float* dhT, const X* states,
