@@ -2302,13 +2302,20 @@ __device__ __forceinline__ float scan_softplus_fast(float x2) {
 // A signal (mbarrier): threads arrive at it, and when `count` have, its phase ends and the next one begins.
 // scan_wait returns when the phase of the given parity (the first has 0, the next 1, then 0 ..) has ended;
 // what the threads wrote before they arrived is then visible.
-__device__ __forceinline__ void scan_signal_init(uint64_t* signal, int count) {
+// One lane arrives for its warp, after a __syncwarp. The racecheck tool does not see through that: for it,
+// -DSSM_RACECHECK lets every lane arrive.
+#ifdef SSM_RACECHECK
+enum { SCAN_ARRIVALS = WARP };
+#else
+enum { SCAN_ARRIVALS = 1 };
+#endif
+__device__ __forceinline__ void scan_signal_init(uint64_t* signal, int warps) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(count) : "memory");
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(warps * SCAN_ARRIVALS) : "memory");
 }
 __device__ __forceinline__ void scan_arrive_warp(uint64_t* signal) {
     __syncwarp();
-    if (threadIdx.x % WARP == 0)
+    if (threadIdx.x % WARP < SCAN_ARRIVALS)
         asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
                      :: "r"((uint32_t)__cvta_generic_to_shared(signal)) : "memory");
 }
@@ -3308,8 +3315,8 @@ typedef struct {
 
 // decode_linear: a block makes 16 outputs of all sequences, its eight warps share the sum over k: warp w
 // takes the chunks w, w + 8, ... of 32. The tensor core multiplies weights (16 outputs x 16 k) with inputs
-// (16 k x 8 sequences). The order of k within a chunk does not matter as long as both sides have the same, so lane
-// (g, q) simply takes k = 8q..8q+7 of its row, 16 bytes, for two multiplications.
+// (16 k x 8 sequences). The order of k within a chunk does not matter as long as both sides have the same, so
+// lane (g, q) simply takes k = 8q..8q+7 of its row, 16 bytes, for two multiplications.
 // TILES: groups of 8 sequences.   bytes: 2 per weight
 template <int TILES, bool NORM>
 __global__ void __launch_bounds__(DECODE_WARPS * WARP)
@@ -5743,8 +5750,8 @@ void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* 
 //   y (M,E)   z (M,E), row stride ldz   weight (E)   out (M,E), row stride ldo   E a multiple of S
 //   saved for backward: rstd (M,E/S)
 // In both orders out = weight * rstd * (y silu(z)): they differ only in what is squared.
-// A block works on one group of a token, a thread on GATED_PACK neighbouring channels; blockIdx: token, group.
-// So few registers suffice that many blocks are under way.   bytes: 3 sizeof(X) per element
+// A block works on one group of a token, a thread on GATED_PACK neighbouring channels; blockIdx: token,
+// group. So few registers suffice that many blocks are under way.   bytes: 3 sizeof(X) per element
 enum { GATED_PACK = 8, GATED_THREADS = 1024, GATED_BLOCKS = 660 };
 
 // gated_sum: the sum over the block, the same bits in every thread; `phase` as in group_sum
@@ -5864,7 +5871,7 @@ gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, flo
             d_m = load_pack<GATED_PACK>(dout + m * lddo + e);
             y_m = load_pack<GATED_PACK>(y + m * E + e);
             z_m = load_pack<GATED_PACK>(z + m * ldz + e);
-            unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));      // in the cache after the first token
+            unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));    // in the cache after the first token
         }
         const float r = rstd[m * gridDim.y + blockIdx.y];
         #pragma unroll
@@ -7547,8 +7554,8 @@ static void linear_backward_input(const CudaRun<X>* run, X* dinp, size_t lddi, b
 }
 
 // matmul_outputs: how many outputs a matmul computes for O, when rows of the output have ld numbers. Other
-// than multiples of 8 do not suit the tensor core (16 bytes of bf16): a step of 12 Mamba-2 layers of width 384,
-// 1804 outputs, took 11.0 ms instead of 8.4 (16384 tokens, H200). Parameters have the rows for it
+// than multiples of 8 do not suit the tensor core (16 bytes of bf16): a step of 12 Mamba-2 layers of width
+// 384, 1804 outputs, took 11.0 ms instead of 8.4 (16384 tokens, H200). Parameters have the rows for it
 // (model_add_tensor): zeros. With D inputs of which no 16 bytes are aligned there is nothing to gain.
 static size_t matmul_outputs(size_t O, size_t ld, size_t D) {
     size_t all = (O + 7) / 8 * 8;

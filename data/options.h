@@ -76,7 +76,7 @@ static const Option options[] = {
     {"ngroups", 'i', OPT(ngroups), WORD_ALL, "1", 1, 1e6, NULL,
      "Mamba-2: groups of heads that share B and C, G"},
     {"chunk-size", 'i', OPT(chunk_size), WORD_ALL, "256", 1, 65536, NULL,
-     "Mamba-2: tokens per chunk, Q; the result does not depend on it"},
+     "Mamba-2: tokens per chunk, Q; the result depends on it by rounding only"},
     {"attn-heads", 'i', OPT(attn_heads), WORD_ALL, "0", 0, 65536, NULL, "attention heads; 0: D/64"},
     {"attn-heads-kv", 'i', OPT(attn_heads_kv), WORD_ALL, "0", 0, 65536, NULL,
      "heads of keys and values, shared by the others; 0: as many"},

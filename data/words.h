@@ -220,10 +220,10 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         Config c = config_from_options(s, V, tok->eos);
         if (!config_check(&c, &err)) die("%s", err.text);
         model_describe(m, &c);
-        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
-            die("%s", err.text);
         dir[0] = 0;
         if (s->word == WORD_INFO) return;
+        if (!check_memory((double)m->n_elements * sizeof(real), "choose a smaller model", &err))
+            die("%s", err.text);
         model_alloc(m, false);
         model_init(m, o->seed);
         return;

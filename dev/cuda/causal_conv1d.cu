@@ -254,8 +254,8 @@ template <int G> static void backward_parts(void) {
 }
 
 static void backward_shipped(void) {
-    causal_conv1d_backward_cuda<bf16>(dinp, E, dweight, dbias, NULL, dout, NULL, inp, E, NULL, weight, bias, true,
-                                      NULL, scratch, B, T, E, K, 0);
+    causal_conv1d_backward_cuda<bf16>(dinp, E, dweight, dbias, NULL, dout, NULL, inp, E, NULL, weight, bias,
+                                      true, NULL, scratch, B, T, E, K, 0);
 }
 
 // --------------------------------------------------------------------------------------------------

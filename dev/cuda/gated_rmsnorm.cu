@@ -163,8 +163,8 @@ static void forward_setup(int which) {
     out = nan_array<bf16>(M * E);
     rstd = nan_array<float>(M);
     w_row = nan_array<float>(M * E);
-    gated_rmsnorm_forward(want.data(), h_rstd.data(), h_y.data(), h_z.data(), LD, h_weight.data(), M, E, E, eps,
-                          false);
+    gated_rmsnorm_forward(want.data(), h_rstd.data(), h_y.data(), h_z.data(), LD, h_weight.data(), M, E, E,
+                          eps, false);
     expect("out", out, want, 4e-3);
     expect("rstd", rstd, h_rstd, 1e-6);
 }
@@ -178,8 +178,8 @@ static void backward_setup(int which) {
     dy = nan_array<bf16>(M * E);
     again = nan_array<bf16>(M * E);
     scratch = nan_array<float>(GATED_BLOCKS * E);
-    gated_rmsnorm_forward(want_out.data(), h_rstd.data(), h_y.data(), h_z.data(), LD, h_weight.data(), M, E, E,
-                          eps, false);
+    gated_rmsnorm_forward(want_out.data(), h_rstd.data(), h_y.data(), h_z.data(), LD, h_weight.data(), M, E,
+                          E, eps, false);
     rstd = device_copy(h_rstd);
     gated_rmsnorm_backward(want_dy.data(), want_dz.data(), LD, want_dweight.data(), h_dout.data(), h_y.data(),
                            h_z.data(), LD, h_weight.data(), h_rstd.data(), M, E, E, false);

@@ -977,7 +977,8 @@ void check_ssd_dt_forward(size_t B, size_t T, size_t H, size_t ld, double lo, do
     gpu_release();
 }
 
-// Catches: a chunk's first or last token, a padded channel or state used, a document that leaks into the next,
+// Catches: a chunk's first or last token, a padded channel or state used, a document that leaks into the
+// next,
 // a state saved at another token, a decay that overflows or becomes NaN, a buffer used before it is filled or
 // after it is filled again, a sum that depends on the order of the threads.
 void test_cuda_ssd_forward(void) {
@@ -1096,9 +1097,11 @@ template <typename X> void check_ssd_backward(const SsdShape* s) {
     snprintf(shape, sizeof shape, "B%zu T%zu H%zu P%zu G%zu N%zu%s%s%s%s", B, T, H, P, G, N,
              d ? " doc" : "", s->state ? " state" : "", s->hdim ? " hdim" : "", s->note);
     ssd_forward_cuda<X>(y, g_states, (float*)NULL, g_x, ld, g_dt, g_A, g_B, g_C, ld, g_D, s->hdim, g_h0,
-                        g_doc, gpu_nan<float>(ssd_forward_scratch_cuda(B, T, H, P, G, N)), B, T, H, P, G, N, 0);
+                        g_doc, gpu_nan<float>(ssd_forward_scratch_cuda(B, T, H, P, G, N)), B, T, H, P, G, N,
+                        0);
     // 0 where the decay underflows: dA is then far below what can be seen beside other numbers
-    Vec start_A = normal_vec<float>(H, s->decay > 5 ? 0 : 0.5), start_D = normal_vec<float>(n_skip, 0.5), first;
+    Vec start_A = normal_vec<float>(H, s->decay > 5 ? 0 : 0.5), start_D = normal_vec<float>(n_skip, 0.5),
+        first;
     float* scratch = gpu_nan<float>(ssd_backward_scratch_cuda(B, T, H, P, G, N));
     for (int twice = 0; twice < 2; twice++) {
         X* g_dxbc = gpu_nan<X>(M * ld);
@@ -1439,8 +1442,8 @@ template <typename X> void check_attention(const AttentionShape* s) {
         first = all;
         if (twice) continue;
         claim_zero<X>("attention: gaps written", written_gaps(got, ld, o.row, ld));
-        // scores near 50: float rounds them by 2e-6 of P_ij; and where one P_ij is almost 1, dP_ij - delta_i is
-        // a small difference, and bf16 has rounded the out that delta is made of: measured 9e-6, 6.1e-3
+        // scores near 50: float rounds them by 2e-6 of P_ij; and where one P_ij is almost 1, dP_ij - delta_i
+        // is a small difference, and bf16 has rounded the out that delta is made of: measured 9e-6, 6.1e-3
         const bool steep = s->scale > 2;
         claim<X>(steep ? "attention, steep softmax, dq" : "attention dq", gathered(all, qs, o.row),
                  gathered(grad, qs, o.row), steep ? 5e-5 : 1e-5, steep ? 1.5e-2 : 5e-3);
@@ -1590,8 +1593,10 @@ static const CudaShape cuda_shapes[] = {
     {"2a", 2, 64, 128, 64, 4, 8, 0, 101, true, false, true, 2, 70, 2, 0, "Q2 G2 H64 R32 C4 P32 S1 L64"},
 };
 
-// toy_model with parameters that are exact in X: the CPU then computes with the same weights. The A of Mamba-2
-// is between 0.1 and 3 instead of 1 and 20: dt_raw comes in X out of in_proj, and a decay exp(-20 dt) with a dt
+// toy_model with parameters that are exact in X: the CPU then computes with the same weights. The A of
+// Mamba-2
+// is between 0.1 and 3 instead of 1 and 20: dt_raw comes in X out of in_proj, and a decay exp(-20 dt) with a
+// dt
 // that is rounded to 1 in 300 changes by a tenth, on the CPU as well. (The cases of the layer have large A.)
 template <typename X> Model cuda_toy(const CudaShape* s) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
@@ -2066,9 +2071,10 @@ void test_cuda_generate(void) {
     const char* fp32 = "--precision fp32";
     Worst tokens = {0, ""}, chunks = {0, ""}, saved = {0, ""}, logits_cpu = {0, ""};
     Worst logits_chunk[2] = {{0, ""}, {0, ""}};
-    Config configs[] = {toy_config("1m", 2, 13, 22, 5, 4, 2, 257), toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
-                        toy_config("2m", 2, 13, 24, 5, 4, 2, 257), toy_config("221", 1, 32, 64, 64, 4, 8, 257),
-                        toy_config("12am", 4, 13, 24, 5, 4, 2, 257), toy_config("a2", 4, 64, 64, 64, 4, 8, 257)};
+    Config configs[] = {
+        toy_config("1m", 2, 13, 22, 5, 4, 2, 257),   toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
+        toy_config("2m", 2, 13, 24, 5, 4, 2, 257),   toy_config("221", 1, 32, 64, 64, 4, 8, 257),
+        toy_config("12am", 4, 13, 24, 5, 4, 2, 257), toy_config("a2", 4, 64, 64, 64, 4, 8, 257)};
     toy_mamba2(&configs[2], "P3 S2 L16 W18");
     toy_mamba2(&configs[3], "P32 S1 L64");
     toy_attention(&configs[4], "Q4 G2 H5 R4 K3 F6", 400);
@@ -2551,8 +2557,8 @@ static void check_large_block(size_t times) {
     Twice<bf16> xz = twice_normal<bf16>(2 * n, times), dxz = twice_nan<bf16>(2 * n, times);
     Twice<bf16> x = twice_nan<bf16>(n, times), dx = twice_normal<bf16>(n, times);
     for (int big = 0; big < 2; big++) {
-        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, true, no_doc, B[big],
-                                         T, E, K, 0);
+        causal_conv1d_forward_cuda<bf16>(x[big], none, xz[big], 2 * E, none, weight, bias, true, no_doc,
+                                         B[big], T, E, K, 0);
         causal_conv1d_backward_cuda<bf16>(dxz[big], 2 * E, dweight[big], dbias[big], none, dx[big], none,
                                           xz[big], 2 * E, none, weight, bias, true, no_doc, scratch,
                                           B[big], T, E, K, 0);

@@ -223,8 +223,8 @@ void test_ssd_recurrent(void) {
     check_packed(&ssd_recurrent_layer, packed, COUNT_OF(packed));
 }
 
-// Memory made for B x T tokens serves every call of at most B sequences and B T tokens: many short pieces, then
-// one long prompt. Catches: a size counted from the wrong number of chunks, which no result shows.
+// Memory made for B x T tokens serves every call of at most B sequences and B T tokens: many short pieces,
+// then one long prompt. Catches: a size counted from the wrong number of chunks, which no result shows.
 void test_ssd_sizes(void) {
     enum { H = 2, P = 3, G = 2, N = 2 };
     double small = 0, calls = 0;
