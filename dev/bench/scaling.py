@@ -1,7 +1,7 @@
 """How time and memory grow with the length of the text: four models of equal size, trained on rows of 1k to 64k
 tokens (65,536 tokens per step) and generating after a context of 1k to 128k tokens.
 
-    python3 dev/bench/scaling.py run --data FILE [--binary build/train_mambacu] [--csv FILE] [--small]
+    python3 dev/bench/scaling.py run --data FILE [--binary build/train_mambacu] [--csv FILE] [--small] [--coarse]
     python3 dev/bench/scaling.py plot [--csv FILE] [--svg FILE]           (gnuplot)
 
 The models read bytes (vocabulary 257), so that the layers are what is measured:
@@ -53,7 +53,7 @@ def measure(args):
     rows = []
     try:
         for name, options in MODELS.items():
-            for power in range(10, 17):
+            for power in range(10, 17, 2 if args.coarse else 1):
                 T = 2 ** power // scale
                 out = call(args.binary, f"train {options} {sizes} --data {args.data} --val-fraction 0 "
                            f"--seq-len {T} --batch-size {65536 // scale // T} --steps 5 --eval-every 0 "
@@ -65,7 +65,7 @@ def measure(args):
                              1e6 / number(r"speed: ([\d.]+) tokens/s", out), mib * 1024 * scale / 65536, mib])
                 print(*rows[-1], flush=True)
             parameters = rows[-1][1]
-            for power in range(10, 18):
+            for power in sorted({*range(10, 18, 2 if args.coarse else 1), 17}):
                 length = 2 ** power // scale
                 with open(f"{scratch}/prompt", "wb") as f:
                     f.write((text * (length // len(text) + 1))[:length])
@@ -78,7 +78,7 @@ def measure(args):
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     with open(args.csv, "w", newline="") as f:
-        f.write(f"# {args.machine}, {datetime.date.today()}, {os.path.basename(args.binary)}, 65536 tokens per "
+        f.write(f"# {args.machine}, {datetime.date.today()}, 65536 tokens per "
                 "training step; one sequence generating\n")
         writer = csv.writer(f)
         writer.writerow(COLUMNS)
@@ -90,8 +90,8 @@ def plot(args):
     with open(args.csv, newline="") as f:
         title = f.readline().lstrip("# ").strip()
         rows = list(csv.DictReader(f))
-    script = [f"set terminal svg size 1000,760 font 'sans,13' background '#ffffff'; set output '{args.svg}'",
-              "set logscale xy 2; set logscale y 10; set grid; set key top left; set format y '%g'",
+    script = [f"set terminal svg size 1000,760 font 'sans,13' noenhanced background '#ffffff'; set output '{args.svg}'",
+              "set logscale xy 2; set logscale y 10; set grid; set key top left Left reverse samplen 2; set format y '%g'",
               f"set multiplot layout 2,2 title \"{title}\"",
               "set xtics ('1k' 1024, '4k' 4096, '16k' 16384, '64k' 65536, '128k' 131072)"]
     pictures = [("train", "microseconds_per_token", "training: microseconds per token", "tokens per row"),
@@ -99,7 +99,8 @@ def plot(args):
                 ("generate", "microseconds_per_token", "generation: microseconds per token", "context"),
                 ("generate", "mib", "generation: MiB of state per sequence", "context")]
     for what, column, heading, xlabel in pictures:
-        script.append(f"set title '{heading}'; set xlabel '{xlabel}'")
+        script.append(f"set title '{heading}'; set xlabel '{xlabel}'; set xrange [1000:140000]"
+                      + ("; set yrange [10:1000]" if column == "kib_per_token" else "; set yrange [*:*]"))
         script.append("plot " + ", ".join(f"'-' using 1:2 with linespoints lw 2 title '{m}'" for m in MODELS))
         for model in MODELS:
             script += [f"{r['length']} {r[column]}" for r in rows if r["model"] == model and r["what"] == what]
@@ -119,6 +120,7 @@ def main():
     parser.add_argument("--svg", default=os.path.join(HERE, "scaling.svg"))
     parser.add_argument("--machine", default="one H200, bf16")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--coarse", action="store_true", help="every second length")
     args = parser.parse_args()
     if args.word == "run" and not args.data:
         sys.exit("run: name a text with --data")
