@@ -156,6 +156,22 @@ void data_close_all(Data* data) {
     free(data->default_list);
 }
 
+// options_fit_pattern: false when the user gave an option of layers that the pattern does not have
+static bool options_fit_pattern(const Settings* s, Error* err) {
+    static const struct { const char *name, *letters, *layers; } of[] = {
+        {"dt-rank", "1", "Mamba-1 (1)"},         {"headdim", "2", "Mamba-2 (2)"},
+        {"ngroups", "2", "Mamba-2 (2)"},         {"chunk-size", "2", "Mamba-2 (2)"},
+        {"attn-heads", "a", "attention (a)"},    {"attn-heads-kv", "a", "attention (a)"},
+        {"attn-head-dim", "a", "attention (a)"}, {"attn-conv", "a", "attention (a)"},
+        {"rotary-dim", "a", "attention (a)"},    {"rotary-base", "a", "attention (a)"},
+        {"d-intermediate", "m", "MLPs (m)"} };
+    for (size_t i = 0; i < sizeof of / sizeof *of; i++)
+        if (settings_origin(s, of[i].name) == FROM_USER && !strpbrk(s->o.pattern, of[i].letters))
+            return fail(err, "--%s is of %s, and the pattern %.40s has none; leave it out, or change --pattern",
+                        of[i].name, of[i].layers, s->o.pattern);
+    return true;
+}
+
 // config_from_options: the Config that the model options describe, for a vocabulary of V tokens.
 Config config_from_options(const Settings* s, int64_t V, int64_t eos) {
     const Options* o = &s->o;

@@ -87,6 +87,7 @@ static void trainer_create(Trainer* t, Settings* s) {
     if (!o->resume && !o->from[0]) {
         int64_t V = t->data.tokenizer.vocab_size;
         if (settings_origin(s, "vocab-size") == FROM_USER && o->vocab_size > V) V = o->vocab_size;
+        if (!options_fit_pattern(s, &err)) die("%s", err.text);
         config = config_from_options(s, V, t->data.tokenizer.eos);
     }
     if (!config_check(&config, &err)) die("%s", err.text);
@@ -217,6 +218,7 @@ static void model_open(Model* m, Tokenizer* tok, const Settings* s, char dir[409
         tokenizer_bytes(tok);
         if (V != tok->vocab_size) { tok->kind = TOKENIZER_NONE; tok->vocab_size = V; }
         tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : V - 1);
+        if (!options_fit_pattern(s, &err)) die("%s", err.text);
         Config c = config_from_options(s, V, tok->eos);
         if (!config_check(&c, &err)) die("%s", err.text);
         model_describe(m, &c);

@@ -45,7 +45,7 @@ def number(pattern, text):
 
 def measure(args):
     scale = 16 if args.small else 1
-    sizes = "--vocab-size 257" + (" --d-model 64 --headdim 16" if args.small else "")
+    sizes = "--vocab-size 257" + (" --d-model 64" if args.small else "")
     scratch = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     text = open(args.data, "rb").read()
     if len(text) < 70000:

@@ -294,6 +294,7 @@ const CliRow cli_options[] = {
     {TOY "--out fresh --data --steps 1", NULL, 1, "at least one file"},
     {TOY "--out fresh --steps 1 --data=", NULL, 1, "--data"},
     {TOY "--out fresh --steps 1 --data \"\"", NULL, 1, "--data"}, {NEW "--pattern 1z", NULL, 1, "letter 'z'"},
+    {NEW "--headdim 8", NULL, 1, "Mamba-2"}, {NEW "--pattern 2 --rotary-dim 4", NULL, 1, "attention (a)"},
     {NEW "--pattern m", NULL, 1, "must follow a mixer"}, {NEW "--pattern \"\"", NULL, 1, "0 letters"},
     {NEW "--pattern 1mm", NULL, 1, "1mm"},
     {NEW "--pattern a1 --carry-state", NULL, 1, "train it without"},
