@@ -104,6 +104,7 @@ void test_half(void) {
                relative_l2(got, want, Vp), REAL_IS_DOUBLE ? 1e-13 : 2e-6);
         report("whole and token by token: bits", memcmp(logits[1], logits[2], Vp * sizeof(real)) != 0, 0);
         check_half_hash(&c, &half);
+        model_free(&rounded);
         model_free(&half);
     }
 }
