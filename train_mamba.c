@@ -357,14 +357,13 @@ bool config_check(const Config* c, Error* err) {
     // parameters of the largest block. Mamba-1: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj,
     // (E,R) dt_proj, (E,N) A_log, vectors; Mamba-2: in_proj and conv grow by 2GN+H; attention; MLP 3DF
     int64_t D = c->d_model, E = c->d_inner, R = c->dt_rank, N = c->d_state, block = 0, total = 0;
-    if (strchr(c->pattern, '2') && !(add_count(&block, D + c->d_conv, 2 * c->ngroups, N) &&
-                                     add_count(&block, D, c->d_ssm, 1))) block = (int64_t)1 << 40;
-    if (strchr(c->pattern, 'a')) {
-        int64_t qkv = c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
-        if (!add_count(&block, D + c->attn_conv + 2, 2, qkv) || !add_count(&block, 2, D, c->attn_mlp))
-            block = (int64_t)1 << 40;
-    }
-    bool fits = add_count(&block, 3, D, E) && add_count(&block, E, c->d_conv, 1) &&
+    bool fits = !strchr(c->pattern, '2') || (add_count(&block, D + c->d_conv, 2 * c->ngroups, N) &&
+                                             add_count(&block, D, c->d_ssm, 1));
+    fits = fits && (!strchr(c->pattern, 'a') ||
+                    (add_count(&block, 2 * (D + c->attn_conv + 2), c->attn_head_dim,
+                               c->attn_heads + 2 * c->attn_heads_kv) &&
+                     add_count(&block, 2, D, c->attn_mlp)));
+    fits = fits && add_count(&block, 3, D, E) && add_count(&block, E, c->d_conv, 1) &&
                 add_count(&block, 2, R, E) && add_count(&block, 3, N, E) && add_count(&block, 5, E, 1) &&
                 add_count(&block, 3, D, 1) && add_count(&block, 3, D, c->d_intermediate) &&
                 add_count(&total, c->n_layer, block, 1) &&
@@ -643,12 +642,6 @@ static inline size_t half_at(size_t i, size_t I) {
     size_t block = i / (2 * VEC) * (2 * VEC), k = i - block;
     return block + 2 * VEC <= I ? block + 2 * (k % VEC) + k / VEC : i;
 }
-static inline real real_of_half(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return (real)x;
-}
 
 enum { HALF_ROWS = 2 };              // rows of the input that use a loaded weight
 
@@ -679,7 +672,7 @@ void half_tile(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_
             real total = bias ? bias[o] : 0;
             for (int l = 0; l < VEC; l++) total += sum[r][o][l];
             for (size_t k = i; k < I; k++)
-                total += inp[(size_t)r * ldi + k] * real_of_half(weight[(size_t)o * I + k]);
+                total += inp[(size_t)r * ldi + k] * (real)widen_bf16(weight[(size_t)o * I + k]);
             out[(size_t)r * ldo + (size_t)o] = total;
         }
 }
@@ -841,11 +834,12 @@ void embedding_forward(real* out, const int* tokens, const real* weight, size_t 
     for (size_t m = 0; m < M; m++) memcpy(out + m * D, weight + (size_t)tokens[m] * D, D * sizeof(real));
 }
 
+// embedding_forward_half: embedding_forward with the matrix in bfloat16, in the order of Half
 void embedding_forward_half(real* out, const int* tokens, const uint16_t* weight, size_t M, size_t D) {
     #pragma omp parallel for if (M > 64)
     for (size_t m = 0; m < M; m++)
         for (size_t d = 0; d < D; d++)
-            out[m * D + d] = real_of_half(weight[(size_t)tokens[m] * D + half_at(d, D)]);
+            out[m * D + d] = (real)widen_bf16(weight[(size_t)tokens[m] * D + half_at(d, D)]);
 }
 
 // out[m,:] = W[tokens[m],:]  =>  dW[tokens[m],:] += dout[m,:].  Tokens repeat, so the parallel loop is over
@@ -3108,11 +3102,8 @@ void model_to_half(Model* m) {
         real* p = m->params + t->offset;
         #pragma omp parallel for
         for (size_t j = 0; j < t->count; j++) {
-            float x = (float)p[j];
-            uint32_t u;
-            memcpy(&u, &x, sizeof u);
             size_t I = (size_t)t->shape[1], at = t->offset + j / I * I + half_at(j % I, I);
-            bits[at] = (uint16_t)(isnan(x) ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+            bits[at] = narrow_float((double)(float)p[j], 8, 7);
         }
         uintptr_t begin = ((uintptr_t)p + page - 1) / page * page;
         uintptr_t end = (uintptr_t)(p + t->count) / page * page;
@@ -3145,11 +3136,11 @@ void model_init(Model* m, uint64_t seed) {
         real* p = m->params + t->offset;
         uint64_t stream = STREAM_INIT + (uint64_t)i;
         double scale = 1 / sqrt((double)t->shape[t->ndim - 1]);
-        if (t->spec->init == INIT_CONV)
-            scale = 1 / sqrt((double)(t->spec->flags & IF_ATTN_CONV ? c->attn_conv : c->d_conv));
-        if (t->spec->init == INIT_CONV && t->ndim == 3 && strchr(c->pattern, '2') && c->conv_init > 0 &&
-            !(t->spec->flags & IF_ATTN_CONV))
-            scale = c->conv_init;
+        if (t->spec->init == INIT_CONV) {
+            bool attention = t->spec->flags & IF_ATTN_CONV, weight = t->ndim == 3;
+            scale = 1 / sqrt((double)(attention ? c->attn_conv : c->d_conv));
+            if (weight && !attention && c->conv_init > 0 && strchr(c->pattern, '2')) scale = c->conv_init;
+        }
         if (t->spec->init == INIT_DT_WEIGHT) scale = c->dt_scale / sqrt((double)c->dt_rank);
         if (t->spec->init == INIT_RESIDUAL && c->rescale_prenorm_residual) scale /= sqrt((double)c->n_layer);
         #pragma omp parallel for

@@ -440,6 +440,13 @@ static float widen_f16(uint16_t h) {
     return value;
 }
 
+static inline float widen_bf16(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
 // narrow_float: rounds to a sign, an exponent of e bits and a mantissa of m bits, m <= 10.
 static uint16_t narrow_float(double value, int e, int m) {
     uint64_t bits, sign, top = ((uint64_t)1 << e) - 1;
@@ -525,9 +532,7 @@ static void widen_piece(int dtype, const void* piece, size_t n, real* out) {
         if (dtype == ST_F32) memcpy(&f32, (const char*)piece + 4 * i, 4);
         else {
             memcpy(&u16, (const char*)piece + 2 * i, 2);
-            uint32_t upper = (uint32_t)u16 << 16;
-            if (dtype == ST_F16) f32 = widen_f16(u16);
-            else memcpy(&f32, &upper, 4);
+            f32 = dtype == ST_F16 ? widen_f16(u16) : widen_bf16(u16);
         }
         out[i] = (real)f32;
     }
