@@ -2620,11 +2620,30 @@ __device__ __forceinline__ void scan_mma_tf32(float* d, const float* c, float a0
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)),
           "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
-__device__ __forceinline__ void scan_mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void scan_mma_bf16(float* d, const float* c, const uint32_t* a, uint32_t b0,
+                                              uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
+}
+__device__ __forceinline__ void scan_mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    scan_mma_bf16(d, d, a, b0, b1);
+}
+// mma_pair: D (16 x 16) += A B^T; B has 16 rows of 16 numbers in shared memory, of which this lane gives the
+// address of row l % 8 + l / 16 * 8, numbers from l / 8 % 2 * 8 on; _trans: D += A B, row l % 16, from l / 16 * 8 on
+__device__ __forceinline__ void mma_pair(float (*d)[4], const uint32_t* a, const bf16* b) {
+    uint32_t r[4];
+    load_matrices(r, b);
+    scan_mma_bf16(d[0], a, r[0], r[1]);
+    scan_mma_bf16(d[1], a, r[2], r[3]);
+}
+__device__ __forceinline__ void mma_pair_trans(float (*d)[4], const uint32_t* a, const bf16* b) {
+    uint32_t r[4];
+    load_matrices_trans(r, b);
+    scan_mma_bf16(d[0], a, r[0], r[1]);
+    scan_mma_bf16(d[1], a, r[2], r[3]);
 }
 // transposes an 8 x 8 matrix of bf16: lane 4g + q holds row g, columns 2q, 2q+1, before and after
 __device__ __forceinline__ uint32_t scan_transpose(uint32_t v) {
@@ -3729,14 +3748,12 @@ __device__ __forceinline__ void ssd_mma_rows(float (&d)[8][4], const bf16* a, co
     const int lane = threadIdx.x % WARP;
     #pragma unroll
     for (int k = 0; k < 4; k++) {
-        uint32_t ra[4], rb[4];
+        uint32_t ra[4];
         load_matrices(ra, a + ssd_piece(w * 16 + (lane & 15), 2 * k + (lane >> 4)));
         #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            load_matrices(rb, b + ssd_piece(j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
-            scan_mma_bf16(d[2 * j], ra, rb[0], rb[1]);
-            scan_mma_bf16(d[2 * j + 1], ra, rb[2], rb[3]);
-        }
+        for (int j = 0; j < 4; j++)
+            mma_pair(d + 2 * j, ra,
+                     b + ssd_piece(j * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
     }
 }
 // ssd_mma_columns: d += a b; a in registers (a[k]: columns 16k.. of this warp's rows), b a tile with one row
@@ -3747,13 +3764,9 @@ __device__ __forceinline__ void ssd_mma_columns(float (&d)[8][4], const uint32_t
     #pragma unroll
     for (int k = 0; k < 4; k++) {
         if (k >= steps) continue;
-        uint32_t rb[4];
         #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            load_matrices_trans(rb, b + ssd_piece(k * 16 + (lane & 15), 2 * j + (lane >> 4)));
-            scan_mma_bf16(d[2 * j], a[k], rb[0], rb[1]);
-            scan_mma_bf16(d[2 * j + 1], a[k], rb[2], rb[3]);
-        }
+        for (int j = 0; j < 4; j++)
+            mma_pair_trans(d + 2 * j, a[k], b + ssd_piece(k * 16 + (lane & 15), 2 * j + (lane >> 4)));
     }
 }
 
@@ -5166,11 +5179,9 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         float s[2][4] = {};
         #pragma unroll
         for (int k = 0; k < N / 16; k++) {
-            uint32_t a[4], r[4];
+            uint32_t a[4];
             load_matrices(a, &sh.Ct[16 * w + lr][16 * k + lc]);
-            load_matrices(r, &sh.Bt[16 * J + kr][16 * k + kc]);
-            scan_mma_bf16(s[0], a, r[0], r[1]);
-            scan_mma_bf16(s[1], a, r[2], r[3]);
+            mma_pair(s, a, &sh.Bt[16 * J + kr][16 * k + kc]);
         }
         #pragma unroll
         for (int n = 0; n < 2; n++) {
@@ -5202,10 +5213,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 float s[2][4] = {}, W[2][4];
                 #pragma unroll
                 for (int k = 0; k < P / 16; k++) {
-                    uint32_t r[4];
-                    load_matrices(r, &sh.x[16 * J + kr][16 * k + kc]);
-                    scan_mma_bf16(s[0], a[k], r[0], r[1]);
-                    scan_mma_bf16(s[1], a[k], r[2], r[3]);
+                    mma_pair(s, a[k], &sh.x[16 * J + kr][16 * k + kc]);
                 }
                 if (J == w && q == g >> 1) skip = g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
                 #pragma unroll
@@ -5240,10 +5248,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 for (int k = 0; k < P / 16; k++) {
                     #pragma unroll
                     for (int m = 0; m < 2; m++) {
-                        uint32_t r[4];
-                        load_matrices_trans(r, &sh.before[16 * k + lr][32 * n + 16 * m + lc]);
-                        scan_mma_bf16(s[2 * m], a[k], r[0], r[1]);
-                        scan_mma_bf16(s[2 * m + 1], a[k], r[2], r[3]);
+                        mma_pair_trans(s + 2 * m, a[k], &sh.before[16 * k + lr][32 * n + 16 * m + lc]);
                     }
                 }
                 #pragma unroll
@@ -5261,11 +5266,9 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
             float s[2][4] = {};
             #pragma unroll
             for (int k = 0; k < N / 16; k++) {
-                uint32_t a[4], r[4];
+                uint32_t a[4];
                 load_matrices(a, &sh.after[16 * i + lr][16 * k + lc]);
-                load_matrices(r, &sh.before[16 * i + kr][16 * k + kc]);
-                scan_mma_bf16(s[0], a, r[0], r[1]);
-                scan_mma_bf16(s[1], a, r[2], r[3]);
+                mma_pair(s, a, &sh.before[16 * i + kr][16 * k + kc]);
             }
             if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
         }
@@ -5297,10 +5300,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 for (int k = 0; k < P / 16; k++) {
                     #pragma unroll
                     for (int m = 0; m < 2; m++) {
-                        uint32_t r[4];
-                        load_matrices_trans(r, &sh.after[16 * k + lr][32 * n + 16 * m + lc]);
-                        scan_mma_bf16(s[2 * m], xa[k], r[0], r[1]);
-                        scan_mma_bf16(s[2 * m + 1], xa[k], r[2], r[3]);
+                        mma_pair_trans(s + 2 * m, xa[k], &sh.after[16 * k + lr][32 * n + 16 * m + lc]);
                     }
                 }
                 #pragma unroll
@@ -5320,10 +5320,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                     load_matrices(a, &sh.Bt[16 * w + lr][16 * k + lc]);
                     #pragma unroll
                     for (int n = 0; n < WIDTH / 16; n++) {
-                        uint32_t r[4];
-                        load_matrices(r, &sh.after[p0 + 16 * n + kr][16 * k + kc]);
-                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
-                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
+                        mma_pair(v + 2 * n, a, &sh.after[p0 + 16 * n + kr][16 * k + kc]);
                     }
                 }
                 // x of this lane's places: v[2 k], v[2 k + 1] lie where xa[k][0], [1] and [2], [3] do
@@ -5355,10 +5352,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                     }
                     #pragma unroll
                     for (int n = 0; n < WIDTH / 16; n++) {
-                        uint32_t r[4];
-                        load_matrices_trans(r, &sh.dy[16 * I + lr][p0 + 16 * n + lc]);
-                        scan_mma_bf16(v[2 * n], a, r[0], r[1]);
-                        scan_mma_bf16(v[2 * n + 1], a, r[2], r[3]);
+                        mma_pair_trans(v + 2 * n, a, &sh.dy[16 * I + lr][p0 + 16 * n + lc]);
                     }
                 }
                 dots(&direct0, &direct1);
@@ -5462,10 +5456,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         }
         #pragma unroll
         for (int n = 0; n < N / 16; n++) {
-            uint32_t r[4];
-            load_matrices_trans(r, &sh.Bt[16 * J + lr][16 * n + lc]);
-            scan_mma_bf16(dC[2 * n], a, r[0], r[1]);
-            scan_mma_bf16(dC[2 * n + 1], a, r[2], r[3]);
+            mma_pair_trans(dC + 2 * n, a, &sh.Bt[16 * J + lr][16 * n + lc]);
         }
     }
     __syncthreads();
@@ -5476,10 +5467,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         load_matrices_trans(a, &sh.gram[16 * I + kr][16 * w + kc]);
         #pragma unroll
         for (int n = 0; n < N / 16; n++) {
-            uint32_t r[4];
-            load_matrices_trans(r, &sh.Ct[16 * I + lr][16 * n + lc]);
-            scan_mma_bf16(dB[2 * n], a, r[0], r[1]);
-            scan_mma_bf16(dB[2 * n + 1], a, r[2], r[3]);
+            mma_pair_trans(dB + 2 * n, a, &sh.Ct[16 * I + lr][16 * n + lc]);
         }
     }
     #pragma unroll
@@ -6426,16 +6414,6 @@ __device__ __forceinline__ void attention_load_keys(bf16* to, const AttentionHea
     }
 }
 
-// scan_mma_bf16 with a sum of its own: d = c + a b
-__device__ __forceinline__ void attention_mma(float* d, const float* c, const uint32_t* a, uint32_t b0,
-                                              uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%10,%11,%12,%13};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
-          "f"(c[3]));
-}
-
 // attention_product: s (16 MT x 16 N2) = c + A B^T over DH channels; A in registers or, NULL, rows a_row.. of
 // a tile. c(m, n): a 16 x 8 block of c, 4 numbers per lane
 template <int DH, int MT, int N2, typename C>
@@ -6459,8 +6437,8 @@ __device__ __forceinline__ void attention_product(float (&s)[MT][2 * N2][4], C c
             load_matrices(b, attention_at_by_column<DH + 8>(b_tile, b_row + 16 * n, 16 * k));
             #pragma unroll
             for (int m = 0; m < MT; m++) {
-                attention_mma(s[m][2 * n], k ? s[m][2 * n] : c(m, 2 * n), own[m], b[0], b[1]);
-                attention_mma(s[m][2 * n + 1], k ? s[m][2 * n + 1] : c(m, 2 * n + 1), own[m], b[2], b[3]);
+                scan_mma_bf16(s[m][2 * n], k ? s[m][2 * n] : c(m, 2 * n), own[m], b[0], b[1]);
+                scan_mma_bf16(s[m][2 * n + 1], k ? s[m][2 * n + 1] : c(m, 2 * n + 1), own[m], b[2], b[3]);
             }
         }
     }
