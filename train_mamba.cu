@@ -1834,7 +1834,7 @@ size_t selective_scan_saved_cuda(size_t B, size_t T, size_t E, size_t N, int spa
 // Where the channels of all sequences are too few blocks to fill the chip, the fast backward cuts time into
 // segments as well: as many as make SCAN_FILL blocks (three on each of the 132 processors of an H200), none
 // shorter than SCAN_SEGMENT tokens. Every segment costs a second, cheaper look at its tokens. Its kernel has
-// room for more blocks, so it cuts a segment into pieces, up to SCAN_PIECES, none shorter than that either.
+// room for more blocks, so it cuts a segment into pieces, up to SCAN_PIECES, none shorter than two tiles.
 // With 8 pieces the look takes 0.40 ms, not 0.58, all of backward 2.07, not 2.28 (H200, B2 T32768 E1536).
 enum { SCAN_FILL = 396, SCAN_SEGMENT = 128, SCAN_PIECES = 8 };
 static inline size_t scan_segments_cuda(size_t B, size_t T, size_t E) {
@@ -1846,7 +1846,7 @@ static inline size_t scan_segments_cuda(size_t B, size_t T, size_t E) {
 }
 // pieces of a segment of `each` tiles
 static inline size_t scan_pieces_cuda(size_t each) {
-    size_t pieces = each * 32 / SCAN_SEGMENT;
+    size_t pieces = each / 2;
     if (pieces > SCAN_PIECES) return SCAN_PIECES;
     return pieces > 0 ? pieces : 1;
 }
@@ -2389,24 +2389,28 @@ template <typename X> __device__ __forceinline__ float scan_silu(float z) {
     return sizeof(X) == 2 ? fmaf(half, scan_tanh(half), half) : silu_cuda(z);
 }
 
-// ScanForwardShared: S: states per thread. A block has 8 S channels, 16 / S threads each.
+// ScanForwardShared: S: states per thread. A block has 8 S channels, 16 / S threads each, and TEAMS teams of
+// element-wise warps.
 // The 32 banks of shared memory serve different addresses at once only if these differ modulo 32 words; the
 // odd lengths of rows and the exclusive-or in bc spread simultaneous accesses over the banks.
-template <typename X, int S> struct ScanForwardShared {
+template <typename X, int S, int TEAMS> struct ScanForwardShared {
     enum { TOKENS = SCAN_TILE_STEPS, CHANNELS = 8 * S, HELPERS = TOKENS * CHANNELS / 8, GROUPS = 16 / S };
     enum { DT_ROW = 2 * TOKENS + 4, SUM_ROW = TOKENS + 4, GAP = 32 / S,
-           SUM_GROUP = CHANNELS * SUM_ROW + CHANNELS / 8 * GAP + 16 };
-    struct {
-        X dt_raw[TOKENS][CHANNELS], bc[TOKENS][32];
-        int doc[2][HELPERS];                                   // document of token t and of token t-1
-    } raw[2];
-    struct { X x[TOKENS][CHANNELS], z[TOKENS][CHANNELS]; } rows[4];    // needed until the end
-    struct {
-        float dt_dtx[CHANNELS * DT_ROW + CHANNELS / 8 * GAP];  // (dt, dt x) of a channel's tokens, see dt_at
-        float bc[TOKENS][32];                                  // bc[t][n ^ 4 (t % 8)]: Bt_t, then Ct_t
-    } tile[2];
-    float sum[GROUPS * SUM_GROUP];                             // C h, summed over S states, see sum_at
-    uint64_t ready[2], scanned[2], stored;
+           SUM_GROUP = CHANNELS * SUM_ROW + CHANNELS / 8 * GAP + 16,
+           THREADS = SCAN_THREADS + TEAMS * HELPERS };
+    struct alignas(16) Team {
+        struct {
+            X dt_raw[TOKENS][CHANNELS], bc[TOKENS][32];
+            int doc[2][HELPERS];                               // document of token t and of token t-1
+        } raw[2];
+        struct { X x[TOKENS][CHANNELS], z[TOKENS][CHANNELS]; } rows[4];        // needed until the end
+        struct {
+            float dt_dtx[CHANNELS * DT_ROW + CHANNELS / 8 * GAP];      // (dt, dt x) of a channel, see dt_at
+            float bc[TOKENS][32];                              // bc[t][n ^ 4 (t % 8)]: Bt_t, then Ct_t
+        } tile[2];
+        float sum[GROUPS * SUM_GROUP];                         // C h, summed over S states, see sum_at
+        uint64_t ready[2], scanned[2], stored;
+    } team[TEAMS];
     static __device__ __forceinline__ int dt_at(int c) { return c * DT_ROW + c / 8 * GAP; }
     static __device__ __forceinline__ int sum_at(int g, int c) {
         return g * SUM_GROUP + c * SUM_ROW + c / 8 * GAP;
@@ -2423,24 +2427,31 @@ template <typename X, int S> struct ScanForwardShared {
 // special function instructions per token and channel and the rest of its instructions it keeps both the
 // special function unit and the instruction issue busy for two thirds of the time.
 // S: 4 is the most efficient. 2 makes twice as many threads, for few channels and sequences.
-template <typename X, int S>
-__global__ void __launch_bounds__(SCAN_THREADS + ScanForwardShared<X, S>::HELPERS, sizeof(X) == 2 ? 3 : 2)
+// TEAMS: with S = 2, preparing and storing a tile takes longer than the time loop. Where a processor has
+// several blocks they fill each other's gaps; a block that is alone has two teams of element-wise warps, each
+// for every second tile (H200, B1 T32768 E1536: 0.64 ms, with one team 0.83).
+template <typename X, int S, int TEAMS>
+__global__ void __launch_bounds__(ScanForwardShared<X, S, TEAMS>::THREADS,
+                                  TEAMS > 1 ? 1 : sizeof(X) == 2 ? 3 : 2)
 selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
                                    const float* dt_bias, const float* A_log, const X* Bt, const X* Ct,
                                    size_t ldbc, const float* Dskip, const X* z, size_t ldz, const float* h0,
                                    const int* doc, size_t T, size_t E, int spacing) {
     extern __shared__ __align__(128) char shared[];
-    typedef ScanForwardShared<X, S> Shared;
-    enum { TOKENS = Shared::TOKENS, CHANNELS = Shared::CHANNELS, HELPERS = Shared::HELPERS };
+    typedef ScanForwardShared<X, S, TEAMS> Shared;
+    enum { TOKENS = Shared::TOKENS, STEP = TEAMS * TOKENS, CHANNELS = Shared::CHANNELS,
+           HELPERS = Shared::HELPERS };
     Shared& sh = *(Shared*)shared;
     const int lane = threadIdx.x % WARP, tiles = (int)((T + TOKENS - 1) / TOKENS);
     const size_t b = blockIdx.x / (E / CHANNELS), e0 = blockIdx.x % (E / CHANNELS) * CHANNELS;
     if (threadIdx.x == 0) {
-        for (int q = 0; q < 2; q++) {
-            scan_signal_init(&sh.ready[q], HELPERS / WARP);
-            scan_signal_init(&sh.scanned[q], SCAN_THREADS / WARP);
+        for (auto& team : sh.team) {
+            for (int q = 0; q < 2; q++) {
+                scan_signal_init(&team.ready[q], HELPERS / WARP);
+                scan_signal_init(&team.scanned[q], SCAN_THREADS / WARP);
+            }
+            scan_signal_init(&team.stored, HELPERS / WARP);
         }
-        scan_signal_init(&sh.stored, HELPERS / WARP);
     }
     __syncthreads();
 
@@ -2462,15 +2473,17 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
         const size_t next = E * 16 * SCAN_STEPS / spacing;     // what 8 tokens mean in hs
         X* saved = hs + (b * states * E + e0 + ch) * 16 + S * g;
         int left = hs ? (int)T : 0;                            // tokens with states to save
-        float* sums = &sh.sum[sh.sum_at(g, ch)];
         auto store_sums = [](float* to, const float* sum) {
             *(float4*)to = *(const float4*)sum;
             *(float4*)(to + 4) = *(const float4*)(sum + 4);
         };
         #pragma unroll 1
-        for (int i = 0; i < tiles; i++) {
-            auto& tile = sh.tile[i & 1];
-            scan_wait(&sh.ready[i & 1], (i >> 1) & 1);
+        for (int all = 0; all < tiles; all++) {
+            auto& team = sh.team[all % TEAMS];
+            const int i = all / TEAMS;                         // tile i of this team
+            auto& tile = team.tile[i & 1];
+            float* sums = &team.sum[sh.sum_at(g, ch)];
+            scan_wait(&team.ready[i & 1], (i >> 1) & 1);
             const float *dt_dtx = &tile.dt_dtx[sh.dt_at(ch)], *bc[4];
             #pragma unroll
             for (int m = 0; m < 4; m++) bc[m] = &tile.bc[m][(S * g) ^ (4 * m)];      // tokens m, m + 4, ..
@@ -2490,7 +2503,7 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
                 for (int j = 0; j < SCAN_STEPS; j += 2)
                     *(float4*)&d[j] = *(const float4*)(dt_dtx + 2 * (t0 + j));
                 load_bc(0);
-                if (t0 == SCAN_STEPS && i > 0) scan_wait(&sh.stored, (i - 1) & 1);
+                if (t0 == SCAN_STEPS && i > 0) scan_wait(&team.stored, (i - 1) & 1);
                 if (t0 > 0) store_sums(sums + t0 - SCAN_STEPS, sum);
                 scan_save<S>(left > t0 && (t0 & (spacing - 1)) == 0, saved + t0 / SCAN_STEPS * next, h);
                 #pragma unroll
@@ -2506,7 +2519,7 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
             store_sums(sums + TOKENS - SCAN_STEPS, sum);
             saved += TOKENS / SCAN_STEPS * next;
             left -= TOKENS;
-            scan_arrive_warp(&sh.scanned[i & 1]);
+            scan_arrive_warp(&team.scanned[i & 1]);
         }
         #pragma unroll
         for (int n = 0; n < S; n++)
@@ -2515,16 +2528,20 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
     }
 
     // ---- element-wise: one row per thread, token r of the tile, channels c..c+7. It reads only what it has
-    // copied itself, so that its copies need no barrier.
-    const int v = threadIdx.x - SCAN_THREADS, r = v / (CHANNELS / 8), c = v % (CHANNELS / 8) * 8;
+    // copied itself, so that its copies need no barrier. Tile i of team q is tile i TEAMS + q of the block.
+    const int q = TEAMS == 1 ? 0 : (w - SCAN_THREADS / WARP) / (HELPERS / WARP);
+    const int v = threadIdx.x - SCAN_THREADS - q * HELPERS;
+    const int r = v / (CHANNELS / 8), c = v % (CHANNELS / 8) * 8;
+    auto& team = sh.team[q];
+    const int mine = (tiles - q + TEAMS - 1) / TEAMS, left = (int)T - q * TOKENS - r;
     float bias[8], D[8];
     #pragma unroll
     for (int k = 0; k < 8; k++) {
         bias[k] = dt_bias[e0 + c + k] * scan_bias_unit<X>();
         D[k] = Dskip[e0 + c + k];
     }
-    // what the next load reads and the next store writes; both go forward one tile at a time
-    const size_t row = b * T + r, at = row * E + e0 + c;
+    // what the next load reads and the next store writes; both go from tile to tile of the team
+    const size_t row = b * T + q * TOKENS + r, at = row * E + e0 + c;
     const X *next_x = x + at, *next_dt = dt_raw + at, *next_z = z + row * ldz + e0 + c;
     X *next_y = y + at, *next_s = s + at;
     const int n0 = c * 4 / S, swizzle = 4 * (r & 7);           // of the 32 Bt_t, Ct_t: the 32 / S from n0 on
@@ -2532,9 +2549,9 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
     const int* next_doc = doc + row;
 
     auto load = [&](int i) {
-        auto& raw = sh.raw[i & 1];
-        auto& rows = sh.rows[i & 3];
-        const bool inside = i * TOKENS + r < (int)T;
+        auto& raw = team.raw[i & 1];
+        auto& rows = team.rows[i & 3];
+        const bool inside = i * STEP < left;
         scan_copy_row(&rows.x[r][c], next_x, inside);
         scan_copy_row(&rows.z[r][c], next_z, inside);
         scan_copy_row(&raw.dt_raw[r][c], next_dt, inside);
@@ -2542,26 +2559,26 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
         for (int k = 0; k < 32 / S; k += 8) scan_copy_row(&raw.bc[r][n0 + k], next_bc + k, inside);
         if (doc) {                                             // the document before the first token is 0
             scan_copy4(&raw.doc[0][v], next_doc, inside);
-            scan_copy4(&raw.doc[1][v], next_doc - 1, inside && (i > 0 || r > 0));
+            scan_copy4(&raw.doc[1][v], next_doc - 1, inside && (row > b * T || i > 0));
         }
-        next_x += TOKENS * E;
-        next_dt += TOKENS * E;
-        next_z += TOKENS * ldz;
-        next_bc += TOKENS * ldbc;
-        next_doc += TOKENS;
+        next_x += STEP * E;
+        next_dt += STEP * E;
+        next_z += STEP * ldz;
+        next_bc += STEP * ldbc;
+        next_doc += STEP;
     };
     auto prepare = [&](int i) {
-        const auto& raw = sh.raw[i & 1];
-        auto& tile = sh.tile[i & 1];
+        const auto& raw = team.raw[i & 1];
+        auto& tile = team.tile[i & 1];
         float dt[8], dtx[8], bc_r[8];
-        scan_load_row(dtx, &sh.rows[i & 3].x[r][c]);
+        scan_load_row(dtx, &team.rows[i & 3].x[r][c]);
         scan_load_row(dt, &raw.dt_raw[r][c]);
         #pragma unroll
         for (int k = 0; k < 8; k++) {
             dt[k] = scan_dt<X>(dt[k], bias[k]);
             dtx[k] *= dt[k];                                   // x beyond T is 0
         }
-        const bool inside = i * TOKENS + r < (int)T, resets = doc && raw.doc[0][v] != raw.doc[1][v];
+        const bool inside = i * STEP < left, resets = doc && raw.doc[0][v] != raw.doc[1][v];
         #pragma unroll
         for (int k = 0; k < 8; k++) {
             if (!inside || resets) dt[k] = inside ? SCAN_RESET : 0.0f;
@@ -2573,47 +2590,47 @@ selective_scan_forward_fast_kernel(X* y, X* s, X* hs, float* hT, const X* x, con
             *(float4*)&tile.bc[r][(n0 + k) ^ swizzle] = *(float4*)bc_r;
             *(float4*)&tile.bc[r][(n0 + k + 4) ^ swizzle] = *(float4*)(bc_r + 4);
         }
-        scan_arrive_warp(&sh.ready[i & 1]);
+        scan_arrive_warp(&team.ready[i & 1]);
     };
     auto store = [&](int i) {
         float x_t[8], y_t[8], s_t[8];
         #pragma unroll
         for (int k = 0; k < 8; k++) {
-            const float* sums = &sh.sum[sh.sum_at(0, c) + k * Shared::SUM_ROW + r];
+            const float* sums = &team.sum[sh.sum_at(0, c) + k * Shared::SUM_ROW + r];
             s_t[k] = sums[0];
             #pragma unroll
             for (int g = 1; g < Shared::GROUPS; g++) s_t[k] += sums[g * Shared::SUM_GROUP];
         }
-        scan_arrive_warp(&sh.stored);
-        scan_load_row(x_t, &sh.rows[i & 3].x[r][c]);
-        scan_load_row(y_t, &sh.rows[i & 3].z[r][c]);
+        scan_arrive_warp(&team.stored);
+        scan_load_row(x_t, &team.rows[i & 3].x[r][c]);
+        scan_load_row(y_t, &team.rows[i & 3].z[r][c]);
         #pragma unroll
         for (int k = 0; k < 8; k++) {
             s_t[k] = fmaf(D[k], x_t[k], s_t[k]);
             y_t[k] = s_t[k] * scan_silu<X>(y_t[k]);
         }
-        if (i * TOKENS + r < (int)T) {
+        if (i * STEP < left) {
             if (s) scan_store_row(next_s, s_t);
             scan_store_row(next_y, y_t);
         }
-        next_s += TOKENS * E;
-        next_y += TOKENS * E;
+        next_s += STEP * E;
+        next_y += STEP * E;
     };
-    load(0);
+    if (mine > 0) load(0);
     copy_async_commit();
-    if (tiles > 1) load(1);
+    if (mine > 1) load(1);
     copy_async_commit();
     copy_async_wait(1);
-    prepare(0);
-    if (tiles > 2) load(2);
+    if (mine > 0) prepare(0);
+    if (mine > 2) load(2);
     copy_async_commit();
     #pragma unroll 1
-    for (int i = 0; i < tiles; i++) {
+    for (int i = 0; i < mine; i++) {
         copy_async_wait(1);
-        if (i + 1 < tiles) prepare(i + 1);
-        if (i + 3 < tiles) load(i + 3);
+        if (i + 1 < mine) prepare(i + 1);
+        if (i + 3 < mine) load(i + 3);
         copy_async_commit();
-        scan_wait(&sh.scanned[i & 1], (i >> 1) & 1);
+        scan_wait(&team.scanned[i & 1], (i >> 1) & 1);
         store(i);
     }
 }
@@ -3182,17 +3199,17 @@ static inline size_t scan_shared_bytes(size_t tile_bytes, size_t steps, size_t N
     return tile_bytes + (2 * steps + state_arrays * SCAN_CHANNELS) * padded * sizeof(float);
 }
 
-template <typename X, int S>
+template <typename X, int S, int TEAMS>
 static inline void scan_launch_forward_fast(X* y, X* s, X* hs, float* hT, const X* x, const X* dt_raw,
                                             const float* dt_bias, const float* A_log, const X* Bt,
                                             const X* Ct, size_t ldbc, const float* Dskip, const X* z,
                                             size_t ldz, const float* h0, const int* doc, size_t B, size_t T,
                                             size_t E, int spacing, cudaStream_t stream) {
-    typedef ScanForwardShared<X, S> Shared;
-    auto kernel = selective_scan_forward_fast_kernel<X, S>;
+    typedef ScanForwardShared<X, S, TEAMS> Shared;
+    auto kernel = selective_scan_forward_fast_kernel<X, S, TEAMS>;
     scan_allow_shared(kernel, sizeof(Shared));
     const unsigned blocks = (unsigned)(B * (E / Shared::CHANNELS));
-    kernel<<<blocks, SCAN_THREADS + Shared::HELPERS, sizeof(Shared), stream>>>(
+    kernel<<<blocks, Shared::THREADS, sizeof(Shared), stream>>>(
         y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, T, E, spacing);
     cudaCheck(cudaGetLastError());
 }
@@ -3261,7 +3278,7 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
         // few channels: blocks of half the size, as long as every processor has at most one of them
         const bool few = B * E / 16 <= (size_t)sms;
-        auto launch = few ? scan_launch_forward_fast<X, 2> : scan_launch_forward_fast<X, 4>;
+        auto launch = few ? scan_launch_forward_fast<X, 2, 2> : scan_launch_forward_fast<X, 4, 1>;
         launch(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, B, T, E,
                spacing, stream);
         return;

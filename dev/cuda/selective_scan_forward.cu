@@ -382,10 +382,11 @@ static void shipped(void) {
                                       NULL, NULL, scan.B, scan.T, scan.E, N, SCAN_SPACING, 0);
 }
 
-template <int STATES> static void launch_states(void) {
-    scan_launch_forward_fast<bf16, STATES>(scan.y, scan.s, scan.hs, NULL, scan.x, scan.dt_raw, scan.dt_bias,
-                                           scan.A_log, scan.Bt, scan.Ct, scan.ldbc, scan.Dskip, scan.z,
-                                           scan.ldz, NULL, NULL, scan.B, scan.T, scan.E, SCAN_SPACING, 0);
+template <int STATES, int TEAMS> static void launch_states(void) {
+    scan_launch_forward_fast<bf16, STATES, TEAMS>(scan.y, scan.s, scan.hs, NULL, scan.x, scan.dt_raw,
+                                                  scan.dt_bias, scan.A_log, scan.Bt, scan.Ct, scan.ldbc,
+                                                  scan.Dskip, scan.z, scan.ldz, NULL, NULL, scan.B, scan.T,
+                                                  scan.E, SCAN_SPACING, 0);
 }
 
 static const Rung rungs[] = {
@@ -398,9 +399,9 @@ static const Rung rungs[] = {
     {"shipped: own warps for the element-wise work", shipped, 0},
 };
 static const Rung rungs_few[] = {
-    {"4 states per thread, 32 channels per block", launch_states<4>, 0},
-    {"2 states per thread, 16 channels per block", launch_states<2>, 0},
-    {"shipped: chosen by the number of channels", shipped, 0},
+    {"4 states per thread, 32 channels per block", launch_states<4, 1>, 0},
+    {"2 states per thread, 16 channels per block", launch_states<2, 1>, 0},
+    {"shipped: two teams of element-wise warps", shipped, 0},
 };
 static const Rung rungs_published[] = {{"a block per channel, parallel scan over the tokens", published, 0}};
 

@@ -705,7 +705,6 @@ static const ScanShape scan_shapes[] = {
     {2, 100, 64, 9, 8, 0, true, 1, 2, 6, " decay underflows"},
     {1, 8192, 32, 16, 8, 0, true, 1, -3, 0, ""},
     {210, 150, 32, 16, 8, 0, true, 1, -3, 0, " many sequences"},
-    {64, 1450, 32, 16, 8, -1, true, 1, -3, -4, " segments of several pieces"},
 };
 
 static std::string scan_claim(const char* what, bool slow) {
