@@ -126,6 +126,9 @@ bool checked_size(int n, const int64_t* dim, size_t elem, size_t* size) {
     return true;
 }
 
+static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
 // xcalloc, xrealloc: allocation that cannot return NULL. calloc returns zeroed memory.
 void* xcalloc(size_t count, size_t size) {
     void* p = calloc(count ? count : 1, size ? size : 1);
@@ -440,9 +443,6 @@ typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(r
 #define FMA_VEC_double _mm256_fmadd_pd
 #endif
 #endif
-
-static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
-static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
 // transpose4: t[k] = { src[k], src[stride + k], src[2*stride + k], src[3*stride + k] }, k < 4
 static inline __attribute__((always_inline)) void transpose4(vec4* t, const real* src, size_t stride) {

@@ -121,6 +121,7 @@ static bool source_encode(DataSource* s, const Dataset* d, Error* err) {
     s->width = d->tokenizer->vocab_size <= 65536 ? 2 : 4;
     s->size = 0;
     bool ok = text_file_tokens(&f, source_append, s, err);
+    if (ok) text_file_warn(&f);
     close(s->fd);
     s->fd = -1;
     s->size = s->count * s->width;

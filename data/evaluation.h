@@ -323,7 +323,7 @@ static bool items_next(Items* f, Item* item, Error* err) {
         skip_space(&p, line + n);
         if (p == line + n) continue;
         Error why;
-        json_t* root = json_line(line, n, &why);
+        json_t* root = json_line(line, n, MAX_LINE, &why);
         bool ok = root && item_parse(f, root, item, &why);
         json_decref(root);
         if (ok) return true;

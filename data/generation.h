@@ -33,7 +33,7 @@ static size_t prompts_size(const PromptList* list, size_t i) {
 
 // prompts_line: the prompt in one line of JSON
 static bool prompts_line(PromptList* list, const char* line, size_t n, Error* err) {
-    json_t* root = json_line(line, n, err);
+    json_t* root = json_line(line, n, MAX_LINE, err);
     const json_t* text = json_object_get(root, "prompt");
     bool ok = json_is_string(text);
     if (ok) ok = prompts_add(list, json_string_value(text), json_string_length(text), err);

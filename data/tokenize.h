@@ -108,6 +108,7 @@ static bool tokenize_files(ShardWriter* w, char** files, int n, const Tokenizer*
         if (ok && (magic == 20240520 || magic == 20240801))
             ok = fail(err, "%s: expected text or JSON lines, found a token shard", files[i]);
         ok = ok && text_file_tokens(&f, shard_append, w, err);
+        if (ok) text_file_warn(&f);
         close(f.fd);
         w->begin += f.size;
     }
