@@ -78,6 +78,35 @@ static bool results_write(const char* path, const json_t* results, Error* err) {
     return ok;
 }
 
+// ---- rows
+
+typedef struct { double loss; int64_t targets; } Evaluation;
+
+// evaluate: mean loss over the targets of `batches` batches (0: all) in order, each target once, states
+// starting from zero.
+bool evaluate(Backend* b, const Loader* loader, size_t B, size_t T, int64_t batches, bool documents,
+              volatile sig_atomic_t* interrupted, Evaluation* result, Error* err) {
+    int *inputs = (int*)xcalloc(B * T, sizeof(int)), *targets = (int*)xcalloc(B * T, sizeof(int)),
+        *doc = (int*)xcalloc(B * T, sizeof(int));
+    double sum = 0;
+    int64_t n = 0, all = (loader_eval_samples(loader) + (int64_t)B - 1) / (int64_t)B;
+    bool ok = true;
+    if (batches == 0 || batches > all) batches = all;
+    if (all == 0)
+        ok = fail(err, "the data has %lld tokens, an evaluation needs at least 2",
+                  (long long)loader->data->n_tokens);
+    for (int64_t i = 0; i < batches && ok && !(interrupted && *interrupted); i++) {
+        ok = loader_eval_batch(loader, i * (int64_t)B, (int64_t)B, inputs, targets, doc, err);
+        if (!ok) break;
+        sum += b->forward(b, -1, inputs, targets, documents ? doc : NULL, B, T, 0);
+        for (size_t j = 0; j < B * T; j++) n += targets[j] >= 0;
+    }
+    result->loss = n ? sum / (double)n : 0;
+    result->targets = n;
+    free(inputs); free(targets); free(doc);
+    return ok;
+}
+
 // ---- texts
 
 // token_bytes: bytes of text that a token stands for
