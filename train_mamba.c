@@ -3977,6 +3977,7 @@ int ssm_main(int argc, char** argv) {
     Settings settings;
     Error err;
     if (!settings_parse(&settings, word, argc - skip, argv + skip, &err)) die("%s", err.text);
+    set_threads(settings.o.threads);
     int code = 0;
     switch (word) {
         case WORD_TRAIN: code = train_main(&settings); break;

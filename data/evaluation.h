@@ -364,18 +364,13 @@ static bool items_next(Items* f, Item* item, Error* err) {
 
 // items_open: finds and checks all items. *T: tokens of the longest row
 static bool items_open(Items* f, const Tokenizer* tok, const Options* o, int64_t* T, Error* err) {
-    char *copy = strdup(o->data), **names = NULL, *rest = NULL;
-    int n = 0;
+    int n;
+    char** names = list_split(o->data, &n);
     memset(f, 0, sizeof *f);
     f->task = task_of(o);
     encoder_open(&f->encoder, tok);
-    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
-        names = (char**)xrealloc(names, (size_t)n + 1, sizeof(char*));
-        names[n++] = p;
-    }
     bool ok = files_of(names, n, &f->files, &f->n_files, err);
     free(names);
-    free(copy);
     if (ok && tok->kind == TOKENIZER_NONE)
         ok = fail(err, "this checkpoint has no tokenizer.json, so it cannot read the text of items; "
                        "give one with --tokenizer");

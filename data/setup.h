@@ -37,15 +37,10 @@ static char* default_data(void) {
 }
 
 static bool open_list(Dataset* d, const char* list, const Tokenizer* tok, Error* err) {
-    char *copy = strdup(list), **paths = NULL, *rest = NULL;
-    int n = 0;
-    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
-        paths = (char**)xrealloc(paths, (size_t)n + 1, sizeof(char*));
-        paths[n++] = p;
-    }
+    int n;
+    char** paths = list_split(list, &n);
     bool ok = dataset_open(d, paths, n, tok, err);
     free(paths);
-    free(copy);
     return ok;
 }
 
@@ -262,19 +257,19 @@ static void settings_from_config(Settings* s, const Config* c) {
 
 // freeze_tensors: marks the tensors whose names match one of the patterns of --freeze (`*` is any text)
 bool freeze_tensors(Model* m, const char* list, Error* err) {
-    char *copy = strdup(list), *rest = NULL;
     size_t count = 0;
-    int n = 0;
+    int n = 0, n_patterns;
+    char** patterns = list_split(list, &n_patterns);
     bool ok = true;
-    for (char* p = strtok_r(copy, "\n", &rest); p && ok; p = strtok_r(NULL, "\n", &rest)) {
+    for (int k = 0; k < n_patterns && ok; k++) {
         int matches = 0;
         for (int i = 0; i < m->n_tensors; i++)
-            if (fnmatch(p, m->tensor[i].name, 0) == 0) m->tensor[i].frozen = true, matches++;
+            if (fnmatch(patterns[k], m->tensor[i].name, 0) == 0) m->tensor[i].frozen = true, matches++;
         if (!matches)
             ok = fail(err, "--freeze '%.100s' matches no tensor; names are such as %s, `info` lists them, "
-                      "and * stands for any text", p, m->tensor[m->n_tensors / 2].name);
+                      "and * stands for any text", patterns[k], m->tensor[m->n_tensors / 2].name);
     }
-    free(copy);
+    free(patterns);
     for (int i = 0; i < m->n_tensors; i++) if (m->tensor[i].frozen) n++, count += m->tensor[i].count;
     if (ok && n == m->n_tensors) ok = fail(err, "--freeze: all tensors are frozen, nothing is left to train");
     if (ok && n) printf("frozen: %d of %d tensors, %zu of %zu parameters\n", n, m->n_tensors, count,

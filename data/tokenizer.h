@@ -357,6 +357,18 @@ static bool is_json_lines(const char* path) {
     return dot && (strcmp(dot, ".jsonl") == 0 || strcmp(dot, ".ndjson") == 0);
 }
 
+static TextFile text_file(const char* path, int fd, int64_t size, const Tokenizer* tok, int eos) {
+    TextFile f;
+    memset(&f, 0, sizeof f);
+    f.path = path;
+    f.fd = fd;
+    f.size = size;
+    f.tokenizer = tok;
+    f.eos = eos;
+    f.json_lines = is_json_lines(path);
+    return f;
+}
+
 static size_t text_file_line(const TextFile* f) {        // bytes that a line of JSON may have
     return max_size((size_t)f->size / 32, MAX_LINE);
 }

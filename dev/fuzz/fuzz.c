@@ -425,13 +425,7 @@ static void fuzz_documents(const unsigned char* data, size_t n) {
         bool json = i & 1;
         Text expected = {NULL, 0, 0, false}, found = {NULL, 0, 0, false};
         TokenList ids = {NULL, 0, 0};
-        TextFile f;
-        memset(&f, 0, sizeof f);
-        f.tokenizer = &tok;
-        f.eos = tok.eos;
-        f.path = put_memory(data, n);
-        f.fd = memory_fd;
-        f.size = (int64_t)n;
+        TextFile f = text_file(put_memory(data, n), memory_fd, (int64_t)n, &tok, tok.eos);
         f.json_lines = json;
         f.border = i < 2 ? 0 : (int64_t)(n / 2);
         bool ok = text_file_tokens(&f, add_ids, &ids, &err);

@@ -560,15 +560,9 @@ static bool large_count(void* count, const int* ids, size_t n, int64_t at, Error
 }
 
 static bool large_documents(const char* path, const Tokenizer* tok, size_t size, Error* err) {
-    TextFile f;
     struct stat st;
     size_t n = 0;
-    memset(&f, 0, sizeof f);
-    f.tokenizer = tok;
-    f.fd = open_regular(path, &st, err);
-    f.path = path;
-    f.size = (int64_t)size;
-    f.json_lines = true;
+    TextFile f = text_file(path, open_regular(path, &st, err), (int64_t)size, tok, tok->eos);
     return text_file_tokens(&f, large_count, &n, err) && n > 0;
 }
 
