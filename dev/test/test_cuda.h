@@ -1705,6 +1705,7 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     cpu.dropout.key = random_bits(1337, STREAM_DROPOUT, 3);
     double loss = gradients_of(&cpu, want, tokens, targets, doc, B, T, 2), loss_cuda = 0;
     for (int k = 0; k < RUNS; k++) {
+        if (only_small() && k % 2) continue;
         Backend b = backend_cuda_of<X>(&m, B, T, true,
                                        k < 2    ? RECOMPUTE_NONE
                                        : k == 2 ? RECOMPUTE_CHEAP
@@ -1736,8 +1737,10 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
         for (int k = 0; k < 2; k++)
             claim_value(name + " final states", real_relative(sG[k].data, sT[k].data, sT[k].n_elements),
                         sizeof(X) == 4 ? 1e-5 : 1e-2);               // measured 3e-7, 4e-3
-    claim_value(name + " again: bits", bits_differ(got[0], got[1], m.n_elements), 0);
-    claim_value(name + " with recompute: bits", bits_differ(got[0], got[3], m.n_elements), 0);
+    if (!only_small()) {
+        claim_value(name + " again: bits", bits_differ(got[0], got[1], m.n_elements), 0);
+        claim_value(name + " with recompute: bits", bits_differ(got[0], got[3], m.n_elements), 0);
+    }
     // cheap walks from every second saved state, which bf16 has rounded
     claim_value(name + " with recompute cheap: gradients", real_relative(got[2], got[0], m.n_elements),
                 sizeof(X) == 4 ? 0 : 1e-2);
@@ -1948,7 +1951,7 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
 template <typename X> void check_model(void) {
     int n = (int)(sizeof cuda_shapes / sizeof cuda_shapes[0]);
     for (int i = 0; i < n; i++) {
-        if (only_small() && cuda_shapes[i].B * cuda_shapes[i].T > 300) continue;
+        if (only_small() && i != 6 && i != 10 && i != 16 && i != 18) continue;
         if (!only_small()) check_gradients<X>(&cuda_shapes[i], false);
         check_gradients<X>(&cuda_shapes[i], true);
     }
@@ -2043,6 +2046,7 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
             cuda_logits(&cpu, want + r * Vp, ids[r], STEPS, STEPS);
         }
         for (size_t n : counts) {
+            if (only_small() && n != 3 && n != 17) continue;
             for (int again = 0; again < 2; again++) {
                 Session s = session_create(&b, n, 1);
                 double wrong = 0;
@@ -2090,6 +2094,7 @@ void test_cuda_generate(void) {
     toy_attention(&configs[5], "Q2 G1 H32 R16", 400);
     toy_mamba2(&configs[5], "P32 S1 L64");
     for (const Config& c : configs) {
+        if (only_small()) break;
         Model m = toy_model(&c, false, 6);
         char prompt[301], options[400];
         for (size_t i = 0; i < 300; i++) prompt[i] = (char)('!' + random_bits(10, 0, i) % 90);
@@ -2157,6 +2162,7 @@ void test_cuda_generate(void) {
     worst_report("bf16: logits token by token, 1 to 70 sequences = the CPU's", &decoding, 3e-2);
     worst_report("bf16: logits token by token, again: bits", &twice, 0);
     worst_report("bf16: greedy tokens that are not those of the largest logits", &greedy, 0);
+    if (only_small()) return;
     worst_report("fp32: tokens of the GPU differ from those of the CPU", &tokens, 0);
     worst_report("fp32: tokens after prefill in chunks of 1, 7, 1000 differ", &chunks, 0);
     worst_report("fp32: a state saved on one device, tokens on the other differ", &saved, 0);
