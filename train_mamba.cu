@@ -318,7 +318,7 @@ void bias_forward_cuda(X* out, size_t ldo, const float* bias, size_t M, size_t O
 // the sum over tokens, in section 4
 template <typename X>
 void bias_backward_cuda(float* dbias, const X* dout, size_t ldo, size_t M, size_t O, float* scratch,
-                        cudaStream_t stream);
+                        cudaStream_t stream, struct SumList* later = NULL);
 
 // matmul_forward_cuda: out (M,O) = inp (M,I) weight^T + bias.   row strides ldo, ldi   weight (O,I)
 // bias (O) float or NULL
@@ -477,56 +477,55 @@ template <int WARPS> __device__ __forceinline__ float group_sum(float x, float* 
 // sum_parts: the second stage of a sum.   out[i] += sum_p parts[p,i],  out2[i] += sum_p parts[p,n+i]
 //   parts (P,n+n2), row stride ld   out (n)   out2 (n2)
 // A block sums 32 columns, its 32 warps every 32nd part each; then one warp adds the 32 sums in order.
-// Between two kernels of a stream lie one or two microseconds, in which the first ends and the second starts.
-// From sm_90 on this one uses them (programmatic dependent launch): it starts when the blocks of the kernel
-// before have ended or called allow_next, loads `out`, and then waits for the results of that kernel.
-enum { SUM_WARPS = 32 };
+// One such sum is too little work for the chip. So a kernel does those of a SumList, one after the other in
+// its grid: nothing in a step waits for the gradients of small parameters, so the sums of a layer are left to
+// its end (`later` of the launchers).
+enum { SUM_WARPS = 32, SUM_LIST = 8 };
+struct SumParts { float *out, *out2; const float* parts; size_t P, n, n2, ld; };
+struct SumList { SumParts sum[SUM_LIST]; int n; };
 
-__device__ __forceinline__ void allow_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+__host__ __device__ inline unsigned sum_blocks(const SumParts& s) {
+    return (unsigned)((s.n + s.n2 + WARP - 1) / WARP);
 }
 
-__global__ void __launch_bounds__(WARP * SUM_WARPS)
-sum_parts_kernel(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld) {
+__global__ void __launch_bounds__(WARP * SUM_WARPS) sum_parts_kernel(const __grid_constant__ SumList list) {
     __shared__ float sum[SUM_WARPS][WARP];
-    size_t i = (size_t)blockIdx.x * WARP + threadIdx.x;
-    float acc = 0, *to = i < n ? out + i : out2 + (i - n);
-    bool last = threadIdx.y == 0 && i < n + n2;
-    float before = last ? *to : 0.0f;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    unsigned block = blockIdx.x;
+    int k = 0;
+    while (block >= sum_blocks(list.sum[k])) block -= sum_blocks(list.sum[k++]);
+    const SumParts& s = list.sum[k];
+    const size_t i = (size_t)block * WARP + threadIdx.x;
+    const bool here = i < s.n + s.n2;
+    float acc = 0;
     #pragma unroll 8
-    for (size_t p = threadIdx.y; p < P; p += SUM_WARPS) acc += i < n + n2 ? parts[p * ld + i] : 0.0f;
+    for (size_t p = threadIdx.y; p < s.P; p += SUM_WARPS) acc += here ? s.parts[p * s.ld + i] : 0.0f;
     sum[threadIdx.y][threadIdx.x] = acc;
     __syncthreads();
-    if (!last) return;
+    if (threadIdx.y > 0 || !here) return;
     acc = 0;
     #pragma unroll
     for (int w = 0; w < SUM_WARPS; w++) acc += sum[w][threadIdx.x];
-    *to = before + acc;
+    (i < s.n ? s.out + i : s.out2 + (i - s.n))[0] += acc;
 }
 
+// sum_list_cuda: makes the sums of the list, which is empty then
+void sum_list_cuda(SumList* list, cudaStream_t stream) {
+    unsigned blocks = 0;
+    for (int k = 0; k < list->n; k++) blocks += sum_blocks(list->sum[k]);
+    if (blocks) sum_parts_kernel<<<blocks, dim3(WARP, SUM_WARPS), 0, stream>>>(*list);
+    cudaCheck(cudaGetLastError());
+    list->n = 0;
+}
+
+// sum_parts_cuda: now, or with the others of `later`; the parts must stay until then
 void sum_parts_cuda(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld,
-                    cudaStream_t stream) {
-    static int compiled = 0;                                 // for this compute capability, times 10
-    if (compiled == 0) {
-        cudaFuncAttributes kernel;
-        cudaCheck(cudaFuncGetAttributes(&kernel, sum_parts_kernel));
-        compiled = kernel.ptxVersion;
-    }
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)((n + n2 + WARP - 1) / WARP));
-    config.blockDim = dim3(WARP, SUM_WARPS);
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = compiled >= 90;                        // compiled for less, it would not wait
-    cudaCheck(cudaLaunchKernelEx(&config, sum_parts_kernel, out, out2, parts, P, n, n2, ld));
+                    cudaStream_t stream, SumList* later = NULL) {
+    SumList now;
+    SumList* list = later ? later : &now;
+    now.n = 0;
+    assert(list->n < SUM_LIST);
+    list->sum[list->n++] = SumParts{out, out2, parts, P, n, n2, ld};
+    if (!later) sum_list_cuda(&now, stream);
 }
 
 // cast: out = inp in another type, n elements.   bytes: sizeof(Y) + sizeof(X) per element
@@ -1068,7 +1067,8 @@ size_t rmsnorm_backward_scratch_cuda(size_t M, size_t D) {
 template <typename X>
 const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, const X* dy,
                                   const float* res, const float* weight, const float* rstd, float* scratch,
-                                  size_t M, size_t D, cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
+                                  size_t M, size_t D, cudaStream_t stream, DropoutCuda drop = DropoutCuda(),
+                                  SumList* later = NULL) {
     bool packs = is_aligned(dres, 16, D * 4) && is_aligned(res, 16, D * 4) && is_aligned(weight, 16, 16) &&
                  is_aligned(scratch, 16, 16) && is_aligned(dy, 4 * sizeof(X), D * sizeof(X)) &&
                  is_aligned(dres_x, 4 * sizeof(X), D * sizeof(X)) &&
@@ -1098,7 +1098,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
     }
     #undef NORM_BACKWARD
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dweight, NULL, scratch, blocks, D, 0, D, stream);
+    sum_parts_cuda(dweight, NULL, scratch, blocks, D, 0, D, stream, later);
     return name;
 }
 
@@ -1438,7 +1438,6 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
         float sums[CONV_ROWS][TAPS + 1][WARP * W];
     } shared;
     __shared__ ConvBegins begins[CONV_ROWS];
-    allow_next();
     size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W, tail = b * (K - 1) * E + e;
     int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
     ConvGradient<W, TAPS> grad = {};
@@ -1545,7 +1544,7 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                                         const X* dout, const float* dtailT, const X* inp, size_t ldi,
                                         const float* tail0, const float* weight, const float* bias, bool silu,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
-                                        size_t K, cudaStream_t stream) {
+                                        size_t K, cudaStream_t stream, SumList* later = NULL) {
     const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
                 is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
@@ -1557,7 +1556,7 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
     kernel<<<grid, block, 0, stream>>>(dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight,
                                        bias, doc, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream);
+    sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream, later);
     return fast ? "causal_conv1d_backward_kernel<4>" : "causal_conv1d_backward_kernel<8>";
 }
 
@@ -1656,12 +1655,12 @@ size_t bias_backward_scratch_cuda(size_t M, size_t O) { return (M + BIAS_ROWS - 
 
 template <typename X>
 void bias_backward_cuda(float* dbias, const X* dout, size_t ldo, size_t M, size_t O, float* scratch,
-                        cudaStream_t stream) {
+                        cudaStream_t stream, SumList* later) {
     size_t rows = (M + BIAS_ROWS - 1) / BIAS_ROWS;
     bias_backward_kernel<<<dim3((unsigned)rows, (unsigned)((O + WARP - 1) / WARP)), dim3(WARP, BIAS_WARPS), 0,
                            stream>>>(scratch, dout, ldo, M, O);
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dbias, NULL, scratch, rows, O, 0, O, stream);
+    sum_parts_cuda(dbias, NULL, scratch, rows, O, 0, O, stream, later);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -5640,7 +5639,7 @@ const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* 
                               const X* x, size_t ldx, const float* dt, const float* A_log, const X* Bt,
                               const X* Ct, size_t ldbc, const float* Dskip, bool D_has_hdim, const int* doc,
                               float* scratch, size_t B, size_t T, size_t H, size_t P, size_t G, size_t N,
-                              cudaStream_t stream) {
+                              cudaStream_t stream, SumList* later = NULL) {
     const size_t w = sizeof(X), n_skip = D_has_hdim ? H * P : H, PN = P * N;
     SsdBackwardFast launch = NULL;
     if (w == 2 && H % G == 0 && is_aligned(x, 16, ldx * w) && is_aligned(dx, 16, lddx * w) &&
@@ -5666,7 +5665,7 @@ const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* 
             ssd_backward_general(r, shape, s, scratch, stream);
         }
     }
-    sum_parts_cuda(dA_log, dDskip, sums, B * s.tiles, H, n_skip, H + n_skip, stream);
+    sum_parts_cuda(dA_log, dDskip, sums, B * s.tiles, H, n_skip, H + n_skip, stream, later);
     return launch ? "fast" : "general";
 }
 
@@ -5720,12 +5719,12 @@ size_t ssd_dt_backward_scratch_cuda(size_t B, size_t T, size_t H) {
 template <typename X>
 void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* ddt, const X* dt_raw,
                           size_t ld, const float* dt_bias, float lo, float hi, float* scratch, size_t B,
-                          size_t T, size_t H, cudaStream_t stream) {
+                          size_t T, size_t H, cudaStream_t stream, SumList* later = NULL) {
     const size_t blocks = B * ((T + SSD_DT_TOKENS - 1) / SSD_DT_TOKENS);
     ssd_dt_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)((H + WARP - 1) / WARP)), dim3(WARP, 8), 0,
                                 stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld, dt_bias, lo, hi, T, H);
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(ddt_bias, NULL, scratch, blocks, H, 0, H, stream);
+    sum_parts_cuda(ddt_bias, NULL, scratch, blocks, H, 0, H, stream, later);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -5929,7 +5928,8 @@ template <typename X>
 const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* dweight,
                                         const X* dout, size_t lddo, const X* y, const X* z, size_t ldz,
                                         const float* weight, const float* rstd, float* scratch, size_t M,
-                                        size_t E, size_t S, bool norm_first, cudaStream_t stream) {
+                                        size_t E, size_t S, bool norm_first, cudaStream_t stream,
+                                        SumList* later = NULL) {
     const size_t pack = GATED_PACK * sizeof(X), blocks = min_size(M, GATED_BLOCKS);
     const unsigned threads = gated_threads(S);
     const dim3 grid((unsigned)blocks, (unsigned)(E / S));
@@ -5946,7 +5946,7 @@ const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_
         name = "gated_rmsnorm_backward_general_kernel";
     }
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dweight, NULL, scratch, blocks, E, 0, E, stream);
+    sum_parts_cuda(dweight, NULL, scratch, blocks, E, 0, E, stream, later);
     return name;
 }
 
@@ -7474,7 +7474,7 @@ template <typename X> struct ActsCuda {
 // What all layers share.
 template <typename X> struct ScratchCuda {
     X *delta, *du, *dres_x;
-    float *dres, *sums;             // sums: partial sums of the kernels
+    float *dres, *sums;             // sums: partial sums of a block's kernels, see sums_take
     int* sort;
 };
 
@@ -7487,6 +7487,15 @@ typedef struct {
     cudaEvent_t ready, done;
 } SideCuda;
 
+// SumsCuda: the sums of a block's backward that are still to be made, and what is free of their memory. Every
+// kernel takes memory of its own for its parts; sums_finish makes the sums, on the side stream.
+typedef struct {
+    SumList list;
+    float* free;
+} SumsCuda;
+
+static inline size_t sums_round(size_t n) { return (n + 7) / 8 * 8; }    // pieces begin at 32 bytes
+
 template <typename X> struct CudaRun {
     const Config* config;
     Matmul* matmul;
@@ -7497,6 +7506,7 @@ template <typename X> struct CudaRun {
     DropoutCuda dropout;            // of delta_in; for the first sub-layer (place 0) of the embedding
     bool add;                       // weight gradients of matmuls are added to; false: written
     SideCuda* side;
+    SumsCuda* sums;                 // in backward
 };
 
 // side_fork: the side stream goes on behind what the main one has been given so far. side_join: the main
@@ -7510,16 +7520,38 @@ template <typename X> static void side_join(const CudaRun<X>* run) {
     cudaCheck(cudaStreamWaitEvent(run->stream, run->side->done, 0));
 }
 
-// linear_backward_weight: dweight (O,I) = or += dout^T inp on the side stream, dbias += sum of dout on the
-// main one.   dout (M,O), inp (M,I), row strides lddo, ldi
+// sums_take: memory for n floats of parts
+template <typename X> static float* sums_take(const CudaRun<X>* run, size_t n) {
+    float* piece = run->sums->free;
+    run->sums->free += sums_round(n);
+    return piece;
+}
+
+// sums_finish: the end of a block. The block before it takes the memory again behind a side_join.
+template <typename X> static void sums_finish(const CudaRun<X>* run, const ScratchCuda<X>* shared) {
+    side_fork(run);
+    sum_list_cuda(&run->sums->list, run->side->stream);
+    run->sums->free = shared->sums;
+}
+
+// linear_backward_bias: dbias (O) += sum of dout (M,O)
 template <typename X>
-static void linear_backward_weight(const CudaRun<X>* run, float* dweight, float* dbias, const X* dout,
-                                   size_t lddo, const X* inp, size_t ldi, float* sums, size_t I, size_t O) {
+static void linear_backward_bias(const CudaRun<X>* run, float* dbias, const X* dout, size_t lddo, size_t O) {
+    size_t M = run->B * run->T;
+    if (dbias)
+        bias_backward_cuda(dbias, dout, lddo, M, O, sums_take(run, bias_backward_scratch_cuda(M, O)),
+                           run->stream, &run->sums->list);
+}
+
+// linear_backward_weight: dweight (O,I) = or += dout^T inp on the side stream.   dout (M,O), inp (M,I), row
+// strides lddo, ldi
+template <typename X>
+static void linear_backward_weight(const CudaRun<X>* run, float* dweight, const X* dout, size_t lddo,
+                                   const X* inp, size_t ldi, size_t I, size_t O) {
     size_t M = run->B * run->T;
     side_fork(run);
     matmul_backward_cuda(&run->side->matmul, (X*)NULL, 0, false, dweight, (float*)NULL, dout, lddo, inp, ldi,
                          (const X*)NULL, (float*)NULL, M, I, O, run->side->stream, run->add);
-    if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, sums, run->stream);
 }
 
 // linear_backward_input: dinp (M,I) = dout weight, with `add` it is added to.   dout (M,O)   lddi, lddo: row
@@ -7565,17 +7597,19 @@ static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, c
     bool cheap = run->recompute == RECOMPUTE_CHEAP;          // u is made again by the norm's backward
     if (more)
         cudaCheck(cudaMemset2DAsync(dout + O, lddo * sizeof(X), 0, more * sizeof(X), M, run->stream));
-    if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, shared->sums, run->stream);
+    linear_backward_bias(run, dbias, dout, lddo, O);
     O += more;
     linear_backward_input(run, shared->du, D, false, dout, lddo, weight_x(L, weight), D, O);
     side_join(run);                                // dres_x, and with cheap u, are written again
     if (!cheap)
-        linear_backward_weight(run, dweight, (float*)NULL, dout, lddo, acts->u, D, shared->sums, D, O);
+        linear_backward_weight(run, dweight, dout, lddo, acts->u, D, D, O);
     X* dres_x = run->dropout.place ? shared->dres_x : NULL;  // the first sub-layer has no other before it
     rmsnorm_backward_cuda(shared->dres, dres_x, cheap ? acts->u : NULL, dnorm, shared->du, acts->res, norm,
-                          acts->rstd, shared->sums, M, D, run->stream, run->dropout);
+                          acts->rstd, sums_take(run, rmsnorm_backward_scratch_cuda(M, D)), M, D, run->stream,
+                          run->dropout, &run->sums->list);
     if (cheap)
-        linear_backward_weight(run, dweight, (float*)NULL, dout, lddo, acts->u, D, shared->sums, D, O);
+        linear_backward_weight(run, dweight, dout, lddo, acts->u, D, D, O);
+    sums_finish(run, shared);
 }
 
 // Blocks with one token of each sequence (section 4.10), in bf16. res_in and delta_in as above; the residual
@@ -7649,10 +7683,11 @@ static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 1
 // floats of partial sums that its kernels need
 static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     if (!training) return 0;
-    size_t E = (size_t)c->d_inner, scan = selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state),
-           conv = causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv),
-           bias = bias_backward_scratch_cuda(B * T, 2 * E);
-    return max_size(scan, max_size(conv, bias));
+    size_t E = (size_t)c->d_inner;
+    return sums_round(selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state)) +
+           sums_round(causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv)) +
+           sums_round(bias_backward_scratch_cuda(B * T, (size_t)c->d_model)) +
+           sums_round(bias_backward_scratch_cuda(B * T, 2 * E));
 }
 
 // mamba1_block_forward_cuda: delta = Mamba(RMSNorm(res)), res = res_in + delta_in.
@@ -7711,16 +7746,18 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                     dp->dt_proj_bias, w->drbc + R, w->drbc + R + N, RBC, (float*)NULL, w->dy,
                                     (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, p->dt_proj_bias,
                                     p->A_log, a->rbc + R, a->rbc + R + N, RBC, p->D, a->xz + E, 2 * E,
-                                    run->doc, shared->sums, B, T, E, N, scan_spacing(run->recompute), stream);
-    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, D, w->y, E, shared->sums, E,
-                           D);
-    linear_backward_weight(run, dp->dt_proj, (float*)NULL, w->ddt, E, a->rbc, RBC, shared->sums, R, E);
+                                    run->doc, sums_take(run, selective_scan_scratch_cuda(B, T, E, N)), B, T,
+                                    E, N, scan_spacing(run->recompute), stream);
+    linear_backward_bias(run, dp->out_proj_bias, shared->dres_x, D, D);
+    linear_backward_weight(run, dp->out_proj, shared->dres_x, D, w->y, E, E, D);
+    linear_backward_weight(run, dp->dt_proj, w->ddt, E, a->rbc, RBC, R, E);
     linear_backward_input(run, w->drbc, RBC, false, w->ddt, E, weight_x(L, p->dt_proj), R, E);
-    linear_backward_weight(run, dp->x_proj, (float*)NULL, w->drbc, RBC, a->x, E, shared->sums, E, RBC);
+    linear_backward_weight(run, dp->x_proj, w->drbc, RBC, a->x, E, E, RBC);
     linear_backward_input(run, w->dx, E, true, w->drbc, RBC, weight_x(L, p->x_proj), E, RBC);
     causal_conv1d_backward_cuda(w->dxz, 2 * E, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dx,
                                 (const float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true,
-                                run->doc, shared->sums, B, T, E, K, stream);
+                                run->doc, sums_take(run, causal_conv1d_scratch_cuda(B, T, E, K)), B, T, E, K,
+                                stream, &run->sums->list);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dxz, 2 * E,
                          p->norm, p->in_proj, 2 * E);
 }
@@ -7812,15 +7849,14 @@ static Mamba2Sizes mamba2_sizes_cuda(const Config* c, size_t B, size_t T) {
 
 static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     const Mamba2Sizes s = mamba2_sizes_cuda(c, B, T);
-    const size_t forward = ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
-                 backward[] = {ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
-                               ssd_dt_backward_scratch_cuda(B, T, s.H), gated_rmsnorm_scratch_cuda(s.M, s.Es),
-                               causal_conv1d_scratch_cuda(B, T, s.Cd, s.K),
-                               bias_backward_scratch_cuda(s.M, s.in)};
-    size_t most = forward;
-    for (size_t i = 0; training && i < sizeof backward / sizeof backward[0]; i++)
-        most = max_size(most, backward[i]);
-    return most;
+    const size_t forward = ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N);
+    if (!training) return forward;
+    return max_size(forward, sums_round(ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)) +
+                                 sums_round(ssd_dt_backward_scratch_cuda(B, T, s.H)) +
+                                 sums_round(gated_rmsnorm_scratch_cuda(s.M, s.Es)) +
+                                 sums_round(causal_conv1d_scratch_cuda(B, T, s.Cd, s.K)) +
+                                 sums_round(bias_backward_scratch_cuda(s.M, s.D)) +
+                                 sums_round(bias_backward_scratch_cuda(s.M, s.in)));
 }
 
 // the CHEAP activations: x, B, C; dt
@@ -7877,7 +7913,7 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     const Mamba2State* s0 = (const Mamba2State*)state0;
     const Config* c = run->config;
     const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
-    const size_t ld = mamba2_row(s.in), GN = s.G * s.N;
+    const size_t B = run->B, T = run->T, ld = mamba2_row(s.in), GN = s.G * s.N;
     const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es;
     X *dz0 = w->dzxbcdt, *dx0 = dz0 + s.mlp, *dz = dz0 + s.z, *dy = s.mlp ? w->dy : w->dn;
     X* dBt = w->dxbc + s.Es;
@@ -7891,24 +7927,29 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     // (S5)
     if (c->rmsnorm)
         gated_rmsnorm_backward_cuda(dy, dz, ld, w->n + s.mlp, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
-                                    z, ld, p->gated_norm, a->gated_rstd, shared->sums, s.M, s.Es,
-                                    s.Es / s.G, c->norm_before_gate, stream);
+                                    z, ld, p->gated_norm, a->gated_rstd,
+                                    sums_take(run, gated_rmsnorm_scratch_cuda(s.M, s.Es)), s.M, s.Es,
+                                    s.Es / s.G, c->norm_before_gate, stream, &run->sums->list);
     else
         gate_backward_cuda(dy, s.Es, dz, ld, w->n + s.mlp, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
                            s.Es, stream);
-    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, s.D, w->n, s.E, shared->sums,
-                           s.E, s.D);
+    linear_backward_bias(run, dp->out_proj_bias, shared->dres_x, s.D, s.D);
+    linear_backward_weight(run, dp->out_proj, shared->dres_x, s.D, w->n, s.E, s.E, s.D);
     // (S4) to (S1)
     ssd_backward_cuda<X>(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dBt + GN, s.Cd, dp->D, (float*)NULL, dy,
                          (const float*)NULL, a->states, a->xbc, s.Cd, a->dt, p->A_log, Bt, Bt + GN, s.Cd,
-                         p->D, c->D_has_hdim, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
-                         stream);
+                         p->D, c->D_has_hdim, run->doc,
+                         sums_take(run, ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)), B, T, s.H, s.P,
+                         s.G, s.N, stream, &run->sums->list);
     ssd_dt_backward_cuda(w->dzxbcdt + s.dt, ld, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, ld, p->dt_bias,
-                         (float)c->dt_low, (float)c->dt_high, shared->sums, run->B, run->T, s.H, stream);
+                         (float)c->dt_low, (float)c->dt_high,
+                         sums_take(run, ssd_dt_backward_scratch_cuda(B, T, s.H)), B, T, s.H, stream,
+                         &run->sums->list);
     causal_conv1d_backward_cuda(w->dzxbcdt + s.xbc, ld, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dxbc,
                                 (const float*)NULL, a->zxbcdt + s.xbc, ld, s0->conv, p->conv1d,
-                                p->conv1d_bias, true, run->doc, shared->sums, run->B, run->T, s.Cd, s.K,
-                                stream);
+                                p->conv1d_bias, true, run->doc,
+                                sums_take(run, causal_conv1d_scratch_cuda(B, T, s.Cd, s.K)), B, T, s.Cd, s.K,
+                                stream, &run->sums->list);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, ld,
                          p->norm, p->in_proj, s.in);
 }
@@ -7946,8 +7987,9 @@ static const TensorSpec attention_scratch_cuda[] = {
 static size_t attention_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     const Heads s = heads_of(c);
     if (!training) return attention_decode_scratch_cuda(B, s.Hq, s.dh, s.capacity);
-    size_t conv = s.K ? causal_conv1d_scratch_cuda(B, T, s.qkv, s.K) : 0;
-    return max_size(B * s.Hq * T, max_size(conv, bias_backward_scratch_cuda(B * T, s.in)));
+    return sums_round(B * s.Hq * T) + (s.K ? sums_round(causal_conv1d_scratch_cuda(B, T, s.qkv, s.K)) : 0) +
+           sums_round(bias_backward_scratch_cuda(B * T, (size_t)c->d_model)) +
+           sums_round(bias_backward_scratch_cuda(B * T, s.in));
 }
 
 // the documents of the call; NULL: one per sequence
@@ -8032,19 +8074,21 @@ void attention_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L,
         attention_turn(run, s, qkv, ld, s0->position, span, rotary);
     }
     linear_backward_input(run, w->dy, s.out, false, shared->dres_x, D, weight_x(L, p->out_proj), s.out, D);
-    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, D, a->y, s.out,
-                           shared->sums, s.out, D);
     side_join(run);                                // of the layer before: din is written again
+    linear_backward_bias(run, dp->out_proj_bias, shared->dres_x, D, D);
+    linear_backward_weight(run, dp->out_proj, shared->dres_x, D, a->y, s.out, s.out, D);
     if (s.F)
         gate_backward_cuda(dup, s.in, dup + s.F, s.in, (X*)NULL, 0, w->dy + s.Hq * s.dh, s.out, up, s.in,
                            up + s.F, s.in, M, s.F, stream);
     attention_backward_cuda<X>(dqkv, ld, w->dy, s.out, a->y, s.out, a->lse, qkv, ld, (const X*)s0->kv,
-                               s.capacity, s0->position, span, rotary, s.scale, shared->sums, B, T, s.Hq,
-                               s.Hkv, s.dh, stream);
+                               s.capacity, s0->position, span, rotary, s.scale,
+                               sums_take(run, B * s.Hq * T), B, T, s.Hq, s.Hkv, s.dh, stream);
     if (s.K)
         causal_conv1d_backward_cuda(w->din, s.in, dp->conv1d, dp->conv1d_bias, (float*)NULL, dqkv,
                                     (const float*)NULL, a->in, s.in, s0->conv, p->conv1d, p->conv1d_bias,
-                                    false, run->doc, shared->sums, B, T, s.qkv, s.K, stream);
+                                    false, run->doc,
+                                    sums_take(run, causal_conv1d_scratch_cuda(B, T, s.qkv, s.K)), B, T, s.qkv,
+                                    s.K, stream, &run->sums->list);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->din, s.in, p->norm,
                          p->in_proj, s.in);
 }
@@ -8097,7 +8141,7 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
     side_join(run);                                // of the layer before: dh and m are written again
     gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, F, w->dm, F, a->h, 2 * F, a->h + F, 2 * F, M, F,
                        run->stream);
-    linear_backward_weight(run, dp->fc2, (float*)NULL, shared->dres_x, D, w->m, F, shared->sums, F, D);
+    linear_backward_weight(run, dp->fc2, shared->dres_x, D, w->m, F, F, D);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->fc1, (float*)NULL, w->dh, 2 * F, p->norm, p->fc1,
                          2 * F);
 }
@@ -8125,7 +8169,7 @@ template <typename X> struct KindCuda {
     char letter;                                   // of the kind in train_mamba.c
     const TensorSpec* acts;    int n_acts;         // saved for backward
     const TensorSpec* scratch; int n_scratch;
-    size_t (*sums)(const Config*, size_t B, size_t T, bool training);  // floats of partial sums; NULL: 0
+    size_t (*sums)(const Config*, size_t B, size_t T, bool training);  // floats of its parts of sums; NULL: 0
     void (*forward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
                     const float* res_in, const X* delta_in, float* const* state0, float* const* stateT);
     void (*backward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
@@ -8291,7 +8335,7 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     end = arena->used;
     arena->used = train ? start : end;         // decoding keeps its last outputs beside the logits
     arena_take(arena, &s->delta, M * D);
-    size_t sums = train ? max_size(rmsnorm_backward_scratch_cuda(M, D), bias_backward_scratch_cuda(M, D)) : 0;
+    size_t sums = 0;
     for (int k = 0; k < N_KINDS_CUDA; k++) {
         const KindCuda<X>* kind = &kinds_cuda<X>[k];
         if (first[k] < 0) continue;
@@ -8301,6 +8345,7 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
         if (kind->sums) sums = max_size(sums, kind->sums(c, B, T, train));
         if (kind->sums && !train) sums = max_size(sums, kind->sums(c, M, 1, false));   // a token of each row
     }
+    if (train) sums += sums_round(rmsnorm_backward_scratch_cuda(M, D));    // of every block
     // a smaller call may cut time differently; its partial sums are never more than twice those of the full
     // one
     if (sums) arena_take(arena, &s->sums, 2 * sums);
@@ -8646,11 +8691,15 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
                          const int* tokens, float* state0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
+    SumsCuda sums = {{}, s->sums};
+    run->sums = &sums;
     side_fork(run);
     cudaCheck(cudaMemsetAsync(s->dres, 0, M * D * sizeof(float), run->stream));
     run->dropout.place = (uint64_t)m->n_layers;
     rmsnorm_backward_cuda(s->dres, s->dres_x, (X*)NULL, d->dnorm_f, w->df, w->res_last, d->norm_f, w->f_rstd,
-                          s->sums, M, D, run->stream, run->dropout);
+                          sums_take(run, rmsnorm_backward_scratch_cuda(M, D)), M, D, run->stream,
+                          run->dropout, &sums.list);
+    sums_finish(run, s);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
         state_fields<X>(s0, m, state0, run->B, l, 0);
@@ -8767,7 +8816,7 @@ static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t
     const StepCuda* step = c->work.batch.step;
     CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute,
                       dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model),
-                      true, &c->side};
+                      true, &c->side, NULL};
     return run;
 }
 
