@@ -1108,7 +1108,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // A thread owns W neighbouring channels and a run of up to `steps` tokens of one sequence. It walks through
 // the run with the inputs of the last TAPS tokens in registers (the window), so that each is loaded once and
 // not K times; only the few inputs before a run are loaded by two threads. A block is 32 threads along the
-// channels times CONV_ROWS runs; blockIdx is (channels, runs, sequence).
+// channels times CONV_ROWS runs, counted through all sequences; blockIdx is (channels, runs).
 // The tokens go in groups of TAPS: while one is computed, the next are on their way into shared memory (the
 // ring). Nearly all groups are plain: whole, of the run, of one document. In the others the tokens are taken
 // one by one, and everything is asked for each.
@@ -1118,7 +1118,8 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // weight 0.
 enum { CONV_ROWS = 4, CONV_THREADS = WARP * CONV_ROWS };
 enum { CONV_FORWARD_RING = 3, CONV_BACKWARD_RING = 2 };        // groups
-enum { CONV_FORWARD_STEPS = 32, CONV_BACKWARD_STEPS = 128 };   // the longest runs
+enum { CONV_STEPS = 128 };                                     // the longest run
+enum { CONV_FORWARD_BLOCKS = 6, CONV_BACKWARD_BLOCKS = 4 };    // that an SM runs at a time
 
 // ConvGroup: the tokens of a group, each thread with a column of its own. A pack is one word: four bf16 that
 // wait as separate numbers would be loaded as separate numbers, and take a register each.
@@ -1219,7 +1220,7 @@ __device__ __forceinline__ void conv_sum(float* c, const ConvWindow<W, TAPS>& wi
 
 // conv_begins: bit j of begins[g]: a document begins at token j of group g, which is token t + g TAPS + j of
 // the sequence.   Called by whole warps
-typedef unsigned char ConvBegins[CONV_BACKWARD_STEPS / 4 + 2];
+typedef unsigned char ConvBegins[CONV_STEPS / 4 + 2];
 
 template <int TAPS>
 __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b, int t, int end) {
@@ -1232,6 +1233,14 @@ __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b,
         begins[g] = (unsigned char)bits;
     }
     __syncwarp();
+}
+
+// conv_run: the run of this warp: `own` tokens (returned) of sequence b from t0 on
+__device__ __forceinline__ int conv_run(size_t* b, int* t0, int B, int T, int steps) {
+    const int run = (int)(blockIdx.y * CONV_ROWS + threadIdx.y), runs = (T + steps - 1) / steps;
+    *b = (size_t)(run / runs);
+    *t0 = run % runs * steps;
+    return run < B * runs ? min(steps, T - *t0) : 0;
 }
 
 template <bool SILU, int W, int TAPS, typename X>
@@ -1252,12 +1261,12 @@ __device__ __forceinline__ void conv_forward_token(X* out, const ConvWindow<W, T
 template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 6)
 causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
-                             const float* bias, const int* doc, int T, size_t E, int K, int steps) {
+                             const float* bias, const int* doc, int B, int T, size_t E, int K, int steps) {
     __shared__ ConvGroup<X, W, TAPS> ring[CONV_FORWARD_RING];
     __shared__ ConvBegins begins[CONV_ROWS];
-    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
-    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
-    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
+    size_t b, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
+    int t0, own = conv_run(&b, &t0, B, T, steps);
+    if (doc && own > 0) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
     if (own <= 0 || e >= E) return;
     int i = t0 > 0 ? -TAPS : 0;                  // the group: tokens t0+i ...; the first one fills the window
     inp += (b * T + t0 + i) * ldi + e;
@@ -1314,26 +1323,28 @@ __global__ void causal_conv1d_tail_kernel(float* tailT, const X* inp, size_t ldi
     }
 }
 
-// conv_steps: the length of a run. Long runs repeat less work at their borders, but there must be enough of
-// them for the whole chip: at least 1536 warps of 128 channels (384 blocks), down to 16 tokens each.
-int conv_steps(size_t B, size_t T, size_t E, int longest) {
-    size_t tiles = (E + 127) / 128, steps = (size_t)longest;
-    while (steps > 16 && B * ((T + steps - 1) / steps) * tiles < 1536) steps /= 2;
-    return (int)steps;
+// conv_steps: the length of a run, a multiple of 4. Long runs repeat less work at their borders. But the
+// blocks that the chip (132 SMs) runs at a time take equally long: so there are as many runs as fill it, once
+// or more often.
+int conv_steps(size_t B, size_t T, size_t E, size_t blocks_per_sm) {
+    const size_t tiles = (E + 127) / 128, slots = 132 * blocks_per_sm;
+    const size_t least = (T + CONV_STEPS - 1) / CONV_STEPS;
+    const size_t fills = (tiles * ((B * least + CONV_ROWS - 1) / CONV_ROWS) + slots - 1) / slots;
+    const size_t runs = max_size(fills * slots / tiles * CONV_ROWS / B, max_size(least, 1));
+    return (int)max_size(((T + runs - 1) / runs + 3) / 4 * 4, 16);
 }
 
 // the grid, with W channels per thread
 dim3 conv_grid(size_t B, size_t T, size_t E, int steps, size_t W) {
-    size_t block = (size_t)steps * CONV_ROWS;
-    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((T + block - 1) / block),
-                (unsigned)B);
+    const size_t runs = B * ((T + (size_t)steps - 1) / (size_t)steps);
+    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((runs + CONV_ROWS - 1) / CONV_ROWS));
 }
 
 template <typename X>
 const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_t ldi, const float* tail0,
                                        const float* weight, const float* bias, bool silu, const int* doc,
                                        size_t B, size_t T, size_t E, size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_BLOCKS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(out, 8, E * sizeof(X)) &&
                 is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
@@ -1341,7 +1352,8 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
                               : causal_conv1d_forward_kernel<X, W, 4, false>
                        : silu ? causal_conv1d_forward_kernel<X, 1, 8, true>
                               : causal_conv1d_forward_kernel<X, 1, 8, false>;
-    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K, steps);
+    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)B, (int)T, E, (int)K,
+                                       steps);
     cudaCheck(cudaGetLastError());
     if (tailT && K > 1) {
         causal_conv1d_tail_kernel<<<(unsigned)((B * E + 255) / 256), 256, 0, stream>>>(tailT, inp, ldi, tail0,
@@ -1431,17 +1443,18 @@ template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 3)
 causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts, const X* dout,
                               const float* dtailT, const X* inp, size_t ldi, const float* tail0,
-                              const float* weight, const float* bias, const int* doc, int T, size_t E, int K,
-                              int steps) {
+                              const float* weight, const float* bias, const int* doc, int B, int T, size_t E,
+                              int K, int steps) {
     __shared__ union {
         ConvGroup<X, W, TAPS> ring[CONV_BACKWARD_RING][2];                  // inp, dout
         float sums[CONV_ROWS][TAPS + 1][WARP * W];
     } shared;
     __shared__ ConvBegins begins[CONV_ROWS];
-    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W, tail = b * (K - 1) * E + e;
-    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
+    size_t b, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
+    int t0, own = conv_run(&b, &t0, B, T, steps);
+    const size_t tail = b * (K - 1) * E + e;
     ConvGradient<W, TAPS> grad = {};
-    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
+    if (doc && own > 0) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
     if (own > 0 && e < E) {
         ConvRows<X> rows = {dinp + (b * T + t0) * lddi + e, lddi, dtail0 ? dtail0 + tail : NULL,
                             tail0 != NULL, t0};
@@ -1522,7 +1535,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
             shared.sums[threadIdx.y][k][threadIdx.x * W + j] = k < TAPS ? grad.dw[k % TAPS][j] : grad.db[j];
     }
     __syncthreads();
-    float* part = parts + ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * (size_t)(K + 1) * E;
+    float* part = parts + (size_t)blockIdx.y * (size_t)(K + 1) * E;
     for (int i = (int)(threadIdx.y * WARP + threadIdx.x); i < (TAPS + 1) * WARP * W; i += CONV_THREADS) {
         int k = i / (WARP * W), j = i % (WARP * W), tap = k - (TAPS - K);
         size_t e_j = (size_t)blockIdx.x * WARP * W + j;
@@ -1536,7 +1549,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
 
 // the scratch of causal_conv1d_backward_cuda, in floats
 size_t causal_conv1d_scratch_cuda(size_t B, size_t T, size_t E, size_t K) {
-    return B * conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_STEPS), 1).y * (K + 1) * E;
+    return conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_BLOCKS), 1).y * (K + 1) * E;
 }
 
 template <typename X>
@@ -1545,7 +1558,7 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                                         const float* tail0, const float* weight, const float* bias, bool silu,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
                                         size_t K, cudaStream_t stream, SumList* later = NULL) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_BLOCKS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
                 is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
@@ -1554,9 +1567,9 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                        : silu ? causal_conv1d_backward_kernel<X, 1, 8, true>
                               : causal_conv1d_backward_kernel<X, 1, 8, false>;
     kernel<<<grid, block, 0, stream>>>(dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight,
-                                       bias, doc, (int)T, E, (int)K, steps);
+                                       bias, doc, (int)B, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream, later);
+    sum_parts_cuda(dweight, dbias, scratch, grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream, later);
     return fast ? "causal_conv1d_backward_kernel<4>" : "causal_conv1d_backward_kernel<8>";
 }
 
@@ -5673,13 +5686,13 @@ const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* 
 //   ddt_raw = ddt sigmoid(p), 0 where softplus(p) < lo or > hi         ddt_bias += sum over tokens of ddt_raw
 //   ddt_raw, dt_raw (B,T,H) in X, row strides ldd and ld   ddt (B,H,T)
 // A block turns SSD_DT_TOKENS tokens of 32 heads around, 32 at a time, and leaves its part of ddt_bias in
-// parts (blocks,H).   bytes: 4 + 2 sizeof(X) per token and head
+// parts (blocks,H). The `pad` columns behind ddt_raw become 0.   bytes: 4 + 2 sizeof(X) per token and head
 enum { SSD_DT_TOKENS = 64 };
 
 template <typename X>
 __global__ void __launch_bounds__(8 * WARP)
 ssd_dt_backward_kernel(X* ddt_raw, size_t ldd, float* parts, const float* ddt, const X* dt_raw, size_t ld,
-                       const float* dt_bias, float lo, float hi, size_t T, size_t H) {
+                       const float* dt_bias, float lo, float hi, size_t T, size_t H, size_t pad) {
     __shared__ float tile[WARP][WARP + 1];
     const size_t blocks = (T + SSD_DT_TOKENS - 1) / SSD_DT_TOKENS, b = blockIdx.x / blocks;
     const size_t begin = blockIdx.x % blocks * SSD_DT_TOKENS;
@@ -5694,8 +5707,12 @@ ssd_dt_backward_kernel(X* ddt_raw, size_t ldd, float* parts, const float* ddt, c
                 tile[threadIdx.x][i] = ddt[(b * H + h0 + i) * T + t0 + threadIdx.x];
         __syncthreads();
         for (size_t i = threadIdx.y; i < WARP; i += 8) {
-            if (t0 + i >= end || h >= H) continue;
+            if (t0 + i >= end || h >= H + pad) continue;
             size_t m = b * T + t0 + i;
+            if (h >= H) {
+                ddt_raw[m * ldd + h] = from_float<X>(0.0f);
+                continue;
+            }
             float p = to_float(dt_raw[m * ld + h]) + bias, v = scan_softplus(p);
             float dp = tile[i][threadIdx.x] * (p > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-p)));
             if (v < lo || v > hi) dp = 0.0f;
@@ -5719,10 +5736,11 @@ size_t ssd_dt_backward_scratch_cuda(size_t B, size_t T, size_t H) {
 template <typename X>
 void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* ddt, const X* dt_raw,
                           size_t ld, const float* dt_bias, float lo, float hi, float* scratch, size_t B,
-                          size_t T, size_t H, cudaStream_t stream, SumList* later = NULL) {
+                          size_t T, size_t H, cudaStream_t stream, SumList* later = NULL, size_t pad = 0) {
     const size_t blocks = B * ((T + SSD_DT_TOKENS - 1) / SSD_DT_TOKENS);
-    ssd_dt_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)((H + WARP - 1) / WARP)), dim3(WARP, 8), 0,
-                                stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld, dt_bias, lo, hi, T, H);
+    const dim3 grid((unsigned)blocks, (unsigned)((H + pad + WARP - 1) / WARP));
+    ssd_dt_backward_kernel<X><<<grid, dim3(WARP, 8), 0, stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld,
+                                                                  dt_bias, lo, hi, T, H, pad);
     cudaCheck(cudaGetLastError());
     sum_parts_cuda(ddt_bias, NULL, scratch, blocks, H, 0, H, stream, later);
 }
@@ -7566,7 +7584,8 @@ static void linear_backward_input(const CudaRun<X>* run, X* dinp, size_t lddi, b
 // matmul_outputs: how many outputs a matmul computes for O, when rows of the output have ld numbers. Other
 // than multiples of 8 do not suit the tensor core (16 bytes of bf16): a step of 12 Mamba-2 layers of width
 // 384, 1804 outputs, took 11.0 ms instead of 8.4 (16384 tokens, H200). Parameters have the rows for it
-// (model_add_tensor): zeros. With D inputs of which no 16 bytes are aligned there is nothing to gain.
+// (model_add_tensor): zeros; so has their gradient, from ssd_dt_backward. With D inputs of which no 16 bytes
+// are aligned there is nothing to gain.
 static size_t matmul_outputs(size_t O, size_t ld, size_t D) {
     size_t all = (O + 7) / 8 * 8;
     return all <= ld && D % 8 == 0 ? all : O;
@@ -7593,12 +7612,10 @@ template <typename X>
 static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
                                  const ScratchCuda<X>* shared, float* dnorm, float* dweight, float* dbias,
                                  X* dout, size_t lddo, const float* norm, const float* weight, size_t O) {
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model, more = matmul_outputs(O, lddo, D) - O;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model;
     bool cheap = run->recompute == RECOMPUTE_CHEAP;          // u is made again by the norm's backward
-    if (more)
-        cudaCheck(cudaMemset2DAsync(dout + O, lddo * sizeof(X), 0, more * sizeof(X), M, run->stream));
     linear_backward_bias(run, dbias, dout, lddo, O);
-    O += more;
+    O = matmul_outputs(O, lddo, D);
     linear_backward_input(run, shared->du, D, false, dout, lddo, weight_x(L, weight), D, O);
     side_join(run);                                // dres_x, and with cheap u, are written again
     if (!cheap)
@@ -7941,15 +7958,17 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                          p->D, c->D_has_hdim, run->doc,
                          sums_take(run, ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)), B, T, s.H, s.P,
                          s.G, s.N, stream, &run->sums->list);
+    side_fork(run);                                // a small kernel, beside the convolution
     ssd_dt_backward_cuda(w->dzxbcdt + s.dt, ld, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, ld, p->dt_bias,
                          (float)c->dt_low, (float)c->dt_high,
-                         sums_take(run, ssd_dt_backward_scratch_cuda(B, T, s.H)), B, T, s.H, stream,
-                         &run->sums->list);
+                         sums_take(run, ssd_dt_backward_scratch_cuda(B, T, s.H)), B, T, s.H,
+                         run->side->stream, &run->sums->list, matmul_outputs(s.in, ld, s.D) - s.in);
     causal_conv1d_backward_cuda(w->dzxbcdt + s.xbc, ld, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dxbc,
                                 (const float*)NULL, a->zxbcdt + s.xbc, ld, s0->conv, p->conv1d,
                                 p->conv1d_bias, true, run->doc,
                                 sums_take(run, causal_conv1d_scratch_cuda(B, T, s.Cd, s.K)), B, T, s.Cd, s.K,
                                 stream, &run->sums->list);
+    side_join(run);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, ld,
                          p->norm, p->in_proj, s.in);
 }
