@@ -5857,27 +5857,49 @@ const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X*
 //   out (row stride ldo), unless NULL, receives the output of the forward again, the same bits, which the
 //   next weight gradient needs
 // A block takes every gridDim.x-th token and sums dweight in registers; parts (gridDim.x,E) takes the sums.
-// bytes: 6 sizeof(X) per element with out
+// The next GATED_RING tokens are on their way to shared memory, where every thread reads what it has copied.
+// bytes: 5 sizeof(X) per element, 6 with out
+enum { GATED_RING = 2 };
+
+template <typename X> __device__ __forceinline__ void gated_copy(Pack<X, GATED_PACK>* to, const X* from) {
+    #pragma unroll
+    for (int i = 0; i < (int)sizeof *to / 16; i++) copy_async<16>((uint4*)to + i, (const uint4*)from + i);
+}
+
 template <typename X>
 __global__ void __launch_bounds__(GATED_THREADS)
 gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* parts, const X* dout,
                               size_t lddo, const X* y, const X* z, size_t ldz, const float* weight,
                               const float* rstd, size_t M, size_t E, int S, bool norm_first) {
     __shared__ float shared[2 * WARP];
-    const int s = (int)threadIdx.x * GATED_PACK;
+    extern __shared__ uint4 gated_shared[];                              // ring [GATED_RING][3][blockDim.x]
+    Pack<X, GATED_PACK>* ring = (Pack<X, GATED_PACK>*)gated_shared + threadIdx.x;
+    const int s = (int)threadIdx.x * GATED_PACK, threads = (int)blockDim.x;
     const size_t e = (size_t)blockIdx.y * S + s;
     const bool own = s < S;
+    auto copy = [&](Pack<X, GATED_PACK>* to, size_t m) {
+        if (own && m < M) {
+            gated_copy(to, dout + m * lddo + e);
+            gated_copy(to + threads, y + m * E + e);
+            gated_copy(to + 2 * threads, z + m * ldz + e);
+        }
+        copy_async_commit();
+    };
+    for (int i = 0; i < GATED_RING; i++) copy(ring + i * 3 * threads, blockIdx.x + (size_t)i * gridDim.x);
     float dw[GATED_PACK] = {};
-    int phase = 0;
+    int phase = 0, slot = 0;
     for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
-        Pack<X, GATED_PACK> d_m = {}, y_m = {}, z_m = {};
+        Pack<X, GATED_PACK> d_m = {}, y_m = {}, z_m = {}, *mine = ring + slot * 3 * threads;
         float w[GATED_PACK] = {}, sigma[GATED_PACK], dot = 0;
+        copy_async_wait(GATED_RING - 1);
         if (own) {
-            d_m = load_pack<GATED_PACK>(dout + m * lddo + e);
-            y_m = load_pack<GATED_PACK>(y + m * E + e);
-            z_m = load_pack<GATED_PACK>(z + m * ldz + e);
+            d_m = mine[0];
+            y_m = mine[threads];
+            z_m = mine[2 * threads];
             unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));    // in the cache after the first token
         }
+        copy(mine, m + (size_t)GATED_RING * gridDim.x);
+        slot = slot + 1 < GATED_RING ? slot + 1 : 0;
         const float r = rstd[m * gridDim.y + blockIdx.y];
         #pragma unroll
         for (int j = 0; j < GATED_PACK; j++) {
@@ -5951,12 +5973,18 @@ const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_
     const size_t pack = GATED_PACK * sizeof(X), blocks = min_size(M, GATED_BLOCKS);
     const unsigned threads = gated_threads(S);
     const dim3 grid((unsigned)blocks, (unsigned)(E / S));
+    const size_t ring = GATED_RING * 3 * pack * threads;
     const char* name = "gated_rmsnorm_backward_kernel";
-    if (threads && is_aligned(dy, pack, E * sizeof(X)) && is_aligned(dz, pack, lddz * sizeof(X)) &&
-        is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(dout, pack, lddo * sizeof(X)) &&
-        is_aligned(y, pack, E * sizeof(X)) && is_aligned(z, pack, ldz * sizeof(X)) &&
+    int device = 0, most = 0;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (threads && ring + 1024 <= (size_t)most && is_aligned(dy, pack, E * sizeof(X)) &&
+        is_aligned(dz, pack, lddz * sizeof(X)) && is_aligned(out, pack, ldo * sizeof(X)) &&
+        is_aligned(dout, pack, lddo * sizeof(X)) && is_aligned(y, pack, E * sizeof(X)) &&
+        is_aligned(z, pack, ldz * sizeof(X)) &&
         is_aligned(weight, GATED_PACK * 4, 0) && is_aligned(scratch, GATED_PACK * 4, E * 4)) {
-        gated_rmsnorm_backward_kernel<<<grid, threads, 0, stream>>>(
+        scan_allow_shared(gated_rmsnorm_backward_kernel<X>, ring);
+        gated_rmsnorm_backward_kernel<<<grid, threads, ring, stream>>>(
             dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight, rstd, M, E, (int)S, norm_first);
     } else {
         gated_rmsnorm_backward_general_kernel<<<grid, 256, 0, stream>>>(
@@ -7527,13 +7555,17 @@ template <typename X> struct CudaRun {
     SumsCuda* sums;                 // in backward
 };
 
-// side_fork: the side stream goes on behind what the main one has been given so far. side_join: the main
-// stream waits for the side, whose inputs it may then overwrite.
-template <typename X> static void side_fork(const CudaRun<X>* run) {
+// side_fork: the side stream, which is returned, goes on behind what the main one has been given so far.
+// side_join: the main stream waits for the side, whose inputs it may then overwrite. Without training there
+// is only the main stream.
+template <typename X> static cudaStream_t side_fork(const CudaRun<X>* run) {
+    if (!run->side->stream) return run->stream;
     cudaCheck(cudaEventRecord(run->side->ready, run->stream));
     cudaCheck(cudaStreamWaitEvent(run->side->stream, run->side->ready, 0));
+    return run->side->stream;
 }
 template <typename X> static void side_join(const CudaRun<X>* run) {
+    if (!run->side->stream) return;
     cudaCheck(cudaEventRecord(run->side->done, run->side->stream));
     cudaCheck(cudaStreamWaitEvent(run->stream, run->side->done, 0));
 }
@@ -7547,8 +7579,7 @@ template <typename X> static float* sums_take(const CudaRun<X>* run, size_t n) {
 
 // sums_finish: the end of a block. The block before it takes the memory again behind a side_join.
 template <typename X> static void sums_finish(const CudaRun<X>* run, const ScratchCuda<X>* shared) {
-    side_fork(run);
-    sum_list_cuda(&run->sums->list, run->side->stream);
+    sum_list_cuda(&run->sums->list, side_fork(run));
     run->sums->free = shared->sums;
 }
 
@@ -7567,9 +7598,9 @@ template <typename X>
 static void linear_backward_weight(const CudaRun<X>* run, float* dweight, const X* dout, size_t lddo,
                                    const X* inp, size_t ldi, size_t I, size_t O) {
     size_t M = run->B * run->T;
-    side_fork(run);
+    cudaStream_t stream = side_fork(run);
     matmul_backward_cuda(&run->side->matmul, (X*)NULL, 0, false, dweight, (float*)NULL, dout, lddo, inp, ldi,
-                         (const X*)NULL, (float*)NULL, M, I, O, run->side->stream, run->add);
+                         (const X*)NULL, (float*)NULL, M, I, O, stream, run->add);
 }
 
 // linear_backward_input: dinp (M,I) = dout weight, with `add` it is added to.   dout (M,O)   lddi, lddo: row
@@ -7830,21 +7861,26 @@ template <typename X> static void mamba1_paths(const Config* c) {
 // --------------------------------------------------------------------------------------------------
 // 5.2 Mamba-2
 
-template <typename X> struct Mamba2ActsCuda { X *zxbcdt, *xbc; float* dt; X *y, *states; float* gated_rstd; };
+template <typename X> struct Mamba2ActsCuda {
+    X *zxbcdt, *xbc;
+    float* dt;
+    X *y, *n, *states;
+    float* gated_rstd;
+};
 
 static const TensorSpec mamba2_acts_cuda[] = {
     {"zxbcdt",     {DIM_IN2_ROW}, 0, 0},                 // z0, x0, gate z, x, B, C before the conv, dt_raw
     {"xbc",        {DIM_XBC}, 0, CHEAP},                 // x, B, C after conv and SiLU
     {"dt",         {DIM_H}, 0, CHEAP | IS_FLOAT},        // (B,H,T)
     {"y",          {DIM_ES}, 0, 0},                      // output of the SSM, before gate and norm
+    {"n",          {DIM_E}, 0, CHEAP},                   // what out_proj reads
     {"states",     {DIM_SSD_SAVED}, 0, BACKWARD_ONLY},
     {"gated_rstd", {DIM_G}, 0, IS_FLOAT},
 };
 
-template <typename X> struct Mamba2ScratchCuda { X *n, *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
+template <typename X> struct Mamba2ScratchCuda { X *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
 
 static const TensorSpec mamba2_scratch_cuda[] = {
-    {"n",       {DIM_E}, 0, 0},                          // what out_proj reads
     {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
     {"dy",      {DIM_JOINED}, 0, BACKWARD_ONLY},         // without the inner MLP it takes the place of dn
     {"dzxbcdt", {DIM_IN2_ROW}, 0, BACKWARD_ONLY},
@@ -7882,10 +7918,12 @@ static void mamba2_conv_dt(const CudaRun<X>* run, const Mamba2Sizes& s, const Ma
                            const Mamba2ActsCuda<X>* a, const float* tail0, float* tailT) {
     const Config* c = run->config;
     const size_t ld = mamba2_row(s.in);
+    cudaStream_t side = side_fork(run);            // a small kernel, beside the convolution
+    ssd_dt_forward_cuda(a->dt, a->zxbcdt + s.dt, ld, p->dt_bias, (float)c->dt_low, (float)c->dt_high, run->B,
+                        run->T, s.H, side);
     causal_conv1d_forward_cuda(a->xbc, tailT, a->zxbcdt + s.xbc, ld, tail0, p->conv1d, p->conv1d_bias, true,
                                run->doc, run->B, run->T, s.Cd, s.K, run->stream);
-    ssd_dt_forward_cuda(a->dt, a->zxbcdt + s.dt, ld, p->dt_bias, (float)c->dt_low, (float)c->dt_high, run->B,
-                        run->T, s.H, run->stream);
+    side_join(run);
 }
 
 // mamba2_block_forward_cuda: delta = Mamba2(RMSNorm(res)), res = res_in + delta_in; formulas (S1) to (S6) at
@@ -7896,7 +7934,6 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                                float* const* state0, float* const* stateT) {
     const Mamba2Params* p = (const Mamba2Params*)L->p;
     const Mamba2ActsCuda<X>* a = (const Mamba2ActsCuda<X>*)acts->field;
-    const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
     const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
     const Config* c = run->config;
     const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
@@ -7911,12 +7948,12 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                         c->D_has_hdim, s0->ssm, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
                         stream);
     // (S5) and (S6): the inner MLP and the normed and gated y side by side
-    if (s.mlp) gate_forward_cuda(w->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+    if (s.mlp) gate_forward_cuda(a->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
     if (c->rmsnorm)
-        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
+        gated_rmsnorm_forward_cuda(a->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
                                    s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, stream);
-    else gate_forward_cuda(w->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
-    matmul_forward_cuda(run->matmul, shared->delta, s.D, w->n, s.E, weight_x(L, p->out_proj),
+    else gate_forward_cuda(a->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
+    matmul_forward_cuda(run->matmul, shared->delta, s.D, a->n, s.E, weight_x(L, p->out_proj),
                         p->out_proj_bias, s.M, s.E, s.D, stream);
 }
 
@@ -7934,35 +7971,37 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es;
     X *dz0 = w->dzxbcdt, *dx0 = dz0 + s.mlp, *dz = dz0 + s.z, *dy = s.mlp ? w->dy : w->dn;
     X* dBt = w->dxbc + s.Es;
+    // RECOMPUTE_CHEAP: n is made again, for the weight gradient
+    X *n = run->recompute == RECOMPUTE_CHEAP ? a->n : NULL, *n_ssm = n ? n + s.mlp : NULL;
     cudaStream_t stream = run->stream;
     if (run->recompute == RECOMPUTE_CHEAP) mamba2_conv_dt(run, s, p, a, s0->conv, (float*)NULL);
-    // (S6) out = W_out n: the gradient of n first; what follows makes n again for the weight gradient
+    // (S6) out = W_out n
     linear_backward_input(run, w->dn, s.E, false, shared->dres_x, s.D, weight_x(L, p->out_proj), s.E, s.D);
     side_join(run);                                // of the layer before: n and dzxbcdt are written again
     if (s.mlp)
-        gate_backward_cuda(dx0, ld, dz0, ld, w->n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+        gate_backward_cuda(dx0, ld, dz0, ld, n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
     // (S5)
     if (c->rmsnorm)
-        gated_rmsnorm_backward_cuda(dy, dz, ld, w->n + s.mlp, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
+        gated_rmsnorm_backward_cuda(dy, dz, ld, n_ssm, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
                                     z, ld, p->gated_norm, a->gated_rstd,
                                     sums_take(run, gated_rmsnorm_scratch_cuda(s.M, s.Es)), s.M, s.Es,
                                     s.Es / s.G, c->norm_before_gate, stream, &run->sums->list);
     else
-        gate_backward_cuda(dy, s.Es, dz, ld, w->n + s.mlp, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
+        gate_backward_cuda(dy, s.Es, dz, ld, n_ssm, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
                            s.Es, stream);
     linear_backward_bias(run, dp->out_proj_bias, shared->dres_x, s.D, s.D);
-    linear_backward_weight(run, dp->out_proj, shared->dres_x, s.D, w->n, s.E, s.E, s.D);
+    linear_backward_weight(run, dp->out_proj, shared->dres_x, s.D, a->n, s.E, s.E, s.D);
     // (S4) to (S1)
     ssd_backward_cuda<X>(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dBt + GN, s.Cd, dp->D, (float*)NULL, dy,
                          (const float*)NULL, a->states, a->xbc, s.Cd, a->dt, p->A_log, Bt, Bt + GN, s.Cd,
                          p->D, c->D_has_hdim, run->doc,
                          sums_take(run, ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)), B, T, s.H, s.P,
                          s.G, s.N, stream, &run->sums->list);
-    side_fork(run);                                // a small kernel, beside the convolution
+    cudaStream_t side = side_fork(run);            // a small kernel, beside the convolution
     ssd_dt_backward_cuda(w->dzxbcdt + s.dt, ld, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, ld, p->dt_bias,
                          (float)c->dt_low, (float)c->dt_high,
-                         sums_take(run, ssd_dt_backward_scratch_cuda(B, T, s.H)), B, T, s.H,
-                         run->side->stream, &run->sums->list, matmul_outputs(s.in, ld, s.D) - s.in);
+                         sums_take(run, ssd_dt_backward_scratch_cuda(B, T, s.H)), B, T, s.H, side,
+                         &run->sums->list, matmul_outputs(s.in, ld, s.D) - s.in);
     causal_conv1d_backward_cuda(w->dzxbcdt + s.xbc, ld, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dxbc,
                                 (const float*)NULL, a->zxbcdt + s.xbc, ld, s0->conv, p->conv1d,
                                 p->conv1d_bias, true, run->doc,
