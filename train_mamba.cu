@@ -5888,42 +5888,46 @@ gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, flo
     for (int i = 0; i < GATED_RING; i++) copy(ring + i * 3 * threads, blockIdx.x + (size_t)i * gridDim.x);
     float dw[GATED_PACK] = {};
     int phase = 0, slot = 0;
+    const float one_over_S = 1.0f / (float)S;
     for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
-        Pack<X, GATED_PACK> d_m = {}, y_m = {}, z_m = {}, *mine = ring + slot * 3 * threads;
-        float w[GATED_PACK] = {}, sigma[GATED_PACK], dot = 0;
+        Pack<X, GATED_PACK>* mine = ring + slot * 3 * threads;
+        float d[GATED_PACK] = {}, y_v[GATED_PACK] = {}, gate[GATED_PACK] = {}, sigma[GATED_PACK];
+        float w[GATED_PACK] = {}, dot = 0;
+        const float r = rstd[m * gridDim.y + blockIdx.y];
         copy_async_wait(GATED_RING - 1);
         if (own) {
-            d_m = mine[0];
-            y_m = mine[threads];
-            z_m = mine[2 * threads];
+            unpack<GATED_PACK>(d, mine[0]);
+            unpack<GATED_PACK>(y_v, mine[threads]);
+            unpack<GATED_PACK>(gate, mine[2 * threads]);                 // z
             unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));    // in the cache after the first token
         }
         copy(mine, m + (size_t)GATED_RING * gridDim.x);
         slot = slot + 1 < GATED_RING ? slot + 1 : 0;
-        const float r = rstd[m * gridDim.y + blockIdx.y];
         #pragma unroll
         for (int j = 0; j < GATED_PACK; j++) {
-            float z_j = to_float(z_m.v[j]);
-            sigma[j] = sigmoid_cuda(z_j);
-            float g = to_float(d_m.v[j]) * (to_float(y_m.v[j]) * (z_j * sigma[j]));
+            sigma[j] = sigmoid_cuda(gate[j]);
+            gate[j] *= sigma[j];
+            const float g = d[j] * (y_v[j] * gate[j]);
             dot += w[j] * g;
             dw[j] += g * r;
+            d[j] *= w[j] * r;                                            // r q
         }
-        float mean = gated_sum(dot, shared, phase) * r / (float)S;
-        float dy_v[GATED_PACK], dz_v[GATED_PACK], out_v[GATED_PACK];
+        // r^2 mean, of what y or p is multiplied with
+        const float c = gated_sum(dot, shared, phase) * one_over_S * r * r * r;
+        const float c_y = norm_first ? c : 0.0f, c_p = norm_first ? 0.0f : c;
+        float dz_v[GATED_PACK];
         #pragma unroll
         for (int j = 0; j < GATED_PACK; j++) {
-            float y_j = to_float(y_m.v[j]), z_j = to_float(z_m.v[j]), q = w[j] * to_float(d_m.v[j]);
-            float gate = z_j * sigma[j], p = y_j * gate, dgate = silu_grad_cuda(z_j, sigma[j]);
-            float dw_j = r * (norm_first ? q : q - p * r * mean);
-            dy_v[j] = norm_first ? r * (q * gate - y_j * r * mean) : dw_j * gate;
-            dz_v[j] = dw_j * y_j * dgate;
-            out_v[j] = p * (w[j] * r);
+            const float p = y_v[j] * gate[j], dw_j = d[j] - c_p * p;
+            w[j] *= p * r;                                               // out
+            d[j] = dw_j * gate[j] - c_y * y_v[j];
+            // silu'(z) = sigma + gate - gate sigma
+            dz_v[j] = dw_j * y_v[j] * (sigma[j] + (gate[j] - gate[j] * sigma[j]));
         }
         if (!own) continue;
-        store_pack<GATED_PACK>(dy + m * E + e, dy_v);
+        store_pack<GATED_PACK>(dy + m * E + e, d);
         store_pack<GATED_PACK>(dz + m * lddz + e, dz_v);
-        if (out) store_pack<GATED_PACK>(out + m * ldo + e, out_v);
+        if (out) store_pack<GATED_PACK>(out + m * ldo + e, w);
     }
     if (own) store_pack<GATED_PACK>(parts + blockIdx.x * E + e, dw);
 }
