@@ -318,7 +318,7 @@ void bias_forward_cuda(X* out, size_t ldo, const float* bias, size_t M, size_t O
 // the sum over tokens, in section 4
 template <typename X>
 void bias_backward_cuda(float* dbias, const X* dout, size_t ldo, size_t M, size_t O, float* scratch,
-                        cudaStream_t stream);
+                        cudaStream_t stream, struct SumList* later = NULL);
 
 // matmul_forward_cuda: out (M,O) = inp (M,I) weight^T + bias.   row strides ldo, ldi   weight (O,I)
 // bias (O) float or NULL
@@ -477,56 +477,55 @@ template <int WARPS> __device__ __forceinline__ float group_sum(float x, float* 
 // sum_parts: the second stage of a sum.   out[i] += sum_p parts[p,i],  out2[i] += sum_p parts[p,n+i]
 //   parts (P,n+n2), row stride ld   out (n)   out2 (n2)
 // A block sums 32 columns, its 32 warps every 32nd part each; then one warp adds the 32 sums in order.
-// Between two kernels of a stream lie one or two microseconds, in which the first ends and the second starts.
-// From sm_90 on this one uses them (programmatic dependent launch): it starts when the blocks of the kernel
-// before have ended or called allow_next, loads `out`, and then waits for the results of that kernel.
-enum { SUM_WARPS = 32 };
+// One such sum is too little work for the chip. So a kernel does those of a SumList, one after the other in
+// its grid: nothing in a step waits for the gradients of small parameters, so the sums of a layer are left to
+// its end (`later` of the launchers).
+enum { SUM_WARPS = 32, SUM_LIST = 8 };
+struct SumParts { float *out, *out2; const float* parts; size_t P, n, n2, ld; };
+struct SumList { SumParts sum[SUM_LIST]; int n; };
 
-__device__ __forceinline__ void allow_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+__host__ __device__ inline unsigned sum_blocks(const SumParts& s) {
+    return (unsigned)((s.n + s.n2 + WARP - 1) / WARP);
 }
 
-__global__ void __launch_bounds__(WARP * SUM_WARPS)
-sum_parts_kernel(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld) {
+__global__ void __launch_bounds__(WARP * SUM_WARPS) sum_parts_kernel(const __grid_constant__ SumList list) {
     __shared__ float sum[SUM_WARPS][WARP];
-    size_t i = (size_t)blockIdx.x * WARP + threadIdx.x;
-    float acc = 0, *to = i < n ? out + i : out2 + (i - n);
-    bool last = threadIdx.y == 0 && i < n + n2;
-    float before = last ? *to : 0.0f;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    unsigned block = blockIdx.x;
+    int k = 0;
+    while (block >= sum_blocks(list.sum[k])) block -= sum_blocks(list.sum[k++]);
+    const SumParts& s = list.sum[k];
+    const size_t i = (size_t)block * WARP + threadIdx.x;
+    const bool here = i < s.n + s.n2;
+    float acc = 0;
     #pragma unroll 8
-    for (size_t p = threadIdx.y; p < P; p += SUM_WARPS) acc += i < n + n2 ? parts[p * ld + i] : 0.0f;
+    for (size_t p = threadIdx.y; p < s.P; p += SUM_WARPS) acc += here ? s.parts[p * s.ld + i] : 0.0f;
     sum[threadIdx.y][threadIdx.x] = acc;
     __syncthreads();
-    if (!last) return;
+    if (threadIdx.y > 0 || !here) return;
     acc = 0;
     #pragma unroll
     for (int w = 0; w < SUM_WARPS; w++) acc += sum[w][threadIdx.x];
-    *to = before + acc;
+    (i < s.n ? s.out + i : s.out2 + (i - s.n))[0] += acc;
 }
 
+// sum_list_cuda: makes the sums of the list, which is empty then
+void sum_list_cuda(SumList* list, cudaStream_t stream) {
+    unsigned blocks = 0;
+    for (int k = 0; k < list->n; k++) blocks += sum_blocks(list->sum[k]);
+    if (blocks) sum_parts_kernel<<<blocks, dim3(WARP, SUM_WARPS), 0, stream>>>(*list);
+    cudaCheck(cudaGetLastError());
+    list->n = 0;
+}
+
+// sum_parts_cuda: now, or with the others of `later`; the parts must stay until then
 void sum_parts_cuda(float* out, float* out2, const float* parts, size_t P, size_t n, size_t n2, size_t ld,
-                    cudaStream_t stream) {
-    static int compiled = 0;                                 // for this compute capability, times 10
-    if (compiled == 0) {
-        cudaFuncAttributes kernel;
-        cudaCheck(cudaFuncGetAttributes(&kernel, sum_parts_kernel));
-        compiled = kernel.ptxVersion;
-    }
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)((n + n2 + WARP - 1) / WARP));
-    config.blockDim = dim3(WARP, SUM_WARPS);
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = compiled >= 90;                        // compiled for less, it would not wait
-    cudaCheck(cudaLaunchKernelEx(&config, sum_parts_kernel, out, out2, parts, P, n, n2, ld));
+                    cudaStream_t stream, SumList* later = NULL) {
+    SumList now;
+    SumList* list = later ? later : &now;
+    now.n = 0;
+    assert(list->n < SUM_LIST);
+    list->sum[list->n++] = SumParts{out, out2, parts, P, n, n2, ld};
+    if (!later) sum_list_cuda(&now, stream);
 }
 
 // cast: out = inp in another type, n elements.   bytes: sizeof(Y) + sizeof(X) per element
@@ -1068,7 +1067,8 @@ size_t rmsnorm_backward_scratch_cuda(size_t M, size_t D) {
 template <typename X>
 const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, const X* dy,
                                   const float* res, const float* weight, const float* rstd, float* scratch,
-                                  size_t M, size_t D, cudaStream_t stream, DropoutCuda drop = DropoutCuda()) {
+                                  size_t M, size_t D, cudaStream_t stream, DropoutCuda drop = DropoutCuda(),
+                                  SumList* later = NULL) {
     bool packs = is_aligned(dres, 16, D * 4) && is_aligned(res, 16, D * 4) && is_aligned(weight, 16, 16) &&
                  is_aligned(scratch, 16, 16) && is_aligned(dy, 4 * sizeof(X), D * sizeof(X)) &&
                  is_aligned(dres_x, 4 * sizeof(X), D * sizeof(X)) &&
@@ -1098,7 +1098,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
     }
     #undef NORM_BACKWARD
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dweight, NULL, scratch, blocks, D, 0, D, stream);
+    sum_parts_cuda(dweight, NULL, scratch, blocks, D, 0, D, stream, later);
     return name;
 }
 
@@ -1108,7 +1108,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // A thread owns W neighbouring channels and a run of up to `steps` tokens of one sequence. It walks through
 // the run with the inputs of the last TAPS tokens in registers (the window), so that each is loaded once and
 // not K times; only the few inputs before a run are loaded by two threads. A block is 32 threads along the
-// channels times CONV_ROWS runs; blockIdx is (channels, runs, sequence).
+// channels times CONV_ROWS runs, counted through all sequences; blockIdx is (channels, runs).
 // The tokens go in groups of TAPS: while one is computed, the next are on their way into shared memory (the
 // ring). Nearly all groups are plain: whole, of the run, of one document. In the others the tokens are taken
 // one by one, and everything is asked for each.
@@ -1118,7 +1118,8 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // weight 0.
 enum { CONV_ROWS = 4, CONV_THREADS = WARP * CONV_ROWS };
 enum { CONV_FORWARD_RING = 3, CONV_BACKWARD_RING = 2 };        // groups
-enum { CONV_FORWARD_STEPS = 32, CONV_BACKWARD_STEPS = 128 };   // the longest runs
+enum { CONV_STEPS = 128 };                                     // the longest run
+enum { CONV_FORWARD_BLOCKS = 6, CONV_BACKWARD_BLOCKS = 4 };    // that an SM runs at a time
 
 // ConvGroup: the tokens of a group, each thread with a column of its own. A pack is one word: four bf16 that
 // wait as separate numbers would be loaded as separate numbers, and take a register each.
@@ -1219,7 +1220,7 @@ __device__ __forceinline__ void conv_sum(float* c, const ConvWindow<W, TAPS>& wi
 
 // conv_begins: bit j of begins[g]: a document begins at token j of group g, which is token t + g TAPS + j of
 // the sequence.   Called by whole warps
-typedef unsigned char ConvBegins[CONV_BACKWARD_STEPS / 4 + 2];
+typedef unsigned char ConvBegins[CONV_STEPS / 4 + 2];
 
 template <int TAPS>
 __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b, int t, int end) {
@@ -1232,6 +1233,14 @@ __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b,
         begins[g] = (unsigned char)bits;
     }
     __syncwarp();
+}
+
+// conv_run: the run of this warp: `own` tokens (returned) of sequence b from t0 on
+__device__ __forceinline__ int conv_run(size_t* b, int* t0, int B, int T, int steps) {
+    const int run = (int)(blockIdx.y * CONV_ROWS + threadIdx.y), runs = (T + steps - 1) / steps;
+    *b = (size_t)(run / runs);
+    *t0 = run % runs * steps;
+    return run < B * runs ? min(steps, T - *t0) : 0;
 }
 
 template <bool SILU, int W, int TAPS, typename X>
@@ -1252,12 +1261,12 @@ __device__ __forceinline__ void conv_forward_token(X* out, const ConvWindow<W, T
 template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 6)
 causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
-                             const float* bias, const int* doc, int T, size_t E, int K, int steps) {
+                             const float* bias, const int* doc, int B, int T, size_t E, int K, int steps) {
     __shared__ ConvGroup<X, W, TAPS> ring[CONV_FORWARD_RING];
     __shared__ ConvBegins begins[CONV_ROWS];
-    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
-    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
-    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
+    size_t b, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
+    int t0, own = conv_run(&b, &t0, B, T, steps);
+    if (doc && own > 0) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
     if (own <= 0 || e >= E) return;
     int i = t0 > 0 ? -TAPS : 0;                  // the group: tokens t0+i ...; the first one fills the window
     inp += (b * T + t0 + i) * ldi + e;
@@ -1314,26 +1323,28 @@ __global__ void causal_conv1d_tail_kernel(float* tailT, const X* inp, size_t ldi
     }
 }
 
-// conv_steps: the length of a run. Long runs repeat less work at their borders, but there must be enough of
-// them for the whole chip: at least 1536 warps of 128 channels (384 blocks), down to 16 tokens each.
-int conv_steps(size_t B, size_t T, size_t E, int longest) {
-    size_t tiles = (E + 127) / 128, steps = (size_t)longest;
-    while (steps > 16 && B * ((T + steps - 1) / steps) * tiles < 1536) steps /= 2;
-    return (int)steps;
+// conv_steps: the length of a run, a multiple of 4. Long runs repeat less work at their borders. But the
+// blocks that the chip (132 SMs) runs at a time take equally long: so there are as many runs as fill it, once
+// or more often.
+int conv_steps(size_t B, size_t T, size_t E, size_t blocks_per_sm) {
+    const size_t tiles = (E + 127) / 128, slots = 132 * blocks_per_sm;
+    const size_t least = (T + CONV_STEPS - 1) / CONV_STEPS;
+    const size_t fills = (tiles * ((B * least + CONV_ROWS - 1) / CONV_ROWS) + slots - 1) / slots;
+    const size_t runs = max_size(fills * slots / tiles * CONV_ROWS / B, max_size(least, 1));
+    return (int)max_size(((T + runs - 1) / runs + 3) / 4 * 4, 16);
 }
 
 // the grid, with W channels per thread
 dim3 conv_grid(size_t B, size_t T, size_t E, int steps, size_t W) {
-    size_t block = (size_t)steps * CONV_ROWS;
-    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((T + block - 1) / block),
-                (unsigned)B);
+    const size_t runs = B * ((T + (size_t)steps - 1) / (size_t)steps);
+    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((runs + CONV_ROWS - 1) / CONV_ROWS));
 }
 
 template <typename X>
 const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_t ldi, const float* tail0,
                                        const float* weight, const float* bias, bool silu, const int* doc,
                                        size_t B, size_t T, size_t E, size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_BLOCKS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(out, 8, E * sizeof(X)) &&
                 is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
@@ -1341,7 +1352,8 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
                               : causal_conv1d_forward_kernel<X, W, 4, false>
                        : silu ? causal_conv1d_forward_kernel<X, 1, 8, true>
                               : causal_conv1d_forward_kernel<X, 1, 8, false>;
-    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K, steps);
+    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)B, (int)T, E, (int)K,
+                                       steps);
     cudaCheck(cudaGetLastError());
     if (tailT && K > 1) {
         causal_conv1d_tail_kernel<<<(unsigned)((B * E + 255) / 256), 256, 0, stream>>>(tailT, inp, ldi, tail0,
@@ -1431,18 +1443,18 @@ template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 3)
 causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts, const X* dout,
                               const float* dtailT, const X* inp, size_t ldi, const float* tail0,
-                              const float* weight, const float* bias, const int* doc, int T, size_t E, int K,
-                              int steps) {
+                              const float* weight, const float* bias, const int* doc, int B, int T, size_t E,
+                              int K, int steps) {
     __shared__ union {
         ConvGroup<X, W, TAPS> ring[CONV_BACKWARD_RING][2];                  // inp, dout
         float sums[CONV_ROWS][TAPS + 1][WARP * W];
     } shared;
     __shared__ ConvBegins begins[CONV_ROWS];
-    allow_next();
-    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W, tail = b * (K - 1) * E + e;
-    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
+    size_t b, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
+    int t0, own = conv_run(&b, &t0, B, T, steps);
+    const size_t tail = b * (K - 1) * E + e;
     ConvGradient<W, TAPS> grad = {};
-    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
+    if (doc && own > 0) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
     if (own > 0 && e < E) {
         ConvRows<X> rows = {dinp + (b * T + t0) * lddi + e, lddi, dtail0 ? dtail0 + tail : NULL,
                             tail0 != NULL, t0};
@@ -1523,7 +1535,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
             shared.sums[threadIdx.y][k][threadIdx.x * W + j] = k < TAPS ? grad.dw[k % TAPS][j] : grad.db[j];
     }
     __syncthreads();
-    float* part = parts + ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * (size_t)(K + 1) * E;
+    float* part = parts + (size_t)blockIdx.y * (size_t)(K + 1) * E;
     for (int i = (int)(threadIdx.y * WARP + threadIdx.x); i < (TAPS + 1) * WARP * W; i += CONV_THREADS) {
         int k = i / (WARP * W), j = i % (WARP * W), tap = k - (TAPS - K);
         size_t e_j = (size_t)blockIdx.x * WARP * W + j;
@@ -1537,7 +1549,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
 
 // the scratch of causal_conv1d_backward_cuda, in floats
 size_t causal_conv1d_scratch_cuda(size_t B, size_t T, size_t E, size_t K) {
-    return B * conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_STEPS), 1).y * (K + 1) * E;
+    return conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_BLOCKS), 1).y * (K + 1) * E;
 }
 
 template <typename X>
@@ -1545,8 +1557,8 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                                         const X* dout, const float* dtailT, const X* inp, size_t ldi,
                                         const float* tail0, const float* weight, const float* bias, bool silu,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
-                                        size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
+                                        size_t K, cudaStream_t stream, SumList* later = NULL) {
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_BLOCKS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
                 is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
@@ -1555,9 +1567,9 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                        : silu ? causal_conv1d_backward_kernel<X, 1, 8, true>
                               : causal_conv1d_backward_kernel<X, 1, 8, false>;
     kernel<<<grid, block, 0, stream>>>(dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight,
-                                       bias, doc, (int)T, E, (int)K, steps);
+                                       bias, doc, (int)B, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream);
+    sum_parts_cuda(dweight, dbias, scratch, grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream, later);
     return fast ? "causal_conv1d_backward_kernel<4>" : "causal_conv1d_backward_kernel<8>";
 }
 
@@ -1656,12 +1668,12 @@ size_t bias_backward_scratch_cuda(size_t M, size_t O) { return (M + BIAS_ROWS - 
 
 template <typename X>
 void bias_backward_cuda(float* dbias, const X* dout, size_t ldo, size_t M, size_t O, float* scratch,
-                        cudaStream_t stream) {
+                        cudaStream_t stream, SumList* later) {
     size_t rows = (M + BIAS_ROWS - 1) / BIAS_ROWS;
     bias_backward_kernel<<<dim3((unsigned)rows, (unsigned)((O + WARP - 1) / WARP)), dim3(WARP, BIAS_WARPS), 0,
                            stream>>>(scratch, dout, ldo, M, O);
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dbias, NULL, scratch, rows, O, 0, O, stream);
+    sum_parts_cuda(dbias, NULL, scratch, rows, O, 0, O, stream, later);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -5673,7 +5685,7 @@ const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* 
                               const X* x, size_t ldx, const float* dt, const float* A_log, const X* Bt,
                               const X* Ct, size_t ldbc, const float* Dskip, bool D_has_hdim, const int* doc,
                               float* scratch, size_t B, size_t T, size_t H, size_t P, size_t G, size_t N,
-                              cudaStream_t stream) {
+                              cudaStream_t stream, SumList* later = NULL) {
     const size_t w = sizeof(X), n_skip = D_has_hdim ? H * P : H, PN = P * N;
     SsdBackwardFast launch = NULL;
     if (w == 2 && H % G == 0 && is_aligned(x, 16, ldx * w) && is_aligned(dx, 16, lddx * w) &&
@@ -5699,7 +5711,7 @@ const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* 
             ssd_backward_general(r, shape, s, scratch, stream);
         }
     }
-    sum_parts_cuda(dA_log, dDskip, sums, B * s.tiles, H, n_skip, H + n_skip, stream);
+    sum_parts_cuda(dA_log, dDskip, sums, B * s.tiles, H, n_skip, H + n_skip, stream, later);
     return launch ? "fast" : "general";
 }
 
@@ -5707,13 +5719,13 @@ const char* ssd_backward_cuda(X* dx, size_t lddx, float* ddt, float* dA_log, X* 
 //   ddt_raw = ddt sigmoid(p), 0 where softplus(p) < lo or > hi         ddt_bias += sum over tokens of ddt_raw
 //   ddt_raw, dt_raw (B,T,H) in X, row strides ldd and ld   ddt (B,H,T)
 // A block turns SSD_DT_TOKENS tokens of 32 heads around, 32 at a time, and leaves its part of ddt_bias in
-// parts (blocks,H).   bytes: 4 + 2 sizeof(X) per token and head
+// parts (blocks,H). The `pad` columns behind ddt_raw become 0.   bytes: 4 + 2 sizeof(X) per token and head
 enum { SSD_DT_TOKENS = 64 };
 
 template <typename X>
 __global__ void __launch_bounds__(8 * WARP)
 ssd_dt_backward_kernel(X* ddt_raw, size_t ldd, float* parts, const float* ddt, const X* dt_raw, size_t ld,
-                       const float* dt_bias, float lo, float hi, size_t T, size_t H) {
+                       const float* dt_bias, float lo, float hi, size_t T, size_t H, size_t pad) {
     __shared__ float tile[WARP][WARP + 1];
     const size_t blocks = (T + SSD_DT_TOKENS - 1) / SSD_DT_TOKENS, b = blockIdx.x / blocks;
     const size_t begin = blockIdx.x % blocks * SSD_DT_TOKENS;
@@ -5728,8 +5740,12 @@ ssd_dt_backward_kernel(X* ddt_raw, size_t ldd, float* parts, const float* ddt, c
                 tile[threadIdx.x][i] = ddt[(b * H + h0 + i) * T + t0 + threadIdx.x];
         __syncthreads();
         for (size_t i = threadIdx.y; i < WARP; i += 8) {
-            if (t0 + i >= end || h >= H) continue;
+            if (t0 + i >= end || h >= H + pad) continue;
             size_t m = b * T + t0 + i;
+            if (h >= H) {
+                ddt_raw[m * ldd + h] = from_float<X>(0.0f);
+                continue;
+            }
             float p = to_float(dt_raw[m * ld + h]) + bias, v = scan_softplus(p);
             float dp = tile[i][threadIdx.x] * (p > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-p)));
             if (v < lo || v > hi) dp = 0.0f;
@@ -5753,12 +5769,13 @@ size_t ssd_dt_backward_scratch_cuda(size_t B, size_t T, size_t H) {
 template <typename X>
 void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* ddt, const X* dt_raw,
                           size_t ld, const float* dt_bias, float lo, float hi, float* scratch, size_t B,
-                          size_t T, size_t H, cudaStream_t stream) {
+                          size_t T, size_t H, cudaStream_t stream, SumList* later = NULL, size_t pad = 0) {
     const size_t blocks = B * ((T + SSD_DT_TOKENS - 1) / SSD_DT_TOKENS);
-    ssd_dt_backward_kernel<X><<<dim3((unsigned)blocks, (unsigned)((H + WARP - 1) / WARP)), dim3(WARP, 8), 0,
-                                stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld, dt_bias, lo, hi, T, H);
+    const dim3 grid((unsigned)blocks, (unsigned)((H + pad + WARP - 1) / WARP));
+    ssd_dt_backward_kernel<X><<<grid, dim3(WARP, 8), 0, stream>>>(ddt_raw, ldd, scratch, ddt, dt_raw, ld,
+                                                                  dt_bias, lo, hi, T, H, pad);
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(ddt_bias, NULL, scratch, blocks, H, 0, H, stream);
+    sum_parts_cuda(ddt_bias, NULL, scratch, blocks, H, 0, H, stream, later);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -5873,51 +5890,77 @@ const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X*
 //   out (row stride ldo), unless NULL, receives the output of the forward again, the same bits, which the
 //   next weight gradient needs
 // A block takes every gridDim.x-th token and sums dweight in registers; parts (gridDim.x,E) takes the sums.
-// bytes: 6 sizeof(X) per element with out
+// The next GATED_RING tokens are on their way to shared memory, where every thread reads what it has copied.
+// bytes: 5 sizeof(X) per element, 6 with out
+enum { GATED_RING = 2 };
+
+template <typename X> __device__ __forceinline__ void gated_copy(Pack<X, GATED_PACK>* to, const X* from) {
+    #pragma unroll
+    for (int i = 0; i < (int)sizeof *to / 16; i++) copy_async<16>((uint4*)to + i, (const uint4*)from + i);
+}
+
 template <typename X>
 __global__ void __launch_bounds__(GATED_THREADS)
 gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* parts, const X* dout,
                               size_t lddo, const X* y, const X* z, size_t ldz, const float* weight,
                               const float* rstd, size_t M, size_t E, int S, bool norm_first) {
     __shared__ float shared[2 * WARP];
-    const int s = (int)threadIdx.x * GATED_PACK;
+    extern __shared__ uint4 gated_shared[];                              // ring [GATED_RING][3][blockDim.x]
+    Pack<X, GATED_PACK>* ring = (Pack<X, GATED_PACK>*)gated_shared + threadIdx.x;
+    const int s = (int)threadIdx.x * GATED_PACK, threads = (int)blockDim.x;
     const size_t e = (size_t)blockIdx.y * S + s;
     const bool own = s < S;
+    auto copy = [&](Pack<X, GATED_PACK>* to, size_t m) {
+        if (own && m < M) {
+            gated_copy(to, dout + m * lddo + e);
+            gated_copy(to + threads, y + m * E + e);
+            gated_copy(to + 2 * threads, z + m * ldz + e);
+        }
+        copy_async_commit();
+    };
+    for (int i = 0; i < GATED_RING; i++) copy(ring + i * 3 * threads, blockIdx.x + (size_t)i * gridDim.x);
     float dw[GATED_PACK] = {};
-    int phase = 0;
+    int phase = 0, slot = 0;
+    const float one_over_S = 1.0f / (float)S;
     for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
-        Pack<X, GATED_PACK> d_m = {}, y_m = {}, z_m = {};
-        float w[GATED_PACK] = {}, sigma[GATED_PACK], dot = 0;
+        Pack<X, GATED_PACK>* mine = ring + slot * 3 * threads;
+        float d[GATED_PACK] = {}, y_v[GATED_PACK] = {}, gate[GATED_PACK] = {}, sigma[GATED_PACK];
+        float w[GATED_PACK] = {}, dot = 0;
+        const float r = rstd[m * gridDim.y + blockIdx.y];
+        copy_async_wait(GATED_RING - 1);
         if (own) {
-            d_m = load_pack<GATED_PACK>(dout + m * lddo + e);
-            y_m = load_pack<GATED_PACK>(y + m * E + e);
-            z_m = load_pack<GATED_PACK>(z + m * ldz + e);
+            unpack<GATED_PACK>(d, mine[0]);
+            unpack<GATED_PACK>(y_v, mine[threads]);
+            unpack<GATED_PACK>(gate, mine[2 * threads]);                 // z
             unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));    // in the cache after the first token
         }
-        const float r = rstd[m * gridDim.y + blockIdx.y];
+        copy(mine, m + (size_t)GATED_RING * gridDim.x);
+        slot = slot + 1 < GATED_RING ? slot + 1 : 0;
         #pragma unroll
         for (int j = 0; j < GATED_PACK; j++) {
-            float z_j = to_float(z_m.v[j]);
-            sigma[j] = sigmoid_cuda(z_j);
-            float g = to_float(d_m.v[j]) * (to_float(y_m.v[j]) * (z_j * sigma[j]));
+            sigma[j] = sigmoid_cuda(gate[j]);
+            gate[j] *= sigma[j];
+            const float g = d[j] * (y_v[j] * gate[j]);
             dot += w[j] * g;
             dw[j] += g * r;
+            d[j] *= w[j] * r;                                            // r q
         }
-        float mean = gated_sum(dot, shared, phase) * r / (float)S;
-        float dy_v[GATED_PACK], dz_v[GATED_PACK], out_v[GATED_PACK];
+        // r^2 mean, of what y or p is multiplied with
+        const float c = gated_sum(dot, shared, phase) * one_over_S * r * r * r;
+        const float c_y = norm_first ? c : 0.0f, c_p = norm_first ? 0.0f : c;
+        float dz_v[GATED_PACK];
         #pragma unroll
         for (int j = 0; j < GATED_PACK; j++) {
-            float y_j = to_float(y_m.v[j]), z_j = to_float(z_m.v[j]), q = w[j] * to_float(d_m.v[j]);
-            float gate = z_j * sigma[j], p = y_j * gate, dgate = silu_grad_cuda(z_j, sigma[j]);
-            float dw_j = r * (norm_first ? q : q - p * r * mean);
-            dy_v[j] = norm_first ? r * (q * gate - y_j * r * mean) : dw_j * gate;
-            dz_v[j] = dw_j * y_j * dgate;
-            out_v[j] = p * (w[j] * r);
+            const float p = y_v[j] * gate[j], dw_j = d[j] - c_p * p;
+            w[j] *= p * r;                                               // out
+            d[j] = dw_j * gate[j] - c_y * y_v[j];
+            // silu'(z) = sigma + gate - gate sigma
+            dz_v[j] = dw_j * y_v[j] * (sigma[j] + (gate[j] - gate[j] * sigma[j]));
         }
         if (!own) continue;
-        store_pack<GATED_PACK>(dy + m * E + e, dy_v);
+        store_pack<GATED_PACK>(dy + m * E + e, d);
         store_pack<GATED_PACK>(dz + m * lddz + e, dz_v);
-        if (out) store_pack<GATED_PACK>(out + m * ldo + e, out_v);
+        if (out) store_pack<GATED_PACK>(out + m * ldo + e, w);
     }
     if (own) store_pack<GATED_PACK>(parts + blockIdx.x * E + e, dw);
 }
@@ -5962,16 +6005,23 @@ template <typename X>
 const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* dweight,
                                         const X* dout, size_t lddo, const X* y, const X* z, size_t ldz,
                                         const float* weight, const float* rstd, float* scratch, size_t M,
-                                        size_t E, size_t S, bool norm_first, cudaStream_t stream) {
+                                        size_t E, size_t S, bool norm_first, cudaStream_t stream,
+                                        SumList* later = NULL) {
     const size_t pack = GATED_PACK * sizeof(X), blocks = min_size(M, GATED_BLOCKS);
     const unsigned threads = gated_threads(S);
     const dim3 grid((unsigned)blocks, (unsigned)(E / S));
+    const size_t ring = GATED_RING * 3 * pack * threads;
     const char* name = "gated_rmsnorm_backward_kernel";
-    if (threads && is_aligned(dy, pack, E * sizeof(X)) && is_aligned(dz, pack, lddz * sizeof(X)) &&
-        is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(dout, pack, lddo * sizeof(X)) &&
-        is_aligned(y, pack, E * sizeof(X)) && is_aligned(z, pack, ldz * sizeof(X)) &&
+    int device = 0, most = 0;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (threads && ring + 1024 <= (size_t)most && is_aligned(dy, pack, E * sizeof(X)) &&
+        is_aligned(dz, pack, lddz * sizeof(X)) && is_aligned(out, pack, ldo * sizeof(X)) &&
+        is_aligned(dout, pack, lddo * sizeof(X)) && is_aligned(y, pack, E * sizeof(X)) &&
+        is_aligned(z, pack, ldz * sizeof(X)) &&
         is_aligned(weight, GATED_PACK * 4, 0) && is_aligned(scratch, GATED_PACK * 4, E * 4)) {
-        gated_rmsnorm_backward_kernel<<<grid, threads, 0, stream>>>(
+        scan_allow_shared(gated_rmsnorm_backward_kernel<X>, ring);
+        gated_rmsnorm_backward_kernel<<<grid, threads, ring, stream>>>(
             dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight, rstd, M, E, (int)S, norm_first);
     } else {
         gated_rmsnorm_backward_general_kernel<<<grid, 256, 0, stream>>>(
@@ -5979,7 +6029,7 @@ const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_
         name = "gated_rmsnorm_backward_general_kernel";
     }
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dweight, NULL, scratch, blocks, E, 0, E, stream);
+    sum_parts_cuda(dweight, NULL, scratch, blocks, E, 0, E, stream, later);
     return name;
 }
 
@@ -7507,7 +7557,7 @@ template <typename X> struct ActsCuda {
 // What all layers share.
 template <typename X> struct ScratchCuda {
     X *delta, *du, *dres_x;
-    float *dres, *sums;             // sums: partial sums of the kernels
+    float *dres, *sums;             // sums: partial sums of a block's kernels, see sums_take
     int* sort;
 };
 
@@ -7520,6 +7570,15 @@ typedef struct {
     cudaEvent_t ready, done;
 } SideCuda;
 
+// SumsCuda: the sums of a block's backward that are still to be made, and what is free of their memory. Every
+// kernel takes memory of its own for its parts; sums_finish makes the sums, on the side stream.
+typedef struct {
+    SumList list;
+    float* free;
+} SumsCuda;
+
+static inline size_t sums_round(size_t n) { return (n + 7) / 8 * 8; }    // pieces begin at 32 bytes
+
 template <typename X> struct CudaRun {
     const Config* config;
     Matmul* matmul;
@@ -7530,29 +7589,55 @@ template <typename X> struct CudaRun {
     DropoutCuda dropout;            // of delta_in; for the first sub-layer (place 0) of the embedding
     bool add;                       // weight gradients of matmuls are added to; false: written
     SideCuda* side;
+    SumsCuda* sums;                 // in backward
 };
 
-// side_fork: the side stream goes on behind what the main one has been given so far. side_join: the main
-// stream waits for the side, whose inputs it may then overwrite.
-template <typename X> static void side_fork(const CudaRun<X>* run) {
+// side_fork: the side stream, which is returned, goes on behind what the main one has been given so far.
+// side_join: the main stream waits for the side, whose inputs it may then overwrite. Without training there
+// is only the main stream.
+template <typename X> static cudaStream_t side_fork(const CudaRun<X>* run) {
+    if (!run->side->stream) return run->stream;
     cudaCheck(cudaEventRecord(run->side->ready, run->stream));
     cudaCheck(cudaStreamWaitEvent(run->side->stream, run->side->ready, 0));
+    return run->side->stream;
 }
 template <typename X> static void side_join(const CudaRun<X>* run) {
+    if (!run->side->stream) return;
     cudaCheck(cudaEventRecord(run->side->done, run->side->stream));
     cudaCheck(cudaStreamWaitEvent(run->stream, run->side->done, 0));
 }
 
-// linear_backward_weight: dweight (O,I) = or += dout^T inp on the side stream, dbias += sum of dout on the
-// main one.   dout (M,O), inp (M,I), row strides lddo, ldi
+// sums_take: memory for n floats of parts
+template <typename X> static float* sums_take(const CudaRun<X>* run, size_t n) {
+    float* piece = run->sums->free;
+    run->sums->free += sums_round(n);
+    return piece;
+}
+
+// sums_finish: the end of a block. The block before it takes the memory again behind a side_join.
+template <typename X> static void sums_finish(const CudaRun<X>* run, const ScratchCuda<X>* shared) {
+    sum_list_cuda(&run->sums->list, side_fork(run));
+    run->sums->free = shared->sums;
+}
+
+// linear_backward_bias: dbias (O) += sum of dout (M,O)
 template <typename X>
-static void linear_backward_weight(const CudaRun<X>* run, float* dweight, float* dbias, const X* dout,
-                                   size_t lddo, const X* inp, size_t ldi, float* sums, size_t I, size_t O) {
+static void linear_backward_bias(const CudaRun<X>* run, float* dbias, const X* dout, size_t lddo, size_t O) {
     size_t M = run->B * run->T;
-    side_fork(run);
+    if (dbias)
+        bias_backward_cuda(dbias, dout, lddo, M, O, sums_take(run, bias_backward_scratch_cuda(M, O)),
+                           run->stream, &run->sums->list);
+}
+
+// linear_backward_weight: dweight (O,I) = or += dout^T inp on the side stream.   dout (M,O), inp (M,I), row
+// strides lddo, ldi
+template <typename X>
+static void linear_backward_weight(const CudaRun<X>* run, float* dweight, const X* dout, size_t lddo,
+                                   const X* inp, size_t ldi, size_t I, size_t O) {
+    size_t M = run->B * run->T;
+    cudaStream_t stream = side_fork(run);
     matmul_backward_cuda(&run->side->matmul, (X*)NULL, 0, false, dweight, (float*)NULL, dout, lddo, inp, ldi,
-                         (const X*)NULL, (float*)NULL, M, I, O, run->side->stream, run->add);
-    if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, sums, run->stream);
+                         (const X*)NULL, (float*)NULL, M, I, O, stream, run->add);
 }
 
 // linear_backward_input: dinp (M,I) = dout weight, with `add` it is added to.   dout (M,O)   lddi, lddo: row
@@ -7567,7 +7652,8 @@ static void linear_backward_input(const CudaRun<X>* run, X* dinp, size_t lddi, b
 // matmul_outputs: how many outputs a matmul computes for O, when rows of the output have ld numbers. Other
 // than multiples of 8 do not suit the tensor core (16 bytes of bf16): a step of 12 Mamba-2 layers of width
 // 384, 1804 outputs, took 11.0 ms instead of 8.4 (16384 tokens, H200). Parameters have the rows for it
-// (model_add_tensor): zeros. With D inputs of which no 16 bytes are aligned there is nothing to gain.
+// (model_add_tensor): zeros; so has their gradient, from ssd_dt_backward. With D inputs of which no 16 bytes
+// are aligned there is nothing to gain.
 static size_t matmul_outputs(size_t O, size_t ld, size_t D) {
     size_t all = (O + 7) / 8 * 8;
     return all <= ld && D % 8 == 0 ? all : O;
@@ -7594,21 +7680,21 @@ template <typename X>
 static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, const ActsCuda<X>* acts,
                                  const ScratchCuda<X>* shared, float* dnorm, float* dweight, float* dbias,
                                  X* dout, size_t lddo, const float* norm, const float* weight, size_t O) {
-    size_t M = run->B * run->T, D = (size_t)run->config->d_model, more = matmul_outputs(O, lddo, D) - O;
+    size_t M = run->B * run->T, D = (size_t)run->config->d_model;
     bool cheap = run->recompute == RECOMPUTE_CHEAP;          // u is made again by the norm's backward
-    if (more)
-        cudaCheck(cudaMemset2DAsync(dout + O, lddo * sizeof(X), 0, more * sizeof(X), M, run->stream));
-    if (dbias) bias_backward_cuda(dbias, dout, lddo, M, O, shared->sums, run->stream);
-    O += more;
+    linear_backward_bias(run, dbias, dout, lddo, O);
+    O = matmul_outputs(O, lddo, D);
     linear_backward_input(run, shared->du, D, false, dout, lddo, weight_x(L, weight), D, O);
     side_join(run);                                // dres_x, and with cheap u, are written again
     if (!cheap)
-        linear_backward_weight(run, dweight, (float*)NULL, dout, lddo, acts->u, D, shared->sums, D, O);
+        linear_backward_weight(run, dweight, dout, lddo, acts->u, D, D, O);
     X* dres_x = run->dropout.place ? shared->dres_x : NULL;  // the first sub-layer has no other before it
     rmsnorm_backward_cuda(shared->dres, dres_x, cheap ? acts->u : NULL, dnorm, shared->du, acts->res, norm,
-                          acts->rstd, shared->sums, M, D, run->stream, run->dropout);
+                          acts->rstd, sums_take(run, rmsnorm_backward_scratch_cuda(M, D)), M, D, run->stream,
+                          run->dropout, &run->sums->list);
     if (cheap)
-        linear_backward_weight(run, dweight, (float*)NULL, dout, lddo, acts->u, D, shared->sums, D, O);
+        linear_backward_weight(run, dweight, dout, lddo, acts->u, D, D, O);
+    sums_finish(run, shared);
 }
 
 // Blocks with one token of each sequence (section 4.10), in bf16. res_in and delta_in as above; the residual
@@ -7682,10 +7768,11 @@ static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 1
 // floats of partial sums that its kernels need
 static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     if (!training) return 0;
-    size_t E = (size_t)c->d_inner, scan = selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state),
-           conv = causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv),
-           bias = bias_backward_scratch_cuda(B * T, 2 * E);
-    return max_size(scan, max_size(conv, bias));
+    size_t E = (size_t)c->d_inner;
+    return sums_round(selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state)) +
+           sums_round(causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv)) +
+           sums_round(bias_backward_scratch_cuda(B * T, (size_t)c->d_model)) +
+           sums_round(bias_backward_scratch_cuda(B * T, 2 * E));
 }
 
 // mamba1_block_forward_cuda: delta = Mamba(RMSNorm(res)), res = res_in + delta_in.
@@ -7744,16 +7831,18 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                                     dp->dt_proj_bias, w->drbc + R, w->drbc + R + N, RBC, (float*)NULL, w->dy,
                                     (const float*)NULL, a->hs, a->s, a->x, a->dt_raw, p->dt_proj_bias,
                                     p->A_log, a->rbc + R, a->rbc + R + N, RBC, p->D, a->xz + E, 2 * E,
-                                    run->doc, shared->sums, B, T, E, N, scan_spacing(run->recompute), stream);
-    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, D, w->y, E, shared->sums, E,
-                           D);
-    linear_backward_weight(run, dp->dt_proj, (float*)NULL, w->ddt, E, a->rbc, RBC, shared->sums, R, E);
+                                    run->doc, sums_take(run, selective_scan_scratch_cuda(B, T, E, N)), B, T,
+                                    E, N, scan_spacing(run->recompute), stream);
+    linear_backward_bias(run, dp->out_proj_bias, shared->dres_x, D, D);
+    linear_backward_weight(run, dp->out_proj, shared->dres_x, D, w->y, E, E, D);
+    linear_backward_weight(run, dp->dt_proj, w->ddt, E, a->rbc, RBC, R, E);
     linear_backward_input(run, w->drbc, RBC, false, w->ddt, E, weight_x(L, p->dt_proj), R, E);
-    linear_backward_weight(run, dp->x_proj, (float*)NULL, w->drbc, RBC, a->x, E, shared->sums, E, RBC);
+    linear_backward_weight(run, dp->x_proj, w->drbc, RBC, a->x, E, E, RBC);
     linear_backward_input(run, w->dx, E, true, w->drbc, RBC, weight_x(L, p->x_proj), E, RBC);
     causal_conv1d_backward_cuda(w->dxz, 2 * E, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dx,
                                 (const float*)NULL, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true,
-                                run->doc, shared->sums, B, T, E, K, stream);
+                                run->doc, sums_take(run, causal_conv1d_scratch_cuda(B, T, E, K)), B, T, E, K,
+                                stream, &run->sums->list);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dxz, 2 * E,
                          p->norm, p->in_proj, 2 * E);
 }
@@ -7809,21 +7898,26 @@ template <typename X> static void mamba1_paths(const Config* c) {
 // --------------------------------------------------------------------------------------------------
 // 5.2 Mamba-2
 
-template <typename X> struct Mamba2ActsCuda { X *zxbcdt, *xbc; float* dt; X *y, *states; float* gated_rstd; };
+template <typename X> struct Mamba2ActsCuda {
+    X *zxbcdt, *xbc;
+    float* dt;
+    X *y, *n, *states;
+    float* gated_rstd;
+};
 
 static const TensorSpec mamba2_acts_cuda[] = {
     {"zxbcdt",     {DIM_IN2_ROW}, 0, 0},                 // z0, x0, gate z, x, B, C before the conv, dt_raw
     {"xbc",        {DIM_XBC}, 0, CHEAP},                 // x, B, C after conv and SiLU
     {"dt",         {DIM_H}, 0, CHEAP | IS_FLOAT},        // (B,H,T)
     {"y",          {DIM_ES}, 0, 0},                      // output of the SSM, before gate and norm
+    {"n",          {DIM_E}, 0, CHEAP},                   // what out_proj reads
     {"states",     {DIM_SSD_SAVED}, 0, BACKWARD_ONLY},
     {"gated_rstd", {DIM_G}, 0, IS_FLOAT},
 };
 
-template <typename X> struct Mamba2ScratchCuda { X *n, *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
+template <typename X> struct Mamba2ScratchCuda { X *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
 
 static const TensorSpec mamba2_scratch_cuda[] = {
-    {"n",       {DIM_E}, 0, 0},                          // what out_proj reads
     {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
     {"dy",      {DIM_JOINED}, 0, BACKWARD_ONLY},         // without the inner MLP it takes the place of dn
     {"dzxbcdt", {DIM_IN2_ROW}, 0, BACKWARD_ONLY},
@@ -7845,15 +7939,14 @@ static Mamba2Sizes mamba2_sizes_cuda(const Config* c, size_t B, size_t T) {
 
 static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     const Mamba2Sizes s = mamba2_sizes_cuda(c, B, T);
-    const size_t forward = ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
-                 backward[] = {ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
-                               ssd_dt_backward_scratch_cuda(B, T, s.H), gated_rmsnorm_scratch_cuda(s.M, s.Es),
-                               causal_conv1d_scratch_cuda(B, T, s.Cd, s.K),
-                               bias_backward_scratch_cuda(s.M, s.in)};
-    size_t most = forward;
-    for (size_t i = 0; training && i < sizeof backward / sizeof backward[0]; i++)
-        most = max_size(most, backward[i]);
-    return most;
+    const size_t forward = ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N);
+    if (!training) return forward;
+    return max_size(forward, sums_round(ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)) +
+                                 sums_round(ssd_dt_backward_scratch_cuda(B, T, s.H)) +
+                                 sums_round(gated_rmsnorm_scratch_cuda(s.M, s.Es)) +
+                                 sums_round(causal_conv1d_scratch_cuda(B, T, s.Cd, s.K)) +
+                                 sums_round(bias_backward_scratch_cuda(s.M, s.D)) +
+                                 sums_round(bias_backward_scratch_cuda(s.M, s.in)));
 }
 
 // the CHEAP activations: x, B, C; dt
@@ -7862,10 +7955,12 @@ static void mamba2_conv_dt(const CudaRun<X>* run, const Mamba2Sizes& s, const Ma
                            const Mamba2ActsCuda<X>* a, const float* tail0, float* tailT) {
     const Config* c = run->config;
     const size_t ld = mamba2_row(s.in);
+    cudaStream_t side = side_fork(run);            // a small kernel, beside the convolution
+    ssd_dt_forward_cuda(a->dt, a->zxbcdt + s.dt, ld, p->dt_bias, (float)c->dt_low, (float)c->dt_high, run->B,
+                        run->T, s.H, side);
     causal_conv1d_forward_cuda(a->xbc, tailT, a->zxbcdt + s.xbc, ld, tail0, p->conv1d, p->conv1d_bias, true,
                                run->doc, run->B, run->T, s.Cd, s.K, run->stream);
-    ssd_dt_forward_cuda(a->dt, a->zxbcdt + s.dt, ld, p->dt_bias, (float)c->dt_low, (float)c->dt_high, run->B,
-                        run->T, s.H, run->stream);
+    side_join(run);
 }
 
 // mamba2_block_forward_cuda: delta = Mamba2(RMSNorm(res)), res = res_in + delta_in; formulas (S1) to (S6) at
@@ -7876,7 +7971,6 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                                float* const* state0, float* const* stateT) {
     const Mamba2Params* p = (const Mamba2Params*)L->p;
     const Mamba2ActsCuda<X>* a = (const Mamba2ActsCuda<X>*)acts->field;
-    const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
     const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
     const Config* c = run->config;
     const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
@@ -7891,12 +7985,12 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                         c->D_has_hdim, s0->ssm, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
                         stream);
     // (S5) and (S6): the inner MLP and the normed and gated y side by side
-    if (s.mlp) gate_forward_cuda(w->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+    if (s.mlp) gate_forward_cuda(a->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
     if (c->rmsnorm)
-        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
+        gated_rmsnorm_forward_cuda(a->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
                                    s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, stream);
-    else gate_forward_cuda(w->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
-    matmul_forward_cuda(run->matmul, shared->delta, s.D, w->n, s.E, weight_x(L, p->out_proj),
+    else gate_forward_cuda(a->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
+    matmul_forward_cuda(run->matmul, shared->delta, s.D, a->n, s.E, weight_x(L, p->out_proj),
                         p->out_proj_bias, s.M, s.E, s.D, stream);
 }
 
@@ -7910,38 +8004,47 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     const Mamba2State* s0 = (const Mamba2State*)state0;
     const Config* c = run->config;
     const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
-    const size_t ld = mamba2_row(s.in), GN = s.G * s.N;
+    const size_t B = run->B, T = run->T, ld = mamba2_row(s.in), GN = s.G * s.N;
     const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es;
     X *dz0 = w->dzxbcdt, *dx0 = dz0 + s.mlp, *dz = dz0 + s.z, *dy = s.mlp ? w->dy : w->dn;
     X* dBt = w->dxbc + s.Es;
+    // RECOMPUTE_CHEAP: n is made again, for the weight gradient
+    X *n = run->recompute == RECOMPUTE_CHEAP ? a->n : NULL, *n_ssm = n ? n + s.mlp : NULL;
     cudaStream_t stream = run->stream;
     if (run->recompute == RECOMPUTE_CHEAP) mamba2_conv_dt(run, s, p, a, s0->conv, (float*)NULL);
-    // (S6) out = W_out n: the gradient of n first; what follows makes n again for the weight gradient
+    // (S6) out = W_out n
     linear_backward_input(run, w->dn, s.E, false, shared->dres_x, s.D, weight_x(L, p->out_proj), s.E, s.D);
     side_join(run);                                // of the layer before: n and dzxbcdt are written again
     if (s.mlp)
-        gate_backward_cuda(dx0, ld, dz0, ld, w->n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+        gate_backward_cuda(dx0, ld, dz0, ld, n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
     // (S5)
     if (c->rmsnorm)
-        gated_rmsnorm_backward_cuda(dy, dz, ld, w->n + s.mlp, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
-                                    z, ld, p->gated_norm, a->gated_rstd, shared->sums, s.M, s.Es,
-                                    s.Es / s.G, c->norm_before_gate, stream);
+        gated_rmsnorm_backward_cuda(dy, dz, ld, n_ssm, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
+                                    z, ld, p->gated_norm, a->gated_rstd,
+                                    sums_take(run, gated_rmsnorm_scratch_cuda(s.M, s.Es)), s.M, s.Es,
+                                    s.Es / s.G, c->norm_before_gate, stream, &run->sums->list);
     else
-        gate_backward_cuda(dy, s.Es, dz, ld, w->n + s.mlp, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
+        gate_backward_cuda(dy, s.Es, dz, ld, n_ssm, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
                            s.Es, stream);
-    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, s.D, w->n, s.E, shared->sums,
-                           s.E, s.D);
+    linear_backward_bias(run, dp->out_proj_bias, shared->dres_x, s.D, s.D);
+    linear_backward_weight(run, dp->out_proj, shared->dres_x, s.D, a->n, s.E, s.E, s.D);
     // (S4) to (S1)
     ssd_backward_cuda<X>(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dBt + GN, s.Cd, dp->D, (float*)NULL, dy,
                          (const float*)NULL, a->states, a->xbc, s.Cd, a->dt, p->A_log, Bt, Bt + GN, s.Cd,
-                         p->D, c->D_has_hdim, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
-                         stream);
+                         p->D, c->D_has_hdim, run->doc,
+                         sums_take(run, ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)), B, T, s.H, s.P,
+                         s.G, s.N, stream, &run->sums->list);
+    cudaStream_t side = side_fork(run);            // a small kernel, beside the convolution
     ssd_dt_backward_cuda(w->dzxbcdt + s.dt, ld, dp->dt_bias, w->ddt, a->zxbcdt + s.dt, ld, p->dt_bias,
-                         (float)c->dt_low, (float)c->dt_high, shared->sums, run->B, run->T, s.H, stream);
+                         (float)c->dt_low, (float)c->dt_high,
+                         sums_take(run, ssd_dt_backward_scratch_cuda(B, T, s.H)), B, T, s.H, side,
+                         &run->sums->list, matmul_outputs(s.in, ld, s.D) - s.in);
     causal_conv1d_backward_cuda(w->dzxbcdt + s.xbc, ld, dp->conv1d, dp->conv1d_bias, (float*)NULL, w->dxbc,
                                 (const float*)NULL, a->zxbcdt + s.xbc, ld, s0->conv, p->conv1d,
-                                p->conv1d_bias, true, run->doc, shared->sums, run->B, run->T, s.Cd, s.K,
-                                stream);
+                                p->conv1d_bias, true, run->doc,
+                                sums_take(run, causal_conv1d_scratch_cuda(B, T, s.Cd, s.K)), B, T, s.Cd, s.K,
+                                stream, &run->sums->list);
+    side_join(run);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, ld,
                          p->norm, p->in_proj, s.in);
 }
@@ -7979,8 +8082,9 @@ static const TensorSpec attention_scratch_cuda[] = {
 static size_t attention_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     const Heads s = heads_of(c);
     if (!training) return attention_decode_scratch_cuda(B, s.Hq, s.dh, s.capacity);
-    size_t conv = s.K ? causal_conv1d_scratch_cuda(B, T, s.qkv, s.K) : 0;
-    return max_size(B * s.Hq * T, max_size(conv, bias_backward_scratch_cuda(B * T, s.in)));
+    return sums_round(B * s.Hq * T) + (s.K ? sums_round(causal_conv1d_scratch_cuda(B, T, s.qkv, s.K)) : 0) +
+           sums_round(bias_backward_scratch_cuda(B * T, (size_t)c->d_model)) +
+           sums_round(bias_backward_scratch_cuda(B * T, s.in));
 }
 
 // the documents of the call; NULL: one per sequence
@@ -8065,19 +8169,21 @@ void attention_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L,
         attention_turn(run, s, qkv, ld, s0->position, span, rotary);
     }
     linear_backward_input(run, w->dy, s.out, false, shared->dres_x, D, weight_x(L, p->out_proj), s.out, D);
-    linear_backward_weight(run, dp->out_proj, dp->out_proj_bias, shared->dres_x, D, a->y, s.out,
-                           shared->sums, s.out, D);
     side_join(run);                                // of the layer before: din is written again
+    linear_backward_bias(run, dp->out_proj_bias, shared->dres_x, D, D);
+    linear_backward_weight(run, dp->out_proj, shared->dres_x, D, a->y, s.out, s.out, D);
     if (s.F)
         gate_backward_cuda(dup, s.in, dup + s.F, s.in, (X*)NULL, 0, w->dy + s.Hq * s.dh, s.out, up, s.in,
                            up + s.F, s.in, M, s.F, stream);
     attention_backward_cuda<X>(dqkv, ld, w->dy, s.out, a->y, s.out, a->lse, qkv, ld, (const X*)s0->kv,
-                               s.capacity, s0->position, span, rotary, s.scale, shared->sums, B, T, s.Hq,
-                               s.Hkv, s.dh, stream);
+                               s.capacity, s0->position, span, rotary, s.scale,
+                               sums_take(run, B * s.Hq * T), B, T, s.Hq, s.Hkv, s.dh, stream);
     if (s.K)
         causal_conv1d_backward_cuda(w->din, s.in, dp->conv1d, dp->conv1d_bias, (float*)NULL, dqkv,
                                     (const float*)NULL, a->in, s.in, s0->conv, p->conv1d, p->conv1d_bias,
-                                    false, run->doc, shared->sums, B, T, s.qkv, s.K, stream);
+                                    false, run->doc,
+                                    sums_take(run, causal_conv1d_scratch_cuda(B, T, s.qkv, s.K)), B, T, s.qkv,
+                                    s.K, stream, &run->sums->list);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->din, s.in, p->norm,
                          p->in_proj, s.in);
 }
@@ -8130,7 +8236,7 @@ void mlp_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, const
     side_join(run);                                // of the layer before: dh and m are written again
     gate_backward_cuda(w->dh, 2 * F, w->dh + F, 2 * F, w->m, F, w->dm, F, a->h, 2 * F, a->h + F, 2 * F, M, F,
                        run->stream);
-    linear_backward_weight(run, dp->fc2, (float*)NULL, shared->dres_x, D, w->m, F, shared->sums, F, D);
+    linear_backward_weight(run, dp->fc2, shared->dres_x, D, w->m, F, F, D);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->fc1, (float*)NULL, w->dh, 2 * F, p->norm, p->fc1,
                          2 * F);
 }
@@ -8158,7 +8264,7 @@ template <typename X> struct KindCuda {
     char letter;                                   // of the kind in train_mamba.c
     const TensorSpec* acts;    int n_acts;         // saved for backward
     const TensorSpec* scratch; int n_scratch;
-    size_t (*sums)(const Config*, size_t B, size_t T, bool training);  // floats of partial sums; NULL: 0
+    size_t (*sums)(const Config*, size_t B, size_t T, bool training);  // floats of its parts of sums; NULL: 0
     void (*forward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
                     const float* res_in, const X* delta_in, float* const* state0, float* const* stateT);
     void (*backward)(const CudaRun<X>*, const LayerCuda<X>*, const ActsCuda<X>*, const ScratchCuda<X>*,
@@ -8324,7 +8430,7 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     end = arena->used;
     arena->used = train ? start : end;         // decoding keeps its last outputs beside the logits
     arena_take(arena, &s->delta, M * D);
-    size_t sums = train ? max_size(rmsnorm_backward_scratch_cuda(M, D), bias_backward_scratch_cuda(M, D)) : 0;
+    size_t sums = 0;
     for (int k = 0; k < N_KINDS_CUDA; k++) {
         const KindCuda<X>* kind = &kinds_cuda<X>[k];
         if (first[k] < 0) continue;
@@ -8334,6 +8440,7 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
         if (kind->sums) sums = max_size(sums, kind->sums(c, B, T, train));
         if (kind->sums && !train) sums = max_size(sums, kind->sums(c, M, 1, false));   // a token of each row
     }
+    if (train) sums += sums_round(rmsnorm_backward_scratch_cuda(M, D));    // of every block
     // a smaller call may cut time differently; its partial sums are never more than twice those of the full
     // one
     if (sums) arena_take(arena, &s->sums, 2 * sums);
@@ -8683,11 +8790,15 @@ void model_backward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, 
                          const int* tokens, float* state0) {
     size_t M = run->B * run->T, D = (size_t)m->config.d_model;
     ScratchCuda<X>* s = &w->scratch;
+    SumsCuda sums = {{}, s->sums};
+    run->sums = &sums;
     side_fork(run);
     cudaCheck(cudaMemsetAsync(s->dres, 0, M * D * sizeof(float), run->stream));
     run->dropout.place = (uint64_t)m->n_layers;
     rmsnorm_backward_cuda(s->dres, s->dres_x, (X*)NULL, d->dnorm_f, w->df, w->res_last, d->norm_f, w->f_rstd,
-                          s->sums, M, D, run->stream, run->dropout);
+                          sums_take(run, rmsnorm_backward_scratch_cuda(M, D)), M, D, run->stream,
+                          run->dropout, &sums.list);
+    sums_finish(run, s);
     for (int l = m->n_layers - 1; l >= 0; l--) {
         float *s0[MAX_FIELDS], *none[MAX_FIELDS] = {NULL};
         state_fields<X>(s0, m, state0, run->B, l, 0);
@@ -8804,7 +8915,7 @@ static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t
     const StepCuda* step = c->work.batch.step;
     CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute,
                       dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model),
-                      true, &c->side};
+                      true, &c->side, NULL};
     return run;
 }
 
