@@ -7336,66 +7336,60 @@ typedef struct {
     const float *dt_bias, *A_log, *Dskip, *norm;
     float dt_low, dt_high;
     bool D_has_hdim, gate, norm_first;
-    int H, P, G, N, lanes;
+    int H, P, G, N;
 } DecodeSsd;
 
-// decode_ssd: a row of N states belongs to `lanes` neighbouring lanes, each of which has VECS times four of
-// them, of ROWS rows.   blockIdx: part of a head, head, sequence   bytes: 8 per state
-enum { DECODE_SSD_WARPS = 4 };
+// decode_ssd: a row of N = 4 LANES VECS states belongs to LANES neighbouring lanes; each has two such rows.
+//   blockIdx: part of a head, head, sequence   bytes: 8 per state
+enum { DECODE_SSD_WARPS = 4, DECODE_SSD_ROWS = 2 };
 
-template <int VECS, int ROWS>
+template <int LANES, int VECS>
 __global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP)
 decode_ssd_kernel(const DecodeSsd a) {
+    enum { ROWS = DECODE_SSD_ROWS, N = 4 * LANES * VECS };
     __shared__ float part[DECODE_SSD_WARPS];
-    const int w = threadIdx.x / WARP, lane = threadIdx.x % WARP, s0 = 4 * (lane % a.lanes);
-    const int p0 = ((blockIdx.x * DECODE_SSD_WARPS + w) * (WARP / a.lanes) + lane / a.lanes) * ROWS;
-    const int head = blockIdx.y;
-    const bool own = p0 < a.P;
-    const size_t n = blockIdx.z, e = (size_t)head * a.P + p0, group = (size_t)(head * a.G / a.H) * a.N + s0;
-    float* h = a.h + ((n * a.H + head) * a.P + p0) * a.N + s0;
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, s0 = 4 * (lane % LANES), head = blockIdx.y;
+    const int p = (blockIdx.x * DECODE_SSD_WARPS * WARP + threadIdx.x) / LANES * ROWS;
+    const bool own = p < a.P;
+    const size_t n = blockIdx.z, e = (size_t)head * a.P + (own ? p : 0);
+    float* h = a.h + (n * a.H * a.P + e) * N + s0;
     allow_next();
-    float state[VECS][ROWS][4], B[VECS][4] = {}, C[VECS][4] = {}, x[ROWS], y[ROWS] = {}, z[ROWS] = {};
+    float4 state[VECS][ROWS];
     #pragma unroll
     for (int v = 0; v < VECS; v++) {
         #pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            if (own && s0 + v * 4 * WARP < a.N)                            // written one token ago
-                *(float4*)state[v][r] = *(const float4*)(h + (size_t)r * a.N + v * 4 * WARP);
+        for (int r = 0; r < ROWS; r++) state[v][r] = __ldcs((const float4*)(h + r * N + v * 4 * LANES));
     }
     const float bias = a.dt_bias[head], rate = scan_decay(a.A_log[head]);
+    const bf16 *B_n = a.Bt + n * a.ldx + head * a.G / a.H * N + s0, *C_n = B_n + (a.Ct - a.Bt);
     wait_before();
-    #pragma unroll
-    for (int v = 0; v < VECS; v++) {
-        if (s0 + v * 4 * WARP >= a.N) continue;
-        unpack<4>(B[v], load_pack<4>(a.Bt + n * a.ldx + group + v * 4 * WARP));
-        unpack<4>(C[v], load_pack<4>(a.Ct + n * a.ldx + group + v * 4 * WARP));
-    }
-    if (own) {
-        unpack<ROWS>(x, load_pack<ROWS>(a.x + n * a.ldx + e));
-        if (a.gate) unpack<ROWS>(z, load_pack<ROWS>(a.z + n * a.ldz + e));
-    }
+    float x[ROWS], z[ROWS], y[ROWS] = {}, square = 0;
     float dt = scan_softplus(to_float(a.dt_raw[n * a.ldz + head]) + bias);
+    unpack<ROWS>(x, load_pack<ROWS>(a.x + n * a.ldx + e));
+    unpack<ROWS>(z, load_pack<ROWS>(a.z + n * a.ldz + e));
     dt = dt < a.dt_low ? a.dt_low : dt > a.dt_high ? a.dt_high : dt;       // NaN stays NaN
     const float decay = exp2_unit(dt * rate);
     #pragma unroll
     for (int v = 0; v < VECS; v++) {
-        if (!own || s0 + v * 4 * WARP >= a.N) continue;
+        float B[4], C[4];
+        unpack<4>(B, load_pack<4>(B_n + v * 4 * LANES));
+        unpack<4>(C, load_pack<4>(C_n + v * 4 * LANES));
         #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            float* f = state[v][r];
+            float* f = (float*)&state[v][r];
             #pragma unroll
             for (int j = 0; j < 4; j++) {
-                f[j] = fmaf(decay, f[j], dt * x[r] * B[v][j]);
-                y[r] = fmaf(C[v][j], f[j], y[r]);
+                f[j] = fmaf(decay, f[j], dt * x[r] * B[j]);
+                y[r] = fmaf(C[j], f[j], y[r]);
             }
-            *(float4*)(h + (size_t)r * a.N + v * 4 * WARP) = *(const float4*)f;
+            if (own) __stcs((float4*)(h + r * N + v * 4 * LANES), state[v][r]);
         }
     }
-    for (int step = a.lanes / 2; step > 0; step /= 2) {
+    #pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) {
         #pragma unroll
         for (int r = 0; r < ROWS; r++) y[r] += __shfl_xor_sync(0xffffffffu, y[r], step);
     }
-    float square = 0;
     if (own && s0 == 0) {
         #pragma unroll
         for (int r = 0; r < ROWS; r++) {
@@ -7418,21 +7412,22 @@ decode_ssd_kernel(const DecodeSsd a) {
     a.squares[(n * a.H + head) * gridDim.x + blockIdx.x] = sum;
 }
 
-// decode_ssd_rows: ROWS; few sequences are many blocks only when the blocks are small
-static int decode_ssd_rows(size_t rows) { return rows <= DECODE_FEW ? 2 : 4; }
+typedef void (*DecodeSsdKernel)(const DecodeSsd);
+static DecodeSsdKernel decode_ssd_of(size_t N) {             // NULL: there is none
+    return N == 16 ? decode_ssd_kernel<4, 1> : N == 32 ? decode_ssd_kernel<8, 1>
+         : N == 64 ? decode_ssd_kernel<16, 1> : N == 128 ? decode_ssd_kernel<32, 1>
+         : N == 256 ? decode_ssd_kernel<32, 2> : NULL;
+}
 
 // decode_ssd_splits: blocks per head
-static int decode_ssd_splits(const DecodeSsd& a, size_t rows) {
-    int each = DECODE_SSD_WARPS * (WARP / a.lanes) * decode_ssd_rows(rows);
-    return (a.P + each - 1) / each;
+static int decode_ssd_splits(size_t P, size_t N) {
+    size_t lanes = min_size(N / 4, WARP), each = DECODE_SSD_WARPS * (WARP / lanes) * DECODE_SSD_ROWS;
+    return (int)((P + each - 1) / each);
 }
 
 static void decode_ssd_cuda(const DecodeSsd& a, size_t rows, cudaStream_t stream) {
-    const bool many = decode_ssd_rows(rows) == 4, large = a.N > 4 * WARP;
-    auto kernel = many ? large ? decode_ssd_kernel<2, 4> : decode_ssd_kernel<1, 4>
-                       : large ? decode_ssd_kernel<2, 2> : decode_ssd_kernel<1, 2>;
-    dim3 grid((unsigned)decode_ssd_splits(a, rows), (unsigned)a.H, (unsigned)rows);
-    launch_early(kernel, grid, DECODE_SSD_WARPS * WARP, 0, stream, a);
+    dim3 grid((unsigned)decode_ssd_splits(a.P, a.N), (unsigned)a.H, (unsigned)rows);
+    launch_early(decode_ssd_of(a.N), grid, DECODE_SSD_WARPS * WARP, 0, stream, a);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -8064,9 +8059,8 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                          p->norm, p->in_proj, s.in);
 }
 
-// packs of four states and of four channels; a row of out_proj's input in pieces of 32
 static bool mamba2_decodes(const Config* c) {
-    return c->d_inner % 32 == 0 && c->d_state % 4 == 0 && c->headdim % 4 == 0;
+    return c->d_inner % 32 == 0 && c->headdim % DECODE_SSD_ROWS == 0 && decode_ssd_of((size_t)c->d_state);
 }
 
 static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
@@ -8101,7 +8095,6 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     step.h = s0->ssm; step.dt_bias = p->dt_bias; step.A_log = p->A_log; step.Dskip = p->D;
     step.dt_low = (float)c->dt_low; step.dt_high = (float)c->dt_high; step.D_has_hdim = c->D_has_hdim;
     step.H = (int)s.H; step.P = (int)s.P; step.G = (int)s.G; step.N = (int)s.N;
-    for (step.lanes = 1; step.lanes < WARP && 4 * step.lanes < step.N;) step.lanes *= 2;
     step.gate = late || !c->rmsnorm;
     step.out = step.gate ? w->n + s.mlp : a->y; step.ldo = step.gate ? s.E : s.Es;
     if (late) {
@@ -8115,7 +8108,7 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     DecodeLinear out = {};
     out.weight = weight_x(L, p->out_proj); out.bias = p->out_proj_bias; out.O = s.D; out.K = s.E;
     out.rows = (int)run->B; out.act = w->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
-    out.squares = step.squares; out.parts = (int)s.H * decode_ssd_splits(step, run->B);
+    out.squares = step.squares; out.parts = (int)s.H * decode_ssd_splits(s.P, s.N);
     out.eps = (float)c->norm_eps;
     decode_matmul(run, out);
 }

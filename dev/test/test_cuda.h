@@ -2023,12 +2023,12 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
         toy_config("1m", 2, 32, 64, 16, 4, 8, 257),    toy_config("1", 3, 96, 192, 5, 2, 7, 100),
         toy_config("11m", 1, 64, 1600, 40, 4, 4, 100), toy_config("1m", 1, 1056, 352, 16, 3, 40, 1000),
         toy_config("2", 2, 64, 128, 16, 4, 4, 257),    toy_config("2m", 1, 96, 192, 64, 3, 6, 100),
-        toy_config("2", 1, 32, 96, 20, 2, 2, 100),     toy_config("2", 1, 64, 128, 132, 4, 4, 100),
-        toy_config("2", 2, 64, 64, 4, 1, 4, 100),      toy_config("12am", 4, 64, 128, 16, 4, 4, 100),
+        toy_config("2", 1, 32, 96, 32, 2, 2, 100),     toy_config("2", 1, 64, 128, 128, 4, 4, 100),
+        toy_config("2", 2, 64, 64, 16, 1, 4, 100),     toy_config("12am", 4, 64, 128, 16, 4, 4, 100),
         toy_config("a2", 2, 64, 128, 256, 4, 4, 100)};
     toy_mamba2(&configs[4], "P16 S1 L8");
     toy_mamba2(&configs[5], "P64 S1 L64 before hdim limit");
-    toy_mamba2(&configs[6], "P24 S2 L8 limit");
+    toy_mamba2(&configs[6], "P6 S2 L8 limit");
     toy_mamba2(&configs[7], "P16 S2 L8 W64 before");
     toy_mamba2(&configs[8], "P32 S1 L8 W32 plain hdim");
     toy_mamba2(&configs[9], "P32 S2 L16");
