@@ -1447,6 +1447,22 @@ void toy_gradients(Toy* toy) {
     model_backward(&toy->m, &toy->w, toy->tokens, toy->doc, toy->B, toy->T, &toy->s0, &toy->ds0, &toy->dsT);
 }
 
+// toy_packed: n documents packed into one row, whose gradients are made, and room for each alone, without a
+// given state. lengths NULL: of one token each
+void toy_packed(Toy* packed, Toy* alone, const Config* c, size_t T, const size_t* lengths, size_t n) {
+    toy_make(packed, c, 1, T, 0, false);
+    toy_make(alone, c, 1, T, -1, false);
+    for (size_t d = 0, at = 0; d < n; d++)      // ids from 1: the given state belongs to none
+        for (size_t t = 0; t < (lengths ? lengths[d] : 1); t++) packed->doc[at++] = (int)d + 1;
+    for (int k = 0; k < 2; k++) {
+        Toy* toy = k ? alone : packed;
+        memset(toy->dsT.data, 0, toy->dsT.n_elements * sizeof(real));
+        toy->scale = (real)0.25;
+    }
+    memset(alone->s0.data, 0, alone->s0.n_elements * sizeof(real));
+    toy_gradients(packed);
+}
+
 double real_relative(const real* a, const real* reference, size_t n) {
     double diff = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
@@ -2073,19 +2089,8 @@ void test_model_packed(void) {
         size_t T = 0, n_docs = only_ends ? 37 : COUNT_OF(lengths);
         for (size_t d = 0; d < n_docs; d++) T += only_ends ? 1 : lengths[d];
         Toy packed, alone;
-        toy_make(&packed, &c, 1, T, 0, false);
-        toy_make(&alone, &c, 1, T, -1, false);
-        int* tokens = alone.tokens;
-        int* targets = alone.targets;
-        for (size_t d = 0, at = 0; d < n_docs; d++)      // ids from 1: the given state belongs to none
-            for (size_t t = 0; t < (only_ends ? 1 : lengths[d]); t++) packed.doc[at++] = (int)d + 1;
-        for (int k = 0; k < 2; k++) {
-            Toy* toy = k ? &alone : &packed;
-            memset(toy->dsT.data, 0, toy->dsT.n_elements * sizeof(real));
-            toy->scale = (real)0.25;
-        }
-        memset(alone.s0.data, 0, alone.s0.n_elements * sizeof(real));
-        toy_gradients(&packed);
+        toy_packed(&packed, &alone, &c, T, only_ends ? NULL : lengths, n_docs);
+        int *tokens = alone.tokens, *targets = alone.targets;
         double loss = 0;
         for (size_t d = 0, at = 0; d < n_docs; d++, at += alone.T) {
             alone.T = only_ends ? 1 : lengths[d];
@@ -2480,6 +2485,7 @@ void* train_thread(void* unused) {       // as train_main, without the plot
     static Trainer t;
     Error err;
     if (!settings_parse(&s, WORD_TRAIN, argc, argv, &err)) die("%s", err.text);
+    set_threads(s.o.threads);
     trainer_create(&t, &s);
     catch_signals(true);
     train_forward = t.backend.forward;

@@ -18,11 +18,12 @@
 //  7. Optimizer: gradient norm, AdamW, learning rate schedules
 //  8. Sampling: from logits to a token
 //  9. Backend: what the loops call; the CPU one
-// 10. Generation
+// 10. Generation: data/generation.h
 // 11. Training and evaluation
 // 12. Main
 //
-// What goes in and out is in data/: files and checkpoints, tokenizer, data loader, command line.
+// What goes in and out is in data/: files and checkpoints, tokenizer, data loader, command line, and what a
+// configuration may be.
 
 // ---------------------------------------------------------------------------------------------------
 // 1. Basics: the number type, errors, memory, random numbers
@@ -126,6 +127,9 @@ bool checked_size(int n, const int64_t* dim, size_t elem, size_t* size) {
     return true;
 }
 
+static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
 // xcalloc, xrealloc: allocation that cannot return NULL. calloc returns zeroed memory.
 void* xcalloc(size_t count, size_t size) {
     void* p = calloc(count ? count : 1, size ? size : 1);
@@ -183,22 +187,8 @@ double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// limit_spinning: threads that wait for each other first spin, then sleep. GNU OpenMP spins for milliseconds,
-// which on a machine with other work makes training up to 20 times slower; a short spin costs an idle machine
-// nothing. (4 cores, default model: 46 thousand tokens/s with either; beside 4 busy processes 7 thousand
-// with the short spin, 1 thousand with the long one.) Only the environment of a new process can tell, so main
-// starts the program once more with it.
-void limit_spinning(char** argv) {
-#ifdef _OPENMP
-    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-    setenv("GOMP_SPINCOUNT", "4000", 1);
-    char self[4096];
-    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
-    self[n > 0 ? n : 0] = 0;
-    execv(self, argv);      // where it cannot be started, everything just takes longer
-#endif
-    (void)argv;
-}
+// defines: threads, signals, whether the memory suffices
+#include "data/machine.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 2. Configuration: what describes a model
@@ -249,132 +239,10 @@ typedef struct {
 
 enum { MAX_CONTEXT = 1 << 24 };      // positions are whole numbers in a float
 
-// add_count: total += a*b*c, false when that leaves [0, 2^40)
-static bool add_count(int64_t* total, int64_t a, int64_t b, int64_t c) {
-    int64_t dim[3] = {a, b, c};
-    size_t n;
-    if (!checked_size(3, dim, 1, &n) || n >= (size_t)1 << 40) return false;
-    *total += (int64_t)n;
-    return *total < (int64_t)1 << 40;
-}
-
-typedef struct { const char* name; int64_t value, low, high; } Range;
-
-static bool check_ranges(const Range* range, size_t n, Error* err) {
-    for (size_t i = 0; i < n; i++)
-        if (range[i].value < range[i].low || range[i].value > range[i].high)
-            return fail(err, "%s is %lld, expected %lld .. %lld", range[i].name, (long long)range[i].value,
-                        (long long)range[i].low, (long long)range[i].high);
-    return true;
-}
-
-// what Mamba-2 layers rely on. Conditions on numbers with fractions are written so that NaN fails.
-static bool config_check_mamba2(const Config* c, Error* err) {
-    const Range range[] = {
-        {"d_ssm", c->d_ssm, 1, c->d_inner},   {"headdim", c->headdim, 1, c->d_ssm},
-        {"ngroups", c->ngroups, 1, c->d_ssm}, {"chunk_size", c->chunk_size, 1, 65536} };
-    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
-    if (c->d_ssm % c->headdim != 0)
-        return fail(err, "d_ssm is %lld, expected a multiple of headdim, %lld", (long long)c->d_ssm,
-                    (long long)c->headdim);
-    if (c->d_ssm / c->headdim % c->ngroups != 0)
-        return fail(err, "%lld heads (d_ssm %lld, headdim %lld) cannot be shared by %lld groups",
-                    (long long)(c->d_ssm / c->headdim), (long long)c->d_ssm, (long long)c->headdim,
-                    (long long)c->ngroups);
-    if (!(c->dt_low >= 0 && c->dt_low <= c->dt_high))
-        return fail(err, "dt_limit is %g .. %g, expected 0 <= low <= high", c->dt_low, c->dt_high);
-    if (!(c->A_low > 0 && c->A_low <= c->A_high && c->A_high <= 1e6))
-        return fail(err, "A_init_range is %g .. %g, expected 0 < low <= high <= 1e6", c->A_low, c->A_high);
-    return (c->conv_init >= 0 && c->conv_init <= 1000) ||
-           fail(err, "conv_init is %g, expected 0 .. 1000", c->conv_init);
-}
-
-static bool config_check_attention(const Config* c, Error* err) {
-    const Range range[] = {
-        {"attention heads", c->attn_heads, 1, 65536}, {"KV heads", c->attn_heads_kv, 1, c->attn_heads},
-        {"attention head_dim", c->attn_head_dim, 1, 256},
-        {"attention d_conv", c->attn_conv, 0, 8},     {"attention mlp_dim", c->attn_mlp, 0, INT32_MAX},
-        {"rotary_emb_dim", c->rotary_dim, 0, c->attn_head_dim}, {"context", c->context, 0, MAX_CONTEXT} };
-    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
-    if (c->attn_heads % c->attn_heads_kv != 0)
-        return fail(err, "%lld attention heads cannot share %lld KV heads", (long long)c->attn_heads,
-                    (long long)c->attn_heads_kv);
-    if (c->rotary_dim % 2 != 0 || c->attn_mlp % 2 != 0)
-        return fail(err, "rotary_emb_dim %lld and mlp_dim %lld: expected even numbers",
-                    (long long)c->rotary_dim, (long long)c->attn_mlp);
-    if (!(c->rotary_base > 0 && c->rotary_base <= 1e12))
-        return fail(err, "rotary_emb_base is %g, expected above 0, at most 1e12", c->rotary_base);
-    return (c->softmax_scale >= 0 && c->softmax_scale <= 1e6) ||
-           fail(err, "softmax_scale is %g, expected 0 (1/sqrt(head_dim)) .. 1e6", c->softmax_scale);
-}
-
-// config_check: every size that the rest of the program relies on, whether it came from options or from a
-// file.
-bool config_check(const Config* c, Error* err) {
-    const Range range[] = {
-        {"n_layer", c->n_layer, 1, 65536},          {"d_model", c->d_model, 1, INT32_MAX},
-        {"d_inner", c->d_inner, 1, INT32_MAX},      {"d_state", c->d_state, 1, 256},
-        {"d_conv", c->d_conv, 1, 8},                {"dt_rank", c->dt_rank, 1, INT32_MAX},
-        {"d_intermediate", c->d_intermediate, 0, INT32_MAX}, {"vocab_size", c->vocab_size, 1, INT32_MAX},
-        {"vocab_padded", c->vocab_padded, c->vocab_size, INT32_MAX},
-        {"eos_token", c->eos_token, -1, c->vocab_padded - 1} };
-    if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
-    // the pattern: mixers, each with at most one m after it
-    size_t letters = strnlen(c->pattern, sizeof c->pattern);
-    bool mlp = false;
-    if (letters == 0 || letters == sizeof c->pattern)
-        return fail(err, "the pattern has %zu letters, expected 1 .. %zu", letters, sizeof c->pattern - 1);
-    for (size_t i = 0; i < letters; i++) {
-        unsigned char letter = (unsigned char)c->pattern[i];
-        mlp = mlp || letter == 'm';
-        if (!letter || !strchr("12am", letter))
-            return fail(err, "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1), "
-                        "2 (Mamba-2), a (attention) and m (gated MLP)",
-                        letter > 32 && letter < 127 ? letter : '?', i);
-        if (letter == 'm' && (i == 0 || c->pattern[i - 1] == 'm'))
-            return fail(err, "pattern \"%s\": an m must follow a mixer, like 1m", c->pattern);
-    }
-    if (mlp != (c->d_intermediate > 0))
-        return fail(err,
-                    "pattern \"%s\" and d_intermediate %lld do not agree: d_intermediate is the width of m, "
-                    "0 without m",
-                    c->pattern, (long long)c->d_intermediate);
-    // conditions are written so that NaN fails
-    if (!(c->norm_eps > 0 && c->norm_eps <= 1))
-        return fail(err, "norm_eps is %g, expected above 0, at most 1", c->norm_eps);
-    if (!(c->dt_min > 0 && c->dt_min <= c->dt_max && c->dt_max <= 1000))
-        return fail(err, "dt_min %g and dt_max %g: expected 0 < dt_min <= dt_max <= 1000", c->dt_min,
-                    c->dt_max);
-    if (!(c->dt_init_floor >= 0 && c->dt_init_floor <= 1000))
-        return fail(err, "dt_init_floor is %g, expected 0 .. 1000", c->dt_init_floor);
-    if (!(c->dt_scale > 0 && c->dt_scale <= 1000))
-        return fail(err, "dt_scale is %g, expected above 0, at most 1000", c->dt_scale);
-    if (!(c->initializer_range >= 0 && c->initializer_range <= 1000))
-        return fail(err, "initializer_range is %g, expected 0 .. 1000", c->initializer_range);
-    if ((strchr(c->pattern, '2') && !config_check_mamba2(c, err)) ||
-        (strchr(c->pattern, 'a') && !config_check_attention(c, err)))
-        return false;
-    // parameters of the largest block. Mamba-1: (D,2E) in_proj, (E,D) out_proj, (E,K) conv, (R+2N,E) x_proj,
-    // (E,R) dt_proj, (E,N) A_log, vectors; Mamba-2: in_proj and conv grow by 2GN+H; attention; MLP 3DF
-    int64_t D = c->d_model, E = c->d_inner, R = c->dt_rank, N = c->d_state, block = 0, total = 0;
-    bool fits = !strchr(c->pattern, '2') || (add_count(&block, D + c->d_conv, 2 * c->ngroups, N) &&
-                                             add_count(&block, D, c->d_ssm, 1));
-    fits = fits && (!strchr(c->pattern, 'a') ||
-                    (add_count(&block, 2 * (D + c->attn_conv + 2), c->attn_head_dim,
-                               c->attn_heads + 2 * c->attn_heads_kv) &&
-                     add_count(&block, 2, D, c->attn_mlp)));
-    fits = fits && add_count(&block, 3, D, E) && add_count(&block, E, c->d_conv, 1) &&
-                add_count(&block, 2, R, E) && add_count(&block, 3, N, E) && add_count(&block, 5, E, 1) &&
-                add_count(&block, 3, D, 1) && add_count(&block, 3, D, c->d_intermediate) &&
-                add_count(&total, c->n_layer, block, 1) &&
-                add_count(&total, c->tie_embeddings ? 1 : 2, c->vocab_padded, D);
-    return fits ||
-           fail(err, "n_layer %lld, d_model %lld, d_inner %lld, vocabulary %lld: more than 2^40 parameters",
-                (long long)c->n_layer, (long long)D, (long long)E, (long long)c->vocab_padded);
-}
-
-// defines: SafeTensors and its reader and writer, checkpoint directories, config_read, config_write
+// defines: SafeTensors and its reader and writer, checkpoint directories
 #include "data/safetensors.h"
+// defines: config_check, config_read, config_write
+#include "data/config.h"
 // defines: pickle_open, pickle_write: pytorch_model.bin
 #include "data/pickle.h"
 // defines: weights_open: a model in one file or in several
@@ -440,9 +308,6 @@ typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(r
 #define FMA_VEC_double _mm256_fmadd_pd
 #endif
 #endif
-
-static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
-static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 
 // transpose4: t[k] = { src[k], src[stride + k], src[2*stride + k], src[3*stride + k] }, k < 4
 static inline __attribute__((always_inline)) void transpose4(vec4* t, const real* src, size_t stride) {
@@ -3322,18 +3187,6 @@ static void workspace_plan(Workspace* w, const Model* m, Planner* p) {
     w->df = w->training ? plan(p, M * D) : NULL;
 }
 
-// workspace_fits: whether the plan can be counted at all. The bound, 64 fields of every width per token and
-// layer, is generous; what exceeds it would wrap around in size_t.
-static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
-    const Config* c = &m->config;
-    int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate +
-                    c->vocab_padded + c->ngroups * (8 * SSD_CHUNK + 2 * c->d_state) + c->attn_mlp +
-                    c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
-    int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
-    size_t bytes;
-    return checked_size(5, dims, sizeof(real), &bytes);
-}
-
 // workspace_alloc: with measure_only the bytes are computed and nothing is kept.
 Workspace workspace_alloc(const Model* m, size_t B, size_t T, bool training, int recompute,
                           bool measure_only) {
@@ -3446,58 +3299,11 @@ void model_backward(const Model* m, Workspace* w, const int* tokens, const int* 
     state_free(&none);
 }
 
-static void name_tensor(char* text, size_t size, const char* what, const Tensor* t) {
-    int n = snprintf(text, size, "%s %s", what, t->name);
-    if (t->layer >= 0 && (size_t)n < size) snprintf(text + n, size - (size_t)n, " (layer %d)", t->layer);
-}
-
 // p NULL: not kept
 static bool all_finite(const real* p, size_t n) {
     for (size_t i = 0; p && i < n; i++)
         if (!isfinite((double)p[i])) return false;
     return true;
-}
-
-// find_nonfinite: the name of the first tensor with a NaN or infinity, in the order in which a step computes
-// them: parameters, then the activations of a forward run again layer by layer, then gradients from the last
-// layer to the first.
-bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* doc, size_t B, size_t T,
-                    const State* s0, char* text, size_t size) {
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor* t = &m->tensor[i];
-        if (all_finite(m->params + t->offset, t->count)) continue;
-        name_tensor(text, size, "parameter", t);
-        return true;
-    }
-    Run run = {&m->config, B, T, doc, w->recompute, w->dropout, m->half};
-    State none = state_none(m);
-    bool found = false;
-    size_t D = (size_t)m->config.d_model;
-    for (int l = 0; l < m->n_layers && !found; l++) {
-        const Layer* layer = &m->layer[l];
-        if (l == 0) embedding_forward(w->res[0], tokens, m->embedding, B * T, D);
-        if (l == 0) dropout(w->res[0], w->res[0], &run.dropout, B * T, D);
-        layer_forward(m, w, &run, l, s0, &none);
-        for (int i = 0; i < layer->kind->n_acts && !found; i++) {
-            if (all_finite(w->acts[l][i], activation_count(&layer->kind->acts[i], &m->config, B, T)))
-                continue;
-            snprintf(text, size, "activation %s of layer %d (%s)", layer->kind->acts[i].name, l,
-                     layer->kind->name);
-            found = true;
-        }
-        if (!found && !all_finite(w->res[l + 1], B * T * D)) {
-            snprintf(text, size, "residual stream after layer %d (%s)", l, layer->kind->name);
-            found = true;
-        }
-    }
-    state_free(&none);
-    for (int i = m->n_tensors - 1; i >= 0 && !found && m->grads; i--) {
-        const Tensor* t = &m->tensor[i];
-        if (all_finite(m->grads + t->offset, t->count)) continue;
-        name_tensor(text, size, "gradient of", t);
-        found = true;
-    }
-    return found;
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -3773,9 +3579,11 @@ struct Backend {
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
-    // decode_greedy: one more token of every sequence, and the most likely next ones, -1 after a logit that
-    // is not finite; NULL: use decode
-    void (*decode_greedy)(Backend*, Session*, const int* tokens, int* next);
+    // greedy_begin: starts one more token of every sequence; tokens NULL: the most likely ones after the last
+    // begin. greedy_end: waits for it: the most likely next tokens, -1 after a logit that is not finite. A
+    // GPU computes one token while the host writes the one before. NULL: use decode
+    void (*greedy_begin)(Backend*, Session*, const int* tokens);
+    void (*greedy_end)(Backend*, Session*, int* next);
     void (*session_open)(Backend*, Session*);        // memory for decode
     void (*session_close)(Backend*, Session*);
     void (*session_sync)(Backend*, Session*, bool to_host);      // Session.state: host -> device, or back
@@ -3903,28 +3711,6 @@ Backend backend_cpu(Model* m, size_t B, size_t T, bool training, int recompute) 
     return b;
 }
 
-// other_backend: makes the backend of --device cuda; set by the main of train_mamba.cu
-Backend (*other_backend)(const Options*, Model*, size_t B, size_t T, bool training, int recompute) = NULL;
-
-static bool on_cpu(const Options* o) { return !other_backend || strcmp(o->device, "cpu") == 0; }
-
-Backend backend_create(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
-    Backend b = on_cpu(o) ? backend_cpu(m, B, T, training, recompute)
-                          : other_backend(o, m, B, T, training, recompute);
-    if (!training || !o->carry_state) return b;
-    size_t accum = (size_t)o->grad_accum;
-    b.carry_in = (State*)xcalloc(accum, sizeof(State));
-    b.carry_out = (State*)xcalloc(accum, sizeof(State));
-    for (size_t i = 0; i < accum; i++) {
-        b.carry_in[i] = state_alloc(m, B);
-        b.carry_out[i] = state_alloc(m, B);
-    }
-    return b;
-}
-
-// ---------------------------------------------------------------------------------------------------
-// 10. Generation
-
 Session session_create(Backend* b, size_t rows, size_t chunk) {
     Session s;
     memset(&s, 0, sizeof s);
@@ -3943,335 +3729,20 @@ void session_free(Backend* b, Session* s) {
     state_free(&s->view);
 }
 
-// defines: PromptList, prompts_read, Written, Prompt, state_save, state_load, context_set
+// ---------------------------------------------------------------------------------------------------
+// 10. Generation: data/generation.h
+
+// defines: prompts_read, Prompt, where a text ends, state_save, state_load, generate, generate_turns
 #include "data/generation.h"
-
-// Generation: sequences side by side, each with all that it has read and written.
-typedef struct {
-    Backend* backend;
-    const Tokenizer* tok;
-    const Options* o;
-    Session s;
-    size_t rows;
-    real* logits;              // (rows,Vp) after the last token of each
-    unsigned char* seen;       // (rows,Vp)
-    int64_t* position;         // tokens so far
-    int* last;                 // the newest one
-    bool *unread, *done;       // the state has not seen `last`; the sequence has ended
-    Utf8Stream* utf8;
-    Written* text;
-    Candidate* candidates;
-    int* piece;                // (chunk)
-    GenerateStats stats;
-} Generation;
-
-Generation generation_open(Backend* backend, const Tokenizer* tok, const Options* o, size_t rows) {
-    size_t V = (size_t)backend->model->config.vocab_size, Vp = (size_t)backend->model->config.vocab_padded;
-    Generation g;
-    memset(&g, 0, sizeof g);
-    g.backend = backend;
-    g.tok = tok;
-    g.o = o;
-    g.rows = rows;
-    g.s = session_create(backend, rows, (size_t)o->chunk);
-    g.logits = (real*)xcalloc(rows * Vp, sizeof(real));
-    g.seen = (unsigned char*)xcalloc(rows * Vp, 1);
-    g.position = (int64_t*)xcalloc(rows, sizeof(int64_t));
-    g.last = (int*)xcalloc(rows, sizeof(int));
-    g.unread = (bool*)xcalloc(rows, sizeof(bool));
-    g.done = (bool*)xcalloc(rows, sizeof(bool));
-    g.utf8 = (Utf8Stream*)xcalloc(rows, sizeof(Utf8Stream));
-    g.text = (Written*)xcalloc(rows, sizeof(Written));
-    g.candidates = (Candidate*)xcalloc(V, sizeof(Candidate));
-    g.piece = (int*)xcalloc((size_t)o->chunk, sizeof(int));
-    return g;
-}
-
-void generation_close(Generation* g) {
-    session_free(g->backend, &g->s);
-    for (size_t r = 0; r < g->rows; r++) { free(g->text[r].kept.data); free(g->text[r].waiting.data); }
-    free(g->logits); free(g->seen); free(g->position); free(g->last); free(g->unread); free(g->done);
-    free(g->utf8); free(g->text); free(g->candidates); free(g->piece);
-    memset(g, 0, sizeof *g);
-}
-
-// context_left: is there room in the caches for n more tokens of sequence r?
-static bool context_left(const Generation* g, size_t r, int64_t n, Error* err) {
-    const Model* m = g->backend->model;
-    return !has_cache(m) || g->position[r] + n <= m->config.context ||
-           fail(err, "the context is full, it has room for %lld tokens; raise --context",
-                (long long)m->config.context);
-}
-
-// generation_read: sequence r reads a prompt in chunks; one that has read nothing at all starts a document
-bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomic_t* interrupted,
-                     Error* err) {
-    const Config* c = &g->backend->model->config;
-    size_t Vp = (size_t)c->vocab_padded;
-    double start = seconds_now();
-    bool ok = true;
-    if (g->unread[r] && !context_left(g, r, 0, err)) return false;
-    if (g->unread[r]) g->backend->decode(g->backend, &g->s, r, 1, &g->last[r], 1, g->logits + r * Vp);
-    g->unread[r] = false;
-    for (size_t n; (ok = prompt_read(prompt, g->piece, (size_t)g->o->chunk, &n, err)) && n > 0;) {
-        for (size_t i = 0; i < n; i++) {
-            if ((size_t)g->piece[i] >= Vp)
-                return fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", g->piece[i],
-                            Vp - 1);
-            g->seen[r * Vp + (size_t)g->piece[i]] = 1;
-        }
-        if (!context_left(g, r, (int64_t)n, err)) return false;
-        g->backend->decode(g->backend, &g->s, r, 1, g->piece, n, g->logits + r * Vp);
-        g->stats.prompt_tokens += (int64_t)n;
-        g->position[r] += (int64_t)n;
-        if (*interrupted) break;
-    }
-    if (ok && g->position[r] == 0) {
-        int begin = c->eos_token >= 0 && c->eos_token < c->vocab_size ? (int)c->eos_token : 0;
-        g->backend->decode(g->backend, &g->s, r, 1, &begin, 1, g->logits + r * Vp);
-        g->position[r] = 1;
-    }
-    g->stats.prefill_seconds += seconds_now() - start;
-    return ok;
-}
-
-// generation_copy: the `count` - 1 sequences behind r continue what r has read
-static void generation_copy(Generation* g, size_t r, size_t count) {
-    const Model* m = g->backend->model;
-    size_t Vp = (size_t)m->config.vocab_padded;
-    for (size_t to = r + 1; to < r + count; to++) {
-        state_copy_row(m, &g->s.state, to, &g->s.state, r);
-        memcpy(g->logits + to * Vp, g->logits + r * Vp, Vp * sizeof(real));
-        memcpy(g->seen + to * Vp, g->seen + r * Vp, Vp);
-        g->position[to] = g->position[r];
-    }
-}
-
-// generation_write: every sequence goes on, one token at a time in the memory there is, until its end token,
-// --stop or --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
-bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* err) {
-    const Options* o = g->o;
-    Backend* backend = g->backend;
-    const Config* c = &backend->model->config;
-    size_t V = (size_t)c->vocab_size, Vp = (size_t)c->vocab_padded, active = g->rows;
-    Sampler sampler = {o->temperature, o->top_k, o->top_p, o->min_p, o->repetition_penalty, o->seed};
-    bool greedy =
-        backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
-    double start = seconds_now();
-    for (size_t r = 0; r < g->rows; r++) g->done[r] = false;
-    for (int64_t i = 0; i < o->max_tokens && active > 0 && !*interrupted; i++) {
-        if (i && !context_left(g, 0, 0, err)) return false;
-        if (i && greedy) backend->decode_greedy(backend, &g->s, g->last, g->last);
-        else if (i) backend->decode(backend, &g->s, 0, g->rows, g->last, 1, g->logits);
-        for (size_t r = 0; r < g->rows; r++) {
-            if (g->done[r]) {
-                if (g->last[r] < 0) g->last[r] = 0;
-                continue;
-            }
-            if (!greedy || i == 0) {
-                if (!sample_token(&sampler, g->logits + r * Vp, g->seen + r * Vp, V,
-                                  r % (size_t)o->num_samples, (uint64_t)g->position[r], g->candidates,
-                                  &g->last[r], err))
-                    return false;
-            } else if (g->last[r] < 0) {
-                return fail(err, "a logit is not finite: the model has diverged or its file is damaged");
-            }
-            g->stats.new_tokens++;
-            g->position[r]++;
-            g->unread[r] = true;
-            g->done[r] = g->last[r] == c->eos_token;
-            if (!g->done[r]) {
-                g->seen[r * Vp + (size_t)g->last[r]] = 1;
-                char bytes[TOKENIZER_MAX_TEXT];
-                size_t n = tokenizer_decode(g->tok, &g->utf8[r], g->last[r], bytes);
-                g->done[r] = written_add(&g->text[r], bytes, n, o->stop);
-                if (g->done[r]) g->utf8[r].n = 0;            // a character begun after it
-                if (g->text[r].stream && (ferror(g->text[r].stream) || fflush(g->text[r].stream) != 0))
-                    return fail(err, "could not write the text: %s", strerror(errno));
-            }
-            active -= g->done[r];
-        }
-    }
-    g->stats.decode_seconds += seconds_now() - start;
-    for (size_t r = 0; r < g->rows; r++) {
-        char bytes[TOKENIZER_MAX_TEXT];
-        written_add(&g->text[r], bytes, tokenizer_flush(&g->utf8[r], bytes), o->stop);
-        written_end(&g->text[r]);
-    }
-    return true;
-}
-
-// generate: for each of n prompts o->num_samples continuations, all in one batch. A single one is streamed to
-// `out`, several are written one after the other.
-bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, size_t n, FILE* out,
-              GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
-    const Model* m = backend->model;
-    size_t samples = (size_t)o->num_samples, rows = n * samples, Vp = (size_t)m->config.vocab_padded;
-    if (!context_set(backend->model, o, prompt, n, err)) return false;
-    Generation g = generation_open(backend, tok, o, rows);
-    real* seen = (real*)xcalloc(Vp, sizeof(real));               // as the state file has it
-    bool ok = true;
-    for (size_t r = 0; r < rows; r++) g.utf8[r].raw = o->raw;
-    if (rows == 1) g.text[0].stream = out;
-    if (o->load_state[0]) {
-        ok = state_load(m, &g.s.state, g.logits, seen, &g.position[0], o->load_state, err);
-        for (size_t v = 0; v < Vp; v++) g.seen[v] = seen[v] != 0;
-        backend->session_sync(backend, &g.s, false);
-    }
-    for (size_t i = 0; ok && i < n && !*interrupted; i++)
-        ok = generation_read(&g, i * samples, &prompt[i], interrupted, err);
-    if (samples > 1 || o->save_state[0]) backend->session_sync(backend, &g.s, true);
-    if (ok && o->save_state[0]) {
-        for (size_t v = 0; v < Vp; v++) seen[v] = g.seen[v];
-        ok = state_save(m, &g.s.state, g.logits, seen, g.position[0], o->save_state, err);
-    }
-    for (size_t i = 0; i < n; i++) generation_copy(&g, i * samples, samples);
-    if (samples > 1) backend->session_sync(backend, &g.s, false);
-    ok = ok && generation_write(&g, interrupted, err);
-    for (size_t r = 0; r < rows; r++) {
-        if (rows > 1 && n > 1) fprintf(out, "--- prompt %zu", r / samples + 1);
-        if (rows > 1 && samples > 1) fprintf(out, "%ssample %zu", n > 1 ? ", " : "--- ", r % samples + 1);
-        if (rows > 1) fputc('\n', out);
-        if (g.text[r].kept.n) fwrite(g.text[r].kept.data, 1, g.text[r].kept.n, out);
-        if (!o->raw || rows > 1) fputc('\n', out);
-        if (g.text[r].kept.failed || g.text[r].waiting.failed) ok = fail(err, "out of memory for the text");
-    }
-    if (ok && (fflush(out) != 0 || ferror(out)))
-        ok = fail(err, "could not write the text: %s", strerror(errno));
-    *stats = g.stats;
-    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
-    free(seen);
-    generation_close(&g);
-    return ok;
-}
-
-// generate_turns: --interactive: reads the prompt, then line by line from `in`, and goes on after each line,
-// with the state of all that came before
-bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* in,
-                    FILE* out, GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
-    if (!context_set(backend->model, o, prompt, 1, err)) return false;
-    Generation g = generation_open(backend, tok, o, 1);
-    char* line = NULL;
-    size_t room = 0;
-    g.utf8[0].raw = o->raw;
-    g.text[0].stream = out;
-    bool ok = (!o->prompt[0] && !prompt->file) || generation_read(&g, 0, prompt, interrupted, err);
-    while (ok) {
-        if (isatty(fileno(in))) fprintf(stderr, "> ");
-        ssize_t n = getline(&line, &room, in);
-        if (n < 0) break;
-        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) n--;
-        Prompt turn = prompt_open(tok, line, NULL);
-        turn.left = (size_t)n;
-        ok = generation_read(&g, 0, &turn, interrupted, err) && generation_write(&g, interrupted, err);
-        prompt_close(&turn);
-        if (ok && (fputc('\n', out) == EOF || fflush(out) != 0))
-            ok = fail(err, "could not write the text: %s", strerror(errno));
-    }
-    *stats = g.stats;
-    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
-    free(line);
-    generation_close(&g);
-    return ok;
-}
 
 // ---------------------------------------------------------------------------------------------------
 // 11. Training and evaluation
 
-static volatile sig_atomic_t stop_signal = 0;
-
-// A second Ctrl-C leaves at once. Other signals may come in company (SIGTERM and SIGHUP at shutdown, SIGPIPE
-// at every write to a closed pipe), so they do not.
-static void on_signal(int number) {
-    if (stop_signal && number == SIGINT) _exit(128 + number);
-    if (!stop_signal) stop_signal = number;
-}
-
-// catch_signals: pipe: also when nobody reads stdout any more (`| tee` ended by the same Ctrl-C): save, then
-// leave.
-static void catch_signals(bool pipe) {
-    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
-    for (int i = 0; i < (pipe ? 4 : 3); i++) {
-        struct sigaction action, old;
-        memset(&action, 0, sizeof action);
-        action.sa_handler = on_signal;
-        action.sa_flags = SA_RESTART;
-        if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler == SIG_IGN) continue;      // nohup
-        sigaction(numbers[i], &action, NULL);
-    }
-    signal(SIGXFSZ, SIG_IGN);                  // a file size limit becomes an ordinary write error
-}
-
-static void set_threads(int64_t threads) {
-    (void)threads;
-#ifdef _OPENMP
-    if (threads > 0) omp_set_num_threads((int)threads);
-#endif
-}
-
-static int thread_count(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-// check_memory: compares a plan with the machine before anything is allocated; Linux would promise it and
-// kill us later.
-static bool check_memory(double bytes, const char* advice, Error* err) {
-    double available = INFINITY;
-    char line[256];
-    FILE* f = fopen("/proc/meminfo", "r");
-    while (f && fgets(line, sizeof line, f)) {
-        double kib;
-        if (sscanf(line, "MemAvailable: %lf kB", &kib) == 1) available = kib * 1024;
-    }
-    if (f) fclose(f);
-    struct rlimit limit;
-    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY &&
-        (double)limit.rlim_cur < available)
-        available = (double)limit.rlim_cur;
-    if (bytes <= available) return true;
-    return fail(err, "this needs %.1f GiB of memory, %.1f GiB are available; %s", bytes / 1073741824.0,
-                available / 1073741824.0, advice);
-}
-
-// defines: Data, default data, which tokenizer, which configuration, frozen tensors
+// defines: Data, default data, which tokenizer, which configuration, frozen tensors, which backend
 #include "data/setup.h"
 
-// ------------------------------------------------------------------------------------------------
-// 11.2 Evaluation
-
-typedef struct { double loss; int64_t targets; } Evaluation;
-
-// evaluate: mean loss over the targets of `batches` batches (0: all) in order, each target once, states
-// starting from zero.
-bool evaluate(Backend* b, const Loader* loader, size_t B, size_t T, int64_t batches, bool documents,
-              volatile sig_atomic_t* interrupted, Evaluation* result, Error* err) {
-    int *inputs = (int*)xcalloc(B * T, sizeof(int)), *targets = (int*)xcalloc(B * T, sizeof(int)),
-        *doc = (int*)xcalloc(B * T, sizeof(int));
-    double sum = 0;
-    int64_t n = 0, all = (loader_eval_samples(loader) + (int64_t)B - 1) / (int64_t)B;
-    bool ok = true;
-    if (batches == 0 || batches > all) batches = all;
-    if (all == 0)
-        ok = fail(err, "the data has %lld tokens, an evaluation needs at least 2",
-                  (long long)loader->data->n_tokens);
-    for (int64_t i = 0; i < batches && ok && !(interrupted && *interrupted); i++) {
-        ok = loader_eval_batch(loader, i * (int64_t)B, (int64_t)B, inputs, targets, doc, err);
-        if (!ok) break;
-        sum += b->forward(b, -1, inputs, targets, documents ? doc : NULL, B, T, 0);
-        for (size_t j = 0; j < B * T; j++) n += targets[j] >= 0;
-    }
-    result->loss = n ? sum / (double)n : 0;
-    result->targets = n;
-    free(inputs); free(targets); free(doc);
-    return ok;
-}
-
-// ------------------------------------------------------------------------------------------------
-// 11.3 The training loop
+// defines: evaluate and, of the word `eval`, eval_check, eval_text, items_open, eval_items, results_write
+#include "data/evaluation.h"
 
 typedef struct {
     int64_t step, samples;       // finished optimizer steps; sample counter of the loader
@@ -4306,37 +3777,6 @@ typedef struct {
 // defines: trainer_save, resume_settings, resume_progress, log_open, plot_loss, lock_run
 #include "data/run.h"
 
-// bits per byte, when a token is a byte
-static void bits_per_byte(const Tokenizer* tok, double loss, char text[32]) {
-    if (tok->kind == TOKENIZER_BYTES) snprintf(text, 32, "%.4f", loss / log(2.0));
-    else text[0] = 0;
-}
-
-static bool trainer_evaluate(Trainer* t, double* loss, Error* err) {
-    const Options* o = &t->settings->o;
-    Evaluation result;
-    if (!evaluate(&t->backend, &t->val_loader, (size_t)o->batch_size, (size_t)o->seq_len, o->eval_batches,
-                  o->reset_documents, NULL, &result,
-                  err))    // one that has begun is finished: a resumed run would not make it up
-        return false;
-    *loss = result.loss;
-    return true;
-}
-
-static bool trainer_sample(Trainer* t, Error* err) {
-    const Options* o = &t->settings->o;
-    GenerateStats stats;
-    if (o->max_tokens == 0) return true;
-    if (stop_signal) return true;
-    printf("--- sample at step %lld\n", (long long)t->progress.step);
-    Prompt prompt = prompt_open(&t->data.tokenizer, o->prompt, NULL);
-    bool ok = generate(&t->backend, &t->data.tokenizer, o, &prompt, 1, stdout, &stats, &stop_signal, err);
-    prompt_close(&prompt);
-    if (!ok) return false;
-    printf("---\n");
-    return true;
-}
-
 static void step_batch(Trainer* t, int64_t samples) {
     const Options* o = &t->settings->o;
     Error err;
@@ -4349,6 +3789,9 @@ static Dropout step_dropout(const Options* o, int64_t number) {
     Dropout drop = {o->dropout, random_bits(o->seed, STREAM_DROPOUT, (uint64_t)(number - 1)), 0, 0};
     return drop;
 }
+
+// defines: trainer_evaluate, trainer_sample, find_nonfinite, trainer_check, spike_score, print_speed
+#include "data/watch.h"
 
 // step_start: begins one optimizer step; its loss comes from step_finish.
 static void step_start(Trainer* t, double lr) {
@@ -4406,81 +3849,6 @@ static bool step_finish(Trainer* t, Record* r, Error* err) {
                 (long long)r->step, isfinite(result.loss) ? "the gradient" : "the loss", what,
                 (long long)r->samples, (long long)(r->samples + o->batch_size * o->grad_accum - 1),
                 (long long)loader_position(&t->loader, r->samples, &starts));
-}
-
-// trainer_check: the CPU as oracle of the device. The first CHECK_TOKENS tokens of the batch of step r go
-// forward and backward on the device and on the CPU, with the device's weights after that step. Prints the
-// relative L2 error of every tensor's gradient, of equal tensors of all layers the worst.
-enum { CHECK_TOKENS = 64 };
-
-static void trainer_check(Trainer* t, const Record* r) {
-    const Options* o = &t->settings->o;
-    Backend* b = &t->backend;
-    Model* m = &t->model;
-    size_t T = min_size(CHECK_TOKENS, (size_t)o->seq_len), n = 0;
-    step_batch(t, r->samples);
-    const int* doc = o->reset_documents ? t->doc : NULL;
-    for (size_t i = 0; i < T; i++) n += t->targets[i] >= 0;
-    double scale = n ? 1.0 / (double)n : 1;
-    b->zero_gradients(b);
-    double loss = b->forward(b, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
-    b->backward(b, -1, t->inputs, doc, 1, T);
-    b->download(b);
-    real* device = (real*)xcalloc(m->n_elements, sizeof(real));
-    memcpy(device, m->grads, m->n_elements * sizeof(real));
-    Backend cpu = backend_cpu(m, 1, T, true, RECOMPUTE_NONE);
-    cpu.zero_gradients(&cpu);
-    double expected = cpu.forward(&cpu, -1, t->inputs, t->targets, doc, 1, T, scale) * scale;
-    cpu.backward(&cpu, -1, t->inputs, doc, 1, T);
-    printf("check of step %lld, %zu tokens: loss %.6f, on the CPU %.6f; relative errors of the gradients:\n",
-           (long long)r->step, T, loss, expected);
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor* first = &m->tensor[i];
-        double worst = -1;
-        int layer = 0;
-        bool shown = false;          // with an earlier tensor of the same kind
-        for (int j = 0; j < m->n_tensors; j++) {
-            const Tensor* u = &m->tensor[j];
-            if (u->spec != first->spec) continue;
-            if (j < i) { shown = true; break; }
-            double diff = 0, norm = 0;
-            for (size_t k = u->offset; k < u->offset + u->count; k++) {
-                double want = (double)m->grads[k], d = (double)device[k] - want;
-                diff += d * d;
-                norm += want * want;
-            }
-            double error = norm > 0 ? sqrt(diff / norm) : sqrt(diff);
-            if (!(error <= worst)) { worst = error; layer = u->layer; }
-        }
-        if (shown) continue;
-        if (first->layer < 0) printf("  %-32s %.1e\n", first->spec->name, worst);
-        else printf("  %-32s %.1e, in layer %d\n", first->spec->name, worst, layer);
-    }
-    cpu.destroy(&cpu);
-    free(device);
-}
-
-// Spike: watches a number that should change slowly (loss, gradient norm). A value more than 6 standard
-// deviations above the mean of the last 128 is reported; nothing else is done about it.
-enum { SPIKE_WINDOW = 128 };
-typedef struct { double value[SPIKE_WINDOW]; int64_t n; } Spike;
-
-// spike_score: how many standard deviations `value` lies above the window, 0 until the window is full; then
-// adds it
-double spike_score(Spike* s, double value) {
-    double mean = 0, square = 0, score = 0;
-    for (int i = 0; i < SPIKE_WINDOW; i++) mean += s->value[i] / SPIKE_WINDOW;
-    for (int i = 0; i < SPIKE_WINDOW; i++)
-        square += (s->value[i] - mean) * (s->value[i] - mean) / SPIKE_WINDOW;
-    if (s->n >= SPIKE_WINDOW && square > 0) score = (value - mean) / sqrt(square);
-    s->value[s->n++ % SPIKE_WINDOW] = value;
-    return score;
-}
-
-static void format_time(double seconds, char text[32]) {
-    long long s = (long long)(seconds + 0.5);
-    if (s >= 3600) snprintf(text, 32, "%lld:%02lld:%02lld", s / 3600, s / 60 % 60, s % 60);
-    else snprintf(text, 32, "%lld:%02lld", s / 60, s % 60);
 }
 
 // train_loop: steps until done or stopped. Returns the exit code.
@@ -4585,16 +3953,7 @@ static int train_loop(Trainer* t) {
     if (t->data.has_val)
         printf(", best validation loss %.4f at step %lld", p->best_loss, (long long)p->best_step);
     printf("\n");
-    if (timed > 0) {
-        Flop flop = flop_per_token(&t->model, o->seq_len);
-        double rate = tokens_per_step * (double)timed / timed_seconds, peak = t->backend.peak_flops;
-        printf("speed: %.0f tokens/s, %.2f TFLOP/s (matmul %.1f + scan %.1f MFLOP per token; 6 N: %.1f)",
-               rate, rate * (flop.matmul + flop.scan) * 1e-12, flop.matmul * 1e-6, flop.scan * 1e-6,
-               6e-6 * (double)t->model.n_params);
-        if (peak > 0)
-            printf(", MFU %.1f %% of %.0f TFLOP/s", 100 * rate * flop.matmul / peak, peak * 1e-12);
-        printf("\n");
-    }
+    if (timed > 0) print_speed(t, tokens_per_step * (double)timed / timed_seconds);
     if (!trainer_sample(t, &err)) warn("%s", err.text);
     return t->save_failed ? 1 : 0;
 }
@@ -4602,8 +3961,6 @@ static int train_loop(Trainer* t) {
 // ---------------------------------------------------------------------------------------------------
 // 12. Main
 
-// defines: eval_check, eval_text, items_open, eval_items, results_write
-#include "data/evaluation.h"
 // defines: train_main, generate_main, eval_main
 #include "data/words.h"
 // defines: info_main, convert_main
@@ -4617,27 +3974,12 @@ int ssm_main(int argc, char** argv) {
     for (int fd = 0; fd < 3; fd++)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) return 1;
     limit_spinning(argv);
-    int word = WORD_TRAIN, skip = 1;
-    if (argc > 1 && argv[1][0] != '-') {
-        word = 0;
-        for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
-        if (!word)
-            die("unknown word '%.40s'; expected train, generate, eval, info, convert or tokenize, then "
-                "options; --help "
-                "lists them",
-                argv[1]);
-        skip = 2;
-    }
-    for (int i = 1; i < argc; i++) {
-        bool markdown = strcmp(argv[i], "--help=markdown") == 0;
-        if (markdown || strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
-            help_print(skip == 2 ? word : 0, markdown);
-            return 0;
-        }
-    }
+    int skip, word = word_parse(argc, argv, &skip);
+    if (!word) return 0;
     Settings settings;
     Error err;
     if (!settings_parse(&settings, word, argc - skip, argv + skip, &err)) die("%s", err.text);
+    set_threads(settings.o.threads);
     int code = 0;
     switch (word) {
         case WORD_TRAIN: code = train_main(&settings); break;

@@ -917,7 +917,9 @@ typedef struct {
     int id[BPE_CACHE_IDS];
 } CachedWord;
 
-typedef struct { int id, before, after; } Symbol;         // id -1: merged into the one before
+// Symbol: a part of a word during its merges, at the place of its first byte. The number of its bytes stands
+// there and at its last byte, so that both neighbours are found. id -1: merged into the one before.
+typedef struct { int id, bytes; } Symbol;
 
 // BpeWork: what one thread needs for encoding
 typedef struct {
@@ -976,11 +978,11 @@ static uint64_t heap_pop(BpeWork* w) {
     return top;
 }
 
-// pair_push: remembers that the symbols at `left` and after it can be merged
-static void pair_push(BpeWork* w, int left) {
-    if (left < 0 || w->symbol[left].after < 0) return;
-    const Merge* m = merge_place(w->bpe, (uint32_t)w->symbol[left].id,
-                                 (uint32_t)w->symbol[w->symbol[left].after].id);
+// pair_push: remembers that the symbols at `left` and after it, in a word of n bytes, can be merged
+static void pair_push(BpeWork* w, size_t left, size_t n) {
+    size_t right = left + (size_t)w->symbol[left].bytes;
+    if (right == n) return;
+    const Merge* m = merge_place(w->bpe, (uint32_t)w->symbol[left].id, (uint32_t)w->symbol[right].id);
     if (m->left != UINT32_MAX) heap_push(w, (uint64_t)m->rank << 32 | (uint32_t)left);
 }
 
@@ -989,31 +991,32 @@ static void pair_push(BpeWork* w, int left) {
 static void bpe_merge(BpeWork* w, const char* word, size_t n) {
     const Bpe* b = w->bpe;
     if (n > w->room) {
-        w->room = n + n / 2 + 64;
+        w->room = n + n / 8 + 64;
         w->symbol = (Symbol*)xrealloc(w->symbol, w->room, sizeof *w->symbol);
-        w->heap = (uint64_t*)xrealloc(w->heap, 3 * w->room, sizeof *w->heap);     // two pairs more per merge
+        w->heap = (uint64_t*)xrealloc(w->heap, 2 * w->room, sizeof *w->heap);  // a merge: a pair out, two in
     }
     w->n_heap = 0;
     for (size_t i = 0; i < n; i++) {
-        Symbol s = {b->byte_id[(unsigned char)word[i]], (int)i - 1, i + 1 < n ? (int)i + 1 : -1};
+        Symbol s = {b->byte_id[(unsigned char)word[i]], 1};
         w->symbol[i] = s;
     }
-    for (size_t i = 0; i + 1 < n; i++) pair_push(w, (int)i);
+    for (size_t i = 0; i < n; i++) pair_push(w, i, n);
     while (w->n_heap) {
         uint64_t top = heap_pop(w);
-        Symbol* s = w->symbol + (uint32_t)top;
-        if (s->id < 0 || s->after < 0) continue;
-        Symbol* t = w->symbol + s->after;
+        size_t at = (uint32_t)top;
+        Symbol* s = w->symbol + at;
+        if (s->id < 0 || at + (size_t)s->bytes == n) continue;
+        Symbol* t = s + s->bytes;
         const Merge* m = merge_place(b, (uint32_t)s->id, (uint32_t)t->id);
         if (m->left == UINT32_MAX || m->rank != (uint32_t)(top >> 32)) continue;
         s->id = (int)m->id;
-        s->after = t->after;
+        s->bytes += t->bytes;
         t->id = -1;
-        if (s->after >= 0) w->symbol[s->after].before = (int)(s - w->symbol);
-        pair_push(w, (int)(s - w->symbol));
-        pair_push(w, s->before);
+        s[s->bytes - 1].bytes = s->bytes;
+        pair_push(w, at, n);
+        if (at > 0) pair_push(w, at - (size_t)s[-1].bytes, n);
     }
-    for (int i = 0; i >= 0; i = w->symbol[i].after) token_add(w->out, w->symbol[i].id);
+    for (size_t i = 0; i < n; i += (size_t)w->symbol[i].bytes) token_add(w->out, w->symbol[i].id);
 }
 
 static void bpe_word(BpeWork* w, const char* word, size_t n) {

@@ -86,8 +86,16 @@ bool dataset_read(const Dataset* d, int64_t pos, int64_t count, int* out, Error*
     return true;
 }
 
-static bool is_utf16(const unsigned char* start, size_t n) {
-    return n >= 2 && ((start[0] == 0xFF && start[1] == 0xFE) || (start[0] == 0xFE && start[1] == 0xFF));
+// is_text: can the file that begins with these n bytes be text?
+static bool is_text(const unsigned char* start, size_t n, const char* path, Error* err) {
+    uint32_t magic = 0;
+    memcpy(&magic, start, min_size(n, 4));
+    if (magic == 20240520 || magic == 20240801)
+        return fail(err, "%s: expected text, found a token shard; its name must end in .bin", path);
+    if (n >= 2 && ((start[0] == 0xFF && start[1] == 0xFE) || (start[0] == 0xFE && start[1] == 0xFF)))
+        return fail(err, "%s: expected UTF-8 text, found a UTF-16 byte order mark; convert it: "
+                    "iconv -f UTF-16 -t UTF-8", path);
+    return true;
 }
 
 // source_append, source_encode: the ids of a text file by a BPE tokenizer, all of them in memory, stored as a
@@ -110,17 +118,11 @@ static bool source_append(void* to, const int* ids, size_t n, int64_t at, Error*
 }
 
 static bool source_encode(DataSource* s, const Dataset* d, Error* err) {
-    TextFile f;
-    memset(&f, 0, sizeof f);
-    f.tokenizer = d->tokenizer;
-    f.eos = d->eos;
-    f.fd = s->fd;
-    f.path = s->path;
-    f.size = s->size;
-    f.json_lines = is_json_lines(s->path);
+    TextFile f = text_file(s->path, s->fd, s->size, d->tokenizer, d->eos);
     s->width = d->tokenizer->vocab_size <= 65536 ? 2 : 4;
     s->size = 0;
     bool ok = text_file_tokens(&f, source_append, s, err);
+    if (ok) text_file_warn(&f);
     close(s->fd);
     s->fd = -1;
     s->size = s->count * s->width;
@@ -138,11 +140,7 @@ bool source_format(DataSource* s, const Dataset* d, Error* err) {
     if (!data_read(s->fd, header, head, 0, s->path, err)) return false;
     bool u16 = header[0] == 20240520, u32 = header[0] == 20240801;
     if (!shard) {
-        if (head >= 4 && (u16 || u32))
-            return fail(err, "%s: expected text, found a token shard; its name must end in .bin", s->path);
-        if (is_utf16(start, head))
-            return fail(err, "%s: expected UTF-8 text, found a UTF-16 byte order mark; convert it: "
-                        "iconv -f UTF-16 -t UTF-8", s->path);
+        if (!is_text(start, head, s->path, err)) return false;
         if (d->tokenizer->kind == TOKENIZER_NONE)
             return fail(err, "%s: no tokenizer.json that can encode text with this model; use token shards",
                         s->path);
@@ -203,6 +201,17 @@ bool dataset_add(Dataset* d, const char* path, Error* err) {
 void files_free(char** files, int n) {
     for (int i = 0; i < n; i++) free(files[i]);
     free(files);
+}
+
+// list_split: the names of a list option, which have newlines between them; one block, to be freed
+static char** list_split(const char* list, int* n) {
+    size_t length = strlen(list), most = 1;
+    for (const char* p = list; *p; p++) most += *p == '\n';
+    char **names = (char**)xcalloc(most * sizeof(char*) + length + 1, 1), *rest = NULL;
+    char* copy = (char*)memcpy(names + most, list, length + 1);
+    *n = 0;
+    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) names[(*n)++] = p;
+    return names;
 }
 
 // files_of: the names in the order given; a pattern such as 'data/*.txt' stands for the matching files,

@@ -78,6 +78,35 @@ static bool results_write(const char* path, const json_t* results, Error* err) {
     return ok;
 }
 
+// ---- rows
+
+typedef struct { double loss; int64_t targets; } Evaluation;
+
+// evaluate: mean loss over the targets of `batches` batches (0: all) in order, each target once, states
+// starting from zero.
+bool evaluate(Backend* b, const Loader* loader, size_t B, size_t T, int64_t batches, bool documents,
+              volatile sig_atomic_t* interrupted, Evaluation* result, Error* err) {
+    int *inputs = (int*)xcalloc(B * T, sizeof(int)), *targets = (int*)xcalloc(B * T, sizeof(int)),
+        *doc = (int*)xcalloc(B * T, sizeof(int));
+    double sum = 0;
+    int64_t n = 0, all = (loader_eval_samples(loader) + (int64_t)B - 1) / (int64_t)B;
+    bool ok = true;
+    if (batches == 0 || batches > all) batches = all;
+    if (all == 0)
+        ok = fail(err, "the data has %lld tokens, an evaluation needs at least 2",
+                  (long long)loader->data->n_tokens);
+    for (int64_t i = 0; i < batches && ok && !(interrupted && *interrupted); i++) {
+        ok = loader_eval_batch(loader, i * (int64_t)B, (int64_t)B, inputs, targets, doc, err);
+        if (!ok) break;
+        sum += b->forward(b, -1, inputs, targets, documents ? doc : NULL, B, T, 0);
+        for (size_t j = 0; j < B * T; j++) n += targets[j] >= 0;
+    }
+    result->loss = n ? sum / (double)n : 0;
+    result->targets = n;
+    free(inputs); free(targets); free(doc);
+    return ok;
+}
+
 // ---- texts
 
 // token_bytes: bytes of text that a token stands for
@@ -323,7 +352,7 @@ static bool items_next(Items* f, Item* item, Error* err) {
         skip_space(&p, line + n);
         if (p == line + n) continue;
         Error why;
-        json_t* root = json_line(line, n, &why);
+        json_t* root = json_line(line, n, MAX_LINE, &why);
         bool ok = root && item_parse(f, root, item, &why);
         json_decref(root);
         if (ok) return true;
@@ -335,18 +364,13 @@ static bool items_next(Items* f, Item* item, Error* err) {
 
 // items_open: finds and checks all items. *T: tokens of the longest row
 static bool items_open(Items* f, const Tokenizer* tok, const Options* o, int64_t* T, Error* err) {
-    char *copy = strdup(o->data), **names = NULL, *rest = NULL;
-    int n = 0;
+    int n;
+    char** names = list_split(o->data, &n);
     memset(f, 0, sizeof *f);
     f->task = task_of(o);
     encoder_open(&f->encoder, tok);
-    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
-        names = (char**)xrealloc(names, (size_t)n + 1, sizeof(char*));
-        names[n++] = p;
-    }
     bool ok = files_of(names, n, &f->files, &f->n_files, err);
     free(names);
-    free(copy);
     if (ok && tok->kind == TOKENIZER_NONE)
         ok = fail(err, "this checkpoint has no tokenizer.json, so it cannot read the text of items; "
                        "give one with --tokenizer");

@@ -1,4 +1,5 @@
-// Around generation: prompts, where a text ends, saved states. Part of section 10 of train_mamba.c.
+// Generation: prompts, where a text ends, saved states, and the sequences that are written side by side.
+// Section 10 of train_mamba.c.
 
 // PromptList: --prompts: a text file with a prompt in every line, or JSON lines {"prompt": ...}. Empty lines
 // are none. They lie in the memory that the file was read into, prompt i from start[i] to the NUL in front of
@@ -33,7 +34,7 @@ static size_t prompts_size(const PromptList* list, size_t i) {
 
 // prompts_line: the prompt in one line of JSON
 static bool prompts_line(PromptList* list, const char* line, size_t n, Error* err) {
-    json_t* root = json_line(line, n, err);
+    json_t* root = json_line(line, n, MAX_LINE, err);
     const json_t* text = json_object_get(root, "prompt");
     bool ok = json_is_string(text);
     if (ok) ok = prompts_add(list, json_string_value(text), json_string_length(text), err);
@@ -260,4 +261,240 @@ static bool context_set(Model* m, const Options* o, Prompt* prompt, size_t n, Er
                     MAX_CONTEXT);
     m->config.context = (int64_t)tokens;
     return true;
+}
+
+// Generation: sequences side by side, each with all that it has read and written.
+typedef struct {
+    Backend* backend;
+    const Tokenizer* tok;
+    const Options* o;
+    Session s;
+    size_t rows;
+    real* logits;              // (rows,Vp) after the last token of each
+    unsigned char* seen;       // (rows,Vp)
+    int64_t* position;         // tokens so far
+    int* last;                 // the newest one
+    bool *unread, *done;       // the state has not seen `last`; the sequence has ended
+    bool ahead;                // the device may begin the next token before it is known whether it is needed
+    Utf8Stream* utf8;
+    Written* text;
+    Candidate* candidates;
+    int* piece;                // (chunk)
+    GenerateStats stats;
+} Generation;
+
+Generation generation_open(Backend* backend, const Tokenizer* tok, const Options* o, size_t rows) {
+    size_t V = (size_t)backend->model->config.vocab_size, Vp = (size_t)backend->model->config.vocab_padded;
+    Generation g;
+    memset(&g, 0, sizeof g);
+    g.backend = backend;
+    g.tok = tok;
+    g.o = o;
+    g.rows = rows;
+    g.s = session_create(backend, rows, (size_t)o->chunk);
+    g.logits = (real*)xcalloc(rows * Vp, sizeof(real));
+    g.seen = (unsigned char*)xcalloc(rows * Vp, 1);
+    g.position = (int64_t*)xcalloc(rows, sizeof(int64_t));
+    g.last = (int*)xcalloc(rows, sizeof(int));
+    g.unread = (bool*)xcalloc(rows, sizeof(bool));
+    g.done = (bool*)xcalloc(rows, sizeof(bool));
+    g.utf8 = (Utf8Stream*)xcalloc(rows, sizeof(Utf8Stream));
+    g.text = (Written*)xcalloc(rows, sizeof(Written));
+    g.candidates = (Candidate*)xcalloc(V, sizeof(Candidate));
+    g.piece = (int*)xcalloc((size_t)o->chunk, sizeof(int));
+    return g;
+}
+
+void generation_close(Generation* g) {
+    session_free(g->backend, &g->s);
+    for (size_t r = 0; r < g->rows; r++) { free(g->text[r].kept.data); free(g->text[r].waiting.data); }
+    free(g->logits); free(g->seen); free(g->position); free(g->last); free(g->unread); free(g->done);
+    free(g->utf8); free(g->text); free(g->candidates); free(g->piece);
+    memset(g, 0, sizeof *g);
+}
+
+// context_left: is there room in the caches for n more tokens of sequence r?
+static bool context_left(const Generation* g, size_t r, int64_t n, Error* err) {
+    const Model* m = g->backend->model;
+    return !has_cache(m) || g->position[r] + n <= m->config.context ||
+           fail(err, "the context is full, it has room for %lld tokens; raise --context",
+                (long long)m->config.context);
+}
+
+// generation_read: sequence r reads a prompt in chunks; one that has read nothing at all starts a document
+bool generation_read(Generation* g, size_t r, Prompt* prompt, volatile sig_atomic_t* interrupted,
+                     Error* err) {
+    const Config* c = &g->backend->model->config;
+    size_t Vp = (size_t)c->vocab_padded;
+    double start = seconds_now();
+    bool ok = true;
+    if (g->unread[r] && !context_left(g, r, 0, err)) return false;
+    if (g->unread[r]) g->backend->decode(g->backend, &g->s, r, 1, &g->last[r], 1, g->logits + r * Vp);
+    g->unread[r] = false;
+    for (size_t n; (ok = prompt_read(prompt, g->piece, (size_t)g->o->chunk, &n, err)) && n > 0;) {
+        for (size_t i = 0; i < n; i++) {
+            if ((size_t)g->piece[i] >= Vp)
+                return fail(err, "the prompt has token %d, the model's vocabulary ends at %zu", g->piece[i],
+                            Vp - 1);
+            g->seen[r * Vp + (size_t)g->piece[i]] = 1;
+        }
+        if (!context_left(g, r, (int64_t)n, err)) return false;
+        g->backend->decode(g->backend, &g->s, r, 1, g->piece, n, g->logits + r * Vp);
+        g->stats.prompt_tokens += (int64_t)n;
+        g->position[r] += (int64_t)n;
+        if (*interrupted) break;
+    }
+    if (ok && g->position[r] == 0) {
+        int begin = c->eos_token >= 0 && c->eos_token < c->vocab_size ? (int)c->eos_token : 0;
+        g->backend->decode(g->backend, &g->s, r, 1, &begin, 1, g->logits + r * Vp);
+        g->position[r] = 1;
+    }
+    g->stats.prefill_seconds += seconds_now() - start;
+    return ok;
+}
+
+// generation_copy: the `count` - 1 sequences behind r continue what r has read
+static void generation_copy(Generation* g, size_t r, size_t count) {
+    const Model* m = g->backend->model;
+    size_t Vp = (size_t)m->config.vocab_padded;
+    for (size_t to = r + 1; to < r + count; to++) {
+        state_copy_row(m, &g->s.state, to, &g->s.state, r);
+        memcpy(g->logits + to * Vp, g->logits + r * Vp, Vp * sizeof(real));
+        memcpy(g->seen + to * Vp, g->seen + r * Vp, Vp);
+        g->position[to] = g->position[r];
+    }
+}
+
+// generation_write: every sequence goes on, one token at a time in the memory there is, until its end token,
+// --stop or --max-tokens. The random numbers of a sequence are those of its sample number and position alone.
+bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* err) {
+    const Options* o = g->o;
+    Backend* backend = g->backend;
+    const Config* c = &backend->model->config;
+    size_t V = (size_t)c->vocab_size, Vp = (size_t)c->vocab_padded, active = g->rows;
+    Sampler sampler = {o->temperature, o->top_k, o->top_p, o->min_p, o->repetition_penalty, o->seed};
+    bool greedy =
+        backend->greedy_begin && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
+    bool begun = false;        // the next token is being computed
+    double start = seconds_now();
+    for (size_t r = 0; r < g->rows; r++) g->done[r] = false;
+    for (int64_t i = 0; i < o->max_tokens && active > 0 && !*interrupted; i++) {
+        if (i && !context_left(g, 0, 0, err)) return false;
+        if (i && greedy) {
+            if (!begun) backend->greedy_begin(backend, &g->s, i == 1 ? g->last : NULL);
+            backend->greedy_end(backend, &g->s, g->last);
+            begun = g->ahead && i + 1 < o->max_tokens && context_left(g, 0, 1, err);
+            if (begun) backend->greedy_begin(backend, &g->s, NULL);
+        } else if (i) {
+            backend->decode(backend, &g->s, 0, g->rows, g->last, 1, g->logits);
+        }
+        for (size_t r = 0; r < g->rows; r++) {
+            if (g->done[r]) continue;
+            if (!greedy || i == 0) {
+                if (!sample_token(&sampler, g->logits + r * Vp, g->seen + r * Vp, V,
+                                  r % (size_t)o->num_samples, (uint64_t)g->position[r], g->candidates,
+                                  &g->last[r], err))
+                    return false;
+            } else if (g->last[r] < 0) {
+                return fail(err, "a logit is not finite: the model has diverged or its file is damaged");
+            }
+            g->stats.new_tokens++;
+            g->position[r]++;
+            g->unread[r] = true;
+            g->done[r] = g->last[r] == c->eos_token;
+            if (!g->done[r]) {
+                g->seen[r * Vp + (size_t)g->last[r]] = 1;
+                char bytes[TOKENIZER_MAX_TEXT];
+                size_t n = tokenizer_decode(g->tok, &g->utf8[r], g->last[r], bytes);
+                g->done[r] = written_add(&g->text[r], bytes, n, o->stop);
+                if (g->done[r]) g->utf8[r].n = 0;            // a character begun after it
+                if (g->text[r].stream && (ferror(g->text[r].stream) || fflush(g->text[r].stream) != 0))
+                    return fail(err, "could not write the text: %s", strerror(errno));
+            }
+            active -= g->done[r];
+        }
+    }
+    if (begun) backend->greedy_end(backend, &g->s, g->last);
+    g->stats.decode_seconds += seconds_now() - start;
+    for (size_t r = 0; r < g->rows; r++) {
+        char bytes[TOKENIZER_MAX_TEXT];
+        written_add(&g->text[r], bytes, tokenizer_flush(&g->utf8[r], bytes), o->stop);
+        written_end(&g->text[r]);
+    }
+    return true;
+}
+
+// generate: for each of n prompts o->num_samples continuations, all in one batch. A single one is streamed to
+// `out`, several are written one after the other.
+bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, size_t n, FILE* out,
+              GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
+    const Model* m = backend->model;
+    size_t samples = (size_t)o->num_samples, rows = n * samples, Vp = (size_t)m->config.vocab_padded;
+    if (!context_set(backend->model, o, prompt, n, err)) return false;
+    Generation g = generation_open(backend, tok, o, rows);
+    real* seen = (real*)xcalloc(Vp, sizeof(real));               // as the state file has it
+    bool ok = true;
+    g.ahead = true;                              // nothing reads the states after the end
+    for (size_t r = 0; r < rows; r++) g.utf8[r].raw = o->raw;
+    if (rows == 1) g.text[0].stream = out;
+    if (o->load_state[0]) {
+        ok = state_load(m, &g.s.state, g.logits, seen, &g.position[0], o->load_state, err);
+        for (size_t v = 0; v < Vp; v++) g.seen[v] = seen[v] != 0;
+        backend->session_sync(backend, &g.s, false);
+    }
+    for (size_t i = 0; ok && i < n && !*interrupted; i++)
+        ok = generation_read(&g, i * samples, &prompt[i], interrupted, err);
+    if (samples > 1 || o->save_state[0]) backend->session_sync(backend, &g.s, true);
+    if (ok && o->save_state[0]) {
+        for (size_t v = 0; v < Vp; v++) seen[v] = g.seen[v];
+        ok = state_save(m, &g.s.state, g.logits, seen, g.position[0], o->save_state, err);
+    }
+    for (size_t i = 0; i < n; i++) generation_copy(&g, i * samples, samples);
+    if (samples > 1) backend->session_sync(backend, &g.s, false);
+    ok = ok && generation_write(&g, interrupted, err);
+    for (size_t r = 0; r < rows; r++) {
+        if (rows > 1 && n > 1) fprintf(out, "--- prompt %zu", r / samples + 1);
+        if (rows > 1 && samples > 1) fprintf(out, "%ssample %zu", n > 1 ? ", " : "--- ", r % samples + 1);
+        if (rows > 1) fputc('\n', out);
+        if (g.text[r].kept.n) fwrite(g.text[r].kept.data, 1, g.text[r].kept.n, out);
+        if (!o->raw || rows > 1) fputc('\n', out);
+        if (g.text[r].kept.failed || g.text[r].waiting.failed) ok = fail(err, "out of memory for the text");
+    }
+    if (ok && (fflush(out) != 0 || ferror(out)))
+        ok = fail(err, "could not write the text: %s", strerror(errno));
+    *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
+    free(seen);
+    generation_close(&g);
+    return ok;
+}
+
+// generate_turns: --interactive: reads the prompt, then line by line from `in`, and goes on after each line,
+// with the state of all that came before
+bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* prompt, FILE* in,
+                    FILE* out, GenerateStats* stats, volatile sig_atomic_t* interrupted, Error* err) {
+    if (!context_set(backend->model, o, prompt, 1, err)) return false;
+    Generation g = generation_open(backend, tok, o, 1);
+    char* line = NULL;
+    size_t room = 0;
+    g.utf8[0].raw = o->raw;
+    g.text[0].stream = out;
+    bool ok = (!o->prompt[0] && !prompt->file) || generation_read(&g, 0, prompt, interrupted, err);
+    while (ok) {
+        if (isatty(fileno(in))) fprintf(stderr, "> ");
+        ssize_t n = getline(&line, &room, in);
+        if (n < 0) break;
+        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) n--;
+        Prompt turn = prompt_open(tok, line, NULL);
+        turn.left = (size_t)n;
+        ok = generation_read(&g, 0, &turn, interrupted, err) && generation_write(&g, interrupted, err);
+        prompt_close(&turn);
+        if (ok && (fputc('\n', out) == EOF || fflush(out) != 0))
+            ok = fail(err, "could not write the text: %s", strerror(errno));
+    }
+    *stats = g.stats;
+    stats->state_bytes = (double)g.s.state_bytes / (double)g.s.rows;
+    free(line);
+    generation_close(&g);
+    return ok;
 }

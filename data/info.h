@@ -76,7 +76,6 @@ int convert_main(Settings* s) {
     Error err;
     char dir[4096];
     const Options* o = &s->o;
-    set_threads(o->threads);
     if (settings_origin(s, "out") != FROM_USER) die("--out DIR is missing: the new directory for the model");
     model_open(&m, &tok, s, dir);
     int dialect = strcmp(o->dialect, "hf") == 0 ? DIALECT_HF : DIALECT_MAMBA;

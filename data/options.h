@@ -521,3 +521,28 @@ void help_print(int word, bool markdown) {
         printf(markdown ? "| `%s` | %s | `%s` |\n" : "  %-18s %s: %s\n", presets[i].name, presets[i].help,
                presets[i].text);
 }
+
+// word_parse: what the program is to do, and how many arguments are in front of the options; 0: help was
+// asked for, and given
+int word_parse(int argc, char** argv, int* skip) {
+    int word = WORD_TRAIN;
+    *skip = 1;
+    if (argc > 1 && argv[1][0] != '-') {
+        word = 0;
+        for (int i = 0; i < N_WORDS; i++) if (strcmp(argv[1], words[i]) == 0) word = 1 << i;
+        if (!word)
+            die("unknown word '%.40s'; expected train, generate, eval, info, convert or tokenize, then "
+                "options; --help "
+                "lists them",
+                argv[1]);
+        *skip = 2;
+    }
+    for (int i = 1; i < argc; i++) {
+        bool markdown = strcmp(argv[i], "--help=markdown") == 0;
+        if (markdown || strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+            help_print(*skip == 2 ? word : 0, markdown);
+            return 0;
+        }
+    }
+    return word;
+}

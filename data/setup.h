@@ -1,4 +1,4 @@
-// From options to data and model: files, tokenizer and configuration, for a new model or that of a
+// From options to data, model and backend: files, tokenizer and configuration, for a new model or that of a
 // checkpoint. Part of section 11 of train_mamba.c: it uses what stands there before it.
 
 typedef struct {
@@ -13,7 +13,8 @@ typedef struct {
 static char* default_data(void) {
     static const char* const names[] = {"train_mamba.c", "train_mamba.cu", "test_mamba.c",
                                         "data/safetensors.h", "data/checkpoint.h", "data/tokenizer.h",
-                                        "data/dataloader.h", "data/options.h"};
+                                        "data/dataloader.h", "data/options.h", "data/config.h",
+                                        "data/generation.h"};
     char root[4096] = ".", *list = (char*)xcalloc(1, 1);
     if (access("train_mamba.c", R_OK) != 0) {
         ssize_t n = readlink("/proc/self/exe", root, sizeof root - 1);
@@ -36,15 +37,10 @@ static char* default_data(void) {
 }
 
 static bool open_list(Dataset* d, const char* list, const Tokenizer* tok, Error* err) {
-    char *copy = strdup(list), **paths = NULL, *rest = NULL;
-    int n = 0;
-    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
-        paths = (char**)xrealloc(paths, (size_t)n + 1, sizeof(char*));
-        paths[n++] = p;
-    }
+    int n;
+    char** paths = list_split(list, &n);
     bool ok = dataset_open(d, paths, n, tok, err);
     free(paths);
-    free(copy);
     return ok;
 }
 
@@ -167,7 +163,8 @@ static bool options_fit_pattern(const Settings* s, Error* err) {
         {"d-intermediate", "m", "MLPs (m)"} };
     for (size_t i = 0; i < sizeof of / sizeof *of; i++)
         if (settings_origin(s, of[i].name) == FROM_USER && !strpbrk(s->o.pattern, of[i].letters))
-            return fail(err, "--%s is of %s, and the pattern %.40s has none; leave it out, or change --pattern",
+            return fail(err,
+                        "--%s is of %s, and the pattern %.40s has none; leave it out, or change --pattern",
                         of[i].name, of[i].layers, s->o.pattern);
     return true;
 }
@@ -260,24 +257,55 @@ static void settings_from_config(Settings* s, const Config* c) {
 
 // freeze_tensors: marks the tensors whose names match one of the patterns of --freeze (`*` is any text)
 bool freeze_tensors(Model* m, const char* list, Error* err) {
-    char *copy = strdup(list), *rest = NULL;
     size_t count = 0;
-    int n = 0;
+    int n = 0, n_patterns;
+    char** patterns = list_split(list, &n_patterns);
     bool ok = true;
-    for (char* p = strtok_r(copy, "\n", &rest); p && ok; p = strtok_r(NULL, "\n", &rest)) {
+    for (int k = 0; k < n_patterns && ok; k++) {
         int matches = 0;
         for (int i = 0; i < m->n_tensors; i++)
-            if (fnmatch(p, m->tensor[i].name, 0) == 0) m->tensor[i].frozen = true, matches++;
+            if (fnmatch(patterns[k], m->tensor[i].name, 0) == 0) m->tensor[i].frozen = true, matches++;
         if (!matches)
             ok = fail(err, "--freeze '%.100s' matches no tensor; names are such as %s, `info` lists them, "
-                      "and * stands for any text", p, m->tensor[m->n_tensors / 2].name);
+                      "and * stands for any text", patterns[k], m->tensor[m->n_tensors / 2].name);
     }
-    free(copy);
+    free(patterns);
     for (int i = 0; i < m->n_tensors; i++) if (m->tensor[i].frozen) n++, count += m->tensor[i].count;
     if (ok && n == m->n_tensors) ok = fail(err, "--freeze: all tensors are frozen, nothing is left to train");
     if (ok && n) printf("frozen: %d of %d tensors, %zu of %zu parameters\n", n, m->n_tensors, count,
                         m->n_params);
     return ok;
+}
+
+// workspace_fits: whether the plan can be counted at all. The bound, 64 fields of every width per token and
+// layer, is generous; what exceeds it would wrap around in size_t.
+static bool workspace_fits(const Model* m, int64_t B, int64_t T) {
+    const Config* c = &m->config;
+    int64_t width = c->d_model + c->d_inner * (1 + c->d_state) + c->dt_rank + c->d_intermediate +
+                    c->vocab_padded + c->ngroups * (8 * SSD_CHUNK + 2 * c->d_state) + c->attn_mlp +
+                    c->attn_head_dim * (c->attn_heads + 2 * c->attn_heads_kv);
+    int64_t dims[] = {B, T, m->n_layers + 1, 64, width};
+    size_t bytes;
+    return checked_size(5, dims, sizeof(real), &bytes);
+}
+
+// other_backend: makes the backend of --device cuda; set by the main of train_mamba.cu
+Backend (*other_backend)(const Options*, Model*, size_t B, size_t T, bool training, int recompute) = NULL;
+
+static bool on_cpu(const Options* o) { return !other_backend || strcmp(o->device, "cpu") == 0; }
+
+Backend backend_create(const Options* o, Model* m, size_t B, size_t T, bool training, int recompute) {
+    Backend b = on_cpu(o) ? backend_cpu(m, B, T, training, recompute)
+                          : other_backend(o, m, B, T, training, recompute);
+    if (!training || !o->carry_state) return b;
+    size_t accum = (size_t)o->grad_accum;
+    b.carry_in = (State*)xcalloc(accum, sizeof(State));
+    b.carry_out = (State*)xcalloc(accum, sizeof(State));
+    for (size_t i = 0; i < accum; i++) {
+        b.carry_in[i] = state_alloc(m, B);
+        b.carry_out[i] = state_alloc(m, B);
+    }
+    return b;
 }
 
 static double mib(double bytes) { return bytes / 1048576.0; }

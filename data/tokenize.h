@@ -88,27 +88,15 @@ static bool tokenize_files(ShardWriter* w, char** files, int n, const Tokenizer*
     for (int i = 0; i < n && ok; i++) {
         struct stat st;
         unsigned char start[4] = {0};
-        TextFile f;
-        memset(&f, 0, sizeof f);
-        f.fd = open_regular(files[i], &st, err);
-        if (f.fd < 0) return false;
-        f.tokenizer = tok;
-        f.eos = tok->eos;
-        f.path = files[i];
-        f.size = (int64_t)st.st_size;
-        f.json_lines = is_json_lines(files[i]);
+        int fd = open_regular(files[i], &st, err);
+        if (fd < 0) return false;
+        TextFile f = text_file(files[i], fd, (int64_t)st.st_size, tok, tok->eos);
         f.border = w->border - w->begin;
         size_t head = min_size((size_t)f.size, sizeof start);
-        ok = data_read(f.fd, start, head, 0, files[i], err);
-        uint32_t magic;
-        memcpy(&magic, start, sizeof magic);
-        if (ok && is_utf16(start, head))
-            ok = fail(err, "%s: expected UTF-8 text, found a UTF-16 byte order mark; convert it: "
-                      "iconv -f UTF-16 -t UTF-8", files[i]);
-        if (ok && (magic == 20240520 || magic == 20240801))
-            ok = fail(err, "%s: expected text or JSON lines, found a token shard", files[i]);
-        ok = ok && text_file_tokens(&f, shard_append, w, err);
-        close(f.fd);
+        ok = data_read(fd, start, head, 0, files[i], err) && is_text(start, head, files[i], err) &&
+             text_file_tokens(&f, shard_append, w, err);
+        if (ok) text_file_warn(&f);
+        close(fd);
         w->begin += f.size;
     }
     return ok && shard_finish(w, err);
@@ -164,19 +152,15 @@ int tokenize_main(Settings* s) {
     Tokenizer tok;
     Error err;
     const Options* o = &s->o;
-    char dir[4096], parent[4096], **files, *copy = strdup(o->data), **names = NULL, *rest = NULL;
-    int n_names = 0, n_files;
+    char dir[4096], parent[4096], **files;
+    int n_names, n_files;
     setvbuf(stdout, NULL, _IOLBF, 0);
-    set_threads(o->threads);
     signal(SIGXFSZ, SIG_IGN);            // a file size limit becomes an ordinary write error
     if (!o->tokenizer[0]) die("tokenize needs --tokenizer, a tokenizer.json or the directory that holds one");
     if (!o->data[0]) die("tokenize needs --data, text or .jsonl files");
     if (settings_origin(s, "out") == FROM_DEFAULT || !o->out[0])
         die("tokenize needs --out, a directory to be made for the shards");
-    for (char* p = strtok_r(copy, "\n", &rest); p; p = strtok_r(NULL, "\n", &rest)) {
-        names = (char**)xrealloc(names, (size_t)n_names + 1, sizeof(char*));
-        names[n_names++] = p;
-    }
+    char** names = list_split(o->data, &n_names);
     if (!tokenizer_load(&tok, o->tokenizer, &err) || !files_of(names, n_names, &files, &n_files, &err))
         die("%s", err.text);
     if (o->eos_token >= 0) tok.eos = (int)o->eos_token;
@@ -251,7 +235,6 @@ int tokenize_main(Settings* s) {
            (double)w.total / 1e6 / seconds, (double)w.total / (double)(w.n_tokens[0] + w.n_tokens[1]));
     files_free(files, n_files);
     free(names);
-    free(copy);
     free(w.piece);
     tokenizer_free(&tok);
     return 0;

@@ -243,23 +243,24 @@ void encoder_close(Encoder* e) {
 // encoder_clean: appends the bytes to the waiting text, whole characters only
 static void encoder_clean(Encoder* e, const char* text, size_t n) {
     Text* out = &e->waiting;
-    char* to = text_room(out, 3 * n + 8);
-    size_t m = 0;
-    for (size_t i = 0; to && i < n;) {
-        uint64_t word;
-        for (; e->utf8.n == 0 && i + 8 <= n; i += 8, m += 8) {        // ASCII
-            memcpy(&word, text + i, 8);
-            if (word & 0x8080808080808080ull) break;
-            memcpy(to + m, &word, 8);
+    for (size_t i = 0, end; i < n; i = end) {        // a byte may become three: not room for all at once
+        end = min_size(i + 4096, n);
+        char *to = text_room(out, 3 * (end - i) + 8), *start = to;
+        while (to && i < end) {
+            uint64_t word;
+            for (; e->utf8.n == 0 && i + 8 <= end; i += 8, to += 8) {        // ASCII
+                memcpy(&word, text + i, 8);
+                if (word & 0x8080808080808080ull) break;
+                memcpy(to, &word, 8);
+            }
+            for (size_t stop = min_size(i + 8, end); i < stop; i++) {
+                to += utf8_push(&e->utf8, (unsigned char)text[i], to);
+                if (e->utf8.replaced && e->first_replaced < 0) e->first_replaced = e->bytes + (int64_t)i;
+            }
         }
-        size_t stop = i + 8 < n ? i + 8 : n;
-        for (; i < stop; i++) {
-            m += utf8_push(&e->utf8, (unsigned char)text[i], to + m);
-            if (e->utf8.replaced && e->first_replaced < 0) e->first_replaced = e->bytes + (int64_t)i;
-        }
+        out->n += (size_t)(to - start);
     }
     e->bytes += (int64_t)n;
-    out->n += m;
 }
 
 // encoder_add: the next n bytes of a text, whose end is reached with `end`; appends the ids that are certain.
@@ -296,13 +297,13 @@ int* tokenizer_encode(const Tokenizer* t, const char* text, size_t n, size_t* co
     return list.id;
 }
 
-// ---- small JSON texts, one in a line: items and prompts
+// ---- JSON texts, one in a line: documents, items, prompts
 
 enum { MAX_LINE = 1 << 19, MAX_LINE_VALUES = 4096 };
 
-// json_line: the JSON text of one line. Its values are counted first: an array of numbers takes 20 times the
-// memory of its text, and no item or prompt has many.
-static json_t* json_line(const char* line, size_t n, Error* err) {
+// json_line: the JSON text of one line of at most `most` bytes. Its values are counted first: an array of
+// numbers takes 20 times the memory of its text, and no document, item or prompt has many.
+static json_t* json_line(const char* line, size_t n, size_t most, Error* err) {
     size_t values = 0;
     bool quoted = false;
     for (size_t i = 0; i < n; i++) {
@@ -310,9 +311,9 @@ static json_t* json_line(const char* line, size_t n, Error* err) {
         else if (quoted) i += line[i] == '\\';
         else values += line[i] == '[' || line[i] == '{' || line[i] == ',' || line[i] == ':';
     }
-    if (n > MAX_LINE || values > MAX_LINE_VALUES) {
-        fail(err, "expected at most %d bytes and %d values in a line of JSON, found %zu and %zu", MAX_LINE,
-             MAX_LINE_VALUES, n, values);
+    if (n > most || values > MAX_LINE_VALUES) {
+        fail(err, "expected at most %zu bytes and %d values in a line of JSON, found %zu and %zu or more; "
+             "divide it", most, MAX_LINE_VALUES, n, values);
         return NULL;
     }
     json_error_t where;
@@ -324,8 +325,10 @@ static json_t* json_line(const char* line, size_t n, Error* err) {
 // ---- encoding files
 
 // Text and JSON lines files are cut into pieces that are encoded by all threads at once: a text where bpe_cut
-// allows it (a tokenizer that allows no cut takes the whole file as one piece), JSON lines at line ends.
-enum { TEXT_PIECE = 1 << 20 };           // bytes, unless there is no cut
+// allows it (a tokenizer that allows no cut takes the whole file as one piece), JSON lines at line ends. Of
+// JSON lines the memory is at most twice the file plus 16 MiB for each thread: what is made of a line, a
+// piece or a word in work takes up to 32 times its bytes, so a line may have 1/32 of its file, or MAX_LINE.
+enum { TEXT_PIECE = 1 << 18 };           // bytes, unless there is no cut
 
 typedef struct {
     Text text;
@@ -346,7 +349,7 @@ typedef struct {
     int64_t border;                      // no piece goes on across it, if there is a cut
     int64_t read;                        // bytes taken from the file so far
     Text carry;                          // of them, those behind the last cut
-    int64_t replaced;                    // invalid bytes that became U+FFFD
+    int64_t replaced, first_replaced;    // invalid bytes that became U+FFFD, where the first was
 } TextFile;
 
 static bool is_json_lines(const char* path) {
@@ -354,11 +357,28 @@ static bool is_json_lines(const char* path) {
     return dot && (strcmp(dot, ".jsonl") == 0 || strcmp(dot, ".ndjson") == 0);
 }
 
-// text_file_cut: how many of the n waiting bytes make a piece, 0: more are needed
+static TextFile text_file(const char* path, int fd, int64_t size, const Tokenizer* tok, int eos) {
+    TextFile f;
+    memset(&f, 0, sizeof f);
+    f.path = path;
+    f.fd = fd;
+    f.size = size;
+    f.tokenizer = tok;
+    f.eos = eos;
+    f.json_lines = is_json_lines(path);
+    return f;
+}
+
+static size_t text_file_line(const TextFile* f) {        // bytes that a line of JSON may have
+    return max_size((size_t)f->size / 32, MAX_LINE);
+}
+
+// text_file_cut: how many of the n waiting bytes make a piece, 0: more are needed. A line that is too long
+// is cut: json_line refuses its beginning.
 static size_t text_file_cut(const TextFile* f, const char* text, size_t n) {
     if (f->json_lines) {
         const char* end = (const char*)memrchr(text, '\n', n);
-        return end ? (size_t)(end - text) + 1 : 0;
+        return end ? (size_t)(end - text) + 1 : n > text_file_line(f) ? n : 0;
     }
     return f->tokenizer->kind == TOKENIZER_BYTES ? n : bpe_cut(f->tokenizer->bpe, text, n);
 }
@@ -394,9 +414,8 @@ static bool json_line_encode(const TextFile* f, Encoder* e, const char* line, si
                              Error* err) {
     const char* p = line;
     skip_space(&p, line + n);
-    if (p == line + n) return true;
-    json_error_t where;
-    json_t* root = json_loadb(line, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &where);
+    if (p == line + n && n <= text_file_line(f)) return true;
+    json_t* root = json_line(line, n, text_file_line(f), err);
     const json_t* text = json_object_get(root, "text");
     bool ok = json_is_string(text);
     if (ok) {
@@ -405,8 +424,6 @@ static bool json_line_encode(const TextFile* f, Encoder* e, const char* line, si
     } else if (root) {
         fail(err, "expected an object with a string \"text\", found %s",
              !json_is_object(root) ? "something else" : text ? "another type" : "none of that name");
-    } else {
-        fail_line(err, "expected JSON, found: %s", where.text);
     }
     json_decref(root);
     return ok;
@@ -432,7 +449,7 @@ static void text_piece_encode(const TextFile* f, TextPiece* p, Encoder* e) {
 }
 
 // text_file_tokens: gives the ids of a file, in order, to `emit`, with the place in the file where the piece
-// that they are from begins. Warns of bytes that were no UTF-8.
+// that they are from begins.
 typedef bool TokenSink(void* to, const int* ids, size_t n, int64_t at, Error* err);
 static bool text_file_tokens(TextFile* f, TokenSink* emit, void* to, Error* err) {
     int threads = 1;
@@ -440,7 +457,7 @@ static bool text_file_tokens(TextFile* f, TokenSink* emit, void* to, Error* err)
     threads = omp_get_max_threads();
 #endif
     int room = 2 * threads, n = 0;
-    int64_t lines = 0, first_replaced = -1;
+    int64_t lines = 0;
     TextPiece* piece = (TextPiece*)xcalloc((size_t)room, sizeof(TextPiece));
     Encoder* encoder = (Encoder*)xcalloc((size_t)threads, sizeof(Encoder));
     for (int i = 0; i < threads; i++) encoder_open(&encoder[i], f->tokenizer);
@@ -462,7 +479,7 @@ static bool text_file_tokens(TextFile* f, TokenSink* emit, void* to, Error* err)
         for (int i = 0; i < n && ok; i++) {
             TextPiece* p = &piece[i];
             ok = p->ok && emit(to, p->ids.id, p->ids.n, p->at, p->ok ? err : &p->err);
-            if (p->ok && p->replaced && first_replaced < 0) first_replaced = p->at + p->first_replaced;
+            if (p->ok && p->replaced && !f->replaced) f->first_replaced = p->at + p->first_replaced;
             f->replaced += p->replaced;
             if (!p->ok && f->json_lines)
                 fail(err, "%s: line %lld: %s", f->path, (long long)(lines + p->lines), p->err.text);
@@ -470,9 +487,6 @@ static bool text_file_tokens(TextFile* f, TokenSink* emit, void* to, Error* err)
             lines += p->lines;
         }
     }
-    if (ok && f->replaced)
-        warn("%s: %lld times invalid UTF-8 was replaced by U+FFFD, first at byte %lld", f->path,
-             (long long)f->replaced, (long long)first_replaced);
     for (int i = 0; i < room; i++) { free(piece[i].text.data); free(piece[i].ids.id); }
     for (int i = 0; i < threads; i++) encoder_close(&encoder[i]);
     free(piece);
@@ -480,4 +494,10 @@ static bool text_file_tokens(TextFile* f, TokenSink* emit, void* to, Error* err)
     free(f->carry.data);
     memset(&f->carry, 0, sizeof f->carry);
     return ok;
+}
+
+static void text_file_warn(const TextFile* f) {
+    if (f->replaced)
+        warn("%s: %lld times invalid UTF-8 was replaced by U+FFFD, first at byte %lld", f->path,
+             (long long)f->replaced, (long long)f->first_replaced);
 }

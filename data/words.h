@@ -67,7 +67,6 @@ static void trainer_create(Trainer* t, Settings* s) {
         s->o.min_lr = o->lr;        // the default, for a small --lr
     }
     if (o->check && on_cpu(o)) die("--check compares the GPU with the CPU; it needs --device cuda");
-    set_threads(o->threads);
     const char* list = o->data;
     Tokenizer* tok = &t->data.tokenizer;
     if (!(o->from[0] ? model_from_checkpoint(&t->model, &source, tok, o->from, dir, &err)
@@ -249,7 +248,6 @@ int generate_main(Settings* s) {
     Error err;
     char dir[4096];
     const Options* o = &s->o;
-    set_threads(o->threads);
     model_open(&m, &tok, s, dir);
     if (o->save_state[0] && !state_replaceable(o->save_state, &err)) die("%s", err.text);
     if (settings_origin(s, "dtype") != FROM_DEFAULT && !on_cpu(o))
@@ -388,7 +386,6 @@ int eval_main(Settings* s) {
     int task = task_of(o);
     memset(&data, 0, sizeof data);
     memset(&items, 0, sizeof items);
-    set_threads(o->threads);
     if (!eval_check(s, &err)) die("%s", err.text);
     model_open(&m, &data.tokenizer, s, dir);
     // rows and tokens of a call: a text with its state carried is one long row

@@ -343,6 +343,111 @@ static void fuzz_prompts(const unsigned char* data, size_t n) {
     }
 }
 
+// the tokenizer.json of bytes, with two merges and GPT-2's expression; to be freed
+static char* merges_json(void) {
+    Tokenizer bytes;
+    Error err;
+    char path[128];
+    memset(&bytes, 0, sizeof bytes);
+    tokenizer_bytes(&bytes);
+    if (!tokenizer_write(&bytes, directory, &err)) die("fuzz: %s", err.text);
+    snprintf(path, sizeof path, "%s/tokenizer.json", directory);
+    size_t size;
+    char* text = read_text(path, INPUT_MAX, &size, &err);
+    if (!text) die("fuzz: %s", err.text);
+    static const char* const edits[][2] = {
+        {"\"vocab\": {", "\"vocab\": {\"ab\": 257, \"abc\": 258, "},
+        {"\"merges\": []", "\"merges\": [\"a b\", \"ab c\"]"},
+        {"\"use_regex\": false", "\"use_regex\": true"}};
+    for (int i = 0; i < 3; i++) {
+        char *at = strstr(text, edits[i][0]), *more = NULL;
+        if (!at || asprintf(&more, "%.*s%s%s", (int)(at - text), text, edits[i][1],
+                            at + strlen(edits[i][0])) < 0)
+            die("fuzz: tokenizer.json is written otherwise");
+        free(text);
+        text = more;
+    }
+    return text;
+}
+
+static bool add_ids(void* to, const int* ids, size_t n, int64_t at, Error* err) {
+    (void)at, (void)err;
+    for (size_t i = 0; i < n; i++) token_add((TokenList*)to, ids[i]);
+    return true;
+}
+
+// valid_text: appends what UTF-8 becomes when it is read
+static void valid_text(Text* out, const char* text, size_t n) {
+    Utf8Stream stream;
+    char piece[TOKENIZER_MAX_TEXT];
+    memset(&stream, 0, sizeof stream);
+    for (size_t i = 0; i < n; i++) text_append(out, piece, utf8_push(&stream, (unsigned char)text[i], piece));
+    text_append(out, piece, tokenizer_flush(&stream, piece));
+}
+
+// documents_expected: the texts of a file, by another way, each after the end token's; false: one of JSON
+// lines is none
+static bool documents_expected(Text* out, const char* text, size_t n, bool json) {
+    if (!json) {
+        text_append(out, END_TEXT, strlen(END_TEXT));
+        valid_text(out, text, n);
+    }
+    for (size_t at = 0, end; json && at < n; at = end + 1) {
+        for (end = at; end < n && text[end] != '\n';) end++;
+        if (strspn(text + at, " \t\r") >= end - at) continue;
+        json_t* root = json_loadb(text + at, end - at, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, NULL);
+        const json_t* value = json_object_get(root, "text");
+        bool found = json_is_string(value);
+        if (found) {
+            text_append(out, END_TEXT, strlen(END_TEXT));
+            valid_text(out, json_string_value(value), json_string_length(value));
+        }
+        json_decref(root);
+        if (!found) return false;
+    }
+    return true;
+}
+
+// texts and JSON lines of documents: their ids are those of the same text, wherever it is cut
+static void fuzz_documents(const unsigned char* data, size_t n) {
+    static Tokenizer tok;
+    Error err;
+    if (!tok.bpe) {                      // is kept
+        char* json = merges_json();
+        put_named("tokenizer.json", json, strlen(json));
+        if (!tokenizer_read(&tok, directory, &err) || tok.kind != TOKENIZER_BPE) die("fuzz: %s", err.text);
+        free(json);
+    }
+    char* text = (char*)malloc(n + 1);
+    memcpy(text, data, n);
+    text[n] = 0;
+    for (int i = 0; i < 4; i++) {
+        bool json = i & 1;
+        Text expected = {NULL, 0, 0, false}, found = {NULL, 0, 0, false};
+        TokenList ids = {NULL, 0, 0};
+        TextFile f = text_file(put_memory(data, n), memory_fd, (int64_t)n, &tok, tok.eos);
+        f.json_lines = json;
+        f.border = i < 2 ? 0 : (int64_t)(n / 2);
+        bool ok = text_file_tokens(&f, add_ids, &ids, &err);
+        one_line_error(ok, &err);
+        bool valid = documents_expected(&expected, text, n, json);
+        must(!ok || valid);
+        must(ok || json);
+        for (size_t k = 0; ok && k < ids.n; k++) {
+            Utf8Stream raw = {{0}, 0, true, 0};
+            char piece[TOKENIZER_MAX_TEXT];
+            must(ids.id[k] >= 0 && ids.id[k] < tok.vocab_size);
+            text_append(&found, piece, tokenizer_decode(&tok, &raw, ids.id[k], piece));
+        }
+        must(!ok || found.n == expected.n);
+        must(!ok || found.n == 0 || memcmp(found.data, expected.data, found.n) == 0);
+        free(expected.data);
+        free(found.data);
+        free(ids.id);
+    }
+    free(text);
+}
+
 // --- the readers, with words that their changes insert
 
 typedef struct {
@@ -379,6 +484,8 @@ static const Target targets[] = {
     {"shard", fuzz_shard, "\1 \2 \377\377 \7 20240520"},
     {"items", fuzz_items, "\"context\": \"choices\": \"gold\": \"text\": [ ] { } , : \" \\u0000 \\u2003 "
      "\\ud83d \n 0 1 -1 1e9 true null \"a\", \"\", \342\200\203 \302\240"},
+    {"documents", fuzz_documents, "{\"text\":\"a\"} \n abc <|endoftext|> \" \\u0000 \\ud83d\\ude00 { } [ ] : "
+     ", \303\251 \314\201 \377 \r\n"},
     {"prompts", fuzz_prompts, "{\"prompt\":\"a\"} \n \r\n \" \\u0000 { } [ ] : , null"},
 };
 enum { N_TARGETS = sizeof targets / sizeof *targets };
@@ -581,20 +688,10 @@ static void seeds(const Target* t) {
         free(text);
     }
     if (t->run == fuzz_tokenizer) {      // bytes, and bytes with two merges
-        Tokenizer bytes;
-        Error err;
-        memset(&bytes, 0, sizeof bytes);
-        tokenizer_bytes(&bytes);
-        if (!tokenizer_write(&bytes, directory, &err)) die("fuzz: %s", err.text);
-        keep_file("tokenizer.json");
-        char *text = (char*)kept[n_kept - 1].data, *more = (char*)calloc(kept[n_kept - 1].n + 200, 1);
-        text[kept[n_kept - 1].n] = 0;
-        char *vocab = strstr(text, "\"vocab\": {"), *merges = strstr(text, "\"merges\": []");
-        if (!vocab || !merges || merges < vocab) die("fuzz: tokenizer.json is written otherwise");
-        sprintf(more, "%.*s\"ab\": 257, \"abc\": 258, %.*s\"merges\": [\"a b\", \"ab c\"]%s",
-                (int)(vocab + 10 - text), text, (int)(merges - vocab - 10), vocab + 10, merges + 12);
-        keep_text(more);
-        free(more);
+        char* merges = merges_json();
+        keep_file("tokenizer.json");     // the one of bytes, which it was made from
+        keep_text(merges);
+        free(merges);
     }
     if (t->run == fuzz_shard) {
         int32_t shard[256 + 8] = {20240801, 7, 8};
@@ -606,6 +703,10 @@ static void seeds(const Target* t) {
         keep_text("{\"context\": \"The sky is \", \"choices\": [\"blue\", \"a long way\"], \"gold\": 0}\n\n"
                   "{\"gold\": 1, \"context\": \"\", \"choices\": [\"x\", \"\\u00e9\"], \"id\": [1, {}]}\n"),
         keep_text("{\"text\": \"one two three\"}\r\n{\"text\": \"word\"}");
+    if (t->run == fuzz_documents)
+        keep_text("{\"text\": \"one abc\\u00e9 two\", \"x\": [1, {}]}\n\n"
+                  "{\"id\": 3, \"text\": \"\"}\r\n"),
+        keep_text("It's 20 abc.\n\n  na\xc3\xafve <|endoftext|> \xff\n");
     if (t->run == fuzz_prompts)
         keep_text("{\"prompt\": \"one\\ntwo\"}\r\n\n{\"id\": 3, \"prompt\": \"\"}"),
         keep_text("a b\n\nc\r\n\rd");

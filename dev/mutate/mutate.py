@@ -32,7 +32,6 @@ EXCLUDED = [
 ]
 EXCLUDED_FUNCTIONS = {
     "block_shape": "how the threads share out the work: no result depends on it",
-    "workspace_fits": "a bound that is generous on purpose; the cli case covers it",
     "model_free": "memory", "workspace_free": "memory", "state_free": "memory",
 }
 PARTNER = {}                           # a size or index -> one it is easily confused with

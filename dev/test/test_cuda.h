@@ -1567,9 +1567,9 @@ struct CudaShape {
 };
 // Mamba-2 with the random parameters of toys can be so ill-conditioned that rounding alone changes gradients
 // by more than the limits: the gated norm of few channels takes almost all of the gradient away. With 6
-// channels parameters changed by up to 3.4e-3 of themselves, as much as bf16 does, change gradients by 0.27 and
-// the norms of ten steps by 0.04 on the CPU in double, and the GPU measured 0.25 and 0.04. With these shapes
-// and seeds that change is at most 2.5e-2 in gradients (few elements: 6e-2) and 7.5e-3 in norms.
+// channels parameters changed by up to 3.4e-3 of themselves, as much as bf16 does, change gradients by 0.27
+// and the norms of ten steps by 0.04 on the CPU in double, and the GPU measured 0.25 and 0.04. With these
+// shapes and seeds that change is at most 2.5e-2 in gradients (few elements: 6e-2) and 7.5e-3 in norms.
 static const CudaShape cuda_shapes[] = {
     {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0},
     {"1", 2, 7, 9, 5, 2, 3, 0, 11, false, true, false, 3, 7, 0, 0},
@@ -1595,9 +1595,10 @@ static const CudaShape cuda_shapes[] = {
     {"2a", 2, 64, 128, 64, 4, 8, 0, 101, true, false, true, 2, 70, 2, 0, "Q2 G2 H64 R32 C4 P32 S1 L64"},
 };
 
-// toy_model with parameters that are exact in X: the CPU then computes with the same weights. The A of Mamba-2
-// is between 0.1 and 3 instead of 1 and 20: dt_raw comes in X out of in_proj, and a decay exp(-20 dt) with a
-// dt that is rounded to 1 in 300 changes by a tenth, on the CPU as well. (The cases of the layer have large A.)
+// toy_model with parameters that are exact in X: the CPU then computes with the same weights. The A of
+// Mamba-2 is between 0.1 and 3 instead of 1 and 20: dt_raw comes in X out of in_proj, and a decay exp(-20 dt)
+// with a dt that is rounded to 1 in 300 changes by a tenth, on the CPU as well. (The cases of the layer have
+// large A.)
 template <typename X> Model cuda_toy(const CudaShape* s) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     if (s->F) c.d_intermediate = s->F;
@@ -2060,7 +2061,8 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
                 for (size_t t = 0; t < STEPS; t++) {
                     for (size_t r = 0; r < n; r++) step_ids[r] = ids[r][t];
                     if (again && t + 1 < STEPS) {
-                        b.decode_greedy(&b, &s, step_ids, next);
+                        b.greedy_begin(&b, &s, step_ids);
+                        b.greedy_end(&b, &s, next);
                         for (size_t r = 0; r < n; r++) wrong += next[r] != best[r][t];
                         continue;
                     }

@@ -427,7 +427,7 @@ void test_generation(Backend* (*make)(Model*, size_t, size_t)) {
                 differ += x->n != y->n || (x->n && memcmp(x->data, y->data, x->n)) ||
                     all.position[r] != one.position[0];
                 size_t Vp = (size_t)c.vocab_padded;      // after as many steps, unless one of them went on
-                if (!all.done[r] && !one.done[0] && (k > 0 || !b->decode_greedy))
+                if (!all.done[r] && !one.done[0] && (k > 0 || !b->greedy_begin))
                     bits += memcmp(all.logits + r * Vp, one.logits, Vp * sizeof(real)) != 0;
                 generation_close(&one);
             }
@@ -489,74 +489,134 @@ void test_stop(void) {
     report("stop texts in pieces of 1 to 4 bytes: wrong", wrong, 0);
 }
 
-// ---- files of items and prompts that ask for memory: at most twice the file and 16 MiB
+// ---- files of documents, items and prompts that ask for memory: at most twice the file and 16 MiB
 
-typedef struct { const char* name; bool prompts; const char *start, *unit, *end; size_t n; const char* words;
-               } LargeRow;
+enum { LARGE_ITEMS, LARGE_PROMPTS, LARGE_DOCUMENTS };
+typedef struct {
+    const char* name;
+    int kind;
+    const char *start, *unit, *end;      // n units
+    size_t n;
+    const char* words;
+    size_t lines;                        // how often all this
+} LargeRow;
 static const LargeRow large_rows[] = {
-    {"2^20 prompts of a letter", true, "", "a\n", "", 1 << 20, NULL},
-    {"one more", true, "", "a\n", "b", 1 << 20, "line 1048577: more than 1048576 prompts"},
-    {"a prompt of 40 MB", true, "", "many tokens ", "", 40000000 / 12, NULL},
-    {"an empty line of 40 MB", true, "", "\r", "", 40000000, "found none"},
-    {"JSON prompts", true, "{\"x\": 1, \"prompt\": \"begin\"}\n", "{\"prompt\": \"a\"}\n", "", 500000,
-     NULL},
-    {"a JSON prompt of 500 kB", true, "{\"prompt\": \"", "\\u0041", "\"}", 500000 / 6, NULL},
-    {"a JSON prompt of 600 kB", true, "{\"prompt\": \"", "\\u0041", "\"}", 600000 / 6,
-     "line 1: expected at most 524288 bytes and 4096 values in a line of JSON, found 600014 and 2"},
-    {"numbers", true, "{\"prompt\": \"a\", \"x\": [0", ",0", "]}", 200000, "found 400025 and 200005"},
-    {"brackets", true, "{\"prompt\": \"a\", \"x\": ", "[", "", 4000, "line 1: expected JSON"},
-    {"objects", true, "{\"prompt\": \"a\", \"x\": ", "{\"\":", "", 200000, "values in a line of JSON"},
-    {"items: 20 choices after 500 kB", false, "{\"gold\": 1, \"choices\": [\"a\", \"b\", \"c\", "
+    {"2^20 prompts of a letter", LARGE_PROMPTS, "", "a\n", "", 1 << 20, NULL, 1},
+    {"one more", LARGE_PROMPTS, "", "a\n", "b", 1 << 20, "line 1048577: more than 1048576 prompts", 1},
+    {"a prompt of 40 MB", LARGE_PROMPTS, "", "many tokens ", "", 40000000 / 12, NULL, 1},
+    {"an empty line of 40 MB", LARGE_PROMPTS, "", "\r", "", 40000000, "found none", 1},
+    {"JSON prompts", LARGE_PROMPTS, "{\"x\": 1, \"prompt\": \"begin\"}\n", "{\"prompt\": \"a\"}\n", "",
+     500000, NULL, 1},
+    {"a JSON prompt of 500 kB", LARGE_PROMPTS, "{\"prompt\": \"", "\\u0041", "\"}", 500000 / 6, NULL, 1},
+    {"a JSON prompt of 600 kB", LARGE_PROMPTS, "{\"prompt\": \"", "\\u0041", "\"}", 600000 / 6,
+     "line 1: expected at most 524288 bytes and 4096 values in a line of JSON, found 600014 and 2 or more",
+     1},
+    {"numbers", LARGE_PROMPTS, "{\"prompt\": \"a\", \"x\": [0", ",0", "]}", 200000,
+     "found 400025 and 200005", 1},
+    {"brackets", LARGE_PROMPTS, "{\"prompt\": \"a\", \"x\": ", "[", "", 4000, "line 1: expected JSON", 1},
+    {"objects", LARGE_PROMPTS, "{\"prompt\": \"a\", \"x\": ", "{\"\":", "", 200000,
+     "values in a line of JSON", 1},
+    {"items: 20 choices after 500 kB", LARGE_ITEMS, "{\"gold\": 1, \"choices\": [\"a\", \"b\", \"c\", "
      "\"d\", \"e\", \"f\", \"g\", \"h\", \"i\", \"j\", \"k\", \"l\", \"m\", \"n\", \"o\", \"p\", \"q\", "
      "\"r\", \"s\", \"t\"], "
-     "\"context\": \"", "many words ", "\"}", 500000 / 11, NULL},
-    {"items: 1000 choices", false, "{\"gold\": 1, \"context\": \"a long one, that stands in front of all of "
-     "these, and would be kept a thousand times\", \"choices\": [\"a\"", ",\"b\"", "]}", 999, NULL},
-    {"items: 1001 choices", false, "{\"gold\": 1, \"context\": \"\", \"choices\": [\"a\"", ",\"b\"", "]}",
-     1000, "found more"},
-    {"items: numbers", false, "{\"gold\": 1, \"choices\": [0", ",0", "]}", 250000, "values in a line"},
-    {"items: empty lines", false, "", " \n\r\n", "", 5000000, "found none"},
+     "\"context\": \"", "many words ", "\"}", 500000 / 11, NULL, 1},
+    {"items: 1000 choices", LARGE_ITEMS,
+     "{\"gold\": 1, \"context\": \"a long one, that stands in front of all of "
+     "these, and would be kept a thousand times\", \"choices\": [\"a\"", ",\"b\"", "]}", 999, NULL, 1},
+    {"items: 1001 choices", LARGE_ITEMS, "{\"gold\": 1, \"context\": \"\", \"choices\": [\"a\"", ",\"b\"",
+     "]}", 1000, "found more", 1},
+    {"items: numbers", LARGE_ITEMS, "{\"gold\": 1, \"choices\": [0", ",0", "]}", 250000, "values in a line",
+     1},
+    {"items: empty lines", LARGE_ITEMS, "", " \n\r\n", "", 5000000, "found none", 1},
+    {"documents of a letter", LARGE_DOCUMENTS, "", "{\"text\": \"a\"}\n", "", 1 << 20, NULL, 1},
+    {"documents of words", LARGE_DOCUMENTS, "{\"text\": \"", "many words ", "\"}\n", 520000 / 11, NULL, 9},
+    {"documents of one word", LARGE_DOCUMENTS, "{\"text\": \"", "qzxjzaa", "\"}\n", 520000 / 7, NULL, 1},
+    {"documents that merge well", LARGE_DOCUMENTS, "{\"text\": \"", "the", "\"}\n", 520000 / 3, NULL, 2},
+    {"documents of marks", LARGE_DOCUMENTS, "{\"text\": \"a", "\xCC\x81", "\"}\n", 520000 / 2, NULL, 1},
+    {"documents of escapes", LARGE_DOCUMENTS, "{\"text\": \"", "\\ud83d\\ude00", "\"}\n", 520000 / 12, NULL,
+     9},
+    {"a document of 600 kB", LARGE_DOCUMENTS, "{\"text\": \"", "many words ", "\"}", 600000 / 11,
+     "line 1: expected at most 524288 bytes and 4096 values in a line of JSON, found 6000", 1},
+    {"a document of 600 kB in a file of 20 MB", LARGE_DOCUMENTS, "{\"text\": \"", "qzxjzaa", "\"}\n",
+     600000 / 7, NULL, 33},
+    {"a line of 40 MB", LARGE_DOCUMENTS, "\n{\"text\": \"", "\\u0041", "\"}", 40000000 / 6,
+     "line 2: expected at most 12500", 1},
+    {"an empty line of 40 MB", LARGE_DOCUMENTS, "", " ", "\n{\"text\": \"a\"}", 40000000,
+     "line 1: expected", 1},
+    {"documents with brackets", LARGE_DOCUMENTS, "{\"text\": \"a\", \"x\": ", "[", "\n", 4000,
+     "line 1: expected JSON", 9},
+    {"documents with objects", LARGE_DOCUMENTS, "{\"x\": ", "{\"\":", "\n", 100000, "values in a line", 9},
+    {"documents with numbers", LARGE_DOCUMENTS, "{\"text\": \"a\", \"x\": [0", ",0", "]}\n", 2000, NULL, 999},
+    {"documents with more numbers", LARGE_DOCUMENTS, "{\"text\": \"a\", \"x\": [0", ",0", "]}\n", 200000,
+     "line 1: expected at most 524288 bytes and 4096 values in a line of JSON, found 400023 and 200005", 9},
 };
 
+typedef struct { const LargeRow* row; const char *path, *tokenizer; } LargeCase;
+
+static bool large_count(void* count, const int* ids, size_t n, int64_t at, Error* err) {
+    (void)ids, (void)at, (void)err;
+    *(size_t*)count += n;
+    return true;
+}
+
+static bool large_documents(const char* path, const Tokenizer* tok, size_t size, Error* err) {
+    struct stat st;
+    size_t n = 0;
+    TextFile f = text_file(path, open_regular(path, &st, err), (int64_t)size, tok, tok->eos);
+    return text_file_tokens(&f, large_count, &n, err) && n > 0;
+}
+
 static void large_case(void* arg) {
-    const LargeRow* r = (const LargeRow*)arg;
-    const char* path = scratch(r->prompts ? "large.txt" : "large.jsonl");
+    const LargeCase* c = (const LargeCase*)arg;
+    const LargeRow* r = c->row;
     struct stat info;
     Error err = {""};
-    if (r->prompts && r->start[0] == '{') path = scratch("large.jsonl");
-    if (stat(path, &info) != 0) exit(1);
+    if (stat(c->path, &info) != 0) exit(1);
     Tokenizer tok;
     Options o;
     PromptList list;
     Items f;
     int64_t T;
     memset(&o, 0, sizeof o);
-    tokenizer_bytes(&tok);
-    o.data = path, o.task = "choice";
+    if (c->tokenizer) tok = tokenizer_or_die(c->tokenizer);
+    else tokenizer_bytes(&tok);
+    o.data = c->path, o.task = "choice";
     limit_memory((size_t)info.st_size);
-    bool ok = r->prompts ? prompts_read(&list, path, &err) : items_open(&f, &tok, &o, &T, &err);
-    if (ok && r->prompts) ok = list.start[list.n] <= (size_t)info.st_size + 1;
+    bool ok = r->kind == LARGE_PROMPTS ? prompts_read(&list, c->path, &err)
+              : r->kind == LARGE_ITEMS ? items_open(&f, &tok, &o, &T, &err)
+                                       : large_documents(c->path, &tok, (size_t)info.st_size, &err);
+    if (ok && r->kind == LARGE_PROMPTS) ok = list.start[list.n] <= (size_t)info.st_size + 1;
     if (r->words ? !ok && one_line(err.text, r->words) : ok) return;
     fprintf(stderr, "expected \"%s\", found \"%s\"", r->words ? r->words : "loads", err.text);
     exit(1);
 }
 
 void test_large_lines(void) {
+    static const char* const tokenizers[] = {NULL, TOKENIZER_FIXTURES "neox", TOKENIZER_FIXTURES "llama"};
     int failed = 0;
     for (int i = 0; i < COUNT_OF(large_rows); i++) {
         const LargeRow* r = &large_rows[i];
-        size_t unit = strlen(r->unit), start = strlen(r->start), size = start + r->n * unit + strlen(r->end);
-        char *text = (char*)malloc(size + 1), *p = text + start, message[4096] = "";
+        size_t unit = strlen(r->unit), start = strlen(r->start), lines = r->lines;
+        size_t line = start + r->n * unit + strlen(r->end);
+        char *text = (char*)malloc(line * lines + 1), *p = text + start, message[4096] = "";
         strcpy(text, r->start);
         for (size_t k = 0; k < r->n; k++, p += unit) memcpy(p, r->unit, unit);
         strcpy(p, r->end);
-        file_put(scratch(r->prompts && r->start[0] != '{' ? "large.txt" : "large.jsonl"), text, size);
+        for (size_t k = 1; k < lines; k++) memcpy(text + k * line, text, line);
+        bool plain = r->kind == LARGE_PROMPTS && r->start[0] != '{';
+        LargeCase c = {r, scratch(plain ? "large.txt" : "large.jsonl"), NULL};
+        file_put(c.path, text, line * lines);
         free(text);
-        int code = in_child(large_case, (void*)(uintptr_t)r, message, sizeof message);
-        if (code) fprintf(stderr, "  large row \"%s\": exit code %d: %s\n", r->name, code, message);
-        failed += code != 0;
+        for (int t = 0; t < (r->kind == LARGE_PROMPTS ? 1 : 3); t++) {
+            c.tokenizer = tokenizers[t];
+            int code = in_child(large_case, &c, message, sizeof message);
+            if (code)
+                fprintf(stderr, "  large row \"%s\", %s: exit code %d: %s\n", r->name,
+                        c.tokenizer ? c.tokenizer : "bytes", code, message);
+            failed += code != 0;
+        }
     }
-    report("large files of items and prompts", failed, 0);
+    report("large files of documents, items and prompts", failed, 0);
 }
 
 static const CliRow generate_bad[] = {

@@ -147,6 +147,23 @@ void ssd_chunked_bwd(Problem* p) {
 const LayerTest ssd_layer = {
     "ssd", ssd_chunked_make, ssd_chunked_fwd, ssd_chunked_bwd, ssd_formula, SSD_H0, false, true
 };
+
+// chunked_and_recurrent: outputs and gradients of both forms for the same problem
+void chunked_and_recurrent(Problem* p, const char* name, Worst* forward, Worst* backward) {
+    size_t n, outputs = count(&p->out[0]) + count(&p->out[1]);
+    double* values[2];
+    for (int i = 0; i < 2; i++) {
+        p->layer = i ? &ssd_recurrent_layer : &ssd_layer;
+        run_forward(p);
+        run_backward(p, 0, false);
+        values[i] = snapshot(p, &n);
+    }
+    worst_add(forward, relative_l2(values[0], values[1], outputs), "%s", name);
+    for (size_t i = 0, at = outputs; i < (size_t)p->n_in; at += count(&p->in[i++]))
+        worst_add(backward, relative_l2(values[0] + at, values[1] + at, count(&p->in[i])), "d%s, %s",
+                  p->in[i].name, name);
+}
+
 void test_ssd(void) {
     const char* const shapes[] = {
         "B3 T7 H2 P3 G1 N5 Q3", "B3 T7 H4 P3 G2 N5 Q7 state final", "B2 T37 H3 P2 G3 N1 Q7 final hdim",
@@ -192,22 +209,12 @@ void test_ssd(void) {
         Problem p;
         random_stream = 1 << 20;                    // the same inputs
         problem_make(&p, &ssd_layer, same[s]);
-        run_forward(&p);
-        run_backward(&p, 0, false);
-        size_t n, outputs = count(&p.out[0]) + count(&p.out[1]);
-        double* chunked = snapshot(&p, &n);
-        p.layer = &ssd_recurrent_layer;
-        run_forward(&p);
-        run_backward(&p, 0, false);
-        double* recurrent = snapshot(&p, &n);
-        worst_add(&forward, relative_l2(chunked, recurrent, outputs), "%s", same[s]);
-        for (size_t i = 0, at = outputs; i < (size_t)p.n_in; at += count(&p.in[i++]))
-            worst_add(&backward, relative_l2(chunked + at, recurrent + at, count(&p.in[i])), "d%s, %s",
-                      p.in[i].name, same[s]);
+        chunked_and_recurrent(&p, same[s], &forward, &backward);
     }
     worst_report("Q = 1, 7, 64, 256: outputs = recurrent form", &forward, limit(3e-6, 1e-14));
     worst_report("Q = 1, 7, 64, 256: gradients = recurrent form", &backward, limit(3e-6, 1e-14));
 }
+
 void test_ssd_recurrent(void) {
     const char* const shapes[] = {
         "B3 T7 H2 P3 G1 N5", "B3 T7 H4 P3 G2 N5 state final", "B2 T37 H3 P2 G3 N1 final hdim",
@@ -306,18 +313,7 @@ void test_ssd_extremes(void) {
             bool small = rows[k].dt < 0 && i / p.H % 3;
             p.in[SSD_DT].value[i] = (real)(small ? 1e-3 : fabs(rows[k].dt));
         }
-        run_forward(&p);
-        run_backward(&p, 0, false);
-        size_t n, outputs = count(&p.out[0]) + count(&p.out[1]);
-        double* chunked = snapshot(&p, &n);
-        p.layer = &ssd_recurrent_layer;
-        run_forward(&p);
-        run_backward(&p, 0, false);
-        double* recurrent = snapshot(&p, &n);
-        worst_add(&forward, relative_l2(chunked, recurrent, outputs), "%s", rows[k].name);
-        for (size_t i = 0, at = outputs; i < (size_t)p.n_in; at += count(&p.in[i++]))
-            worst_add(&backward, relative_l2(chunked + at, recurrent + at, count(&p.in[i])), "d%s, %s",
-                      p.in[i].name, rows[k].name);
+        chunked_and_recurrent(&p, rows[k].name, &forward, &backward);
         free_all();
     }
     worst_report("extreme dt and A: outputs = recurrent form", &forward, limit(3e-6, 1e-14));
@@ -520,18 +516,8 @@ void test_mamba2_packed(void) {
     size_t T = 0;
     for (int d = 0; d < COUNT_OF(lengths); d++) T += lengths[d];
     Toy packed, alone;
-    toy_make(&packed, &c, 1, T, 0, false);
-    toy_make(&alone, &c, 1, T, -1, false);
+    toy_packed(&packed, &alone, &c, T, lengths, COUNT_OF(lengths));
     int *tokens = alone.tokens, *targets = alone.targets;
-    for (size_t d = 0, at = 0; d < COUNT_OF(lengths); d++)      // ids from 1: the given state belongs to none
-        for (size_t t = 0; t < lengths[d]; t++) packed.doc[at++] = (int)d + 1;
-    for (int k = 0; k < 2; k++) {
-        Toy* toy = k ? &alone : &packed;
-        memset(toy->dsT.data, 0, toy->dsT.n_elements * sizeof(real));
-        toy->scale = (real)0.25;
-    }
-    memset(alone.s0.data, 0, alone.s0.n_elements * sizeof(real));
-    toy_gradients(&packed);
     for (size_t d = 0, at = 0; d < COUNT_OF(lengths); d++, at += alone.T) {
         alone.T = lengths[d];
         alone.tokens = tokens + at;
