@@ -474,6 +474,44 @@ template <int WARPS> __device__ __forceinline__ float group_sum(float x, float* 
     return sum;
 }
 
+// launch_early: between two kernels of a stream lie one or two microseconds, in which the first ends and the
+// second starts. From sm_90 on a kernel can use them (programmatic dependent launch): its blocks start when
+// those of the kernel before have ended or called allow_next, they load what that kernel does not write, and
+// wait_before waits until everything it wrote is there.
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+template <typename Kernel, typename... Arguments>
+static void launch_early(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                         const Arguments&... arguments) {
+    static int compiled = 0;                                 // for this compute capability, times 10
+    if (compiled == 0) {
+        cudaFuncAttributes attributes;
+        cudaCheck(cudaFuncGetAttributes(&attributes, kernel));
+        compiled = attributes.ptxVersion;
+    }
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = compiled >= 90;                        // compiled for less, it would not wait
+    cudaCheck(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 // sum_parts: the second stage of a sum.   out[i] += sum_p parts[p,i],  out2[i] += sum_p parts[p,n+i]
 //   parts (P,n+n2), row stride ld   out (n)   out2 (n2)
 // A block sums 32 columns, its 32 warps every 32nd part each; then one warp adds the 32 sums in order.
@@ -3354,8 +3392,9 @@ enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROW
 
 // DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows
 //   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in:
-//   other blocks still read it). With conv_weight the first E outputs go through the causal convolution and
-//   SiLU; conv_state (rows,taps-1,E) holds its last inputs.
+//   other blocks still read it); or with `squares` act that lacks the factor of its norm: squares
+//   (rows,parts) are parts of the sum of the squares of a row. With conv_weight E outputs from conv_first on
+//   go through the causal convolution and SiLU; conv_state (rows,taps-1,E) holds its last inputs.
 typedef struct {
     const bf16* weight;                // (O,K)
     const float* bias;                 // (O) or NULL
@@ -3374,8 +3413,12 @@ typedef struct {
     const float *conv_weight, *conv_bias;
     float* conv_state;
     int taps;
-    size_t E;
+    size_t E, conv_first;
+    const float* squares;
+    int parts;
 } DecodeLinear;
+
+__device__ __forceinline__ float gated_rstd(float sum, float S, float eps);        // 4.13
 
 // decode_linear: a block makes 16 outputs of all sequences, its eight warps share the sum over k: warp w
 // takes the chunks w, w + 8, ... of 32. The tensor core multiplies weights (16 outputs x 16 k) with inputs
@@ -3387,7 +3430,7 @@ __global__ void __launch_bounds__(DECODE_WARPS * WARP)
 decode_linear_kernel(const DecodeLinear a) {
     extern __shared__ __align__(128) char shared[];
     bf16* normalized = (bf16*)shared;                        // NORM: (8, K + 32)
-    __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8];
+    __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8], row_rstd[8 * TILES];
     const int AHEAD = 6;                                     // chunks of weights in registers
     const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
     const size_t o0 = (size_t)blockIdx.x * 16, K = a.K, ld_norm = K + 32;
@@ -3434,6 +3477,12 @@ decode_linear_kernel(const DecodeLinear a) {
     uint4 v[TILES], v_next[TILES];
     #pragma unroll
     for (int t = 0; t < TILES; t++) if (w < chunks) v[t] = *(const uint4*)(input[t] + 32 * w);
+    for (int n = w; a.squares && n < a.rows; n += DECODE_WARPS) {
+        float square = 0;
+        for (int i = lane; i < a.parts; i += WARP) square += a.squares[(size_t)n * a.parts + i];
+        square = warp_sum(square);
+        if (lane == 0) row_rstd[n] = gated_rstd(square, (float)K, a.eps);
+    }
     for (int c0 = w; c0 < chunks; c0 += AHEAD * DECODE_WARPS) {
         #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
@@ -3475,19 +3524,21 @@ decode_linear_kernel(const DecodeLinear a) {
             for (int i = 0; i < DECODE_WARPS; i++) square += squares[i][n];
             sum *= 1.0f / sqrtf(square / (float)K + a.eps);
         }
+        if (a.squares) sum *= row_rstd[n];
         if (a.bias) sum += a.bias[o];
         if (!a.out) {
             a.out_float[n * a.ldo + o] = sum;
             continue;
         }
-        if (a.conv_weight && o < a.E) {                      // as causal_conv1d_forward, with T = 1
-            float x = to_float(from_float<bf16>(sum)), c = a.conv_bias ? a.conv_bias[o] : 0.0f;
-            float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + o;
+        const size_t e = o - a.conv_first;                   // enormous for an output before conv_first
+        if (a.conv_weight && e < a.E) {                      // as causal_conv1d_forward, with T = 1
+            float x = to_float(from_float<bf16>(sum)), c = a.conv_bias ? a.conv_bias[e] : 0.0f;
+            float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + e;
             for (int k = 0; k + 1 < a.taps; k++) {
-                c += a.conv_weight[o * a.taps + k] * tail[k * a.E];
+                c += a.conv_weight[e * a.taps + k] * tail[k * a.E];
                 tail[k * a.E] = k + 2 < a.taps ? tail[(k + 1) * a.E] : x;
             }
-            sum = silu_cuda(c + a.conv_weight[o * a.taps + a.taps - 1] * x);
+            sum = silu_cuda(c + a.conv_weight[e * a.taps + a.taps - 1] * x);
         }
         a.out[n * a.ldo + o] = from_float<bf16>(sum);
     }
@@ -3510,6 +3561,7 @@ __global__ void __launch_bounds__(256) decode_conv_kernel(bf16* x, float* tail, 
                                                           const float* weight, const float* bias, size_t E,
                                                           int taps) {
     size_t n = blockIdx.y, e = (size_t)blockIdx.x * 256 + threadIdx.x;
+    allow_next();
     if (e >= E) return;
     float newest = to_float(input[n * ld + e]), c = bias ? bias[e] : 0.0f;
     float* tail_e = tail + n * (taps - 1) * E + e;
@@ -7367,6 +7419,125 @@ const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, si
     return "split";
 }
 
+// --------------------------------------------------------------------------------------------------
+// 4.15 Decoding: Mamba-2
+//
+// A layer of few sequences is three kernels, the first and the last of them from section 4.10:
+//   norm + W_in + conv | dt, state, skip, gate | W_out, and the factor 1/rms of the gated norm
+// A channel has N = 128 states, eight times those of Mamba-1: with 64 sequences of mamba2-130m they are nine
+// of ten bytes. So the kernel in the middle is built like a copy: every thread has its pieces of the states
+// under way before it looks at anything else, and before the kernel that makes x, B and C has ended.
+
+// DecodeSsd: one token of each of `rows` sequences, formulas (S2) to (S5) at mamba2_block_forward.
+//   x (rows,H,P), Bt, Ct (rows,G,N): after the convolution, row stride ldx
+//   dt_raw (rows,H), z (rows,H,P): row stride ldz   h (rows,H,P,N): updated
+//   out (rows,H,P), row stride ldo: y; with `gate` y silu(z); with `norm` (H,P), the weights of the gated
+//   norm, all but its factor, to which squares (rows,H*splits) are the parts of the sum of squares
+typedef struct {
+    bf16* out;
+    size_t ldo;
+    float *squares, *h;
+    const bf16 *x, *Bt, *Ct;
+    size_t ldx;
+    const bf16 *dt_raw, *z;
+    size_t ldz;
+    const float *dt_bias, *A_log, *Dskip, *norm;
+    float dt_low, dt_high;
+    bool D_has_hdim, gate, norm_first;
+    int H, P, G, N;
+} DecodeSsd;
+
+// decode_ssd: a row of N = 4 LANES VECS states belongs to LANES neighbouring lanes; each has two such rows.
+//   blockIdx: part of a head, head, sequence   bytes: 8 per state
+enum { DECODE_SSD_WARPS = 4, DECODE_SSD_ROWS = 2 };
+
+template <int LANES, int VECS>
+__global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP)
+decode_ssd_kernel(const DecodeSsd a) {
+    enum { ROWS = DECODE_SSD_ROWS, N = 4 * LANES * VECS };
+    __shared__ float part[DECODE_SSD_WARPS];
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, s0 = 4 * (lane % LANES), head = blockIdx.y;
+    const int p = (blockIdx.x * DECODE_SSD_WARPS * WARP + threadIdx.x) / LANES * ROWS;
+    const bool own = p < a.P;
+    const size_t n = blockIdx.z, e = (size_t)head * a.P + (own ? p : 0);
+    float* h = a.h + (n * a.H * a.P + e) * N + s0;
+    allow_next();
+    float4 state[VECS][ROWS];
+    #pragma unroll
+    for (int v = 0; v < VECS; v++) {
+        #pragma unroll
+        for (int r = 0; r < ROWS; r++) state[v][r] = __ldcs((const float4*)(h + r * N + v * 4 * LANES));
+    }
+    const float bias = a.dt_bias[head], rate = scan_decay(a.A_log[head]);
+    const bf16 *B_n = a.Bt + n * a.ldx + head * a.G / a.H * N + s0, *C_n = B_n + (a.Ct - a.Bt);
+    wait_before();
+    float x[ROWS], z[ROWS], y[ROWS] = {}, square = 0;
+    float dt = scan_softplus(to_float(a.dt_raw[n * a.ldz + head]) + bias);
+    unpack<ROWS>(x, load_pack<ROWS>(a.x + n * a.ldx + e));
+    unpack<ROWS>(z, load_pack<ROWS>(a.z + n * a.ldz + e));
+    dt = dt < a.dt_low ? a.dt_low : dt > a.dt_high ? a.dt_high : dt;       // NaN stays NaN
+    const float decay = exp2_unit(dt * rate);
+    #pragma unroll
+    for (int v = 0; v < VECS; v++) {
+        float B[4], C[4];
+        unpack<4>(B, load_pack<4>(B_n + v * 4 * LANES));
+        unpack<4>(C, load_pack<4>(C_n + v * 4 * LANES));
+        #pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float* f = (float*)&state[v][r];
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                f[j] = fmaf(decay, f[j], dt * x[r] * B[j]);
+                y[r] = fmaf(C[j], f[j], y[r]);
+            }
+            if (own) __stcs((float4*)(h + r * N + v * 4 * LANES), state[v][r]);
+        }
+    }
+    #pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) {
+        #pragma unroll
+        for (int r = 0; r < ROWS; r++) y[r] += __shfl_xor_sync(0xffffffffu, y[r], step);
+    }
+    if (own && s0 == 0) {
+        #pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            y[r] = fmaf(a.Dskip[a.D_has_hdim ? e + r : head], x[r], y[r]);
+            if (!a.gate) continue;
+            float gated = y[r] * silu_cuda(z[r]), normed = a.norm_first ? y[r] : gated;
+            square = fmaf(normed, normed, square);
+            y[r] = a.norm ? gated * a.norm[e + r] : gated;
+        }
+        store_pack<ROWS>(a.out + n * a.ldo + e, y);
+    }
+    if (!a.squares) return;
+    square = warp_sum(square);
+    if (lane == 0) part[w] = square;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    float sum = 0;
+    #pragma unroll
+    for (int i = 0; i < DECODE_SSD_WARPS; i++) sum += part[i];
+    a.squares[(n * a.H + head) * gridDim.x + blockIdx.x] = sum;
+}
+
+typedef void (*DecodeSsdKernel)(const DecodeSsd);
+static DecodeSsdKernel decode_ssd_of(size_t N) {             // NULL: there is none
+    return N == 16 ? decode_ssd_kernel<4, 1> : N == 32 ? decode_ssd_kernel<8, 1>
+         : N == 64 ? decode_ssd_kernel<16, 1> : N == 128 ? decode_ssd_kernel<32, 1>
+         : N == 256 ? decode_ssd_kernel<32, 2> : NULL;
+}
+
+// decode_ssd_splits: blocks per head
+static int decode_ssd_splits(size_t P, size_t N) {
+    size_t lanes = min_size(N / 4, WARP), each = DECODE_SSD_WARPS * (WARP / lanes) * DECODE_SSD_ROWS;
+    return (int)((P + each - 1) / each);
+}
+
+static void decode_ssd_cuda(const DecodeSsd& a, size_t rows, cudaStream_t stream) {
+    dim3 grid((unsigned)decode_ssd_splits(a.P, a.N), (unsigned)a.H, (unsigned)rows);
+    launch_early(decode_ssd_of(a.N), grid, DECODE_SSD_WARPS * WARP, 0, stream, a);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW
 
@@ -7697,8 +7868,8 @@ static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, c
     sums_finish(run, shared);
 }
 
-// Blocks with one token of each sequence (section 4.10), in bf16. res_in and delta_in as above; the residual
-// stream after the addition goes to res_out, what the block adds to shared->delta.
+// Blocks with one token of each sequence (sections 4.10 and 4.15), in bf16. res_in and delta_in as above; the
+// residual stream after the addition goes to res_out, what the block adds to shared->delta.
 
 // decode_matmul: with more than a few sequences cuBLASLt is faster
 static void decode_matmul(const CudaRun<bf16>* run, const DecodeLinear& a) {
@@ -7939,7 +8110,8 @@ static Mamba2Sizes mamba2_sizes_cuda(const Config* c, size_t B, size_t T) {
 
 static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     const Mamba2Sizes s = mamba2_sizes_cuda(c, B, T);
-    const size_t forward = ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N);
+    const size_t forward = max_size(ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
+                                    min_size(B, DECODE_FEW) * s.Es);       // squares of decode_ssd
     if (!training) return forward;
     return max_size(forward, sums_round(ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)) +
                                  sums_round(ssd_dt_backward_scratch_cuda(B, T, s.H)) +
@@ -8047,6 +8219,60 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     side_join(run);
     block_begin_backward(run, L, acts, shared, dp->norm, dp->in_proj, dp->in_proj_bias, w->dzxbcdt, ld,
                          p->norm, p->in_proj, s.in);
+}
+
+static bool mamba2_decodes(const Config* c) {
+    return c->d_inner % 32 == 0 && c->headdim % DECODE_SSD_ROWS == 0 && decode_ssd_of((size_t)c->d_state);
+}
+
+static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
+                                     const ActsCuda<bf16>* acts, const ScratchCuda<bf16>* shared,
+                                     float* res_out, const float* res_in, const bf16* delta_in,
+                                     float* const* state) {
+    const Mamba2Params* p = (const Mamba2Params*)L->p;
+    const Mamba2ActsCuda<bf16>* a = (const Mamba2ActsCuda<bf16>*)acts->field;
+    const Mamba2ScratchCuda<bf16>* w = (const Mamba2ScratchCuda<bf16>*)acts->scratch;
+    const Mamba2State* s0 = (const Mamba2State*)state;
+    const Config* c = run->config;
+    const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, 1);
+    const size_t ld = mamba2_row(s.in);
+    const bf16* z = a->zxbcdt + s.z;
+    const bool few = run->B <= DECODE_FEW;            // then the convolution happens in the first kernel,
+    const bool late = few && c->rmsnorm && s.G == 1 && !s.mlp;   // the factor of the gated norm in the last
+    DecodeLinear in = {};
+    in.weight = weight_x(L, p->in_proj); in.bias = p->in_proj_bias; in.O = s.in;
+    in.out = a->zxbcdt; in.ldo = ld;
+    if (few) {
+        in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s0->conv;
+        in.taps = (int)s.K; in.E = s.Cd; in.conv_first = s.xbc;
+    }
+    decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
+    if (!few)
+        decode_conv_cuda(a->xbc, s0->conv, a->zxbcdt + s.xbc, ld, p->conv1d, p->conv1d_bias, run->B, s.Cd,
+                         s.K, run->stream);
+    DecodeSsd step = {};
+    step.x = few ? a->zxbcdt + s.xbc : a->xbc; step.ldx = few ? ld : s.Cd;
+    step.Bt = step.x + s.Es; step.Ct = step.Bt + s.G * s.N;
+    step.dt_raw = a->zxbcdt + s.dt; step.z = z; step.ldz = ld;
+    step.h = s0->ssm; step.dt_bias = p->dt_bias; step.A_log = p->A_log; step.Dskip = p->D;
+    step.dt_low = (float)c->dt_low; step.dt_high = (float)c->dt_high; step.D_has_hdim = c->D_has_hdim;
+    step.H = (int)s.H; step.P = (int)s.P; step.G = (int)s.G; step.N = (int)s.N;
+    step.gate = late || !c->rmsnorm;
+    step.out = step.gate ? w->n + s.mlp : a->y; step.ldo = step.gate ? s.E : s.Es;
+    if (late) {
+        step.norm = p->gated_norm; step.norm_first = c->norm_before_gate; step.squares = shared->sums;
+    }
+    decode_ssd_cuda(step, run->B, run->stream);
+    if (s.mlp) gate_forward_cuda(w->n, s.E, a->zxbcdt + s.mlp, ld, a->zxbcdt, ld, run->B, s.mlp, run->stream);
+    if (!step.gate)
+        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, run->B, s.Es,
+                                   s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, run->stream);
+    DecodeLinear out = {};
+    out.weight = weight_x(L, p->out_proj); out.bias = p->out_proj_bias; out.O = s.D; out.K = s.E;
+    out.rows = (int)run->B; out.act = w->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
+    out.squares = step.squares; out.parts = (int)s.H * decode_ssd_splits(s.P, s.N);
+    out.eps = (float)c->norm_eps;
+    decode_matmul(run, out);
 }
 
 template <typename X> static void mamba2_paths(const Config* c) {
@@ -8188,6 +8414,32 @@ void attention_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L,
                          p->in_proj, s.in);
 }
 
+static bool attention_decodes(const Config* c) { return heads_of(c).out % 32 == 0; }
+
+static void attention_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
+                                        const ActsCuda<bf16>* acts, const ScratchCuda<bf16>* shared,
+                                        float* res_out, const float* res_in, const bf16* delta_in,
+                                        float* const* state) {
+    const AttentionParams* p = (const AttentionParams*)L->p;
+    const AttentionActsCuda<bf16>* a = (const AttentionActsCuda<bf16>*)acts->field;
+    const AttentionState* s0 = (const AttentionState*)state;
+    const Config* c = run->config;
+    const Heads s = heads_of(c);
+    const bf16* up = a->in + s.qkv;
+    DecodeLinear in = {};
+    in.weight = weight_x(L, p->in_proj); in.bias = p->in_proj_bias; in.O = s.in;
+    in.out = a->in; in.ldo = s.in;
+    decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
+    if (s.K) attention_conv(run, s, p, a, s0->conv, s0->conv);
+    attention_decode_cuda<bf16>(a->y, s.out, (bf16*)s0->kv, s0->position, s.capacity, s.K ? a->qkv : a->in,
+                                s.K ? s.qkv : s.in, rotary_cuda(s.ro, c->rotary_base, c->rotary_interleaved),
+                                s.scale, shared->sums, run->B, s.Hq, s.Hkv, s.dh, run->stream);
+    if (s.F)
+        gate_forward_cuda(a->y + s.Hq * s.dh, s.out, up, s.in, up + s.F, s.in, run->B, s.F, run->stream);
+    decode_plain_linear(run, shared->delta, a->y, weight_x(L, p->out_proj), p->out_proj_bias, s.out,
+                        (size_t)c->d_model);
+}
+
 template <typename X> static void attention_paths(const Config* c) {
     printf("attention %s, ", sizeof(X) == 2 && c->attn_head_dim % 8 == 0 && c->attn_head_dim <= 128
                                  ? "fast" : "general");
@@ -8283,10 +8535,10 @@ template <typename X> static const KindCuda<X> kinds_cuda[N_KINDS_CUDA] = {
     {'1', TABLE(mamba1_acts_cuda), TABLE(mamba1_scratch_cuda), mamba1_sums_cuda, mamba1_block_forward_cuda<X>,
      mamba1_block_backward_cuda<X>, mamba1_decodes, mamba1_block_decode_cuda, mamba1_paths<X>, 0},
     {'2', TABLE(mamba2_acts_cuda), TABLE(mamba2_scratch_cuda), mamba2_sums_cuda, mamba2_block_forward_cuda<X>,
-     mamba2_block_backward_cuda<X>, NULL, NULL, mamba2_paths<X>, 0},
+     mamba2_block_backward_cuda<X>, mamba2_decodes, mamba2_block_decode_cuda, mamba2_paths<X>, 0},
     {'a', TABLE(attention_acts_cuda), TABLE(attention_scratch_cuda), attention_sums_cuda,
-     attention_block_forward_cuda<X>, attention_block_backward_cuda<X>, NULL, NULL, attention_paths<X>,
-     1 << FIELD(AttentionState, kv)},
+     attention_block_forward_cuda<X>, attention_block_backward_cuda<X>, attention_decodes,
+     attention_block_decode_cuda, attention_paths<X>, 1 << FIELD(AttentionState, kv)},
     {'m', TABLE(mlp_acts_cuda), TABLE(mlp_scratch_cuda), NULL, mlp_block_forward_cuda<X>,
      mlp_block_backward_cuda<X>, mlp_decodes, mlp_block_decode_cuda, NULL, 0},
 };

@@ -2023,14 +2023,26 @@ void cuda_logits(Backend* b, real* logits, const int* tokens, size_t n, size_t c
 // CPU, which reads each sequence in one piece. The second time all steps but the last are greedy.
 void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
     enum { STEPS = 21, MOST = 70 };
-    const Config configs[] = {toy_config("1m", 2, 32, 64, 16, 4, 8, 257),
-                              toy_config("1", 3, 96, 192, 5, 2, 7, 100),
-                              toy_config("11m", 1, 64, 1600, 40, 4, 4, 100),
-                              toy_config("1m", 1, 1056, 352, 16, 3, 40, 1000)};
+    Config configs[] = {
+        toy_config("1m", 2, 32, 64, 16, 4, 8, 257),    toy_config("1", 3, 96, 192, 5, 2, 7, 100),
+        toy_config("11m", 1, 64, 1600, 40, 4, 4, 100), toy_config("1m", 1, 1056, 352, 16, 3, 40, 1000),
+        toy_config("2", 2, 64, 128, 16, 4, 4, 257),    toy_config("2m", 1, 96, 192, 64, 3, 6, 100),
+        toy_config("2", 1, 32, 96, 32, 2, 2, 100),     toy_config("2", 1, 64, 128, 128, 4, 4, 100),
+        toy_config("2", 2, 64, 64, 16, 1, 4, 100),     toy_config("12am", 4, 64, 128, 16, 4, 4, 100),
+        toy_config("a2", 2, 64, 128, 256, 4, 4, 100)};
+    toy_mamba2(&configs[4], "P16 S1 L8");
+    toy_mamba2(&configs[5], "P64 S1 L64 before hdim limit");
+    toy_mamba2(&configs[6], "P6 S2 L8 limit");
+    toy_mamba2(&configs[7], "P16 S2 L8 W64 before");
+    toy_mamba2(&configs[8], "P32 S1 L8 W32 plain hdim");
+    toy_mamba2(&configs[9], "P32 S2 L16");
+    toy_mamba2(&configs[10], "P64 S1 L64");
+    toy_attention(&configs[9], "Q4 G2 H20 R8 K3 F16 biases", 30);
+    toy_attention(&configs[10], "Q2 G1 H32 R16 interleaved", 30);
     const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < (int)(sizeof configs / sizeof configs[0]); k++) {
         Config c = configs[k];
-        c.bias = k == 1;
+        c.bias = k == 1 || k == 4;
         if (c.d_intermediate) c.d_intermediate = 32 + 64 * k;
         Model m = toy_model(&c, false, 6 + (uint64_t)k);
         size_t V = (size_t)c.vocab_size, Vp = (size_t)c.vocab_padded;
@@ -2067,9 +2079,11 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
                 session_free(&b, &s);
             }
             for (size_t r = 0; r < n; r++)
-                worst_add(worst, real_relative(got[0] + r * Vp, want + r * Vp, V), "D%d E%d, row %zu of %zu",
-                          (int)c.d_model, (int)c.d_inner, r, n);
-            worst_add(twice, bits_differ(got[0], got[1], n * Vp), "D%d, %zu rows", (int)c.d_model, n);
+                worst_add(worst, real_relative(got[0] + r * Vp, want + r * Vp, V),
+                          "%s D%d E%d N%d, row %zu of %zu", c.pattern, (int)c.d_model, (int)c.d_inner,
+                          (int)c.d_state, r, n);
+            worst_add(twice, bits_differ(got[0], got[1], n * Vp), "%s D%d, %zu rows", c.pattern,
+                      (int)c.d_model, n);
         }
         b.destroy(&b);
         cpu.destroy(&cpu);
