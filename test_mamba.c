@@ -2980,8 +2980,8 @@ void test_sampling(void) {
         for (size_t i = 0; i < k; i++) wrong += a[i].token != b[i].token;
     }
     report("top-k with ties: tokens differ", wrong, 0);
-    // A large vocabulary, made in parts by any number of threads. Catches: a part that ends elsewhere, parts in
-    // another order, ties broken by the part.
+    // A large vocabulary, made in parts by any number of threads. Catches: a part that ends elsewhere, parts
+    // in another order, ties broken by the part.
     enum { LARGE = 20011 };
     logits = (real*)test_alloc(LARGE, sizeof(real));
     seen = (unsigned char*)test_alloc(LARGE, 1);

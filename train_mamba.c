@@ -3377,16 +3377,16 @@ static size_t keep_top_k(Candidate* c, size_t n, size_t k) {
     return kept;
 }
 
-// keep_top_p: sorts the best of the candidates [begin, end) to the front, until with `sum`, the total of those
-// before them, they reach `total`; returns where they end. Quicksort, but the halves behind that end stay
-// as they are.
+// keep_top_p: sorts the best of the candidates [begin, end) to the front, until with `sum`, the total of
+// those before them, they reach `total`; returns where they end. Quicksort, but the halves behind that end
+// stay as they are.
 static size_t keep_top_p(Candidate* c, size_t begin, size_t end, double total, double* sum) {
     while (end - begin > 32 && *sum < total) {
         Candidate three[3] = {c[begin], c[begin + (end - begin) / 2], c[end - 1]}, pivot;
         qsort(three, 3, sizeof *three, compare_candidates);
         pivot = three[1];
         size_t i = begin, j = end - 1;
-        for (;; i++, j--) {                  // then [begin, i) are no worse than the pivot, [i, end) no better
+        for (;; i++, j--) {              // then [begin, i) are no worse than the pivot, [i, end) no better
             while (compare_candidates(&c[i], &pivot) < 0) i++;
             while (compare_candidates(&c[j], &pivot) > 0) j--;
             if (i >= j) break;
