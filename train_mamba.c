@@ -3551,9 +3551,11 @@ struct Backend {
     void (*update)(Backend*, const AdamW*, double lr, double scale, int64_t step);
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
-    // decode_greedy: one more token of every sequence, and the most likely next ones, -1 after a logit that
-    // is not finite; NULL: use decode
-    void (*decode_greedy)(Backend*, Session*, const int* tokens, int* next);
+    // greedy_begin: starts one more token of every sequence; tokens NULL: the most likely ones after the last
+    // begin. greedy_end: waits for it: the most likely next tokens, -1 after a logit that is not finite. A
+    // GPU computes one token while the host writes the one before. NULL: use decode
+    void (*greedy_begin)(Backend*, Session*, const int* tokens);
+    void (*greedy_end)(Backend*, Session*, int* next);
     void (*session_open)(Backend*, Session*);        // memory for decode
     void (*session_close)(Backend*, Session*);
     void (*session_sync)(Backend*, Session*, bool to_host);      // Session.state: host -> device, or back

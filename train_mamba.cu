@@ -2632,7 +2632,8 @@ __device__ __forceinline__ void scan_mma_bf16(float* d, const uint32_t* a, uint3
     scan_mma_bf16(d, d, a, b0, b1);
 }
 // mma_pair: D (16 x 16) += A B^T; B has 16 rows of 16 numbers in shared memory, of which this lane gives the
-// address of row l % 8 + l / 16 * 8, numbers from l / 8 % 2 * 8 on; _trans: D += A B, row l % 16, from l / 16 * 8 on
+// address of row l % 8 + l / 16 * 8, numbers from l / 8 % 2 * 8 on.   _trans: D += A B, row l % 16, numbers
+// from l / 16 * 8 on
 __device__ __forceinline__ void mma_pair(float (*d)[4], const uint32_t* a, const bf16* b) {
     uint32_t r[4];
     load_matrices(r, b);
@@ -8572,9 +8573,10 @@ static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<fl
     return false;
 }
 
-// argmax: *token = the index of the largest of n logits of each row, the first of equals, -1 when one is not
-// finite (an exploded model). One block per row. The next step reads the tokens where they are.
-__global__ void __launch_bounds__(1024) argmax_kernel(int* token, const float* logits, size_t ld, int n) {
+// argmax: best = the index of the largest of n logits of each row, the first of equals, -1 when one is not
+// finite (an exploded model); token = the same for the next step to read, 0 instead of -1. One block per row.
+__global__ void __launch_bounds__(1024)
+argmax_kernel(int* best_token, int* token, const float* logits, size_t ld, int n) {
     __shared__ float best_of[WARP];
     __shared__ int index_of[WARP];
     const float* row = logits + blockIdx.x * ld;
@@ -8603,7 +8605,10 @@ __global__ void __launch_bounds__(1024) argmax_kernel(int* token, const float* l
         best = best_of[threadIdx.x % WARP];
         index = index_of[threadIdx.x % WARP];
     }
-    if (threadIdx.x == 0) token[blockIdx.x] = bad || index == INT_MAX ? -1 : index;
+    if (threadIdx.x > 0) return;
+    bad = bad || index == INT_MAX;
+    best_token[blockIdx.x] = bad ? -1 : index;
+    token[blockIdx.x] = bad ? 0 : index;
 }
 
 // is_best_kernel: each target becomes 1 when none of the V logits of its row is larger than its own, else 0.
@@ -9065,15 +9070,14 @@ template <typename X> static void cuda_session_sync(Backend* b, Session* s, bool
     state_copy_cuda<X>(b->model, d->state, &s->state, to_the_host, c->stream);
 }
 
-// decode_launch: T tokens of `rows` sequences from row0 on, then with `logits` those after the last token;
-// they stay in d->logits
+// decode_launch: the T tokens in work.batch of `rows` sequences from row0 on, then with `logits` those after
+// the last token; they stay in d->logits
 template <typename X>
 static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size_t T, bool logits) {
     CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     WorkCuda<X>* w = &d->work;
     size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
-    to_device(w->batch.tokens, d->host_tokens, rows * T, c->stream);
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
     if (T == 1 && row0 == 0 && logits &&
         model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, s->rows, d->logits))
@@ -9094,47 +9098,56 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     }
 }
 
-// A token for every sequence, the usual case, is recorded as a graph the second time it comes.
+// decode_run: starts `launch` with n tokens, NULL: those that argmax left on the device. A token for every
+// sequence, the usual case, is recorded as a graph the second time it comes.
 template <typename X, typename Launch>
 static void decode_run(Backend* b, Session* s, const int* tokens, size_t n, int kind, bool usual,
                        Launch launch) {
     CudaBackend<X>* c = cuda_of<X>(b);
     CudaSession<X>* d = (CudaSession<X>*)s->device;
-    memcpy(d->host_tokens, tokens, n * sizeof(int));
+    if (tokens) {
+        memcpy(d->host_tokens, tokens, n * sizeof(int));
+        to_device(d->work.batch.tokens, d->host_tokens, n, c->stream);
+    }
     if (!usual || d->decoded[kind]++ == 0) {
         launch();
     } else {
         if (!d->graph[kind]) d->graph[kind] = graph_record(c->stream, launch);
         cudaCheck(cudaGraphLaunch(d->graph[kind], c->stream));
     }
-    cudaCheck(cudaStreamSynchronize(c->stream));
 }
 
 template <typename X>
 static void cuda_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                         real* logits) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
+    cudaStream_t stream = cuda_of<X>(b)->stream;
     size_t n = rows * (size_t)b->model->config.vocab_padded;
     decode_run<X>(b, s, tokens, rows * T, 0, T == 1 && rows == s->rows && logits, [&] {
         decode_launch<X>(b, s, row0, rows, T, logits != NULL);
-        if (logits) to_host(d->host_logits, d->logits, n, cuda_of<X>(b)->stream);
+        if (logits) to_host(d->host_logits, d->logits, n, stream);
     });
+    cudaCheck(cudaStreamSynchronize(stream));
     if (logits) memcpy(logits, d->host_logits, n * sizeof(float));
 }
 
-template <typename X>
-static void cuda_decode_greedy(Backend* b, Session* s, const int* tokens, int* next) {
+template <typename X> static void cuda_greedy_begin(Backend* b, Session* s, const int* tokens) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
         cudaStream_t stream = cuda_of<X>(b)->stream;
+        BatchCuda* batch = &d->work.batch;
         decode_launch<X>(b, s, 0, s->rows, 1, true);
-        argmax_kernel<<<(unsigned)s->rows, 1024, 0, stream>>>(d->work.batch.targets, d->logits,
+        argmax_kernel<<<(unsigned)s->rows, 1024, 0, stream>>>(batch->targets, batch->tokens, d->logits,
                                                               (size_t)b->model->config.vocab_padded,
                                                               (int)b->model->config.vocab_size);
         cudaCheck(cudaGetLastError());
-        to_host(d->host_tokens, d->work.batch.targets, s->rows, stream);
+        to_host(d->host_tokens, batch->targets, s->rows, stream);
     });
-    memcpy(next, d->host_tokens, s->rows * sizeof(int));
+}
+
+template <typename X> static void cuda_greedy_end(Backend* b, Session* s, int* next) {
+    cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
+    memcpy(next, ((CudaSession<X>*)s->device)->host_tokens, s->rows * sizeof(int));
 }
 
 // --- beginning and end
@@ -9271,7 +9284,8 @@ static Backend backend_cuda_of(Model* m, size_t B, size_t T, bool training, int 
     b.step_begin = cuda_step_begin<X>;
     b.step_end = cuda_step_end<X>;
     b.decode = cuda_decode<X>;
-    b.decode_greedy = cuda_decode_greedy<X>;
+    b.greedy_begin = cuda_greedy_begin<X>;
+    b.greedy_end = cuda_greedy_end<X>;
     b.download = cuda_download<X>;
     b.upload = cuda_upload<X>;
     b.session_open = cuda_session_open<X>;

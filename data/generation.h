@@ -275,6 +275,7 @@ typedef struct {
     int64_t* position;         // tokens so far
     int* last;                 // the newest one
     bool *unread, *done;       // the state has not seen `last`; the sequence has ended
+    bool ahead;                // the device may begin the next token before it is known whether it is needed
     Utf8Stream* utf8;
     Written* text;
     Candidate* candidates;
@@ -373,18 +374,22 @@ bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* 
     size_t V = (size_t)c->vocab_size, Vp = (size_t)c->vocab_padded, active = g->rows;
     Sampler sampler = {o->temperature, o->top_k, o->top_p, o->min_p, o->repetition_penalty, o->seed};
     bool greedy =
-        backend->decode_greedy && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
+        backend->greedy_begin && o->repetition_penalty == 1 && (o->top_k == 1 || o->temperature == 0);
+    bool begun = false;        // the next token is being computed
     double start = seconds_now();
     for (size_t r = 0; r < g->rows; r++) g->done[r] = false;
     for (int64_t i = 0; i < o->max_tokens && active > 0 && !*interrupted; i++) {
         if (i && !context_left(g, 0, 0, err)) return false;
-        if (i && greedy) backend->decode_greedy(backend, &g->s, g->last, g->last);
-        else if (i) backend->decode(backend, &g->s, 0, g->rows, g->last, 1, g->logits);
+        if (i && greedy) {
+            if (!begun) backend->greedy_begin(backend, &g->s, i == 1 ? g->last : NULL);
+            backend->greedy_end(backend, &g->s, g->last);
+            begun = g->ahead && i + 1 < o->max_tokens && context_left(g, 0, 1, err);
+            if (begun) backend->greedy_begin(backend, &g->s, NULL);
+        } else if (i) {
+            backend->decode(backend, &g->s, 0, g->rows, g->last, 1, g->logits);
+        }
         for (size_t r = 0; r < g->rows; r++) {
-            if (g->done[r]) {
-                if (g->last[r] < 0) g->last[r] = 0;
-                continue;
-            }
+            if (g->done[r]) continue;
             if (!greedy || i == 0) {
                 if (!sample_token(&sampler, g->logits + r * Vp, g->seen + r * Vp, V,
                                   r % (size_t)o->num_samples, (uint64_t)g->position[r], g->candidates,
@@ -409,6 +414,7 @@ bool generation_write(Generation* g, volatile sig_atomic_t* interrupted, Error* 
             active -= g->done[r];
         }
     }
+    if (begun) backend->greedy_end(backend, &g->s, g->last);
     g->stats.decode_seconds += seconds_now() - start;
     for (size_t r = 0; r < g->rows; r++) {
         char bytes[TOKENIZER_MAX_TEXT];
@@ -428,6 +434,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     Generation g = generation_open(backend, tok, o, rows);
     real* seen = (real*)xcalloc(Vp, sizeof(real));               // as the state file has it
     bool ok = true;
+    g.ahead = true;                              // nothing reads the states after the end
     for (size_t r = 0; r < rows; r++) g.utf8[r].raw = o->raw;
     if (rows == 1) g.text[0].stream = out;
     if (o->load_state[0]) {

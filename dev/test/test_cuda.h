@@ -1566,8 +1566,10 @@ struct CudaShape {
     uint64_t seed = 3;
 };
 // Mamba-2 with the random parameters of toys can be so ill-conditioned that rounding alone changes gradients
-// by more than the limits. These shapes and seeds are not: parameters changed by 2e-3 of themselves, about
-// what bf16 does, change no gradient by more than 2.5e-2 (few elements: 4e-2), on the CPU.
+// by more than the limits: the gated norm of few channels takes almost all of the gradient away. With 6
+// channels parameters changed by up to 3.4e-3 of themselves, as much as bf16 does, change gradients by 0.27
+// and the norms of ten steps by 0.04 on the CPU in double, and the GPU measured 0.25 and 0.04. With these
+// shapes and seeds that change is at most 2.5e-2 in gradients (few elements: 6e-2) and 7.5e-3 in norms.
 static const CudaShape cuda_shapes[] = {
     {"1", 2, 5, 7, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0},
     {"1", 2, 7, 9, 5, 2, 3, 0, 11, false, true, false, 3, 7, 0, 0},
@@ -1577,9 +1579,9 @@ static const CudaShape cuda_shapes[] = {
     {"1", 2, 32, 64, 16, 4, 8, 0, 101, true, false, true, 3, 70, -1, 0},        // from here on the fast scan
     {"1m", 2, 64, 128, 16, 4, 16, 96, 257, false, true, true, 2, 133, 0, 0.4},
     {"1", 3, 96, 192, 16, 3, 8, 0, 64, true, true, false, 2, 64, 5, 0},
-    {"2", 2, 5, 6, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0, "P3 S1 L7", 4},              // Mamba-2
+    {"2", 2, 5, 18, 5, 4, 1, 0, 11, true, false, true, 3, 7, -1, 0, "P3 S1 L7", 17},            // Mamba-2
     {"2", 2, 13, 24, 3, 3, 1, 0, 29, false, true, false, 3, 37, 0, 0, "P3 S2 L16 hdim before limit", 4},
-    {"2m", 1, 24, 48, 7, 2, 1, 19, 29, true, true, true, 3, 70, 1, 0.3, "P6 S3 L16 W36"},
+    {"2m", 1, 24, 48, 7, 2, 1, 19, 29, true, true, true, 3, 70, 1, 0.3, "P6 S3 L16 W36", 10},
     {"12m", 2, 32, 64, 16, 4, 8, 24, 101, true, false, true, 2, 133, 2, 0, "P8 S2 L64 plain"},
     {"2", 1, 64, 256, 64, 4, 1, 0, 101, false, false, true, 3, 300, -1, 0, "P32 S2 L64", 4},    // fast
     {"2m", 1, 64, 192, 128, 4, 1, 96, 257, false, true, true, 2, 533, 0, 0.4, "P64 S1 L256 W128"},
@@ -1594,10 +1596,9 @@ static const CudaShape cuda_shapes[] = {
 };
 
 // toy_model with parameters that are exact in X: the CPU then computes with the same weights. The A of
-// Mamba-2
-// is between 0.1 and 3 instead of 1 and 20: dt_raw comes in X out of in_proj, and a decay exp(-20 dt) with a
-// dt
-// that is rounded to 1 in 300 changes by a tenth, on the CPU as well. (The cases of the layer have large A.)
+// Mamba-2 is between 0.1 and 3 instead of 1 and 20: dt_raw comes in X out of in_proj, and a decay exp(-20 dt)
+// with a dt that is rounded to 1 in 300 changes by a tenth, on the CPU as well. (The cases of the layer have
+// large A.)
 template <typename X> Model cuda_toy(const CudaShape* s) {
     Config c = toy_config(s->pattern, s->n_layer, s->D, s->E, s->N, s->K, s->R, s->V);
     if (s->F) c.d_intermediate = s->F;
@@ -1704,6 +1705,7 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
     cpu.dropout.key = random_bits(1337, STREAM_DROPOUT, 3);
     double loss = gradients_of(&cpu, want, tokens, targets, doc, B, T, 2), loss_cuda = 0;
     for (int k = 0; k < RUNS; k++) {
+        if (only_small() && k % 2) continue;
         Backend b = backend_cuda_of<X>(&m, B, T, true,
                                        k < 2    ? RECOMPUTE_NONE
                                        : k == 2 ? RECOMPUTE_CHEAP
@@ -1735,8 +1737,10 @@ template <typename X> void check_gradients(const CudaShape* s, bool carry) {
         for (int k = 0; k < 2; k++)
             claim_value(name + " final states", real_relative(sG[k].data, sT[k].data, sT[k].n_elements),
                         sizeof(X) == 4 ? 1e-5 : 1e-2);               // measured 3e-7, 4e-3
-    claim_value(name + " again: bits", bits_differ(got[0], got[1], m.n_elements), 0);
-    claim_value(name + " with recompute: bits", bits_differ(got[0], got[3], m.n_elements), 0);
+    if (!only_small()) {
+        claim_value(name + " again: bits", bits_differ(got[0], got[1], m.n_elements), 0);
+        claim_value(name + " with recompute: bits", bits_differ(got[0], got[3], m.n_elements), 0);
+    }
     // cheap walks from every second saved state, which bf16 has rounded
     claim_value(name + " with recompute cheap: gradients", real_relative(got[2], got[0], m.n_elements),
                 sizeof(X) == 4 ? 0 : 1e-2);
@@ -1947,25 +1951,32 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
 template <typename X> void check_model(void) {
     int n = (int)(sizeof cuda_shapes / sizeof cuda_shapes[0]);
     for (int i = 0; i < n; i++) {
-        check_gradients<X>(&cuda_shapes[i], false);
+        if (only_small() && i != 6 && i != 10 && i != 16 && i != 18) continue;
+        if (!only_small()) check_gradients<X>(&cuda_shapes[i], false);
         check_gradients<X>(&cuda_shapes[i], true);
     }
-    size_t longest = only_small() ? 129 : 8192;
+    if (only_small()) {
+        check_steps<X>(&cuda_shapes[7], true, 0.5);
+        check_steps<X>(&cuda_shapes[10], true, 0);
+        check_training<X>(&cuda_shapes[18], RECOMPUTE_CHEAP);
+        return;
+    }
     static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0};
     static const CudaShape even = {"1m", 1, 32, 32, 16, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0};
     static const CudaShape odd2 = {"2", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0,
                                    "P7 S1 L32"};
     static const CudaShape even2 = {"12m", 2, 32, 64, 64, 4, 8, 24, 37, false, false, true, 1, 1, -1, 0,
                                     "P32 S1 L64"};
+    size_t longest = 8192;
     check_lengths<X>(&odd, longest);
     check_lengths<X>(&even, longest);
-    check_lengths<X>(&odd2, only_small() ? 129 : 1000);
+    check_lengths<X>(&odd2, 1000);
     check_lengths<X>(&even2, longest);
     static const CudaShape odd3 = {"a", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0,
                                    "Q3 G1 H5 R2 K3 F3"};
     static const CudaShape even3 = {"am", 1, 32, 64, 64, 4, 8, 24, 37, true, false, true, 1, 1, -1, 0,
                                     "Q2 G1 H32 R16"};
-    check_lengths<X>(&odd3, only_small() ? 129 : 1000);
+    check_lengths<X>(&odd3, 1000);
     check_lengths<X>(&even3, longest);
     check_steps<X>(&cuda_shapes[3], true, 0);
     check_steps<X>(&cuda_shapes[5], true, 0);
@@ -2035,13 +2046,15 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
             cuda_logits(&cpu, want + r * Vp, ids[r], STEPS, STEPS);
         }
         for (size_t n : counts) {
+            if (only_small() && n != 3 && n != 17) continue;
             for (int again = 0; again < 2; again++) {
                 Session s = session_create(&b, n, 1);
                 double wrong = 0;
                 for (size_t t = 0; t < STEPS; t++) {
                     for (size_t r = 0; r < n; r++) step_ids[r] = ids[r][t];
                     if (again && t + 1 < STEPS) {
-                        b.decode_greedy(&b, &s, step_ids, next);
+                        b.greedy_begin(&b, &s, step_ids);
+                        b.greedy_end(&b, &s, next);
                         for (size_t r = 0; r < n; r++) wrong += next[r] != best[r][t];
                         continue;
                     }
@@ -2081,6 +2094,7 @@ void test_cuda_generate(void) {
     toy_attention(&configs[5], "Q2 G1 H32 R16", 400);
     toy_mamba2(&configs[5], "P32 S1 L64");
     for (const Config& c : configs) {
+        if (only_small()) break;
         Model m = toy_model(&c, false, 6);
         char prompt[301], options[400];
         for (size_t i = 0; i < 300; i++) prompt[i] = (char)('!' + random_bits(10, 0, i) % 90);
@@ -2148,6 +2162,7 @@ void test_cuda_generate(void) {
     worst_report("bf16: logits token by token, 1 to 70 sequences = the CPU's", &decoding, 3e-2);
     worst_report("bf16: logits token by token, again: bits", &twice, 0);
     worst_report("bf16: greedy tokens that are not those of the largest logits", &greedy, 0);
+    if (only_small()) return;
     worst_report("fp32: tokens of the GPU differ from those of the CPU", &tokens, 0);
     worst_report("fp32: tokens after prefill in chunks of 1, 7, 1000 differ", &chunks, 0);
     worst_report("fp32: a state saved on one device, tokens on the other differ", &saved, 0);

@@ -427,7 +427,7 @@ void test_generation(Backend* (*make)(Model*, size_t, size_t)) {
                 differ += x->n != y->n || (x->n && memcmp(x->data, y->data, x->n)) ||
                     all.position[r] != one.position[0];
                 size_t Vp = (size_t)c.vocab_padded;      // after as many steps, unless one of them went on
-                if (!all.done[r] && !one.done[0] && (k > 0 || !b->decode_greedy))
+                if (!all.done[r] && !one.done[0] && (k > 0 || !b->greedy_begin))
                     bits += memcmp(all.logits + r * Vp, one.logits, Vp * sizeof(real)) != 0;
                 generation_close(&one);
             }
