@@ -2980,6 +2980,36 @@ void test_sampling(void) {
         for (size_t i = 0; i < k; i++) wrong += a[i].token != b[i].token;
     }
     report("top-k with ties: tokens differ", wrong, 0);
+    // A large vocabulary, made in parts by any number of threads. Catches: a part that ends elsewhere, parts
+    // in another order, ties broken by the part.
+    enum { LARGE = 20011 };
+    logits = (real*)test_alloc(LARGE, sizeof(real));
+    seen = (unsigned char*)test_alloc(LARGE, 1);
+    Candidate* many = (Candidate*)test_alloc(LARGE, sizeof(Candidate));
+    wrong = 0;
+    for (int k = 0; k < 2 * COUNT_OF(samplers); k++) {
+        const Sampler* s = &samplers[k / 2];
+        const int threads[] = { 1, 3, 8 };
+        Error err;
+        for (uint64_t position = 0; position < 8; position++) {
+            int token[3], few = 0;
+            for (int i = 0; i < 3; i++) {
+                use_threads(threads[i]);
+                for (size_t v = 0; v < LARGE; v++) {             // all; or 12, the others impossible
+                    double u = floor(test_uniform(-90, 90, 63, k % 2 ? v / 1700 : v)) / 9;
+                    logits[v] = k % 2 && v % 1700 ? -(real)INFINITY : (real)u;
+                    seen[v] = v % 3 == 0;
+                }
+                must(sample_token(s, logits, seen, LARGE, 3, position, many, &token[i], &err), &err);
+            }
+            wrong += token[0] != token[1] || token[0] != token[2];
+            for (size_t v = 0; v < V; v++) logits[v] = logits[1700 * v], seen[v] = seen[1700 * v];
+            must(sample_token(s, logits, seen, V, 3, position, many, &few, &err), &err);
+            wrong += k % 2 && token[0] != 1700 * few;
+        }
+    }
+    use_threads(1);
+    report("20,011 tokens: draws that depend on the threads, or on impossible ones", wrong, 0);
     const double bad[] = { NAN, INFINITY, -INFINITY };
     double accepted = 0;
     for (int i = 0; i < 3; i++) {

@@ -71,79 +71,11 @@ typedef REAL real;
 
 static_assert(sizeof(off_t) == 8, "files beyond 2 GiB need a 64-bit off_t");
 
-// print_line: a message as one line; control characters, which may come from arguments and file names,
-// become '?'.
-static void print_line(const char* kind, const char* format, va_list args) {
-    char line[8192];
-    vsnprintf(line, sizeof line, format, args);
-    for (char* p = line; *p; p++) if ((unsigned char)*p < 32 || *p == 127) *p = '?';
-    fflush(stdout);
-    fprintf(stderr, "%s: %s\n", kind, line);
-}
-
-// die: the end of every user error: one line on stderr (what was expected, what was found, what to do), exit
-// code 1.
-__attribute__((format(printf, 1, 2), noreturn))
-void die(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    print_line("error", format, args);
-    va_end(args);
-    exit(1);
-}
-
-__attribute__((format(printf, 1, 2)))
-void warn(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    print_line("warning", format, args);
-    va_end(args);
-}
-
-// Error: what a reader of outside data reports. Readers return false and leave one line here; the caller
-// decides whether to die, to warn, or (in the tests) to compare the words.
-typedef struct { char text[4096]; } Error;
-
-// fail: fills the error and returns false, so that a reader can say `return fail(err, "%s: ...", path, ...)`.
-__attribute__((format(printf, 2, 3)))
-bool fail(Error* err, const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(err->text, sizeof err->text, format, args);
-    va_end(args);
-    return false;
-}
-
-// checked_size: n dimensions times the size of an element, in bytes (or elements with elem = 1). Every
-// product of sizes that comes from a file or an option goes through here. Returns false when a dimension is
-// negative or the product does not fit in 63 bits.
-bool checked_size(int n, const int64_t* dim, size_t elem, size_t* size) {
-    size_t product = elem;
-    for (int i = 0; i < n; i++) {
-        if (dim[i] < 0 || __builtin_mul_overflow(product, (size_t)dim[i], &product)) return false;
-    }
-    if (product > (size_t)INT64_MAX) return false;
-    *size = product;
-    return true;
-}
+// defines: die, warn, Error, fail, checked_size, xcalloc, xrealloc, seconds_now, set_threads, check_memory
+#include "data/machine.h"
 
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
-
-// xcalloc, xrealloc: allocation that cannot return NULL. calloc returns zeroed memory.
-void* xcalloc(size_t count, size_t size) {
-    void* p = calloc(count ? count : 1, size ? size : 1);
-    if (!p) die("out of memory: could not allocate %.1f MiB; lower --batch-size, --seq-len or the model size",
-                (double)count * (double)size / 1048576.0);
-    return p;
-}
-
-void* xrealloc(void* old, size_t count, size_t size) {
-    size_t bytes;
-    void* p = __builtin_mul_overflow(count, size, &bytes) ? NULL : realloc(old, bytes ? bytes : 1);
-    if (!p) die("out of memory: could not allocate %.1f MiB", (double)count * (double)size / 1048576.0);
-    return p;
-}
 
 // Random numbers are a pure function of (seed, stream, counter): there is no generator state to save, any
 // value can be recomputed, and nothing depends on the number of threads. Streams keep the uses apart.
@@ -180,15 +112,6 @@ double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) {
     double v = random_uniform(seed, stream, 2 * counter + 1);
     return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
 }
-
-double seconds_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-// defines: threads, signals, whether the memory suffices
-#include "data/machine.h"
 
 // ---------------------------------------------------------------------------------------------------
 // 2. Configuration: what describes a model
@@ -3454,49 +3377,98 @@ static size_t keep_top_k(Candidate* c, size_t n, size_t k) {
     return kept;
 }
 
+// keep_top_p: sorts the best of the candidates [begin, end) to the front, until with `sum`, the total of
+// those before them, they reach `total`; returns where they end. Quicksort, but the halves behind that end
+// stay as they are.
+static size_t keep_top_p(Candidate* c, size_t begin, size_t end, double total, double* sum) {
+    while (end - begin > 32 && *sum < total) {
+        Candidate three[3] = {c[begin], c[begin + (end - begin) / 2], c[end - 1]}, pivot;
+        qsort(three, 3, sizeof *three, compare_candidates);
+        pivot = three[1];
+        size_t i = begin, j = end - 1;
+        for (;; i++, j--) {              // then [begin, i) are no worse than the pivot, [i, end) no better
+            while (compare_candidates(&c[i], &pivot) < 0) i++;
+            while (compare_candidates(&c[j], &pivot) > 0) j--;
+            if (i >= j) break;
+            Candidate swap = c[i];
+            c[i] = c[j];
+            c[j] = swap;
+        }
+        begin = keep_top_p(c, begin, i, total, sum);
+        if (begin < i) return begin;
+    }
+    if (*sum < total) qsort(c + begin, end - begin, sizeof *c, compare_candidates);
+    while (begin < end && *sum < total) *sum += (double)c[begin++].z;
+    return begin;
+}
+
+// sample_part: the candidates of tokens [begin, end), from c[begin] on: the k best of them, in their order.
+// The k best of all are among the k best of the parts, so the parts can be made side by side.
+enum { SAMPLE_PARTS = 16 };
+typedef struct { Candidate best; size_t n; int64_t bad; } SamplePart;      // bad: the first that is no number
+
+static SamplePart sample_part(const Sampler* s, const real* logits, const unsigned char* seen, size_t begin,
+                              size_t end, size_t k, Candidate* c) {
+    SamplePart part = {{-INFINITY, -1}, end - begin, -1};
+    double rho = s->repetition_penalty;
+    for (size_t v = begin; v < end; v++) {
+        double z = (double)logits[v];
+        if (rho != 1 && seen[v]) z = z >= 0 ? z / rho : z * rho;
+        if (isnan(z) || z > 3.4e38) {
+            part.bad = (int64_t)v;
+            return part;
+        }
+        c[v].z = (float)z;
+        c[v].token = (int)v;
+        if (c[v].z > part.best.z) part.best = c[v];
+    }
+    if (k < part.n) part.n = keep_top_k(c + begin, part.n, k);
+    return part;
+}
+
 // sample_token: one draw from logits (V). seen (V) marks the tokens of prompt and output so far. The random
 // number is that of (seed, STREAM_SAMPLE + row, position): a sequence does not depend on the others in its
 // batch. c: memory for V. false when the logits hold NaN or +infinity, or no finite value at all.
 bool sample_token(const Sampler* s, const real* logits, const unsigned char* seen, size_t V, uint64_t row,
                   uint64_t position, Candidate* c, int* token, Error* err) {
+    bool greedy = s->top_k == 1 || s->temperature == 0;
+    size_t k = s->top_k > 0 && !greedy ? (size_t)s->top_k : V, n = 0;
+    SamplePart part[SAMPLE_PARTS];
+    #pragma omp parallel for if (V > 4096)
+    for (size_t i = 0; i < SAMPLE_PARTS; i++)
+        part[i] = sample_part(s, logits, seen, V * i / SAMPLE_PARTS, V * (i + 1) / SAMPLE_PARTS, k, c);
     Candidate best = {-INFINITY, -1};
-    double rho = s->repetition_penalty;
-    for (size_t v = 0; v < V; v++) {
-        double z = (double)logits[v];
-        if (rho != 1 && seen[v]) z = z >= 0 ? z / rho : z * rho;
-        if (isnan(z) || z > 3.4e38)
-            return fail(err, "the logit of token %zu is %f: the model has diverged or its file is damaged", v,
-                        z);
-        c[v].z = (float)z;
-        c[v].token = (int)v;
-        if (c[v].z > best.z) best = c[v];
+    for (size_t i = 0; i < SAMPLE_PARTS; i++) {      // the parts move together
+        if (part[i].bad >= 0)
+            return fail(err, "the logit of token %lld is %f: the model has diverged or its file is damaged",
+                        (long long)part[i].bad, (double)logits[part[i].bad]);
+        if (part[i].best.z > best.z) best = part[i].best;
+        memmove(c + n, c + V * i / SAMPLE_PARTS, part[i].n * sizeof *c);
+        n += part[i].n;
     }
     if (best.token < 0)
         return fail(err, "no token has a finite logit: the model has diverged or its file is damaged");
     *token = best.token;
-    if (s->top_k == 1 || s->temperature == 0) return true;
-    size_t n = V;
-    if (s->top_k > 0 && (size_t)s->top_k < n) n = keep_top_k(c, n, (size_t)s->top_k);
+    if (greedy) return true;
+    if (k < n) n = keep_top_k(c, n, k);
     if (s->min_p > 0) {         // z >= z_best + ln(min_p)
         size_t kept = 0;
         for (size_t i = 0; i < n; i++)
             if (c[i].z >= best.z + (float)log(s->min_p)) c[kept++] = c[i];
         n = kept;
     }
-    double sum = 0;             // probabilities, not normalized, go where the logits were
-    for (size_t i = 0; i < n; i++) {
+    #pragma omp parallel for if (n > 4096)
+    for (size_t i = 0; i < n; i++)
         c[i].z = expf((float)(((double)c[i].z - (double)best.z) / s->temperature));
-        sum += (double)c[i].z;
-    }
+    double sum = 0;             // probabilities, not normalized, went where the logits were
+    for (size_t i = 0; i < n; i++) sum += (double)c[i].z;
     if (s->top_p > 0 && s->top_p < 1) {
-        // Tokens below (1-p)/n lose together less than 1-p, so they are never in the set: the sort stays
-        // short.
+        // tokens below (1-p)/n lose together less than 1-p, so they are never in the set
         size_t kept = 0;
         for (size_t i = 0; i < n; i++)
             if ((double)c[i].z >= sum * (1 - s->top_p) / (double)n) c[kept++] = c[i];
-        qsort(c, kept, sizeof(Candidate), compare_candidates);
-        double before = 0;      // keep a token iff the total of strictly better ones is below p
-        for (n = 0; n < kept && before < s->top_p * sum; n++) before += (double)c[n].z;
+        double before = 0;
+        n = keep_top_p(c, 0, kept, s->top_p * sum, &before);
         sum = before;
     }
     double u = random_uniform(s->seed, STREAM_SAMPLE + row, position) * sum;

@@ -1,4 +1,81 @@
-// What the program asks of the machine and of the system: threads, signals, memory.
+// What the program has to do with its user and the system: messages, memory, time, threads, signals.
+
+// print_line: a message as one line; control characters, which may come from arguments and file names,
+// become '?'.
+static void print_line(const char* kind, const char* format, va_list args) {
+    char line[8192];
+    vsnprintf(line, sizeof line, format, args);
+    for (char* p = line; *p; p++) if ((unsigned char)*p < 32 || *p == 127) *p = '?';
+    fflush(stdout);
+    fprintf(stderr, "%s: %s\n", kind, line);
+}
+
+// die: the end of every user error: one line on stderr (what was expected, what was found, what to do), exit
+// code 1.
+__attribute__((format(printf, 1, 2), noreturn))
+void die(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    print_line("error", format, args);
+    va_end(args);
+    exit(1);
+}
+
+__attribute__((format(printf, 1, 2)))
+void warn(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    print_line("warning", format, args);
+    va_end(args);
+}
+
+// Error: what a reader of outside data reports. Readers return false and leave one line here; the caller
+// decides whether to die, to warn, or (in the tests) to compare the words.
+typedef struct { char text[4096]; } Error;
+
+// fail: fills the error and returns false, so that a reader can say `return fail(err, "%s: ...", path, ...)`.
+__attribute__((format(printf, 2, 3)))
+bool fail(Error* err, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    return false;
+}
+
+// checked_size: n dimensions times the size of an element, in bytes (or elements with elem = 1). Every
+// product of sizes that comes from a file or an option goes through here. Returns false when a dimension is
+// negative or the product does not fit in 63 bits.
+bool checked_size(int n, const int64_t* dim, size_t elem, size_t* size) {
+    size_t product = elem;
+    for (int i = 0; i < n; i++) {
+        if (dim[i] < 0 || __builtin_mul_overflow(product, (size_t)dim[i], &product)) return false;
+    }
+    if (product > (size_t)INT64_MAX) return false;
+    *size = product;
+    return true;
+}
+
+// xcalloc, xrealloc: allocation that cannot return NULL. calloc returns zeroed memory.
+void* xcalloc(size_t count, size_t size) {
+    void* p = calloc(count ? count : 1, size ? size : 1);
+    if (!p) die("out of memory: could not allocate %.1f MiB; lower --batch-size, --seq-len or the model size",
+                (double)count * (double)size / 1048576.0);
+    return p;
+}
+
+void* xrealloc(void* old, size_t count, size_t size) {
+    size_t bytes;
+    void* p = __builtin_mul_overflow(count, size, &bytes) ? NULL : realloc(old, bytes ? bytes : 1);
+    if (!p) die("out of memory: could not allocate %.1f MiB", (double)count * (double)size / 1048576.0);
+    return p;
+}
+
+double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 // limit_spinning: threads that wait for each other first spin, then sleep. GNU OpenMP spins for milliseconds,
 // which on a machine with other work makes training up to 20 times slower; a short spin costs an idle machine
