@@ -8069,26 +8069,21 @@ template <typename X> static void mamba1_paths(const Config* c) {
 // --------------------------------------------------------------------------------------------------
 // 5.2 Mamba-2
 
-template <typename X> struct Mamba2ActsCuda {
-    X *zxbcdt, *xbc;
-    float* dt;
-    X *y, *n, *states;
-    float* gated_rstd;
-};
+template <typename X> struct Mamba2ActsCuda { X *zxbcdt, *xbc; float* dt; X *y, *states; float* gated_rstd; };
 
 static const TensorSpec mamba2_acts_cuda[] = {
     {"zxbcdt",     {DIM_IN2_ROW}, 0, 0},                 // z0, x0, gate z, x, B, C before the conv, dt_raw
     {"xbc",        {DIM_XBC}, 0, CHEAP},                 // x, B, C after conv and SiLU
     {"dt",         {DIM_H}, 0, CHEAP | IS_FLOAT},        // (B,H,T)
     {"y",          {DIM_ES}, 0, 0},                      // output of the SSM, before gate and norm
-    {"n",          {DIM_E}, 0, CHEAP},                   // what out_proj reads
     {"states",     {DIM_SSD_SAVED}, 0, BACKWARD_ONLY},
     {"gated_rstd", {DIM_G}, 0, IS_FLOAT},
 };
 
-template <typename X> struct Mamba2ScratchCuda { X *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
+template <typename X> struct Mamba2ScratchCuda { X *n, *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
 
 static const TensorSpec mamba2_scratch_cuda[] = {
+    {"n",       {DIM_E}, 0, 0},                          // what out_proj reads
     {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
     {"dy",      {DIM_JOINED}, 0, BACKWARD_ONLY},         // without the inner MLP it takes the place of dn
     {"dzxbcdt", {DIM_IN2_ROW}, 0, BACKWARD_ONLY},
@@ -8143,6 +8138,7 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                                float* const* state0, float* const* stateT) {
     const Mamba2Params* p = (const Mamba2Params*)L->p;
     const Mamba2ActsCuda<X>* a = (const Mamba2ActsCuda<X>*)acts->field;
+    const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
     const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
     const Config* c = run->config;
     const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
@@ -8157,12 +8153,12 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                         c->D_has_hdim, s0->ssm, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
                         stream);
     // (S5) and (S6): the inner MLP and the normed and gated y side by side
-    if (s.mlp) gate_forward_cuda(a->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+    if (s.mlp) gate_forward_cuda(w->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
     if (c->rmsnorm)
-        gated_rmsnorm_forward_cuda(a->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
+        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
                                    s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, stream);
-    else gate_forward_cuda(a->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
-    matmul_forward_cuda(run->matmul, shared->delta, s.D, a->n, s.E, weight_x(L, p->out_proj),
+    else gate_forward_cuda(w->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
+    matmul_forward_cuda(run->matmul, shared->delta, s.D, w->n, s.E, weight_x(L, p->out_proj),
                         p->out_proj_bias, s.M, s.E, s.D, stream);
 }
 
@@ -8180,26 +8176,24 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es;
     X *dz0 = w->dzxbcdt, *dx0 = dz0 + s.mlp, *dz = dz0 + s.z, *dy = s.mlp ? w->dy : w->dn;
     X* dBt = w->dxbc + s.Es;
-    // RECOMPUTE_CHEAP: n is made again, for the weight gradient
-    X *n = run->recompute == RECOMPUTE_CHEAP ? a->n : NULL, *n_ssm = n ? n + s.mlp : NULL;
     cudaStream_t stream = run->stream;
     if (run->recompute == RECOMPUTE_CHEAP) mamba2_conv_dt(run, s, p, a, s0->conv, (float*)NULL);
-    // (S6) out = W_out n
+    // (S6) out = W_out n: the gradient of n first; what follows makes n again for the weight gradient
     linear_backward_input(run, w->dn, s.E, false, shared->dres_x, s.D, weight_x(L, p->out_proj), s.E, s.D);
     side_join(run);                                // of the layer before: n and dzxbcdt are written again
     if (s.mlp)
-        gate_backward_cuda(dx0, ld, dz0, ld, n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+        gate_backward_cuda(dx0, ld, dz0, ld, w->n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
     // (S5)
     if (c->rmsnorm)
-        gated_rmsnorm_backward_cuda(dy, dz, ld, n_ssm, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
+        gated_rmsnorm_backward_cuda(dy, dz, ld, w->n + s.mlp, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
                                     z, ld, p->gated_norm, a->gated_rstd,
                                     sums_take(run, gated_rmsnorm_scratch_cuda(s.M, s.Es)), s.M, s.Es,
                                     s.Es / s.G, c->norm_before_gate, stream, &run->sums->list);
     else
-        gate_backward_cuda(dy, s.Es, dz, ld, n_ssm, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
+        gate_backward_cuda(dy, s.Es, dz, ld, w->n + s.mlp, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
                            s.Es, stream);
     linear_backward_bias(run, dp->out_proj_bias, shared->dres_x, s.D, s.D);
-    linear_backward_weight(run, dp->out_proj, shared->dres_x, s.D, a->n, s.E, s.E, s.D);
+    linear_backward_weight(run, dp->out_proj, shared->dres_x, s.D, w->n, s.E, s.E, s.D);
     // (S4) to (S1)
     ssd_backward_cuda<X>(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dBt + GN, s.Cd, dp->D, (float*)NULL, dy,
                          (const float*)NULL, a->states, a->xbc, s.Cd, a->dt, p->A_log, Bt, Bt + GN, s.Cd,
@@ -8257,18 +8251,18 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     step.dt_low = (float)c->dt_low; step.dt_high = (float)c->dt_high; step.D_has_hdim = c->D_has_hdim;
     step.H = (int)s.H; step.P = (int)s.P; step.G = (int)s.G; step.N = (int)s.N;
     step.gate = late || !c->rmsnorm;
-    step.out = step.gate ? a->n + s.mlp : a->y; step.ldo = step.gate ? s.E : s.Es;
+    step.out = step.gate ? w->n + s.mlp : a->y; step.ldo = step.gate ? s.E : s.Es;
     if (late) {
         step.norm = p->gated_norm; step.norm_first = c->norm_before_gate; step.squares = shared->sums;
     }
     decode_ssd_cuda(step, run->B, run->stream);
-    if (s.mlp) gate_forward_cuda(a->n, s.E, a->zxbcdt + s.mlp, ld, a->zxbcdt, ld, run->B, s.mlp, run->stream);
+    if (s.mlp) gate_forward_cuda(w->n, s.E, a->zxbcdt + s.mlp, ld, a->zxbcdt, ld, run->B, s.mlp, run->stream);
     if (!step.gate)
-        gated_rmsnorm_forward_cuda(a->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, run->B, s.Es,
+        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, run->B, s.Es,
                                    s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, run->stream);
     DecodeLinear out = {};
     out.weight = weight_x(L, p->out_proj); out.bias = p->out_proj_bias; out.O = s.D; out.K = s.E;
-    out.rows = (int)run->B; out.act = a->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
+    out.rows = (int)run->B; out.act = w->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
     out.squares = step.squares; out.parts = (int)s.H * decode_ssd_splits(s.P, s.N);
     out.eps = (float)c->norm_eps;
     decode_matmul(run, out);
