@@ -8225,6 +8225,7 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
                                      float* const* state) {
     const Mamba2Params* p = (const Mamba2Params*)L->p;
     const Mamba2ActsCuda<bf16>* a = (const Mamba2ActsCuda<bf16>*)acts->field;
+    const Mamba2ScratchCuda<bf16>* w = (const Mamba2ScratchCuda<bf16>*)acts->scratch;
     const Mamba2State* s0 = (const Mamba2State*)state;
     const Config* c = run->config;
     const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, 1);
