@@ -1146,7 +1146,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // A thread owns W neighbouring channels and a run of up to `steps` tokens of one sequence. It walks through
 // the run with the inputs of the last TAPS tokens in registers (the window), so that each is loaded once and
 // not K times; only the few inputs before a run are loaded by two threads. A block is 32 threads along the
-// channels times CONV_ROWS runs, counted through all sequences; blockIdx is (channels, runs).
+// channels times CONV_ROWS runs; blockIdx is (channels, runs, sequence).
 // The tokens go in groups of TAPS: while one is computed, the next are on their way into shared memory (the
 // ring). Nearly all groups are plain: whole, of the run, of one document. In the others the tokens are taken
 // one by one, and everything is asked for each.
@@ -1156,8 +1156,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // weight 0.
 enum { CONV_ROWS = 4, CONV_THREADS = WARP * CONV_ROWS };
 enum { CONV_FORWARD_RING = 3, CONV_BACKWARD_RING = 2 };        // groups
-enum { CONV_STEPS = 128 };                                     // the longest run
-enum { CONV_FORWARD_BLOCKS = 6, CONV_BACKWARD_BLOCKS = 4 };    // that an SM runs at a time
+enum { CONV_FORWARD_STEPS = 32, CONV_BACKWARD_STEPS = 128 };   // the longest runs
 
 // ConvGroup: the tokens of a group, each thread with a column of its own. A pack is one word: four bf16 that
 // wait as separate numbers would be loaded as separate numbers, and take a register each.
@@ -1258,7 +1257,7 @@ __device__ __forceinline__ void conv_sum(float* c, const ConvWindow<W, TAPS>& wi
 
 // conv_begins: bit j of begins[g]: a document begins at token j of group g, which is token t + g TAPS + j of
 // the sequence.   Called by whole warps
-typedef unsigned char ConvBegins[CONV_STEPS / 4 + 2];
+typedef unsigned char ConvBegins[CONV_BACKWARD_STEPS / 4 + 2];
 
 template <int TAPS>
 __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b, int t, int end) {
@@ -1271,14 +1270,6 @@ __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b,
         begins[g] = (unsigned char)bits;
     }
     __syncwarp();
-}
-
-// conv_run: the run of this warp: `own` tokens (returned) of sequence b from t0 on
-__device__ __forceinline__ int conv_run(size_t* b, int* t0, int B, int T, int steps) {
-    const int run = (int)(blockIdx.y * CONV_ROWS + threadIdx.y), runs = (T + steps - 1) / steps;
-    *b = (size_t)(run / runs);
-    *t0 = run % runs * steps;
-    return run < B * runs ? min(steps, T - *t0) : 0;
 }
 
 template <bool SILU, int W, int TAPS, typename X>
@@ -1299,12 +1290,12 @@ __device__ __forceinline__ void conv_forward_token(X* out, const ConvWindow<W, T
 template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 6)
 causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
-                             const float* bias, const int* doc, int B, int T, size_t E, int K, int steps) {
+                             const float* bias, const int* doc, int T, size_t E, int K, int steps) {
     __shared__ ConvGroup<X, W, TAPS> ring[CONV_FORWARD_RING];
     __shared__ ConvBegins begins[CONV_ROWS];
-    size_t b, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
-    int t0, own = conv_run(&b, &t0, B, T, steps);
-    if (doc && own > 0) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
+    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
+    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
+    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
     if (own <= 0 || e >= E) return;
     int i = t0 > 0 ? -TAPS : 0;                  // the group: tokens t0+i ...; the first one fills the window
     inp += (b * T + t0 + i) * ldi + e;
@@ -1361,28 +1352,26 @@ __global__ void causal_conv1d_tail_kernel(float* tailT, const X* inp, size_t ldi
     }
 }
 
-// conv_steps: the length of a run, a multiple of 4. Long runs repeat less work at their borders. But the
-// blocks that the chip (132 SMs) runs at a time take equally long: so there are as many runs as fill it, once
-// or more often.
-int conv_steps(size_t B, size_t T, size_t E, size_t blocks_per_sm) {
-    const size_t tiles = (E + 127) / 128, slots = 132 * blocks_per_sm;
-    const size_t least = (T + CONV_STEPS - 1) / CONV_STEPS;
-    const size_t fills = (tiles * ((B * least + CONV_ROWS - 1) / CONV_ROWS) + slots - 1) / slots;
-    const size_t runs = max_size(fills * slots / tiles * CONV_ROWS / B, max_size(least, 1));
-    return (int)max_size(((T + runs - 1) / runs + 3) / 4 * 4, 16);
+// conv_steps: the length of a run. Long runs repeat less work at their borders, but there must be enough of
+// them for the whole chip: at least 1536 warps of 128 channels (384 blocks), down to 16 tokens each.
+int conv_steps(size_t B, size_t T, size_t E, int longest) {
+    size_t tiles = (E + 127) / 128, steps = (size_t)longest;
+    while (steps > 16 && B * ((T + steps - 1) / steps) * tiles < 1536) steps /= 2;
+    return (int)steps;
 }
 
 // the grid, with W channels per thread
 dim3 conv_grid(size_t B, size_t T, size_t E, int steps, size_t W) {
-    const size_t runs = B * ((T + (size_t)steps - 1) / (size_t)steps);
-    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((runs + CONV_ROWS - 1) / CONV_ROWS));
+    size_t block = (size_t)steps * CONV_ROWS;
+    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((T + block - 1) / block),
+                (unsigned)B);
 }
 
 template <typename X>
 const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_t ldi, const float* tail0,
                                        const float* weight, const float* bias, bool silu, const int* doc,
                                        size_t B, size_t T, size_t E, size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_BLOCKS);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(out, 8, E * sizeof(X)) &&
                 is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
@@ -1390,8 +1379,7 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
                               : causal_conv1d_forward_kernel<X, W, 4, false>
                        : silu ? causal_conv1d_forward_kernel<X, 1, 8, true>
                               : causal_conv1d_forward_kernel<X, 1, 8, false>;
-    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)B, (int)T, E, (int)K,
-                                       steps);
+    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
     if (tailT && K > 1) {
         causal_conv1d_tail_kernel<<<(unsigned)((B * E + 255) / 256), 256, 0, stream>>>(tailT, inp, ldi, tail0,
@@ -1481,18 +1469,17 @@ template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 3)
 causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts, const X* dout,
                               const float* dtailT, const X* inp, size_t ldi, const float* tail0,
-                              const float* weight, const float* bias, const int* doc, int B, int T, size_t E,
-                              int K, int steps) {
+                              const float* weight, const float* bias, const int* doc, int T, size_t E, int K,
+                              int steps) {
     __shared__ union {
         ConvGroup<X, W, TAPS> ring[CONV_BACKWARD_RING][2];                  // inp, dout
         float sums[CONV_ROWS][TAPS + 1][WARP * W];
     } shared;
     __shared__ ConvBegins begins[CONV_ROWS];
-    size_t b, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
-    int t0, own = conv_run(&b, &t0, B, T, steps);
-    const size_t tail = b * (K - 1) * E + e;
+    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W, tail = b * (K - 1) * E + e;
+    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
     ConvGradient<W, TAPS> grad = {};
-    if (doc && own > 0) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
+    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
     if (own > 0 && e < E) {
         ConvRows<X> rows = {dinp + (b * T + t0) * lddi + e, lddi, dtail0 ? dtail0 + tail : NULL,
                             tail0 != NULL, t0};
@@ -1573,7 +1560,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
             shared.sums[threadIdx.y][k][threadIdx.x * W + j] = k < TAPS ? grad.dw[k % TAPS][j] : grad.db[j];
     }
     __syncthreads();
-    float* part = parts + (size_t)blockIdx.y * (size_t)(K + 1) * E;
+    float* part = parts + ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * (size_t)(K + 1) * E;
     for (int i = (int)(threadIdx.y * WARP + threadIdx.x); i < (TAPS + 1) * WARP * W; i += CONV_THREADS) {
         int k = i / (WARP * W), j = i % (WARP * W), tap = k - (TAPS - K);
         size_t e_j = (size_t)blockIdx.x * WARP * W + j;
@@ -1587,7 +1574,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
 
 // the scratch of causal_conv1d_backward_cuda, in floats
 size_t causal_conv1d_scratch_cuda(size_t B, size_t T, size_t E, size_t K) {
-    return conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_BLOCKS), 1).y * (K + 1) * E;
+    return B * conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_STEPS), 1).y * (K + 1) * E;
 }
 
 template <typename X>
@@ -1596,7 +1583,7 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                                         const float* tail0, const float* weight, const float* bias, bool silu,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
                                         size_t K, cudaStream_t stream, SumList* later = NULL) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_BLOCKS);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
                 is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
@@ -1605,9 +1592,9 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                        : silu ? causal_conv1d_backward_kernel<X, 1, 8, true>
                               : causal_conv1d_backward_kernel<X, 1, 8, false>;
     kernel<<<grid, block, 0, stream>>>(dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight,
-                                       bias, doc, (int)B, (int)T, E, (int)K, steps);
+                                       bias, doc, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dweight, dbias, scratch, grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream, later);
+    sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream, later);
     return fast ? "causal_conv1d_backward_kernel<4>" : "causal_conv1d_backward_kernel<8>";
 }
 
