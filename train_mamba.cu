@@ -3381,13 +3381,17 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // 4.10 Decoding: one token of each of a few sequences
 //
 // With one token per sequence every weight is read to be used a few times: the time of a token is the time of
-// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what lies between the kernels, about
-// 2.5 us for each. So a Mamba-1 layer is four kernels:
-//   norm + W_in + conv | W_x | W_dt + state + gate | W_out
-// (a whole token as one kernel with barriers between the blocks was no faster).
+// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus that of a chain of short kernels, in
+// which each waits for the one before. So a Mamba-1 layer is three kernels:
+//   norm + W_in + conv + each block's share of W_x | sum of the shares + W_dt + state + gate | W_out
+// (with more than 8 sequences the shares are too many, and W_x is a kernel of its own), and each starts early
+// (launch_early): its weights are in shared memory when the results of the kernel before arrive, 0.4 us after
+// the end of that one (0.7 us without). mamba-130m on one H200, us per token of one sequence: 429 with four
+// kernels that start late, 344 early, 303 with three, 242 with loads that are all under way at once.
+// (No faster: a whole token as one kernel with barriers between the blocks; a cluster of blocks that makes W_x
+// together.)
 // With more sequences than DECODE_FEW the matmuls are work for cuBLASLt, and norm and convolution kernels of
-// their own. Measured with mamba-130m on one H200, us per token of all sequences, these kernels or cuBLASLt:
-// 16 sequences 561 or 728, 32: 925 or 789, 64: 1170 or 849.
+// their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 242, 8: 347, 16: 580.
 
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
@@ -3587,8 +3591,9 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
                     v.w += __uint_as_float(add[i].y & 0xffff0000u);
                     if (a.res_out && blockIdx.x == 0) *(float4*)(a.res_out + (size_t)r * K + at) = v;
                     sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-                    *(uint2*)(inputs + r * ld + at) = make_uint2(scan_pack(v.x * scale[i].x, v.y * scale[i].y),
-                                                                 scan_pack(v.z * scale[i].z, v.w * scale[i].w));
+                    *(uint2*)(inputs + r * ld + at) =
+                        make_uint2(scan_pack(v.x * scale[i].x, v.y * scale[i].y),
+                                   scan_pack(v.z * scale[i].z, v.w * scale[i].w));
                 }
                 if (at - 4 * lane + 4 * WARP < k_end) continue;
                 sum = warp_sum(sum);
@@ -3615,7 +3620,8 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
     __syncwarp();
 
     // beyond the last sequence the last again, what comes of it is not used
-    const bf16 *low = inputs + min(g, rows - 1) * ld + 8 * q, *high = inputs + min(g + 8, rows - 1) * ld + 8 * q;
+    const bf16 *low = inputs + min(g, rows - 1) * ld + 8 * q,
+               *high = inputs + min(g + 8, rows - 1) * ld + 8 * q;
     int slot = 0;
     #pragma unroll 1
     for (int o = o_begin, in_batch = 0; o < o_end; o += 8) {
@@ -3712,11 +3718,11 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
 
 static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
     DecodeShared s = decode_shared(a);
-    auto kernel = a.rows <= 8 ? (a.act ? decode_linear_kernel<false, false> : decode_linear_kernel<true, false>)
-                              : (a.act ? decode_linear_kernel<false, true> : decode_linear_kernel<true, true>);
+    auto kernel = a.act ? decode_linear_kernel<false, false> : decode_linear_kernel<true, false>;
+    if (a.rows > 8) kernel = a.act ? decode_linear_kernel<false, true> : decode_linear_kernel<true, true>;
     scan_allow_shared(kernel, (size_t)s.bytes);
-    launch_early(kernel, dim3((unsigned)((a.O + s.each - 1) / s.each)), DECODE_WARPS * WARP, (size_t)s.bytes,
-                 stream, a, s);
+    launch_early(kernel, dim3((unsigned)((a.O + s.each - 1) / s.each)), DECODE_WARPS * WARP,
+                 (size_t)s.bytes, stream, a, s);
 }
 
 // DecodeStep: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to
@@ -3737,11 +3743,13 @@ typedef struct {
 __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3) decode_step_kernel(const DecodeStep a) {
     extern __shared__ __align__(128) char shared[];
     allow_next();
-    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP, l = tid % 8, c = tid / 8, n = blockIdx.y;
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP, l = tid % 8, c = tid / 8;
+    const int n = blockIdx.y;
     const int AT_ONCE = 8, N = (int)a.N, R = (int)a.R, columns = (R + 2 * N + 7) / 8 * 8;
     const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c;
     bf16* weight = (bf16*)shared;                            // (32,R)
-    float *sums = (float*)(weight + WARP * R), *rbc = sums + DECODE_WARPS * columns;     // (8,columns), (columns)
+    float* sums = (float*)(weight + WARP * R);               // (8,columns)
+    float* rbc = sums + DECODE_WARPS * columns;
     // E is a multiple of 32: the rows of W_dt of this block are one aligned piece
     for (int i = tid; i < WARP * R / 8; i += DECODE_WARPS * WARP)
         copy_async<16>(weight + 8 * i, a.dt_weight + e0 * R + 8 * i);
@@ -3812,10 +3820,11 @@ __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3) decode_step_kernel(con
 }
 
 static void decode_step_cuda(const DecodeStep& a, cudaStream_t stream) {
-    size_t shared = WARP * a.R * sizeof(bf16) + (DECODE_WARPS + 1) * decode_padded(a.R + 2 * a.N) * sizeof(float);
+    size_t columns = decode_padded(a.R + 2 * a.N);
+    size_t shared = WARP * a.R * sizeof(bf16) + (DECODE_WARPS + 1) * columns * sizeof(float);
+    dim3 grid((unsigned)(a.E / WARP), (unsigned)a.rows);
     scan_allow_shared(decode_step_kernel, shared);
-    launch_early(decode_step_kernel, dim3((unsigned)(a.E / WARP), (unsigned)a.rows), DECODE_WARPS * WARP, shared,
-                 stream, a);
+    launch_early(decode_step_kernel, grid, DECODE_WARPS * WARP, shared, stream, a);
 }
 
 // decode_conv: causal convolution and SiLU of one token.   x (rows,E)   input: row stride ld
@@ -8322,7 +8331,7 @@ static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     x_proj.weight = weight_x(L, p->x_proj); x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
     x_proj.act = x; x_proj.ld_act = ldx; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
     if (few) {
-        if (!fused) {
+        if (!fused) {                                      // one part
             x_proj.out = NULL; x_proj.out_float = shared->sums; x_proj.ldo = decode_padded(R + 2 * N);
             decode_matmul(run, x_proj);
         }
@@ -8334,9 +8343,9 @@ static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
         step.dt_bias = p->dt_proj_bias; step.A_log = p->A_log; step.D = p->D;
         decode_step_cuda(step, run->stream);
     } else {
-    decode_matmul(run, x_proj);
-    decode_scan_cuda(w->y, s->ssm, x, ldx, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log, p->D,
-                     a->xz + E, 2 * E, run->B, E, N, R, run->stream);
+        decode_matmul(run, x_proj);
+        decode_scan_cuda(w->y, s->ssm, x, ldx, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log,
+                         p->D, a->xz + E, 2 * E, run->B, E, N, R, run->stream);
     }
     decode_plain_linear(run, shared->delta, w->y, weight_x(L, p->out_proj), p->out_proj_bias, E, D);
 }
