@@ -3388,8 +3388,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // (launch_early): its weights are in shared memory when the results of the kernel before arrive, 0.4 us after
 // the end of that one (0.7 us without). mamba-130m on one H200, us per token of one sequence: 429 with four
 // kernels that start late, 344 early, 303 with three, 242 with loads that are all under way at once.
-// (No faster: a whole token as one kernel with barriers between the blocks; a cluster of blocks that makes W_x
-// together.)
+// (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
 // With more sequences than DECODE_FEW the matmuls are work for cuBLASLt, and norm and convolution kernels of
 // their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 242, 8: 347, 16: 580.
 
