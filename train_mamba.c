@@ -3945,9 +3945,10 @@ int ssm_main(int argc, char** argv) {
     // in there.
     for (int fd = 0; fd < 3; fd++)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) return 1;
+    signal(SIGXFSZ, SIG_IGN);            // a file size limit becomes an ordinary write error
     limit_spinning(argv);
     int skip, word = word_parse(argc, argv, &skip);
-    if (!word) return 0;
+    if (!word) return printed(0);
     Settings settings;
     Error err;
     if (!settings_parse(&settings, word, argc - skip, argv + skip, &err)) die("%s", err.text);
@@ -3956,8 +3957,8 @@ int ssm_main(int argc, char** argv) {
     switch (word) {
         case WORD_TRAIN: code = train_main(&settings); break;
         case WORD_GENERATE: code = generate_main(&settings); break;
-        case WORD_EVAL: code = eval_main(&settings); break;
-        case WORD_INFO: code = info_main(&settings); break;
+        case WORD_EVAL: code = printed(eval_main(&settings)); break;
+        case WORD_INFO: code = printed(info_main(&settings)); break;
         case WORD_CONVERT: code = convert_main(&settings); break;
         case WORD_TOKENIZE: code = tokenize_main(&settings); break;
     }

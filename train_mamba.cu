@@ -8239,7 +8239,6 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
                                      float* const* state) {
     const Mamba2Params* p = (const Mamba2Params*)L->p;
     const Mamba2ActsCuda<bf16>* a = (const Mamba2ActsCuda<bf16>*)acts->field;
-    const Mamba2ScratchCuda<bf16>* w = (const Mamba2ScratchCuda<bf16>*)acts->scratch;
     const Mamba2State* s0 = (const Mamba2State*)state;
     const Config* c = run->config;
     const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, 1);
@@ -8266,18 +8265,18 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     step.dt_low = (float)c->dt_low; step.dt_high = (float)c->dt_high; step.D_has_hdim = c->D_has_hdim;
     step.H = (int)s.H; step.P = (int)s.P; step.G = (int)s.G; step.N = (int)s.N;
     step.gate = late || !c->rmsnorm;
-    step.out = step.gate ? w->n + s.mlp : a->y; step.ldo = step.gate ? s.E : s.Es;
+    step.out = step.gate ? a->n + s.mlp : a->y; step.ldo = step.gate ? s.E : s.Es;
     if (late) {
         step.norm = p->gated_norm; step.norm_first = c->norm_before_gate; step.squares = shared->sums;
     }
     decode_ssd_cuda(step, run->B, run->stream);
-    if (s.mlp) gate_forward_cuda(w->n, s.E, a->zxbcdt + s.mlp, ld, a->zxbcdt, ld, run->B, s.mlp, run->stream);
+    if (s.mlp) gate_forward_cuda(a->n, s.E, a->zxbcdt + s.mlp, ld, a->zxbcdt, ld, run->B, s.mlp, run->stream);
     if (!step.gate)
-        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, run->B, s.Es,
+        gated_rmsnorm_forward_cuda(a->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, run->B, s.Es,
                                    s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, run->stream);
     DecodeLinear out = {};
     out.weight = weight_x(L, p->out_proj); out.bias = p->out_proj_bias; out.O = s.D; out.K = s.E;
-    out.rows = (int)run->B; out.act = w->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
+    out.rows = (int)run->B; out.act = a->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
     out.squares = step.squares; out.parts = (int)s.H * decode_ssd_splits(s.P, s.N);
     out.eps = (float)c->norm_eps;
     decode_matmul(run, out);

@@ -135,6 +135,7 @@ static bool prompt_fill(Prompt* p, bool all, Error* err) {
     char piece[4096];
     while ((all || p->given == p->ready.n) && !p->ended) {
         size_t n = p->file ? fread(piece, 1, sizeof piece, p->file) : min_size(sizeof piece, p->left);
+        if (p->file && ferror(p->file)) return fail(err, "the prompt cannot be read: %s", strerror(errno));
         p->ended = n == 0;
         if (p->given == p->ready.n) p->ready.n = p->given = 0;
         if (!encoder_add(&p->encoder, p->file ? piece : p->text, n, p->ended, &p->ready, err)) return false;
@@ -483,6 +484,7 @@ bool generate_turns(Backend* backend, const Tokenizer* tok, const Options* o, Pr
     while (ok) {
         if (isatty(fileno(in))) fprintf(stderr, "> ");
         ssize_t n = getline(&line, &room, in);
+        if (n < 0 && ferror(in)) ok = fail(err, "standard input cannot be read: %s", strerror(errno));
         if (n < 0) break;
         while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) n--;
         Prompt turn = prompt_open(tok, line, NULL);

@@ -76,7 +76,8 @@ int convert_main(Settings* s) {
     Error err;
     char dir[4096];
     const Options* o = &s->o;
-    if (settings_origin(s, "out") != FROM_USER) die("--out DIR is missing: the new directory for the model");
+    if (settings_origin(s, "out") != FROM_USER || !o->out[0])
+        die("--out DIR is missing: the new directory for the model");
     model_open(&m, &tok, s, dir);
     int dialect = strcmp(o->dialect, "hf") == 0 ? DIALECT_HF : DIALECT_MAMBA;
     int dtype = strcmp(o->dtype, "f32") == 0 ? ST_F32 : strcmp(o->dtype, "f16") == 0 ? ST_F16 : ST_BF16;

@@ -29,6 +29,13 @@ void warn(const char* format, ...) {
     va_end(args);
 }
 
+// printed: the exit code of a word whose result is what it printed
+static int printed(int code) {
+    if (code == 0 && (fflush(stdout) != 0 || ferror(stdout)))
+        die("standard output cannot be written: %s", strerror(errno));
+    return code;
+}
+
 // Error: what a reader of outside data reports. Readers return false and leave one line here; the caller
 // decides whether to die, to warn, or (in the tests) to compare the words.
 typedef struct { char text[4096]; } Error;
@@ -115,7 +122,6 @@ static void catch_signals(bool pipe) {
         if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler == SIG_IGN) continue;      // nohup
         sigaction(numbers[i], &action, NULL);
     }
-    signal(SIGXFSZ, SIG_IGN);                  // a file size limit becomes an ordinary write error
 }
 
 static void set_threads(int64_t threads) {

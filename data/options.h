@@ -388,6 +388,10 @@ bool options_parse(Settings* s, int argc, char** argv, int origin, Error* err) {
             if (i >= 0 && (options[i].type == 'b' || options[i].type == 'm')) value = "off";
             else i = -1;
         }
+#ifndef __CUDACC__
+        if (strcmp(name, "device") == 0 || strcmp(name, "precision") == 0 || strcmp(name, "check") == 0)
+            return fail(err, "--%s is an option of train_mambacu, the program for GPUs: make cuda", name);
+#endif
         if (i < 0) {
             const char* near = nearest_option(name, s->word);
             if (near)

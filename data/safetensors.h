@@ -853,7 +853,7 @@ static bool replace_link(const char* out, const char* name, const char* target, 
 bool checkpoint_make_dir(const char* out, Error* err) {
     char path[4096], moved[4100];
     if (!out[0] || strlen(out) > 3800)
-        return fail_line(err, "the output directory's name is empty or too long");
+        return fail_line(err, "--out: the name of the directory is empty or too long");
     snprintf(path, sizeof path, "%s", out);
     for (char* p = path + 1;; p++) {
         char c = *p;
@@ -913,8 +913,8 @@ bool checkpoint_probe(const char* out, uint64_t bytes_needed, Error* err) {
     if (statvfs(out, &fs) == 0) {
         double free_bytes = (double)fs.f_bavail * (double)fs.f_frsize;
         if (free_bytes < 2.0 * (double)bytes_needed)
-            return fail_line(err, "%s: two checkpoints need %.1f GiB, %.1f GiB free; choose another --out",
-                             out, 2.0 * (double)bytes_needed / 0x1p30, free_bytes / 0x1p30);
+            return fail_line(err, "%s: two checkpoints need %.1f MiB, %.1f MiB free; choose another --out",
+                             out, 2.0 * (double)bytes_needed / 0x1p20, free_bytes / 0x1p20);
     }
     return true;
 }

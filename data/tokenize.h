@@ -155,7 +155,6 @@ int tokenize_main(Settings* s) {
     char dir[4096], parent[4096], **files;
     int n_names, n_files;
     setvbuf(stdout, NULL, _IOLBF, 0);
-    signal(SIGXFSZ, SIG_IGN);            // a file size limit becomes an ordinary write error
     if (!o->tokenizer[0]) die("tokenize needs --tokenizer, a tokenizer.json or the directory that holds one");
     if (!o->data[0]) die("tokenize needs --data, text or .jsonl files");
     if (settings_origin(s, "out") == FROM_DEFAULT || !o->out[0])

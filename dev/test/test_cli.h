@@ -310,6 +310,9 @@ const CliRow cli_options[] = {
     {NEW "--d-state 257", NULL, 1, "--d-state"}, {"--d-model 0", NULL, 1, "--d-model"},
     {"--n-layer 10001", NULL, 1, "--n-layer"}, {NEW "--dt-rank -1", NULL, 1, "--dt-rank"},
     {"generate --from run --prompt a --prompt-file a.txt", NULL, 1, "only one"},
+    {"generate --from run --prompt -", "run", 1, "the prompt cannot be read"},
+    {"generate --from run --interactive", "run", 1, "standard input cannot be read"},
+    {TOY "--out \"\" --steps 1", NULL, 1, "--out"}, {"convert --from run --out \"\"", NULL, 1, "--out"},
     {"generate --from run --dtype f16", NULL, 1, "f32 or bf16"},
     {"generate --from nowhere", NULL, 1, "nowhere"}, {"generate --from run --top-p 1.1", NULL, 1, "--top-p"},
     {"generate --from run --top-k -1", NULL, 1, "--top-k"},
@@ -592,7 +595,18 @@ void scratch_directories(void) {
                   large[i], &f);
         cli_shell("rm -rf fresh", "", "");
     }
-    cli_group("directories and memory", 17);
+    static const char* const limited[] = {"convert --from run --out fresh/limited",
+                                          "--d-model 64 --data a.txt --out fresh --steps 1 --max-tokens 0"};
+    for (int i = 0; i < 2; i++) {                        // a file size limit is an error, not a signal
+        char command[10000];
+        snprintf(command, sizeof command, "cd %s && (ulimit -f 8; %s %s > out.txt 2> err.txt; test $? = 1)",
+                 scratch_dir, cli_program, limited[i]);
+        ok = system(command) == 0;
+        f.err = cli_read("err.txt", &f.err_size);
+        cli_check(ok && strstr(f.err, "File too large") && !cli_exists("fresh/limited"), limited[i], &f);
+        cli_shell("rm -rf fresh", "", "");
+    }
+    cli_group("directories and memory", 19);
 }
 
 // What is printed, and where to. Catches: text in a file of another descriptor, half characters, a locale.
@@ -615,6 +629,12 @@ void cli_output(void) {
     f = cli_wait(cli_start(&l), 2);
     cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "No space"),
               "generate into /dev/full: a line, at once", &f);
+    const char* const results[] = {"info --from run", "--help", "eval --from run --data a.txt --seq-len 16"};
+    for (int i = 0; i < 3; i++) {
+        l.args = results[i];
+        f = cli_wait(cli_start(&l), 2);
+        cli_check(f.code == 1 && cli_one_line(&f) && strstr(f.err, "No space"), results[i], &f);
+    }
     l.args = NEW "--steps 20 --sample-every 5";
     f = cli_wait(cli_start(&l), 2);
     cli_check(cli_exists("fresh/step_00000020"), "train into /dev/full: trains and saves", &f);
@@ -672,7 +692,7 @@ void cli_output(void) {
     bool all_read = f.code == 0 && strstr(f.err, SANITIZED ? "prompt: 1000000 t" : "prompt: 10000000 t");
     cli_check(all_read && (SANITIZED || f.peak_kib < little.peak_kib + 1024),
               "10 MB on stdin in constant memory", &f);
-    cli_group("output: streams, locales, UTF-8", 14);
+    cli_group("output: streams, locales, UTF-8", 17);
 }
 
 void test_cli(void) {

@@ -1045,7 +1045,7 @@ static void test_checkpoints(void) {
     CHECK(checkpoint_probe(out, 1000, &err));
     CHECK(checkpoint_probe(out, 1000, &err));
     CHECK(!checkpoint_probe(out, 1ull << 62, &err) &&
-          one_line(err.text, "two checkpoints need 8589934592.0 GiB"));
+          one_line(err.text, "two checkpoints need 8796093022208.0 MiB"));
     CHECK(resolves_to(out, "holds neither", ""));
     CHECK(save_step(out, 100, "100", &err) && resolves_to(out, "/step_00000100", "100"));
     CHECK(save_step(out, 200, "200", &err) && resolves_to(out, "/step_00000200", "200"));
