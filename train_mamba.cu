@@ -7710,7 +7710,7 @@ typedef struct {
 enum { DECODE_SSD_WARPS = 4, DECODE_SSD_ROWS = 2 };
 
 template <int LANES, int VECS>
-__global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP)
+__global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP, 16 / VECS)
 decode_ssd_kernel(const DecodeSsd a) {
     enum { ROWS = DECODE_SSD_ROWS, N = 4 * LANES * VECS };
     __shared__ float part[DECODE_SSD_WARPS];
@@ -7726,11 +7726,18 @@ decode_ssd_kernel(const DecodeSsd a) {
         #pragma unroll
         for (int r = 0; r < ROWS; r++) state[v][r] = __ldcs((const float4*)(h + r * N + v * 4 * LANES));
     }
+    // all of this is written by no kernel of this token
     const float bias = a.dt_bias[head], rate = scan_decay(a.A_log[head]);
+    float D[ROWS], weight[ROWS];
+    #pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        D[r] = a.Dskip[a.D_has_hdim ? e + r : head];
+        weight[r] = a.norm ? a.norm[e + r] : 1.0f;
+    }
     const bf16 *B_n = a.Bt + n * a.ldx + head * a.G / a.H * N + s0, *C_n = B_n + (a.Ct - a.Bt);
     wait_before();
     float x[ROWS], z[ROWS], y[ROWS] = {}, square = 0;
-    float dt = scan_softplus(to_float(a.dt_raw[n * a.ldz + head]) + bias);
+    float dt = scan_softplus_fast((to_float(a.dt_raw[n * a.ldz + head]) + bias) * SCAN_LOG2E);
     unpack<ROWS>(x, load_pack<ROWS>(a.x + n * a.ldx + e));
     unpack<ROWS>(z, load_pack<ROWS>(a.z + n * a.ldz + e));
     dt = dt < a.dt_low ? a.dt_low : dt > a.dt_high ? a.dt_high : dt;       // NaN stays NaN
@@ -7759,16 +7766,17 @@ decode_ssd_kernel(const DecodeSsd a) {
     if (own && s0 == 0) {
         #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            y[r] = fmaf(a.Dskip[a.D_has_hdim ? e + r : head], x[r], y[r]);
+            y[r] = fmaf(D[r], x[r], y[r]);
             if (!a.gate) continue;
             float gated = y[r] * silu_cuda(z[r]), normed = a.norm_first ? y[r] : gated;
             square = fmaf(normed, normed, square);
-            y[r] = a.norm ? gated * a.norm[e + r] : gated;
+            y[r] = gated * weight[r];
         }
         store_pack<ROWS>(a.out + n * a.ldo + e, y);
     }
     if (!a.squares) return;
-    square = warp_sum(square);
+    #pragma unroll
+    for (int step = LANES; step < WARP; step *= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
     if (lane == 0) part[w] = square;
     __syncthreads();
     if (threadIdx.x > 0) return;
