@@ -6284,13 +6284,13 @@ __global__ void gated_rmsnorm_backward_general_kernel(X* dy, X* dz, size_t lddz,
 
 // the blocks of the backward: as many as fit on a chip of 132 SMs at a time, 1024 threads per SM. 16384 tokens
 // on an H200: 768 channels 0.046 ms (with half as many blocks 0.061), 1536 channels 0.085 ms.
-static inline size_t gated_blocks(size_t M, size_t S) {
-    const unsigned threads = gated_threads(S) ? gated_threads(S) : 256;
-    return min_size(M, 132 * (GATED_THREADS / threads));
+static inline size_t gated_blocks(size_t M, size_t E, size_t S) {
+    const size_t threads = gated_threads(S) ? gated_threads(S) : 256, groups = E / S;
+    return min_size(M, 132 * max_size(GATED_THREADS / (threads * groups), 1));
 }
 
 // the scratch of gated_rmsnorm_backward_cuda, in floats
-size_t gated_rmsnorm_scratch_cuda(size_t M, size_t E, size_t S) { return gated_blocks(M, S) * E; }
+size_t gated_rmsnorm_scratch_cuda(size_t M, size_t E, size_t S) { return gated_blocks(M, E, S) * E; }
 
 template <typename X>
 const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* dweight,
@@ -6298,7 +6298,7 @@ const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_
                                         const float* weight, const float* rstd, float* scratch, size_t M,
                                         size_t E, size_t S, bool norm_first, cudaStream_t stream,
                                         SumList* later = NULL) {
-    const size_t pack = GATED_PACK * sizeof(X), blocks = gated_blocks(M, S);
+    const size_t pack = GATED_PACK * sizeof(X), blocks = gated_blocks(M, E, S);
     const unsigned threads = gated_threads(S);
     const dim3 grid((unsigned)blocks, (unsigned)(E / S));
     const char* name = "gated_rmsnorm_backward_kernel";

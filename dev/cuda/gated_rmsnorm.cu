@@ -122,7 +122,7 @@ static void backward1(void) {
 
 // v2: gated_blocks() blocks walk through the rows and leave partial sums, added in order by a second kernel
 static void backward2(void) {
-    size_t blocks = gated_blocks(M, E);
+    size_t blocks = gated_blocks(M, E, E);
     gated_rmsnorm_backward_general_kernel<<<(unsigned)blocks, 256>>>(
         dy, dz, LD, again, E, scratch, dout, E, y, z, LD, weight, rstd, M, E, E, false);
     sum_parts_cuda(dweight, NULL, scratch, blocks, E, 0, E, 0);
