@@ -3597,7 +3597,10 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
         #pragma unroll 1
         for (int r = w; a.squares && r < rows; r += DECODE_WARPS) {
             float square = 0;
-            for (int i = lane; i < a.parts; i += WARP) square += a.squares[r * a.parts + i];
+            for (int i = lane; i < a.parts; i += 8 * WARP)               // eight loads at once
+                #pragma unroll
+                for (int j = 0; j < 8; j++)
+                    square += i + j * WARP < a.parts ? a.squares[r * a.parts + i + j * WARP] : 0.0f;
             square = warp_sum(square);
             if (lane == 0) squares[r] = gated_rstd(square, (float)K, a.eps);
         }
@@ -6126,6 +6129,7 @@ gated_rmsnorm_forward_kernel(X* out, size_t ldo, float* rstd, const X* y, const 
     const size_t m = blockIdx.x, e = (size_t)blockIdx.y * S + threadIdx.x * GATED_PACK;
     const bool own = (int)threadIdx.x * GATED_PACK < S;
     Pack<X, GATED_PACK> y_m = {}, z_m = {};
+    wait_before();
     if (own) {
         y_m = load_pack<GATED_PACK>(y + m * E + e);
         z_m = load_pack<GATED_PACK>(z + m * ldz + e);
@@ -6181,9 +6185,8 @@ const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X*
     const unsigned threads = gated_threads(S), groups = (unsigned)(E / S);
     if (threads && is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(y, pack, E * sizeof(X)) &&
         is_aligned(z, pack, ldz * sizeof(X)) && is_aligned(weight, GATED_PACK * 4, 0)) {
-        gated_rmsnorm_forward_kernel<<<dim3((unsigned)M, groups), threads, 0, stream>>>(
-            out, ldo, rstd, y, z, ldz, weight, E, (int)S, eps, norm_first);
-        cudaCheck(cudaGetLastError());
+        launch_early(gated_rmsnorm_forward_kernel<X>, dim3((unsigned)M, groups), threads, 0, stream, out, ldo,
+                     rstd, y, z, ldz, weight, E, (int)S, eps, norm_first);
         return "gated_rmsnorm_forward_kernel";
     }
     gated_rmsnorm_forward_general_kernel<<<dim3((unsigned)M, groups), 256, 0, stream>>>(
