@@ -432,7 +432,8 @@ template <int BYTES> __device__ __forceinline__ void copy_async(void* shared, co
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copy_async_wait(int groups) {
-    if (groups == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
+    if (groups == 4) asm volatile("cp.async.wait_group 4;" ::: "memory");
+    else if (groups == 3) asm volatile("cp.async.wait_group 3;" ::: "memory");
     else if (groups == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
     else if (groups == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
     else asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -1146,7 +1147,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // A thread owns W neighbouring channels and a run of up to `steps` tokens of one sequence. It walks through
 // the run with the inputs of the last TAPS tokens in registers (the window), so that each is loaded once and
 // not K times; only the few inputs before a run are loaded by two threads. A block is 32 threads along the
-// channels times CONV_ROWS runs, counted through all sequences; blockIdx is (channels, runs).
+// channels times CONV_ROWS runs; blockIdx is (channels, runs, sequence).
 // The tokens go in groups of TAPS: while one is computed, the next are on their way into shared memory (the
 // ring). Nearly all groups are plain: whole, of the run, of one document. In the others the tokens are taken
 // one by one, and everything is asked for each.
@@ -1156,8 +1157,7 @@ const char* rmsnorm_backward_cuda(float* dres, X* dres_x, X* u, float* dweight, 
 // weight 0.
 enum { CONV_ROWS = 4, CONV_THREADS = WARP * CONV_ROWS };
 enum { CONV_FORWARD_RING = 3, CONV_BACKWARD_RING = 2 };        // groups
-enum { CONV_STEPS = 128 };                                     // the longest run
-enum { CONV_FORWARD_BLOCKS = 6, CONV_BACKWARD_BLOCKS = 4 };    // that an SM runs at a time
+enum { CONV_FORWARD_STEPS = 32, CONV_BACKWARD_STEPS = 128 };   // the longest runs
 
 // ConvGroup: the tokens of a group, each thread with a column of its own. A pack is one word: four bf16 that
 // wait as separate numbers would be loaded as separate numbers, and take a register each.
@@ -1258,7 +1258,7 @@ __device__ __forceinline__ void conv_sum(float* c, const ConvWindow<W, TAPS>& wi
 
 // conv_begins: bit j of begins[g]: a document begins at token j of group g, which is token t + g TAPS + j of
 // the sequence.   Called by whole warps
-typedef unsigned char ConvBegins[CONV_STEPS / 4 + 2];
+typedef unsigned char ConvBegins[CONV_BACKWARD_STEPS / 4 + 2];
 
 template <int TAPS>
 __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b, int t, int end) {
@@ -1271,14 +1271,6 @@ __device__ __forceinline__ void conv_begins(ConvBegins begins, const int* doc_b,
         begins[g] = (unsigned char)bits;
     }
     __syncwarp();
-}
-
-// conv_run: the run of this warp: `own` tokens (returned) of sequence b from t0 on
-__device__ __forceinline__ int conv_run(size_t* b, int* t0, int B, int T, int steps) {
-    const int run = (int)(blockIdx.y * CONV_ROWS + threadIdx.y), runs = (T + steps - 1) / steps;
-    *b = (size_t)(run / runs);
-    *t0 = run % runs * steps;
-    return run < B * runs ? min(steps, T - *t0) : 0;
 }
 
 template <bool SILU, int W, int TAPS, typename X>
@@ -1299,12 +1291,12 @@ __device__ __forceinline__ void conv_forward_token(X* out, const ConvWindow<W, T
 template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 6)
 causal_conv1d_forward_kernel(X* out, const X* inp, size_t ldi, const float* tail0, const float* weight,
-                             const float* bias, const int* doc, int B, int T, size_t E, int K, int steps) {
+                             const float* bias, const int* doc, int T, size_t E, int K, int steps) {
     __shared__ ConvGroup<X, W, TAPS> ring[CONV_FORWARD_RING];
     __shared__ ConvBegins begins[CONV_ROWS];
-    size_t b, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
-    int t0, own = conv_run(&b, &t0, B, T, steps);
-    if (doc && own > 0) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
+    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
+    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
+    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - TAPS, t0 + own);
     if (own <= 0 || e >= E) return;
     int i = t0 > 0 ? -TAPS : 0;                  // the group: tokens t0+i ...; the first one fills the window
     inp += (b * T + t0 + i) * ldi + e;
@@ -1361,28 +1353,26 @@ __global__ void causal_conv1d_tail_kernel(float* tailT, const X* inp, size_t ldi
     }
 }
 
-// conv_steps: the length of a run, a multiple of 4. Long runs repeat less work at their borders. But the
-// blocks that the chip (132 SMs) runs at a time take equally long: so there are as many runs as fill it, once
-// or more often.
-int conv_steps(size_t B, size_t T, size_t E, size_t blocks_per_sm) {
-    const size_t tiles = (E + 127) / 128, slots = 132 * blocks_per_sm;
-    const size_t least = (T + CONV_STEPS - 1) / CONV_STEPS;
-    const size_t fills = (tiles * ((B * least + CONV_ROWS - 1) / CONV_ROWS) + slots - 1) / slots;
-    const size_t runs = max_size(fills * slots / tiles * CONV_ROWS / B, max_size(least, 1));
-    return (int)max_size(((T + runs - 1) / runs + 3) / 4 * 4, 16);
+// conv_steps: the length of a run. Long runs repeat less work at their borders, but there must be enough of
+// them for the whole chip: at least 1536 warps of 128 channels (384 blocks), down to 16 tokens each.
+int conv_steps(size_t B, size_t T, size_t E, int longest) {
+    size_t tiles = (E + 127) / 128, steps = (size_t)longest;
+    while (steps > 16 && B * ((T + steps - 1) / steps) * tiles < 1536) steps /= 2;
+    return (int)steps;
 }
 
 // the grid, with W channels per thread
 dim3 conv_grid(size_t B, size_t T, size_t E, int steps, size_t W) {
-    const size_t runs = B * ((T + (size_t)steps - 1) / (size_t)steps);
-    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((runs + CONV_ROWS - 1) / CONV_ROWS));
+    size_t block = (size_t)steps * CONV_ROWS;
+    return dim3((unsigned)((E + WARP * W - 1) / (WARP * W)), (unsigned)((T + block - 1) / block),
+                (unsigned)B);
 }
 
 template <typename X>
 const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_t ldi, const float* tail0,
                                        const float* weight, const float* bias, bool silu, const int* doc,
                                        size_t B, size_t T, size_t E, size_t K, cudaStream_t stream) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_BLOCKS);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_FORWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(out, 8, E * sizeof(X)) &&
                 is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
@@ -1390,8 +1380,7 @@ const char* causal_conv1d_forward_cuda(X* out, float* tailT, const X* inp, size_
                               : causal_conv1d_forward_kernel<X, W, 4, false>
                        : silu ? causal_conv1d_forward_kernel<X, 1, 8, true>
                               : causal_conv1d_forward_kernel<X, 1, 8, false>;
-    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)B, (int)T, E, (int)K,
-                                       steps);
+    kernel<<<grid, block, 0, stream>>>(out, inp, ldi, tail0, weight, bias, doc, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
     if (tailT && K > 1) {
         causal_conv1d_tail_kernel<<<(unsigned)((B * E + 255) / 256), 256, 0, stream>>>(tailT, inp, ldi, tail0,
@@ -1481,18 +1470,17 @@ template <typename X, int W, int TAPS, bool SILU>
 __global__ void __launch_bounds__(CONV_THREADS, 3)
 causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts, const X* dout,
                               const float* dtailT, const X* inp, size_t ldi, const float* tail0,
-                              const float* weight, const float* bias, const int* doc, int B, int T, size_t E,
-                              int K, int steps) {
+                              const float* weight, const float* bias, const int* doc, int T, size_t E, int K,
+                              int steps) {
     __shared__ union {
         ConvGroup<X, W, TAPS> ring[CONV_BACKWARD_RING][2];                  // inp, dout
         float sums[CONV_ROWS][TAPS + 1][WARP * W];
     } shared;
     __shared__ ConvBegins begins[CONV_ROWS];
-    size_t b, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W;
-    int t0, own = conv_run(&b, &t0, B, T, steps);
-    const size_t tail = b * (K - 1) * E + e;
+    size_t b = blockIdx.z, e = ((size_t)blockIdx.x * WARP + threadIdx.x) * W, tail = b * (K - 1) * E + e;
+    int t0 = (int)(blockIdx.y * CONV_ROWS + threadIdx.y) * steps, own = T - t0 < steps ? T - t0 : steps;
     ConvGradient<W, TAPS> grad = {};
-    if (doc && own > 0) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
+    if (doc) conv_begins<TAPS>(begins[threadIdx.y], doc + b * T, t0 - 2 * TAPS, t0 + own);
     if (own > 0 && e < E) {
         ConvRows<X> rows = {dinp + (b * T + t0) * lddi + e, lddi, dtail0 ? dtail0 + tail : NULL,
                             tail0 != NULL, t0};
@@ -1573,7 +1561,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
             shared.sums[threadIdx.y][k][threadIdx.x * W + j] = k < TAPS ? grad.dw[k % TAPS][j] : grad.db[j];
     }
     __syncthreads();
-    float* part = parts + (size_t)blockIdx.y * (size_t)(K + 1) * E;
+    float* part = parts + ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * (size_t)(K + 1) * E;
     for (int i = (int)(threadIdx.y * WARP + threadIdx.x); i < (TAPS + 1) * WARP * W; i += CONV_THREADS) {
         int k = i / (WARP * W), j = i % (WARP * W), tap = k - (TAPS - K);
         size_t e_j = (size_t)blockIdx.x * WARP * W + j;
@@ -1587,7 +1575,7 @@ causal_conv1d_backward_kernel(X* dinp, size_t lddi, float* dtail0, float* parts,
 
 // the scratch of causal_conv1d_backward_cuda, in floats
 size_t causal_conv1d_scratch_cuda(size_t B, size_t T, size_t E, size_t K) {
-    return conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_BLOCKS), 1).y * (K + 1) * E;
+    return B * conv_grid(B, T, E, conv_steps(B, T, E, CONV_BACKWARD_STEPS), 1).y * (K + 1) * E;
 }
 
 template <typename X>
@@ -1596,7 +1584,7 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                                         const float* tail0, const float* weight, const float* bias, bool silu,
                                         const int* doc, float* scratch, size_t B, size_t T, size_t E,
                                         size_t K, cudaStream_t stream, SumList* later = NULL) {
-    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_BLOCKS);
+    const int W = 8 / sizeof(X), steps = conv_steps(B, T, E, CONV_BACKWARD_STEPS);
     bool fast = K == 4 && is_aligned(inp, 8, ldi * sizeof(X)) && is_aligned(dinp, 8, lddi * sizeof(X)) &&
                 is_aligned(dout, 8, E * sizeof(X)) && is_aligned(weight, 16, 16);
     dim3 grid = conv_grid(B, T, E, steps, fast ? W : 1), block(WARP, CONV_ROWS);
@@ -1605,9 +1593,9 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
                        : silu ? causal_conv1d_backward_kernel<X, 1, 8, true>
                               : causal_conv1d_backward_kernel<X, 1, 8, false>;
     kernel<<<grid, block, 0, stream>>>(dinp, lddi, dtail0, scratch, dout, dtailT, inp, ldi, tail0, weight,
-                                       bias, doc, (int)B, (int)T, E, (int)K, steps);
+                                       bias, doc, (int)T, E, (int)K, steps);
     cudaCheck(cudaGetLastError());
-    sum_parts_cuda(dweight, dbias, scratch, grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream, later);
+    sum_parts_cuda(dweight, dbias, scratch, B * grid.y, K * E, dbias ? E : 0, (K + 1) * E, stream, later);
     return fast ? "causal_conv1d_backward_kernel<4>" : "causal_conv1d_backward_kernel<8>";
 }
 
@@ -3380,21 +3368,27 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // 4.10 Decoding: one token of each of a few sequences
 //
 // With one token per sequence every weight is read to be used a few times: the time of a token is the time of
-// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus what lies between the kernels, about
-// 2.5 us for each. So a Mamba-1 layer is four kernels:
-//   norm + W_in + conv | W_x | W_dt + state + gate | W_out
-// (a whole token as one kernel with barriers between the blocks was no faster).
+// reading the weights (bf16: 61 us for 130M parameters at 4.3 TB/s) plus that of a chain of short kernels, in
+// which each waits for the one before. So a Mamba-1 layer is three kernels:
+//   norm + W_in + conv + each block's share of W_x | sum of the shares + W_dt + state + gate | W_out
+// (with more than 8 sequences the shares are too many, and W_x is a kernel of its own), and each starts early
+// (launch_early): its weights are in shared memory when the results of the kernel before arrive, 0.4 us after
+// the end of that one (0.7 us without). mamba-130m on one H200, us per token of one sequence: 429 with four
+// kernels that start late, 344 early, 303 with three, 242 with loads that are all under way at once.
+// (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
 // With more sequences than DECODE_FEW the matmuls are work for cuBLASLt, and norm and convolution kernels of
-// their own. Measured with mamba-130m on one H200, us per token of all sequences, these kernels or cuBLASLt:
-// 16 sequences 561 or 728, 32: 925 or 789, 64: 1170 or 849.
+// their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 242, 8: 347, 16: 580.
 
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
+enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
 
-// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows
+// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows, K a multiple of 32
 //   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in:
 //   other blocks still read it); or with `squares` act that lacks the factor of its norm: squares
 //   (rows,parts) are parts of the sum of the squares of a row. With conv_weight E outputs from conv_first on
-//   go through the causal convolution and SiLU; conv_state (rows,taps-1,E) holds its last inputs.
+//   go through the causal convolution (at most DECODE_TAPS taps) and SiLU; conv_state (rows,taps-1,E) holds
+//   its last inputs. With second_weight (conv_first 0) each block multiplies those of the E that it has made
+//   with another matrix; the sum of second_parts is the product.
 typedef struct {
     const bf16* weight;                // (O,K)
     const float* bias;                 // (O) or NULL
@@ -3416,143 +3410,407 @@ typedef struct {
     size_t E, conv_first;
     const float* squares;
     int parts;
+    const bf16* second_weight;         // (second_O,E)
+    float* second_parts;               // (decode_parts(O,E),rows,decode_padded(second_O))
+    size_t second_O;
 } DecodeLinear;
 
 __device__ __forceinline__ float gated_rstd(float sum, float S, float eps);        // 4.13
 
-// decode_linear: a block makes 16 outputs of all sequences, its eight warps share the sum over k: warp w
-// takes the chunks w, w + 8, ... of 32. The tensor core multiplies weights (16 outputs x 16 k) with inputs
-// (16 k x 8 sequences). The order of k within a chunk does not matter as long as both sides have the same, so
-// lane (g, q) simply takes k = 8q..8q+7 of its row, 16 bytes, for two multiplications.
-// TILES: groups of 8 sequences.   bytes: 2 per weight
-template <int TILES, bool NORM>
-__global__ void __launch_bounds__(DECODE_WARPS * WARP)
-decode_linear_kernel(const DecodeLinear a) {
+static inline size_t decode_padded(size_t O) { return (O + 7) / 8 * 8; }
+
+// decode_each: outputs of a block, a multiple of 8: as many blocks as the GPU has multiprocessors, or fewer
+static size_t decode_each(size_t O) {
+    int sms = 1;
+    cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
+    return ((O + 7) / 8 + (size_t)sms - 1) / (size_t)sms * 8;
+}
+// decode_parts: how many blocks make the first E of O outputs
+static size_t decode_parts(size_t O, size_t E) { return (E + decode_each(O) - 1) / decode_each(O); }
+
+// DecodeShared: what a block keeps in shared memory, as byte offsets
+typedef struct {
+    int each, ld;                      // outputs of the block; row stride of the inputs (at 0)
+    int slots;                         // of the ring of a warp
+    int pieces, ld_x;                  // second product: pieces of 32 of its inputs; their row stride
+    int part, squares, ring, second, x, bytes;
+} DecodeShared;
+
+static DecodeShared decode_shared(const DecodeLinear& a) {
+    DecodeShared s = {};
+    int K = (int)a.K, stages = (K / 32 + DECODE_WARPS - 1) / DECODE_WARPS;
+    s.each = (int)decode_each(a.O);
+    s.ld = (K + 63) / 64 * 64 + 32;                          // rows begin 16 banks apart
+    s.slots = s.each / 8 * ((stages + 3) / 4);
+    if (s.slots > DECODE_STAGES) s.slots = DECODE_STAGES;
+    if (a.second_weight) s.pieces = (s.each + 31) / 32;
+    s.ld_x = 32 * s.pieces + 8;
+    int second_units = (int)(decode_padded(a.second_O) / 8 + DECODE_WARPS - 1) / DECODE_WARPS;
+    s.part = a.rows * s.ld * (int)sizeof(bf16);
+    s.squares = s.part + 2 * DECODE_WARPS * 256 * (int)sizeof(float);
+    s.ring = s.squares + DECODE_WARPS * DECODE_FEW * (int)sizeof(float);
+    s.second = s.ring + DECODE_WARPS * s.slots * DECODE_STAGE;
+    s.x = s.second + DECODE_WARPS * second_units * s.pieces * 512;
+    s.bytes = s.x + (a.second_weight ? a.rows * s.ld_x * (int)sizeof(bf16) : 0);
+    return s;
+}
+
+// decode_linear_fits: whether decode_linear is for these sizes on this GPU
+static bool decode_linear_fits(const DecodeLinear& a) {
+    int most = 0;
+    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    return a.rows <= DECODE_FEW && a.K % 32 == 0 && a.taps <= DECODE_TAPS && decode_shared(a).bytes <= most;
+}
+
+// decode_linear: a block makes s.each outputs of all sequences, 8 at a time; its eight warps share the sum
+// over k: each takes a range of it, in pieces of 32. The tensor core multiplies inputs (16 sequences x 16 k)
+// with weights (16 k x 8 outputs). The order of k within a piece does not matter as long as both sides have
+// the same, so lane (g, q) simply takes k = 8q..8q+7 of row g, 16 bytes, for two multiplications.
+// The weights go through a ring in shared memory: a stage is four pieces of a warp, and each lane copies just
+// what it will multiply itself, so that there is nothing to wait for but its own copies. They are under way
+// before the results of the kernel before are there (launch_early).
+// MANY: more than 8 sequences.   bytes: 2 per weight
+template <bool NORM, bool MANY>
+__global__ void __launch_bounds__(DECODE_WARPS * WARP, 2)
+decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
     extern __shared__ __align__(128) char shared[];
-    bf16* normalized = (bf16*)shared;                        // NORM: (8, K + 32)
-    __shared__ float part[DECODE_WARPS][TILES][4 * WARP], squares[DECODE_WARPS][8], row_rstd[8 * TILES];
-    const int AHEAD = 6;                                     // chunks of weights in registers
-    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
-    const size_t o0 = (size_t)blockIdx.x * 16, K = a.K, ld_norm = K + 32;
-    const int chunks = (int)(K / 32);
-    size_t o_low = o0 + g < a.O ? o0 + g : a.O - 1, o_high = o0 + g + 8 < a.O ? o0 + g + 8 : a.O - 1;
-    const bf16 *low = a.weight + o_low * K + 8 * q, *high = a.weight + o_high * K + 8 * q;
-    uint4 w_low[AHEAD], w_high[AHEAD];
-    #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        int c = w + i * DECODE_WARPS;
-        if (c >= chunks) break;
-        w_low[i] = __ldg((const uint4*)(low + 32 * c));
-        w_high[i] = __ldg((const uint4*)(high + 32 * c));
-    }
-    if (NORM) {
-        // every block does it again, for at most 8 rows; 1/rms is a factor of the whole row and comes last
-        for (int n = 0; n < a.rows; n++) {
-            float sum = 0;
-            for (size_t k = 2 * threadIdx.x; k < K; k += 2 * DECODE_WARPS * WARP) {
-                float2 x = *(const float2*)(a.res_in + n * K + k), scale = *(const float2*)(a.norm + k);
-                if (a.delta) {
-                    Pack<bf16, 2> add = load_pack<2>(a.delta + n * K + k);
-                    x.x += to_float(add.v[0]);
-                    x.y += to_float(add.v[1]);
-                }
-                if (blockIdx.x == 0) *(float2*)(a.res_out + n * K + k) = x;
-                sum += x.x * x.x + x.y * x.y;
-                *(uint32_t*)(normalized + n * ld_norm + k) = scan_pack(x.x * scale.x, x.y * scale.y);
-            }
-            sum = warp_sum(sum);
-            if (lane == 0) squares[w][n] = sum;
-        }
-        __syncthreads();
-    }
-    // the inputs of the sequence that this lane loads in each tile; beyond the last one the last again, what
-    // comes of it is not stored
-    const bf16* input[TILES];
-    #pragma unroll
-    for (int t = 0; t < TILES; t++) {
-        int n = 8 * t + g < a.rows ? 8 * t + g : a.rows - 1;
-        input[t] = (NORM ? normalized + n * ld_norm : a.act + n * a.ld_act) + 8 * q;
-    }
-    float acc[TILES][4] = {};
-    uint4 v[TILES], v_next[TILES];
-    #pragma unroll
-    for (int t = 0; t < TILES; t++) if (w < chunks) v[t] = *(const uint4*)(input[t] + 32 * w);
-    for (int n = w; a.squares && n < a.rows; n += DECODE_WARPS) {
-        float square = 0;
-        for (int i = lane; i < a.parts; i += WARP) square += a.squares[(size_t)n * a.parts + i];
-        square = warp_sum(square);
-        if (lane == 0) row_rstd[n] = gated_rstd(square, (float)K, a.eps);
-    }
-    for (int c0 = w; c0 < chunks; c0 += AHEAD * DECODE_WARPS) {
-        #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int c = c0 + i * DECODE_WARPS, next = c + AHEAD * DECODE_WARPS;
-            if (c >= chunks) break;
+    allow_next();
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP, g = lane >> 2, q = lane & 3;
+    const int K = (int)a.K, rows = a.rows, ld = s.ld;
+    const int o_begin = blockIdx.x * s.each, o_end = min(o_begin + s.each, (int)a.O);
+    const int c0 = K / 32 * w / DECODE_WARPS, c1 = K / 32 * (w + 1) / DECODE_WARPS;
+    bf16* inputs = (bf16*)shared;                            // (rows,ld)
+    float *part = (float*)(shared + s.part), *squares = (float*)(shared + s.squares);
+    char* ring = shared + s.ring + w * s.slots * DECODE_STAGE + lane * 16;
+
+    int next_o = o_begin, next_c = c0, next_slot = 0;
+    auto fetch = [&]() {
+        if (next_o < o_end && c0 < c1) {
+            size_t o = next_o + g < o_end ? next_o + g : o_end - 1;          // its sums are not used
+            const bf16* from = a.weight + o * a.K + 32 * next_c + 8 * q;
+            char* to = ring + next_slot * DECODE_STAGE;
             #pragma unroll
-            for (int t = 0; t < TILES; t++)
-                if (c + DECODE_WARPS < chunks)
-                    v_next[t] = *(const uint4*)(input[t] + 32 * (c + DECODE_WARPS));
-            const uint32_t first[4] = {w_low[i].x, w_high[i].x, w_low[i].y, w_high[i].y},
-                           second[4] = {w_low[i].z, w_high[i].z, w_low[i].w, w_high[i].w};
-            #pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                scan_mma_bf16(acc[t], first, v[t].x, v[t].y);
-                scan_mma_bf16(acc[t], second, v[t].z, v[t].w);
-                v[t] = v_next[t];
-            }
-            if (next < chunks) {
-                w_low[i] = __ldg((const uint4*)(low + 32 * next));
-                w_high[i] = __ldg((const uint4*)(high + 32 * next));
-            }
+            for (int i = 0; i < 4; i++)
+                if (next_c + i < c1) copy_async<16>(to + 512 * i, from + 32 * i);
+            next_c += 4;
+            if (next_c >= c1) { next_c = c0; next_o += 8; }
+            if (++next_slot == DECODE_STAGES) next_slot = 0;
         }
+        copy_async_commit();
+    };
+    #pragma unroll 1
+    for (int i = 0; i < DECODE_STAGES - 1; i++) fetch();
+
+    // second product: the weights, and zeros for what is missing at the end of the last piece of its inputs
+    const int channels = a.second_weight ? min(o_end, (int)a.E) - o_begin : 0;
+    const int second_units = (int)(a.second_O + 7) / 8;
+    char* second = shared + s.second + w * ((second_units + 7) / 8) * s.pieces * 512 + lane * 16;
+    bf16* xs = (bf16*)(shared + s.x);                        // (rows,ld_x)
+    if (channels > 0) {
+        char* to = second;
+        #pragma unroll 1
+        for (int v = w; v < second_units; v += DECODE_WARPS) {
+            size_t o = min(8 * v + g, (int)a.second_O - 1);
+            const bf16* from = a.second_weight + o * a.E + o_begin + 8 * q;
+            #pragma unroll 1
+            for (int j = 0; j < s.pieces; j++, to += 512)
+                scan_copy16(to, from + 32 * j, 32 * j + 8 * q < channels);
+        }
+        #pragma unroll 1
+        for (int i = tid; i < rows * s.ld_x / 2; i += DECODE_WARPS * WARP) ((uint32_t*)xs)[i] = 0;
     }
-    #pragma unroll
-    for (int t = 0; t < TILES; t++) *(float4*)&part[w][t][4 * lane] = *(const float4*)acc[t];
-    __syncthreads();
-    for (int v = threadIdx.x; v < TILES * 128; v += DECODE_WARPS * WARP) {
-        // value j of lane (g, q) is output g + 8 (j / 2), sequence 2q + j % 2
-        int t = v / 128, source = v % 128 / 4, j = v % 4;
-        size_t o = o0 + (source >> 2) + 8 * (j >> 1);
-        int n = 8 * t + 2 * (source & 3) + (j & 1);
-        if (o >= a.O || n >= a.rows) continue;
-        float sum = 0;
-        #pragma unroll
-        for (int i = 0; i < DECODE_WARPS; i++) sum += part[i][t][v % 128];
-        if (NORM) {
-            float square = 0;
-            #pragma unroll
-            for (int i = 0; i < DECODE_WARPS; i++) square += squares[i][n];
-            sum *= 1.0f / sqrtf(square / (float)K + a.eps);
-        }
-        if (a.squares) sum *= row_rstd[n];
-        if (a.bias) sum += a.bias[o];
-        if (!a.out) {
-            a.out_float[n * a.ldo + o] = sum;
-            continue;
-        }
+    // what the end needs besides the sums: a thread ends one output of one sequence, for `batch` times 8
+    // outputs at once
+    const int shift = MANY ? 7 : 6, batch = 256 >> shift, n = tid % (1 << shift) / 8;
+    const int my_o = (tid >> shift) * 8 + tid % 8;
+    float bias = 0, conv_bias = 0, conv_weight[DECODE_TAPS] = {}, tail[DECODE_TAPS] = {};
+    auto load_ends = [&](int o) {
         const size_t e = o - a.conv_first;                   // enormous for an output before conv_first
-        if (a.conv_weight && e < a.E) {                      // as causal_conv1d_forward, with T = 1
-            float x = to_float(from_float<bf16>(sum)), c = a.conv_bias ? a.conv_bias[e] : 0.0f;
-            float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + e;
-            for (int k = 0; k + 1 < a.taps; k++) {
-                c += a.conv_weight[e * a.taps + k] * tail[k * a.E];
-                tail[k * a.E] = k + 2 < a.taps ? tail[(k + 1) * a.E] : x;
-            }
-            sum = silu_cuda(c + a.conv_weight[e * a.taps + a.taps - 1] * x);
+        if (n >= rows || o >= o_end) return;
+        if (a.bias) bias = a.bias[o];
+        if (!a.conv_weight || e >= a.E) return;
+        if (a.conv_bias) conv_bias = a.conv_bias[e];
+        #pragma unroll
+        for (int k = 0; k < DECODE_TAPS; k++) {
+            int tap = a.taps - DECODE_TAPS + k;              // the newest is the last
+            if (tap < 0) continue;
+            conv_weight[k] = a.conv_weight[e * a.taps + tap];
+            if (k + 1 < DECODE_TAPS) tail[k] = a.conv_state[(n * (a.taps - 1) + tap) * a.E + e];
         }
-        a.out[n * a.ldo + o] = from_float<bf16>(sum);
+    };
+    load_ends(o_begin + my_o);
+    wait_before();
+
+    // each warp prepares the inputs that it uses, of all sequences; 1/rms is a factor of the whole row and
+    // comes last
+    if (NORM) {
+        const int AT_ONCE = 4, k_begin = 32 * c0 + 4 * lane, k_end = 32 * c1;
+        int row = 0, k = k_begin;
+        float sum = 0;
+        #pragma unroll 1
+        while (row < rows) {
+            float4 x[AT_ONCE], scale[AT_ONCE];
+            uint2 add[AT_ONCE];
+            int row_of[AT_ONCE], k_of[AT_ONCE];
+            #pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                row_of[i] = row;
+                k_of[i] = k;
+                add[i] = make_uint2(0, 0);
+                if (row < rows && k < k_end) {
+                    x[i] = __ldcg((const float4*)(a.res_in + (size_t)row * K + k));
+                    scale[i] = *(const float4*)(a.norm + k);
+                    if (a.delta) add[i] = __ldcg((const uint2*)(a.delta + (size_t)row * K + k));
+                }
+                k += 4 * WARP;
+                if (k - 4 * lane >= k_end) { k = k_begin; row++; }
+            }
+            #pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                int r = row_of[i], at = k_of[i];
+                if (r >= rows) break;
+                if (at < k_end) {
+                    float4 v = x[i];
+                    v.x += __uint_as_float(add[i].x << 16);
+                    v.y += __uint_as_float(add[i].x & 0xffff0000u);
+                    v.z += __uint_as_float(add[i].y << 16);
+                    v.w += __uint_as_float(add[i].y & 0xffff0000u);
+                    if (a.res_out && blockIdx.x == 0) *(float4*)(a.res_out + (size_t)r * K + at) = v;
+                    sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+                    *(uint2*)(inputs + r * ld + at) =
+                        make_uint2(scan_pack(v.x * scale[i].x, v.y * scale[i].y),
+                                   scan_pack(v.z * scale[i].z, v.w * scale[i].w));
+                }
+                if (at - 4 * lane + 4 * WARP < k_end) continue;
+                sum = warp_sum(sum);
+                if (lane == 0) squares[w * DECODE_FEW + r] = sum;
+                sum = 0;
+            }
+        }
+    } else {
+        #pragma unroll 1
+        for (int r = 0; r < rows; r++)
+            #pragma unroll 1
+            for (int k = 32 * c0 + 8 * lane; k < 32 * c1; k += 8 * WARP)
+                copy_async<16>(inputs + r * ld + k, a.act + r * a.ld_act + k);
+        copy_async_commit();
+        #pragma unroll 1
+        for (int r = w; a.squares && r < rows; r += DECODE_WARPS) {
+            float square = 0;
+            for (int i = lane; i < a.parts; i += WARP) square += a.squares[r * a.parts + i];
+            square = warp_sum(square);
+            if (lane == 0) squares[r] = gated_rstd(square, (float)K, a.eps);
+        }
+        copy_async_wait(0);
+    }
+    __syncwarp();
+
+    // beyond the last sequence the last again, what comes of it is not used
+    const bf16 *low = inputs + min(g, rows - 1) * ld + 8 * q,
+               *high = inputs + min(g + 8, rows - 1) * ld + 8 * q;
+    int slot = 0;
+    #pragma unroll 1
+    for (int o = o_begin, in_batch = 0; o < o_end; o += 8) {
+        float acc[4][4] = {};
+        #pragma unroll 1
+        for (int c = c0; c < c1; c += 4) {
+            copy_async_wait(DECODE_STAGES - 2);
+            const char* from = ring + slot * DECODE_STAGE;
+            uint4 b[4], x[4], y[4];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                b[i] = y[i] = make_uint4(0, 0, 0, 0);
+                const int at = 32 * (c + i < c1 ? c + i : c);
+                if (c + i < c1) b[i] = *(const uint4*)(from + 512 * i);
+                x[i] = *(const uint4*)(low + at);
+                if (MANY) y[i] = *(const uint4*)(high + at);
+            }
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t first[4] = {x[i].x, y[i].x, x[i].y, y[i].y};
+                scan_mma_bf16(acc[i], first, b[i].x, b[i].y);
+            }
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t last[4] = {x[i].z, y[i].z, x[i].w, y[i].w};
+                scan_mma_bf16(acc[i], last, b[i].z, b[i].w);
+            }
+            fetch();
+            if (++slot == DECODE_STAGES) slot = 0;
+        }
+        #pragma unroll
+        for (int i = 0; i < 4; i++) acc[0][i] = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
+        float* sums = part + ((in_batch * DECODE_WARPS + w) << shift) + g * 8 + 2 * q;
+        *(float2*)sums = make_float2(acc[0][0], acc[0][1]);
+        if (MANY) *(float2*)(sums + 64) = make_float2(acc[0][2], acc[0][3]);
+        if (++in_batch < batch && o + 8 < o_end) continue;
+        __syncthreads();
+        const int mine = o + 8 - 8 * in_batch + my_o;
+        if (n < rows && mine < o_end && my_o < 8 * in_batch) {
+            float sum = 0;
+            const float* from = part + ((tid >> shift) * DECODE_WARPS << shift) + tid % (1 << shift);
+            #pragma unroll
+            for (int i = 0; i < DECODE_WARPS; i++) sum += from[i << shift];
+            if (NORM) {
+                float square = 0;
+                #pragma unroll
+                for (int i = 0; i < DECODE_WARPS; i++) square += squares[i * DECODE_FEW + n];
+                sum *= 1.0f / sqrtf(square / (float)K + a.eps);
+            } else if (a.squares) sum *= squares[n];
+            sum += bias;
+            const size_t e = mine - a.conv_first;
+            if (a.conv_weight && e < a.E) {                  // as causal_conv1d_forward, with T = 1
+                float c = conv_bias, x = to_float(from_float<bf16>(sum));
+                tail[DECODE_TAPS - 1] = x;
+                #pragma unroll
+                for (int k = 0; k < DECODE_TAPS; k++) {
+                    int tap = a.taps - DECODE_TAPS + k;
+                    if (tap < 0) continue;
+                    c += conv_weight[k] * tail[k];
+                    if (k + 1 < DECODE_TAPS) a.conv_state[(n * (a.taps - 1) + tap) * a.E + e] = tail[k + 1];
+                }
+                sum = silu_cuda(c);
+                if (channels > 0) xs[n * s.ld_x + mine - o_begin] = from_float<bf16>(sum);
+            }
+            if (a.out) a.out[n * a.ldo + mine] = from_float<bf16>(sum);
+            else a.out_float[n * a.ldo + mine] = sum;
+        }
+        load_ends(o + 8 + my_o);
+        in_batch = 0;
+        part = part == (float*)(shared + s.part) ? part + DECODE_WARPS * 256 : (float*)(shared + s.part);
+    }
+    if (channels <= 0) return;
+
+    copy_async_wait(0);
+    __syncthreads();
+    low = xs + min(g, rows - 1) * s.ld_x + 8 * q;
+    high = xs + min(g + 8, rows - 1) * s.ld_x + 8 * q;
+    #pragma unroll 1
+    for (int v = w; v < second_units; v += DECODE_WARPS) {
+        float acc[4] = {};
+        #pragma unroll 1
+        for (int j = 0; j < s.pieces; j++, second += 512) {
+            uint4 b = *(const uint4*)second, x = *(const uint4*)(low + 32 * j), y = make_uint4(0, 0, 0, 0);
+            if (MANY) y = *(const uint4*)(high + 32 * j);
+            const uint32_t first[4] = {x.x, y.x, x.y, y.y}, last[4] = {x.z, y.z, x.w, y.w};
+            scan_mma_bf16(acc, first, b.x, b.y);
+            scan_mma_bf16(acc, last, b.z, b.w);
+        }
+        float* out = a.second_parts + (((size_t)blockIdx.x * rows + g) * second_units + v) * 8 + 2 * q;
+        if (g < rows) *(float2*)out = make_float2(acc[0], acc[1]);
+        if (MANY && g + 8 < rows) *(float2*)(out + 64 * second_units) = make_float2(acc[2], acc[3]);
     }
 }
 
 static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
-    unsigned blocks = (unsigned)((a.O + 15) / 16), threads = DECODE_WARPS * WARP;
-    if (!a.act) {
-        size_t shared = 8 * (a.K + 32) * sizeof(bf16);
-        scan_allow_shared(decode_linear_kernel<1, true>, shared);
-        decode_linear_kernel<1, true><<<blocks, threads, shared, stream>>>(a);
-    } else if (a.rows <= 8) decode_linear_kernel<1, false><<<blocks, threads, 0, stream>>>(a);
-    else decode_linear_kernel<2, false><<<blocks, threads, 0, stream>>>(a);
-    cudaCheck(cudaGetLastError());
+    DecodeShared s = decode_shared(a);
+    auto kernel = a.act ? decode_linear_kernel<false, false> : decode_linear_kernel<true, false>;
+    if (a.rows > 8) kernel = a.act ? decode_linear_kernel<false, true> : decode_linear_kernel<true, true>;
+    scan_allow_shared(kernel, (size_t)s.bytes);
+    launch_early(kernel, dim3((unsigned)((a.O + s.each - 1) / s.each)), DECODE_WARPS * WARP,
+                 (size_t)s.bytes, stream, a, s);
+}
+
+// DecodeStep: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to
+// (F8) of 4.9)
+typedef struct {
+    bf16* y;                           // (rows,E)
+    float* h;                          // (rows,E,N)
+    const float* rbc_parts;            // (parts,rows,decode_padded(R+2N)): their sum is r, B, C
+    int parts, rows;
+    const bf16 *x, *z;                 // (rows,E), row stride ldx
+    size_t ldx, E, N, R;
+    const bf16* dt_weight;             // (E,R)
+    const float *dt_bias, *A_log, *D;
+} DecodeStep;
+
+// decode_step: a block has 32 channels of one sequence, eight lanes share a channel.
+// bytes: 2 per weight, 8 per state
+__global__ void __launch_bounds__(DECODE_WARPS * WARP, 3) decode_step_kernel(const DecodeStep a) {
+    extern __shared__ __align__(128) char shared[];
+    allow_next();
+    const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP, l = tid % 8, c = tid / 8;
+    const int n = blockIdx.y;
+    const int AT_ONCE = 8, N = (int)a.N, R = (int)a.R, columns = (R + 2 * N + 7) / 8 * 8;
+    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c;
+    bf16* weight = (bf16*)shared;                            // (32,R)
+    float* sums = (float*)(weight + WARP * R);               // (8,columns)
+    float* rbc = sums + DECODE_WARPS * columns;
+    // E is a multiple of 32: the rows of W_dt of this block are one aligned piece
+    for (int i = tid; i < WARP * R / 8; i += DECODE_WARPS * WARP)
+        copy_async<16>(weight + 8 * i, a.dt_weight + e0 * R + 8 * i);
+    copy_async_commit();
+    float bias = a.dt_bias[e], skip = a.D[e], rate[2], state[2], *h_e = a.h + (n * a.E + e) * N;
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {                            // the state was written one token ago
+        rate[i] = 2 * l + i < N ? scan_decay(a.A_log[e * N + 2 * l + i]) : 0.0f;
+        state[i] = 2 * l + i < N ? h_e[2 * l + i] : 0.0f;
+    }
+    copy_async_wait(0);
+    wait_before();
+    float x = to_float(a.x[n * a.ldx + e]), z = to_float(a.z[n * a.ldx + e]);
+    #pragma unroll 1
+    for (int j = 4 * lane; j < columns; j += 4 * WARP) {
+        const float* from = a.rbc_parts + n * columns + j;
+        float4 sum = make_float4(0, 0, 0, 0);
+        #pragma unroll 1
+        for (int p0 = w; p0 < a.parts; p0 += AT_ONCE * DECODE_WARPS) {
+            float4 v[AT_ONCE];
+            #pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                int p = min(p0 + i * DECODE_WARPS, a.parts - 1);
+                v[i] = __ldcg((const float4*)(from + p * a.rows * columns));
+            }
+            #pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                float once = p0 + i * DECODE_WARPS < a.parts ? 1.0f : 0.0f;
+                sum.x = fmaf(once, v[i].x, sum.x);
+                sum.y = fmaf(once, v[i].y, sum.y);
+                sum.z = fmaf(once, v[i].z, sum.z);
+                sum.w = fmaf(once, v[i].w, sum.w);
+            }
+        }
+        *(float4*)(sums + w * columns + j) = sum;
+    }
+    __syncthreads();
+    #pragma unroll 1
+    for (int j = tid; j < columns; j += DECODE_WARPS * WARP) {
+        float sum = 0;
+        #pragma unroll
+        for (int i = 0; i < DECODE_WARPS; i++) sum += sums[i * columns + j];
+        rbc[j] = to_float(from_float<bf16>(sum));
+    }
+    __syncthreads();
+    const float *B_n = rbc + R, *C_n = B_n + N;
+    float dt = 0, sum = 0;
+    #pragma unroll 4
+    for (int i = l; i < R; i += 8) dt += to_float(weight[c * R + i]) * rbc[i];
+    #pragma unroll
+    for (int step = 1; step < 8; step *= 2) dt += __shfl_xor_sync(0xffffffffu, dt, step);
+    dt = scan_softplus(dt + bias);
+    #pragma unroll 1
+    for (int first = 2 * l; first < N; first += 16)
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int k = first + i;
+            if (k >= N) continue;
+            float before = first < 16 ? state[i] : h_e[k];
+            float decay = first < 16 ? rate[i] : scan_decay(a.A_log[e * N + k]);
+            float after = fmaf(exp2_unit(dt * decay), before, dt * x * B_n[k]);
+            h_e[k] = after;
+            sum = fmaf(C_n[k], after, sum);
+        }
+    #pragma unroll
+    for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (l == 0) a.y[n * a.E + e] = from_float<bf16>(fmaf(skip, x, sum) * silu_cuda(z));
+}
+
+static void decode_step_cuda(const DecodeStep& a, cudaStream_t stream) {
+    size_t columns = decode_padded(a.R + 2 * a.N);
+    size_t shared = WARP * a.R * sizeof(bf16) + (DECODE_WARPS + 1) * columns * sizeof(float);
+    dim3 grid((unsigned)(a.E / WARP), (unsigned)a.rows);
+    scan_allow_shared(decode_step_kernel, shared);
+    launch_early(decode_step_kernel, grid, DECODE_WARPS * WARP, shared, stream, a);
 }
 
 // decode_conv: causal convolution and SiLU of one token.   x (rows,E)   input: row stride ld
@@ -7452,7 +7710,7 @@ typedef struct {
 enum { DECODE_SSD_WARPS = 4, DECODE_SSD_ROWS = 2 };
 
 template <int LANES, int VECS>
-__global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP)
+__global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP, 16 / VECS)
 decode_ssd_kernel(const DecodeSsd a) {
     enum { ROWS = DECODE_SSD_ROWS, N = 4 * LANES * VECS };
     __shared__ float part[DECODE_SSD_WARPS];
@@ -7468,11 +7726,18 @@ decode_ssd_kernel(const DecodeSsd a) {
         #pragma unroll
         for (int r = 0; r < ROWS; r++) state[v][r] = __ldcs((const float4*)(h + r * N + v * 4 * LANES));
     }
+    // all of this is written by no kernel of this token
     const float bias = a.dt_bias[head], rate = scan_decay(a.A_log[head]);
+    float D[ROWS], weight[ROWS];
+    #pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        D[r] = a.Dskip[a.D_has_hdim ? e + r : head];
+        weight[r] = a.norm ? a.norm[e + r] : 1.0f;
+    }
     const bf16 *B_n = a.Bt + n * a.ldx + head * a.G / a.H * N + s0, *C_n = B_n + (a.Ct - a.Bt);
     wait_before();
     float x[ROWS], z[ROWS], y[ROWS] = {}, square = 0;
-    float dt = scan_softplus(to_float(a.dt_raw[n * a.ldz + head]) + bias);
+    float dt = scan_softplus_fast((to_float(a.dt_raw[n * a.ldz + head]) + bias) * SCAN_LOG2E);
     unpack<ROWS>(x, load_pack<ROWS>(a.x + n * a.ldx + e));
     unpack<ROWS>(z, load_pack<ROWS>(a.z + n * a.ldz + e));
     dt = dt < a.dt_low ? a.dt_low : dt > a.dt_high ? a.dt_high : dt;       // NaN stays NaN
@@ -7501,16 +7766,17 @@ decode_ssd_kernel(const DecodeSsd a) {
     if (own && s0 == 0) {
         #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            y[r] = fmaf(a.Dskip[a.D_has_hdim ? e + r : head], x[r], y[r]);
+            y[r] = fmaf(D[r], x[r], y[r]);
             if (!a.gate) continue;
             float gated = y[r] * silu_cuda(z[r]), normed = a.norm_first ? y[r] : gated;
             square = fmaf(normed, normed, square);
-            y[r] = a.norm ? gated * a.norm[e + r] : gated;
+            y[r] = gated * weight[r];
         }
         store_pack<ROWS>(a.out + n * a.ldo + e, y);
     }
     if (!a.squares) return;
-    square = warp_sum(square);
+    #pragma unroll
+    for (int step = LANES; step < WARP; step *= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
     if (lane == 0) part[w] = square;
     __syncthreads();
     if (threadIdx.x > 0) return;
@@ -7873,7 +8139,7 @@ static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, c
 
 // decode_matmul: with more than a few sequences cuBLASLt is faster
 static void decode_matmul(const CudaRun<bf16>* run, const DecodeLinear& a) {
-    if (run->B <= DECODE_FEW) decode_linear_cuda(a, run->stream);
+    if (decode_linear_fits(a)) decode_linear_cuda(a, run->stream);
     else if (a.out)
         matmul_forward_cuda(run->matmul, a.out, a.ldo, a.act, a.ld_act, a.weight, a.bias, run->B, a.K, a.O,
                             run->stream);
@@ -7882,22 +8148,27 @@ static void decode_matmul(const CudaRun<bf16>* run, const DecodeLinear& a) {
              0.0f, run->stream);
 }
 
-// norm, then the first matmul of a block: up to 8 sequences in one kernel
-static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const ActsCuda<bf16>* acts,
-                                float* res_out, const float* res_in, const bf16* delta_in,
-                                const float* norm) {
+// norm, then the first matmul of a block: few sequences in one kernel
+static void decode_norm_linear(const CudaRun<bf16>* run, DecodeLinear a, bf16* u, float* rstd, float* res_out,
+                               const float* res_in, const bf16* delta_in, const float* norm) {
     size_t D = (size_t)run->config->d_model;
     a.K = D;
     a.rows = (int)run->B;
-    if (run->B <= 8) {
+    if (decode_linear_fits(a)) {
         a.res_in = res_in; a.delta = delta_in; a.res_out = res_out; a.norm = norm;
         a.eps = (float)run->config->norm_eps;
     } else {
-        residual_rmsnorm_forward_cuda(res_out, acts->u, acts->rstd, res_in, delta_in, norm, run->B, D,
+        residual_rmsnorm_forward_cuda(res_out, u, rstd, res_in, delta_in, norm, run->B, D,
                                       (float)run->config->norm_eps, run->stream);
-        a.act = acts->u; a.ld_act = D;
+        a.act = u; a.ld_act = D;
     }
     decode_matmul(run, a);
+}
+
+static void decode_first_linear(const CudaRun<bf16>* run, const DecodeLinear& a, const ActsCuda<bf16>* acts,
+                                float* res_out, const float* res_in, const bf16* delta_in,
+                                const float* norm) {
+    decode_norm_linear(run, a, acts->u, acts->rstd, res_out, res_in, delta_in, norm);
 }
 
 static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16* act, const bf16* weight,
@@ -7938,8 +8209,10 @@ static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 1
 
 // floats of partial sums that its kernels need
 static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
-    if (!training) return 0;
     size_t E = (size_t)c->d_inner;
+    if (!training)                                           // decoding: parts of the product with W_x
+        return decode_parts(2 * E, E) * min_size(B, DECODE_FEW) *
+               decode_padded((size_t)(c->dt_rank + 2 * c->d_state));
     return sums_round(selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state)) +
            sums_round(causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv)) +
            sums_round(bias_backward_scratch_cuda(B * T, (size_t)c->d_model)) +
@@ -8033,10 +8306,14 @@ static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     DecodeLinear in = {};
     in.weight = weight_x(L, p->in_proj); in.bias = p->in_proj_bias; in.O = 2 * E;
     in.out = a->xz; in.ldo = 2 * E;
-    const bool few = run->B <= DECODE_FEW;                 // then the convolution happens in the first kernel
+    in.K = D; in.rows = (int)run->B; in.taps = (int)c->d_conv; in.E = E;
+    const bool fused = run->B <= 8;                        // the product with W_x begins in the first kernel
+    if (fused) {
+        in.second_weight = weight_x(L, p->x_proj); in.second_O = R + 2 * N; in.second_parts = shared->sums;
+    }
+    const bool few = decode_linear_fits(in);               // then the convolution happens there, too
     if (few) {
         in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s->conv;
-        in.taps = (int)c->d_conv; in.E = E;
     }
     decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
     if (!few)
@@ -8047,9 +8324,23 @@ static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     DecodeLinear x_proj = {};
     x_proj.weight = weight_x(L, p->x_proj); x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
     x_proj.act = x; x_proj.ld_act = ldx; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
-    decode_matmul(run, x_proj);
-    decode_scan_cuda(w->y, s->ssm, x, ldx, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log, p->D,
-                     a->xz + E, 2 * E, run->B, E, N, R, run->stream);
+    if (few) {
+        if (!fused) {                                      // one part
+            x_proj.out = NULL; x_proj.out_float = shared->sums; x_proj.ldo = decode_padded(R + 2 * N);
+            decode_matmul(run, x_proj);
+        }
+        DecodeStep step = {};
+        step.y = w->y; step.h = s->ssm; step.rows = (int)run->B; step.E = E; step.N = N; step.R = R;
+        step.rbc_parts = shared->sums; step.parts = fused ? (int)decode_parts(2 * E, E) : 1;
+        step.x = x; step.z = a->xz + E; step.ldx = 2 * E;
+        step.dt_weight = weight_x(L, p->dt_proj);
+        step.dt_bias = p->dt_proj_bias; step.A_log = p->A_log; step.D = p->D;
+        decode_step_cuda(step, run->stream);
+    } else {
+        decode_matmul(run, x_proj);
+        decode_scan_cuda(w->y, s->ssm, x, ldx, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log,
+                         p->D, a->xz + E, 2 * E, run->B, E, N, R, run->stream);
+    }
     decode_plain_linear(run, shared->delta, w->y, weight_x(L, p->out_proj), p->out_proj_bias, E, D);
 }
 
@@ -8069,26 +8360,21 @@ template <typename X> static void mamba1_paths(const Config* c) {
 // --------------------------------------------------------------------------------------------------
 // 5.2 Mamba-2
 
-template <typename X> struct Mamba2ActsCuda {
-    X *zxbcdt, *xbc;
-    float* dt;
-    X *y, *n, *states;
-    float* gated_rstd;
-};
+template <typename X> struct Mamba2ActsCuda { X *zxbcdt, *xbc; float* dt; X *y, *states; float* gated_rstd; };
 
 static const TensorSpec mamba2_acts_cuda[] = {
     {"zxbcdt",     {DIM_IN2_ROW}, 0, 0},                 // z0, x0, gate z, x, B, C before the conv, dt_raw
     {"xbc",        {DIM_XBC}, 0, CHEAP},                 // x, B, C after conv and SiLU
     {"dt",         {DIM_H}, 0, CHEAP | IS_FLOAT},        // (B,H,T)
     {"y",          {DIM_ES}, 0, 0},                      // output of the SSM, before gate and norm
-    {"n",          {DIM_E}, 0, CHEAP},                   // what out_proj reads
     {"states",     {DIM_SSD_SAVED}, 0, BACKWARD_ONLY},
     {"gated_rstd", {DIM_G}, 0, IS_FLOAT},
 };
 
-template <typename X> struct Mamba2ScratchCuda { X *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
+template <typename X> struct Mamba2ScratchCuda { X *n, *dn, *dy, *dzxbcdt, *dxbc; float* ddt; };
 
 static const TensorSpec mamba2_scratch_cuda[] = {
+    {"n",       {DIM_E}, 0, 0},                          // what out_proj reads
     {"dn",      {DIM_E}, 0, BACKWARD_ONLY},
     {"dy",      {DIM_JOINED}, 0, BACKWARD_ONLY},         // without the inner MLP it takes the place of dn
     {"dzxbcdt", {DIM_IN2_ROW}, 0, BACKWARD_ONLY},
@@ -8143,6 +8429,7 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                                float* const* state0, float* const* stateT) {
     const Mamba2Params* p = (const Mamba2Params*)L->p;
     const Mamba2ActsCuda<X>* a = (const Mamba2ActsCuda<X>*)acts->field;
+    const Mamba2ScratchCuda<X>* w = (const Mamba2ScratchCuda<X>*)acts->scratch;
     const Mamba2State *s0 = (const Mamba2State*)state0, *sT = (const Mamba2State*)stateT;
     const Config* c = run->config;
     const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, run->T);
@@ -8157,12 +8444,12 @@ void mamba2_block_forward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, con
                         c->D_has_hdim, s0->ssm, run->doc, shared->sums, run->B, run->T, s.H, s.P, s.G, s.N,
                         stream);
     // (S5) and (S6): the inner MLP and the normed and gated y side by side
-    if (s.mlp) gate_forward_cuda(a->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+    if (s.mlp) gate_forward_cuda(w->n, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
     if (c->rmsnorm)
-        gated_rmsnorm_forward_cuda(a->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
+        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, s.M, s.Es,
                                    s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, stream);
-    else gate_forward_cuda(a->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
-    matmul_forward_cuda(run->matmul, shared->delta, s.D, a->n, s.E, weight_x(L, p->out_proj),
+    else gate_forward_cuda(w->n + s.mlp, s.E, a->y, s.Es, z, ld, s.M, s.Es, stream);
+    matmul_forward_cuda(run->matmul, shared->delta, s.D, w->n, s.E, weight_x(L, p->out_proj),
                         p->out_proj_bias, s.M, s.E, s.D, stream);
 }
 
@@ -8180,26 +8467,24 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     const X *z0 = a->zxbcdt, *x0 = z0 + s.mlp, *z = z0 + s.z, *Bt = a->xbc + s.Es;
     X *dz0 = w->dzxbcdt, *dx0 = dz0 + s.mlp, *dz = dz0 + s.z, *dy = s.mlp ? w->dy : w->dn;
     X* dBt = w->dxbc + s.Es;
-    // RECOMPUTE_CHEAP: n is made again, for the weight gradient
-    X *n = run->recompute == RECOMPUTE_CHEAP ? a->n : NULL, *n_ssm = n ? n + s.mlp : NULL;
     cudaStream_t stream = run->stream;
     if (run->recompute == RECOMPUTE_CHEAP) mamba2_conv_dt(run, s, p, a, s0->conv, (float*)NULL);
-    // (S6) out = W_out n
+    // (S6) out = W_out n: the gradient of n first; what follows makes n again for the weight gradient
     linear_backward_input(run, w->dn, s.E, false, shared->dres_x, s.D, weight_x(L, p->out_proj), s.E, s.D);
     side_join(run);                                // of the layer before: n and dzxbcdt are written again
     if (s.mlp)
-        gate_backward_cuda(dx0, ld, dz0, ld, n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
+        gate_backward_cuda(dx0, ld, dz0, ld, w->n, s.E, w->dn, s.E, x0, ld, z0, ld, s.M, s.mlp, stream);
     // (S5)
     if (c->rmsnorm)
-        gated_rmsnorm_backward_cuda(dy, dz, ld, n_ssm, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
+        gated_rmsnorm_backward_cuda(dy, dz, ld, w->n + s.mlp, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
                                     z, ld, p->gated_norm, a->gated_rstd,
                                     sums_take(run, gated_rmsnorm_scratch_cuda(s.M, s.Es)), s.M, s.Es,
                                     s.Es / s.G, c->norm_before_gate, stream, &run->sums->list);
     else
-        gate_backward_cuda(dy, s.Es, dz, ld, n_ssm, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
+        gate_backward_cuda(dy, s.Es, dz, ld, w->n + s.mlp, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
                            s.Es, stream);
     linear_backward_bias(run, dp->out_proj_bias, shared->dres_x, s.D, s.D);
-    linear_backward_weight(run, dp->out_proj, shared->dres_x, s.D, a->n, s.E, s.E, s.D);
+    linear_backward_weight(run, dp->out_proj, shared->dres_x, s.D, w->n, s.E, s.E, s.D);
     // (S4) to (S1)
     ssd_backward_cuda<X>(w->dxbc, s.Cd, w->ddt, dp->A_log, dBt, dBt + GN, s.Cd, dp->D, (float*)NULL, dy,
                          (const float*)NULL, a->states, a->xbc, s.Cd, a->dt, p->A_log, Bt, Bt + GN, s.Cd,
@@ -8231,19 +8516,22 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
                                      float* const* state) {
     const Mamba2Params* p = (const Mamba2Params*)L->p;
     const Mamba2ActsCuda<bf16>* a = (const Mamba2ActsCuda<bf16>*)acts->field;
+    const Mamba2ScratchCuda<bf16>* w = (const Mamba2ScratchCuda<bf16>*)acts->scratch;
     const Mamba2State* s0 = (const Mamba2State*)state;
     const Config* c = run->config;
     const Mamba2Sizes s = mamba2_sizes_cuda(c, run->B, 1);
     const size_t ld = mamba2_row(s.in);
     const bf16* z = a->zxbcdt + s.z;
-    const bool few = run->B <= DECODE_FEW;            // then the convolution happens in the first kernel,
-    const bool late = few && c->rmsnorm && s.G == 1 && !s.mlp;   // the factor of the gated norm in the last
-    DecodeLinear in = {};
-    in.weight = weight_x(L, p->in_proj); in.bias = p->in_proj_bias; in.O = s.in;
-    in.out = a->zxbcdt; in.ldo = ld;
-    if (few) {
+    DecodeLinear in = {}, out = {};
+    in.weight = weight_x(L, p->in_proj); in.bias = p->in_proj_bias; in.O = s.in; in.K = s.D;
+    in.rows = (int)run->B; in.out = a->zxbcdt; in.ldo = ld; in.taps = (int)s.K;
+    out.weight = weight_x(L, p->out_proj); out.bias = p->out_proj_bias; out.O = s.D; out.K = s.E;
+    out.rows = (int)run->B; out.act = w->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
+    const bool few = decode_linear_fits(in);          // then the convolution happens in the first kernel,
+    const bool late = decode_linear_fits(out) && c->rmsnorm && s.G == 1 && !s.mlp;   // the factor of the
+    if (few) {                                                                       // gated norm in the last
         in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s0->conv;
-        in.taps = (int)s.K; in.E = s.Cd; in.conv_first = s.xbc;
+        in.E = s.Cd; in.conv_first = s.xbc;
     }
     decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
     if (!few)
@@ -8257,18 +8545,15 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     step.dt_low = (float)c->dt_low; step.dt_high = (float)c->dt_high; step.D_has_hdim = c->D_has_hdim;
     step.H = (int)s.H; step.P = (int)s.P; step.G = (int)s.G; step.N = (int)s.N;
     step.gate = late || !c->rmsnorm;
-    step.out = step.gate ? a->n + s.mlp : a->y; step.ldo = step.gate ? s.E : s.Es;
+    step.out = step.gate ? w->n + s.mlp : a->y; step.ldo = step.gate ? s.E : s.Es;
     if (late) {
         step.norm = p->gated_norm; step.norm_first = c->norm_before_gate; step.squares = shared->sums;
     }
     decode_ssd_cuda(step, run->B, run->stream);
-    if (s.mlp) gate_forward_cuda(a->n, s.E, a->zxbcdt + s.mlp, ld, a->zxbcdt, ld, run->B, s.mlp, run->stream);
+    if (s.mlp) gate_forward_cuda(w->n, s.E, a->zxbcdt + s.mlp, ld, a->zxbcdt, ld, run->B, s.mlp, run->stream);
     if (!step.gate)
-        gated_rmsnorm_forward_cuda(a->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, run->B, s.Es,
+        gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, run->B, s.Es,
                                    s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, run->stream);
-    DecodeLinear out = {};
-    out.weight = weight_x(L, p->out_proj); out.bias = p->out_proj_bias; out.O = s.D; out.K = s.E;
-    out.rows = (int)run->B; out.act = a->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
     out.squares = step.squares; out.parts = (int)s.H * decode_ssd_splits(s.P, s.N);
     out.eps = (float)c->norm_eps;
     decode_matmul(run, out);
@@ -8950,12 +9235,9 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
         delta = w->scratch.delta;
     }
     float* last = res[m->n_layers % 2];
-    residual_rmsnorm_forward_cuda(last, w->f, w->f_rstd, last, delta, d->norm_f, run->B, D,
-                                  (float)m->config.norm_eps, run->stream);
     DecodeLinear head = {};
-    head.weight = d->head_x; head.O = Vp; head.K = D; head.rows = (int)run->B;
-    head.act = w->f; head.ld_act = D; head.out_float = logits; head.ldo = Vp;
-    decode_matmul(run, head);
+    head.weight = d->head_x; head.O = Vp; head.out_float = logits; head.ldo = Vp;
+    decode_norm_linear(run, head, w->f, w->f_rstd, res[1 - m->n_layers % 2], last, delta, d->norm_f);
     return true;
 }
 static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
