@@ -3854,10 +3854,10 @@ __device__ __forceinline__ void prefetch(const void* p) {
 enum { DECODE_SCAN_ROWS = 8 };
 
 // rows of shared memory are an odd number of 16 bytes long: the 8 rows of a matrix differ in banks
-static __host__ __device__ __forceinline__ int decode_padded(int n) { return (n + 15) / 16 * 16; }
-static __host__ __device__ __forceinline__ int decode_scan_ldw(int R) { return decode_padded(R) + 8; }
+static __host__ __device__ __forceinline__ int decode_scan_padded(int n) { return (n + 15) / 16 * 16; }
+static __host__ __device__ __forceinline__ int decode_scan_ldw(int R) { return decode_scan_padded(R) + 8; }
 static __host__ __device__ __forceinline__ int decode_scan_ldr(int R, int N) {
-    return decode_padded(R) + decode_padded(2 * N) + 8;
+    return decode_scan_padded(R) + decode_scan_padded(2 * N) + 8;
 }
 
 template <bool FAST>
@@ -3868,7 +3868,7 @@ decode_scan_kernel(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc
     const int ROWS = DECODE_SCAN_ROWS, N = FAST ? 16 : states, RBC = R + 2 * N;
     const int tid = threadIdx.x, l = tid % 4, c = tid / 4, w = tid / WARP, lane = tid % WARP;
     const int n0 = blockIdx.y * ROWS, n_rows = rows - n0 < ROWS ? rows - n0 : ROWS;
-    const int Rp = decode_padded(R), gap = Rp - R, ldw = decode_scan_ldw(R), ldr = decode_scan_ldr(R, N);
+    const int Rp = decode_scan_padded(R), gap = Rp - R, ldw = decode_scan_ldw(R), ldr = decode_scan_ldr(R, N);
     extern __shared__ __align__(128) char shared[];
     __shared__ float4 state[ROWS][4 * WARP];                 // each thread's four
     __shared__ float part[2][WARP][ROWS + 1], dt_s[ROWS][WARP];
