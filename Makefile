@@ -39,6 +39,7 @@ ifeq (,$(filter help clean,$(MAKECMDGOALS)))
   ifndef NO_OPENMP
     OPENMP := $(if $(call try,int main(void){return 0;},-fopenmp),-fopenmp)
   endif
+  WARNINGS += $(if $(OPENMP),,-Wno-unknown-pragmas)
   # only the ladders and benchmarks in dev/ compare themselves with OpenBLAS
   ifneq (,$(filter dev $(BUILD)/dev/%,$(MAKECMDGOALS)))
     ifeq ($(call try,$(HASH)include <cblas.h>\nint main(void){openblas_set_num_threads(1);return 0;},-lopenblas),yes)
