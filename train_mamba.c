@@ -400,20 +400,26 @@ static void matmul_row(real* out, const real* inp, const real* weight, const rea
 // matmul_forward: the linear layer.   PyTorch: F.linear(inp, weight, bias)
 //   out[m,o] = sum_i inp[m,i] * weight[o,i] + bias[o]
 //   inp (M,I), row stride ldi   weight (O,I)   bias (O) or NULL   out (M,O), row stride ldo, overwritten
+// Of a forward that some block calls inside a parallel region, NAME_share is what all threads of the region
+// call: they share the work and wait for each other at the end, which costs less than a region of its own.
+static void matmul_forward_share(real* out, size_t ldo, const real* inp, size_t ldi, const real* weight,
+                                 const real* bias, size_t M, size_t I, size_t O) {
+    size_t by_row = M < FEW_ROWS ? O / ROW_OUTPUTS * ROW_OUTPUTS : 0;        // outputs made by matmul_row
+    #pragma omp for schedule(static) nowait      // static: a thread's next rows are those it asked for
+    for (size_t o = 0; o < by_row; o += ROW_OUTPUTS) {
+        for (size_t m = 0; m < M; m++) {
+            matmul_row(out + m * ldo + o, inp + m * ldi, weight + o * I, bias ? bias + o : NULL, I);
+        }
+    }
+    matmul_add(out + by_row, ldo, true, bias ? bias + by_row : NULL, inp, ldi, 1,
+               weight + by_row * I, 1, I, M, O - by_row, I);
+    #pragma omp barrier
+}
+
 void matmul_forward(real* out, size_t ldo, const real* inp, size_t ldi, const real* weight, const real* bias,
                     size_t M, size_t I, size_t O) {
-    size_t by_row = M < FEW_ROWS ? O / ROW_OUTPUTS * ROW_OUTPUTS : 0;        // outputs made by matmul_row
     #pragma omp parallel if (M * I * O > 65536)    // below, waking the threads takes longer than the work
-    {
-        #pragma omp for schedule(static) nowait      // static: a thread's next rows are those it asked for
-        for (size_t o = 0; o < by_row; o += ROW_OUTPUTS) {
-            for (size_t m = 0; m < M; m++) {
-                matmul_row(out + m * ldo + o, inp + m * ldi, weight + o * I, bias ? bias + o : NULL, I);
-            }
-        }
-        matmul_add(out + by_row, ldo, true, bias ? bias + by_row : NULL, inp, ldi, 1,
-                   weight + by_row * I, 1, I, M, O - by_row, I);
-    }
+    matmul_forward_share(out, ldo, inp, ldi, weight, bias, M, I, O);
 }
 
 // Half: weight matrices in bfloat16, the upper half of a float, for generation on the CPU: half as much to
@@ -465,10 +471,11 @@ void half_tile(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_
         }
 }
 
-// matmul_forward_half: matmul_forward with weights in bfloat16. A row has the same bits whatever the others.
+// matmul_forward_half: matmul_forward_share with weights in bfloat16. A row has the same bits whatever the
+// others.
 void matmul_forward_half(real* out, size_t ldo, const real* inp, size_t ldi, const uint16_t* weight,
                          const real* bias, size_t M, size_t I, size_t O) {
-    #pragma omp parallel for schedule(static) if (M * I * O > 65536)
+    #pragma omp for schedule(static)
     for (size_t o = 0; o < O; o += ROW_OUTPUTS)
         for (size_t m = 0; m < M; m += HALF_ROWS) {
             real* to = out + m * ldo + o;
@@ -484,11 +491,17 @@ void matmul_forward_half(real* out, size_t ldo, const real* inp, size_t ldi, con
 }
 
 // linear_forward: matmul_forward with the weights as they are kept
-static void linear_forward(const Half* half, real* out, size_t ldo, const real* inp, size_t ldi,
-                           const real* weight, const real* bias, size_t M, size_t I, size_t O) {
+static void linear_share(const Half* half, real* out, size_t ldo, const real* inp, size_t ldi,
+                         const real* weight, const real* bias, size_t M, size_t I, size_t O) {
     if (half->bits)
         matmul_forward_half(out, ldo, inp, ldi, half->bits + (weight - half->from), bias, M, I, O);
-    else matmul_forward(out, ldo, inp, ldi, weight, bias, M, I, O);
+    else matmul_forward_share(out, ldo, inp, ldi, weight, bias, M, I, O);
+}
+
+static void linear_forward(const Half* half, real* out, size_t ldo, const real* inp, size_t ldi,
+                           const real* weight, const real* bias, size_t M, size_t I, size_t O) {
+    #pragma omp parallel if (M * I * O > 65536)
+    linear_share(half, out, ldo, inp, ldi, weight, bias, M, I, O);
 }
 
 // matmul_backward: out[m,o] = sum_i inp[m,i] * weight[o,i] + bias[o]  =>
@@ -761,11 +774,11 @@ enum { CONV_MAX_TAPS = 8 };
 //   tail0, tailT (B,K-1,E): the K-1 inputs before t = 0 and before t = T, oldest first; either may be NULL,
 //   they may be the same array; a tail holds only inputs of the last token's document, the rest is 0
 //   saved for backward: nothing, c is recomputed        Mamba paper, section 3.4
-void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0,
-                           const real* weight, const real* bias, bool silu, const int* doc, size_t B,
-                           size_t T, size_t E, size_t K) {
+static void causal_conv1d_share(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0,
+                                const real* weight, const real* bias, bool silu, const int* doc, size_t B,
+                                size_t T, size_t E, size_t K) {
     size_t tiles = (E + CHANNEL_TILE - 1) / CHANNEL_TILE;
-    #pragma omp parallel for collapse(2) if (B * T * E * K > 8192)
+    #pragma omp for collapse(2)
     for (size_t b = 0; b < B; b++) {
         for (size_t tile = 0; tile < tiles; tile++) {
             size_t e0 = tile * CHANNEL_TILE, n = min_size(CHANNEL_TILE, E - e0);
@@ -796,6 +809,13 @@ void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, 
             }
         }
     }
+}
+
+void causal_conv1d_forward(real* out, real* tailT, const real* inp, size_t ldi, const real* tail0,
+                           const real* weight, const real* bias, bool silu, const int* doc, size_t B,
+                           size_t T, size_t E, size_t K) {
+    #pragma omp parallel if (B * T * E * K > 8192)
+    causal_conv1d_share(out, tailT, inp, ldi, tail0, weight, bias, silu, doc, B, T, E, K);
 }
 
 // forward: out = silu(c), or c                  =>  dc = dout * silu'(c), or dout
@@ -858,9 +878,14 @@ void causal_conv1d_backward(real* dinp, size_t lddi, real* dweight, real* dbias,
 // softplus_forward: out = log(1 + exp(inp)), the identity above 20.   inp, out (n), may be the same array
 // saved for backward: out itself
 // makes the step size dt positive: Mamba paper, section 3.2, algorithm 2
-void softplus_forward(real* out, const real* inp, size_t n) {
-    #pragma omp parallel for simd if (parallel : n > 4096)
+static void softplus_share(real* out, const real* inp, size_t n) {
+    #pragma omp for simd
     for (size_t i = 0; i < n; i++) out[i] = softplus_real(inp[i]);
+}
+
+void softplus_forward(real* out, const real* inp, size_t n) {
+    #pragma omp parallel if (n > 4096)
+    softplus_share(out, inp, n);
 }
 
 // d softplus(p)/dp = sigma(p) = 1 - exp(-softplus(p)): the output is enough, the input need not be kept
@@ -937,11 +962,12 @@ static void scan_load_decay(real (*A)[SCAN_TILE], const real* A_log, size_t stat
 //   h0, hT (B,E,N), each may be NULL, may be one array   doc (B,T) or NULL: document ids; h0 is of document 0
 //   saved for backward: hs, the state that enters every chunk; NULL when there will be no backward
 //   Mamba paper (arXiv 2312.00752), section 3.2, algorithm 2
-void selective_scan_forward(real* y, real* hs, real* hT, const real* x, const real* dt, const real* A_log,
-                            const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, const real* h0,
-                            const int* doc, size_t B, size_t T, size_t E, size_t N) {
+static void selective_scan_share(real* y, real* hs, real* hT, const real* x, const real* dt,
+                                 const real* A_log, const real* Bt, const real* Ct, size_t ldbc,
+                                 const real* Dskip, const real* h0, const int* doc, size_t B, size_t T,
+                                 size_t E, size_t N) {
     size_t tiles = scan_tiles(E), chunks = scan_chunks(T);
-    #pragma omp parallel for collapse(2) schedule(static) if (B * T * E * N > 8192)
+    #pragma omp for collapse(2) schedule(static)
     for (size_t b = 0; b < B; b++) {
         for (size_t tile = 0; tile < tiles; tile++) {
             size_t e0 = tile * SCAN_TILE, lanes = min_size(E - e0, SCAN_TILE);
@@ -984,6 +1010,13 @@ void selective_scan_forward(real* y, real* hs, real* hT, const real* x, const re
             }
         }
     }
+}
+
+void selective_scan_forward(real* y, real* hs, real* hT, const real* x, const real* dt, const real* A_log,
+                            const real* Bt, const real* Ct, size_t ldbc, const real* Dskip, const real* h0,
+                            const int* doc, size_t B, size_t T, size_t E, size_t N) {
+    #pragma omp parallel if (B * T * E * N > 8192)
+    selective_scan_share(y, hs, hT, x, dt, A_log, Bt, Ct, ldbc, Dskip, h0, doc, B, T, E, N);
 }
 
 // scan_chunk_states: one chunk of the forward once more, for backward: a_t and m_t = a_t h_{t-1} of its
@@ -1134,13 +1167,18 @@ void selective_scan_backward(real* dx, real* ddt, real* dA_log, real* dBt, real*
 
 // gate_forward: out = y * silu(z).   y (M,E) row stride ldy   z (M,E) row stride ldz   out (M,E)
 // The output gate of a Mamba mixer (Mamba paper, section 3.4) and, with y = up and z = gate, the gated MLP.
-void gate_forward(real* out, const real* y, size_t ldy, const real* z, size_t ldz, size_t M, size_t E) {
-    #pragma omp parallel for if (M > 16)
+static void gate_share(real* out, const real* y, size_t ldy, const real* z, size_t ldz, size_t M, size_t E) {
+    #pragma omp for
     for (size_t m = 0; m < M; m++) {
         const real *y_m = y + m * ldy, *z_m = z + m * ldz;
         #pragma omp simd
         for (size_t e = 0; e < E; e++) out[m * E + e] = y_m[e] * silu_real(z_m[e]);
     }
+}
+
+void gate_forward(real* out, const real* y, size_t ldy, const real* z, size_t ldz, size_t M, size_t E) {
+    #pragma omp parallel if (M > 16)
+    gate_share(out, y, ldy, z, ldz, M, E);
 }
 
 // out = y * silu(z)  =>  dy += dout * silu(z)     dz += dout * y * silu'(z)
@@ -2205,18 +2243,21 @@ void mamba1_block_forward(const Run* run, real* res_out, const real* res_in, rea
     const real *z = a->xz + E, *Bt = a->rbc + R, *Ct = a->rbc + R + N;
 
     rmsnorm_forward(a->u, a->rstd, res_in, p->norm, M, D, (real)c->norm_eps);
-    // (F1) to (F4)
-    linear_forward(&run->half, a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
-    causal_conv1d_forward(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
-                          B, T, E, K);
-    linear_forward(&run->half, a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
-    linear_forward(&run->half, a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
-    softplus_forward(a->dt, a->dt, M * E);
-    // (F5) to (F8), then the residual
-    selective_scan_forward(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm, run->doc,
-                           B, T, E, N);
-    gate_forward(w->y, a->s, E, z, 2 * E, M, E);
-    linear_forward(&run->half, w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
+    #pragma omp parallel if (M * D * E > 65536)
+    {
+        // (F1) to (F4)
+        linear_share(&run->half, a->xz, 2 * E, a->u, D, p->in_proj, p->in_proj_bias, M, D, 2 * E);
+        causal_conv1d_share(a->x, sT->conv, a->xz, 2 * E, s0->conv, p->conv1d, p->conv1d_bias, true, run->doc,
+                            B, T, E, K);
+        linear_share(&run->half, a->rbc, RBC, a->x, E, p->x_proj, NULL, M, E, RBC);
+        linear_share(&run->half, a->dt, E, a->rbc, RBC, p->dt_proj, p->dt_proj_bias, M, R, E);
+        softplus_share(a->dt, a->dt, M * E);
+        // (F5) to (F8)
+        selective_scan_share(a->s, a->hs, sT->ssm, a->x, a->dt, p->A_log, Bt, Ct, RBC, p->D, s0->ssm,
+                             run->doc, B, T, E, N);
+        gate_share(w->y, a->s, E, z, 2 * E, M, E);
+        linear_share(&run->half, w->out, D, w->y, E, p->out_proj, p->out_proj_bias, M, E, D);
+    }
     residual_forward(res_out, res_in, dropout(w->out, w->out, &run->dropout, M, D), M * D);
 }
 
@@ -2877,28 +2918,6 @@ void model_alloc(Model* m, bool training) {
         m->v = (real*)xcalloc(m->n_elements, sizeof(real));
     }
     model_bind(m);
-}
-
-// model_to_half: keeps the weight matrices in bfloat16 (rounded to nearest, ties to even) instead of `real`.
-// Only the forward of inference works after that; the memory of the matrices goes back to the system.
-void model_to_half(Model* m) {
-    uint16_t* bits = (uint16_t*)xcalloc(m->n_elements, sizeof(uint16_t));
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor* t = &m->tensor[i];
-        if (!(t->spec->flags & DECAY)) continue;
-        real* p = m->params + t->offset;
-        #pragma omp parallel for
-        for (size_t j = 0; j < t->count; j++) {
-            size_t I = (size_t)t->shape[1], at = t->offset + j / I * I + half_at(j % I, I);
-            bits[at] = narrow_float((double)(float)p[j], 8, 7);
-        }
-        uintptr_t begin = ((uintptr_t)p + page - 1) / page * page;
-        uintptr_t end = (uintptr_t)(p + t->count) / page * page;
-        if (begin < end) madvise((void*)begin, end - begin, MADV_DONTNEED);
-    }
-    m->half.from = m->params;
-    m->half.bits = bits;
 }
 
 void model_free(Model* m) {

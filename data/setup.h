@@ -277,6 +277,28 @@ bool freeze_tensors(Model* m, const char* list, Error* err) {
     return ok;
 }
 
+// model_to_half: keeps the weight matrices in bfloat16 (rounded to nearest, ties to even) instead of `real`.
+// Only the forward of inference works after that; the memory of the matrices goes back to the system.
+void model_to_half(Model* m) {
+    uint16_t* bits = (uint16_t*)xcalloc(m->n_elements, sizeof(uint16_t));
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor* t = &m->tensor[i];
+        if (!(t->spec->flags & DECAY)) continue;
+        real* p = m->params + t->offset;
+        #pragma omp parallel for
+        for (size_t j = 0; j < t->count; j++) {
+            size_t I = (size_t)t->shape[1], at = t->offset + j / I * I + half_at(j % I, I);
+            bits[at] = narrow_float((double)(float)p[j], 8, 7);
+        }
+        uintptr_t begin = ((uintptr_t)p + page - 1) / page * page;
+        uintptr_t end = (uintptr_t)(p + t->count) / page * page;
+        if (begin < end) madvise((void*)begin, end - begin, MADV_DONTNEED);
+    }
+    m->half.from = m->params;
+    m->half.bits = bits;
+}
+
 // workspace_fits: whether the plan can be counted at all. The bound, 64 fields of every width per token and
 // layer, is generous; what exceeds it would wrap around in size_t.
 static bool workspace_fits(const Model* m, int64_t B, int64_t T) {

@@ -36,8 +36,10 @@ static void check_half_matmul(size_t M, size_t I, size_t O, bool has_bias) {
                 want[m * O + o] += (double)inp[m * ldi + i] * (double)r;
             }
         }
+    #pragma omp parallel
     matmul_forward_half(out, ldo, inp, ldi, weight, has_bias ? bias : NULL, M, I, O);
     for (size_t m = 0; m < M; m++) {
+        #pragma omp parallel
         matmul_forward_half(one, ldo, inp + m * ldi, ldi, weight, has_bias ? bias : NULL, 1, I, O);
         differ += memcmp(one, out + m * ldo, O * sizeof(real)) != 0;
         for (size_t o = 0; o < ldo; o++)
