@@ -704,6 +704,7 @@ static const ScanShape scan_shapes[] = {
     {2, 100, 64, 16, 8, 0, true, 1, 2, 6, " decay underflows"},
     {2, 100, 64, 9, 8, 0, true, 1, 2, 6, " decay underflows"},
     {1, 8192, 32, 16, 8, 0, true, 1, -3, 0, ""},
+    {30, 70, 96, 16, 48, 0, true, 1, -3, 0, ""},
     {210, 150, 32, 16, 8, 0, true, 1, -3, 0, " many sequences"},
 };
 
