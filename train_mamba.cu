@@ -3597,7 +3597,10 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
         #pragma unroll 1
         for (int r = w; a.squares && r < rows; r += DECODE_WARPS) {
             float square = 0;
-            for (int i = lane; i < a.parts; i += WARP) square += a.squares[r * a.parts + i];
+            for (int i = lane; i < a.parts; i += 8 * WARP)               // eight loads at once
+                #pragma unroll
+                for (int j = 0; j < 8; j++)
+                    square += i + j * WARP < a.parts ? a.squares[r * a.parts + i + j * WARP] : 0.0f;
             square = warp_sum(square);
             if (lane == 0) squares[r] = gated_rstd(square, (float)K, a.eps);
         }
@@ -3837,68 +3840,144 @@ static void decode_conv_cuda(bf16* x, float* tail, const bf16* input, size_t ld,
     cudaCheck(cudaGetLastError());
 }
 
-// four states of a channel from `first` on, as far as there are that many
-__device__ __forceinline__ void decode_load_states(float* state, const float* h_e, int first, int N) {
-    if (N % 4 == 0 && first < N) *(float4*)state = *(const float4*)(h_e + first);
-    else
-        #pragma unroll
-        for (int i = 0; i < 4; i++) state[i] = first + i < N ? h_e[first + i] : 0.0f;
+// prefetch: asks for the 128 bytes at p to be brought into the L2 cache
+__device__ __forceinline__ void prefetch(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
 }
 
 // decode_scan: dt = softplus(W_dt r + b), then one step of the recurrence, skip and gate (formulas (F4) to
 // (F8) of 4.9).   y (rows,E)   x, z (rows,E), row strides ldx, ldz   rbc (rows,R+2N)   h (rows,E,N)
-// Four lanes share a channel; a block has 32 channels of `each` sequences, one after the other.
-// bytes: 2 per weight, 8 per state
+// A block has 32 channels of 8 sequences. Their states start on their way to shared memory first; meanwhile
+// the tensor core makes W_dt r, (32 channels x R) (R x 8 sequences): warp w makes channels 16 (w % 2).. and
+// those steps of 16 r of which w / 2 is the parity. In the recurrence four lanes share a channel.
+// Every block runs through the code once, so that fetching the code costs time: loops stay loops, and FAST
+// has no branches for sizes other than N = 16, R % 8 = 0 (23 KB of code instead of 96).
+// bytes: 2 per weight, 8 per state.   One H200, 64 sequences: mamba-130m 5.9 us (with a scalar product for
+// each dt 9.6), mamba-2.8b 17 (46); the states alone need 2.9 and 9.8 us at 4.3 TB/s
+enum { DECODE_SCAN_ROWS = 8 };
+
+// rows of shared memory are an odd number of 16 bytes long: the 8 rows of a matrix differ in banks
+static __host__ __device__ __forceinline__ int decode_scan_padded(int n) { return (n + 15) / 16 * 16; }
+static __host__ __device__ __forceinline__ int decode_scan_ldw(int R) { return decode_scan_padded(R) + 8; }
+static __host__ __device__ __forceinline__ int decode_scan_ldr(int R, int N) {
+    return decode_scan_padded(R) + decode_scan_padded(2 * N) + 8;
+}
+
+template <bool FAST>
 __global__ void __launch_bounds__(4 * WARP)
 decode_scan_kernel(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc, const bf16* dt_weight,
                    const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
-                   int rows, int each, size_t E, int N, int R) {
+                   int rows, int E, int states, int R) {
+    const int ROWS = DECODE_SCAN_ROWS, N = FAST ? 16 : states, RBC = R + 2 * N;
+    const int tid = threadIdx.x, l = tid % 4, c = tid / 4, w = tid / WARP, lane = tid % WARP;
+    const int n0 = blockIdx.y * ROWS, n_rows = rows - n0 < ROWS ? rows - n0 : ROWS;
+    const int Rp = decode_scan_padded(R), gap = Rp - R, ldw = decode_scan_ldw(R), ldr = decode_scan_ldr(R, N);
     extern __shared__ __align__(128) char shared[];
-    bf16* weight = (bf16*)shared;                            // (32,R)
-    float* rbc_n = (float*)(weight + WARP * R);              // (each,R+2N)
-    const int l = threadIdx.x % 4, c = threadIdx.x / 4, n0 = blockIdx.y * each;
-    const int n1 = n0 + each < rows ? n0 + each : rows, RBC = R + 2 * N;
-    const size_t e0 = (size_t)blockIdx.x * WARP, e = e0 + c;
-    // E is a multiple of 32: the rows of W_dt of this block are one aligned piece
-    for (int i = threadIdx.x; i < WARP * R / 8; i += 4 * WARP)
-        ((uint4*)weight)[i] = __ldg((const uint4*)(dt_weight + e0 * R) + i);
-    float bias = dt_bias[e], D = Dskip[e], decay[4];
-    alignas(16) float state[4];
+    __shared__ float4 state[ROWS][4 * WARP];                 // each thread's four
+    __shared__ float part[2][WARP][ROWS + 1], dt_s[ROWS][WARP];
+    __shared__ __align__(16) bf16 x_s[ROWS][WARP], z_s[ROWS][WARP];
+    bf16* weight = (bf16*)shared;                            // (32,R), row stride ldw
+    bf16* rbc_s = weight + WARP * ldw;                       // (8: r, zeros up to Rp, B, C), row stride ldr
+    const int e0 = blockIdx.x * WARP, e = e0 + c;
+    const size_t EN = (size_t)E * N;
+    float* h_e = h + n0 * EN + e * N + (FAST ? 4 * l : 0);   // this thread's states of the first sequence
+    allow_next();
+    // what no kernel of this token writes; the states only on their way to the cache
+    if (FAST && l == 0)
+        #pragma unroll 1
+        for (int n = c / 16; n < n_rows; n += 2)             // 16 lines of 128 bytes for each sequence
+            prefetch(h + (n0 + n) * EN + e0 * N + c % 16 * WARP);
+    #pragma unroll 1
+    for (int k = FAST ? 8 * l : l; k < R; k += FAST ? 32 : 4)
+        if (FAST) copy_async<16>(weight + c * ldw + k, dt_weight + (size_t)e * R + k);
+        else weight[c * ldw + k] = dt_weight[(size_t)e * R + k];
+    #pragma unroll 1
+    for (int n = c; n < WARP + ROWS; n += WARP)              // zeros
+        #pragma unroll 1
+        for (int k = R + l; k < Rp; k += 4)
+            (n < WARP ? weight + n * ldw : rbc_s + (n - WARP) * ldr)[k] = bf16(0.0f);
+    const float bias = dt_bias[e0 + lane], D = Dskip[e];
+    float decay[4] = {};
+    if (FAST) unpack<4>(decay, load_pack<4>(A_log + e * N + 4 * l));
     #pragma unroll
-    for (int i = 0; i < 4; i++)
-        decay[i] = 4 * l + i < N ? scan_decay(A_log[e * N + 4 * l + i]) : -1.0f;
-    decode_load_states(state, h + (n0 * E + e) * N, 4 * l, N);             // written one token ago
-    for (int i = threadIdx.x; i < (n1 - n0) * RBC; i += 4 * WARP)
-        rbc_n[i] = to_float(rbc[(size_t)n0 * RBC + i]);
+    for (int i = 0; i < 4; i++) decay[i] = scan_decay(decay[i]);
+    wait_before();
+    if (tid < 8 * ROWS) {
+        const int n = tid / 8, k = tid % 4 * 8;
+        const size_t row = n0 + (n < n_rows ? n : 0);
+        if (tid & 4) scan_copy16(z_s[n] + k, z + row * ldz + e0 + k, n < n_rows);
+        else scan_copy16(x_s[n] + k, x + row * ldx + e0 + k, n < n_rows);
+    }
+    const int n_tid = tid / 16;
+    const bf16* rbc_n = rbc + (size_t)(n0 + (n_tid < n_rows ? n_tid : 0)) * RBC;
+    #pragma unroll 1
+    for (int k = tid % 16 * (FAST ? 8 : 1); k < RBC; k += 16 * (FAST ? 8 : 1)) {
+        bf16* to = rbc_s + n_tid * ldr + k + (k < R ? 0 : gap);
+        if (FAST) scan_copy16(to, rbc_n + k, n_tid < n_rows);
+        else *to = n_tid < n_rows ? rbc_n[k] : bf16(0.0f);
+    }
+    copy_async_commit();
+    if (FAST)
+        #pragma unroll 1
+        for (int n = 0; n < n_rows; n++) copy_async<16>(&state[n][tid], h_e + n * EN);
+    copy_async_commit();
+    copy_async_wait(1);
     __syncthreads();
-    for (int n = n0; n < n1; n++, rbc_n += RBC) {
-        float dt = 0, sum = 0, x_e = to_float(x[n * ldx + e]);
-        float* h_e = h + (n * E + e) * N;
-        for (int i = l; i < R; i += 4) dt += to_float(weight[c * R + i]) * rbc_n[i];
-        dt += __shfl_xor_sync(0xffffffffu, dt, 1);
-        dt += __shfl_xor_sync(0xffffffffu, dt, 2);
-        dt = scan_softplus(dt + bias);
-        const float *B_n = rbc_n + R, *C_n = B_n + N;
-        for (int first = 4 * l; first < N; first += 16) {
-            alignas(16) float after[4];
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int s = first + i;
-                if (s >= N) continue;
-                float before = first < 16 ? state[i] : h_e[s];
-                float rate = first < 16 ? decay[i] : scan_decay(A_log[e * N + s]);
-                after[i] = fmaf(exp2_unit(dt * rate), before, dt * x_e * B_n[s]);
-                sum = fmaf(C_n[s], after[i], sum);
-            }
-            if (N % 4 == 0) *(float4*)(h_e + first) = *(const float4*)after;
-            else
+    float acc[4] = {};
+    #pragma unroll 1
+    for (int k = 16 * (w / 2); k < Rp; k += 32) {
+        uint32_t a[4], b[4];
+        load_matrices(a, weight + (w % 2 * 16 + lane % 16) * ldw + k + lane / 16 * 8);
+        load_matrices(b, rbc_s + lane % 8 * ldr + k + lane / 8 % 2 * 8);
+        scan_mma_bf16(acc, a, b[0], b[1]);
+    }
+    #pragma unroll
+    for (int i = 0; i < 4; i++) part[w / 2][w % 2 * 16 + lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = acc[i];
+    __syncthreads();
+    #pragma unroll
+    for (int n = 0; n < ROWS; n += 4)
+        dt_s[n + w][lane] =
+            scan_softplus_fast((part[0][lane][n + w] + part[1][lane][n + w] + bias) * SCAN_LOG2E);
+    __syncthreads();
+    copy_async_wait(0);
+    #pragma unroll 1
+    for (int n4 = 0; n4 < n_rows; n4 += 4) {                 // what follows the sum: a lane for each sequence
+        float mine = 0;                                      // <h, C> of sequence n4 + l
+        #pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const int n = n4 + k;
+            if (n >= n_rows) break;
+            const float dt = dt_s[n][c], dtx = dt * to_float(x_s[n][c]);
+            const bf16 *B_n = rbc_s + n * ldr + Rp, *C_n = B_n + N;
+            float *h_n = h_e + n * EN, sum = 0;
+            if (FAST) {
+                float B[4], C[4];
+                alignas(16) float h_4[4];
+                *(float4*)h_4 = state[n][tid];
+                unpack<4>(B, load_pack<4>(B_n + 4 * l));
+                unpack<4>(C, load_pack<4>(C_n + 4 * l));
                 #pragma unroll
-                for (int i = 0; i < 4; i++) if (first + i < N) h_e[first + i] = after[i];
+                for (int i = 0; i < 4; i++) {
+                    h_4[i] = fmaf(exp2_unit(dt * decay[i]), h_4[i], dtx * B[i]);
+                    sum = fmaf(C[i], h_4[i], sum);
+                }
+                scan_store16(h_n, *(const uint4*)h_4);
+            } else {
+                #pragma unroll 1
+                for (int s = l; s < N; s += 4) {
+                    const float rate = scan_decay(A_log[e * N + s]);
+                    h_n[s] = fmaf(exp2_unit(dt * rate), h_n[s], dtx * to_float(B_n[s]));
+                    sum = fmaf(to_float(C_n[s]), h_n[s], sum);
+                }
+            }
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            if (k == l) mine = sum;
         }
-        if (n + 1 < n1) decode_load_states(state, h_e + E * N, 4 * l, N);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (l == 0) y[n * E + e] = from_float<bf16>(fmaf(D, x_e, sum) * silu_cuda(to_float(z[n * ldz + e])));
+        const int n = n4 + l;
+        if (n < n_rows)
+            y[(size_t)(n0 + n) * E + e] =
+                from_float<bf16>(fmaf(D, to_float(x_s[n][c]), mine) * silu_cuda(to_float(z_s[n][c])));
     }
 }
 
@@ -3906,13 +3985,13 @@ static void decode_scan_cuda(bf16* y, float* h, const bf16* x, size_t ldx, const
                              const bf16* dt_weight, const float* dt_bias, const float* A_log,
                              const float* Dskip, const bf16* z, size_t ldz, size_t rows, size_t E, size_t N,
                              size_t R, cudaStream_t stream) {
-    size_t each = rows > 16 ? 4 : 1, shared = each * (R + 2 * N) * sizeof(float) + WARP * R * sizeof(bf16);
-    scan_allow_shared(decode_scan_kernel, shared);
-    dim3 grid((unsigned)(E / WARP), (unsigned)((rows + each - 1) / each));
-    decode_scan_kernel<<<grid, 4 * WARP, shared, stream>>>(y, h, x, ldx, rbc, dt_weight, dt_bias, A_log,
-                                                           Dskip, z, ldz, (int)rows, (int)each, E, (int)N,
-                                                           (int)R);
-    cudaCheck(cudaGetLastError());
+    const int words = WARP * decode_scan_ldw((int)R) + DECODE_SCAN_ROWS * decode_scan_ldr((int)R, (int)N);
+    const size_t shared = (size_t)words * sizeof(bf16);
+    const dim3 grid((unsigned)(E / WARP), (unsigned)((rows + DECODE_SCAN_ROWS - 1) / DECODE_SCAN_ROWS));
+    const auto kernel = N == 16 && R % 8 == 0 ? decode_scan_kernel<true> : decode_scan_kernel<false>;
+    scan_allow_shared(kernel, shared);
+    launch_early(kernel, grid, 4 * WARP, shared, stream, y, h, x, ldx, rbc, dt_weight, dt_bias, A_log, Dskip,
+                 z, ldz, (int)rows, (int)E, (int)N, (int)R);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -6144,7 +6223,7 @@ void ssd_dt_backward_cuda(X* ddt_raw, size_t ldd, float* ddt_bias, const float* 
 // In both orders out = weight * rstd * (y silu(z)): they differ only in what is squared.
 // A block works on one group of a token, a thread on GATED_PACK neighbouring channels; blockIdx: token,
 // group. So few registers suffice that many blocks are under way.   bytes: 3 sizeof(X) per element
-enum { GATED_PACK = 8, GATED_THREADS = 1024, GATED_BLOCKS = 660 };
+enum { GATED_PACK = 8, GATED_THREADS = 1024 };
 
 // gated_sum: the sum over the block, the same bits in every thread; `phase` as in group_sum
 __device__ __forceinline__ float gated_sum(float x, float* shared, int phase) {
@@ -6170,6 +6249,7 @@ gated_rmsnorm_forward_kernel(X* out, size_t ldo, float* rstd, const X* y, const 
     const size_t m = blockIdx.x, e = (size_t)blockIdx.y * S + threadIdx.x * GATED_PACK;
     const bool own = (int)threadIdx.x * GATED_PACK < S;
     Pack<X, GATED_PACK> y_m = {}, z_m = {};
+    wait_before();
     if (own) {
         y_m = load_pack<GATED_PACK>(y + m * E + e);
         z_m = load_pack<GATED_PACK>(z + m * ldz + e);
@@ -6225,9 +6305,8 @@ const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X*
     const unsigned threads = gated_threads(S), groups = (unsigned)(E / S);
     if (threads && is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(y, pack, E * sizeof(X)) &&
         is_aligned(z, pack, ldz * sizeof(X)) && is_aligned(weight, GATED_PACK * 4, 0)) {
-        gated_rmsnorm_forward_kernel<<<dim3((unsigned)M, groups), threads, 0, stream>>>(
-            out, ldo, rstd, y, z, ldz, weight, E, (int)S, eps, norm_first);
-        cudaCheck(cudaGetLastError());
+        launch_early(gated_rmsnorm_forward_kernel<X>, dim3((unsigned)M, groups), threads, 0, stream, out, ldo,
+                     rstd, y, z, ldz, weight, E, (int)S, eps, norm_first);
         return "gated_rmsnorm_forward_kernel";
     }
     gated_rmsnorm_forward_general_kernel<<<dim3((unsigned)M, groups), 256, 0, stream>>>(
@@ -6244,77 +6323,51 @@ const char* gated_rmsnorm_forward_cuda(X* out, size_t ldo, float* rstd, const X*
 //   out (row stride ldo), unless NULL, receives the output of the forward again, the same bits, which the
 //   next weight gradient needs
 // A block takes every gridDim.x-th token and sums dweight in registers; parts (gridDim.x,E) takes the sums.
-// The next GATED_RING tokens are on their way to shared memory, where every thread reads what it has copied.
-// bytes: 5 sizeof(X) per element, 6 with out
-enum { GATED_RING = 2 };
-
-template <typename X> __device__ __forceinline__ void gated_copy(Pack<X, GATED_PACK>* to, const X* from) {
-    #pragma unroll
-    for (int i = 0; i < (int)sizeof *to / 16; i++) copy_async<16>((uint4*)to + i, (const uint4*)from + i);
-}
-
+// bytes: 6 sizeof(X) per element with out
 template <typename X>
 __global__ void __launch_bounds__(GATED_THREADS)
 gated_rmsnorm_backward_kernel(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* parts, const X* dout,
                               size_t lddo, const X* y, const X* z, size_t ldz, const float* weight,
                               const float* rstd, size_t M, size_t E, int S, bool norm_first) {
     __shared__ float shared[2 * WARP];
-    extern __shared__ uint4 gated_shared[];                              // ring [GATED_RING][3][blockDim.x]
-    Pack<X, GATED_PACK>* ring = (Pack<X, GATED_PACK>*)gated_shared + threadIdx.x;
-    const int s = (int)threadIdx.x * GATED_PACK, threads = (int)blockDim.x;
+    const int s = (int)threadIdx.x * GATED_PACK;
     const size_t e = (size_t)blockIdx.y * S + s;
     const bool own = s < S;
-    auto copy = [&](Pack<X, GATED_PACK>* to, size_t m) {
-        if (own && m < M) {
-            gated_copy(to, dout + m * lddo + e);
-            gated_copy(to + threads, y + m * E + e);
-            gated_copy(to + 2 * threads, z + m * ldz + e);
-        }
-        copy_async_commit();
-    };
-    for (int i = 0; i < GATED_RING; i++) copy(ring + i * 3 * threads, blockIdx.x + (size_t)i * gridDim.x);
     float dw[GATED_PACK] = {};
-    int phase = 0, slot = 0;
-    const float one_over_S = 1.0f / (float)S;
+    int phase = 0;
     for (size_t m = blockIdx.x; m < M; m += gridDim.x, phase ^= 1) {
-        Pack<X, GATED_PACK>* mine = ring + slot * 3 * threads;
-        float d[GATED_PACK] = {}, y_v[GATED_PACK] = {}, gate[GATED_PACK] = {}, sigma[GATED_PACK];
-        float w[GATED_PACK] = {}, dot = 0;
-        const float r = rstd[m * gridDim.y + blockIdx.y];
-        copy_async_wait(GATED_RING - 1);
+        Pack<X, GATED_PACK> d_m = {}, y_m = {}, z_m = {};
+        float w[GATED_PACK] = {}, sigma[GATED_PACK], dot = 0;
         if (own) {
-            unpack<GATED_PACK>(d, mine[0]);
-            unpack<GATED_PACK>(y_v, mine[threads]);
-            unpack<GATED_PACK>(gate, mine[2 * threads]);                 // z
+            d_m = load_pack<GATED_PACK>(dout + m * lddo + e);
+            y_m = load_pack<GATED_PACK>(y + m * E + e);
+            z_m = load_pack<GATED_PACK>(z + m * ldz + e);
             unpack<GATED_PACK>(w, load_pack<GATED_PACK>(weight + e));    // in the cache after the first token
         }
-        copy(mine, m + (size_t)GATED_RING * gridDim.x);
-        slot = slot + 1 < GATED_RING ? slot + 1 : 0;
+        const float r = rstd[m * gridDim.y + blockIdx.y];
         #pragma unroll
         for (int j = 0; j < GATED_PACK; j++) {
-            sigma[j] = sigmoid_cuda(gate[j]);
-            gate[j] *= sigma[j];
-            const float g = d[j] * (y_v[j] * gate[j]);
+            float z_j = to_float(z_m.v[j]);
+            sigma[j] = sigmoid_cuda(z_j);
+            float g = to_float(d_m.v[j]) * (to_float(y_m.v[j]) * (z_j * sigma[j]));
             dot += w[j] * g;
             dw[j] += g * r;
-            d[j] *= w[j] * r;                                            // r q
         }
-        // r^2 mean, of what y or p is multiplied with
-        const float c = gated_sum(dot, shared, phase) * one_over_S * r * r * r;
-        const float c_y = norm_first ? c : 0.0f, c_p = norm_first ? 0.0f : c;
-        float dz_v[GATED_PACK];
+        float mean = gated_sum(dot, shared, phase) * r / (float)S;
+        float dy_v[GATED_PACK], dz_v[GATED_PACK], out_v[GATED_PACK];
         #pragma unroll
         for (int j = 0; j < GATED_PACK; j++) {
-            const float p = y_v[j] * gate[j], dw_j = d[j] - c_p * p;
-            w[j] *= p * r;                                               // out
-            d[j] = dw_j * gate[j] - c_y * y_v[j];
-            // silu'(z) = sigma + gate - gate sigma
-            dz_v[j] = dw_j * y_v[j] * (sigma[j] + (gate[j] - gate[j] * sigma[j]));
+            float y_j = to_float(y_m.v[j]), z_j = to_float(z_m.v[j]), q = w[j] * to_float(d_m.v[j]);
+            float gate = z_j * sigma[j], p = y_j * gate, dgate = silu_grad_cuda(z_j, sigma[j]);
+            float dw_j = r * (norm_first ? q : q - p * r * mean);
+            dy_v[j] = norm_first ? r * (q * gate - y_j * r * mean) : dw_j * gate;
+            dz_v[j] = dw_j * y_j * dgate;
+            out_v[j] = p * (w[j] * r);
         }
         if (!own) continue;
-        store_pack<GATED_PACK>(dy + m * E + e, d);
+        store_pack<GATED_PACK>(dy + m * E + e, dy_v);
         store_pack<GATED_PACK>(dz + m * lddz + e, dz_v);
-        if (out) store_pack<GATED_PACK>(out + m * ldo + e, w);
+        if (out) store_pack<GATED_PACK>(out + m * ldo + e, out_v);
     }
     if (own) store_pack<GATED_PACK>(parts + blockIdx.x * E + e, dw);
 }
@@ -6352,8 +6405,15 @@ __global__ void gated_rmsnorm_backward_general_kernel(X* dy, X* dz, size_t lddz,
     }
 }
 
+// the blocks of the backward: as many as fit on a chip of 132 SMs at a time, 1024 threads per SM. 16384 tokens
+// on an H200: 768 channels 0.046 ms (with half as many blocks 0.061), 1536 channels 0.085 ms.
+static inline size_t gated_blocks(size_t M, size_t E, size_t S) {
+    const size_t threads = gated_threads(S) ? gated_threads(S) : 256, groups = E / S;
+    return min_size(M, 132 * max_size(GATED_THREADS / (threads * groups), 1));
+}
+
 // the scratch of gated_rmsnorm_backward_cuda, in floats
-size_t gated_rmsnorm_scratch_cuda(size_t M, size_t E) { return min_size(M, GATED_BLOCKS) * E; }
+size_t gated_rmsnorm_scratch_cuda(size_t M, size_t E, size_t S) { return gated_blocks(M, E, S) * E; }
 
 template <typename X>
 const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_t ldo, float* dweight,
@@ -6361,21 +6421,15 @@ const char* gated_rmsnorm_backward_cuda(X* dy, X* dz, size_t lddz, X* out, size_
                                         const float* weight, const float* rstd, float* scratch, size_t M,
                                         size_t E, size_t S, bool norm_first, cudaStream_t stream,
                                         SumList* later = NULL) {
-    const size_t pack = GATED_PACK * sizeof(X), blocks = min_size(M, GATED_BLOCKS);
+    const size_t pack = GATED_PACK * sizeof(X), blocks = gated_blocks(M, E, S);
     const unsigned threads = gated_threads(S);
     const dim3 grid((unsigned)blocks, (unsigned)(E / S));
-    const size_t ring = GATED_RING * 3 * pack * threads;
     const char* name = "gated_rmsnorm_backward_kernel";
-    int device = 0, most = 0;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    if (threads && ring + 1024 <= (size_t)most && is_aligned(dy, pack, E * sizeof(X)) &&
-        is_aligned(dz, pack, lddz * sizeof(X)) && is_aligned(out, pack, ldo * sizeof(X)) &&
-        is_aligned(dout, pack, lddo * sizeof(X)) && is_aligned(y, pack, E * sizeof(X)) &&
-        is_aligned(z, pack, ldz * sizeof(X)) &&
+    if (threads && is_aligned(dy, pack, E * sizeof(X)) && is_aligned(dz, pack, lddz * sizeof(X)) &&
+        is_aligned(out, pack, ldo * sizeof(X)) && is_aligned(dout, pack, lddo * sizeof(X)) &&
+        is_aligned(y, pack, E * sizeof(X)) && is_aligned(z, pack, ldz * sizeof(X)) &&
         is_aligned(weight, GATED_PACK * 4, 0) && is_aligned(scratch, GATED_PACK * 4, E * 4)) {
-        scan_allow_shared(gated_rmsnorm_backward_kernel<X>, ring);
-        gated_rmsnorm_backward_kernel<<<grid, threads, ring, stream>>>(
+        gated_rmsnorm_backward_kernel<<<grid, threads, 0, stream>>>(
             dy, dz, lddz, out, ldo, scratch, dout, lddo, y, z, ldz, weight, rstd, M, E, (int)S, norm_first);
     } else {
         gated_rmsnorm_backward_general_kernel<<<grid, 256, 0, stream>>>(
@@ -8445,7 +8499,7 @@ static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool trainin
     if (!training) return forward;
     return max_size(forward, sums_round(ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)) +
                                  sums_round(ssd_dt_backward_scratch_cuda(B, T, s.H)) +
-                                 sums_round(gated_rmsnorm_scratch_cuda(s.M, s.Es)) +
+                                 sums_round(gated_rmsnorm_scratch_cuda(s.M, s.Es, s.Es / s.G)) +
                                  sums_round(causal_conv1d_scratch_cuda(B, T, s.Cd, s.K)) +
                                  sums_round(bias_backward_scratch_cuda(s.M, s.D)) +
                                  sums_round(bias_backward_scratch_cuda(s.M, s.in)));
@@ -8522,8 +8576,8 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
     if (c->rmsnorm)
         gated_rmsnorm_backward_cuda(dy, dz, ld, w->n + s.mlp, s.E, dp->gated_norm, w->dn + s.mlp, s.E, a->y,
                                     z, ld, p->gated_norm, a->gated_rstd,
-                                    sums_take(run, gated_rmsnorm_scratch_cuda(s.M, s.Es)), s.M, s.Es,
-                                    s.Es / s.G, c->norm_before_gate, stream, &run->sums->list);
+                                    sums_take(run, gated_rmsnorm_scratch_cuda(s.M, s.Es, s.Es / s.G)), s.M,
+                                    s.Es, s.Es / s.G, c->norm_before_gate, stream, &run->sums->list);
     else
         gate_backward_cuda(dy, s.Es, dz, ld, w->n + s.mlp, s.E, w->dn + s.mlp, s.E, a->y, s.Es, z, ld, s.M,
                            s.Es, stream);

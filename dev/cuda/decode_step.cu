@@ -1,9 +1,9 @@
-// decode_step: one token of each of a few sequences through a whole mamba-130m, in several versions. The
-// smallest number of bytes is that of the weights and the states; the rest is waiting.
+// decode_step: one token of each of a few sequences through a whole mamba-130m or mamba2-130m, in several
+// versions. The smallest number of bytes is that of the weights and the states; the rest is waiting.
 //
 //   v1  a kernel for each operation, as in a forward pass over one token: 7 per layer
-//   v2  3 kernels per layer that start early, 4 with more than 8 sequences, 6 with more than 16 (section 4.10
-//       of train_mamba.cu)
+//   v2  3 kernels per layer that start early, 4 with more than 8 sequences, 6 with more than 16
+//       (sections 4.10 and 4.15 of train_mamba.cu)
 //   v3  shipped: the same launches recorded as a CUDA graph: the GPU no longer waits for the host
 //
 // build: make build/dev/decode_step
@@ -82,13 +82,17 @@ static Config config_of(int n, const char* const* args) {
     settings_free(&s);
     return c;
 }
-static const char* const timed[] = {"--preset", "mamba-130m"};
+static Config config_of(const char* preset) {
+    const char* args[] = {"--preset", preset};
+    return config_of(2, args);
+}
 static const char* const small[] = {"--n-layer", "3",    "--d-model", "96", "--d-state",    "5",
                                     "--dt-rank", "24",   "--d-conv",  "3",  "--vocab-size", "500"};
+static const char* const small2[] = {"--n-layer", "3",  "--d-model", "96", "--d-state",    "32", "--pattern",
+                                     "2", "--headdim", "16", "--d-conv",  "3",  "--vocab-size", "500"};
 
-static void setup_rows(int which, size_t rows) {
+static void setup_rows(Config c, size_t rows) {
     close_model();
-    Config c = which ? config_of(COUNT(timed), timed) : config_of(COUNT(small), small);
     model_describe(&model, &c);
     model_alloc(&model, false);
     model_init(&model, 1);
@@ -108,7 +112,9 @@ static void setup_rows(int which, size_t rows) {
     Backend cpu = backend_cpu(&model, 0, 0, false, RECOMPUTE_NONE);
     Session s = session_create(&cpu, rows, 1);
     size_t n = s.state.n_elements;
-    for (size_t i = 0; i < n; i++) s.state.data[i] = (float)(0.3 * random_normal(7, 2, i));
+    std::vector<float> noise(10007);
+    for (size_t i = 0; i < noise.size(); i++) noise[i] = (float)(0.3 * random_normal(7, 2, i));
+    for (size_t i = 0; i < n; i++) s.state.data[i] = noise[i % noise.size()];
     std::vector<float> before(s.state.data, s.state.data + n), logits(rows * (size_t)c.vocab_padded);
     cpu.decode(&cpu, &s, 0, rows, tokens.data(), 1, logits.data());
     expect("logits", opened()->logits, logits, 2e-2);
@@ -116,13 +122,23 @@ static void setup_rows(int which, size_t rows) {
     session_free(&cpu, &s);
     cpu.destroy(&cpu);
 }
-static void setup_one(int which) { setup_rows(which, which ? 1 : 3); }
-static void setup_many(int which) { setup_rows(which, which ? 64 : 37); }
+static void setup_one(int which) {
+    setup_rows(which ? config_of("mamba-130m") : config_of(COUNT(small), small), which ? 1 : 3);
+}
+static void setup_many(int which) {
+    setup_rows(which ? config_of("mamba-130m") : config_of(COUNT(small), small), which ? 64 : 37);
+}
+static void setup2_one(int which) {
+    setup_rows(which ? config_of("mamba2-130m") : config_of(COUNT(small2), small2), which ? 1 : 3);
+}
+static void setup2_many(int which) {
+    setup_rows(which ? config_of("mamba2-130m") : config_of(COUNT(small2), small2), which ? 64 : 37);
+}
 
 // bytes: every weight, every state in and out, the logits
-static double bytes_of(size_t rows) {
+static double bytes_of(const char* preset, size_t rows) {
     Model m;
-    Config c = config_of(COUNT(timed), timed);
+    Config c = config_of(preset);
     model_describe(&m, &c);
     double bytes = 2.0 * (double)m.n_params + 8.0 * (double)(rows * state_count(&m)) +
                    4.0 * (double)(rows * (size_t)c.vocab_padded);
@@ -132,9 +148,14 @@ static double bytes_of(size_t rows) {
 
 int main(int argc, char** argv) {
     const Ladder ladders[] = {
-        {"decode_step", "mamba-130m, 1 sequence, bf16", rungs, COUNT(rungs), setup_one, bytes_of(1), 0, 0},
-        {"decode_step", "mamba-130m, 64 sequences, bf16", rungs, COUNT(rungs), setup_many, bytes_of(64), 0,
-         0},
+        {"decode_step", "mamba-130m, 1 sequence, bf16", rungs, COUNT(rungs), setup_one,
+         bytes_of("mamba-130m", 1), 0, 0},
+        {"decode_step", "mamba-130m, 64 sequences, bf16", rungs, COUNT(rungs), setup_many,
+         bytes_of("mamba-130m", 64), 0, 0},
+        {"decode_step", "mamba2-130m, 1 sequence, bf16", rungs, COUNT(rungs), setup2_one,
+         bytes_of("mamba2-130m", 1), 0, 0},
+        {"decode_step", "mamba2-130m, 64 sequences, bf16", rungs, COUNT(rungs), setup2_many,
+         bytes_of("mamba2-130m", 64), 0, 0},
     };
     return ladder_main(argc, argv, ladders, COUNT(ladders));
 }

@@ -120,11 +120,12 @@ static void backward1(void) {
     backward_kernel1<<<(unsigned)M, 256>>>(dy, dz, LD, again, dweight, dout, y, z, weight, rstd, E);
 }
 
-// v2: GATED_BLOCKS blocks walk through the rows and leave partial sums, added in order by a second kernel
+// v2: gated_blocks() blocks walk through the rows and leave partial sums, added in order by a second kernel
 static void backward2(void) {
-    gated_rmsnorm_backward_general_kernel<<<GATED_BLOCKS, 256>>>(dy, dz, LD, again, E, scratch, dout, E, y, z,
-                                                                LD, weight, rstd, M, E, E, false);
-    sum_parts_cuda(dweight, NULL, scratch, GATED_BLOCKS, E, 0, E, 0);
+    size_t blocks = gated_blocks(M, E, E);
+    gated_rmsnorm_backward_general_kernel<<<(unsigned)blocks, 256>>>(
+        dy, dz, LD, again, E, scratch, dout, E, y, z, LD, weight, rstd, M, E, E, false);
+    sum_parts_cuda(dweight, NULL, scratch, blocks, E, 0, E, 0);
 }
 
 // shipped: a pack per thread, dweight in registers
@@ -177,7 +178,7 @@ static void backward_setup(int which) {
     std::vector<float> before = want_dweight, zeros(M * LD);
     dy = nan_array<bf16>(M * E);
     again = nan_array<bf16>(M * E);
-    scratch = nan_array<float>(GATED_BLOCKS * E);
+    scratch = nan_array<float>(gated_rmsnorm_scratch_cuda(M, E, E));
     gated_rmsnorm_forward(want_out.data(), h_rstd.data(), h_y.data(), h_z.data(), LD, h_weight.data(), M, E,
                           E, eps, false);
     rstd = device_copy(h_rstd);

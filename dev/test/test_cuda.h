@@ -491,7 +491,7 @@ template <typename X> void check_gated_rmsnorm(size_t M, size_t S, size_t G, int
     claim<X>("gated rmsnorm forward", gathered(got, E, ldo), out, 2e-6, 4e-3);
     claim_zero<X>("gated rmsnorm: gaps written", written_gaps(got, ldo, E, ldo));
     claim<X>("gated rmsnorm rstd", from_gpu(g_rstd, M * G), rstd, 1e-6, 1e-6);
-    float* scratch = gpu_nan<float>(gated_rmsnorm_scratch_cuda(M, E));
+    float* scratch = gpu_nan<float>(gated_rmsnorm_scratch_cuda(M, E, S));
     for (int twice = 0; twice < 2; twice++) {
         X *g_dout = gpu<X>(in_place ? dout : spread(dout, E, ldo));
         X* g_again = again ? gpu_nan<X>(M * ldo) : NULL;
