@@ -4205,6 +4205,21 @@ __device__ __forceinline__ void ssd_mma_columns(float (&d)[8][4], const uint32_t
             mma_pair_trans(d + 2 * j, a[k], b + ssd_piece(k * 16 + (lane & 15), 2 * j + (lane >> 4)));
     }
 }
+// ssd_mma_lower: d += a^T b; both tiles have one row for each number of the summed dimension. a is 0 above
+// its diagonal of 16 x 16 pieces: only numbers from 16w on count.
+__device__ __forceinline__ void ssd_mma_lower(float (&d)[8][4], const bf16* a, const bf16* b, int w) {
+    const int lane = threadIdx.x % WARP;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        if (k < w) continue;
+        uint32_t ra[4];
+        load_matrices_trans(ra,
+                            a + ssd_piece(k * 16 + (lane & 7) + (lane >> 4) * 8, 2 * w + (lane >> 3 & 1)));
+        #pragma unroll
+        for (int j = 0; j < 4; j++)
+            mma_pair_trans(d + 2 * j, ra, b + ssd_piece(k * 16 + (lane & 15), 2 * j + (lane >> 4)));
+    }
+}
 
 // The same where the hardware can do better, sm_90: the four warps multiply together (wgmma), operands come
 // straight from shared memory, and the warps go on meanwhile:
@@ -4225,7 +4240,8 @@ __device__ __forceinline__ void ssd_arrived(float (&d)[8][4]) {
     for (int i = 0; i < 8; i++)
         asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]) :: "memory");
 }
-// a tile as operand: 1024 bytes from 8 rows to the next 8; bit 62: pieces in the order of ssd_piece
+// a tile as operand: 1024 bytes from 8 rows to the next 8; bit 62: pieces in the order of ssd_piece. + 1: 16
+// bytes further
 __device__ __forceinline__ uint64_t ssd_operand(const bf16* tile) {
     const uint64_t address = (uint32_t)__cvta_generic_to_shared(tile);
     return address >> 4 | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
@@ -4243,7 +4259,7 @@ __device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], const bf16* 
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; " SSD_WGMMA_64 SSD_SUMS
                      ", %32, %33, p, 1, 1, 0, 0; }"
                      : SSD_SUMS32
-                     : "l"(ssd_operand(a + k * 16)), "l"(ssd_operand(b + k * 16)),
+                     : "l"(ssd_operand(a) + k * 2), "l"(ssd_operand(b) + k * 2),
                        "r"((int)!(first && k == 0)));
 }
 __device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4],
@@ -4253,7 +4269,14 @@ __device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uin
         asm volatile(SSD_WGMMA_64 SSD_SUMS ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
                      : SSD_SUMS32
                      : "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]),
-                       "l"(ssd_operand(b + k * 16 * 64)));
+                       "l"(ssd_operand(b) + k * 128));
+}
+__device__ __forceinline__ void ssd_multiply_lower(float (&d)[8][4], const bf16* a, const bf16* b, int) {
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile(SSD_WGMMA_64 SSD_SUMS ", %32, %33, 1, 1, 1, 1, 1;"
+                     : SSD_SUMS32
+                     : "l"(ssd_operand(a) + k * 128), "l"(ssd_operand(b) + k * 128));
 }
 #else
 __device__ __forceinline__ void ssd_begin() {}
@@ -4272,6 +4295,9 @@ __device__ __forceinline__ void ssd_multiply_rows(float (&d)[8][4], const bf16* 
 __device__ __forceinline__ void ssd_multiply_columns(float (&d)[8][4], const uint32_t (&a)[4][4],
                                                      const bf16* b, int steps) {
     ssd_mma_columns(d, a, b, steps);
+}
+__device__ __forceinline__ void ssd_multiply_lower(float (&d)[8][4], const bf16* a, const bf16* b, int w) {
+    ssd_mma_lower(d, a, b, w);
 }
 #endif
 
@@ -4893,6 +4919,7 @@ const char* ssd_forward_cuda(X* y, X* states, float* hT, const X* x, size_t ldx,
 // all digits where the decay is strong.
 // Mamba-2 paper (arXiv 2405.21060), section 6; the sums over pairs: by hand. Oracle: ssd_recurrent_backward.
 //
+//   decays    of all tiles and heads
 //   states    H and Lambda at every boundary between two tiles: a walk from a saved state to the right, and
 //             one from the end to the left
 //   tiles     everything else. A block owns one tile and walks through heads, so that the sums over heads
@@ -4910,7 +4937,7 @@ enum { SSD_SPAN = 64, SSD_PER_SAVED = SSD_SPACING / SSD_SPAN, SSD_ROUND = 16384 
 // all: from before the tile to after it. cs is in base 2.
 struct alignas(16) SsdTokens {
     float cs[SSD_SPAN], dt[SSD_SPAN], from[SSD_SPAN], to[SSD_SPAN];
-    float all;
+    float all, A2;
 };
 
 // ssd_begins: begin[i] = where in the tile the document of token i begins, -1: before it. By a whole warp.
@@ -4939,15 +4966,21 @@ __device__ __forceinline__ void ssd_tokens(SsdTokens* s, const int* begin, const
         if (lane >= step) sum += left;
     }
     const float end = __shfl_sync(0xffffffffu, sum, WARP - 1), cs[2] = {sum - a1, sum};
+    float from[2], to[2];
     #pragma unroll
     for (int k = 0; k < 2; k++) {
         const int i = 2 * lane + k;
-        s->cs[i] = cs[k];
-        s->dt[i] = dt[k];
-        s->from[i] = begin[i] < 0 ? exp2_unit(cs[k]) : 0.0f;
-        s->to[i] = i >= last ? exp2_unit(end - cs[k]) : 0.0f;
+        from[k] = begin[i] < 0 ? exp2_unit(cs[k]) : 0.0f;
+        to[k] = i >= last ? exp2_unit(end - cs[k]) : 0.0f;
     }
-    if (lane == 0) s->all = last < 0 ? exp2_unit(end) : 0.0f;
+    *(float2*)&s->cs[2 * lane] = make_float2(cs[0], cs[1]);
+    *(float2*)&s->dt[2 * lane] = make_float2(dt[0], dt[1]);
+    *(float2*)&s->from[2 * lane] = make_float2(from[0], from[1]);
+    *(float2*)&s->to[2 * lane] = make_float2(to[0], to[1]);
+    if (lane == 0) {
+        s->all = last < 0 ? exp2_unit(end) : 0.0f;
+        s->A2 = A2;
+    }
 }
 
 // --- general path -------------------------------------------------------------------------------------
@@ -5222,6 +5255,29 @@ ssd_sum_parts_kernel(X* dBt, X* dCt, size_t lddbc, const float* parts, size_t n_
     *to = from_float<X>(sum);
 }
 
+// --- fast path: decays --------------------------------------------------------------------------------
+
+// ssd_tokens_kernel: the decays of n tiles, out (B,H,tiles). A warp each.
+__global__ void __launch_bounds__(4 * WARP)
+ssd_tokens_kernel(SsdTokens* out, const float* dt, const float* A_log, const int* doc, size_t T, size_t H,
+                  size_t n) {
+    __shared__ int begin[4][SSD_SPAN];
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP;
+    const size_t i = (size_t)blockIdx.x * 4 + w, tiles = (T + SSD_SPAN - 1) / SSD_SPAN;
+    if (i >= n) return;
+    const size_t b = i / tiles / H, t = i % tiles * SSD_SPAN + 2 * lane;
+    dt += i / tiles * T;
+    const float dt_t[2] = {t < T ? dt[t] : 0.0f, t + 1 < T ? dt[t + 1] : 0.0f};
+    ssd_begins(begin[w], doc, b, i % tiles * SSD_SPAN, T);
+    ssd_tokens(out + i, begin[w], dt_t, scan_decay(A_log[i / tiles % H]));
+}
+
+// starts the copy of one into shared memory, by a block of 65 threads or more
+__device__ __forceinline__ void ssd_load_tokens(SsdTokens* to, const SsdTokens* from) {
+    const int i = threadIdx.x * 16;
+    if (i < (int)sizeof(SsdTokens)) scan_copy16((char*)to + i, (const char*)from + i, true);
+}
+
 // --- fast path: states --------------------------------------------------------------------------------
 
 // where H before, or Lambda after, tile c of sequence b is: H only between two saved ones
@@ -5230,31 +5286,20 @@ static __device__ __forceinline__ size_t ssd_slot(bool lambda, size_t b, size_t 
     return lambda ? b * tiles + c : b * (tiles - saved) + c - c / SSD_PER_SAVED - 1;
 }
 
-// 64 rows of COLS bf16 into shared memory, 16 bytes between them, by THREADS threads; zeros beyond the last
-// token
-template <int COLS, int THREADS>
-__device__ __forceinline__ void ssd_copy_rows(bf16 (*to)[COLS + 8], const bf16* from, size_t ld, int count) {
-    #pragma unroll
-    for (int k = 0; k < SSD_SPAN * COLS / 8 / THREADS; k++) {
-        int v = (int)threadIdx.x + k * THREADS, row = v / (COLS / 8), col = v % (COLS / 8) * 8;
-        scan_copy16(&to[row][col], from + (row < count ? row * ld : 0) + col, row < count);
-    }
-}
-
 // where the values r, c and r, c + 1 of a tile are, c even
 __device__ __forceinline__ uint32_t* ssd_pair(bf16* tile, int r, int c) {
     return (uint32_t*)(tile + ssd_piece(r, c / 8) + c % 8);
 }
 
 // The walks go 64 tokens at a time; a state has as many warps as 16 rows, and stays in their registers, all N
-// columns of them.
-enum { SSD_WALK_STAGES = 3 };
+// columns of them. Two stages, so that three blocks share a processor: 0.085 ms; two blocks of three stages:
+// 0.087 (H200, B8 T2048 H24 P64 N128, bf16, cold cache).
+enum { SSD_WALK_STAGES = 2, SSD_WALK_BLOCKS = 3 };
 template <int P, int N> struct SsdWalkShared {
     enum { PB = (P + 63) / 64, NB = N / 64 };                  // 64 x 64 pieces of a state
     bf16 rows[SSD_WALK_STAGES][PB][SSD_TILE], cols[SSD_WALK_STAGES][NB][SSD_TILE];
     bf16 out[PB][NB][SSD_TILE];                          // 16 rows per warp, for stores of whole rows
-    SsdTokens tokens[2];
-    int begin[SSD_SPAN];
+    SsdTokens tokens[SSD_WALK_STAGES];
 };
 
 // SsdWalks: what the walks need. Walks to the left begin at dhT (or NULL: 0) and cover `each` pieces of 64
@@ -5266,8 +5311,8 @@ struct SsdWalks {
     bf16 *before, *after;
     float *dh0, *local, *decays;                               // local NULL: one walk per sequence
     const bf16 *states, *x, *dy, *Bt, *Ct;
-    const float *dhT, *dt, *A_log;
-    const int* doc;
+    const float* dhT;
+    const SsdTokens* tokens;
     size_t ldx, ldbc, T, H, G;
     int lefts, walks, each, saved;                             // lefts: blocks that walk to the left
 };
@@ -5286,8 +5331,7 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
     // pieces to walk through: not the last one, unless somebody wants what is behind it
     const bool to_h0 = REVERSE && !LOCAL && first == 0 && a.dh0;
     const int steps = end - first - !(LOCAL || to_h0);
-    const float A2 = scan_decay(a.A_log[h]);
-    const float* dt = a.dt + (b * H + h) * T;
+    const SsdTokens* tokens = a.tokens + (b * H + h) * pieces;
     const uint32_t ldr = (uint32_t)(REVERSE ? H * P : a.ldx), ldc = (uint32_t)a.ldbc;
     const bf16* rows = (REVERSE ? a.dy + b * T * ldr : a.x + b * T * ldr) + h * P;
     const bf16* cols = (REVERSE ? a.Ct : a.Bt) + b * T * ldc + h * a.G / H * N;
@@ -5304,29 +5348,12 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
             for (int n = 0; n < NB; n++)
                 ssd_load_tile<THREADS>(sh.cols[stage][n], cols + t0 * ldc + 64 * n, ldc, count,
                                        64, threadIdx.x);
+            ssd_load_tokens(&sh.tokens[stage], tokens + piece_of(k));
         }
         copy_async_commit();
     };
-    float dt_next[2];
-    auto load_dt = [&](int k) {
-        if (W > 0 || k >= steps) return;
-        #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const size_t t = (size_t)piece_of(k) * 64 + 2 * lane + i;
-            dt_next[i] = t < T ? dt[t] : 0.0f;
-        }
-    };
-    auto tokens = [&](int k) {
-        if (W > 0 || k >= steps) return;
-        ssd_begins(sh.begin, a.doc, b, (size_t)piece_of(k) * 64, T);
-        ssd_tokens(&sh.tokens[k & 1], sh.begin, dt_next, A2);
-        __syncwarp();
-    };
-    load_dt(0);
-    load(0);
-    load(1);
-    tokens(0);
-    load_dt(1);
+    #pragma unroll
+    for (int k = 0; k < SSD_WALK_STAGES - 1; k++) load(k);
 
     float S[NB][8][4], decay = 1.0f;  // rows r0, r0 + 8, columns 64 n + 8 i + 2 q, + 1
     const int r0 = 64 * own + 16 * w + g;
@@ -5379,13 +5406,11 @@ __device__ __forceinline__ void ssd_walk(const SsdWalks& a, SsdWalkShared<P, N>&
     for (int k = 0; k < steps; k++) {
         const int c = piece_of(k), stage = k % SSD_WALK_STAGES;
         if (REVERSE && !LOCAL) store(c);
-        copy_async_wait(1);
+        copy_async_wait(SSD_WALK_STAGES - 2);
         ssd_publish();
         __syncthreads();                                       // the piece and its decays are there
-        load(k + 2);
-        tokens(k + 1);
-        load_dt(k + 2);
-        const SsdTokens& tk = sh.tokens[k & 1];
+        load(k + SSD_WALK_STAGES - 1);
+        const SsdTokens& tk = sh.tokens[stage];
         const float all = tk.all;
         if (LOCAL) decay *= all;
         uint32_t m[4][4];                                      // rows of the state, columns: 16 tokens each
@@ -5436,7 +5461,7 @@ ssd_walk_local_kernel(const __grid_constant__ SsdWalks a) {
 }
 // both directions: the walks to the left take long and begin first, the short ones fill up
 template <int P, int N>
-__global__ void __launch_bounds__(P <= 64 ? 128 : 256)
+__global__ void __launch_bounds__(P <= 64 ? 128 : 256, P <= 64 ? SSD_WALK_BLOCKS : 1)
 ssd_walk_kernel(const __grid_constant__ SsdWalks a) {
     extern __shared__ __align__(1024) char tile_shared[];
     SsdWalkShared<P, N>& sh = *(SsdWalkShared<P, N>*)tile_shared;
@@ -5445,28 +5470,31 @@ ssd_walk_kernel(const __grid_constant__ SsdWalks a) {
 }
 
 // --- fast path: tiles ---------------------------------------------------------------------------------
-// A block of four warps owns one tile of one sequence and the heads of one group, or of a part of it. Warp w
-// owns tokens 16w..16w+15, as rows i and as rows j of the formulas. For every head it makes
-//   16 x 64 products: S = dy x^T (up to its own tokens), v = (G L)^T dy (from its own tokens on)
-//   state products:   H^T dy, Lambda^T x, Lambda Bt of its tokens, and 16 rows of <Lambda, H>
-// and the sums over heads stay: dBt, dCt in registers, dG in shared memory, each value with the thread that
-// adds to it. G is the same for all heads of the group. Two blocks share a processor: one works while the
-// other waits for the arrays of its next head. A tile and head need 48 KB, about 250 products of the tensor
-// core (16 x 8 x 16) per warp and two barriers.
+// A block owns one tile of one sequence and the heads of one group, or of a part of it. Two groups of four
+// warps work side by side, warp w of a group on tokens 16w..16w+15. For every head, by the products of 4.11:
+//   rows i: S = dy x^T, and of it dG, G L and sums of W; Ct H^T, for f; dCt += (from dy) H; <Lambda, H>
+//   rows j: Bt Lambda^T, for e and v; dBt += (to dt x) Lambda; v += (G L)^T dy, as soon as G L is there; dx
+// The sums over heads stay: dCt and dBt in the registers of their group, dG in shared memory, each value with
+// the thread that adds to it. G is the same for all heads of the group. Two blocks share a processor: one
+// works while the other waits for the arrays of its next head (48 KB). One group that does both has 128
+// registers for dBt and dCt alone and half as many warps: its best version took 0.211 ms instead of 0.164
+// (H200, B8 T2048 H24 P64 N128, bf16, cold cache).
 // Sums over pairs: what lies inside the warp's 16 tokens is summed as the formula says. Of the pairs between
-// two warps only sums along rows and columns count; those along columns are <x_j, v_j> before v_j has got its
-// own 16 tokens, those along rows are made of S.
+// two warps only sums along rows and columns of W count.
 
-template <int P, int N> struct SsdBackwardShared {
-    bf16 Bt[SSD_SPAN][N + 8], Ct[SSD_SPAN][N + 8];
-    bf16 x[SSD_SPAN][P + 8], dy[SSD_SPAN][P + 8];              // x: later dx
-    bf16 before[P][N + 8], after[P][N + 8];                    // H, Lambda
-    bf16 gram[SSD_SPAN][SSD_SPAN + 8];                         // G, 0 where L is; in the end dG
+template <int P, int N> struct SsdBackwardShared {             // 64 x 64 pieces of all matrices
+    enum { PB = (P + 63) / 64, NB = N / 64 };
+    bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE];
+    bf16 x[PB][SSD_TILE], dy[PB][SSD_TILE];                    // x: later dx
+    bf16 before[PB][NB][SSD_TILE], after[PB][NB][SSD_TILE];    // H, Lambda: a row is a channel
+    bf16 gram[SSD_TILE];                                       // G, 0 where L is; in the end dG
+    bf16 GL[SSD_TILE];                                         // G L of this head
     float4 dgram[20][WARP];  // dG: as the tensor core leaves it, 16 x 8 each
     SsdTokens tokens[2];
     int begin[SSD_SPAN];
-    float dalpha[SSD_SPAN], direct[SSD_SPAN];
-    float row[4][16], column[4][16], inner[4][16];             // of the warps' tokens
+    float direct[SSD_SPAN], skip[64 * PB];                     // skip: D
+    float row[SSD_SPAN], inner[SSD_SPAN], e[SSD_SPAN];         // of the warps' tokens
+    float column[3][48];                                       // of the tokens before warps 1, 2, 3
     float sums[4][8];
 };
 
@@ -5474,21 +5502,8 @@ template <int P, int N> struct SsdBackwardShared {
 // 1, 2 of 16; its part of <Lambda, H>; of <dy, x>
 enum { SSD_SUM_E, SSD_SUM_LEFT, SSD_SUM_THROUGH = SSD_SUM_LEFT + 3, SSD_SUM_SKIP };
 
-// Reductions of eight values at once: every step halves the number of values and of lanes that hold one.
-//   ssd_sum_quad: over the four lanes of a quad; lane q keeps values 2q, 2q + 1
-//   ssd_sum_quads: over the eight quads and their lanes; quad g keeps value g
-__device__ __forceinline__ void ssd_sum_quad(float* v, int q) {
-    #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float keep = q & 2 ? v[i + 4] : v[i], give = q & 2 ? v[i] : v[i + 4];
-        v[i] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
-    }
-    #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float keep = q & 1 ? v[i + 2] : v[i], give = q & 1 ? v[i] : v[i + 2];
-        v[i] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
-    }
-}
+// ssd_sum_quads: sums of eight values over a warp; quad g keeps value g. Every step halves the number of
+// values and of lanes that hold one.
 __device__ __forceinline__ float ssd_sum_quads(float* v, int g) {
     #pragma unroll
     for (int half = 4; half >= 1; half /= 2) {
@@ -5532,397 +5547,421 @@ __device__ __forceinline__ void ssd_inner_pairs(float* line, float* w0, float* w
     *(float2*)&line[8 + 2 * q] = make_float2(c[2], c[3]);
 }
 
-// dot of two pairs of bf16 values with two floats
-__device__ __forceinline__ float ssd_dot(uint32_t v, float a, float b, float sum) {
-    return fmaf(scan_low(v), a, fmaf(scan_high(v), b, sum));
+// ssd_column_sums: column[j] = sum_i W_ij, W as above, 16 x 16
+__device__ __forceinline__ void ssd_column_sums(float* column, const float* w0, const float* w1, int g,
+                                                int q) {
+    float c[4] = {w0[0] + w0[2], w0[1] + w0[3], w1[0] + w1[2], w1[1] + w1[3]}; // 2q, 2q + 1, 8 + 2q, 9 + 2q
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float keep = g & 4 ? c[i + 2] : c[i], give = g & 4 ? c[i] : c[i + 2];
+        c[i] = keep + __shfl_xor_sync(0xffffffffu, give, 16);
+    }
+    float keep = g & 2 ? c[1] : c[0], give = g & 2 ? c[0] : c[1];
+    keep += __shfl_xor_sync(0xffffffffu, give, 8);
+    keep += __shfl_xor_sync(0xffffffffu, keep, 4);
+    if (!(g & 1)) column[(g & 4) * 2 + 2 * q + (g >> 1 & 1)] = keep;
+}
+
+// ssd_fragments: rows 16w.. of a tile as first operand, in registers
+__device__ __forceinline__ void ssd_fragments(uint32_t (&a)[4][4], const bf16* tile, int w) {
+    const int lane = threadIdx.x % WARP;
+    #pragma unroll
+    for (int k = 0; k < 4; k++)
+        load_matrices(a[k], tile + ssd_piece(16 * w + (lane & 15), 2 * k + (lane >> 4)));
+}
+// ssd_scale: row g of them times f0, row g + 8 times f1. A factor is the sum of two bf16: one rounding.
+__device__ __forceinline__ void ssd_scale(uint32_t (&a)[4][4], float f0, float f1) {
+    const float f[2] = {f0, f1};
+    __nv_bfloat162 high[2], low[2];
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        high[i] = __float2bfloat162_rn(f[i]);
+        low[i] = __float2bfloat162_rn(f[i] - __low2float(high[i]));
+    }
+    #pragma unroll
+    for (int i = 0; i < 16; i++) {
+        __nv_bfloat162* v = (__nv_bfloat162*)&a[i / 4][i % 4];
+        *v = __hfma2(*v, high[i % 2], __hmul2(*v, low[i % 2]));
+    }
+}
+// ssd_rows_dot: sum0 += <a, d> of row g, sum1 of row g + 8: d as a product leaves it, a as ssd_fragments
+__device__ __forceinline__ void ssd_rows_dot(float* sum0, float* sum1, const uint32_t (&a)[4][4],
+                                             const float (&d)[8][4]) {
+    #pragma unroll
+    for (int n = 0; n < 8; n++) {
+        const uint32_t v0 = a[n / 2][n % 2 * 2], v1 = a[n / 2][n % 2 * 2 + 1];
+        *sum0 = fmaf(scan_low(v0), d[n][0], fmaf(scan_high(v0), d[n][1], *sum0));
+        *sum1 = fmaf(scan_low(v1), d[n][2], fmaf(scan_high(v1), d[n][3], *sum1));
+    }
 }
 
 // ssd_backward_fast_kernel: the formulas at the top. dBC: NULL, then dBt and dCt are written; or the sums of
 // this part's heads, (parts,B,T,G,2N). sums: as ssd_backward_kernel.
 template <int P, int N>
-__global__ void __launch_bounds__(4 * WARP, P == 128 && N == 128 ? 1 : 2)
+__global__ void __launch_bounds__(8 * WARP, P == 128 && N == 128 ? 1 : 2)
 ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt, size_t lddbc, float* dBC,
                          float* sums, size_t n_sums, const bf16* states, const bf16* before,
-                         const bf16* after, const bf16* dy, const bf16* x, size_t ldx, const float* dt,
-                         const float* A_log, const bf16* Bt, const bf16* Ct, size_t ldbc, const float* Dskip,
-                         bool D_has_hdim, const int* doc, size_t B, size_t T, int H, int G, int parts) {
-    extern __shared__ __align__(128) char shared[];
-    SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)shared;
-    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, g = lane >> 2, q = lane & 3;
-    const int r0 = 16 * w + g, r1 = r0 + 8;
-    // where a lane points to for an operand; A (16 x 16) is m x k, B (16 x 16: two of 8 columns) is k x n:
-    //   A from rows m: load_matrices at [lr][lc]          A from rows k: load_matrices_trans at [kr][kc]
-    //   B from rows n: load_matrices at [kr][kc]          B from rows k: load_matrices_trans at [lr][lc]
-    const int lr = lane & 15, lc = (lane >> 4) * 8, kr = (lane & 7) + lc, kc = (lane >> 3 & 1) * 8;
+                         const bf16* after, const bf16* dy, const bf16* x, size_t ldx,
+                         const SsdTokens* tokens, const bf16* Bt, const bf16* Ct, size_t ldbc,
+                         const float* Dskip, bool D_has_hdim, const int* doc, size_t B, size_t T, int H,
+                         int G, int parts) {
+    extern __shared__ __align__(1024) char tile_shared[];
+    enum { PB = (P + 63) / 64, NB = N / 64, THREADS = 8 * WARP };
+    SsdBackwardShared<P, N>& sh = *(SsdBackwardShared<P, N>*)tile_shared;
+    const int W = __shfl_sync(0xffffffffu, (int)threadIdx.x / WARP, 0), w = W % 4;
+    const bool rows_i = W < 4;
+    const int lane = threadIdx.x % WARP, g = lane >> 2, q = lane & 3, r0 = 16 * w + g, r1 = r0 + 8;
     const int tiles = (int)((T + SSD_SPAN - 1) / SSD_SPAN), part = blockIdx.x % parts;
     const int group = blockIdx.x / parts % G, c = blockIdx.x / parts / G % tiles;
-    const size_t b = blockIdx.x / parts / G / tiles, t0 = (size_t)c * SSD_SPAN, E = (size_t)H * P;
-    const int count = (int)(T - t0 < SSD_SPAN ? T - t0 : SSD_SPAN);
+    const size_t b = blockIdx.x / parts / G / tiles, E = (size_t)H * P, m0 = b * T + (size_t)c * SSD_SPAN;
+    const int count = (int)(T - (size_t)c * SSD_SPAN < SSD_SPAN ? T - (size_t)c * SSD_SPAN : SSD_SPAN);
     const int each = (H / G + parts - 1) / parts, h0 = group * (H / G) + part * each;
     const int h1 = min(h0 + each, (group + 1) * (H / G));
     const size_t PN = P * N, saved = (T + SSD_SPACING - 1) / SSD_SPACING;
-    x += (b * T + t0) * ldx;
-    dx += (b * T + t0) * lddx;
-    dy += (b * T + t0) * E;
-    after += ssd_slot(true, b, c, tiles) * H * PN;
-    before = c % SSD_PER_SAVED ? before + ssd_slot(false, b, c, tiles) * H * PN
-                               : states + (b * saved + c / SSD_PER_SAVED) * H * PN;
-    sums += (b * tiles + c) * n_sums;
 
-    auto load_rows = [&](int h) {
-        ssd_copy_rows<P, 4 * WARP>(sh.x, x + h * P, ldx, count);
-        ssd_copy_rows<P, 4 * WARP>(sh.dy, dy + h * P, E, count);
-    };
-    auto load_state = [&](bf16 (*to)[N + 8], const bf16* from) {
+    auto load = [&](int h) {                                   // what a head has
+        uint32_t c_ = c;
+        ssd_recompute(c_);                                     // the addresses are not kept in registers
+        const size_t m = b * T + (size_t)c_ * SSD_SPAN;
+        const bf16* from = c_ % SSD_PER_SAVED
+            ? before + (ssd_slot(false, b, c_, tiles) * H + h) * PN
+            : states + ((b * saved + c_ / SSD_PER_SAVED) * H + h) * PN;
+        const bf16* lambda = after + (ssd_slot(true, b, c_, tiles) * H + h) * PN;
         #pragma unroll
-        for (int k = 0; k < P * N / 8 / (4 * WARP); k++) {
-            int v = (int)threadIdx.x + k * 4 * WARP;
-            scan_copy16(&to[v / (N / 8)][v % (N / 8) * 8], from + v * 8, true);
+        for (int p = 0; p < PB; p++) {
+            const size_t at = h * P + 64 * p;
+            ssd_load_tile<THREADS>(sh.x[p], x + m * ldx + at, (uint32_t)ldx, count, P - 64 * p, threadIdx.x);
+            ssd_load_tile<THREADS>(sh.dy[p], dy + m * E + at, (uint32_t)E, count, P - 64 * p, threadIdx.x);
+            #pragma unroll
+            for (int n = 0; n < NB; n++) {
+                ssd_load_tile<THREADS>(sh.before[p][n], from + 64 * p * N + 64 * n, N, P - 64 * p, 64,
+                                       threadIdx.x);
+                ssd_load_tile<THREADS>(sh.after[p][n], lambda + 64 * p * N + 64 * n, N, P - 64 * p, 64,
+                                       threadIdx.x);
+            }
         }
+        ssd_load_tokens(&sh.tokens[(h - h0) & 1], tokens + (b * H + h) * tiles + c_);
     };
-    ssd_copy_rows<N, 4 * WARP>(sh.Bt, Bt + (b * T + t0) * ldbc + group * N, ldbc, count);
-    ssd_copy_rows<N, 4 * WARP>(sh.Ct, Ct + (b * T + t0) * ldbc + group * N, ldbc, count);
-    copy_async_commit();
-    if (h0 < h1) {
-        load_rows(h0);
-        load_state(sh.before, before + h0 * PN);
-        load_state(sh.after, after + h0 * PN);
+    #pragma unroll
+    for (int n = 0; n < NB; n++) {
+        const size_t at = m0 * ldbc + group * N + 64 * n;
+        ssd_load_tile<THREADS>(sh.Bt[n], Bt + at, (uint32_t)ldbc, count, 64, threadIdx.x);
+        ssd_load_tile<THREADS>(sh.Ct[n], Ct + at, (uint32_t)ldbc, count, 64, threadIdx.x);
     }
     copy_async_commit();
-    float dt_next[2];
-    auto load_dt = [&](int h) {
-        #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int t = 2 * lane + i;
-            dt_next[i] = t < count ? dt[(b * H + h) * T + t0 + t] : 0.0f;
-        }
-    };
-    if (w == 0) {
-        ssd_begins(sh.begin, doc, b, t0, T);
-        if (h0 < h1) {
-            load_dt(h0);
-            ssd_tokens(&sh.tokens[0], sh.begin, dt_next, scan_decay(A_log[h0]));
-        }
-    }
-    for (int k = 0; k < 2 * (w + 1); k++)
+    if (h0 < h1) load(h0);
+    copy_async_commit();
+    if (W == 0) ssd_begins(sh.begin, doc, b, (size_t)c * SSD_SPAN, T);
+    for (int k = 0; rows_i && k < 2 * (w + 1); k++)
         sh.dgram[w * (w + 1) + k][lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     copy_async_wait(1);
+    ssd_publish();
     __syncthreads();
-    const int begin0 = sh.begin[r0], begin1 = sh.begin[r1];
-    #pragma unroll
-    for (int J = 0; J < 4; J++) {                              // G
-        if (J > w) break;
-        float s[2][4] = {};
+    const uint32_t pair = ssd_piece(r0, 0) + 2 * q;
+    // columns 8k + 2q, + 1 of rows r0, r1
+    auto store_pair = [](bf16* tile, uint32_t pair, int k, uint32_t low, uint32_t high) {
+        *(uint32_t*)(tile + (pair ^ k << 3)) = low;
+        *(uint32_t*)(tile + (pair ^ k << 3) + 8 * 64) = high;
+    };
+    // two values of columns 8k + 2q, + 1 of a row of G or dG: not later, and of one document
+    auto masked = [&](int k, int row, float v0, float v1) {
+        const int j = 8 * k + 2 * q, begin = sh.begin[row];
+        return scan_pack(j <= row && j >= begin ? v0 : 0.0f, j + 1 <= row && j + 1 >= begin ? v1 : 0.0f);
+    };
+    // sum: of dCt or dBt: rows r0, r1, columns 64 n + 8 k + 2 q, + 1
+    if (rows_i) {
+        float s[8][4];                                         // G
+        ssd_begin();
         #pragma unroll
-        for (int k = 0; k < N / 16; k++) {
-            uint32_t a[4];
-            load_matrices(a, &sh.Ct[16 * w + lr][16 * k + lc]);
-            mma_pair(s, a, &sh.Bt[16 * J + kr][16 * k + kc]);
-        }
+        for (int n = 0; n < NB; n++) ssd_multiply_rows(s, sh.Ct[n], sh.Bt[n], n == 0, w);
+        ssd_end();
+        ssd_wait();
+        ssd_arrived(s);
         #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const int j = 16 * J + 8 * n + 2 * q;
-            *(uint32_t*)&sh.gram[r0][j] = scan_pack(j <= r0 && j >= begin0 ? s[n][0] : 0.0f,
-                                                    j + 1 <= r0 && j + 1 >= begin0 ? s[n][1] : 0.0f);
-            *(uint32_t*)&sh.gram[r1][j] = scan_pack(j <= r1 && j >= begin1 ? s[n][2] : 0.0f,
-                                                    j + 1 <= r1 && j + 1 >= begin1 ? s[n][3] : 0.0f);
+        for (int k = 0; k < 8; k++) {
+            store_pair(sh.GL, pair, k, 0, 0);
+            store_pair(sh.gram, pair, k, masked(k, r0, s[k][0], s[k][1]), masked(k, r1, s[k][2], s[k][3]));
         }
     }
-
-    float dB[N / 8][4] = {}, dC[N / 8][4] = {};                // rows r0, r1, columns 8 k + 2 q, + 1
-    #pragma unroll 1
-    for (int h = h0; h < h1; h++) {
-        const SsdTokens& tk = sh.tokens[(h - h0) & 1];
-        const float A2 = scan_decay(A_log[h]);
-        if (w == 0 && h + 1 < h1) load_dt(h + 1);
-        copy_async_wait(0);
-        __syncthreads();                                       // x, dy, H and Lambda of this head are there
-        float left[3] = {}, through = 0.0f, skip = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
-        {   // rows i: S, dG, sums of W; dCt
-            uint32_t a[P / 16][4];
+    auto multiply = [&](float (&d)[8][4], const bf16 (*a)[SSD_TILE], const bf16 (*state)[SSD_TILE]) {
+        ssd_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_rows(d, a[n], state[n], n == 0, w);
+        ssd_end();
+    };
+    auto add = [&](float (&sum)[NB][8][4], const uint32_t (&a)[4][4], const bf16 (*state)[SSD_TILE]) {
+        ssd_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_columns(sum[n], a, state[n], 4);
+        ssd_end();
+    };
+    auto store = [&](const float (&sum)[NB][8][4]) {
+        #pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int row = k ? r1 : r0;
+            if (row >= count) continue;
+            float* to = dBC + ((part * B * T + m0 + row) * G + group) * 2 * N + 2 * q + (rows_i ? N : 0);
+            bf16* out = (rows_i ? dCt : dBt) + (m0 + row) * lddbc + group * N + 2 * q;
             #pragma unroll
-            for (int k = 0; k < P / 16; k++) load_matrices(a[k], &sh.dy[16 * w + lr][16 * k + lc]);
+            for (int i = 0; i < N / 8; i++) {
+                const float* v = sum[i / 8][i % 8] + 2 * k;
+                if (dBC) *(float2*)(to + 8 * i) = make_float2(v[0], v[1]);
+                else *(uint32_t*)(out + 8 * i) = scan_pack(v[0], v[1]);
+            }
+        }
+    };
+    auto begin = [&]() {
+        copy_async_wait(0);
+        ssd_publish();
+        __syncthreads();                                       // x, dy, H and Lambda of this head are there
+    };
+    auto end = [&](int h) {
+        __syncthreads();                                       // everything but the decays is free
+        if (h + 1 < h1) load(h + 1);
+        copy_async_commit();
+    };
+    if (rows_i) {
+        float sum[NB][8][4] = {};
+        #pragma unroll 1
+        for (int h = h0; h < h1; h++) {
+            const SsdTokens& tk = sh.tokens[(h - h0) & 1];
+            begin();
+            uint32_t lane = threadIdx.x % WARP;                // and what follows from it: not kept
+            ssd_recompute(lane);
+            const int g = lane >> 2, q = lane & 3, r0 = 16 * w + g, r1 = r0 + 8;
+            const uint32_t pair = ssd_piece(r0, 0) + 2 * q;
+            const int lr = lane & 15, lc = lane >> 4, kr = (lane & 7) + lc * 8, kc = lane >> 3 & 1;
+            float left[3] = {}, through = 0.0f, skip = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
+            for (int i = w; i < P / 16; i += 4) {              // <Lambda, H>: the diagonal of Lambda H^T
+                float s[2][4] = {};
+                #pragma unroll
+                for (int k = 0; k < N / 16; k++) {
+                    uint32_t a[4];
+                    load_matrices(a, sh.after[i / 4][k / 4] + ssd_piece(i % 4 * 16 + lr, k % 4 * 2 + lc));
+                    mma_pair(s, a, sh.before[i / 4][k / 4] + ssd_piece(i % 4 * 16 + kr, k % 4 * 2 + kc));
+                }
+                if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+            }
+            if (D_has_hdim) {
+                for (int p = threadIdx.x; p < P; p += 4 * WARP) {
+                    float dot = 0.0f;
+                    #pragma unroll 1
+                    for (int t = 0; t < SSD_SPAN; t++) {
+                        const int at = ssd_piece(t, p % 64 / 8) + p % 8;
+                        dot = fmaf(to_float(sh.dy[p / 64][at]), to_float(sh.x[p / 64][at]), dot);
+                    }
+                    sums[(b * tiles + c) * n_sums + H + h * P + p] = dot;
+                }
+            }
+            uint32_t dy_p[PB][4][4];
+            #pragma unroll
+            for (int p = 0; p < PB; p++) ssd_fragments(dy_p[p], sh.dy[p], w);
             const float cs0 = tk.cs[r0], cs1 = tk.cs[r1];
             #pragma unroll
-            for (int J = 0; J < 4; J++) {
+            for (int J = 0; J < 4; J++) {                      // dG, G L, sums of W
                 if (J > w) break;
-                float s[2][4] = {}, W[2][4];
+                float W[2][4], S[2][4] = {};
                 #pragma unroll
-                for (int k = 0; k < P / 16; k++) {
-                    mma_pair(s, a[k], &sh.x[16 * J + kr][16 * k + kc]);
-                }
-                if (J == w && q == g >> 1) skip = g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+                for (int k = 0; k < 4 * PB; k++)
+                    mma_pair(S, dy_p[k / 4][k % 4], sh.x[k / 4] + ssd_piece(16 * J + kr, k % 4 * 2 + kc));
+                if (J == w && q == g >> 1) skip = g & 1 ? S[0][1] + S[1][3] : S[0][0] + S[1][2];
                 #pragma unroll
                 for (int n = 0; n < 2; n++) {
-                    const int j = 16 * J + 8 * n + 2 * q;
+                    const int k = 2 * J + n, j = 8 * k + 2 * q;
                     const float2 cs_j = *(const float2*)&tk.cs[j], dt_j = *(const float2*)&tk.dt[j];
-                    s[n][0] *= exp2_unit(fminf(cs0 - cs_j.x, 0.0f)) * dt_j.x;
-                    s[n][1] *= exp2_unit(fminf(cs0 - cs_j.y, 0.0f)) * dt_j.y;
-                    s[n][2] *= exp2_unit(fminf(cs1 - cs_j.x, 0.0f)) * dt_j.x;
-                    s[n][3] *= exp2_unit(fminf(cs1 - cs_j.y, 0.0f)) * dt_j.y;
-                    float4* to = &sh.dgram[w * (w + 1) + 2 * J + n][lane];
-                    float4 v = *to;
-                    *to = make_float4(v.x + s[n][0], v.y + s[n][1], v.z + s[n][2], v.w + s[n][3]);
-                    const uint32_t g0 = *(const uint32_t*)&sh.gram[r0][j];
-                    const uint32_t g1 = *(const uint32_t*)&sh.gram[r1][j];
-                    W[n][0] = scan_low(g0) * s[n][0]; W[n][1] = scan_high(g0) * s[n][1];
-                    W[n][2] = scan_low(g1) * s[n][2]; W[n][3] = scan_high(g1) * s[n][3];
+                    const float L[4] = {
+                        exp2_unit(fminf(cs0 - cs_j.x, 0.0f)), exp2_unit(fminf(cs0 - cs_j.y, 0.0f)),
+                        exp2_unit(fminf(cs1 - cs_j.x, 0.0f)), exp2_unit(fminf(cs1 - cs_j.y, 0.0f))};
+                    const float s[4] = {S[n][0] * dt_j.x, S[n][1] * dt_j.y,
+                                        S[n][2] * dt_j.x, S[n][3] * dt_j.y};
+                    const uint32_t G0 = *(const uint32_t*)(sh.gram + (pair ^ k << 3));
+                    const uint32_t G1 = *(const uint32_t*)(sh.gram + (pair ^ k << 3) + 8 * 64);
+                    const float GL[4] = {scan_low(G0) * L[0], scan_high(G0) * L[1], scan_low(G1) * L[2],
+                                         scan_high(G1) * L[3]};
+                    store_pair(sh.GL, pair, k, scan_pack(GL[0], GL[1]), scan_pack(GL[2], GL[3]));
+                    float4* to = &sh.dgram[w * (w + 1) + k][lane];
+                    const float4 v = *to;
+                    *to = make_float4(fmaf(L[0], s[0], v.x), fmaf(L[1], s[1], v.y), fmaf(L[2], s[2], v.z),
+                                      fmaf(L[3], s[3], v.w));
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) W[n][e] = GL[e] * s[e];
                 }
                 if (J < w) {
                     row0 += (W[0][0] + W[0][1]) + (W[1][0] + W[1][1]);
                     row1 += (W[0][2] + W[0][3]) + (W[1][2] + W[1][3]);
                     if (J < 2) left[J + 1] = row0 + row1;      // pairs with columns below 16 (J + 1)
+                    ssd_column_sums(&sh.column[w - 1][16 * J], W[0], W[1], g, q);
                 } else {
-                    ssd_inner_pairs(sh.inner[w], W[0], W[1], g, q, lane);
+                    ssd_inner_pairs(&sh.inner[16 * w], W[0], W[1], g, q, lane);
                 }
             }
+            ssd_publish();
+            asm volatile("bar.arrive 1, 256;" ::: "memory");   // G L is there
             const float from0 = tk.from[r0], from1 = tk.from[r1];
             #pragma unroll
-            for (int n = 0; n < N / 32; n++) {
-                float s[4][4] = {};
-                #pragma unroll
-                for (int k = 0; k < P / 16; k++) {
-                    #pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        mma_pair_trans(s + 2 * m, a[k], &sh.before[16 * k + lr][32 * n + 16 * m + lc]);
-                    }
-                }
-                #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    const int col = 32 * n + 8 * m + 2 * q;
-                    float* to = dC[4 * n + m];
-                    s[m][0] *= from0; s[m][1] *= from0; s[m][2] *= from1; s[m][3] *= from1;
-                    to[0] += s[m][0]; to[1] += s[m][1]; to[2] += s[m][2]; to[3] += s[m][3];
-                    f0 = ssd_dot(*(const uint32_t*)&sh.Ct[r0][col], s[m][0], s[m][1], f0);
-                    f1 = ssd_dot(*(const uint32_t*)&sh.Ct[r1][col], s[m][2], s[m][3], f1);
-                }
+            for (int p = 0; p < PB; p++) {                     // dCt, f
+                float v[8][4];
+                multiply(v, sh.Ct, sh.before[p]);
+                ssd_wait();
+                ssd_arrived(v);
+                ssd_rows_dot(&f0, &f1, dy_p[p], v);
+                ssd_scale(dy_p[p], from0, from1);
+                add(sum, dy_p[p], sh.before[p]);
+                ssd_wait();
             }
+            row0 = fmaf(from0, f0, row0);
+            row1 = fmaf(from1, f1, row1);
+            left[0] = fmaf(from0, f0, from1 * f1);
+            float all[8] = {0.0f, left[0], left[1] + left[0], left[2] + left[0], through, skip};
+            const float v = ssd_sum_quads(all, g);
+            if (q == 0 && g > 0) sh.sums[w][g] = v;
+            row0 += __shfl_xor_sync(0xffffffffu, row0, 1);
+            row1 += __shfl_xor_sync(0xffffffffu, row1, 1);
+            row0 += __shfl_xor_sync(0xffffffffu, row0, 2);
+            row1 += __shfl_xor_sync(0xffffffffu, row1, 2);
+            if (q == 0) { sh.row[r0] = row0; sh.row[r1] = row1; }
+            end(h);
         }
-        for (int i = w; i < P / 16; i += 4) {                  // <Lambda, H>: the diagonal of Lambda H^T
-            float s[2][4] = {};
-            #pragma unroll
-            for (int k = 0; k < N / 16; k++) {
-                uint32_t a[4];
-                load_matrices(a, &sh.after[16 * i + lr][16 * k + lc]);
-                mma_pair(s, a, &sh.before[16 * i + kr][16 * k + kc]);
-            }
-            if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+        uint32_t a[4][4];                                      // what dG adds
+        #pragma unroll
+        for (int k = 0; k < 8; k++) {
+            float4 s = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (k / 2 <= w) s = sh.dgram[w * (w + 1) + k][lane];
+            a[k / 2][k % 2 * 2] = masked(k, r0, s.x, s.y);
+            a[k / 2][k % 2 * 2 + 1] = masked(k, r1, s.z, s.w);
+            store_pair(sh.gram, pair, k, a[k / 2][k % 2 * 2], a[k / 2][k % 2 * 2 + 1]);
         }
-        if (D_has_hdim) {
-            for (int p = threadIdx.x; p < P; p += 4 * WARP) {
-                float sum = 0.0f;
-                for (int t = 0; t < SSD_SPAN; t++)
-                    sum = fmaf(to_float(sh.dy[t][p]), to_float(sh.x[t][p]), sum);
-                sums[H + h * P + p] = sum;
-            }
-        }
-        __syncthreads();                                       // H is free, and x but for the warp's own rows
-        if (h + 1 < h1) {
-            load_state(sh.before, before + (h + 1) * PN);
-            if (w == 0)
-                ssd_tokens(&sh.tokens[(h + 1 - h0) & 1], sh.begin, dt_next, scan_decay(A_log[h + 1]));
-        }
-        float e0 = 0.0f, e1 = 0.0f, column0 = 0.0f, column1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
-        const float dt0 = tk.dt[r0], dt1 = tk.dt[r1];
-        {   // rows j: dBt; v and its sums; dx
-            uint32_t xa[P / 16][4];
+        ssd_publish();
+        __syncthreads();
+        ssd_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_columns(sum[n], a, sh.Bt[n], w + 1);
+        ssd_end();
+        ssd_wait();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_arrived(sum[n]);
+        store(sum);
+    } else {
+        float sum[NB][8][4] = {};
+        #pragma unroll 1
+        for (int h = h0; h < h1; h++) {
+            const SsdTokens& tk = sh.tokens[(h - h0) & 1];
+            begin();
+            uint32_t lane = threadIdx.x % WARP;                // and what follows from it: not kept
+            ssd_recompute(lane);
+            const int g = lane >> 2, q = lane & 3, r0 = 16 * w + g, r1 = r0 + 8;
+            const uint32_t pair = ssd_piece(r0, 0) + 2 * q;
+            const int channel = (int)(threadIdx.x - 4 * WARP) % P;
+            const float D = Dskip[D_has_hdim ? h * P + channel : h];
+            float e0 = 0.0f, e1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
+            const float dt0 = tk.dt[r0], dt1 = tk.dt[r1], to0 = tk.to[r0], to1 = tk.to[r1];
             #pragma unroll
-            for (int k = 0; k < P / 16; k++) load_matrices(xa[k], &sh.x[16 * w + lr][16 * k + lc]);
-            const float to0 = tk.to[r0], to1 = tk.to[r1], cs0 = tk.cs[r0], cs1 = tk.cs[r1];
-            #pragma unroll
-            for (int n = 0; n < N / 32; n++) {
-                float s[4][4] = {};
+            for (int p = 0; p < PB; p++) {                     // e, dBt, v, dx
+                float v[8][4];
+                uint32_t x_p[4][4];
+                multiply(v, sh.Bt, sh.after[p]);
+                ssd_fragments(x_p, sh.x[p], w);
+                ssd_wait();
+                ssd_arrived(v);
+                ssd_rows_dot(&e0, &e1, x_p, v);
+                ssd_scale(x_p, to0 * dt0, to1 * dt1);
+                add(sum, x_p, sh.after[p]);
                 #pragma unroll
-                for (int k = 0; k < P / 16; k++) {
-                    #pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        mma_pair_trans(s + 2 * m, xa[k], &sh.after[16 * k + lr][32 * n + 16 * m + lc]);
-                    }
-                }
-                #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    float* to = dB[4 * n + m];
-                    to[0] = fmaf(to0 * dt0, s[m][0], to[0]); to[1] = fmaf(to0 * dt0, s[m][1], to[1]);
-                    to[2] = fmaf(to1 * dt1, s[m][2], to[2]); to[3] = fmaf(to1 * dt1, s[m][3], to[3]);
-                }
-            }
-            enum { WIDTH = P < 64 ? P : 64 };                  // channels at a time
-            #pragma unroll
-            for (int p0 = 0; p0 < P; p0 += WIDTH) {
-                float v[WIDTH / 8][4] = {};
-                #pragma unroll
-                for (int k = 0; k < N / 16; k++) {             // Lambda Bt
-                    uint32_t a[4];
-                    load_matrices(a, &sh.Bt[16 * w + lr][16 * k + lc]);
-                    #pragma unroll
-                    for (int n = 0; n < WIDTH / 16; n++) {
-                        mma_pair(v + 2 * n, a, &sh.after[p0 + 16 * n + kr][16 * k + kc]);
-                    }
-                }
-                // x of this lane's places: v[2 k], v[2 k + 1] lie where xa[k][0], [1] and [2], [3] do
-                auto dots = [&](float* sum0, float* sum1) {
-                    #pragma unroll
-                    for (int n = 0; n < WIDTH / 8; n++) {
-                        const uint32_t* x_n = &xa[p0 / 16 + n / 2][n % 2 * 2];
-                        *sum0 = ssd_dot(x_n[0], v[n][0], v[n][1], *sum0);
-                        *sum1 = ssd_dot(x_n[1], v[n][2], v[n][3], *sum1);
-                    }
-                };
-                #pragma unroll
-                for (int n = 0; n < WIDTH / 8; n++) {
+                for (int n = 0; n < 8; n++) {
                     v[n][0] *= to0; v[n][1] *= to0; v[n][2] *= to1; v[n][3] *= to1;
                 }
-                dots(&e0, &e1);
-                #pragma unroll
-                for (int I = 3; I >= 0; I--) {                 // (G L)^T dy, the warp's own tokens last
-                    if (I < w) break;
-                    if (I == w) dots(&column0, &column1);
-                    uint32_t a[4];
-                    load_matrices_trans(a, &sh.gram[16 * I + kr][16 * w + kc]);
-                    #pragma unroll
-                    for (int m = 0; m < 4; m++) {              // a[m]: row j = r0 or r1, columns i, i + 1
-                        const float2 cs_i = *(const float2*)&tk.cs[16 * I + 8 * (m / 2) + 2 * q];
-                        const float cs_j = m % 2 ? cs1 : cs0;
-                        a[m] = scan_pack(scan_low(a[m]) * exp2_unit(fminf(cs_i.x - cs_j, 0.0f)),
-                                         scan_high(a[m]) * exp2_unit(fminf(cs_i.y - cs_j, 0.0f)));
-                    }
-                    #pragma unroll
-                    for (int n = 0; n < WIDTH / 16; n++) {
-                        mma_pair_trans(v + 2 * n, a, &sh.dy[16 * I + lr][p0 + 16 * n + lc]);
-                    }
+                if (p == 0) {
+                    sh.skip[channel] = D;
+                    asm volatile("bar.sync 1, 256;" ::: "memory");
                 }
-                dots(&direct0, &direct1);
+                ssd_begin();
+                ssd_multiply_lower(v, sh.GL, sh.dy[p], w);
+                ssd_end();
+                ssd_wait();
+                ssd_arrived(v);
+                ssd_fragments(x_p, sh.x[p], w);
+                ssd_rows_dot(&direct0, &direct1, x_p, v);
+                ssd_fragments(x_p, sh.dy[p], w);
                 #pragma unroll
-                for (int k = 0; k < WIDTH / 16; k++) {         // dx, where x was
-                    uint32_t dy_k[4];
-                    load_matrices(dy_k, &sh.dy[16 * w + lr][p0 + 16 * k + lc]);
-                    #pragma unroll
-                    for (int n = 0; n < 2; n++) {
-                        const int p = p0 + 16 * k + 8 * n + 2 * q;
-                        const float Da = Dskip[D_has_hdim ? h * P + p : h];
-                        const float Db = Dskip[D_has_hdim ? h * P + p + 1 : h];
-                        const float* s = v[2 * k + n];
-                        const uint32_t y0 = dy_k[2 * n], y1 = dy_k[2 * n + 1];
-                        *(uint32_t*)&sh.x[r0][p] = scan_pack(fmaf(dt0, s[0], Da * scan_low(y0)),
-                                                             fmaf(dt0, s[1], Db * scan_high(y0)));
-                        *(uint32_t*)&sh.x[r1][p] = scan_pack(fmaf(dt1, s[2], Da * scan_low(y1)),
-                                                             fmaf(dt1, s[3], Db * scan_high(y1)));
-                    }
+                for (int i = 0; i < 8; i++) {                  // dx, where x was
+                    const float2 D_i = *(const float2*)&sh.skip[64 * p + 8 * i + 2 * q];
+                    const uint32_t y0 = x_p[i / 2][i % 2 * 2], y1 = x_p[i / 2][i % 2 * 2 + 1];
+                    store_pair(sh.x[p], pair, i, scan_pack(fmaf(dt0, v[i][0], D_i.x * scan_low(y0)),
+                                                     fmaf(dt0, v[i][1], D_i.y * scan_high(y0))),
+                               scan_pack(fmaf(dt1, v[i][2], D_i.x * scan_low(y1)),
+                                         fmaf(dt1, v[i][3], D_i.y * scan_high(y1))));
+                }
+                __syncwarp();
+                enum { PIECES = P < 64 ? P / 8 : 8, STEP = WARP / PIECES };
+                const int row = 16 * w + lane / PIECES, piece = lane % PIECES;
+                bf16* to = dx + (m0 + row) * lddx + h * P + 64 * p + piece * 8;
+                #pragma unroll
+                for (int i = 0; i < 16; i += STEP) {
+                    if (row + i < count)
+                        scan_store16(to, *(const uint4*)(sh.x[p] + ssd_piece(row + i, piece)));
+                    to += STEP * lddx;
                 }
             }
-            __syncwarp();
-            #pragma unroll
-            for (int k = 0; k < 16 * P / 8 / WARP; k++) {
-                int v = lane + k * WARP, row = 16 * w + v / (P / 8), p = v % (P / 8) * 8;
-                if (row < count) scan_store16(dx + row * lddx + h * P + p, *(const uint4*)&sh.x[row][p]);
-            }
-        }
-        // the warp's sums
-        left[0] = f0 + f1;
-        left[1] += left[0];
-        left[2] += left[0];
-        float v[8] = {column0, column1, f0 + row0, f1 + row1, direct0, direct1, e0, e1};
-        ssd_sum_quad(v, q);
-        if (q == 0) { sh.column[w][g] = v[0] * dt0; sh.column[w][g + 8] = v[1] * dt1; }
-        if (q == 1) { sh.row[w][g] = v[0]; sh.row[w][g + 8] = v[1]; }
-        if (q == 2) { sh.direct[r0] = v[0]; sh.direct[r1] = v[1]; }
-        float all[8] = {q == 3 ? v[0] * dt0 + v[1] * dt1 : 0.0f, left[0], left[1], left[2], through, skip};
-        float sum = ssd_sum_quads(all, g);
-        if (q == 0) sh.sums[w][g] = sum;
-        __syncwarp();
-        {   // lanes 0..15: what columns before m add; lanes 31..16, from right to left: rows from m on
-            const int m = lane < 16 ? lane : 31 - lane;
-            float s = lane < 16 ? sh.column[w][m] : sh.row[w][m];
-            #pragma unroll
-            for (int step = 1; step < 16; step *= 2) {
-                float before_ = __shfl_up_sync(0xffffffffu, s, step, 16);
-                if ((lane & 15) >= step) s += before_;
-            }
-            float columns = __shfl_up_sync(0xffffffffu, s, 1, 16), rows = __shfl_xor_sync(0xffffffffu, s, 31);
-            if (lane < 16) sh.dalpha[16 * w + m] = sh.inner[w][m] + (m > 0 ? columns : 0.0f) + rows;
-        }
-        __syncthreads();                                       // everything but the decays is free
-        if (h + 1 < h1) {
-            load_rows(h + 1);
-            load_state(sh.after, after + (h + 1) * PN);
-        }
-        copy_async_commit();
-        if (w == 1) {                                          // ddt and the sums for dA_log, dDskip
-            const float A = A2 * SCAN_LN2;
-            float through_all = 0.0f, skip_all = 0.0f, dA = 0.0f;
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                through_all += sh.sums[k][SSD_SUM_THROUGH];
-                skip_all += sh.sums[k][SSD_SUM_SKIP];
-            }
-            #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const int m = lane + 32 * k, K = m / 16;     // pairs on both sides of the 16 tokens of m
-                float dalpha = sh.dalpha[m] + tk.all * through_all;
+            // lanes 0 and 1 of a quad: direct of row r0, r1; lanes 2 and 3: e
+            float keep0 = q & 2 ? e0 : direct0, keep1 = q & 2 ? e1 : direct1;
+            keep0 += __shfl_xor_sync(0xffffffffu, q & 2 ? direct0 : e0, 2);
+            keep1 += __shfl_xor_sync(0xffffffffu, q & 2 ? direct1 : e1, 2);
+            float keep = q & 1 ? keep1 : keep0;
+            keep += __shfl_xor_sync(0xffffffffu, q & 1 ? keep0 : keep1, 1);
+            if (q & 2) keep *= q & 1 ? to1 * dt1 : to0 * dt0;
+            (q & 2 ? sh.e : sh.direct)[q & 1 ? r1 : r0] = keep;
+            float total = q & 2 ? keep : 0.0f;
+            total = warp_sum(total);
+            if (lane == 0) sh.sums[w][SSD_SUM_E] = total;
+            end(h);
+            if (W == 7) {                                          // ddt and the sums for dA_log, dDskip
+                const float A = tk.A2 * SCAN_LN2;
+                float through_all = 0.0f, skip_all = 0.0f, dA = 0.0f;
                 #pragma unroll
-                for (int J = 0; J < 3; J++) dalpha += J < K ? sh.sums[J][SSD_SUM_E] : 0.0f;
+                for (int k = 0; k < 4; k++) {
+                    through_all += sh.sums[k][SSD_SUM_THROUGH];
+                    skip_all += sh.sums[k][SSD_SUM_SKIP];
+                }
                 #pragma unroll
-                for (int I = 1; I < 4; I++) dalpha += I > K ? sh.sums[I][SSD_SUM_LEFT + min(K, 2)] : 0.0f;
-                dA = fmaf(tk.dt[m], dalpha, dA);
-                if (m < count) ddt[(b * H + h) * T + t0 + m] = fmaf(A, dalpha, sh.direct[m]);
-            }
-            dA = warp_sum(dA);
-            if (lane == 0) {
-                sums[h] = A * dA;
-                if (!D_has_hdim) sums[H + h] = skip_all;
-            }
-        }
-    }
-
-    // what dG adds
-    #pragma unroll
-    for (int J = 0; J < 4; J++) {
-        if (J > w) break;
-        uint32_t a[4];
-        #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float4 v = sh.dgram[w * (w + 1) + 2 * J + n][lane];
-            const int j = 16 * J + 8 * n + 2 * q;
-            a[2 * n] = scan_pack(j <= r0 && j >= begin0 ? v.x : 0.0f,
-                                 j + 1 <= r0 && j + 1 >= begin0 ? v.y : 0.0f);
-            a[2 * n + 1] = scan_pack(j <= r1 && j >= begin1 ? v.z : 0.0f,
-                                     j + 1 <= r1 && j + 1 >= begin1 ? v.w : 0.0f);
-            *(uint32_t*)&sh.gram[r0][j] = a[2 * n];
-            *(uint32_t*)&sh.gram[r1][j] = a[2 * n + 1];
-        }
-        #pragma unroll
-        for (int n = 0; n < N / 16; n++) {
-            mma_pair_trans(dC + 2 * n, a, &sh.Bt[16 * J + lr][16 * n + lc]);
-        }
-    }
-    __syncthreads();
-    #pragma unroll
-    for (int I = 3; I >= 0; I--) {
-        if (I < w) break;
-        uint32_t a[4];
-        load_matrices_trans(a, &sh.gram[16 * I + kr][16 * w + kc]);
-        #pragma unroll
-        for (int n = 0; n < N / 16; n++) {
-            mma_pair_trans(dB + 2 * n, a, &sh.Ct[16 * I + lr][16 * n + lc]);
-        }
-    }
-    #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        const int row = k ? r1 : r0;
-        if (row >= count) continue;
-        const size_t m = b * T + t0 + row;
-        float* to = dBC + ((part * B * T + m) * G + group) * 2 * N + 2 * q;
-        #pragma unroll
-        for (int n = 0; n < N / 8; n++) {
-            if (dBC) {
-                *(float2*)(to + 8 * n) = make_float2(dB[n][2 * k], dB[n][2 * k + 1]);
-                *(float2*)(to + N + 8 * n) = make_float2(dC[n][2 * k], dC[n][2 * k + 1]);
-            } else {
-                const size_t at = m * lddbc + group * N + 8 * n + 2 * q;
-                *(uint32_t*)(dBt + at) = scan_pack(dB[n][2 * k], dB[n][2 * k + 1]);
-                *(uint32_t*)(dCt + at) = scan_pack(dC[n][2 * k], dC[n][2 * k + 1]);
+                for (int k = 0; k < 2; k++) {
+                    const int m = lane + 32 * k, K = m / 16, i = m % 16;
+                    float columns = sh.e[m], rows = sh.row[m];     // of 16 tokens: before m, from m on
+                    #pragma unroll
+                    for (int I = 0; I < 3; I++) columns += I >= K ? sh.column[I][min(m, 47)] : 0.0f;
+                    #pragma unroll
+                    for (int step = 1; step < 16; step *= 2) {
+                        const float up = __shfl_up_sync(0xffffffffu, columns, step, 16);
+                        const float down = __shfl_down_sync(0xffffffffu, rows, step, 16);
+                        if (i >= step) columns += up;
+                        if (i + step < 16) rows += down;
+                    }
+                    columns = __shfl_up_sync(0xffffffffu, columns, 1, 16);
+                    float dalpha = sh.inner[m] + (i > 0 ? columns : 0.0f) + rows + tk.all * through_all;
+                    #pragma unroll
+                    for (int J = 0; J < 3; J++) dalpha += J < K ? sh.sums[J][SSD_SUM_E] : 0.0f;
+                    #pragma unroll
+                    for (int I = 1; I < 4; I++) dalpha += I > K ? sh.sums[I][SSD_SUM_LEFT + min(K, 2)] : 0.0f;
+                    dA = fmaf(tk.dt[m], dalpha, dA);
+                    if (m < count)
+                        ddt[(b * H + h) * T + (size_t)c * SSD_SPAN + m] = fmaf(A, dalpha, sh.direct[m]);
+                }
+                dA = warp_sum(dA);
+                if (lane == 0) {
+                    float* to = sums + (b * tiles + c) * n_sums;
+                    to[h] = A * dA;
+                    if (!D_has_hdim) to[H + h] = skip_all;
+                }
             }
         }
+        __syncthreads();
+        ssd_begin();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_multiply_lower(sum[n], sh.gram, sh.Ct[n], w);
+        ssd_end();
+        ssd_wait();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_arrived(sum[n]);
+        store(sum);
     }
 }
 
@@ -5934,7 +5973,7 @@ enum { SSD_BACKWARD_BLOCKS = 264 };
 // SsdBackwardPlan: how the launcher cuts the work, and what it keeps in scratch, in floats
 struct SsdBackwardPlan {
     size_t round, tiles, saved, walks, each, parts;            // sequences of a round; see the fast kernels
-    size_t before, after, local, dBC, decays, sums;            // where they begin
+    size_t before, after, local, dBC, decays, tokens, sums;            // where they begin
     size_t floats;
 };
 static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, size_t H, size_t P, size_t G,
@@ -5957,6 +5996,7 @@ static inline SsdBackwardPlan ssd_backward_plan(bool fast, size_t B, size_t T, s
     s.after = take(s.round * s.tiles * H * PN / half);
     s.local = take(s.walks > 1 ? s.round * s.walks * H * PN : 0);
     s.decays = take(s.walks > 1 ? s.round * s.walks * H : 0);
+    s.tokens = take(fast ? s.round * s.tiles * H * sizeof(SsdTokens) / sizeof(float) : 0);
     s.dBC = take(!fast || s.parts > 1 ? s.parts * s.round * T * G * 2 * N : 0);
     s.sums = take(B * s.tiles * (H + H * P));
     s.floats = at;
@@ -6009,6 +6049,7 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     bf16 *before = (bf16*)(scratch + s.before), *after = (bf16*)(scratch + s.after);
     float *local = s.walks > 1 ? scratch + s.local : NULL, *decays = scratch + s.decays;
     float* dBC = s.parts > 1 ? scratch + s.dBC : NULL;
+    SsdTokens* tokens = (SsdTokens*)(scratch + s.tokens);
     const size_t T = a.T, H = a.H, G = a.G;
     const size_t walk_bytes = sizeof(SsdWalkShared<P, N>), tile_bytes = sizeof(SsdBackwardShared<P, N>);
     scan_allow_shared(ssd_walk_local_kernel<P, N>, walk_bytes);
@@ -6016,18 +6057,21 @@ static void ssd_backward_fast(const SsdBackwardRound<bf16>& r, const SsdBackward
     scan_allow_shared(ssd_backward_fast_kernel<P, N>, tile_bytes);
     const unsigned lefts = (unsigned)(r.n * H * s.walks);
     const unsigned rights = T > SSD_SPAN ? (unsigned)(r.n * H * s.saved) : 0;
-    const SsdWalks walks = {before, after, r.dh0, local, decays, r.states, r.x, r.dy, r.Bt, r.Ct, r.dhT, r.dt,
-                            a.A_log, r.doc, a.ldx, a.ldbc, T, H, G, (int)lefts, (int)s.walks, (int)s.each,
+    const SsdWalks walks = {before, after, r.dh0, local, decays, r.states, r.x, r.dy, r.Bt, r.Ct, r.dhT,
+                            tokens, a.ldx, a.ldbc, T, H, G, (int)lefts, (int)s.walks, (int)s.each,
                             (int)s.saved};
+    ssd_tokens_kernel<<<(unsigned)((r.n * H * s.tiles + 3) / 4), 4 * WARP, 0, stream>>>(
+        tokens, r.dt, a.A_log, r.doc, T, H, r.n * H * s.tiles);
+    cudaCheck(cudaGetLastError());
     if (local) {
         ssd_walk_local_kernel<P, N><<<lefts, P <= 64 ? 128 : 256, walk_bytes, stream>>>(walks);
         cudaCheck(cudaGetLastError());
     }
     ssd_walk_kernel<P, N><<<lefts + rights, P <= 64 ? 128 : 256, walk_bytes, stream>>>(walks);
     cudaCheck(cudaGetLastError());
-    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), 4 * WARP, tile_bytes, stream>>>(
+    ssd_backward_fast_kernel<P, N><<<(unsigned)(r.n * s.tiles * G * s.parts), 8 * WARP, tile_bytes, stream>>>(
         r.dx, a.lddx, r.ddt, r.dBt, r.dCt, a.lddbc, dBC, r.sums, a.n_sums, r.states, before, after, r.dy, r.x,
-        a.ldx, r.dt, a.A_log, r.Bt, r.Ct, a.ldbc, a.Dskip, a.D_has_hdim, r.doc, r.n, T, (int)H, (int)G,
+        a.ldx, tokens, r.Bt, r.Ct, a.ldbc, a.Dskip, a.D_has_hdim, r.doc, r.n, T, (int)H, (int)G,
         (int)s.parts);
     cudaCheck(cudaGetLastError());
     if (!dBC) return;
@@ -6067,7 +6111,7 @@ size_t ssd_backward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t 
 //   dx (row stride lddx), dBt, dCt (row stride lddbc), ddt (B,H,T), dh0: written
 //   dA_log (H), dDskip (H), or (H,P) with D_has_hdim: added to     dh0, dhT (B,H,P,N) float, doc: may be NULL
 //   states: as forward left them (h0 is in them)     scratch: ssd_backward_scratch_cuda() floats
-// Returns the path taken. B8 T2048 H24 P64 N128 (H200, bf16, cold cache): 0.32 ms, 0.10 of it the walks.
+// Returns the path taken. B8 T2048 H24 P64 N128 (H200, bf16, cold cache): 0.26 ms, 0.09 of it the walks.
 // 630 MB go through the memory, 350 MB of them states between tiles; inputs and outputs alone are 196 MB and
 // would take 0.05 ms.
 template <typename X>
