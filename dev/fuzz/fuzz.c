@@ -536,9 +536,8 @@ static void prepare(void) {
     fixed_zip = zip;
 }
 
-#ifdef __clang__
-#define PLAIN __attribute__((no_sanitize("coverage", "address",
-                                         "undefined")))      // runs before the sanitizer does
+#ifdef __clang__                     // PLAIN: runs before the sanitizer does
+#define PLAIN __attribute__((no_sanitize("coverage", "address", "undefined")))
 #else
 #define PLAIN __attribute__((no_sanitize_coverage, no_sanitize_address, no_sanitize_undefined))
 #endif
