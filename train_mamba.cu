@@ -3374,10 +3374,10 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // (with more than 8 sequences the shares are too many, and W_x is a kernel of its own), and each starts early
 // (launch_early): its weights are in shared memory when the results of the kernel before arrive, 0.4 us after
 // the end of that one (0.7 us without). mamba-130m on one H200, us per token of one sequence: 429 with four
-// kernels that start late, 344 early, 303 with three, 242 with loads that are all under way at once.
+// kernels that start late, 344 early, 303 with three, 246 with loads that are all under way at once.
 // (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
 // With more sequences than DECODE_FEW the matmuls are work for cuBLASLt, and norm and convolution kernels of
-// their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 242, 8: 338, 16: 567.
+// their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338, 16: 569.
 
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
@@ -3469,8 +3469,8 @@ static bool decode_linear_fits(const DecodeLinear& a) {
 // The weights go through a ring in shared memory, one for each warp: a stage is four pieces of 8 outputs, 256
 // neighbouring bytes of each, laid out as the lanes will multiply them. The ring is filled before the results
 // of the kernel before are there (launch_early). mamba-2.8b on one H200, 1 sequence: 1,945 us per token, with
-// 4 stages instead of 6: 2,085; bulk copies of 256 to 384 bytes by the copy engine instead: 2,150 to 2,450;
-// prefetches into the L2 cache beyond the ring: 100 to 200 more.
+// 4 stages instead of 6: 2,085, with 8: 1,911 (but then 8 sequences do not fit); with bulk copies of a row's
+// piece by the copy engine: 2,159 and more; prefetches into the L2 cache beyond the ring add 100 to 200.
 // MANY: more than 8 sequences.   bytes: 2 per weight
 template <bool NORM, bool MANY>
 __global__ void __launch_bounds__(DECODE_WARPS * WARP, 2)
