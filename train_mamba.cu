@@ -3376,10 +3376,10 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // (with more than 8 sequences the shares are too many, and W_x is a kernel of its own), and each starts early
 // (launch_early): its weights are in shared memory when the results of the kernel before arrive, 0.4 us after
 // the end of that one (0.7 us without). mamba-130m on one H200, us per token of one sequence: 429 with four
-// kernels that start late, 344 early, 303 with three, 242 with loads that are all under way at once.
+// kernels that start late, 344 early, 303 with three, 246 with loads that are all under way at once.
 // (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
 // With more sequences than DECODE_FEW the matmuls are work for cuBLASLt, and norm and convolution kernels of
-// their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 242, 8: 347, 16: 580.
+// their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338, 16: 569.
 
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
@@ -3468,9 +3468,11 @@ static bool decode_linear_fits(const DecodeLinear& a) {
 // over k: each takes a range of it, in pieces of 32. The tensor core multiplies inputs (16 sequences x 16 k)
 // with weights (16 k x 8 outputs). The order of k within a piece does not matter as long as both sides have
 // the same, so lane (g, q) simply takes k = 8q..8q+7 of row g, 16 bytes, for two multiplications.
-// The weights go through a ring in shared memory: a stage is four pieces of a warp, and each lane copies just
-// what it will multiply itself, so that there is nothing to wait for but its own copies. They are under way
-// before the results of the kernel before are there (launch_early).
+// The weights go through a ring in shared memory, one for each warp: a stage is four pieces of 8 outputs, 256
+// neighbouring bytes of each, laid out as the lanes will multiply them. The ring is filled before the results
+// of the kernel before are there (launch_early). mamba-2.8b on one H200, 1 sequence: 1,945 us per token, with
+// 4 stages instead of 6: 2,085, with 8: 1,911 (but then 8 sequences do not fit); with bulk copies of a row's
+// piece by the copy engine: 2,159 and more; prefetches into the L2 cache beyond the ring add 100 to 200.
 // MANY: more than 8 sequences.   bytes: 2 per weight
 template <bool NORM, bool MANY>
 __global__ void __launch_bounds__(DECODE_WARPS * WARP, 2)
@@ -3483,17 +3485,19 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
     const int c0 = K / 32 * w / DECODE_WARPS, c1 = K / 32 * (w + 1) / DECODE_WARPS;
     bf16* inputs = (bf16*)shared;                            // (rows,ld)
     float *part = (float*)(shared + s.part), *squares = (float*)(shared + s.squares);
-    char* ring = shared + s.ring + w * s.slots * DECODE_STAGE + lane * 16;
+    char* ring = shared + s.ring + w * s.slots * DECODE_STAGE;
 
     int next_o = o_begin, next_c = c0, next_slot = 0;
     auto fetch = [&]() {
         if (next_o < o_end && c0 < c1) {
-            size_t o = next_o + g < o_end ? next_o + g : o_end - 1;          // its sums are not used
-            const bf16* from = a.weight + o * a.K + 32 * next_c + 8 * q;
-            char* to = ring + next_slot * DECODE_STAGE;
+            const int piece = lane % 16 / 4;                 // sixteen lanes copy the four pieces of a row
+            const bf16* from = a.weight + 32 * next_c + 8 * (lane % 16);
+            char* to = ring + next_slot * DECODE_STAGE + 512 * piece + lane / 16 * 64 + q * 16;
             #pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (next_c + i < c1) copy_async<16>(to + 512 * i, from + 32 * i);
+            for (int i = 0; i < 4; i++) {
+                size_t o = min(next_o + 2 * i + lane / 16, o_end - 1);       // beyond the last: not used
+                if (next_c + piece < c1) copy_async<16>(to + 128 * i, from + o * a.K);
+            }
             next_c += 4;
             if (next_c >= c1) { next_c = c0; next_o += 8; }
             if (++next_slot == DECODE_STAGES) next_slot = 0;
@@ -3620,7 +3624,8 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
         #pragma unroll 1
         for (int c = c0; c < c1; c += 4) {
             copy_async_wait(DECODE_STAGES - 2);
-            const char* from = ring + slot * DECODE_STAGE;
+            __syncwarp();
+            const char* from = ring + slot * DECODE_STAGE + lane * 16;
             uint4 b[4], x[4], y[4];
             #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -8311,7 +8316,7 @@ static int scan_spacing(int recompute) { return recompute == RECOMPUTE_CHEAP ? 1
 static size_t mamba1_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     size_t E = (size_t)c->d_inner;
     if (!training)                                           // decoding: parts of the product with W_x
-        return decode_parts(2 * E, E) * min_size(B, DECODE_FEW) *
+        return decode_parts(2 * E, E) * min_size(B, 8) *
                decode_padded((size_t)(c->dt_rank + 2 * c->d_state));
     return sums_round(selective_scan_scratch_cuda(B, T, E, (size_t)c->d_state)) +
            sums_round(causal_conv1d_scratch_cuda(B, T, E, (size_t)c->d_conv)) +
@@ -8424,14 +8429,10 @@ static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     DecodeLinear x_proj = {};
     x_proj.weight = weight_x(L, p->x_proj); x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
     x_proj.act = x; x_proj.ld_act = ldx; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
-    if (few) {
-        if (!fused) {                                      // one part
-            x_proj.out = NULL; x_proj.out_float = shared->sums; x_proj.ldo = decode_padded(R + 2 * N);
-            decode_matmul(run, x_proj);
-        }
+    if (few && fused) {
         DecodeStep step = {};
         step.y = w->y; step.h = s->ssm; step.rows = (int)run->B; step.E = E; step.N = N; step.R = R;
-        step.rbc_parts = shared->sums; step.parts = fused ? (int)decode_parts(2 * E, E) : 1;
+        step.rbc_parts = shared->sums; step.parts = (int)decode_parts(2 * E, E);
         step.x = x; step.z = a->xz + E; step.ldx = 2 * E;
         step.dt_weight = weight_x(L, p->dt_proj);
         step.dt_bias = p->dt_proj_bias; step.A_log = p->A_log; step.D = p->D;
