@@ -24,6 +24,7 @@
 #include "train_mamba.c"
 
 #include <cublasLt.h>
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -491,26 +492,47 @@ __device__ __forceinline__ void wait_before() {
 #endif
 }
 
-template <typename Kernel, typename... Arguments>
-static void launch_early(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                         const Arguments&... arguments) {
+template <typename Kernel> static bool compiled_for_90(Kernel kernel) {
     static int compiled = 0;                                 // for this compute capability, times 10
     if (compiled == 0) {
         cudaFuncAttributes attributes;
         cudaCheck(cudaFuncGetAttributes(&attributes, kernel));
         compiled = attributes.ptxVersion;
     }
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    return compiled >= 90;
+}
+
+// launch_clusters: the same, where `cluster` neighbouring blocks can write to each other's shared memory
+static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attribute[2], unsigned cluster, dim3 grid,
+                                        dim3 block, size_t shared, cudaStream_t stream) {
+    attribute[0] = attribute[1] = {};
+    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[0].val.programmaticStreamSerializationAllowed = 1;
+    attribute[1].id = cudaLaunchAttributeClusterDimension;
+    attribute[1].val.clusterDim.x = cluster;
+    attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = compiled >= 90;                        // compiled for less, it would not wait
+    config.attrs = attribute;
+    config.numAttrs = cluster > 0 ? 2 : 1;
+    return config;
+}
+template <typename Kernel, typename... Arguments>
+static void launch_clusters(unsigned cluster, Kernel kernel, dim3 grid, dim3 block, size_t shared,
+                            cudaStream_t stream, const Arguments&... arguments) {
+    cudaLaunchAttribute attribute[2];
+    cudaLaunchConfig_t config = launch_config(attribute, cluster, grid, block, shared, stream);
+    if (!compiled_for_90(kernel)) config.numAttrs = 0;       // compiled for less, it would not wait
     cudaCheck(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <typename Kernel, typename... Arguments>
+static void launch_early(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                         const Arguments&... arguments) {
+    launch_clusters(0, kernel, grid, block, shared, stream, arguments...);
 }
 
 // sum_parts: the second stage of a sum.   out[i] += sum_p parts[p,i],  out2[i] += sum_p parts[p,n+i]
@@ -3376,8 +3398,9 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // the end of that one (0.7 us without). mamba-130m on one H200, us per token of one sequence: 429 with four
 // kernels that start late, 344 early, 303 with three, 242 with loads that are all under way at once.
 // (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
-// With more sequences than DECODE_FEW the matmuls are work for cuBLASLt, and norm and convolution kernels of
-// their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 242, 8: 347, 16: 580.
+// With more sequences than DECODE_FEW section 4.16 makes the products, or cuBLASLt, with norm and convolution
+// kernels of their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 242, 8: 347,
+// 16: 580, 64: 540.
 
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
@@ -3410,6 +3433,8 @@ typedef struct {
     size_t E, conv_first;
     const float* squares;
     int parts;
+    float *res, *next_squares;         // section 4.16: out is added to res (rows,O), and becomes res * norm,
+                                       // next_squares (rows,O / 64) parts of the sums of squares
     const bf16* second_weight;         // (second_O,E)
     float* second_parts;               // (decode_parts(O,E),rows,decode_padded(second_O))
     size_t second_O;
@@ -7858,6 +7883,394 @@ static void decode_ssd_cuda(const DecodeSsd& a, size_t rows, cudaStream_t stream
     launch_early(decode_ssd_of(a.N), grid, DECODE_SSD_WARPS * WARP, 0, stream, a);
 }
 
+// --------------------------------------------------------------------------------------------------
+// 4.16 Decoding: many sequences
+//
+// decode_many: what decode_linear does, for up to 64 sequences, on GPUs with clusters and the bulk copy
+// engine (sm_90; elsewhere cuBLASLt, norm and convolution kernels do it).
+//   out (rows,O) = input (rows,K) weight^T
+// The tensor core multiplies tiles of 64 sequences x 64 k with tiles of 64 k x 64 outputs, both in shared
+// memory. The sum over k is divided among the blocks of a cluster, so that the inputs of all sequences for
+// its k fit into a block: they are read once, and then the weights stream through a ring of tiles, 64 outputs
+// after 64 outputs. A block has three groups of four warps, which wait for each other only:
+//   load:      one thread starts the copies of weights as soon as there is room, at the start even before
+//              the kernel before has ended
+//   multiply:  tile after tile; the sums of 64 outputs go to the blocks that finish them, 64 / splits
+//              sequences each, in the shared memory of these
+//   finish:    adds the parts, and what follows (AFTER), for this block's sequences
+// bytes: 2 per weight.   mamba-130m on one H200, us per token of 17, 32, 64 sequences: 462, 489, 540; with
+// cuBLASLt, 64: 712. mamba-2.8b, 64: 4490 and 4320, there the matmuls of cuBLASLt are shorter, so models
+// wider than DECODE_MANY_WIDTH take them
+// shared: inputs (chunks,SSD_TILE), ring (DECODE_RING,SSD_TILE), parts (2,64,DECODE_LD) float: of this
+// block's sequences, (splits,64 / splits)
+enum { DECODE_LD = 68, DECODE_RING = 9 };                  // 64 outputs and 4 more: other banks
+enum { DECODE_PLAIN, DECODE_CONV, DECODE_RES };              // what follows the sum, see DecodeLinear
+
+static size_t decode_many_shared(int chunks) {
+    return (size_t)(chunks + DECODE_RING) * SSD_TILE * sizeof(bf16) + 2 * 64 * DECODE_LD * sizeof(float);
+}
+
+// Signals (mbarrier) as in the scan, here between the blocks of a cluster as well
+__device__ __forceinline__ uint32_t shared_of(const void* p, int block) {   // the same place in another block
+    uint32_t there = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there)
+        : "r"((uint32_t)__cvta_generic_to_shared(p)), "r"(block));
+#endif
+    return there;
+}
+__device__ __forceinline__ void signal_init(uint64_t* signal, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(count) : "memory");
+}
+// load_tile: the bulk copy engine fetches 64 x 64 numbers of a matrix, in the order of ssd_piece, zeros
+// outside of it, and adds the bytes to the signal
+__device__ __forceinline__ void load_tile(bf16* to, const CUtensorMap* matrix, int column, int row,
+                                          uint64_t* signal) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(matrix), "r"(column), "r"(row),
+                    "r"((uint32_t)__cvta_generic_to_shared(signal)) : "memory");
+#endif
+}
+__device__ __forceinline__ void signal_arrive(uint64_t* signal) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)) : "memory");
+}
+__device__ __forceinline__ void signal_expect(uint64_t* signal, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(bytes) : "memory");
+#endif
+}
+__device__ __forceinline__ void signal_block(uint64_t* signal, int block) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
+                 :: "r"(shared_of(signal, block)) : "memory");
+#endif
+}
+__device__ __forceinline__ void signal_wait(uint64_t* signal, int parity) {  // for what other blocks signal
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred done; again: "
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; "
+                 "@!done bra again; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(signal)), "r"(parity) : "memory");
+#endif
+}
+// two numbers to another block, whose signal counts the bytes that have come
+__device__ __forceinline__ void send(uint32_t to, float x, float y, uint32_t signal) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                 :: "r"(to), "f"(x), "f"(y), "r"(signal) : "memory");
+#endif
+}
+template <int GROUP> __device__ __forceinline__ void group_barrier() {       // of the 128 threads of a group
+    asm volatile("bar.sync %0, 128;" :: "n"(GROUP) : "memory");
+}
+
+// decode_begin: res (rows,D) = weight[tokens], and what the first decode_many reads: out = res * norm,
+// squares (rows) the sum of the squares of each row.   One block per row.   bytes: 8 per number
+__global__ void __launch_bounds__(256)
+decode_begin_kernel(float* res, bf16* out, float* squares, const int* tokens, const bf16* weight,
+                    const float* norm, int D) {
+    __shared__ float parts[16];
+    const size_t n = blockIdx.x;
+    const bf16* row = weight + (size_t)tokens[n] * D;
+    float sum = 0;
+    for (int d = 4 * threadIdx.x; d < D; d += 4 * 256) {
+        float v[4];
+        unpack<4>(v, load_pack<4>(row + d));
+        Pack<float, 4> scale = load_pack<4>(norm + d);
+        store_pack<4>(res + n * D + d, v);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sum += v[i] * v[i];
+            v[i] *= scale.v[i];
+        }
+        store_pack<4>(out + n * D + d, v);
+    }
+    sum = group_sum<8>(sum, parts, 0);
+    if (threadIdx.x == 0) squares[n] = sum;
+}
+
+// DecodeStream: the residual stream between blocks with many sequences. No kernel normalizes it: the last
+// matmul of a block leaves act = res * norm of the next block, and sums of squares by which the first matmul
+// of that block divides its outputs.
+typedef struct {
+    float *res, *squares;              // (rows,D), (parts,64)
+    bf16* act;                         // (rows,D)
+    const float* norm;                 // of the next block
+    int parts;
+} DecodeStream;
+
+static inline size_t decode_many_parts(size_t D) { return (D + 63) / 64 * DECODE_ROWS; }
+
+template <int AFTER>
+__global__ void __launch_bounds__(3 * 128)
+decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap weights, int log_splits) {
+    extern __shared__ __align__(1024) char tile_shared[];
+    __shared__ uint64_t full[DECODE_RING], empty[DECODE_RING], arrived[2], finished[2];
+    __shared__ float scale[64];
+    const int group = threadIdx.x / 128, tid = threadIdx.x % 128, lane = tid % WARP, w = tid / WARP;
+    const int K = (int)a.K, O = (int)a.O, first_o = blockIdx.y * 64, step_o = gridDim.y * 64;
+    const int splits = 1 << log_splits, rank = blockIdx.x, each = 8 >> log_splits;    // each: sequences / 8
+    const int all = (K + 63) / 64, c0 = all * rank >> log_splits;
+    const int chunks = (all * (rank + 1) >> log_splits) - c0;
+    bf16 (*input)[SSD_TILE] = (bf16 (*)[SSD_TILE])tile_shared;
+    bf16 (*ring)[SSD_TILE] = input + ((all + splits - 1) >> log_splits);
+    float* parts = (float*)(ring + DECODE_RING);
+    allow_next();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < DECODE_RING; i++) { signal_init(&full[i], 1); signal_init(&empty[i], 128); }
+        for (int i = 0; i < 2; i++) { signal_init(&arrived[i], 1); signal_init(&finished[i], splits); }
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+    }
+    __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+    int stage = 0, parity = 0, half = 0, half_parity = 0;
+    if (group == 0) {                                        // load
+        if (tid > 0) return;
+        #pragma unroll 1
+        for (int o = first_o; o < O; o += step_o)
+            #pragma unroll 1
+            for (int c = 0; c < chunks; c++) {
+                scan_wait(&empty[stage], parity ^ 1);
+                signal_expect(&full[stage], SSD_TILE * sizeof(bf16));
+                load_tile(ring[stage], &weights, (c0 + c) * 64, o, &full[stage]);
+                if (++stage == DECODE_RING) { stage = 0; parity ^= 1; }
+            }
+        return;
+    }
+    wait_before();
+    if (group == 1) {                                        // multiply
+        #pragma unroll 1
+        for (int i = 0; i < chunks; i++)
+            ssd_load_tile<128>(input[i], a.act + (c0 + i) * 64, (uint32_t)a.ld_act, a.rows,
+                               K - (c0 + i) * 64, tid);
+        copy_async_commit();
+        copy_async_wait(0);
+        ssd_publish();
+        group_barrier<1>();
+        #pragma unroll 1
+        for (int o = first_o; o < O; o += step_o) {
+            float d[8][4] = {};                              // d[i]: outputs 8i..8i+7
+            #pragma unroll 1
+            for (int c = 0; c < chunks; c++) {
+                scan_wait(&full[stage], parity);
+                ssd_begin();
+                ssd_multiply_rows(d, input[c], ring[stage], false, w);
+                ssd_end();
+                ssd_wait();
+                ssd_arrived(d);
+                signal_arrive(&empty[stage]);
+                if (++stage == DECODE_RING) { stage = 0; parity ^= 1; }
+            }
+#if __CUDA_ARCH__ >= 900
+            if (o == first_o) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // all blocks run
+#endif
+            signal_wait(&finished[half], half_parity ^ 1);
+            if (tid == 0) signal_expect(&arrived[half], 64 * 64 * sizeof(float));
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {                    // sequence 16w + lane / 4, and 8 later
+                const int row = w * 16 + h * 8 + lane / 4, owner = row / 8 / each;
+                const int at = half * 64 + rank * 8 * each + row - owner * 8 * each;
+                const uint32_t to = shared_of(parts + at * DECODE_LD + lane % 4 * 2, owner);
+                const uint32_t signal = shared_of(&arrived[half], owner);
+                #pragma unroll
+                for (int i = 0; i < 8; i++) send(to + 32 * i, d[i][2 * h], d[i][2 * h + 1], signal);
+            }
+            half ^= 1;
+            half_parity ^= !half;
+        }
+        return;
+    }
+
+    // finish: sequences 8 each rank .., eight at a time; of these a thread has one, n0 + 8 i, and 4 outputs
+    const int n0 = 8 * each * rank + tid / 16, BATCH = AFTER == DECODE_PLAIN ? 1 : 2;
+    const bool packs = AFTER != DECODE_PLAIN || (O % 4 == 0 && a.ldo % 4 == 0);
+    if (a.squares) {
+        const float inverse = 1.0f / (float)K;
+        #pragma unroll 1
+        for (int i = 0; i < each; i++) {
+            float sum = 0;
+            #pragma unroll 3
+            for (int p = tid % 16; p < a.parts; p += 16)
+                sum += n0 + 8 * i < a.rows ? a.squares[(n0 + 8 * i) * a.parts + p] : 0.0f;
+            #pragma unroll
+            for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+            scale[tid / 16 + 8 * i] = rsqrtf(fmaf(sum, inverse, a.eps));
+        }
+    }
+    #pragma unroll 1
+    for (int tile_o = first_o; tile_o < O; tile_o += step_o) {
+        const int o = tile_o + tid % 16 * 4;
+        const bool conv = AFTER == DECODE_CONV && o < (int)a.E;
+        float4 bias = {}, factor[4] = {}, conv_bias = {}, old[2][3];   // factor: of the convolution or norm
+        if (packs && o < O) {
+            if (a.bias) bias = *(const float4*)(a.bias + o);
+            if (AFTER == DECODE_RES) factor[0] = *(const float4*)(a.norm + o);
+            if (conv && a.conv_bias) conv_bias = *(const float4*)(a.conv_bias + o);
+            #pragma unroll
+            for (int j = 0; j < 4; j++)                      // of output o + j, one weight for each tap
+                if (conv && a.taps == 4) factor[j] = *(const float4*)(a.conv_weight + (o + j) * 4);
+                else if (conv) {
+                    const float* from = a.conv_weight + (o + j) * a.taps;
+                    factor[j] = make_float4(from[0], a.taps > 1 ? from[1] : 0.0f, a.taps > 2 ? from[2] : 0.0f,
+                                            0.0f);
+                }
+        }
+        #pragma unroll 1
+        for (int first = 0; first < each; first += BATCH) {
+            #pragma unroll
+            for (int i = 0; i < BATCH; i++) {                // what is added to the sums
+                const int n = n0 + 8 * (first + i);
+                if (first + i >= each || n >= a.rows || o >= O) break;
+                if (AFTER == DECODE_RES) old[i][0] = *(const float4*)(a.res + (size_t)n * O + o);
+                #pragma unroll
+                for (int k = 0; k < 3; k++)
+                    if (conv && k + 1 < a.taps)
+                        old[i][k] = *(const float4*)(a.conv_state + ((size_t)n * (a.taps - 1) + k) * a.E + o);
+            }
+            if (first == 0) signal_wait(&arrived[half], half_parity);
+            #pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                const int n = n0 + 8 * (first + i);
+                if (first + i >= each) break;
+                alignas(16) float x[4] = {};
+                const float* from =
+                    parts + (half * 64 + 8 * (first + i) + tid / 16) * DECODE_LD + tid % 16 * 4;
+                #pragma unroll 1
+                for (int p = 0; p < splits; p++, from += 8 * each * DECODE_LD) {
+                    float4 v = *(const float4*)from;
+                    x[0] += v.x; x[1] += v.y; x[2] += v.z; x[3] += v.w;
+                }
+                const float by = a.squares ? scale[tid / 16 + 8 * (first + i)] : 1.0f;
+                #pragma unroll
+                for (int j = 0; j < 4; j++) x[j] = fmaf(x[j], by, (&bias.x)[j]);
+                const bool inside = o < O && n < a.rows;
+                if (AFTER == DECODE_RES) {
+                    float square = 0;
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        x[j] += (&old[i][0].x)[j];
+                        if (inside) square += x[j] * x[j];
+                    }
+                    if (inside) *(float4*)(a.res + (size_t)n * O + o) = *(const float4*)x;
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) x[j] *= (&factor[0].x)[j];
+                    #pragma unroll
+                    for (int step = 1; step < 16; step *= 2)
+                        square += __shfl_xor_sync(0xffffffffu, square, step);
+                    if (tid % 16 == 0 && n < a.rows)
+                        a.next_squares[n * ((O + 63) / 64) + tile_o / 64] = square;
+                }
+                if (!inside) continue;
+                if (conv) {                                  // as causal_conv1d_forward, with T = 1
+                    float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + o;
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float sum = (&conv_bias.x)[j];
+                        x[j] = to_float(from_float<bf16>(x[j]));
+                        #pragma unroll
+                        for (int k = 0; k < 4; k++)
+                            if (k < a.taps)
+                                sum += (&factor[j].x)[k] *
+                                       (k + 1 < a.taps ? (&old[i][k < 3 ? k : 2].x)[j] : x[j]);
+                        if (a.taps > 1) (&old[i][0].x)[j] = a.taps > 2 ? (&old[i][1].x)[j] : x[j];
+                        if (a.taps > 2) (&old[i][1].x)[j] = a.taps > 3 ? (&old[i][2].x)[j] : x[j];
+                        if (a.taps > 3) (&old[i][2].x)[j] = x[j];
+                        x[j] = silu_cuda(sum);
+                    }
+                    #pragma unroll
+                    for (int k = 0; k < 3; k++) if (k + 1 < a.taps) *(float4*)(tail + k * a.E) = old[i][k];
+                }
+                const size_t at = n * a.ldo + o;
+                if (packs && (AFTER != DECODE_PLAIN || a.out)) store_pack<4>(a.out + at, x);
+                else if (packs) *(float4*)(a.out_float + at) = *(const float4*)x;
+                else
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        if (o + j >= O) break;
+                        const float v = x[j] + (a.bias ? a.bias[o + j] : 0.0f);
+                        if (a.out) a.out[at + j] = from_float<bf16>(v);
+                        else a.out_float[at + j] = v;
+                    }
+            }
+        }
+        group_barrier<2>();
+        if (tid < splits && tile_o + 2 * step_o < O) signal_block(&finished[half], tid);
+        half ^= 1;
+        half_parity ^= !half;
+    }
+}
+
+// matrix_tiles: how load_tile finds the tiles of a row-major matrix
+static CUtensorMap matrix_tiles(const bf16* matrix, size_t rows, size_t columns) {
+    static CUresult (*encode)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode, 12000,
+                                                   cudaEnableDefault, &found));
+        if (found != cudaDriverEntryPointSuccess) die("the GPU's driver is too old: it has no tensor maps");
+    }
+    CUtensorMap map;
+    cuuint64_t size[2] = {columns, rows}, stride[1] = {columns * sizeof(bf16)};
+    cuuint32_t box[2] = {64, 64}, step[2] = {1, 1};
+    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void*)matrix, size, stride, box, step,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+        die("a matrix of %zu x %zu has no tensor map", rows, columns);
+    return map;
+}
+
+// whether K numbers of each sequence fit into the blocks of a cluster
+enum { DECODE_MOST_SPLITS = 8, DECODE_MANY_WIDTH = 2048 };
+static bool decode_many_fits(size_t K) {
+    const size_t chunks = (K + 64 * DECODE_MOST_SPLITS - 1) / (64 * DECODE_MOST_SPLITS);
+    return compiled_for_90(decode_many_kernel<DECODE_PLAIN>) &&
+           decode_many_shared((int)chunks) + 2048 <= shared_memory_limit();
+}
+
+// The blocks of a cluster and the number of clusters (all run at once) are those with which the fewest tiles
+// pass through a block; an exchange of sums counts as two.
+template <int AFTER> static void decode_many_launch(const DecodeLinear& a, cudaStream_t stream) {
+    const auto kernel = decode_many_kernel<AFTER>;
+    const int tiles = (int)((a.O + 63) / 64), all = (int)((a.K + 63) / 64);
+    int best = INT_MAX, log_splits = 0, clusters = 1;
+    for (int log = 0; 1 << log <= DECODE_MOST_SPLITS && 1 << log <= all; log++) {
+        const int chunks = (all + (1 << log) - 1) >> log;
+        const size_t shared = decode_many_shared(chunks);
+        int fit = 0;
+        if (shared + 2048 > shared_memory_limit()) continue;
+        scan_allow_shared(kernel, shared);
+        cudaLaunchAttribute attribute[2];
+        cudaLaunchConfig_t config = launch_config(attribute, 1u << log, dim3(1 << log, (unsigned)tiles),
+                                                  3 * 128, shared, stream);
+        cudaCheck(cudaOccupancyMaxActiveClusters(&fit, kernel, &config));
+        if (fit < 1) continue;
+        if (fit > tiles) fit = tiles;
+        const int rounds = (tiles + fit - 1) / fit, cost = (rounds + 1) * chunks + 2 * rounds;
+        if (cost < best) { best = cost; log_splits = log; clusters = fit; }
+    }
+    const size_t shared = decode_many_shared((all + (1 << log_splits) - 1) >> log_splits);
+    scan_allow_shared(kernel, shared);
+    launch_clusters(1u << log_splits, kernel, dim3(1 << log_splits, (unsigned)clusters), 3 * 128, shared,
+                    stream, a, matrix_tiles(a.weight, a.O, a.K), log_splits);
+}
+
+static void decode_many_cuda(const DecodeLinear& a, cudaStream_t stream) {
+    if (a.res) decode_many_launch<DECODE_RES>(a, stream);
+    else if (a.conv_weight) decode_many_launch<DECODE_CONV>(a, stream);
+    else decode_many_launch<DECODE_PLAIN>(a, stream);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // 7. Optimizer: gradient norm, AdamW
 
@@ -8081,6 +8494,7 @@ template <typename X> struct CudaRun {
     bool add;                       // weight gradients of matmuls are added to; false: written
     SideCuda* side;
     SumsCuda* sums;                 // in backward
+    DecodeStream* many;             // section 4.16; NULL: few sequences
 };
 
 // side_fork: the side stream, which is returned, goes on behind what the main one has been given so far.
@@ -8193,7 +8607,8 @@ static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, c
 
 // decode_matmul: with more than a few sequences cuBLASLt is faster
 static void decode_matmul(const CudaRun<bf16>* run, const DecodeLinear& a) {
-    if (decode_linear_fits(a)) decode_linear_cuda(a, run->stream);
+    if (run->many && a.out) decode_many_cuda(a, run->stream);
+    else if (decode_linear_fits(a)) decode_linear_cuda(a, run->stream);
     else if (a.out)
         matmul_forward_cuda(run->matmul, a.out, a.ldo, a.act, a.ld_act, a.weight, a.bias, run->B, a.K, a.O,
                             run->stream);
@@ -8219,10 +8634,15 @@ static void decode_norm_linear(const CudaRun<bf16>* run, DecodeLinear a, bf16* u
     decode_matmul(run, a);
 }
 
-static void decode_first_linear(const CudaRun<bf16>* run, const DecodeLinear& a, const ActsCuda<bf16>* acts,
+static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const ActsCuda<bf16>* acts,
                                 float* res_out, const float* res_in, const bf16* delta_in,
                                 const float* norm) {
-    decode_norm_linear(run, a, acts->u, acts->rstd, res_out, res_in, delta_in, norm);
+    if (const DecodeStream* m = run->many) {
+        a.K = a.ld_act = (size_t)run->config->d_model;
+        a.rows = (int)run->B; a.act = m->act; a.squares = m->squares; a.parts = m->parts;
+        a.eps = (float)run->config->norm_eps;
+        decode_matmul(run, a);
+    } else decode_norm_linear(run, a, acts->u, acts->rstd, res_out, res_in, delta_in, norm);
 }
 
 static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16* act, const bf16* weight,
@@ -8230,6 +8650,10 @@ static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16*
     DecodeLinear a = {};
     a.weight = weight; a.bias = bias; a.O = O; a.K = K; a.rows = (int)run->B;
     a.act = act; a.ld_act = K; a.out = out; a.ldo = O;
+    if (DecodeStream* m = run->many) {
+        a.out = m->act; a.res = m->res; a.norm = m->norm; a.next_squares = m->squares;
+        m->parts = (int)((O + 63) / 64);
+    }
     decode_matmul(run, a);
 }
 
@@ -8365,16 +8789,16 @@ static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     if (fused) {
         in.second_weight = weight_x(L, p->x_proj); in.second_O = R + 2 * N; in.second_parts = shared->sums;
     }
-    const bool few = decode_linear_fits(in);               // then the convolution happens there, too
-    if (few) {
+    const bool few = decode_linear_fits(in), conv = few || run->many;
+    if (conv) {                                            // the convolution happens there, too
         in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s->conv;
     }
     decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
-    if (!few)
+    if (!conv)
         decode_conv_cuda(a->x, s->conv, a->xz, 2 * E, p->conv1d, p->conv1d_bias, run->B, E, (size_t)c->d_conv,
                          run->stream);
-    const bf16* x = few ? a->xz : a->x;
-    size_t ldx = few ? 2 * E : E;
+    const bf16* x = conv ? a->xz : a->x;
+    size_t ldx = conv ? 2 * E : E;
     DecodeLinear x_proj = {};
     x_proj.weight = weight_x(L, p->x_proj); x_proj.O = R + 2 * N; x_proj.K = E; x_proj.rows = (int)run->B;
     x_proj.act = x; x_proj.ld_act = ldx; x_proj.out = a->rbc; x_proj.ldo = R + 2 * N;
@@ -8962,7 +9386,7 @@ template <typename X> struct WorkCuda {
     ActsCuda<X>* acts;              // [n_layers]
     void* (*kind_scratch)[MAX_FIELDS];       // [kind][field]
     ScratchCuda<X> scratch;
-    float *res_last, *f_rstd, *losses;
+    float *res_last, *f_rstd, *losses, *squares;
     X *f, *df, *logits;
 };
 
@@ -9012,6 +9436,7 @@ template <typename X> static void work_plan(WorkCuda<X>* w, const Model* m, Aren
     arena_take(arena, &w->f, M * D);
     arena_take(arena, &w->f_rstd, M);
     if (train) arena_take(arena, &w->df, M * D);
+    else arena_take(arena, &w->squares, decode_many_parts(D));
     w->saved_bytes = arena->used - before;
 
     ScratchCuda<X>* s = &w->scratch;
@@ -9268,6 +9693,12 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
                                   (float)m->config.norm_eps, run->stream, run->dropout);
 }
 
+// whether section 4.16 can decode with many sequences
+static bool model_decodes_many(const Config* c) {
+    return !strpbrk(c->pattern, "2a") && c->d_conv <= 4 && c->d_model <= DECODE_MANY_WIDTH &&
+           decode_many_fits((size_t)c->d_inner) && decode_many_fits((size_t)c->d_intermediate);
+}
+
 // model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states updated in place.
 // Returns false when the shapes do not fit section 4.10; then nothing was done.
 static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
@@ -9280,18 +9711,30 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     if (!fits) return false;
     float* res[2] = {w->acts[0].res, w->res_last};           // in turn
     const bf16* delta = NULL;
-    embedding_forward_cuda(res[0], tokens, d->embedding_x, run->B, D, run->stream, run->dropout);
+    DecodeStream stream = {w->res_last, w->squares, w->acts[0].u, (const float*)d->layer[0].p[0], 1};
+    const bool many = run->B > DECODE_FEW && model_decodes_many(&m->config);
+    if (many) {
+        run->many = &stream;
+        decode_begin_kernel<<<(unsigned)run->B, 256, 0, run->stream>>>(
+            stream.res, stream.act, stream.squares, tokens, d->embedding_x, stream.norm, (int)D);
+        cudaCheck(cudaGetLastError());
+    } else {
+        embedding_forward_cuda(res[0], tokens, d->embedding_x, run->B, D, run->stream, run->dropout);
+    }
     for (int l = 0; l < m->n_layers; l++) {
+        stream.norm = l + 1 < m->n_layers ? d->layer[l + 1].p[0] : d->norm_f;
         float* fields[MAX_FIELDS];
         state_fields<bf16>(fields, m, state, rows, l, 0);
         d->layer[l].kind->decode(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
                                  delta, fields);
         delta = w->scratch.delta;
     }
-    float* last = res[m->n_layers % 2];
+    float* last = many ? stream.res : res[m->n_layers % 2];
+    if (many) delta = NULL;                                  // it has been added
     DecodeLinear head = {};
     head.weight = d->head_x; head.O = Vp; head.out_float = logits; head.ldo = Vp;
-    decode_norm_linear(run, head, w->f, w->f_rstd, res[1 - m->n_layers % 2], last, delta, d->norm_f);
+    decode_norm_linear(run, head, w->f, w->f_rstd, many ? last : res[1 - m->n_layers % 2], last, delta,
+                       d->norm_f);
     return true;
 }
 static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
@@ -9502,7 +9945,7 @@ static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t
     const StepCuda* step = c->work.batch.step;
     CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute,
                       dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model),
-                      true, &c->side, NULL};
+                      true, &c->side, NULL, NULL};
     return run;
 }
 
