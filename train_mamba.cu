@@ -3401,8 +3401,8 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // kernels that start late, 344 early, 303 with three, 246 with loads that are all under way at once.
 // (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
 // With more sequences than DECODE_FEW section 4.16 makes the products, or cuBLASLt, with norm and convolution
-// kernels of their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338, 16: 569,
-// 64: 540.
+// kernels of their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338,
+// 16: 569, 64: 540.
 
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
@@ -7956,8 +7956,8 @@ static void decode_ssd_cuda(const DecodeSsd& a, size_t rows, cudaStream_t stream
 //              sequences each, in the shared memory of these
 //   finish:    adds the parts, and what follows (AFTER), for this block's sequences
 // bytes: 2 per weight.   mamba-130m on one H200, us per token of 17, 32, 64 sequences: 462, 489, 540; with
-// cuBLASLt, 64: 712. mamba-2.8b, 64: 4490 and 4320, there the matmuls of cuBLASLt are shorter, so models wider
-// than DECODE_MANY_WIDTH take them
+// cuBLASLt, 64: 712. mamba-2.8b, 64: 4490 and 4320, there the matmuls of cuBLASLt are shorter, so models
+// wider than DECODE_MANY_WIDTH take them
 // shared: inputs (chunks,SSD_TILE), ring (DECODE_RING,SSD_TILE), parts (2,64,DECODE_LD) float: of this
 // block's sequences, (splits,64 / splits)
 enum { DECODE_LD = 68, DECODE_RING = 9 };                  // 64 outputs and 4 more: other banks

@@ -2060,6 +2060,8 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
         }
         for (size_t n : counts) {
             if (only_small() && n != 3 && n != 9 && n != 17) continue;
+            // too little shared memory for decode_many: the products of cuBLASLt, as on GPUs before sm_90
+            fake_shared = n == 33 ? 64 << 10 : 0;
             for (int again = 0; again < 2; again++) {
                 Session s = session_create(&b, n, 1);
                 double wrong = 0;
@@ -2085,6 +2087,7 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
                           (int)c.d_state, r, n);
             worst_add(twice, bits_differ(got[0], got[1], n * Vp), "%s D%d, %zu rows", c.pattern,
                       (int)c.d_model, n);
+            fake_shared = 0;
         }
         b.destroy(&b);
         cpu.destroy(&cpu);
