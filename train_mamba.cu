@@ -2378,8 +2378,10 @@ __device__ __forceinline__ float scan_softplus_fast(float x2) {
 // -DSSM_RACECHECK lets every lane arrive.
 #ifdef SSM_RACECHECK
 enum { SCAN_ARRIVALS = WARP };
+#define SSD_ARRIVE "bar.sync"
 #else
 enum { SCAN_ARRIVALS = 1 };
+#define SSD_ARRIVE "bar.arrive"                                // nor this: the other group waits for it
 #endif
 __device__ __forceinline__ void scan_signal_init(uint64_t* signal, int warps) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;"
@@ -5826,7 +5828,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 }
             }
             ssd_publish();
-            asm volatile("bar.arrive 1, 256;" ::: "memory");   // G L is there
+            asm volatile(SSD_ARRIVE " 1, 256;" ::: "memory");  // G L is there
             const float from0 = tk.from[r0], from1 = tk.from[r1];
             #pragma unroll
             for (int p = 0; p < PB; p++) {                     // dCt, f
@@ -8131,15 +8133,21 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
             if (o == first_o) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // all blocks run
 #endif
             signal_wait(&finished[half], half_parity ^ 1);
-            if (tid == 0) signal_expect(&arrived[half], 64 * 64 * sizeof(float));
+            if (splits > 1 && tid == 0) signal_expect(&arrived[half], 64 * 64 * sizeof(float));
             #pragma unroll
             for (int h = 0; h < 2; h++) {                    // sequence 16w + lane / 4, and 8 later
                 const int row = w * 16 + h * 8 + lane / 4, owner = row / 8 / each;
                 const int at = half * 64 + rank * 8 * each + row - owner * 8 * each;
-                const uint32_t to = shared_of(parts + at * DECODE_LD + lane % 4 * 2, owner);
-                const uint32_t signal = shared_of(&arrived[half], owner);
+                float* here = parts + at * DECODE_LD + lane % 4 * 2;
+                const uint32_t to = shared_of(here, owner), signal = shared_of(&arrived[half], owner);
                 #pragma unroll
-                for (int i = 0; i < 8; i++) send(to + 32 * i, d[i][2 * h], d[i][2 * h + 1], signal);
+                for (int i = 0; i < 8; i++)
+                    if (splits > 1) send(to + 32 * i, d[i][2 * h], d[i][2 * h + 1], signal);
+                    else *(float2*)(here + 8 * i) = make_float2(d[i][2 * h], d[i][2 * h + 1]);
+            }
+            if (splits == 1) {                               // a block alone, all parts are its own
+                group_barrier<1>();
+                if (tid == 0) signal_arrive(&arrived[half]);
             }
             half ^= 1;
             half_parity ^= !half;
