@@ -502,12 +502,19 @@ template <typename Kernel> static bool compiled_for_90(Kernel kernel) {
     return compiled >= 90;
 }
 
+// drivers before CUDA 12.3 cannot record early starts in a graph
+static int early_starts_allowed(void) {
+    static int driver = 0;
+    if (driver == 0) cudaCheck(cudaDriverGetVersion(&driver));
+    return driver >= 12030;
+}
+
 // launch_clusters: the same, where `cluster` neighbouring blocks can write to each other's shared memory
 static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attribute[2], unsigned cluster, dim3 grid,
                                         dim3 block, size_t shared, cudaStream_t stream) {
     attribute[0] = attribute[1] = {};
     attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute[0].val.programmaticStreamSerializationAllowed = 1;
+    attribute[0].val.programmaticStreamSerializationAllowed = early_starts_allowed();
     attribute[1].id = cudaLaunchAttributeClusterDimension;
     attribute[1].val.clusterDim.x = cluster;
     attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
