@@ -312,7 +312,7 @@ const CliRow cli_options[] = {
     {"generate --from run --prompt a --prompt-file a.txt", NULL, 1, "only one"},
     {"generate --from run --prompt -", "run", 1, "the prompt cannot be read"},
     {"generate --from run --interactive", "run", 1, "standard input cannot be read"},
-    {TOY "--out \"\" --steps 1", NULL, 1, "--out"}, {"convert --from run --out \"\"", NULL, 1, "--out"},
+    {"convert --from run --out \"\"", NULL, 1, "--out"},
     {"generate --from run --dtype f16", NULL, 1, "f32 or bf16"},
     {"generate --from nowhere", NULL, 1, "nowhere"}, {"generate --from run --top-p 1.1", NULL, 1, "--top-p"},
     {"generate --from run --top-k -1", NULL, 1, "--top-k"},
