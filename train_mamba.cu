@@ -509,7 +509,6 @@ static int early_starts_allowed(void) {
     return driver >= 12030;
 }
 
-// launch_clusters: the same, where `cluster` neighbouring blocks can write to each other's shared memory
 static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attribute[2], unsigned cluster, dim3 grid,
                                         dim3 block, size_t shared, cudaStream_t stream) {
     attribute[0] = attribute[1] = {};
@@ -527,6 +526,9 @@ static cudaLaunchConfig_t launch_config(cudaLaunchAttribute attribute[2], unsign
     config.numAttrs = cluster > 0 ? 2 : 1;
     return config;
 }
+
+// launch_clusters: launch_early, where `cluster` neighbouring blocks can write to each other's shared memory;
+// 0: none can
 template <typename Kernel, typename... Arguments>
 static void launch_clusters(unsigned cluster, Kernel kernel, dim3 grid, dim3 block, size_t shared,
                             cudaStream_t stream, const Arguments&... arguments) {
@@ -8677,7 +8679,7 @@ static void block_begin_backward(const CudaRun<X>* run, const LayerCuda<X>* L, c
 // Blocks with one token of each sequence (sections 4.10 and 4.15), in bf16. res_in and delta_in as above; the
 // residual stream after the addition goes to res_out, what the block adds to shared->delta.
 
-// decode_matmul: with more than a few sequences cuBLASLt is faster
+// decode_matmul: by section 4.16, 4.10 or cuBLASLt, whichever serves these sizes
 static void decode_matmul(const CudaRun<bf16>* run, const DecodeLinear& a) {
     if (run->many && a.out) decode_many_cuda(a, run->stream);
     else if (decode_linear_fits(a)) decode_linear_cuda(a, run->stream);
