@@ -2966,6 +2966,10 @@ void test_sampling(void) {
     Sampler plain = { 1, 0, 1, 0, 1, 7 };
     Draws r = draw_many(&plain, logits, seen, MANY, 20000);
     report("chi-square of 20,000 draws from 500 tokens, standard deviations", fabs(r.chi2), 4);
+    // the same with top-p, where 3 % of the total are 11 tokens. Catches: a total a little too small or large
+    Sampler nucleus = { 1, 0, 0.8, 0, 1, 7 };
+    r = draw_many(&nucleus, logits, seen, MANY, 20000);
+    report("top-p of 500 tokens: outside the set by definition, or never drawn", r.outside + r.missing, 0);
     // top-k of many candidates with ties, against a sort: exactly the lowest tokens among equals stay
     double wrong = 0;
     for (size_t k = 1; k <= MANY; k += 7) {
