@@ -5751,13 +5751,15 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
             }
         }
     };
+    // a barrier of both groups, which reach it at different places: __syncthreads is one place for all
+    auto both = []() { asm volatile("bar.sync 2, 256;" ::: "memory"); };
     auto begin = [&]() {
         copy_async_wait(0);
         ssd_publish();
-        __syncthreads();                                       // x, dy, H and Lambda of this head are there
+        both();                                                // x, dy, H and Lambda of this head are there
     };
     auto end = [&](int h) {
-        __syncthreads();                                       // everything but the decays is free
+        both();                                                // everything but the decays is free
         if (h + 1 < h1) load(h + 1);
         copy_async_commit();
     };
@@ -5873,7 +5875,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
             store_pair(sh.gram, pair, k, a[k / 2][k % 2 * 2], a[k / 2][k % 2 * 2 + 1]);
         }
         ssd_publish();
-        __syncthreads();
+        both();
         ssd_begin();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_multiply_columns(sum[n], a, sh.Bt[n], w + 1);
@@ -5923,6 +5925,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 ssd_fragments(x_p, sh.x[p], w);
                 ssd_rows_dot(&direct0, &direct1, x_p, v);
                 ssd_fragments(x_p, sh.dy[p], w);
+                __syncwarp();                                  // every lane has its part of x
                 #pragma unroll
                 for (int i = 0; i < 8; i++) {                  // dx, where x was
                     const float2 D_i = *(const float2*)&sh.skip[64 * p + 8 * i + 2 * q];
@@ -5994,7 +5997,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 }
             }
         }
-        __syncthreads();
+        both();
         ssd_begin();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_multiply_lower(sum[n], sh.gram, sh.Ct[n], w);
