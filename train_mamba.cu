@@ -2383,14 +2383,15 @@ __device__ __forceinline__ float scan_softplus_fast(float x2) {
 // A signal (mbarrier): threads arrive at it, and when `count` have, its phase ends and the next one begins.
 // scan_wait returns when the phase of the given parity (the first has 0, the next 1, then 0 ..) has ended;
 // what the threads wrote before they arrived is then visible.
-// One lane arrives for its warp, after a __syncwarp. The racecheck tool does not see through that: for it,
-// -DSSM_RACECHECK lets every lane arrive.
-#ifdef SSM_RACECHECK
+// One lane arrives for its warp, after a __syncwarp.
+// -DSSM_SANITIZE is for compute-sanitizer, whose racecheck does not see through that: there every lane
+// arrives, and a group of warps that only has to say that it has come waits for the others.
+#ifdef SSM_SANITIZE
 enum { SCAN_ARRIVALS = WARP };
-#define SSD_ARRIVE "bar.sync"
+#define SSD_ARRIVE "barrier.sync"
 #else
 enum { SCAN_ARRIVALS = 1 };
-#define SSD_ARRIVE "bar.arrive"                                // nor this: the other group waits for it
+#define SSD_ARRIVE "barrier.arrive"
 #endif
 __device__ __forceinline__ void scan_signal_init(uint64_t* signal, int warps) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;"
@@ -3727,6 +3728,7 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
     }
     if (channels <= 0) return;
 
+    copy_async_commit();                                     // by a warp without a piece of the sum over k
     copy_async_wait(0);
     __syncthreads();
     low = xs + min(g, rows - 1) * s.ld_x + 8 * q;
@@ -4268,7 +4270,13 @@ __device__ __forceinline__ void ssd_mma_lower(float (&d)[8][4], const bf16* a, c
 // `first`: = instead of +=. What warps write to shared memory becomes an operand by ssd_publish.
 #if SSD_WGMMA
 __device__ __forceinline__ void ssd_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void ssd_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ssd_end() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#ifdef SSM_SANITIZE
+    // its tools save registers around every access to memory and put them back, while the tensor core writes
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
 template <int LEFT = 0> __device__ __forceinline__ void ssd_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
 }
@@ -5752,7 +5760,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         }
     };
     // a barrier of both groups, which reach it at different places: __syncthreads is one place for all
-    auto both = []() { asm volatile("bar.sync 2, 256;" ::: "memory"); };
+    auto both = []() { asm volatile("barrier.sync 2, 256;" ::: "memory"); };
     auto begin = [&]() {
         copy_async_wait(0);
         ssd_publish();
@@ -5915,7 +5923,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 }
                 if (p == 0) {
                     sh.skip[channel] = D;
-                    asm volatile("bar.sync 1, 256;" ::: "memory");
+                    asm volatile("barrier.sync 1, 256;" ::: "memory");
                 }
                 ssd_begin();
                 ssd_multiply_lower(v, sh.GL, sh.dy[p], w);
