@@ -126,7 +126,7 @@ SANITIZER = compute-sanitizer --error-exitcode 1 --show-backtrace no \
 SANITIZED = $(foreach tool,memcheck initcheck synccheck racecheck,$(addprefix $(BUILD)/sanitized/$(tool)-, \
               layers scan ssd attention model generate $(if $(findstring racecheck,$(tool)),,matmul)))
 sanitize-cuda: $(SANITIZED) ## memcheck, initcheck, synccheck and racecheck over the cases of the GPU
-$(BUILD)/sanitizable/test_mambacu: $(BUILD)/test_mambacu
+$(BUILD)/sanitizable/test_mambacu: $(TESTS) train_mamba.cu $(SOURCES) Makefile
 	$(MAKE) BUILD=$(BUILD)/sanitizable ARCH="$(ARCH) -DSSM_SANITIZE" $@
 $(SANITIZED): $(BUILD)/sanitized/%: $(BUILD)/sanitizable/test_mambacu
 	@mkdir -p $(BUILD)/sanitized
