@@ -1952,14 +1952,12 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
 template <typename X> void check_model(void) {
     int n = (int)(sizeof cuda_shapes / sizeof cuda_shapes[0]);
     for (int i = 0; i < n; i++) {
-        if (only_small() && i != 6 && i != 10 && i != 16 && i != 18) continue;
+        if (only_small() && i != 10 && i != 18) continue;
         if (!only_small()) check_gradients<X>(&cuda_shapes[i], false);
         check_gradients<X>(&cuda_shapes[i], true);
     }
     if (only_small()) {
-        check_steps<X>(&cuda_shapes[7], true, 0.5);
-        check_steps<X>(&cuda_shapes[10], true, 0);
-        check_training<X>(&cuda_shapes[18], RECOMPUTE_CHEAP);
+        check_steps<X>(&cuda_shapes[10], true, 0.5);
         return;
     }
     static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0};
@@ -2040,7 +2038,7 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
     toy_mamba2(&configs[10], "P64 S1 L64");
     toy_attention(&configs[9], "Q4 G2 H20 R8 K3 F16 biases", 30);
     toy_attention(&configs[10], "Q2 G1 H32 R16 interleaved", 30);
-    const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
+    const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST}, steps = only_small() ? 5 : STEPS;
     for (int k = 0; k < (int)(sizeof configs / sizeof configs[0]); k++) {
         Config c = configs[k];
         c.bias = k == 1 || k == 4;
@@ -2056,7 +2054,7 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
         int ids[MOST][STEPS], step_ids[MOST], best[MOST][STEPS], next[MOST];
         for (size_t r = 0; r < MOST; r++) {
             for (size_t t = 0; t < STEPS; t++) ids[r][t] = (int)(random_bits(40, r, t) % V);
-            cuda_logits(&cpu, want + r * Vp, ids[r], STEPS, STEPS);
+            cuda_logits(&cpu, want + r * Vp, ids[r], steps, steps);
         }
         for (size_t n : counts) {
             if (only_small() && n != 3 && n != 9 && n != 17) continue;
@@ -2065,9 +2063,9 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
             for (int again = 0; again < 2; again++) {
                 Session s = session_create(&b, n, 1);
                 double wrong = 0;
-                for (size_t t = 0; t < STEPS; t++) {
+                for (size_t t = 0; t < steps; t++) {
                     for (size_t r = 0; r < n; r++) step_ids[r] = ids[r][t];
-                    if (again && t + 1 < STEPS) {
+                    if (again && t + 1 < steps) {
                         b.greedy_begin(&b, &s, step_ids);
                         b.greedy_end(&b, &s, next);
                         for (size_t r = 0; r < n; r++) wrong += next[r] != best[r][t];
