@@ -9072,7 +9072,8 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
 }
 
 static bool mamba2_decodes(const Config* c) {
-    return c->d_inner % 32 == 0 && c->headdim % DECODE_SSD_ROWS == 0 && decode_ssd_of((size_t)c->d_state);
+    return c->d_inner % 32 == 0 && c->d_ssm % 4 == 0 && c->headdim % DECODE_SSD_ROWS == 0 &&
+           decode_ssd_of((size_t)c->d_state);
 }
 
 static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
@@ -9783,7 +9784,7 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
 // whether section 4.16 can decode with many sequences
 static bool model_decodes_many(const Config* c) {
     return c->d_conv <= 4 && c->d_model <= DECODE_MANY_WIDTH && decode_many_fits((size_t)c->d_inner) &&
-           decode_many_fits((size_t)c->d_intermediate) && (!strchr(c->pattern, '2') || c->d_ssm % 4 == 0) &&
+           decode_many_fits((size_t)c->d_intermediate) &&
            (!strchr(c->pattern, 'a') || decode_many_fits(heads_of(c).out));
 }
 
@@ -9832,18 +9833,26 @@ static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<fl
 
 // argmax: best = the index of the largest of n logits of each row, the first of equals, -1 when one is not
 // finite (an exploded model); token = the same for the next step to read, 0 instead of -1. One block per row.
+// best is memory of the host: a copy after the kernel would take as long as the kernel.
 __global__ void __launch_bounds__(1024)
 argmax_kernel(int* best_token, int* token, const float* logits, size_t ld, int n) {
     __shared__ float best_of[WARP];
     __shared__ int index_of[WARP];
+    const int AT_ONCE = 16;
     const float* row = logits + blockIdx.x * ld;
     float best = -INFINITY;
     int index = INT_MAX;
     bool bad = false;
-    for (int i = threadIdx.x; i < n; i += 1024) {
-        float z = row[i];
-        bad = bad || !(z <= 3.4e38f);
-        if (z > best) { best = z; index = i; }
+    wait_before();
+    for (int first = threadIdx.x; first < n; first += AT_ONCE * 1024) {
+        float z[AT_ONCE];
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) z[i] = first + i * 1024 < n ? row[first + i * 1024] : -INFINITY;
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            bad = bad || !(z[i] <= 3.4e38f);
+            if (z[i] > best) { best = z[i]; index = first + i * 1024; }
+        }
     }
     bad = __syncthreads_or(bad);
     for (int pass = 0; pass < 2; pass++) {                   // the lanes of a warp, then the warps
@@ -10396,13 +10405,10 @@ template <typename X> static void cuda_greedy_begin(Backend* b, Session* s, cons
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
         cudaStream_t stream = cuda_of<X>(b)->stream;
-        BatchCuda* batch = &d->work.batch;
         decode_launch<X>(b, s, 0, s->rows, 1, true);
-        argmax_kernel<<<(unsigned)s->rows, 1024, 0, stream>>>(batch->targets, batch->tokens, d->logits,
-                                                              (size_t)b->model->config.vocab_padded,
-                                                              (int)b->model->config.vocab_size);
-        cudaCheck(cudaGetLastError());
-        to_host(d->host_tokens, batch->targets, s->rows, stream);
+        launch_early(argmax_kernel, dim3((unsigned)s->rows), 1024, 0, stream, d->host_tokens,
+                     d->work.batch.tokens, d->logits, (size_t)b->model->config.vocab_padded,
+                     (int)b->model->config.vocab_size);
     });
 }
 

@@ -2038,7 +2038,7 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
     toy_mamba2(&configs[8], "P32 S1 L8 W32 plain hdim");
     toy_mamba2(&configs[9], "P32 S2 L16");
     toy_mamba2(&configs[10], "P64 S1 L64");
-    toy_mamba2(&configs[11], "P6 S1 L8 W18");      // 18 channels: not decode_many
+    toy_mamba2(&configs[11], "P6 S1 L8 W18");      // x of 18: B is not aligned
     toy_attention(&configs[9], "Q4 G2 H20 R8 K3 F16 biases", 30);
     toy_attention(&configs[10], "Q2 G1 H32 R16 interleaved", 30);
     const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
