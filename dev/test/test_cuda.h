@@ -2028,7 +2028,7 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
         toy_config("2", 2, 64, 128, 16, 4, 4, 257),    toy_config("2m", 1, 96, 192, 64, 3, 6, 100),
         toy_config("2", 1, 32, 96, 32, 2, 2, 100),     toy_config("2", 1, 64, 128, 128, 4, 4, 100),
         toy_config("2", 2, 64, 64, 16, 1, 4, 100),     toy_config("12am", 4, 64, 128, 16, 4, 4, 100),
-        toy_config("a2", 2, 64, 128, 256, 4, 4, 100)};
+        toy_config("a2", 2, 64, 128, 256, 4, 4, 100),  toy_config("2", 1, 32, 96, 32, 4, 2, 100)};
     toy_mamba2(&configs[4], "P16 S1 L8");
     toy_mamba2(&configs[5], "P64 S1 L64 before hdim limit");
     toy_mamba2(&configs[6], "P6 S2 L8 limit");
@@ -2036,6 +2036,7 @@ void check_decoding(Worst* worst, Worst* twice, Worst* greedy) {
     toy_mamba2(&configs[8], "P32 S1 L8 W32 plain hdim");
     toy_mamba2(&configs[9], "P32 S2 L16");
     toy_mamba2(&configs[10], "P64 S1 L64");
+    toy_mamba2(&configs[11], "P6 S1 L8 W18");      // x of 18: B is not aligned
     toy_attention(&configs[9], "Q4 G2 H20 R8 K3 F16 biases", 30);
     toy_attention(&configs[10], "Q2 G1 H32 R16 interleaved", 30);
     const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST}, steps = only_small() ? 5 : STEPS;
