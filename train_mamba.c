@@ -3648,9 +3648,9 @@ void plain_step_begin(Backend* b, const Step* s) {
 
 StepResult plain_step_end(Backend* b) { return b->result; }
 
-// state_round: with config.state_bf16, the states of recurrences of `rows` rows are rounded to bfloat16, to the
-// nearest, ties to even. That is done at the end of every call of decode, so for a prompt after each --chunk.
-// The CPU keeps them as float nevertheless, it has no other kernels; a GPU keeps 2 bytes.
+// state_round: with config.state_bf16 the states of the recurrences of `rows` rows are rounded to bfloat16,
+// to the nearest, ties to even, at the end of every call of decode: of a prompt after each --chunk. The CPU
+// keeps them as `real` all the same; a GPU keeps two bytes.
 static void state_round(const Model* m, const State* s, size_t rows) {
     for (int l = 0; m->config.state_bf16 && l < m->n_layers; l++)
         for (int i = 0; i < m->layer[l].kind->n_state; i++) {

@@ -3,8 +3,8 @@
 // This file includes train_mamba.c: configuration, tensor table, files, data, training loop, generation,
 // command line and the CPU oracle exist once. Sections have the numbers and names of their counterparts
 // there.
-//   --precision bf16  bf16 activations and matmuls; fp32 parameters (masters), residual stream, scan state,
-//                     decay and every reduction
+//   --precision bf16  bf16 activations and matmuls; fp32 parameters (masters), residual stream, states (see
+//                     --state-dtype), decay and every reduction
 //   --precision fp32  everything in fp32, for exact comparison with the CPU
 // Hardware terms: a kernel is a function that runs on the GPU, launched as a grid of blocks; a block is a
 // group of threads that share a small fast memory; a warp is 32 threads of a block that step together; a
@@ -3922,7 +3922,7 @@ decode_scan_kernel(bf16* y, S* h, const bf16* x, size_t ldx, const bf16* rbc, co
                    const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
                    int rows, int E, int states, int R) {
     const int ROWS = DECODE_SCAN_ROWS, N = FAST ? 16 : states, RBC = R + 2 * N;
-    const int LINES = WARP * 16 * sizeof(S) / 128;           // of 128 bytes: this block's states of a sequence
+    const int LINES = WARP * 16 * sizeof(S) / 128;           // of 128 bytes: a sequence's states here
     const int tid = threadIdx.x, l = tid % 4, c = tid / 4, w = tid / WARP, lane = tid % WARP;
     const int n0 = blockIdx.y * ROWS, n_rows = rows - n0 < ROWS ? rows - n0 : ROWS;
     const int Rp = decode_scan_padded(R), gap = Rp - R, ldw = decode_scan_ldw(R), ldr = decode_scan_ldr(R, N);
@@ -7888,7 +7888,8 @@ static __host__ __device__ constexpr int decode_ssd_lanes(int N, int size) {
 }
 
 template <typename S, int N>
-__global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP, N * sizeof(S) > 16 * WARP ? 8 : sizeof(S) == 2 ? 12 : 16)
+__global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP,
+                                  N * sizeof(S) > 16 * WARP ? 8 : sizeof(S) == 2 ? 12 : 16)
 decode_ssd_kernel(const DecodeSsd a) {
     enum { ROWS = DECODE_SSD_ROWS, W = 16 / sizeof(S), LANES = decode_ssd_lanes(N, sizeof(S)),
            VECS = N / (W * LANES) };
@@ -9099,7 +9100,7 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
 }
 
 static bool mamba2_decodes(const Config* c) {
-    return c->d_inner % 32 == 0 && c->headdim % DECODE_SSD_ROWS == 0 &&
+    return c->d_inner % 32 == 0 && c->d_ssm % 4 == 0 && c->headdim % DECODE_SSD_ROWS == 0 &&
            decode_ssd_of<float>((size_t)c->d_state);
 }
 
@@ -9798,7 +9799,7 @@ static int state_bf16_field(const Model* m, int l) {
     return -1;
 }
 
-// model_forward_cuda: tokens (B,T) to w->f. state: states of `rows` rows on the device, from row0 on, or NULL.
+// model_forward_cuda: tokens (B,T) to w->f. state: states of `rows` rows on the device, from row0 on, or NULL
 // The kernels for any number of tokens work on states in float. With config.state_bf16, where state0 is
 // stateT, those of one layer at a time are in run->wide.
 template <typename X>
@@ -9834,10 +9835,10 @@ static bool model_decodes_many(const Config* c) {
            decode_many_fits((size_t)c->d_inner) && decode_many_fits((size_t)c->d_intermediate);
 }
 
-// model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states updated in place.
-// Returns false when the shapes do not fit section 4.10; then nothing was done.
+// model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states, of `rows` sequences
+// from row0 on, updated in place. Returns false when the shapes do not fit section 4.10; then nothing was done.
 static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
-                              CudaRun<bf16>* run, const int* tokens, float* state, size_t rows,
+                              CudaRun<bf16>* run, const int* tokens, float* state, size_t rows, size_t row0,
                               float* logits) {
     size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     bool fits = run->B <= DECODE_ROWS && D % 32 == 0;
@@ -9859,7 +9860,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     for (int l = 0; l < m->n_layers; l++) {
         stream.norm = l + 1 < m->n_layers ? d->layer[l + 1].p[0] : d->norm_f;
         float* fields[MAX_FIELDS];
-        state_fields<bf16>(fields, m, state, rows, l, 0);
+        state_fields<bf16>(fields, m, state, rows, l, row0);
         d->layer[l].kind->decode(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
                                  delta, fields);
         delta = w->scratch.delta;
@@ -9873,7 +9874,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     return true;
 }
 static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
-                              const int*, float*, size_t, float*) {
+                              const int*, float*, size_t, size_t, float*) {
     return false;
 }
 
@@ -10405,10 +10406,14 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     WorkCuda<X>* w = &d->work;
     size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
+    bool decoded = T == 1 && logits;         // by section 4.10, DECODE_ROWS sequences at a time
+    for (size_t r = 0; decoded && r < rows; r += DECODE_ROWS) {
+        CudaRun<X> run = run_of<X>(b, -1, NULL, min_size(DECODE_ROWS, rows - r), 1, RECOMPUTE_NONE);
+        decoded = model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens + r, d->state, s->rows,
+                                    row0 + r, d->logits + r * Vp);
+    }
+    if (decoded) return;
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
-    if (T == 1 && row0 == 0 && logits &&
-        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, s->rows, d->logits))
-        return;
     wide_reserve(b->model, d, rows);
     run.wide = d->wide;
     model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, s->rows, row0);

@@ -153,8 +153,8 @@ static const Option options[] = {
 #ifdef __CUDACC__
     {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},
     {"precision", 'c', OPT(precision), WORD_ALL, "bf16", 0, 0, "bf16 fp32",
-     "of activations and matmuls on the GPU; parameters, residual stream, sums and (but see --state-dtype) "
-     "states are fp32"},
+     "of activations and matmuls on the GPU; parameters, residual stream and sums are fp32, and states, but "
+     "see --state-dtype"},
     {"check", 'i', OPT(check), WORD_TRAIN, "0", 0, BIG, NULL,
      "steps between comparisons of the GPU with the CPU, on a few tokens of the batch; 0: none"},
 #endif

@@ -2020,9 +2020,9 @@ void cuda_logits(Backend* b, real* logits, const int* tokens, size_t n, size_t c
     session_free(b, &s);
 }
 
-// check_rounding: one token with the states in bf16 against the same token with the states in float, both from
-// the states of `kept`. The numbers are computed alike, so what is kept are the rounded ones: exactly in the
-// first layer, whose inputs are the same.
+// check_rounding: one token with the states in bf16 against the same token with the states in float, both
+// from the states of `kept`. The numbers are computed alike, so what is kept are the rounded ones: exactly in
+// the first layer, whose inputs are the same.
 void check_rounding(Worst* rounding, Worst* logits, Backend* b, Session* kept, const int* tokens,
                     const char* name) {
     Model* m = b->model;
@@ -2137,8 +2137,8 @@ void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, 
     }
 }
 
-// check_states_cuda: --state-dtype bf16. Catches: a prompt after which the states are not rounded, or those of
-// other rows are; a state larger than it must be; room for floats that stays.
+// check_states_cuda: --state-dtype bf16. Catches: a prompt after which the states are not rounded, or those
+// of other rows are; a state larger than it must be; room for floats that stays.
 void check_states_cuda(const Config* configs, int n_configs, Worst half[3], Worst* memory, Worst* saved) {
     enum { LENGTH = 111 };
     int ids[LENGTH];

@@ -80,7 +80,8 @@ static void check_states(const Config* config) {
     Backend b = backend_cpu(&m, 0, 0, false, false);
     Session plain = session_create(&b, ROWS, LONGEST), kept = session_create(&b, ROWS, LONGEST);
     size_t Vp = (size_t)config->vocab_padded;
-    real *want = (real*)test_alloc(ROWS * Vp, sizeof(real)), *got = (real*)test_alloc(ROWS * Vp, sizeof(real));
+    real* want = (real*)test_alloc(ROWS * Vp, sizeof(real));
+    real* got = (real*)test_alloc(ROWS * Vp, sizeof(real));
     int tokens[LONGEST];
     double logits = 0, wrong = 0, rounded = 0;
     char name[100];
@@ -117,7 +118,7 @@ static void check_states(const Config* config) {
     }
     snprintf(name, sizeof name, "%.9s, states in bf16: logits, calls whose bits differ", config->pattern);
     report(name, logits, 0);
-    snprintf(name, sizeof name, "%.9s, states in bf16: numbers that are not the rounded ones", config->pattern);
+    snprintf(name, sizeof name, "%.9s, states in bf16: not the rounded ones", config->pattern);
     report(name, wrong + (rounded == 0), 0);
     session_free(&b, &plain);
     session_free(&b, &kept);
@@ -139,7 +140,8 @@ static void check_states_written(void) {
     snprintf(options, sizeof options, "%s 0 --save-state %s", half, scratch("bf16.state"));
     written(&m, prompt, options);
     snprintf(options, sizeof options, "%s 60 --load-state %s", half, scratch("bf16.state"));
-    report("states in bf16: text after a saved state differs", texts_differ(whole, written(&m, "", options)), 0);
+    char* text = written(&m, "", options);
+    report("states in bf16: text after a saved state differs", texts_differ(whole, text), 0);
     written(&m, "", "--max-tokens 0");
     report("the setting stays", m.config.state_bf16, 0);
     model_free(&m);
