@@ -2322,14 +2322,10 @@ __device__ __forceinline__ uint4 scan_pack8(const float* v) {
     return make_uint4(scan_pack(v[0], v[1]), scan_pack(v[2], v[3]), scan_pack(v[4], v[5]),
                       scan_pack(v[6], v[7]));
 }
-// 16 or 8 bytes in one store (the compiler may split a plain one)
+// 16 bytes in one store (the compiler may split a plain one)
 __device__ __forceinline__ void scan_store16(void* p, uint4 v) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-__device__ __forceinline__ void scan_store(void* p, Pack<uint32_t, 4> v) { scan_store16(p, *(uint4*)&v); }
-__device__ __forceinline__ void scan_store(void* p, Pack<uint32_t, 2> v) {
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(v.v[0]), "r"(v.v[1]) : "memory");
 }
 
 // Asynchronous copies from global to shared memory: the thread does not wait for them, it asks later whether
@@ -3902,11 +3898,12 @@ __device__ __forceinline__ void prefetch(const void* p) {
 // (F8) of 4.9).   y (rows,E)   x, z (rows,E), row strides ldx, ldz   rbc (rows,R+2N)   h (rows,E,N)
 // A block has 32 channels of 8 sequences. Their states start on their way to shared memory first; meanwhile
 // the tensor core makes W_dt r, (32 channels x R) (R x 8 sequences): warp w makes channels 16 (w % 2).. and
-// those steps of 16 r of which w / 2 is the parity. In the recurrence four lanes share a channel.
+// those steps of 16 r of which w / 2 is the parity. In the recurrence a lane has W states of a channel, 16
+// bytes: four lanes share it, with states in bf16 two, and then two groups of threads have a sequence each.
 // Every block runs through the code once, so that fetching the code costs time: loops stay loops, and FAST
 // has no branches for sizes other than N = 16, R % 8 = 0 (23 KB of code instead of 96).
-// bytes: 2 per weight, 8 per state.   One H200, 64 sequences: mamba-130m 5.9 us (with a scalar product for
-// each dt 9.6), mamba-2.8b 17 (46); the states alone need 2.9 and 9.8 us at 4.3 TB/s
+// bytes: 2 per weight, 2 sizeof(S) per state.   One H200, 64 sequences: mamba-130m 5.9 us (with a scalar
+// product for each dt 9.6), mamba-2.8b 17 (46); the states alone need 2.9 and 9.8 us at 4.3 TB/s
 enum { DECODE_SCAN_ROWS = 8 };
 
 // rows of shared memory are an odd number of 16 bytes long: the 8 rows of a matrix differ in banks
@@ -3922,40 +3919,43 @@ decode_scan_kernel(bf16* y, S* h, const bf16* x, size_t ldx, const bf16* rbc, co
                    const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
                    int rows, int E, int states, int R) {
     const int ROWS = DECODE_SCAN_ROWS, N = FAST ? 16 : states, RBC = R + 2 * N;
-    const int LINES = WARP * 16 * sizeof(S) / 128;           // of 128 bytes: a sequence's states here
-    const int tid = threadIdx.x, l = tid % 4, c = tid / 4, w = tid / WARP, lane = tid % WARP;
+    const int LANES = FAST ? sizeof(S) : 4, W = 16 / LANES, GROUPS = 4 / LANES;
+    const int tid = threadIdx.x, w = tid / WARP, lane = tid % WARP, l4 = tid % 4, c4 = tid / 4;
+    const int group = GROUPS > 1 ? tid / (LANES * WARP) : 0, own = tid - LANES * WARP * group;
+    const int l = own % LANES, c = own / LANES;
     const int n0 = blockIdx.y * ROWS, n_rows = rows - n0 < ROWS ? rows - n0 : ROWS;
     const int Rp = decode_scan_padded(R), gap = Rp - R, ldw = decode_scan_ldw(R), ldr = decode_scan_ldr(R, N);
     extern __shared__ __align__(128) char shared[];
-    typedef Pack<uint32_t, sizeof(S)> Four;                  // four states, as one piece
-    __shared__ Four state[ROWS][4 * WARP];                   // each thread's
+    __shared__ uint4 state[ROWS][LANES * WARP];
     __shared__ float part[2][WARP][ROWS + 1], dt_s[ROWS][WARP];
     __shared__ __align__(16) bf16 x_s[ROWS][WARP], z_s[ROWS][WARP];
     bf16* weight = (bf16*)shared;                            // (32,R), row stride ldw
     bf16* rbc_s = weight + WARP * ldw;                       // (8: r, zeros up to Rp, B, C), row stride ldr
     const int e0 = blockIdx.x * WARP, e = e0 + c;
     const size_t EN = (size_t)E * N;
-    S* h_e = h + n0 * EN + e * N + (FAST ? 4 * l : 0);       // this thread's states of the first sequence
+    S* h_e = h + n0 * EN + e * N + (FAST ? W * l : 0);       // this thread's states of the first sequence
     allow_next();
     // what no kernel of this token writes; the states only on their way to the cache
-    if (FAST && l == 0)
+    const int LINES = WARP * 16 * sizeof(S) / 128;           // of 128 bytes, for each sequence
+    if (FAST && l4 == 0)
         #pragma unroll 1
-        for (int n = c / LINES; n < n_rows; n += WARP / LINES)
-            prefetch((const char*)(h + (n0 + n) * EN + e0 * N) + c % LINES * 128);
+        for (int n = c4 / LINES; n < n_rows; n += WARP / LINES)
+            prefetch((const char*)(h + (n0 + n) * EN + e0 * N) + c4 % LINES * 128);
     #pragma unroll 1
-    for (int k = FAST ? 8 * l : l; k < R; k += FAST ? 32 : 4)
-        if (FAST) copy_async<16>(weight + c * ldw + k, dt_weight + (size_t)e * R + k);
-        else weight[c * ldw + k] = dt_weight[(size_t)e * R + k];
+    for (int k = FAST ? 8 * l4 : l4; k < R; k += FAST ? 32 : 4)
+        if (FAST) copy_async<16>(weight + c4 * ldw + k, dt_weight + (size_t)(e0 + c4) * R + k);
+        else weight[c4 * ldw + k] = dt_weight[(size_t)(e0 + c4) * R + k];
     #pragma unroll 1
-    for (int n = c; n < WARP + ROWS; n += WARP)              // zeros
+    for (int n = c4; n < WARP + ROWS; n += WARP)             // zeros
         #pragma unroll 1
-        for (int k = R + l; k < Rp; k += 4)
+        for (int k = R + l4; k < Rp; k += 4)
             (n < WARP ? weight + n * ldw : rbc_s + (n - WARP) * ldr)[k] = bf16(0.0f);
     const float bias = dt_bias[e0 + lane], D = Dskip[e];
-    float decay[4] = {};
-    if (FAST) unpack<4>(decay, load_pack<4>(A_log + e * N + 4 * l));
+    float decay[W] = {};
     #pragma unroll
-    for (int i = 0; i < 4; i++) decay[i] = scan_decay(decay[i]);
+    for (int i = 0; FAST && i < W; i += 4) unpack<4>(decay + i, load_pack<4>(A_log + e * N + W * l + i));
+    #pragma unroll
+    for (int i = 0; i < W; i++) decay[i] = scan_decay(decay[i]);
     wait_before();
     if (tid < 8 * ROWS) {
         const int n = tid / 8, k = tid % 4 * 8;
@@ -3974,7 +3974,7 @@ decode_scan_kernel(bf16* y, S* h, const bf16* x, size_t ldx, const bf16* rbc, co
     copy_async_commit();
     if (FAST)
         #pragma unroll 1
-        for (int n = 0; n < n_rows; n++) copy_async<4 * sizeof(S)>(&state[n][tid], h_e + n * EN);
+        for (int n = group; n < n_rows; n += GROUPS) copy_async<16>(&state[n][own], h_e + n * EN);
     copy_async_commit();
     copy_async_wait(1);
     __syncthreads();
@@ -3996,29 +3996,29 @@ decode_scan_kernel(bf16* y, S* h, const bf16* x, size_t ldx, const bf16* rbc, co
     __syncthreads();
     copy_async_wait(0);
     #pragma unroll 1
-    for (int n4 = 0; n4 < n_rows; n4 += 4) {                 // what follows the sum: a lane for each sequence
-        float mine = 0;                                      // <h, C> of sequence n4 + l
+    for (int n4 = group; n4 < n_rows; n4 += 4) {             // what follows the sum: a lane for each sequence
+        float mine = 0;                                      // <h, C> of sequence n4 + GROUPS l
         #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const int n = n4 + k;
+        for (int k = 0; k < LANES; k++) {
+            const int n = n4 + GROUPS * k;
             if (n >= n_rows) break;
             const float dt = dt_s[n][c], dtx = dt * to_float(x_s[n][c]);
             const bf16 *B_n = rbc_s + n * ldr + Rp, *C_n = B_n + N;
             S* h_n = h_e + n * EN;
             float sum = 0;
             if (FAST) {
-                float B[4], C[4], h_4[4];
-                Four four = state[n][tid];
-                unpack<4>(h_4, *(const Pack<S, 4>*)&four);
-                unpack<4>(B, load_pack<4>(B_n + 4 * l));
-                unpack<4>(C, load_pack<4>(C_n + 4 * l));
+                float B[W], C[W], h_W[W];
+                uint4 piece = state[n][own];
+                unpack<W>(h_W, *(const Pack<S, W>*)&piece);
+                unpack<W>(B, load_pack<W>(B_n + W * l));
+                unpack<W>(C, load_pack<W>(C_n + W * l));
                 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    h_4[i] = fmaf(exp2_unit(dt * decay[i]), h_4[i], dtx * B[i]);
-                    sum = fmaf(C[i], h_4[i], sum);
+                for (int i = 0; i < W; i++) {
+                    h_W[i] = fmaf(exp2_unit(dt * decay[i]), h_W[i], dtx * B[i]);
+                    sum = fmaf(C[i], h_W[i], sum);
                 }
-                store_pack<4>((S*)&four, h_4);
-                scan_store(h_n, four);
+                store_pack<W>((S*)&piece, h_W);
+                scan_store16(h_n, piece);
             } else {
                 #pragma unroll 1
                 for (int s = l; s < N; s += 4) {
@@ -4028,11 +4028,11 @@ decode_scan_kernel(bf16* y, S* h, const bf16* x, size_t ldx, const bf16* rbc, co
                     sum = fmaf(to_float(C_n[s]), after, sum);
                 }
             }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            #pragma unroll
+            for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
             if (k == l) mine = sum;
         }
-        const int n = n4 + l;
+        const int n = n4 + GROUPS * l;
         if (n < n_rows)
             y[(size_t)(n0 + n) * E + e] =
                 from_float<bf16>(fmaf(D, to_float(x_s[n][c]), mine) * silu_cuda(to_float(z_s[n][c])));
@@ -9835,8 +9835,8 @@ static bool model_decodes_many(const Config* c) {
            decode_many_fits((size_t)c->d_inner) && decode_many_fits((size_t)c->d_intermediate);
 }
 
-// model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states, of `rows` sequences
-// from row0 on, updated in place. Returns false when the shapes do not fit section 4.10; then nothing was done.
+// model_decode_cuda: one token of each of run->B sequences, of `rows` from row0 on, to logits (B,Vp), the
+// states updated in place. Returns false when the shapes do not fit section 4.10; then nothing was done.
 static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
                               CudaRun<bf16>* run, const int* tokens, float* state, size_t rows, size_t row0,
                               float* logits) {
