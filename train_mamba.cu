@@ -7889,7 +7889,7 @@ static __host__ __device__ constexpr int decode_ssd_lanes(int N, int size) {
 
 template <typename S, int N>
 __global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP,
-                                  N * sizeof(S) > 16 * WARP ? 8 : sizeof(S) == 2 ? 12 : 16)
+                                  sizeof(S) == 2 || N * sizeof(S) > 16 * WARP ? 8 : 16)
 decode_ssd_kernel(const DecodeSsd a) {
     enum { ROWS = DECODE_SSD_ROWS, W = 16 / sizeof(S), LANES = decode_ssd_lanes(N, sizeof(S)),
            VECS = N / (W * LANES) };
