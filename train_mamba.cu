@@ -3422,7 +3422,9 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // kernels of their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338,
 // 16: 569, 64: 540.
 
-enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
+// DECODE_FEW: the most sequences of decode_linear; DECODE_MANY: where decode_many is the faster one from on;
+// DECODE_ROWS: the most sequences of all
+enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_MANY = 9, DECODE_ROWS = 64 };
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
 
 // DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows, K a multiple of 32
@@ -8126,7 +8128,6 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
     bf16 (*input)[SSD_TILE] = (bf16 (*)[SSD_TILE])tile_shared;
     bf16 (*ring)[SSD_TILE] = input + ((all + splits - 1) >> log_splits);
     float* parts = (float*)(ring + DECODE_RING);
-    allow_next();
     if (threadIdx.x == 0) {
         for (int i = 0; i < DECODE_RING; i++) { signal_init(&full[i], 1); signal_init(&empty[i], 128); }
         for (int i = 0; i < 2; i++) { signal_init(&arrived[i], 1); signal_init(&finished[i], splits); }
@@ -8176,6 +8177,7 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                 signal_arrive(&empty[stage]);
                 if (++stage == DECODE_RING) { stage = 0; parity ^= 1; }
             }
+            if (o == first_o) allow_next();                  // not before: its loads would delay those above
 #if __CUDA_ARCH__ >= 900
             if (o == first_o) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // all blocks run
 #endif
@@ -9854,7 +9856,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     float* res[2] = {w->acts[0].res, w->res_last};           // in turn
     const bf16* delta = NULL;
     DecodeStream stream = {w->res_last, w->squares, w->acts[0].u, (const float*)d->layer[0].p[0], 1};
-    const bool many = run->B > DECODE_FEW && model_decodes_many(&m->config);
+    const bool many = run->B >= DECODE_MANY && model_decodes_many(&m->config);
     if (many) {
         run->many = &stream;
         decode_begin_kernel<<<(unsigned)run->B, 256, 0, run->stream>>>(
