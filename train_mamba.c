@@ -146,6 +146,7 @@ typedef struct {
     bool rotary_interleaved; // pairs (2i, 2i+1) instead of (i, i + rotary_dim/2)
     bool attn_in_bias, attn_out_bias;
     int64_t context;         // tokens that the cache of keys and values holds; of a run, not of a model
+    bool state_bf16;         // generation rounds the states of recurrences to bfloat16; of a run, too
     int64_t d_intermediate;  // F, hidden width of the gated MLP; 0 without `m`
     int64_t vocab_size;      // V, tokens that have a text
     int64_t vocab_padded;    // Vp >= V, rows of the embedding
@@ -2134,6 +2135,7 @@ enum {
     IF_RMSNORM = 32,    // exists only with config.rmsnorm
     IF_ATTN_CONV = 64, IF_ATTN_IN_BIAS = 128, IF_ATTN_OUT_BIAS = 256,      // the same for attention
     TOKENS = 512,       // state: the number of tokens in a cache; it has no gradient
+    RECURRENT = 1024,   // state: of a recurrence, see config.state_bf16
 };
 
 // What backward makes again instead of keeping it: nothing; the CHEAP activations; everything but the input
@@ -2218,7 +2220,7 @@ typedef struct { real *conv, *ssm; } Mamba1State;
 
 static const TensorSpec mamba1_state[] = {
     {"conv", {DIM_K1, DIM_E}, 0, 0},   // the last K-1 inputs of the conv
-    {"ssm",  {DIM_E, DIM_N}, 0, 0},    // h
+    {"ssm",  {DIM_E, DIM_N}, 0, RECURRENT},    // h
 };
 
 // mamba1_block_forward: res_out = res_in + Mamba(RMSNorm(res_in)).   res (B,T,D), res_out may be res_in
@@ -2378,7 +2380,7 @@ typedef struct { real *conv, *ssm; } Mamba2State;
 
 static const TensorSpec mamba2_state[] = {
     {"conv", {DIM_K1, DIM_XBC}, 0, 0},     // the last K-1 inputs of the conv
-    {"ssm",  {DIM_H, DIM_P, DIM_N}, 0, 0}, // H
+    {"ssm",  {DIM_H, DIM_P, DIM_N}, 0, RECURRENT},     // H
 };
 
 // Mamba2Sizes: the sizes of a block and, in a row of in_proj's output, where its parts begin
@@ -3646,6 +3648,20 @@ void plain_step_begin(Backend* b, const Step* s) {
 
 StepResult plain_step_end(Backend* b) { return b->result; }
 
+// state_round: with config.state_bf16 the states of the recurrences of `rows` rows are rounded to bfloat16,
+// to the nearest, ties to even, at the end of every call of decode: of a prompt after each --chunk. The CPU
+// keeps them as `real` all the same; a GPU keeps two bytes.
+static void state_round(const Model* m, const State* s, size_t rows) {
+    for (int l = 0; m->config.state_bf16 && l < m->n_layers; l++)
+        for (int i = 0; i < m->layer[l].kind->n_state; i++) {
+            const TensorSpec* spec = &m->layer[l].kind->state[i];
+            size_t n = spec->flags & RECURRENT ? rows * spec_count(spec, &m->config) : 0;
+            real* h = s->field[l][i];
+            #pragma omp parallel for if (n > 4096)
+            for (size_t j = 0; j < n; j++) h[j] = (real)widen_bf16(narrow_float((double)(float)h[j], 8, 7));
+        }
+}
+
 static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const int* tokens, size_t T,
                        real* logits) {
     const Model* m = b->model;
@@ -3655,6 +3671,7 @@ static void cpu_decode(Backend* b, Session* s, size_t row0, size_t rows, const i
             s->view.field[l][i] =
                 s->state.field[l][i] + row0 * spec_count(&m->layer[l].kind->state[i], &m->config);
     model_forward(m, &s->work, tokens, NULL, rows, T, &s->view, &s->view);
+    state_round(m, &s->view, rows);
     for (size_t r = 0; logits && r < rows; r++)      // the last token of each row, side by side
         if (T > 1) memmove(s->work.f + r * D, s->work.f + (r * T + T - 1) * D, D * sizeof(real));
     if (logits) linear_forward(&m->half, logits, Vp, s->work.f, D, m->head, NULL, rows, D, Vp);
@@ -3668,7 +3685,9 @@ static void cpu_session_open(Backend* b, Session* s) {
 static void cpu_session_close(Backend* b, Session* s) { (void)b; workspace_free(&s->work); }
 
 // the host arrays are the backend's own
-static void cpu_session_sync(Backend* b, Session* s, bool to_host) { (void)b; (void)s; (void)to_host; }
+static void cpu_session_sync(Backend* b, Session* s, bool to_host) {
+    if (!to_host) state_round(b->model, &s->state, s->rows);
+}
 static void cpu_transfer(Backend* b) { (void)b; }
 
 static void cpu_destroy(Backend* b) {

@@ -3,8 +3,8 @@
 // This file includes train_mamba.c: configuration, tensor table, files, data, training loop, generation,
 // command line and the CPU oracle exist once. Sections have the numbers and names of their counterparts
 // there.
-//   --precision bf16  bf16 activations and matmuls; fp32 parameters (masters), residual stream, scan state,
-//                     decay and every reduction
+//   --precision bf16  bf16 activations and matmuls; fp32 parameters (masters), residual stream, states (see
+//                     --state-dtype), decay and every reduction
 //   --precision fp32  everything in fp32, for exact comparison with the CPU
 // Hardware terms: a kernel is a function that runs on the GPU, launched as a grid of blocks; a block is a
 // group of threads that share a small fast memory; a warp is 32 threads of a block that step together; a
@@ -599,21 +599,22 @@ void sum_parts_cuda(float* out, float* out2, const float* parts, size_t P, size_
 }
 
 // cast: out = inp in another type, n elements.   bytes: sizeof(Y) + sizeof(X) per element
-template <typename Y, typename X> __global__ void cast_kernel(Y* out, const X* inp, size_t n) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+//   packs: whether both are aligned to 4 elements
+template <typename Y, typename X> __global__ void cast_kernel(Y* out, const X* inp, size_t n, bool packs) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4, end = i + 4;
     float v[4];
-    if (i + 4 <= n) {
+    if (packs && end <= n) {
         unpack<4>(v, load_pack<4>(inp + i));
         store_pack<4>(out + i, v);
     } else {
-        for (; i < n; i++) out[i] = from_float<Y>(to_float(inp[i]));
+        for (; i < end && i < n; i++) out[i] = from_float<Y>(to_float(inp[i]));
     }
 }
 
-// out and inp must be aligned to 4 elements (whole arrays are)
 template <typename Y, typename X> void cast_cuda(Y* out, const X* inp, size_t n, cudaStream_t stream) {
     if (n == 0) return;
-    cast_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(out, inp, n);
+    const bool packs = is_aligned(out, 4 * sizeof(Y), 0) && is_aligned(inp, 4 * sizeof(X), 0);
+    cast_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(out, inp, n, packs);
     cudaCheck(cudaGetLastError());
 }
 
@@ -2384,14 +2385,19 @@ __device__ __forceinline__ float scan_softplus_fast(float x2) {
 // scan_wait returns when the phase of the given parity (the first has 0, the next 1, then 0 ..) has ended;
 // what the threads wrote before they arrived is then visible.
 // One lane arrives for its warp, after a __syncwarp.
-// -DSSM_SANITIZE is for compute-sanitizer, whose racecheck does not see through that: there every lane
-// arrives, and a group of warps that only has to say that it has come waits for the others.
+//
+// -DSSM_SANITIZE is for compute-sanitizer. Its racecheck does not see through that: every lane arrives, and a
+// group of warps that only has to say that it has come waits for the others. Its synccheck wants barriers
+// that two groups reach at different places to be of the kind that expects nothing of a warp. And none of its
+// tools sees what wgmma reads; mma.sync takes its place (SSD_WGMMA).
 #ifdef SSM_SANITIZE
 enum { SCAN_ARRIVALS = WARP };
+#define SSD_BARRIER "barrier.sync"
 #define SSD_ARRIVE "barrier.sync"
 #else
 enum { SCAN_ARRIVALS = 1 };
-#define SSD_ARRIVE "barrier.arrive"
+#define SSD_BARRIER "bar.sync"
+#define SSD_ARRIVE "bar.arrive"
 #endif
 __device__ __forceinline__ void scan_signal_init(uint64_t* signal, int warps) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;"
@@ -3763,7 +3769,7 @@ static void decode_linear_cuda(const DecodeLinear& a, cudaStream_t stream) {
 // (F8) of 4.9)
 typedef struct {
     bf16* y;                           // (rows,E)
-    float* h;                          // (rows,E,N)
+    void* h;                           // (rows,E,N)
     const float* rbc_parts;            // (parts,rows,decode_padded(R+2N)): their sum is r, B, C
     int parts, rows;
     const bf16 *x, *z;                 // (rows,E), row stride ldx
@@ -3773,7 +3779,9 @@ typedef struct {
 } DecodeStep;
 
 // decode_step: a block has 32 channels of one sequence, eight lanes share a channel.
-// bytes: 2 per weight, 8 per state
+// S: the type in which the states are kept, float or bf16, here and below; the sums are of what they are
+// before they are rounded.   bytes: 2 per weight, 2 sizeof(S) per state
+template <typename S>
 __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3) decode_step_kernel(const DecodeStep a) {
     extern __shared__ __align__(128) char shared[];
     allow_next();
@@ -3788,11 +3796,12 @@ __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3) decode_step_kernel(con
     for (int i = tid; i < WARP * R / 8; i += DECODE_WARPS * WARP)
         copy_async<16>(weight + 8 * i, a.dt_weight + e0 * R + 8 * i);
     copy_async_commit();
-    float bias = a.dt_bias[e], skip = a.D[e], rate[2], state[2], *h_e = a.h + (n * a.E + e) * N;
+    float bias = a.dt_bias[e], skip = a.D[e], rate[2], state[2];
+    S* h_e = (S*)a.h + (n * a.E + e) * N;
     #pragma unroll
     for (int i = 0; i < 2; i++) {                            // the state was written one token ago
         rate[i] = 2 * l + i < N ? scan_decay(a.A_log[e * N + 2 * l + i]) : 0.0f;
-        state[i] = 2 * l + i < N ? h_e[2 * l + i] : 0.0f;
+        state[i] = 2 * l + i < N ? to_float(h_e[2 * l + i]) : 0.0f;
     }
     copy_async_wait(0);
     wait_before();
@@ -3842,10 +3851,10 @@ __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3) decode_step_kernel(con
         for (int i = 0; i < 2; i++) {
             int k = first + i;
             if (k >= N) continue;
-            float before = first < 16 ? state[i] : h_e[k];
+            float before = first < 16 ? state[i] : to_float(h_e[k]);
             float decay = first < 16 ? rate[i] : scan_decay(a.A_log[e * N + k]);
             float after = fmaf(exp2_unit(dt * decay), before, dt * x * B_n[k]);
-            h_e[k] = after;
+            h_e[k] = from_float<S>(after);
             sum = fmaf(C_n[k], after, sum);
         }
     #pragma unroll
@@ -3853,12 +3862,12 @@ __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3) decode_step_kernel(con
     if (l == 0) a.y[n * a.E + e] = from_float<bf16>(fmaf(skip, x, sum) * silu_cuda(z));
 }
 
-static void decode_step_cuda(const DecodeStep& a, cudaStream_t stream) {
+template <typename S> static void decode_step_cuda(const DecodeStep& a, cudaStream_t stream) {
     size_t columns = decode_padded(a.R + 2 * a.N);
     size_t shared = WARP * a.R * sizeof(bf16) + (DECODE_WARPS + 1) * columns * sizeof(float);
     dim3 grid((unsigned)(a.E / WARP), (unsigned)a.rows);
-    scan_allow_shared(decode_step_kernel, shared);
-    launch_early(decode_step_kernel, grid, DECODE_WARPS * WARP, shared, stream, a);
+    scan_allow_shared(decode_step_kernel<S>, shared);
+    launch_early(decode_step_kernel<S>, grid, DECODE_WARPS * WARP, shared, stream, a);
 }
 
 // decode_conv: causal convolution and SiLU of one token.   x (rows,E)   input: row stride ld
@@ -3894,11 +3903,12 @@ __device__ __forceinline__ void prefetch(const void* p) {
 // (F8) of 4.9).   y (rows,E)   x, z (rows,E), row strides ldx, ldz   rbc (rows,R+2N)   h (rows,E,N)
 // A block has 32 channels of 8 sequences. Their states start on their way to shared memory first; meanwhile
 // the tensor core makes W_dt r, (32 channels x R) (R x 8 sequences): warp w makes channels 16 (w % 2).. and
-// those steps of 16 r of which w / 2 is the parity. In the recurrence four lanes share a channel.
+// those steps of 16 r of which w / 2 is the parity. In the recurrence a lane has W states of a channel, 16
+// bytes: four lanes share it, with states in bf16 two, and then two groups of threads have a sequence each.
 // Every block runs through the code once, so that fetching the code costs time: loops stay loops, and FAST
 // has no branches for sizes other than N = 16, R % 8 = 0 (23 KB of code instead of 96).
-// bytes: 2 per weight, 8 per state.   One H200, 64 sequences: mamba-130m 5.9 us (with a scalar product for
-// each dt 9.6), mamba-2.8b 17 (46); the states alone need 2.9 and 9.8 us at 4.3 TB/s
+// bytes: 2 per weight, 2 sizeof(S) per state.   One H200, 64 sequences: mamba-130m 5.9 us (with a scalar
+// product for each dt 9.6), mamba-2.8b 17 (46); the states alone need 2.9 and 9.8 us at 4.3 TB/s
 enum { DECODE_SCAN_ROWS = 8 };
 
 // rows of shared memory are an odd number of 16 bytes long: the 8 rows of a matrix differ in banks
@@ -3908,44 +3918,49 @@ static __host__ __device__ __forceinline__ int decode_scan_ldr(int R, int N) {
     return decode_scan_padded(R) + decode_scan_padded(2 * N) + 8;
 }
 
-template <bool FAST>
+template <typename S, bool FAST>
 __global__ void __launch_bounds__(4 * WARP)
-decode_scan_kernel(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc, const bf16* dt_weight,
+decode_scan_kernel(bf16* y, S* h, const bf16* x, size_t ldx, const bf16* rbc, const bf16* dt_weight,
                    const float* dt_bias, const float* A_log, const float* Dskip, const bf16* z, size_t ldz,
                    int rows, int E, int states, int R) {
     const int ROWS = DECODE_SCAN_ROWS, N = FAST ? 16 : states, RBC = R + 2 * N;
-    const int tid = threadIdx.x, l = tid % 4, c = tid / 4, w = tid / WARP, lane = tid % WARP;
+    const int LANES = FAST ? sizeof(S) : 4, W = 16 / LANES, GROUPS = 4 / LANES;
+    const int tid = threadIdx.x, w = tid / WARP, lane = tid % WARP, l4 = tid % 4, c4 = tid / 4;
+    const int group = GROUPS > 1 ? tid / (LANES * WARP) : 0, own = tid - LANES * WARP * group;
+    const int l = own % LANES, c = own / LANES;
     const int n0 = blockIdx.y * ROWS, n_rows = rows - n0 < ROWS ? rows - n0 : ROWS;
     const int Rp = decode_scan_padded(R), gap = Rp - R, ldw = decode_scan_ldw(R), ldr = decode_scan_ldr(R, N);
     extern __shared__ __align__(128) char shared[];
-    __shared__ float4 state[ROWS][4 * WARP];                 // each thread's four
+    __shared__ uint4 state[ROWS][LANES * WARP];
     __shared__ float part[2][WARP][ROWS + 1], dt_s[ROWS][WARP];
     __shared__ __align__(16) bf16 x_s[ROWS][WARP], z_s[ROWS][WARP];
     bf16* weight = (bf16*)shared;                            // (32,R), row stride ldw
     bf16* rbc_s = weight + WARP * ldw;                       // (8: r, zeros up to Rp, B, C), row stride ldr
     const int e0 = blockIdx.x * WARP, e = e0 + c;
     const size_t EN = (size_t)E * N;
-    float* h_e = h + n0 * EN + e * N + (FAST ? 4 * l : 0);   // this thread's states of the first sequence
+    S* h_e = h + n0 * EN + e * N + (FAST ? W * l : 0);       // this thread's states of the first sequence
     allow_next();
     // what no kernel of this token writes; the states only on their way to the cache
-    if (FAST && l == 0)
+    const int LINES = WARP * 16 * sizeof(S) / 128;           // of 128 bytes, for each sequence
+    if (FAST && l4 == 0)
         #pragma unroll 1
-        for (int n = c / 16; n < n_rows; n += 2)             // 16 lines of 128 bytes for each sequence
-            prefetch(h + (n0 + n) * EN + e0 * N + c % 16 * WARP);
+        for (int n = c4 / LINES; n < n_rows; n += WARP / LINES)
+            prefetch((const char*)(h + (n0 + n) * EN + e0 * N) + c4 % LINES * 128);
     #pragma unroll 1
-    for (int k = FAST ? 8 * l : l; k < R; k += FAST ? 32 : 4)
-        if (FAST) copy_async<16>(weight + c * ldw + k, dt_weight + (size_t)e * R + k);
-        else weight[c * ldw + k] = dt_weight[(size_t)e * R + k];
+    for (int k = FAST ? 8 * l4 : l4; k < R; k += FAST ? 32 : 4)
+        if (FAST) copy_async<16>(weight + c4 * ldw + k, dt_weight + (size_t)(e0 + c4) * R + k);
+        else weight[c4 * ldw + k] = dt_weight[(size_t)(e0 + c4) * R + k];
     #pragma unroll 1
-    for (int n = c; n < WARP + ROWS; n += WARP)              // zeros
+    for (int n = c4; n < WARP + ROWS; n += WARP)             // zeros
         #pragma unroll 1
-        for (int k = R + l; k < Rp; k += 4)
+        for (int k = R + l4; k < Rp; k += 4)
             (n < WARP ? weight + n * ldw : rbc_s + (n - WARP) * ldr)[k] = bf16(0.0f);
     const float bias = dt_bias[e0 + lane], D = Dskip[e];
-    float decay[4] = {};
-    if (FAST) unpack<4>(decay, load_pack<4>(A_log + e * N + 4 * l));
+    float decay[W] = {};
     #pragma unroll
-    for (int i = 0; i < 4; i++) decay[i] = scan_decay(decay[i]);
+    for (int i = 0; FAST && i < W; i += 4) unpack<4>(decay + i, load_pack<4>(A_log + e * N + W * l + i));
+    #pragma unroll
+    for (int i = 0; i < W; i++) decay[i] = scan_decay(decay[i]);
     wait_before();
     if (tid < 8 * ROWS) {
         const int n = tid / 8, k = tid % 4 * 8;
@@ -3964,7 +3979,7 @@ decode_scan_kernel(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc
     copy_async_commit();
     if (FAST)
         #pragma unroll 1
-        for (int n = 0; n < n_rows; n++) copy_async<16>(&state[n][tid], h_e + n * EN);
+        for (int n = group; n < n_rows; n += GROUPS) copy_async<16>(&state[n][own], h_e + n * EN);
     copy_async_commit();
     copy_async_wait(1);
     __syncthreads();
@@ -3986,57 +4001,61 @@ decode_scan_kernel(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc
     __syncthreads();
     copy_async_wait(0);
     #pragma unroll 1
-    for (int n4 = 0; n4 < n_rows; n4 += 4) {                 // what follows the sum: a lane for each sequence
-        float mine = 0;                                      // <h, C> of sequence n4 + l
+    for (int n4 = group; n4 < n_rows; n4 += 4) {             // what follows the sum: a lane for each sequence
+        float mine = 0;                                      // <h, C> of sequence n4 + GROUPS l
         #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const int n = n4 + k;
+        for (int k = 0; k < LANES; k++) {
+            const int n = n4 + GROUPS * k;
             if (n >= n_rows) break;
             const float dt = dt_s[n][c], dtx = dt * to_float(x_s[n][c]);
             const bf16 *B_n = rbc_s + n * ldr + Rp, *C_n = B_n + N;
-            float *h_n = h_e + n * EN, sum = 0;
+            S* h_n = h_e + n * EN;
+            float sum = 0;
             if (FAST) {
-                float B[4], C[4];
-                alignas(16) float h_4[4];
-                *(float4*)h_4 = state[n][tid];
-                unpack<4>(B, load_pack<4>(B_n + 4 * l));
-                unpack<4>(C, load_pack<4>(C_n + 4 * l));
+                float B[W], C[W], h_W[W];
+                uint4 piece = state[n][own];
+                unpack<W>(h_W, *(const Pack<S, W>*)&piece);
+                unpack<W>(B, load_pack<W>(B_n + W * l));
+                unpack<W>(C, load_pack<W>(C_n + W * l));
                 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    h_4[i] = fmaf(exp2_unit(dt * decay[i]), h_4[i], dtx * B[i]);
-                    sum = fmaf(C[i], h_4[i], sum);
+                for (int i = 0; i < W; i++) {
+                    h_W[i] = fmaf(exp2_unit(dt * decay[i]), h_W[i], dtx * B[i]);
+                    sum = fmaf(C[i], h_W[i], sum);
                 }
-                scan_store16(h_n, *(const uint4*)h_4);
+                store_pack<W>((S*)&piece, h_W);
+                scan_store16(h_n, piece);
             } else {
                 #pragma unroll 1
                 for (int s = l; s < N; s += 4) {
                     const float rate = scan_decay(A_log[e * N + s]);
-                    h_n[s] = fmaf(exp2_unit(dt * rate), h_n[s], dtx * to_float(B_n[s]));
-                    sum = fmaf(to_float(C_n[s]), h_n[s], sum);
+                    const float after = fmaf(exp2_unit(dt * rate), to_float(h_n[s]), dtx * to_float(B_n[s]));
+                    h_n[s] = from_float<S>(after);
+                    sum = fmaf(to_float(C_n[s]), after, sum);
                 }
             }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            #pragma unroll
+            for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
             if (k == l) mine = sum;
         }
-        const int n = n4 + l;
+        const int n = n4 + GROUPS * l;
         if (n < n_rows)
             y[(size_t)(n0 + n) * E + e] =
                 from_float<bf16>(fmaf(D, to_float(x_s[n][c]), mine) * silu_cuda(to_float(z_s[n][c])));
     }
 }
 
-static void decode_scan_cuda(bf16* y, float* h, const bf16* x, size_t ldx, const bf16* rbc,
+template <typename S>
+static void decode_scan_cuda(bf16* y, void* h, const bf16* x, size_t ldx, const bf16* rbc,
                              const bf16* dt_weight, const float* dt_bias, const float* A_log,
                              const float* Dskip, const bf16* z, size_t ldz, size_t rows, size_t E, size_t N,
                              size_t R, cudaStream_t stream) {
     const int words = WARP * decode_scan_ldw((int)R) + DECODE_SCAN_ROWS * decode_scan_ldr((int)R, (int)N);
     const size_t shared = (size_t)words * sizeof(bf16);
     const dim3 grid((unsigned)(E / WARP), (unsigned)((rows + DECODE_SCAN_ROWS - 1) / DECODE_SCAN_ROWS));
-    const auto kernel = N == 16 && R % 8 == 0 ? decode_scan_kernel<true> : decode_scan_kernel<false>;
+    const auto kernel = N == 16 && R % 8 == 0 ? decode_scan_kernel<S, true> : decode_scan_kernel<S, false>;
     scan_allow_shared(kernel, shared);
-    launch_early(kernel, grid, 4 * WARP, shared, stream, y, h, x, ldx, rbc, dt_weight, dt_bias, A_log, Dskip,
-                 z, ldz, (int)rows, (int)E, (int)N, (int)R);
+    launch_early(kernel, grid, 4 * WARP, shared, stream, y, (S*)h, x, ldx, rbc, dt_weight, dt_bias, A_log,
+                 Dskip, z, ldz, (int)rows, (int)E, (int)N, (int)R);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -4203,7 +4222,7 @@ enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64 };
 enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt per chunk, see ssd_cb_kernel
 
 // wgmma exists in code for sm_90a alone; code for sm_80, sm_90 and later has mma.sync
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SSM_SANITIZE)
 #define SSD_WGMMA 1
 #else
 #define SSD_WGMMA 0
@@ -4270,13 +4289,7 @@ __device__ __forceinline__ void ssd_mma_lower(float (&d)[8][4], const bf16* a, c
 // `first`: = instead of +=. What warps write to shared memory becomes an operand by ssd_publish.
 #if SSD_WGMMA
 __device__ __forceinline__ void ssd_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void ssd_end() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#ifdef SSM_SANITIZE
-    // its tools save registers around every access to memory and put them back, while the tensor core writes
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void ssd_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT = 0> __device__ __forceinline__ void ssd_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
 }
@@ -5719,7 +5732,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         }
     };
     // a barrier of both groups, which reach it at different places: __syncthreads is one place for all
-    auto both = []() { asm volatile("barrier.sync 2, 256;" ::: "memory"); };
+    auto both = []() { asm volatile(SSD_BARRIER " 2, 256;" ::: "memory"); };
     auto begin = [&]() {
         copy_async_wait(0);
         ssd_publish();
@@ -5882,7 +5895,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 }
                 if (p == 0) {
                     sh.skip[channel] = D;
-                    asm volatile("barrier.sync 1, 256;" ::: "memory");
+                    asm volatile(SSD_BARRIER " 1, 256;" ::: "memory");
                 }
                 ssd_begin();
                 ssd_multiply_lower(v, sh.GL, sh.dy[p], w);
@@ -7811,7 +7824,8 @@ const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, si
 typedef struct {
     bf16* out;
     size_t ldo;
-    float *squares, *h;
+    float* squares;
+    void* h;
     const bf16 *x, *Bt, *Ct;
     size_t ldx;
     const bf16 *dt_raw, *z;
@@ -7822,26 +7836,34 @@ typedef struct {
     int H, P, G, N;
 } DecodeSsd;
 
-// decode_ssd: a row of N = 4 LANES VECS states belongs to LANES neighbouring lanes; each has two such rows.
-//   blockIdx: part of a head, head, sequence   bytes: 8 per state
+// decode_ssd: a row of N states is LANES VECS pieces of 16 bytes and belongs to LANES neighbouring lanes;
+// each has two such rows.   S: the type of the states   blockIdx: part of a head, head, sequence
+// bytes: 2 sizeof(S) per state
 enum { DECODE_SSD_WARPS = 4, DECODE_SSD_ROWS = 2 };
 
-template <int LANES, int VECS>
-__global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP, 16 / VECS)
+static __host__ __device__ constexpr int decode_ssd_lanes(int N, int size) {
+    return N * size / 16 < WARP ? N * size / 16 : WARP;
+}
+
+template <typename S, int N>
+__global__ void __launch_bounds__(DECODE_SSD_WARPS * WARP,
+                                  sizeof(S) == 2 || N * sizeof(S) > 16 * WARP ? 8 : 16)
 decode_ssd_kernel(const DecodeSsd a) {
-    enum { ROWS = DECODE_SSD_ROWS, N = 4 * LANES * VECS };
+    enum { ROWS = DECODE_SSD_ROWS, W = 16 / sizeof(S), LANES = decode_ssd_lanes(N, sizeof(S)),
+           VECS = N / (W * LANES) };
     __shared__ float part[DECODE_SSD_WARPS];
-    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, s0 = 4 * (lane % LANES), head = blockIdx.y;
+    const int lane = threadIdx.x % WARP, w = threadIdx.x / WARP, s0 = W * (lane % LANES), head = blockIdx.y;
     const int p = (blockIdx.x * DECODE_SSD_WARPS * WARP + threadIdx.x) / LANES * ROWS;
     const bool own = p < a.P;
     const size_t n = blockIdx.z, e = (size_t)head * a.P + (own ? p : 0);
-    float* h = a.h + (n * a.H * a.P + e) * N + s0;
+    S* h = (S*)a.h + (n * a.H * a.P + e) * N + s0;
     allow_next();
-    float4 state[VECS][ROWS];
+    Pack<S, W> state[VECS][ROWS];
     #pragma unroll
     for (int v = 0; v < VECS; v++) {
         #pragma unroll
-        for (int r = 0; r < ROWS; r++) state[v][r] = __ldcs((const float4*)(h + r * N + v * 4 * LANES));
+        for (int r = 0; r < ROWS; r++)
+            *(float4*)&state[v][r] = __ldcs((const float4*)(h + r * N + v * W * LANES));
     }
     // all of this is written by no kernel of this token
     const float bias = a.dt_bias[head], rate = scan_decay(a.A_log[head]);
@@ -7861,19 +7883,24 @@ decode_ssd_kernel(const DecodeSsd a) {
     const float decay = exp2_unit(dt * rate);
     #pragma unroll
     for (int v = 0; v < VECS; v++) {
-        float B[4], C[4];
-        unpack<4>(B, load_pack<4>(B_n + v * 4 * LANES));
-        unpack<4>(C, load_pack<4>(C_n + v * 4 * LANES));
         #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            float* f = (float*)&state[v][r];
+        for (int k = 0; k < W; k += 4) {
+            float B[4], C[4];
+            unpack<4>(B, load_pack<4>(B_n + v * W * LANES + k));
+            unpack<4>(C, load_pack<4>(C_n + v * W * LANES + k));
             #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                f[j] = fmaf(decay, f[j], dt * x[r] * B[j]);
-                y[r] = fmaf(C[j], f[j], y[r]);
+            for (int r = 0; r < ROWS; r++) {
+                #pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float f = fmaf(decay, to_float(state[v][r].v[k + j]), dt * x[r] * B[j]);
+                    y[r] = fmaf(C[j], f, y[r]);
+                    state[v][r].v[k + j] = from_float<S>(f);
+                }
             }
-            if (own) __stcs((float4*)(h + r * N + v * 4 * LANES), state[v][r]);
         }
+        #pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (own) __stcs((float4*)(h + r * N + v * W * LANES), *(const float4*)&state[v][r]);
     }
     #pragma unroll
     for (int step = LANES / 2; step > 0; step /= 2) {
@@ -7904,21 +7931,21 @@ decode_ssd_kernel(const DecodeSsd a) {
 }
 
 typedef void (*DecodeSsdKernel)(const DecodeSsd);
-static DecodeSsdKernel decode_ssd_of(size_t N) {             // NULL: there is none
-    return N == 16 ? decode_ssd_kernel<4, 1> : N == 32 ? decode_ssd_kernel<8, 1>
-         : N == 64 ? decode_ssd_kernel<16, 1> : N == 128 ? decode_ssd_kernel<32, 1>
-         : N == 256 ? decode_ssd_kernel<32, 2> : NULL;
+template <typename S> static DecodeSsdKernel decode_ssd_of(size_t N) {         // NULL: there is none
+    return N == 16 ? decode_ssd_kernel<S, 16> : N == 32 ? decode_ssd_kernel<S, 32>
+         : N == 64 ? decode_ssd_kernel<S, 64> : N == 128 ? decode_ssd_kernel<S, 128>
+         : N == 256 ? decode_ssd_kernel<S, 256> : NULL;
 }
 
-// decode_ssd_splits: blocks per head
-static int decode_ssd_splits(size_t P, size_t N) {
-    size_t lanes = min_size(N / 4, WARP), each = DECODE_SSD_WARPS * (WARP / lanes) * DECODE_SSD_ROWS;
+// decode_ssd_splits: blocks per head; size: bytes of a state
+static int decode_ssd_splits(size_t P, size_t N, size_t size) {
+    size_t lanes = decode_ssd_lanes(N, size), each = DECODE_SSD_WARPS * (WARP / lanes) * DECODE_SSD_ROWS;
     return (int)((P + each - 1) / each);
 }
 
-static void decode_ssd_cuda(const DecodeSsd& a, size_t rows, cudaStream_t stream) {
-    dim3 grid((unsigned)decode_ssd_splits(a.P, a.N), (unsigned)a.H, (unsigned)rows);
-    launch_early(decode_ssd_of(a.N), grid, DECODE_SSD_WARPS * WARP, 0, stream, a);
+template <typename S> static void decode_ssd_cuda(const DecodeSsd& a, size_t rows, cudaStream_t stream) {
+    dim3 grid((unsigned)decode_ssd_splits(a.P, a.N, sizeof(S)), (unsigned)a.H, (unsigned)rows);
+    launch_early(decode_ssd_of<S>(a.N), grid, DECODE_SSD_WARPS * WARP, 0, stream, a);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -8153,17 +8180,18 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
     #pragma unroll 1
     for (int tile_o = first_o; tile_o < O; tile_o += step_o) {
         const int o = tile_o + tid % 16 * 4;
-        const bool conv = AFTER == DECODE_CONV && o < (int)a.E;
+        const int e = o - (int)a.conv_first;
+        const bool conv = AFTER == DECODE_CONV && (unsigned)e < (unsigned)a.E;
         float4 bias = {}, factor[4] = {}, conv_bias = {}, old[2][3];   // factor: of the convolution or norm
         if (packs && o < O) {
             if (a.bias) bias = *(const float4*)(a.bias + o);
             if (AFTER == DECODE_RES) factor[0] = *(const float4*)(a.norm + o);
-            if (conv && a.conv_bias) conv_bias = *(const float4*)(a.conv_bias + o);
+            if (conv && a.conv_bias) conv_bias = *(const float4*)(a.conv_bias + e);
             #pragma unroll
             for (int j = 0; j < 4; j++)                      // of output o + j, one weight for each tap
-                if (conv && a.taps == 4) factor[j] = *(const float4*)(a.conv_weight + (o + j) * 4);
+                if (conv && a.taps == 4) factor[j] = *(const float4*)(a.conv_weight + (e + j) * 4);
                 else if (conv) {
-                    const float* from = a.conv_weight + (o + j) * a.taps;
+                    const float* from = a.conv_weight + (e + j) * a.taps;
                     factor[j] = make_float4(from[0], a.taps > 1 ? from[1] : 0.0f, a.taps > 2 ? from[2] : 0.0f,
                                             0.0f);
                 }
@@ -8178,7 +8206,7 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                 #pragma unroll
                 for (int k = 0; k < 3; k++)
                     if (conv && k + 1 < a.taps)
-                        old[i][k] = *(const float4*)(a.conv_state + ((size_t)n * (a.taps - 1) + k) * a.E + o);
+                        old[i][k] = *(const float4*)(a.conv_state + ((size_t)n * (a.taps - 1) + k) * a.E + e);
             }
             if (first == 0) signal_wait(&arrived[half], half_parity);
             #pragma unroll
@@ -8215,7 +8243,7 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                 }
                 if (!inside) continue;
                 if (conv) {                                  // as causal_conv1d_forward, with T = 1
-                    float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + o;
+                    float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + e;
                     #pragma unroll
                     for (int j = 0; j < 4; j++) {
                         float sum = (&conv_bias.x)[j];
@@ -8539,6 +8567,7 @@ template <typename X> struct CudaRun {
     SideCuda* side;
     SumsCuda* sums;                 // in backward
     DecodeStream* many;             // section 4.16; NULL: few sequences
+    float* wide;                    // with config.state_bf16: room for the floats of one layer's states
 };
 
 // side_fork: the side stream, which is returned, goes on behind what the main one has been given so far.
@@ -8689,17 +8718,25 @@ static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const 
     } else decode_norm_linear(run, a, acts->u, acts->rstd, res_out, res_in, delta_in, norm);
 }
 
+// the last matmul of a block: with many sequences it also adds to the residual stream
+static void decode_last_linear(const CudaRun<bf16>* run, DecodeLinear a) {
+    if (DecodeStream* m = run->many) {
+        a.out = m->act; a.res = m->res; a.norm = m->norm; a.next_squares = m->squares;
+        m->parts = (int)((a.O + 63) / 64);
+    }
+    decode_matmul(run, a);
+}
+
 static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16* act, const bf16* weight,
                                 const float* bias, size_t K, size_t O) {
     DecodeLinear a = {};
     a.weight = weight; a.bias = bias; a.O = O; a.K = K; a.rows = (int)run->B;
     a.act = act; a.ld_act = K; a.out = out; a.ldo = O;
-    if (DecodeStream* m = run->many) {
-        a.out = m->act; a.res = m->res; a.norm = m->norm; a.next_squares = m->squares;
-        m->parts = (int)((O + 63) / 64);
-    }
-    decode_matmul(run, a);
+    decode_last_linear(run, a);
 }
+
+// bytes of a number in the states of recurrences
+static size_t state_size(const Config* c) { return c->state_bf16 ? sizeof(bf16) : sizeof(float); }
 
 // --------------------------------------------------------------------------------------------------
 // 5.1 Mamba-1
@@ -8853,11 +8890,13 @@ static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
         step.x = x; step.z = a->xz + E; step.ldx = 2 * E;
         step.dt_weight = weight_x(L, p->dt_proj);
         step.dt_bias = p->dt_proj_bias; step.A_log = p->A_log; step.D = p->D;
-        decode_step_cuda(step, run->stream);
+        const auto decode_step = c->state_bf16 ? decode_step_cuda<bf16> : decode_step_cuda<float>;
+        decode_step(step, run->stream);
     } else {
         decode_matmul(run, x_proj);
-        decode_scan_cuda(w->y, s->ssm, x, ldx, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log,
-                         p->D, a->xz + E, 2 * E, run->B, E, N, R, run->stream);
+        const auto decode_scan = c->state_bf16 ? decode_scan_cuda<bf16> : decode_scan_cuda<float>;
+        decode_scan(w->y, s->ssm, x, ldx, a->rbc, weight_x(L, p->dt_proj), p->dt_proj_bias, p->A_log, p->D,
+                    a->xz + E, 2 * E, run->B, E, N, R, run->stream);
     }
     decode_plain_linear(run, shared->delta, w->y, weight_x(L, p->out_proj), p->out_proj_bias, E, D);
 }
@@ -8915,7 +8954,7 @@ static Mamba2Sizes mamba2_sizes_cuda(const Config* c, size_t B, size_t T) {
 static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     const Mamba2Sizes s = mamba2_sizes_cuda(c, B, T);
     const size_t forward = max_size(ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
-                                    min_size(B, DECODE_FEW) * s.Es);       // squares of decode_ssd
+                                    min_size(B, DECODE_ROWS) * s.Es);      // squares of decode_ssd
     if (!training) return forward;
     return max_size(forward, sums_round(ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)) +
                                  sums_round(ssd_dt_backward_scratch_cuda(B, T, s.H)) +
@@ -9025,7 +9064,8 @@ void mamba2_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
 }
 
 static bool mamba2_decodes(const Config* c) {
-    return c->d_inner % 32 == 0 && c->headdim % DECODE_SSD_ROWS == 0 && decode_ssd_of((size_t)c->d_state);
+    return c->d_inner % 32 == 0 && c->d_ssm % 4 == 0 && c->headdim % DECODE_SSD_ROWS == 0 &&
+           decode_ssd_of<float>((size_t)c->d_state);
 }
 
 static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
@@ -9045,18 +9085,18 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     in.rows = (int)run->B; in.out = a->zxbcdt; in.ldo = ld; in.taps = (int)s.K;
     out.weight = weight_x(L, p->out_proj); out.bias = p->out_proj_bias; out.O = s.D; out.K = s.E;
     out.rows = (int)run->B; out.act = w->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
-    const bool few = decode_linear_fits(in);          // then the convolution happens in the first kernel,
-    const bool late = decode_linear_fits(out) && c->rmsnorm && s.G == 1 && !s.mlp;   // the factor of the
-    if (few) {                                                                       // gated norm in the last
+    const bool conv = run->many || decode_linear_fits(in);     // it happens in the first kernel
+    const bool late = (run->many || decode_linear_fits(out)) && c->rmsnorm && s.G == 1 && !s.mlp;
+    if (conv) {                                                // late: the gated norm's factor in the last
         in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s0->conv;
         in.E = s.Cd; in.conv_first = s.xbc;
     }
     decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
-    if (!few)
+    if (!conv)
         decode_conv_cuda(a->xbc, s0->conv, a->zxbcdt + s.xbc, ld, p->conv1d, p->conv1d_bias, run->B, s.Cd,
                          s.K, run->stream);
     DecodeSsd step = {};
-    step.x = few ? a->zxbcdt + s.xbc : a->xbc; step.ldx = few ? ld : s.Cd;
+    step.x = conv ? a->zxbcdt + s.xbc : a->xbc; step.ldx = conv ? ld : s.Cd;
     step.Bt = step.x + s.Es; step.Ct = step.Bt + s.G * s.N;
     step.dt_raw = a->zxbcdt + s.dt; step.z = z; step.ldz = ld;
     step.h = s0->ssm; step.dt_bias = p->dt_bias; step.A_log = p->A_log; step.Dskip = p->D;
@@ -9067,14 +9107,15 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     if (late) {
         step.norm = p->gated_norm; step.norm_first = c->norm_before_gate; step.squares = shared->sums;
     }
-    decode_ssd_cuda(step, run->B, run->stream);
+    const auto decode_ssd = c->state_bf16 ? decode_ssd_cuda<bf16> : decode_ssd_cuda<float>;
+    decode_ssd(step, run->B, run->stream);
     if (s.mlp) gate_forward_cuda(w->n, s.E, a->zxbcdt + s.mlp, ld, a->zxbcdt, ld, run->B, s.mlp, run->stream);
     if (!step.gate)
         gated_rmsnorm_forward_cuda(w->n + s.mlp, s.E, a->gated_rstd, a->y, z, ld, p->gated_norm, run->B, s.Es,
                                    s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, run->stream);
-    out.squares = step.squares; out.parts = (int)s.H * decode_ssd_splits(s.P, s.N);
+    out.squares = step.squares; out.parts = (int)s.H * decode_ssd_splits(s.P, s.N, state_size(c));
     out.eps = (float)c->norm_eps;
-    decode_matmul(run, out);
+    decode_last_linear(run, out);
 }
 
 template <typename X> static void mamba2_paths(const Config* c) {
@@ -9660,18 +9701,22 @@ template <typename X> void model_cuda_free(ModelCuda<X>* d) {
     free(d->layer);
 }
 
-// A State on the device: field after field like on the host, in words of 4 bytes, each field aligned to 16
-// bytes. A field of a row has one word per float; the keys and values of attention are X.
-template <typename X> static size_t state_words(const Model* m, int l, int i) {
-    size_t n = spec_count(&m->layer[l].kind->state[i], &m->config);
-    return kind_cuda<X>(m->layer[l].kind)->state_x >> i & 1 ? n * sizeof(X) / 4 : n;
+// A State on the device: field after field like on the host, each aligned to 16 bytes. Its numbers are float;
+// the keys and values of attention are X, and with config.state_bf16 the states of recurrences bf16.
+
+// state_row: bytes of field i of layer l in one row
+template <typename X> static size_t state_row(const Model* m, int l, int i) {
+    const TensorSpec* spec = &m->layer[l].kind->state[i];
+    size_t size = kind_cuda<X>(m->layer[l].kind)->state_x >> i & 1 ? sizeof(X)
+                : spec->flags & RECURRENT ? state_size(&m->config) : sizeof(float);
+    return spec_count(spec, &m->config) * size;
 }
 
-// where layer l begins; l = n_layers: how many words there are
+// where layer l begins, in words of 4 bytes; l = n_layers: how many there are
 template <typename X> static size_t state_begin(const Model* m, size_t rows, int l) {
     size_t n = 0;
     for (int k = 0; k < l; k++)
-        for (int i = 0; i < m->layer[k].kind->n_state; i++) n += (rows * state_words<X>(m, k, i) + 3) / 4 * 4;
+        for (int i = 0; i < m->layer[k].kind->n_state; i++) n += (rows * state_row<X>(m, k, i) + 15) / 16 * 4;
     return n;
 }
 
@@ -9683,8 +9728,8 @@ static void state_fields(float* field[MAX_FIELDS], const Model* m, float* device
     if (!device) return;
     device += state_begin<X>(m, rows, l);
     for (int i = 0; i < m->layer[l].kind->n_state; i++) {
-        field[i] = device + row0 * state_words<X>(m, l, i);
-        device += (rows * state_words<X>(m, l, i) + 3) / 4 * 4;
+        field[i] = (float*)((char*)device + row0 * state_row<X>(m, l, i));
+        device += (rows * state_row<X>(m, l, i) + 15) / 16 * 4;
     }
 }
 
@@ -9697,11 +9742,11 @@ static void state_copy_cuda(const Model* m, float* device, const State* host, bo
         state_fields<X>(field, m, device, host->rows, l, 0);
         for (int i = 0; i < m->layer[l].kind->n_state; i++) {
             size_t n = host->rows * spec_count(&m->layer[l].kind->state[i], &m->config);
-            size_t bytes = host->rows * state_words<X>(m, l, i) * 4;
+            size_t bytes = host->rows * state_row<X>(m, l, i);
             real* p = host->field[l][i];
-            X* narrow = bytes < n * sizeof(real) ? (X*)xcalloc(n, sizeof(X)) : NULL;
+            bf16* narrow = bytes < n * sizeof(real) ? (bf16*)xcalloc(n, sizeof(bf16)) : NULL;
             void* there = narrow ? (void*)narrow : (void*)p;
-            for (size_t j = 0; narrow && !to_the_host && j < n; j++) narrow[j] = (X)p[j];
+            for (size_t j = 0; narrow && !to_the_host && j < n; j++) narrow[j] = (bf16)p[j];
             if (to_the_host) to_host((char*)there, (const char*)field[i], bytes, stream);
             else to_device((char*)field[i], (const char*)there, bytes, stream);
             cudaCheck(cudaStreamSynchronize(stream));
@@ -9711,7 +9756,16 @@ static void state_copy_cuda(const Model* m, float* device, const State* host, bo
     }
 }
 
+// which field of a layer's state is bf16 because of config.state_bf16; -1: none
+static int state_bf16_field(const Model* m, int l) {
+    for (int i = 0; m->config.state_bf16 && i < m->layer[l].kind->n_state; i++)
+        if (m->layer[l].kind->state[i].flags & RECURRENT) return i;
+    return -1;
+}
+
 // model_forward_cuda: tokens (B,T) to w->f. state: states of `rows` rows on the device, from row0 on, or NULL
+// The kernels for any number of tokens work on states in float. With config.state_bf16, where state0 is
+// stateT, those of one layer at a time are in run->wide.
 template <typename X>
 void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
                         const int* tokens, float* state0, float* stateT, size_t rows, size_t row0) {
@@ -9724,7 +9778,13 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
         float *s0[MAX_FIELDS], *sT[MAX_FIELDS];
         state_fields<X>(s0, m, state0, rows, l, row0);
         state_fields<X>(sT, m, stateT, rows, l, row0);
+        const int i = state_bf16_field(m, l);
+        bf16* kept = i < 0 ? NULL : (bf16*)s0[i];
+        const size_t n = kept ? run->B * spec_count(&m->layer[l].kind->state[i], &m->config) : 0;
+        if (kept) s0[i] = sT[i] = run->wide;
+        cast_cuda(run->wide, kept, n, run->stream);
         d->layer[l].kind->forward(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
+        cast_cuda(kept, run->wide, n, run->stream);
         res = w->acts[l].res;
         delta = w->scratch.delta;
         run->dropout.place++;
@@ -9735,14 +9795,15 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
 
 // whether section 4.16 can decode with many sequences
 static bool model_decodes_many(const Config* c) {
-    return !strpbrk(c->pattern, "2a") && c->d_conv <= 4 && c->d_model <= DECODE_MANY_WIDTH &&
-           decode_many_fits((size_t)c->d_inner) && decode_many_fits((size_t)c->d_intermediate);
+    return c->d_conv <= 4 && c->d_model <= DECODE_MANY_WIDTH && decode_many_fits((size_t)c->d_inner) &&
+           decode_many_fits((size_t)c->d_intermediate) &&
+           (!strchr(c->pattern, 'a') || decode_many_fits(heads_of(c).out));
 }
 
-// model_decode_cuda: one token of each of run->B sequences to logits (B,Vp), the states updated in place.
-// Returns false when the shapes do not fit section 4.10; then nothing was done.
+// model_decode_cuda: one token of each of run->B sequences, of `rows` from row0 on, to logits (B,Vp), the
+// states updated in place. Returns false when the shapes do not fit section 4.10; then nothing was done.
 static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda<bf16>* w,
-                              CudaRun<bf16>* run, const int* tokens, float* state, size_t rows,
+                              CudaRun<bf16>* run, const int* tokens, float* state, size_t rows, size_t row0,
                               float* logits) {
     size_t D = (size_t)m->config.d_model, Vp = (size_t)m->config.vocab_padded;
     bool fits = run->B <= DECODE_ROWS && D % 32 == 0;
@@ -9764,7 +9825,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     for (int l = 0; l < m->n_layers; l++) {
         stream.norm = l + 1 < m->n_layers ? d->layer[l + 1].p[0] : d->norm_f;
         float* fields[MAX_FIELDS];
-        state_fields<bf16>(fields, m, state, rows, l, 0);
+        state_fields<bf16>(fields, m, state, rows, l, row0);
         d->layer[l].kind->decode(run, &d->layer[l], &w->acts[l], &w->scratch, res[1 - l % 2], res[l % 2],
                                  delta, fields);
         delta = w->scratch.delta;
@@ -9778,24 +9839,32 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     return true;
 }
 static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<float>*, CudaRun<float>*,
-                              const int*, float*, size_t, float*) {
+                              const int*, float*, size_t, size_t, float*) {
     return false;
 }
 
 // argmax: best = the index of the largest of n logits of each row, the first of equals, -1 when one is not
 // finite (an exploded model); token = the same for the next step to read, 0 instead of -1. One block per row.
+// best is memory of the host: a copy after the kernel would take as long as the kernel.
 __global__ void __launch_bounds__(1024)
 argmax_kernel(int* best_token, int* token, const float* logits, size_t ld, int n) {
     __shared__ float best_of[WARP];
     __shared__ int index_of[WARP];
+    const int AT_ONCE = 16;
     const float* row = logits + blockIdx.x * ld;
     float best = -INFINITY;
     int index = INT_MAX;
     bool bad = false;
-    for (int i = threadIdx.x; i < n; i += 1024) {
-        float z = row[i];
-        bad = bad || !(z <= 3.4e38f);
-        if (z > best) { best = z; index = i; }
+    wait_before();
+    for (int first = threadIdx.x; first < n; first += AT_ONCE * 1024) {
+        float z[AT_ONCE];
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) z[i] = first + i * 1024 < n ? row[first + i * 1024] : -INFINITY;
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            bad = bad || !(z[i] <= 3.4e38f);
+            if (z[i] > best) { best = z[i]; index = first + i * 1024; }
+        }
     }
     bad = __syncthreads_or(bad);
     for (int pass = 0; pass < 2; pass++) {                   // the lanes of a warp, then the warps
@@ -9970,6 +10039,8 @@ template <typename X> struct CudaSession {
     WorkCuda<X> work;
     float *state, *logits;
     size_t state_words;
+    float* wide;                       // (wide_count): see model_forward_cuda
+    size_t wide_count;
     int* host_tokens;                  // pinned
     float* host_logits;
     int64_t decoded[2];                // calls with one token for all rows: for logits; for the next tokens
@@ -9985,7 +10056,7 @@ static CudaRun<X> run_of(Backend* b, int micro, const int* doc, size_t B, size_t
     const StepCuda* step = c->work.batch.step;
     CudaRun<X> run = {&b->model->config, &c->matmul, B, T, doc, c->stream, recompute,
                       dropout_cuda(&drop, step ? &step->dropout_key : NULL, (size_t)b->model->config.d_model),
-                      true, &c->side, NULL, NULL};
+                      true, &c->side, NULL, NULL, NULL};
     return run;
 }
 
@@ -10020,7 +10091,7 @@ template <typename X> static void carry_reserve(Backend* b, size_t micros, size_
         float* fields[MAX_FIELDS];
         state_fields<X>(fields, m, c->carry_in, B, l, 0);
         for (int i = 0; i < m->layer[l].kind->n_state; i++) {
-            StateField f = {(size_t)(fields[i] - c->carry_in), state_words<X>(m, l, i)};
+            StateField f = {(size_t)(fields[i] - c->carry_in), state_row<X>(m, l, i) / 4};
             field[c->n_fields++] = f;
         }
     }
@@ -10263,12 +10334,29 @@ template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     s->device = d;
 }
 
+// wide_reserve: room for the states of one layer of `rows` rows. A prompt is read in one row, so that this is
+// little, unless single tokens need the kernels for any number, too.
+template <typename X> static void wide_reserve(const Model* m, CudaSession<X>* d, size_t rows) {
+    size_t n = 0;
+    for (int l = 0; l < m->n_layers; l++) {
+        const int i = state_bf16_field(m, l);
+        if (i >= 0) n = max_size(n, rows * spec_count(&m->layer[l].kind->state[i], &m->config));
+    }
+    if (d->wide_count >= n) return;
+    cudaCheck(cudaFree(d->wide));
+    device_bytes -= d->wide_count * sizeof(float);
+    d->wide = (float*)device_calloc(n, sizeof(float));
+    d->wide_count = n;
+}
+
 template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     work_free(&d->work);
-    device_bytes -= (d->state_words + s->rows * (size_t)b->model->config.vocab_padded) * sizeof(float);
+    device_bytes -= (d->state_words + d->wide_count + s->rows * (size_t)b->model->config.vocab_padded) *
+                    sizeof(float);
     cudaCheck(cudaFree(d->state));
+    cudaCheck(cudaFree(d->wide));
     cudaCheck(cudaFree(d->logits));
     cudaCheck(cudaFreeHost(d->host_tokens));
     cudaCheck(cudaFreeHost(d->host_logits));
@@ -10291,10 +10379,16 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     WorkCuda<X>* w = &d->work;
     size_t D = (size_t)b->model->config.d_model, Vp = (size_t)b->model->config.vocab_padded;
+    bool decoded = T == 1 && logits;         // by section 4.10, DECODE_ROWS sequences at a time
+    for (size_t r = 0; decoded && r < rows; r += DECODE_ROWS) {
+        CudaRun<X> run = run_of<X>(b, -1, NULL, min_size(DECODE_ROWS, rows - r), 1, RECOMPUTE_NONE);
+        decoded = model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens + r, d->state, s->rows,
+                                    row0 + r, d->logits + r * Vp);
+    }
+    if (decoded) return;
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
-    if (T == 1 && row0 == 0 && logits &&
-        model_decode_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, s->rows, d->logits))
-        return;
+    wide_reserve(b->model, d, rows);
+    run.wide = d->wide;
     model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, s->rows, row0);
     for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);
@@ -10348,13 +10442,10 @@ template <typename X> static void cuda_greedy_begin(Backend* b, Session* s, cons
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
         cudaStream_t stream = cuda_of<X>(b)->stream;
-        BatchCuda* batch = &d->work.batch;
         decode_launch<X>(b, s, 0, s->rows, 1, true);
-        argmax_kernel<<<(unsigned)s->rows, 1024, 0, stream>>>(batch->targets, batch->tokens, d->logits,
-                                                              (size_t)b->model->config.vocab_padded,
-                                                              (int)b->model->config.vocab_size);
-        cudaCheck(cudaGetLastError());
-        to_host(d->host_tokens, batch->targets, s->rows, stream);
+        launch_early(argmax_kernel, dim3((unsigned)s->rows), 1024, 0, stream, d->host_tokens,
+                     d->work.batch.tokens, d->logits, (size_t)b->model->config.vocab_padded,
+                     (int)b->model->config.vocab_size);
     });
 }
 

@@ -292,6 +292,7 @@ Generation generation_open(Backend* backend, const Tokenizer* tok, const Options
     g.tok = tok;
     g.o = o;
     g.rows = rows;
+    backend->model->config.state_bf16 = strcmp(o->state_dtype, "bf16") == 0;
     g.s = session_create(backend, rows, (size_t)o->chunk);
     g.logits = (real*)xcalloc(rows * Vp, sizeof(real));
     g.seen = (unsigned char*)xcalloc(rows * Vp, 1);

@@ -31,7 +31,7 @@ typedef struct {
     int recompute;           // RECOMPUTE_NONE, _CHEAP, _ALL
     bool resume;
     // generation
-    const char *prompt, *prompt_file, *prompts, *stop, *save_state, *load_state;
+    const char *prompt, *prompt_file, *prompts, *stop, *save_state, *load_state, *state_dtype;
     int64_t num_samples, max_tokens, top_k, chunk, context;
     double temperature, top_p, min_p, repetition_penalty;
     bool raw, interactive;
@@ -153,7 +153,8 @@ static const Option options[] = {
 #ifdef __CUDACC__
     {"device", 'c', OPT(device), WORD_ALL, "cuda", 0, 0, "cuda cpu", "where the model runs"},
     {"precision", 'c', OPT(precision), WORD_ALL, "bf16", 0, 0, "bf16 fp32",
-     "of activations and matmuls on the GPU; parameters, residual stream, state and sums are fp32"},
+     "of activations and matmuls on the GPU; parameters, residual stream and sums are fp32, and states, but "
+     "see --state-dtype"},
     {"check", 'i', OPT(check), WORD_TRAIN, "0", 0, BIG, NULL,
      "steps between comparisons of the GPU with the CPU, on a few tokens of the batch; 0: none"},
 #endif
@@ -201,13 +202,17 @@ static const Option options[] = {
     {"repetition-penalty", 'f', OPT(repetition_penalty), WORD_TRAIN | WORD_GENERATE, "1", 1e-3, 1e3, NULL,
      "weakens tokens already in the text; 1: off"},
     {"chunk", 'i', OPT(chunk), WORD_GENERATE, "256", 1, 1e6, NULL,
-     "tokens of the prompt per pass; the result does not depend on it"},
+     "tokens of the prompt per pass; the result does not depend on it, with --state-dtype bf16 by rounding "
+     "only"},
     {"context", 'i', OPT(context), WORD_GENERATE, "4096", 1, MAX_CONTEXT, NULL,
      "with --interactive: tokens of the conversation that attention layers can keep; otherwise counted"},
     {"save-state", 's', OPT(save_state), WORD_GENERATE, "", 0, 0, NULL,
      "write the recurrent state after the prompt to a file"},
     {"load-state", 's', OPT(load_state), WORD_GENERATE, "", 0, 0, NULL,
      "continue from such a file; a prompt is appended"},
+    {"state-dtype", 'c', OPT(state_dtype), WORD_GENERATE, "f32", 0, 0, "f32 bf16",
+     "of the states of Mamba layers from token to token; bf16 halves what the GPU keeps and moves of them "
+     "(the CPU rounds them, too, but keeps them as f32); a state in a file is f32"},
     {"raw", 'b', OPT(raw), WORD_GENERATE, "off", 0, 0, NULL,
      "write bytes as they are instead of replacing invalid UTF-8"},
     {NULL, 0, 0, WORD_EVAL, NULL, 0, 0, NULL, "Evaluation"},

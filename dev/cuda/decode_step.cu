@@ -43,7 +43,7 @@ static void launch1(void) {
 static void launch2_on(cudaStream_t stream) {
     CudaSession<bf16>* d = opened();
     CudaRun<bf16> run = run_on(stream);
-    if (!model_decode_cuda(&model, weights(), &d->work, &run, d->work.batch.tokens, d->state, session.rows,
+    if (!model_decode_cuda(&model, weights(), &d->work, &run, d->work.batch.tokens, d->state, session.rows, 0,
                            d->logits))
         die("these sizes have no kernels for single tokens");
 }

@@ -1,4 +1,4 @@
-// Generation on the CPU with weight matrices in bfloat16 (included by test_mamba.c).
+// Generation on the CPU with weight matrices, and with states, in bfloat16 (included by test_mamba.c).
 
 static real half_rounded(real x) {
     float f = (float)x;
@@ -68,9 +68,94 @@ static void check_half_hash(const Config* c, const Model* half) {
     }
 }
 
+// check_states: what --state-dtype bf16 means: a call gives the logits that it gives without, and leaves the
+// states of recurrences rounded, of its own rows only; states that come from the host are rounded, too.
+// Catches: a state that is not rounded, or before its last use; inputs of a convolution, keys or positions
+// that are.
+static void check_states(const Config* config) {
+    enum { ROWS = 3, CALLS = 6, LONGEST = 5 };
+    const size_t first[CALLS + 1] = {0, 1, 2, 0, 1, 0, 0}, rows[CALLS + 1] = {1, 1, 1, 3, 2, 3, 3};
+    const size_t T[CALLS] = {5, 4, 1, 1, 1, 1};
+    Model m = toy_model(config, false, 5);
+    Backend b = backend_cpu(&m, 0, 0, false, false);
+    Session plain = session_create(&b, ROWS, LONGEST), kept = session_create(&b, ROWS, LONGEST);
+    size_t Vp = (size_t)config->vocab_padded;
+    real* want = (real*)test_alloc(ROWS * Vp, sizeof(real));
+    real* got = (real*)test_alloc(ROWS * Vp, sizeof(real));
+    int tokens[LONGEST];
+    double logits = 0, wrong = 0, rounded = 0;
+    char name[100];
+    for (int k = 0; k <= CALLS; k++) {                       // the last time the host has changed the states
+        for (int l = 0; (k == 0 || k == CALLS) && l < m.n_layers; l++)
+            for (int i = 0; i < m.layer[l].kind->n_state; i++) {
+                const TensorSpec* spec = &m.layer[l].kind->state[i];
+                size_t n = spec->flags & RECURRENT ? ROWS * spec_count(spec, config) : 0;
+                for (size_t j = 0; j < n; j++)
+                    kept.state.field[l][i][j] = (real)test_uniform(-1, 1, (uint64_t)l, j);
+            }
+        memcpy(plain.state.data, kept.state.data, plain.state.n_elements * sizeof(real));
+        for (size_t t = 0; t < LONGEST; t++) tokens[t] = (int)(random_bits(8, (uint64_t)k, t) % 19);
+        m.config.state_bf16 = false;
+        if (k < CALLS) b.decode(&b, &plain, first[k], rows[k], tokens, T[k], want);
+        m.config.state_bf16 = true;
+        if (k < CALLS) {
+            b.decode(&b, &kept, first[k], rows[k], tokens, T[k], got);
+            logits += bits_differ(got, want, rows[k] * Vp);
+        } else {
+            b.session_sync(&b, &kept, false);
+        }
+        for (int l = 0; l < m.n_layers; l++)
+            for (int i = 0; i < m.layer[l].kind->n_state; i++) {
+                const TensorSpec* spec = &m.layer[l].kind->state[i];
+                size_t n = spec_count(spec, config);
+                for (size_t j = 0; j < ROWS * n; j++) {
+                    real x = plain.state.field[l][i][j], h = kept.state.field[l][i][j];
+                    bool own = j / n >= first[k] && j / n < first[k] + rows[k];
+                    wrong += !(h == (own && spec->flags & RECURRENT ? half_rounded(x) : x));
+                    rounded += h != x;
+                }
+            }
+    }
+    snprintf(name, sizeof name, "%.9s, states in bf16: logits, calls whose bits differ", config->pattern);
+    report(name, logits, 0);
+    snprintf(name, sizeof name, "%.9s, states in bf16: not the rounded ones", config->pattern);
+    report(name, wrong + (rounded == 0), 0);
+    session_free(&b, &plain);
+    session_free(&b, &kept);
+    b.destroy(&b);
+    model_free(&m);
+}
+
+// A saved state and several samples with states in bf16. Catches: a state that is rounded on the way, a
+// setting that stays for the next run.
+static void check_states_written(void) {
+    Config c = toy_config("12m", 2, 9, 14, 5, 4, 2, 257);
+    Model m = toy_model(&c, false, 6);
+    char prompt[161], options[300];
+    for (size_t i = 0; i < 160; i++) prompt[i] = (char)('!' + random_bits(10, 0, i) % 90);
+    prompt[160] = 0;
+    const char* half = "--state-dtype bf16 --chunk 40 --max-tokens";
+    snprintf(options, sizeof options, "%s 60", half);
+    char* whole = written(&m, prompt, options);
+    snprintf(options, sizeof options, "%s 0 --save-state %s", half, scratch("bf16.state"));
+    written(&m, prompt, options);
+    snprintf(options, sizeof options, "%s 60 --load-state %s", half, scratch("bf16.state"));
+    char* text = written(&m, "", options);
+    report("states in bf16: text after a saved state differs", texts_differ(whole, text), 0);
+    written(&m, "", "--max-tokens 0");
+    report("the setting stays", m.config.state_bf16, 0);
+    model_free(&m);
+}
+
 // Catches: a matrix that is not converted or not used, an embedding in another order; a sum that depends on
 // how the text is cut.
 void test_half(void) {
+    Config states[] = {toy_config("1m", 2, 9, 14, 5, 4, 2, 19), toy_config("2", 2, 13, 24, 5, 4, 2, 19),
+                       toy_config("12am", 4, 13, 24, 5, 4, 2, 19)};
+    toy_mamba2(&states[1], "P3 S2 L4 W18");
+    toy_mamba2(&states[2], "P3 S2 L4");
+    for (int i = 0; i < COUNT_OF(states); i++) check_states(&states[i]);
+    check_states_written();
     const size_t shapes[][3] = { {1, 1, 1}, {1, 37, 11}, {3, 64, 8}, {5, 133, 29}, {2, 300, 64} };
     for (int i = 0; i < COUNT_OF(shapes); i++)
         check_half_matmul(shapes[i][0], shapes[i][1], shapes[i][2], i % 2 == 0);
