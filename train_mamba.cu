@@ -2385,14 +2385,19 @@ __device__ __forceinline__ float scan_softplus_fast(float x2) {
 // scan_wait returns when the phase of the given parity (the first has 0, the next 1, then 0 ..) has ended;
 // what the threads wrote before they arrived is then visible.
 // One lane arrives for its warp, after a __syncwarp.
-// -DSSM_SANITIZE is for compute-sanitizer, whose racecheck does not see through that: there every lane
-// arrives, and a group of warps that only has to say that it has come waits for the others.
+//
+// -DSSM_SANITIZE is for compute-sanitizer. Its racecheck does not see through that: every lane arrives, and a
+// group of warps that only has to say that it has come waits for the others. Its synccheck wants barriers
+// that two groups reach at different places to be of the kind that expects nothing of a warp. And none of its
+// tools sees what wgmma reads; mma.sync takes its place (SSD_WGMMA).
 #ifdef SSM_SANITIZE
 enum { SCAN_ARRIVALS = WARP };
+#define SSD_BARRIER "barrier.sync"
 #define SSD_ARRIVE "barrier.sync"
 #else
 enum { SCAN_ARRIVALS = 1 };
-#define SSD_ARRIVE "barrier.arrive"
+#define SSD_BARRIER "bar.sync"
+#define SSD_ARRIVE "bar.arrive"
 #endif
 __device__ __forceinline__ void scan_signal_init(uint64_t* signal, int warps) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;"
@@ -3417,7 +3422,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // kernels of their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338,
 // 16: 569, 64: 540.
 
-enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
+enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most at a time
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
 
 // DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows, K a multiple of 32
@@ -4217,7 +4222,7 @@ enum { SSD_TOKENS = 64, SSD_TILE = 64 * 64 };
 enum { SSD_CB = 10 * WARP };                      // packs of 8 products Ct . Bt per chunk, see ssd_cb_kernel
 
 // wgmma exists in code for sm_90a alone; code for sm_80, sm_90 and later has mma.sync
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SSM_SANITIZE)
 #define SSD_WGMMA 1
 #else
 #define SSD_WGMMA 0
@@ -4284,13 +4289,7 @@ __device__ __forceinline__ void ssd_mma_lower(float (&d)[8][4], const bf16* a, c
 // `first`: = instead of +=. What warps write to shared memory becomes an operand by ssd_publish.
 #if SSD_WGMMA
 __device__ __forceinline__ void ssd_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void ssd_end() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#ifdef SSM_SANITIZE
-    // its tools save registers around every access to memory and put them back, while the tensor core writes
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void ssd_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT = 0> __device__ __forceinline__ void ssd_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
 }
@@ -5774,7 +5773,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         }
     };
     // a barrier of both groups, which reach it at different places: __syncthreads is one place for all
-    auto both = []() { asm volatile("barrier.sync 2, 256;" ::: "memory"); };
+    auto both = []() { asm volatile(SSD_BARRIER " 2, 256;" ::: "memory"); };
     auto begin = [&]() {
         copy_async_wait(0);
         ssd_publish();
@@ -5937,7 +5936,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                 }
                 if (p == 0) {
                     sh.skip[channel] = D;
-                    asm volatile("barrier.sync 1, 256;" ::: "memory");
+                    asm volatile(SSD_BARRIER " 1, 256;" ::: "memory");
                 }
                 ssd_begin();
                 ssd_multiply_lower(v, sh.GL, sh.dy[p], w);

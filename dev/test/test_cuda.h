@@ -1952,14 +1952,12 @@ template <typename X> void check_steps(const CudaShape* s, bool carry, double cl
 template <typename X> void check_model(void) {
     int n = (int)(sizeof cuda_shapes / sizeof cuda_shapes[0]);
     for (int i = 0; i < n; i++) {
-        if (only_small() && i != 6 && i != 10 && i != 16 && i != 18) continue;
+        if (only_small() && i != 10 && i != 18) continue;
         if (!only_small()) check_gradients<X>(&cuda_shapes[i], false);
         check_gradients<X>(&cuda_shapes[i], true);
     }
     if (only_small()) {
-        check_steps<X>(&cuda_shapes[7], true, 0.5);
-        check_steps<X>(&cuda_shapes[10], true, 0);
-        check_training<X>(&cuda_shapes[18], RECOMPUTE_CHEAP);
+        check_steps<X>(&cuda_shapes[10], true, 0.5);
         return;
     }
     static const CudaShape odd = {"1", 1, 9, 21, 5, 4, 2, 0, 37, true, false, true, 1, 1, -1, 0};
@@ -2057,9 +2055,9 @@ void check_rounding(Worst* rounding, Worst* logits, Backend* b, Session* kept, s
     session_free(b, &plain);
 }
 
-// Token by token with 1 to 70 sequences (section 4.10, and beyond it the kernels for any length), against the
-// CPU, which reads each sequence in one piece, with states in bf16 also token by token. The second time all
-// steps but the last are greedy.
+// Token by token with 1 to 70 sequences (section 4.10, with the last shape the kernels for any length), against
+// the CPU, which reads each sequence in one piece, with states in bf16 also token by token. The second time
+// all steps but the last are greedy.
 void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, Worst* rounding,
                     Worst* logits) {
     enum { STEPS = 21, MOST = 70 };
@@ -2069,7 +2067,7 @@ void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, 
         toy_config("2", 2, 64, 128, 16, 4, 4, 257),    toy_config("2m", 1, 96, 192, 64, 3, 6, 100),
         toy_config("2", 1, 32, 96, 32, 2, 2, 100),     toy_config("2", 1, 64, 128, 128, 4, 4, 100),
         toy_config("2", 2, 64, 64, 16, 1, 4, 100),     toy_config("12am", 4, 64, 128, 16, 4, 4, 100),
-        toy_config("a2", 2, 64, 128, 256, 4, 4, 100)};
+        toy_config("a2", 2, 64, 128, 256, 4, 4, 100),  toy_config("12m", 2, 13, 24, 5, 4, 2, 100)};
     toy_mamba2(&configs[4], "P16 S1 L8");
     toy_mamba2(&configs[5], "P64 S1 L64 before hdim limit");
     toy_mamba2(&configs[6], "P6 S2 L8 limit");
@@ -2079,7 +2077,7 @@ void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, 
     toy_mamba2(&configs[10], "P64 S1 L64");
     toy_attention(&configs[9], "Q4 G2 H20 R8 K3 F16 biases", 30);
     toy_attention(&configs[10], "Q2 G1 H32 R16 interleaved", 30);
-    const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST};
+    const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST}, steps = only_small() ? 5 : STEPS;
     for (int k = 0; k < (int)(sizeof configs / sizeof configs[0]); k++) {
         Config c = configs[k];
         c.bias = k == 1 || k == 4;
@@ -2096,19 +2094,19 @@ void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, 
         int ids[MOST][STEPS], step_ids[MOST], best[MOST][STEPS], next[MOST];
         for (size_t r = 0; r < MOST; r++) {
             for (size_t t = 0; t < STEPS; t++) ids[r][t] = (int)(random_bits(40, r, t) % V);
-            cuda_logits(&cpu, want + r * Vp, ids[r], STEPS, state_bf16 ? 1 : STEPS);
+            cuda_logits(&cpu, want + r * Vp, ids[r], steps, state_bf16 ? 1 : steps);
         }
         for (size_t n : counts) {
             if (only_small() && n != 3 && n != 9 && n != 17) continue;
-            if (state_bf16 && (n == 1 || n == 16 || n == 33)) continue;
+            if (state_bf16 && (n == 1 || n == 16 || n == 33 || (only_small() && n == 9))) continue;
             // too little shared memory for decode_many: the products of cuBLASLt, as on GPUs before sm_90
             fake_shared = n == 33 ? 64 << 10 : 0;
             for (int again = 0; again < 2; again++) {
                 Session s = session_create(&b, n, 1);
                 double wrong = 0;
-                for (size_t t = 0; t < STEPS; t++) {
+                for (size_t t = 0; t < steps; t++) {
                     for (size_t r = 0; r < n; r++) step_ids[r] = ids[r][t];
-                    if (again && t + 1 < STEPS) {
+                    if (again && t + 1 < steps) {
                         b.greedy_begin(&b, &s, step_ids);
                         b.greedy_end(&b, &s, next);
                         for (size_t r = 0; r < n; r++) wrong += next[r] != best[r][t];
