@@ -8222,17 +8222,18 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
     #pragma unroll 1
     for (int tile_o = first_o; tile_o < O; tile_o += step_o) {
         const int o = tile_o + tid % 16 * 4;
-        const bool conv = AFTER == DECODE_CONV && o < (int)a.E;
+        const int e = o - (int)a.conv_first;
+        const bool conv = AFTER == DECODE_CONV && (unsigned)e < (unsigned)a.E;
         float4 bias = {}, factor[4] = {}, conv_bias = {}, old[2][3];   // factor: of the convolution or norm
         if (packs && o < O) {
             if (a.bias) bias = *(const float4*)(a.bias + o);
             if (AFTER == DECODE_RES) factor[0] = *(const float4*)(a.norm + o);
-            if (conv && a.conv_bias) conv_bias = *(const float4*)(a.conv_bias + o);
+            if (conv && a.conv_bias) conv_bias = *(const float4*)(a.conv_bias + e);
             #pragma unroll
             for (int j = 0; j < 4; j++)                      // of output o + j, one weight for each tap
-                if (conv && a.taps == 4) factor[j] = *(const float4*)(a.conv_weight + (o + j) * 4);
+                if (conv && a.taps == 4) factor[j] = *(const float4*)(a.conv_weight + (e + j) * 4);
                 else if (conv) {
-                    const float* from = a.conv_weight + (o + j) * a.taps;
+                    const float* from = a.conv_weight + (e + j) * a.taps;
                     factor[j] = make_float4(from[0], a.taps > 1 ? from[1] : 0.0f, a.taps > 2 ? from[2] : 0.0f,
                                             0.0f);
                 }
@@ -8247,7 +8248,7 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                 #pragma unroll
                 for (int k = 0; k < 3; k++)
                     if (conv && k + 1 < a.taps)
-                        old[i][k] = *(const float4*)(a.conv_state + ((size_t)n * (a.taps - 1) + k) * a.E + o);
+                        old[i][k] = *(const float4*)(a.conv_state + ((size_t)n * (a.taps - 1) + k) * a.E + e);
             }
             if (first == 0) signal_wait(&arrived[half], half_parity);
             #pragma unroll
@@ -8284,7 +8285,7 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                 }
                 if (!inside) continue;
                 if (conv) {                                  // as causal_conv1d_forward, with T = 1
-                    float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + o;
+                    float* tail = a.conv_state + (size_t)n * (a.taps - 1) * a.E + e;
                     #pragma unroll
                     for (int j = 0; j < 4; j++) {
                         float sum = (&conv_bias.x)[j];
@@ -8759,16 +8760,21 @@ static void decode_first_linear(const CudaRun<bf16>* run, DecodeLinear a, const 
     } else decode_norm_linear(run, a, acts->u, acts->rstd, res_out, res_in, delta_in, norm);
 }
 
+// the last matmul of a block: with many sequences it also adds to the residual stream
+static void decode_last_linear(const CudaRun<bf16>* run, DecodeLinear a) {
+    if (DecodeStream* m = run->many) {
+        a.out = m->act; a.res = m->res; a.norm = m->norm; a.next_squares = m->squares;
+        m->parts = (int)((a.O + 63) / 64);
+    }
+    decode_matmul(run, a);
+}
+
 static void decode_plain_linear(const CudaRun<bf16>* run, bf16* out, const bf16* act, const bf16* weight,
                                 const float* bias, size_t K, size_t O) {
     DecodeLinear a = {};
     a.weight = weight; a.bias = bias; a.O = O; a.K = K; a.rows = (int)run->B;
     a.act = act; a.ld_act = K; a.out = out; a.ldo = O;
-    if (DecodeStream* m = run->many) {
-        a.out = m->act; a.res = m->res; a.norm = m->norm; a.next_squares = m->squares;
-        m->parts = (int)((O + 63) / 64);
-    }
-    decode_matmul(run, a);
+    decode_last_linear(run, a);
 }
 
 // bytes of a number in the states of recurrences
@@ -8990,7 +8996,7 @@ static Mamba2Sizes mamba2_sizes_cuda(const Config* c, size_t B, size_t T) {
 static size_t mamba2_sums_cuda(const Config* c, size_t B, size_t T, bool training) {
     const Mamba2Sizes s = mamba2_sizes_cuda(c, B, T);
     const size_t forward = max_size(ssd_forward_scratch_cuda(B, T, s.H, s.P, s.G, s.N),
-                                    min_size(B, DECODE_FEW) * s.Es);       // squares of decode_ssd
+                                    min_size(B, DECODE_ROWS) * s.Es);      // squares of decode_ssd
     if (!training) return forward;
     return max_size(forward, sums_round(ssd_backward_scratch_cuda(B, T, s.H, s.P, s.G, s.N)) +
                                  sums_round(ssd_dt_backward_scratch_cuda(B, T, s.H)) +
@@ -9121,18 +9127,18 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     in.rows = (int)run->B; in.out = a->zxbcdt; in.ldo = ld; in.taps = (int)s.K;
     out.weight = weight_x(L, p->out_proj); out.bias = p->out_proj_bias; out.O = s.D; out.K = s.E;
     out.rows = (int)run->B; out.act = w->n; out.ld_act = s.E; out.out = shared->delta; out.ldo = s.D;
-    const bool few = decode_linear_fits(in);          // then the convolution happens in the first kernel,
-    const bool late = decode_linear_fits(out) && c->rmsnorm && s.G == 1 && !s.mlp;   // the factor of the
-    if (few) {                                                                       // gated norm in the last
+    const bool conv = run->many || decode_linear_fits(in);     // it happens in the first kernel
+    const bool late = (run->many || decode_linear_fits(out)) && c->rmsnorm && s.G == 1 && !s.mlp;
+    if (conv) {                                                // late: the gated norm's factor in the last
         in.conv_weight = p->conv1d; in.conv_bias = p->conv1d_bias; in.conv_state = s0->conv;
         in.E = s.Cd; in.conv_first = s.xbc;
     }
     decode_first_linear(run, in, acts, res_out, res_in, delta_in, p->norm);
-    if (!few)
+    if (!conv)
         decode_conv_cuda(a->xbc, s0->conv, a->zxbcdt + s.xbc, ld, p->conv1d, p->conv1d_bias, run->B, s.Cd,
                          s.K, run->stream);
     DecodeSsd step = {};
-    step.x = few ? a->zxbcdt + s.xbc : a->xbc; step.ldx = few ? ld : s.Cd;
+    step.x = conv ? a->zxbcdt + s.xbc : a->xbc; step.ldx = conv ? ld : s.Cd;
     step.Bt = step.x + s.Es; step.Ct = step.Bt + s.G * s.N;
     step.dt_raw = a->zxbcdt + s.dt; step.z = z; step.ldz = ld;
     step.h = s0->ssm; step.dt_bias = p->dt_bias; step.A_log = p->A_log; step.Dskip = p->D;
@@ -9151,7 +9157,7 @@ static void mamba2_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
                                    s.Es / s.G, (float)c->norm_eps, c->norm_before_gate, run->stream);
     out.squares = step.squares; out.parts = (int)s.H * decode_ssd_splits(s.P, s.N, state_size(c));
     out.eps = (float)c->norm_eps;
-    decode_matmul(run, out);
+    decode_last_linear(run, out);
 }
 
 template <typename X> static void mamba2_paths(const Config* c) {
@@ -9831,8 +9837,9 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
 
 // whether section 4.16 can decode with many sequences
 static bool model_decodes_many(const Config* c) {
-    return !strpbrk(c->pattern, "2a") && c->d_conv <= 4 && c->d_model <= DECODE_MANY_WIDTH &&
-           decode_many_fits((size_t)c->d_inner) && decode_many_fits((size_t)c->d_intermediate);
+    return c->d_conv <= 4 && c->d_model <= DECODE_MANY_WIDTH && decode_many_fits((size_t)c->d_inner) &&
+           decode_many_fits((size_t)c->d_intermediate) &&
+           (!strchr(c->pattern, 'a') || decode_many_fits(heads_of(c).out));
 }
 
 // model_decode_cuda: one token of each of run->B sequences, of `rows` from row0 on, to logits (B,Vp), the
@@ -9880,18 +9887,26 @@ static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<fl
 
 // argmax: best = the index of the largest of n logits of each row, the first of equals, -1 when one is not
 // finite (an exploded model); token = the same for the next step to read, 0 instead of -1. One block per row.
+// best is memory of the host: a copy after the kernel would take as long as the kernel.
 __global__ void __launch_bounds__(1024)
 argmax_kernel(int* best_token, int* token, const float* logits, size_t ld, int n) {
     __shared__ float best_of[WARP];
     __shared__ int index_of[WARP];
+    const int AT_ONCE = 16;
     const float* row = logits + blockIdx.x * ld;
     float best = -INFINITY;
     int index = INT_MAX;
     bool bad = false;
-    for (int i = threadIdx.x; i < n; i += 1024) {
-        float z = row[i];
-        bad = bad || !(z <= 3.4e38f);
-        if (z > best) { best = z; index = i; }
+    wait_before();
+    for (int first = threadIdx.x; first < n; first += AT_ONCE * 1024) {
+        float z[AT_ONCE];
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) z[i] = first + i * 1024 < n ? row[first + i * 1024] : -INFINITY;
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            bad = bad || !(z[i] <= 3.4e38f);
+            if (z[i] > best) { best = z[i]; index = first + i * 1024; }
+        }
     }
     bad = __syncthreads_or(bad);
     for (int pass = 0; pass < 2; pass++) {                   // the lanes of a warp, then the warps
@@ -10469,13 +10484,10 @@ template <typename X> static void cuda_greedy_begin(Backend* b, Session* s, cons
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     decode_run<X>(b, s, tokens, s->rows, 1, true, [&] {
         cudaStream_t stream = cuda_of<X>(b)->stream;
-        BatchCuda* batch = &d->work.batch;
         decode_launch<X>(b, s, 0, s->rows, 1, true);
-        argmax_kernel<<<(unsigned)s->rows, 1024, 0, stream>>>(batch->targets, batch->tokens, d->logits,
-                                                              (size_t)b->model->config.vocab_padded,
-                                                              (int)b->model->config.vocab_size);
-        cudaCheck(cudaGetLastError());
-        to_host(d->host_tokens, batch->targets, s->rows, stream);
+        launch_early(argmax_kernel, dim3((unsigned)s->rows), 1024, 0, stream, d->host_tokens,
+                     d->work.batch.tokens, d->logits, (size_t)b->model->config.vocab_padded,
+                     (int)b->model->config.vocab_size);
     });
 }
 

@@ -2067,7 +2067,8 @@ void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, 
         toy_config("2", 2, 64, 128, 16, 4, 4, 257),    toy_config("2m", 1, 96, 192, 64, 3, 6, 100),
         toy_config("2", 1, 32, 96, 32, 2, 2, 100),     toy_config("2", 1, 64, 128, 128, 4, 4, 100),
         toy_config("2", 2, 64, 64, 16, 1, 4, 100),     toy_config("12am", 4, 64, 128, 16, 4, 4, 100),
-        toy_config("a2", 2, 64, 128, 256, 4, 4, 100),  toy_config("12m", 2, 13, 24, 5, 4, 2, 100)};
+        toy_config("a2", 2, 64, 128, 256, 4, 4, 100),  toy_config("2", 1, 32, 96, 32, 4, 2, 100),
+        toy_config("12m", 2, 13, 24, 5, 4, 2, 100)};
     toy_mamba2(&configs[4], "P16 S1 L8");
     toy_mamba2(&configs[5], "P64 S1 L64 before hdim limit");
     toy_mamba2(&configs[6], "P6 S2 L8 limit");
@@ -2075,9 +2076,10 @@ void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, 
     toy_mamba2(&configs[8], "P32 S1 L8 W32 plain hdim");
     toy_mamba2(&configs[9], "P32 S2 L16");
     toy_mamba2(&configs[10], "P64 S1 L64");
+    toy_mamba2(&configs[11], "P6 S1 L8 W18");      // x of 18: B is not aligned
     toy_attention(&configs[9], "Q4 G2 H20 R8 K3 F16 biases", 30);
     toy_attention(&configs[10], "Q2 G1 H32 R16 interleaved", 30);
-    const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST}, steps = only_small() ? 5 : STEPS;
+    const size_t counts[] = {1, 3, 8, 9, 16, 17, 33, 64, MOST}, steps = only_small() ? 3 : STEPS;
     for (int k = 0; k < (int)(sizeof configs / sizeof configs[0]); k++) {
         Config c = configs[k];
         c.bias = k == 1 || k == 4;
@@ -2097,11 +2099,12 @@ void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, 
             cuda_logits(&cpu, want + r * Vp, ids[r], steps, state_bf16 ? 1 : steps);
         }
         for (size_t n : counts) {
-            if (only_small() && n != 3 && n != 9 && n != 17) continue;
+            const bool once = only_small() && k % 3;
+            if (only_small() && n != 3 && n != 17 && (n != 9 || once)) continue;
             if (state_bf16 && (n == 1 || n == 16 || n == 33 || (only_small() && n == 9))) continue;
             // too little shared memory for decode_many: the products of cuBLASLt, as on GPUs before sm_90
             fake_shared = n == 33 ? 64 << 10 : 0;
-            for (int again = 0; again < 2; again++) {
+            for (int again = 0; again < (once ? 1 : 2); again++) {
                 Session s = session_create(&b, n, 1);
                 double wrong = 0;
                 for (size_t t = 0; t < steps; t++) {
@@ -2129,8 +2132,9 @@ void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, 
                 worst_add(worst, real_relative(got[0] + r * Vp, want + r * Vp, V),
                           "%s D%d E%d N%d, row %zu of %zu", c.pattern, (int)c.d_model, (int)c.d_inner,
                           (int)c.d_state, r, n);
-            worst_add(twice, bits_differ(got[0], got[1], n * Vp), "%s D%d, %zu rows", c.pattern,
-                      (int)c.d_model, n);
+            if (!once)
+                worst_add(twice, bits_differ(got[0], got[1], n * Vp), "%s D%d, %zu rows", c.pattern,
+                          (int)c.d_model, n);
             fake_shared = 0;
         }
         b.destroy(&b);
