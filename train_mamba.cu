@@ -3442,9 +3442,10 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
 // With more sequences than DECODE_FEW section 4.16 makes the products, or cuBLASLt, with norm and convolution
 // kernels of their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338,
-// 16: 569, 64: 540.
+// 16: 569, 64: 540. More than DECODE_ROWS are decoded in turns of so many: 128 sequences 1061, 256: 2100 (with
+// the kernels for any number of tokens 2095 and 3438).
 
-enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most sequences
+enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most at a time
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
 
 // DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows, K a multiple of 32
