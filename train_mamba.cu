@@ -293,14 +293,36 @@ static void matmul_run(const Matmul* mm, const MatmulPlan* p, const cublasLtMatm
                                mm->workspace, MATMUL_WORKSPACE, stream));
 }
 
+#ifdef SSM_SANITIZE
+// cuBLASLt's kernels do not survive what compute-sanitizer's racecheck adds to a program
+template <typename X, typename C>
+__global__ void plain_gemm_kernel(C* c, size_t ldc, const X* a, size_t lda, bool transpose_a, const X* b,
+                                  size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, float beta) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, m = i % M, n = i / M;
+    if (n >= N) return;
+    float sum = beta == 0 ? 0 : beta * (float)c[n * ldc + m];
+    for (size_t k = 0; k < K; k++)
+        sum += (float)a[transpose_a ? m * lda + k : k * lda + m] *
+               (float)b[transpose_b ? k * ldb + n : n * ldb + k];
+    c[n * ldc + m] = (C)sum;
+}
+#endif
+
 // gemm: column-major C (M,N) = op(A) op(B) + beta C
 template <typename X, typename C>
 static void gemm(Matmul* mm, C* c, size_t ldc, const X* a, size_t lda, bool transpose_a, const X* b,
                  size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, float beta,
                  cudaStream_t stream) {
+#ifdef SSM_SANITIZE
+    (void)mm;
+    plain_gemm_kernel<<<(unsigned)((M * N + 255) / 256), 256, 0, stream>>>(
+        c, ldc, a, lda, transpose_a, b, ldb, transpose_b, M, N, K, beta);
+    cudaCheck(cudaGetLastError());
+#else
     MatmulKey key = matmul_key(c, ldc, a, lda, transpose_a, b, ldb, transpose_b, M, N, K);
     const MatmulPlan* p = matmul_plan(mm, &key);
     matmul_run(mm, p, &p->algo, c, a, b, beta, stream);
+#endif
 }
 
 // bias_forward_cuda: out[m,o] += bias[o].   out (M,O), row stride ldo
@@ -4208,13 +4230,13 @@ ssd_forward_kernel(X* y, X* states, float* hT, const X* x, size_t ldx, const flo
 //   y_i  = sum_j M_ij x_j + 2^cs_i S Ct_i + Dskip x_i                                             64 x P
 //   S'   = 2^cs_63 S + sum_j (2^(cs_63 - cs_j) dt_j x_j) Bt_j^T                                   P x N
 // No exponent but log2(dt) is above 0. Ct_i . Bt_j is the same for all heads of a group: a small kernel
-// computes it first. Then a block marches through the chunks of one sequence, with one or two slices (64
-// channels of one head). A slice has two groups of four warps, which work side by side:
+// computes it first, and the decays of all heads. Then a block marches through the chunks of one sequence
+// with a slice (64 channels of one head). It has two groups of four warps, which work side by side:
 //   the state: S stays in float registers, warp w has rows 16w..16w+15; as bf16 it goes to shared memory
 //   y:         from Ct, the S that it finds there, M and x
 // One group alone would do everything one after the other, each step waiting for the one before: 0.123 ms
-// instead of 0.093 (H200, B8 T2048 H24 P64 N128, bf16, cold cache; 24 heads of 8 sequences are 192 slices on
-// 132 processors, which leaves each scheduler only a few warps to choose from).
+// instead of 0.086 (H200, B8 T2048 H24 P64 N128, bf16, cold cache). 0.094 took two slices per block with the
+// same Bt and Ct, where one holds up the other, and decays that a warp makes on the way.
 //
 // Matrices live in shared memory as tiles of 64 rows x 64 bf16; a row is 8 pieces of 16 bytes, and piece c of
 // row r lies in place c ^ (r % 8), so that the 8 pieces of a column are in different banks. Columns beyond N
@@ -4383,13 +4405,60 @@ __device__ __forceinline__ void ssd_load_tile(bf16* tile, const bf16* from, uint
     }
 }
 
-// ssd_cb_kernel: cb = Ct_i . Bt_j of all chunks and groups in bf16, in the order in which the marching
-// kernel's threads need them: for rows 16w.. and columns 16k.., k <= w, one pack of 8 per lane.
-//   cb (B, chunks, G, 10, 32) packs
+// SsdDecays: what the tokens of a chunk mean to one head
+struct alignas(16) SsdDecays {
+    float cs[SSD_TOKENS];
+    float u[SSD_TOKENS];                          // cs_j - log2(dt_j): M_ij = (Ct_i . Bt_j) 2^(cs_i - u_j)
+    float enter[SSD_TOKENS];                      // 2^cs_i; 0 in documents that begin in this chunk
+    bf16 leave[SSD_TOKENS];                       // 2^(cs_63 - cs_j) dt_j; 0 in documents that end in it
+    float pass;                                   // 2^cs_63; 0 if a document begins
+    unsigned long long resets;                    // bit i: a document begins at token i
+};
+
+// ssd_decays: those of the chunk that begins at token t0 of sequence b, whose head has dt. By a whole warp:
+// lane l has tokens l and l + 32.
+__device__ __forceinline__ void ssd_decays(SsdDecays& k, const float* dt, float A2, const int* doc, size_t b,
+                                           size_t t0, size_t T) {
+    const uint32_t lane = threadIdx.x % WARP;
+    float cs[2], dt_t[2];
+    unsigned long long resets = 0;
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const size_t t = t0 + i * 32 + lane;
+        dt_t[i] = t < T ? dt[t] : 0.0f;
+        const bool reset = doc && t < T && scan_resets_cuda(doc, b, t, T);
+        resets |= (unsigned long long)__ballot_sync(0xffffffffu, reset) << 32 * i;
+        cs[i] = fmaxf(A2 * dt_t[i], -256.0f);                  // 2^-256 is 0 in float
+        #pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const float v = __shfl_up_sync(0xffffffffu, cs[i], step);
+            if (lane >= step) cs[i] += v;
+        }
+    }
+    cs[1] += __shfl_sync(0xffffffffu, cs[0], WARP - 1);
+    const float last = __shfl_sync(0xffffffffu, cs[1], WARP - 1);
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t t = i * 32 + lane;
+        k.cs[t] = cs[i];
+        k.u[t] = cs[i] - log2_unit(dt_t[i]);
+        k.enter[t] = resets & ((2ull << t) - 1) ? 0.0f : exp2_unit(cs[i]);
+        k.leave[t] = from_float<bf16>(resets >> t >> 1 ? 0.0f : exp2_unit(last - cs[i]) * dt_t[i]);
+    }
+    if (lane == 0) {
+        k.pass = resets ? 0.0f : exp2_unit(last);
+        k.resets = resets;
+    }
+}
+
+// ssd_cb_kernel: what the marching kernel needs, a block per chunk and group: cb = Ct_i . Bt_j in bf16, in
+// the order in which its threads need them: for rows 16w.. and columns 16k.., k <= w, one pack of 8 per lane;
+// and the decays of the group's heads, while Bt and Ct are on their way.
+//   cb (B, chunks, G, 10, 32) packs   decays (B,H,chunks)
 template <int NB>
 __global__ void __launch_bounds__(4 * WARP)
-ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, size_t G, size_t N,
-              size_t chunks) {
+ssd_cb_kernel(uint4* cb, SsdDecays* decays, const bf16* Bt, const bf16* Ct, size_t ldbc, const float* dt,
+              const float* A_log, const int* doc, size_t T, size_t H, size_t G, size_t N, size_t chunks) {
     extern __shared__ __align__(128) char shared[];
     bf16 (*tile)[SSD_TILE] = (bf16 (*)[SSD_TILE])shared;       // Bt, Ct of 64 states, of the next 64, ..
     const int tid = threadIdx.x, lane = tid % WARP, w = tid / WARP;
@@ -4402,6 +4471,9 @@ ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, 
         ssd_load_tile<128>(tile[2 * n + 1], Ct + at, (uint32_t)ldbc, rows, columns, tid);
     }
     copy_async_commit();
+    for (size_t h = g * (H / G) + w; h < (g + 1) * (H / G); h += 4)
+        ssd_decays(decays[(b * H + h) * chunks + c], dt + (b * H + h) * T, scan_decay(A_log[h]), doc, b,
+                   c * SSD_TOKENS, T);
     copy_async_wait(0);
     __syncthreads();
     float d[8][4] = {};
@@ -4417,61 +4489,17 @@ ssd_cb_kernel(uint4* cb, const bf16* Bt, const bf16* Ct, size_t ldbc, size_t T, 
     }
 }
 
-// SsdDecays: what the tokens of a chunk mean to one head
-struct SsdDecays {
-    float cs[SSD_TOKENS];
-    float u[SSD_TOKENS];                          // cs_j - log2(dt_j): M_ij = (Ct_i . Bt_j) 2^(cs_i - u_j)
-    float enter[SSD_TOKENS];                      // 2^cs_i; 0 in documents that begin in this chunk
-    bf16 leave[SSD_TOKENS];                       // 2^(cs_63 - cs_j) dt_j; 0 in documents that end in it
-    float pass;                                   // 2^cs_63; 0 if a document begins
-    unsigned long long resets;                    // bit i: a document begins at token i
-};
-
-// ssd_decays: by a whole warp; lane l has tokens l and l + 32. dt is 0 beyond the last token.
-__device__ __forceinline__ void ssd_decays(SsdDecays& k, const float (&dt)[2], const bool (&reset)[2],
-                                           float A2, bool docs) {
-    uint32_t lane = threadIdx.x % WARP;
-    float cs[2];
-    #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        cs[i] = fmaxf(A2 * dt[i], -256.0f);                    // 2^-256 is 0 in float
-        #pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            const float v = __shfl_up_sync(0xffffffffu, cs[i], step);
-            if (lane >= step) cs[i] += v;
-        }
-    }
-    cs[1] += __shfl_sync(0xffffffffu, cs[0], WARP - 1);
-    const float last = __shfl_sync(0xffffffffu, cs[1], WARP - 1);
-    unsigned long long resets = 0;
-    if (docs) resets = __ballot_sync(0xffffffffu, reset[0]) |
-                       (unsigned long long)__ballot_sync(0xffffffffu, reset[1]) << 32;
-    ssd_recompute(lane);
-    #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t t = i * 32 + lane;
-        k.cs[t] = cs[i];
-        k.u[t] = cs[i] - log2_unit(dt[i]);
-        k.enter[t] = resets & ((2ull << t) - 1) ? 0.0f : exp2_unit(cs[i]);
-        k.leave[t] = from_float<bf16>(resets >> t >> 1 ? 0.0f : exp2_unit(last - cs[i]) * dt[i]);
-    }
-    if (lane == 0) {
-        k.pass = resets ? 0.0f : exp2_unit(last);
-        k.resets = resets;
-    }
-}
-
-// SsdShared: SLICES slices, N up to 64 NB. The tiles come first: they start at multiples of 1024 bytes. Two
-// stages: the next chunk arrives while this one is used.
+// SsdShared: N up to 64 NB. The tiles come first: they start at multiples of 1024 bytes. Two stages: the next
+// chunk arrives while this one is used.
 enum { SSD_STAGES = 2 };
-template <int SLICES, int NB> struct SsdShared {
-    struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SLICES][SSD_TILE]; } stage[SSD_STAGES];
-    bf16 S[SLICES][NB][SSD_TILE];                 // rows: channels, columns: states
-    bf16 y[SLICES][SSD_TILE];                     // rows: tokens, on their way out
-    SsdDecays decays[4][SLICES];                  // of this chunk, the next, and those that may still be read
-    float skip[SLICES][64];
+template <int NB> struct SsdShared {
+    struct { bf16 Bt[NB][SSD_TILE], Ct[NB][SSD_TILE], x[SSD_TILE]; } stage[SSD_STAGES];
+    bf16 S[NB][SSD_TILE];                         // rows: channels, columns: states
+    bf16 y[SSD_TILE];                             // rows: tokens, on their way out
+    SsdDecays decays[SSD_STAGES];                 // of the stages' chunks
+    float skip[64];
     uint64_t full[SSD_STAGES], empty[SSD_STAGES]; // signals: a stage has arrived, is no longer needed
-    uint64_t state_ready[SLICES], state_read[SLICES];          // S of the next chunk is there, has been used
+    uint64_t state_ready, state_read;             // S of the next chunk is there, has been used
 };
 
 // what the marching kernel needs, see ssd_forward_cuda
@@ -4479,11 +4507,10 @@ struct SsdForward {
     bf16 *y, *states;
     float* hT;
     const bf16* x;
-    const float *dt, *A_log;
     const bf16 *Bt, *Ct;
     const float *Dskip, *h0;
-    const int* doc;
     const uint4* cb;
+    const SsdDecays* decays;
     float *start, *decay;                         // of segments: see ssd_carry_kernel
     size_t ldx, ldbc, B, T, H, P, G, N, segments, each;        // each: chunks of a segment
     bool D_has_hdim;
@@ -4492,24 +4519,23 @@ struct SsdForward {
 // SsdPlace: the part of the work that this thread has
 struct SsdPlace {
     int T, N, P, H;
-    int m, h, p0, columns;                        // slice m of the block: columns channels of head h, from p0
+    int h, p0, columns;                           // the slice: columns channels of head h, from p0
     int group, segment, begin, end, chunks;       // chunks begin..end-1 of `chunks`
-    int thread, w, lane, g, tg;                   // thread of the slice's group, warp, lane = 4g + tg
+    int thread, w, lane, g, tg;                   // thread of the group, warp, lane = 4g + tg
     size_t b, token;                              // sequence, its first token
 };
-template <int SLICES> __device__ __forceinline__ SsdPlace ssd_place(const SsdForward& p, int part) {
+__device__ __forceinline__ SsdPlace ssd_place(const SsdForward& p) {
     SsdPlace at;
     at.T = (int)p.T; at.N = (int)p.N; at.P = (int)p.P; at.H = (int)p.H;
     const int parts = (at.P + 63) / 64, slices = at.H * parts;         // slices of a head, of a sequence
-    at.m = part % SLICES;
-    const int slice = (int)(blockIdx.x * SLICES % slices) + at.m;
+    const int slice = (int)(blockIdx.x % slices);
     at.h = slice / parts;
     at.p0 = slice % parts * 64;
     at.columns = min(at.P - at.p0, 64);
     at.group = at.h * (int)p.G / at.H;
-    at.b = blockIdx.x * SLICES / slices % p.B;
+    at.b = blockIdx.x / slices % p.B;
     at.token = at.b * p.T;
-    at.segment = (int)(blockIdx.x * SLICES / slices / p.B);
+    at.segment = (int)(blockIdx.x / slices / p.B);
     at.chunks = (at.T + SSD_TOKENS - 1) / SSD_TOKENS;
     at.begin = at.segment * (int)p.each;
     at.end = min(at.begin + (int)p.each, at.chunks);
@@ -4521,43 +4547,12 @@ template <int SLICES> __device__ __forceinline__ SsdPlace ssd_place(const SsdFor
     return at;
 }
 
-// SsdNextTokens: warp 0 of one of the two groups makes the decays of a chunk while the chunk before is used.
-// Which one has the time depends on N. Measured (H200, B8 T2048 H24 P64, bf16, cold cache): N = 128 0.0975 ms
-// if the group of the state does it, 0.0934 if that of y does, N = 64 0.070 and 0.0885.
-__device__ constexpr bool ssd_y_prepares(int NB, bool ENDS) { return NB > 1 && !ENDS; }
-
-struct SsdNextTokens {
-    const float* dt;
-    float A2, next[2];
-    bool reset[2];
-    __device__ __forceinline__ SsdNextTokens(const SsdForward& p, const SsdPlace& at) {
-        dt = p.dt + (at.b * at.H + at.h) * at.T;
-        A2 = scan_decay(p.A_log[at.h]);
-    }
-    // starts to read dt and the documents of chunk c
-    __device__ __forceinline__ void fetch(const SsdForward& p, const SsdPlace& at, int c) {
-        #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int t = c * 64 + i * 32 + at.lane;
-            next[i] = t < at.T ? dt[t] : 0.0f;
-            reset[i] = t < at.T && scan_resets_cuda(p.doc, at.b, t, at.T);
-        }
-    }
-    // what was fetched becomes the decays of chunk c
-    template <int SLICES, int NB>
-    __device__ __forceinline__ void prepare(SsdShared<SLICES, NB>& s, const SsdForward& p, const SsdPlace& at,
-                                            int c) {
-        ssd_decays(s.decays[c % 4][at.m], next, reset, A2, p.doc);
-        fetch(p, at, c + 1);
-    }
-};
-
 // ssd_forward_state: carries the state of a slice from chunk to chunk, in registers: S[n][i][..] are rows
 // 16w + g and + 8, columns 64n + 8i + 2tg, +1.
-template <int SLICES, int NB, bool ENDS>
-__device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, const SsdForward& p) {
-    const SsdPlace at = ssd_place<SLICES>(p, threadIdx.x / 128);
-    const int w = at.w, g = at.g, tg = at.tg, m = at.m, r0 = w * 16 + g;
+template <int NB, bool ENDS>
+__device__ __forceinline__ void ssd_forward_state(SsdShared<NB>& s, const SsdForward& p) {
+    const SsdPlace at = ssd_place(p);
+    const int w = at.w, g = at.g, tg = at.tg, r0 = w * 16 + g;
     float S[NB][8][4];
     // S for the next chunk, and every SSD_SPACING tokens for backward: a warp stores its own 16 rows
     auto publish = [&](int c) {
@@ -4566,13 +4561,13 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
         for (int n = 0; n < NB; n++) {
             #pragma unroll
             for (int i = 0; i < 8; i++) {
-                bf16* row = s.S[m][n] + (to ^ i << 3);
+                bf16* row = s.S[n] + (to ^ i << 3);
                 *(uint32_t*)row = scan_pack(S[n][i][0], S[n][i][1]);
                 *(uint32_t*)(row + 8 * 64) = scan_pack(S[n][i][2], S[n][i][3]);
             }
         }
         ssd_publish();
-        scan_arrive_warp(&s.state_ready[m]);
+        scan_arrive_warp(&s.state_ready);
         if (!p.states || c % (SSD_SPACING / SSD_TOKENS) != 0) return;
         const int saved = (at.T + SSD_SPACING - 1) / SSD_SPACING, N = at.N;
         const size_t which = at.b * saved + c / (SSD_SPACING / SSD_TOKENS);
@@ -4585,7 +4580,7 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
             for (int i = 0; i < 4; i++) {
                 const int r = w * 16 + i * 4 + lane / 8, q = lane % 8;
                 if (r < at.columns && n * 64 + q * 8 < N)
-                    *(uint4*)(save + r * N + n * 64 + q * 8) = *(uint4*)(s.S[m][n] + ssd_piece(r, q));
+                    *(uint4*)(save + r * N + n * 64 + q * 8) = *(uint4*)(s.S[n] + ssd_piece(r, q));
             }
         }
         __syncwarp();
@@ -4595,6 +4590,7 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
     const bf16* Bt = p.Bt + at.token * p.ldbc + at.group * at.N;
     const bf16* Ct = p.Ct + at.token * p.ldbc + at.group * at.N;
     const bf16* x = p.x + at.token * p.ldx + at.h * at.P + at.p0;
+    const SsdDecays* decays = p.decays + (at.b * at.H + at.h) * at.chunks;
     auto load = [&](int c) {
         const uint32_t ldbc = (uint32_t)p.ldbc, ldx = (uint32_t)p.ldx;
         uint32_t thread = threadIdx.x;
@@ -4606,21 +4602,19 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
             const bf16 *B_c = Bt + (size_t)c * 64 * ldbc, *C_c = Ct + (size_t)c * 64 * ldbc;
             #pragma unroll
             for (int n = 0; n < NB; n++) {
-                ssd_load_tile<SLICES * 128>(st.Bt[n], B_c + n * 64, ldbc, rows, at.N - n * 64, thread);
+                ssd_load_tile<128>(st.Bt[n], B_c + n * 64, ldbc, rows, at.N - n * 64, thread);
                 if (ENDS) continue;
-                ssd_load_tile<SLICES * 128>(st.Ct[n], C_c + n * 64, ldbc, rows, at.N - n * 64, thread);
+                ssd_load_tile<128>(st.Ct[n], C_c + n * 64, ldbc, rows, at.N - n * 64, thread);
             }
-            ssd_load_tile<128>(st.x[m], x + (size_t)c * 64 * ldx, ldx, rows, at.columns, thread % 128);
+            ssd_load_tile<128>(st.x, x + (size_t)c * 64 * ldx, ldx, rows, at.columns, thread);
+            const int byte = thread * 16;
+            char* to = (char*)&s.decays[i % SSD_STAGES] + byte;
+            if (byte < (int)sizeof(SsdDecays)) scan_copy16(to, (const char*)(decays + c) + byte, true);
         }
         copy_async_commit();
     };
     #pragma unroll
     for (int i = 0; i < SSD_STAGES - 1; i++) load(at.begin + i);
-    SsdNextTokens tokens(p, at);
-    if (!ssd_y_prepares(NB, ENDS) && w == 0) {
-        tokens.fetch(p, at, at.begin);
-        tokens.prepare(s, p, at, at.begin);
-    }
     // h0, start and hT: two numbers of rows r0 and r0 + 8 at a time
     const size_t first = ((at.b * at.H + at.h) * at.P + at.p0) * at.N, states = p.B * p.H * p.P * p.N;
     const float* start = ENDS ? NULL : p.segments > 1 ? p.start + at.segment * states : p.h0;
@@ -4641,7 +4635,7 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
     for (int c = at.begin; c < at.end; c++) {
         const int i = c - at.begin;
         auto& st = s.stage[i % SSD_STAGES];
-        const SsdDecays& k = s.decays[c % 4][m];
+        const SsdDecays& k = s.decays[i % SSD_STAGES];
         copy_async_wait(SSD_STAGES - 2);
         ssd_publish();
         scan_arrive_warp(&s.full[i % SSD_STAGES]);
@@ -4650,7 +4644,7 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t r[4];
-            load_matrices_trans(r, st.x[m] + ssd_piece(j * 16 + (at.lane & 15), 2 * w + (at.lane >> 4)));
+            load_matrices_trans(r, st.x + ssd_piece(j * 16 + (at.lane & 15), 2 * w + (at.lane >> 4)));
             const __nv_bfloat162 low = *(const __nv_bfloat162*)&k.leave[j * 16 + 2 * tg];
             const __nv_bfloat162 high = *(const __nv_bfloat162*)&k.leave[j * 16 + 8 + 2 * tg];
             *(__nv_bfloat162*)&a[j][0] = __hmul2(*(__nv_bfloat162*)&r[0], low);
@@ -4667,13 +4661,12 @@ __device__ __forceinline__ void ssd_forward_state(SsdShared<SLICES, NB>& s, cons
         for (int n = 0; n < NB; n++) ssd_multiply_columns(S[n], a, st.Bt[n], 4);
         ssd_end();
         load(c + SSD_STAGES - 1);
-        if (!ssd_y_prepares(NB, ENDS) && w == 0) tokens.prepare(s, p, at, c + 1);
         ssd_wait();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_arrived(S[n]);
         scan_arrive_warp(&s.empty[i % SSD_STAGES]);
         if (ENDS || c + 1 == at.end) continue;
-        scan_wait(&s.state_read[m], i & 1);
+        scan_wait(&s.state_read, i & 1);
         publish(c + 1);
     }
     if (ENDS && at.thread == 0 && at.p0 == 0) p.decay[((at.segment + 1) * p.B + at.b) * at.H + at.h] = decay;
@@ -4730,10 +4723,10 @@ __device__ __forceinline__ void ssd_weights(uint32_t (&M)[4][4], const uint4 (&c
 }
 
 // ssd_forward_y: y of a slice, chunk after chunk
-template <int SLICES, int NB>
-__device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const SsdForward& p, int part) {
-    const SsdPlace at = ssd_place<SLICES>(p, part);
-    const int w = at.w, g = at.g, tg = at.tg, m = at.m, i0 = 16 * w + g, thread = at.thread;
+template <int NB>
+__device__ __forceinline__ void ssd_forward_y(SsdShared<NB>& s, const SsdForward& p) {
+    const SsdPlace at = ssd_place(p);
+    const int w = at.w, g = at.g, tg = at.tg, i0 = 16 * w + g, thread = at.thread;
     const uint4* cb = p.cb + ((at.b * at.chunks + at.begin) * p.G + at.group) * SSD_CB +
                       w * (w + 1) / 2 * WARP + at.lane;
     uint4 cb_q[4];
@@ -4744,43 +4737,33 @@ __device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const Ss
     };
     fetch_cb(at.begin);
     if (thread < 64)
-        s.skip[m][thread] =
+        s.skip[thread] =
             thread < at.columns ? p.Dskip[p.D_has_hdim ? at.h * at.P + at.p0 + thread : at.h] : 0.0f;
-    asm volatile("bar.sync %0, 128;" :: "r"(m + 1) : "memory");        // a barrier of this group alone
-    const float skip = s.skip[m][0];
-    SsdNextTokens tokens(p, at);
-    if (ssd_y_prepares(NB, false) && w == 0) {
-        tokens.fetch(p, at, at.begin);
-        tokens.prepare(s, p, at, at.begin);
-        scan_arrive_warp(&s.full[0]);
-    }
+    asm volatile("bar.sync 1, 128;" ::: "memory");             // a barrier of this group alone
+    const float skip = s.skip[0];
     const int row = w * 16 + at.lane / 8, piece = at.lane % 8; // of y, when it is stored
     bf16* y = p.y + ((at.token + at.begin * 64 + row) * at.H + at.h) * at.P + at.p0 + piece * 8;
     #pragma unroll 1
     for (int c = at.begin; c < at.end; c++) {
         const int i = c - at.begin;
         auto& st = s.stage[i % SSD_STAGES];
-        const SsdDecays& k = s.decays[c % 4][m];
+        const SsdDecays& k = s.decays[i % SSD_STAGES];
         scan_wait(&s.full[i % SSD_STAGES], i / SSD_STAGES & 1);
-        scan_wait(&s.state_ready[m], i & 1);
+        scan_wait(&s.state_ready, i & 1);
         float old[8][4], own[8][4] = {};                       // Ct S^T; M x
         ssd_begin();
         #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_multiply_rows(old, st.Ct[n], s.S[m][n], n == 0, w);
+        for (int n = 0; n < NB; n++) ssd_multiply_rows(old, st.Ct[n], s.S[n], n == 0, w);
         ssd_end();
         uint32_t M[4][4];
         ssd_weights(M, cb_q, k, w, g, tg);
         fetch_cb(c + 1);
-        if (ssd_y_prepares(NB, false) && w == 0) {
-            tokens.prepare(s, p, at, c + 1);
-            scan_arrive_warp(&s.full[(i + 1) % SSD_STAGES]);
-        }
         ssd_begin();
-        ssd_multiply_columns(own, M, st.x[m], w + 1);
+        ssd_multiply_columns(own, M, st.x, w + 1);
         ssd_end();
         const float enter[2] = {k.enter[i0], k.enter[i0 + 8]};
         ssd_wait<1>();
-        scan_arrive_warp(&s.state_read[m]);
+        scan_arrive_warp(&s.state_read);
         ssd_wait();
         ssd_arrived(old);
         ssd_arrived(own);
@@ -4788,7 +4771,7 @@ __device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const Ss
         uint32_t x_at = ssd_piece(w * 16 + (at.lane & 15), at.lane >> 4);
         ssd_recompute(x_at);
         #pragma unroll
-        for (int j = 0; j < 4; j++) load_matrices(x[j], st.x[m] + (x_at ^ j << 4));
+        for (int j = 0; j < 4; j++) load_matrices(x[j], st.x + (x_at ^ j << 4));
         scan_arrive_warp(&s.empty[i % SSD_STAGES]);
         // out in whole rows, by way of shared memory
         uint32_t y_at = ssd_piece(i0, 0) + 2 * tg, ldy = at.H * at.P;
@@ -4796,20 +4779,20 @@ __device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const Ss
         ssd_recompute(ldy);
         #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const float2 D = p.D_has_hdim ? *(float2*)&s.skip[m][j * 8 + 2 * tg] : make_float2(skip, skip);
+            const float2 D = p.D_has_hdim ? *(float2*)&s.skip[j * 8 + 2 * tg] : make_float2(skip, skip);
             #pragma unroll
             for (int q = 0; q < 2; q++) {
                 const uint32_t x_j = x[j / 2][j % 2 * 2 + q];
                 const float low = fmaf(D.x, scan_low(x_j), own[j][2 * q]);
                 const float high = fmaf(D.y, scan_high(x_j), own[j][2 * q + 1]);
-                *(uint32_t*)(s.y[m] + (y_at ^ j << 3) + q * 8 * 64) =
+                *(uint32_t*)(s.y + (y_at ^ j << 3) + q * 8 * 64) =
                     scan_pack(fmaf(enter[q], old[j][2 * q], low), fmaf(enter[q], old[j][2 * q + 1], high));
             }
         }
         __syncwarp();
         #pragma unroll
         for (int j = 0; j < 16; j += 4) {
-            const uint4 v = *(uint4*)(s.y[m] + ssd_piece(row + j, piece));
+            const uint4 v = *(uint4*)(s.y + ssd_piece(row + j, piece));
             if (c * 64 + row + j < at.T && piece * 8 < at.columns) *(uint4*)(y + j * ldy) = v;
         }
         y += 64 * ldy;
@@ -4817,29 +4800,26 @@ __device__ __forceinline__ void ssd_forward_y(SsdShared<SLICES, NB>& s, const Ss
     }
 }
 
-// ssd_forward_fast_kernel: y, states and hT. Each slice has two groups of four warps that work side by side:
-// the first brings the chunks and carries the state, the second makes y. Four kinds of signals, in SsdShared,
+// ssd_forward_fast_kernel: y, states and hT, by two groups of four warps that work side by side: the first
+// brings the chunks and carries the state, the second makes y. Four kinds of signals, in SsdShared,
 // keep them in step. With ENDS only the first: the states after all segments but the last, if they began
 // with 0, and the decays of the segments.
-template <int SLICES, int NB, bool ENDS>
-__global__ void __launch_bounds__(SLICES * (ENDS ? 1 : 2) * 128, SLICES == 1 && NB <= 2 ? 2 : 1)
+template <int NB, bool ENDS>
+__global__ void __launch_bounds__((ENDS ? 1 : 2) * 128, NB <= 2 ? 2 : 1)
 ssd_forward_fast_kernel(const __grid_constant__ SsdForward p) {
     extern __shared__ __align__(128) char shared[];
-    SsdShared<SLICES, NB>& s = *(SsdShared<SLICES, NB>*)shared;
+    SsdShared<NB>& s = *(SsdShared<NB>*)shared;
     if (threadIdx.x == 0) {
         for (int i = 0; i < SSD_STAGES; i++) {
-            scan_signal_init(&s.full[i], SLICES * (ssd_y_prepares(NB, ENDS) ? 5 : 4));
-            scan_signal_init(&s.empty[i], SLICES * (ENDS ? 4 : 8));
+            scan_signal_init(&s.full[i], 4);
+            scan_signal_init(&s.empty[i], ENDS ? 4 : 8);
         }
-        for (int i = 0; i < SLICES; i++) {
-            scan_signal_init(&s.state_ready[i], 4);
-            scan_signal_init(&s.state_read[i], 4);
-        }
+        scan_signal_init(&s.state_ready, 4);
+        scan_signal_init(&s.state_read, 4);
     }
     __syncthreads();
-    const int part = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
-    if (ENDS || part < SLICES) ssd_forward_state<SLICES, NB, ENDS>(s, p);
-    else ssd_forward_y<SLICES, NB>(s, p, part);
+    if (ENDS || __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0) == 0) ssd_forward_state<NB, ENDS>(s, p);
+    else ssd_forward_y(s, p);
 }
 
 // ssd_carry_kernel: the states before all segments; start (segments,B,H,P,N) holds, behind segment k - 1, the
@@ -4867,28 +4847,30 @@ __global__ void ssd_carry_kernel(float* start, const float* decay, const float* 
 static inline size_t ssd_chunks(size_t T) { return (T + SSD_TOKENS - 1) / SSD_TOKENS; }
 
 // Where the heads of all sequences are too few to fill the chip, time is cut into segments as well: as many
-// as make SSD_FILL blocks of two slices, none shorter than SSD_SEGMENT chunks. A first look at the segments,
+// as make SSD_FILL blocks, none shorter than SSD_SEGMENT chunks. A first look at the segments,
 // without y, finds the states that they begin with.
-enum { SSD_FILL = 132, SSD_SEGMENT = 4 };
+enum { SSD_FILL = 264, SSD_SEGMENT = 4 };
 static inline size_t ssd_segments(size_t B, size_t T, size_t H, size_t P) {
-    size_t chunks = ssd_chunks(T), segments = SSD_FILL / (B * ((H * ((P + 63) / 64) + 1) / 2));
+    size_t chunks = ssd_chunks(T), segments = SSD_FILL / (B * H * ((P + 63) / 64));
     if (segments > chunks / SSD_SEGMENT) segments = chunks / SSD_SEGMENT;
     if (segments < 2) return 1;
     size_t each = (chunks + segments - 1) / segments;          // chunks of all segments but the last
     return (chunks + each - 1) / each;
 }
 
-// floats of forward's scratch: the products Ct . Bt; states and decays of segments
+// floats of forward's scratch: the products Ct . Bt; the decays of chunks; states and decays of segments
 size_t ssd_forward_scratch_cuda(size_t B, size_t T, size_t H, size_t P, size_t G, size_t N) {
     size_t segments = ssd_segments(B, T, H, P);
-    return B * ssd_chunks(T) * G * SSD_CB * 4 + (segments > 1 ? segments * B * H * (P * N + 1) : 0);
+    return B * ssd_chunks(T) * (G * SSD_CB * 4 + H * sizeof(SsdDecays) / 4) +
+           (segments > 1 ? segments * B * H * (P * N + 1) : 0);
 }
 
 // false: the GPU has too little shared memory
-template <int SLICES, int NB>
-static inline bool ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t stream) {
-    const size_t blocks = p.B * p.H * ((p.P + 63) / 64) / SLICES, chunks = ssd_chunks(p.T);
-    const size_t tiles = 2 * NB * SSD_TILE * sizeof(bf16), shared = sizeof(SsdShared<SLICES, NB>);
+template <int NB>
+static inline bool ssd_launch_fast(const SsdForward& p, const float* dt, const float* A_log, const int* doc,
+                                   cudaStream_t stream) {
+    const size_t blocks = p.B * p.H * ((p.P + 63) / 64), chunks = ssd_chunks(p.T);
+    const size_t tiles = 2 * NB * SSD_TILE * sizeof(bf16), shared = sizeof(SsdShared<NB>);
     const size_t n = p.B * p.H * p.P * p.N;
     int device = 0, most = 0;
     cudaCheck(cudaGetDevice(&device));
@@ -4896,27 +4878,28 @@ static inline bool ssd_launch_fast(const SsdForward& p, uint4* cb, cudaStream_t 
     if ((size_t)most < shared) return false;
     scan_allow_shared(ssd_cb_kernel<NB>, tiles);
     ssd_cb_kernel<NB><<<(unsigned)(p.B * chunks * p.G), 4 * WARP, tiles, stream>>>(
-        cb, p.Bt, p.Ct, p.ldbc, p.T, p.G, p.N, chunks);
+        (uint4*)p.cb, (SsdDecays*)p.decays, p.Bt, p.Ct, p.ldbc, dt, A_log, doc, p.T, p.H, p.G, p.N, chunks);
     cudaCheck(cudaGetLastError());
     if (p.segments > 1) {
-        auto ends = ssd_forward_fast_kernel<SLICES, NB, true>;
+        auto ends = ssd_forward_fast_kernel<NB, true>;
         scan_allow_shared(ends, shared);
-        ends<<<(unsigned)(blocks * (p.segments - 1)), SLICES * 4 * WARP, shared, stream>>>(p);
+        ends<<<(unsigned)(blocks * (p.segments - 1)), 4 * WARP, shared, stream>>>(p);
         cudaCheck(cudaGetLastError());
         ssd_carry_kernel<<<(unsigned)((n / 4 + 255) / 256), 256, 0, stream>>>(p.start, p.decay, p.h0, n,
                                                                               p.P * p.N, p.segments);
         cudaCheck(cudaGetLastError());
     }
-    auto kernel = ssd_forward_fast_kernel<SLICES, NB, false>;
+    auto kernel = ssd_forward_fast_kernel<NB, false>;
     scan_allow_shared(kernel, shared);
-    kernel<<<(unsigned)(blocks * p.segments), SLICES * 8 * WARP, shared, stream>>>(p);
+    kernel<<<(unsigned)(blocks * p.segments), 8 * WARP, shared, stream>>>(p);
     cudaCheck(cudaGetLastError());
     return true;
 }
 
-// false: not for the fast path. Where a group has an even number of slices, two share a block, Bt and Ct.
-static bool ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t stream) {
-    const size_t limit = (size_t)1 << 31, w = sizeof(bf16), slices = p.H / p.G * ((p.P + 63) / 64);
+// false: not for the fast path
+static bool ssd_forward_fast(SsdForward& p, const float* dt, const float* A_log, const int* doc,
+                             float* scratch, cudaStream_t stream) {
+    const size_t limit = (size_t)1 << 31, w = sizeof(bf16);
     if (p.P % 8 != 0 || p.N % 8 != 0 || p.N > 256 || p.B * p.T >= limit || 64 * p.ldx >= limit ||
         64 * p.ldbc >= limit || 64 * p.H * p.P >= limit || !is_aligned(p.x, 16, p.ldx * w) ||
         !is_aligned(p.Bt, 16, p.ldbc * w) || !is_aligned(p.Ct, 16, p.ldbc * w) || !is_aligned(p.y, 16, 16) ||
@@ -4925,15 +4908,13 @@ static bool ssd_forward_fast(SsdForward& p, float* scratch, cudaStream_t stream)
         return false;
     p.segments = ssd_segments(p.B, p.T, p.H, p.P);
     p.each = (ssd_chunks(p.T) + p.segments - 1) / p.segments;
-    p.start = scratch + p.B * ssd_chunks(p.T) * p.G * SSD_CB * 4;
-    p.decay = p.start + p.segments * p.B * p.H * p.P * p.N;
     p.cb = (const uint4*)scratch;
-    uint4* cb = (uint4*)scratch;
-    const bool two = slices % 2 == 0;
-    if (p.N > 128) return ssd_launch_fast<1, 4>(p, cb, stream);
-    if (p.N > 64)
-        return (two && ssd_launch_fast<2, 2>(p, cb, stream)) || ssd_launch_fast<1, 2>(p, cb, stream);
-    return (two && ssd_launch_fast<2, 1>(p, cb, stream)) || ssd_launch_fast<1, 1>(p, cb, stream);
+    p.decays = (const SsdDecays*)(p.cb + p.B * ssd_chunks(p.T) * p.G * SSD_CB);
+    p.start = (float*)(p.decays + p.B * ssd_chunks(p.T) * p.H);
+    p.decay = p.start + p.segments * p.B * p.H * p.P * p.N;
+    if (p.N > 128) return ssd_launch_fast<4>(p, dt, A_log, doc, stream);
+    if (p.N > 64) return ssd_launch_fast<2>(p, dt, A_log, doc, stream);
+    return ssd_launch_fast<1>(p, dt, A_log, doc, stream);
 }
 
 // ssd_forward_cuda: formula (S4), layouts at the top of this section.
@@ -4946,9 +4927,9 @@ const char* ssd_forward_cuda(X* y, X* states, float* hT, const X* x, size_t ldx,
                              bool D_has_hdim, const float* h0, const int* doc, float* scratch, size_t B,
                              size_t T, size_t H, size_t P, size_t G, size_t N, cudaStream_t stream) {
     if constexpr (sizeof(X) == sizeof(bf16)) {         // results in float must be exact to float rounding
-        SsdForward p = {y,   states, hT,   x,    dt,   A_log, Bt, Ct, Dskip, h0, doc, NULL, NULL,
-                        NULL, ldx,   ldbc, B,    T,    H,     P,  G,  N,     1,  0,   D_has_hdim};
-        if (ssd_forward_fast(p, scratch, stream)) return "fast";
+        SsdForward p = {y,   states, hT, x, Bt, Ct, Dskip, h0, NULL, NULL, NULL, NULL,
+                        ldx, ldbc,   B,  T, H,  P,  G,     N,  1,    0,    D_has_hdim};
+        if (ssd_forward_fast(p, dt, A_log, doc, scratch, stream)) return "fast";
     }
     size_t padded = (N + SSD_GROUP - 1) / SSD_GROUP * SSD_GROUP;
     size_t bytes = sizeof(SsdTile) + (2 * SSD_STEPS + SSD_CHANNELS) * padded * sizeof(float);
