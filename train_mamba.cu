@@ -7833,12 +7833,13 @@ const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, si
 // A channel has N = 128 states, eight times those of Mamba-1: with 64 sequences of mamba2-130m they are nine
 // of ten bytes. So the kernel in the middle is built like a copy: every thread has its pieces of the states
 // under way before it looks at anything else, and before the kernel that makes x, B and C has ended.
-// mamba2-130m on one H200, us per token of all sequences: 1 sequence 253, 8: 384, 16: 612, 64: 1097 (a kernel
-// for each operation: 801, 1,931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in each of 24
-// layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a constant.
+// mamba2-130m on one H200, us per token of all sequences: 1 sequence 246, 8: 384, 16: 612, 64: 919, 256: 3,655
+// (a kernel for each operation: 801, 1,931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in each of
+// 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a constant.
 // (No faster: fetching states into the L2 cache while the matmuls run, for from there the same pass takes
 // half as long and what is fetched displaces the rest; bulk copies through shared memory, 27 us; blocks that
-// walk over the states, 27 us.) With the states in bf16 (--state-dtype) it takes 15 us.
+// walk over the states, 27 us.) With the states in bf16 (--state-dtype) it takes 15 us, a token of 1, 64, 256
+// sequences 235, 651, 2,585.
 
 // DecodeSsd: one token of each of `rows` sequences, formulas (S2) to (S5) at mamba2_block_forward.
 //   x (rows,H,P), Bt, Ct (rows,G,N): after the convolution, row stride ldx
