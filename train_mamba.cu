@@ -3442,8 +3442,8 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
 // With more sequences than DECODE_FEW section 4.16 makes the products, or cuBLASLt, with norm and convolution
 // kernels of their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338,
-// 16: 569, 64: 540. More than DECODE_ROWS are decoded in turns of so many: 128 sequences 1061, 256: 2100 (with
-// the kernels for any number of tokens 2095 and 3438).
+// 16: 569, 64: 540. More than DECODE_ROWS are decoded in turns of so many: 128 sequences 1052, 256: 2100
+// (with the kernels for any number of tokens 2095 and 3438).
 
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most at a time
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
@@ -7833,13 +7833,13 @@ const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, si
 // A channel has N = 128 states, eight times those of Mamba-1: with 64 sequences of mamba2-130m they are nine
 // of ten bytes. So the kernel in the middle is built like a copy: every thread has its pieces of the states
 // under way before it looks at anything else, and before the kernel that makes x, B and C has ended.
-// mamba2-130m on one H200, us per token of all sequences: 1 sequence 246, 8: 384, 16: 612, 64: 919, 256: 3,655
-// (a kernel for each operation: 801, 1,931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in each of
+// mamba2-130m on one H200, us per token of all sequences: 1 sequence 246, 8: 384, 16: 612, 64: 919, 256: 3655
+// (a kernel for each operation: 801, 1931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in each of
 // 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a constant.
 // (No faster: fetching states into the L2 cache while the matmuls run, for from there the same pass takes
 // half as long and what is fetched displaces the rest; bulk copies through shared memory, 27 us; blocks that
 // walk over the states, 27 us.) With the states in bf16 (--state-dtype) it takes 15 us, a token of 1, 64, 256
-// sequences 235, 651, 2,585.
+// sequences 235, 651, 2585.
 
 // DecodeSsd: one token of each of `rows` sequences, formulas (S2) to (S5) at mamba2_block_forward.
 //   x (rows,H,P), Bt, Ct (rows,G,N): after the convolution, row stride ldx
