@@ -2061,7 +2061,7 @@ void check_rounding(Worst* rounding, Worst* logits, Backend* b, Session* kept, s
     session_free(b, &plain);
 }
 
-// Token by token with 1 to 70 sequences (section 4.10, for the last shape the kernels for any length) against
+// Token by token with 1 to 70 sequences (section 4.10; the last shape: the kernels for any length), against
 // the CPU, which reads each sequence in one piece, with states in bf16 also token by token. The second time
 // all steps but the last are greedy.
 void check_decoding(bool state_bf16, Worst* worst, Worst* twice, Worst* greedy, Worst* rounding,
