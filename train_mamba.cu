@@ -3443,7 +3443,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // From DECODE_MANY sequences on section 4.16 makes the products; where it cannot, with more than DECODE_FEW,
 // cuBLASLt does, with norm and convolution kernels of their own. us per token of all sequences, mamba-130m on
 // one H200: 1 sequence 241, 8: 339, 9: 449, 16: 457 (without 4.16 502, 549), 64: 521. More than DECODE_ROWS
-// are decoded in turns of so many: 128 sequences 1061, 256: 2100 (with the kernels for any number of tokens
+// are decoded in turns of so many: 128 sequences 1052, 256: 2100 (with the kernels for any number of tokens
 // 2095 and 3438).
 
 // DECODE_FEW: the most sequences of decode_linear; DECODE_MANY: the fewest for which decode_many is faster;
@@ -3934,7 +3934,8 @@ __device__ __forceinline__ void prefetch(const void* p) {
 // Every block runs through the code once, so that fetching the code costs time: loops stay loops, and FAST
 // has no branches for sizes other than N = 16, R % 8 = 0 (23 KB of code instead of 96).
 // bytes: 2 per weight, 2 sizeof(S) per state.   One H200, 64 sequences: mamba-130m 5.9 us (with a scalar
-// product for each dt 9.6), mamba-2.8b 17 (46); the states alone need 2.9 and 9.8 us at 4.3 TB/s
+// product for each dt 9.6), mamba-2.8b 17 (46); the states alone need 2.9 and 9.8 us at 4.3 TB/s. Timed alone
+// it takes 6.3 and 14.3 us, with states in bf16 4.8 and 10.7.
 enum { DECODE_SCAN_ROWS = 8 };
 
 // rows of shared memory are an odd number of 16 bytes long: the 8 rows of a matrix differ in banks
@@ -5519,8 +5520,10 @@ ssd_walk_kernel(const __grid_constant__ SsdWalks a) {
 // --- fast path: tiles ---------------------------------------------------------------------------------
 // A block owns one tile of one sequence and the heads of one group, or of a part of it. Two groups of four
 // warps work side by side, warp w of a group on tokens 16w..16w+15. For every head, by the products of 4.11:
-//   rows i: S = dy x^T, and of it dG, G L and sums of W; Ct H^T, for f; dCt += (from dy) H; <Lambda, H>
-//   rows j: Bt Lambda^T, for e and v; dBt += (to dt x) Lambda; v += (G L)^T dy, as soon as G L is there; dx
+//   both:   S = dy x^T, and of it dG, G L and sums of W, 16 x 16 pairs at a time; rows j have those on the
+//           diagonal, so that no warp has more than three before G L is there (backward: 0.259 instead of 0.265)
+//   rows i: Ct H^T, for f; dCt += (from dy) H; <Lambda, H>
+//   rows j: Bt Lambda^T, for e and v; dBt += (to dt x) Lambda; v += (G L)^T dy; dx
 // The sums over heads stay: dCt and dBt in the registers of their group, dG in shared memory, each value with
 // the thread that adds to it. G is the same for all heads of the group. Two blocks share a processor: one
 // works while the other waits for the arrays of its next head (48 KB). One group that does both has 128
@@ -5769,6 +5772,38 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         if (h + 1 < h1) load(h + 1);
         copy_async_commit();
     };
+    // the pairs of this warp's tokens with tokens 16J..: dG, G L; W and S (0 before) as a product leaves them
+    auto pairs = [&](float (&W)[2][4], float (&S)[2][4], int J, const SsdTokens& tk, uint32_t lane) {
+        const int g = lane >> 2, q = lane & 3, r0 = 16 * w + g, r1 = r0 + 8;
+        const int lr = lane & 15, lc = lane >> 4, kr = (lane & 7) + lc * 8, kc = lane >> 3 & 1;
+        const uint32_t pair = ssd_piece(r0, 0) + 2 * q;
+        const float cs0 = tk.cs[r0], cs1 = tk.cs[r1];
+        #pragma unroll
+        for (int k = 0; k < 4 * PB; k++) {
+            uint32_t a[4];
+            load_matrices(a, sh.dy[k / 4] + ssd_piece(16 * w + lr, k % 4 * 2 + lc));
+            mma_pair(S, a, sh.x[k / 4] + ssd_piece(16 * J + kr, k % 4 * 2 + kc));
+        }
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int k = 2 * J + n, j = 8 * k + 2 * q;
+            const float2 cs_j = *(const float2*)&tk.cs[j], dt_j = *(const float2*)&tk.dt[j];
+            const float L[4] = {exp2_unit(fminf(cs0 - cs_j.x, 0.0f)), exp2_unit(fminf(cs0 - cs_j.y, 0.0f)),
+                                exp2_unit(fminf(cs1 - cs_j.x, 0.0f)), exp2_unit(fminf(cs1 - cs_j.y, 0.0f))};
+            const float s[4] = {S[n][0] * dt_j.x, S[n][1] * dt_j.y, S[n][2] * dt_j.x, S[n][3] * dt_j.y};
+            const uint32_t G0 = *(const uint32_t*)(sh.gram + (pair ^ k << 3));
+            const uint32_t G1 = *(const uint32_t*)(sh.gram + (pair ^ k << 3) + 8 * 64);
+            const float GL[4] = {scan_low(G0) * L[0], scan_high(G0) * L[1], scan_low(G1) * L[2],
+                                 scan_high(G1) * L[3]};
+            store_pair(sh.GL, pair, k, scan_pack(GL[0], GL[1]), scan_pack(GL[2], GL[3]));
+            float4* to = &sh.dgram[w * (w + 1) + k][lane];
+            const float4 v = *to;
+            *to = make_float4(fmaf(L[0], s[0], v.x), fmaf(L[1], s[1], v.y), fmaf(L[2], s[2], v.z),
+                              fmaf(L[3], s[3], v.w));
+            #pragma unroll
+            for (int e = 0; e < 4; e++) W[n][e] = GL[e] * s[e];
+        }
+    };
     if (rows_i) {
         float sum[NB][8][4] = {};
         #pragma unroll 1
@@ -5778,19 +5813,8 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
             uint32_t lane = threadIdx.x % WARP;                // and what follows from it: not kept
             ssd_recompute(lane);
             const int g = lane >> 2, q = lane & 3, r0 = 16 * w + g, r1 = r0 + 8;
-            const uint32_t pair = ssd_piece(r0, 0) + 2 * q;
             const int lr = lane & 15, lc = lane >> 4, kr = (lane & 7) + lc * 8, kc = lane >> 3 & 1;
-            float left[3] = {}, through = 0.0f, skip = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
-            for (int i = w; i < P / 16; i += 4) {              // <Lambda, H>: the diagonal of Lambda H^T
-                float s[2][4] = {};
-                #pragma unroll
-                for (int k = 0; k < N / 16; k++) {
-                    uint32_t a[4];
-                    load_matrices(a, sh.after[i / 4][k / 4] + ssd_piece(i % 4 * 16 + lr, k % 4 * 2 + lc));
-                    mma_pair(s, a, sh.before[i / 4][k / 4] + ssd_piece(i % 4 * 16 + kr, k % 4 * 2 + kc));
-                }
-                if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
-            }
+            float left[3] = {}, through = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
             if (D_has_hdim) {
                 for (int p = threadIdx.x; p < P; p += 4 * WARP) {
                     float dot = 0.0f;
@@ -5802,68 +5826,48 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
                     sums[(b * tiles + c) * n_sums + H + h * P + p] = dot;
                 }
             }
-            uint32_t dy_p[PB][4][4];
             #pragma unroll
-            for (int p = 0; p < PB; p++) ssd_fragments(dy_p[p], sh.dy[p], w);
-            const float cs0 = tk.cs[r0], cs1 = tk.cs[r1];
-            #pragma unroll
-            for (int J = 0; J < 4; J++) {                      // dG, G L, sums of W
-                if (J > w) break;
+            for (int J = 0; J < 3; J++) {
+                if (J >= w) break;
                 float W[2][4], S[2][4] = {};
-                #pragma unroll
-                for (int k = 0; k < 4 * PB; k++)
-                    mma_pair(S, dy_p[k / 4][k % 4], sh.x[k / 4] + ssd_piece(16 * J + kr, k % 4 * 2 + kc));
-                if (J == w && q == g >> 1) skip = g & 1 ? S[0][1] + S[1][3] : S[0][0] + S[1][2];
-                #pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    const int k = 2 * J + n, j = 8 * k + 2 * q;
-                    const float2 cs_j = *(const float2*)&tk.cs[j], dt_j = *(const float2*)&tk.dt[j];
-                    const float L[4] = {
-                        exp2_unit(fminf(cs0 - cs_j.x, 0.0f)), exp2_unit(fminf(cs0 - cs_j.y, 0.0f)),
-                        exp2_unit(fminf(cs1 - cs_j.x, 0.0f)), exp2_unit(fminf(cs1 - cs_j.y, 0.0f))};
-                    const float s[4] = {S[n][0] * dt_j.x, S[n][1] * dt_j.y,
-                                        S[n][2] * dt_j.x, S[n][3] * dt_j.y};
-                    const uint32_t G0 = *(const uint32_t*)(sh.gram + (pair ^ k << 3));
-                    const uint32_t G1 = *(const uint32_t*)(sh.gram + (pair ^ k << 3) + 8 * 64);
-                    const float GL[4] = {scan_low(G0) * L[0], scan_high(G0) * L[1], scan_low(G1) * L[2],
-                                         scan_high(G1) * L[3]};
-                    store_pair(sh.GL, pair, k, scan_pack(GL[0], GL[1]), scan_pack(GL[2], GL[3]));
-                    float4* to = &sh.dgram[w * (w + 1) + k][lane];
-                    const float4 v = *to;
-                    *to = make_float4(fmaf(L[0], s[0], v.x), fmaf(L[1], s[1], v.y), fmaf(L[2], s[2], v.z),
-                                      fmaf(L[3], s[3], v.w));
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++) W[n][e] = GL[e] * s[e];
-                }
-                if (J < w) {
-                    row0 += (W[0][0] + W[0][1]) + (W[1][0] + W[1][1]);
-                    row1 += (W[0][2] + W[0][3]) + (W[1][2] + W[1][3]);
-                    if (J < 2) left[J + 1] = row0 + row1;      // pairs with columns below 16 (J + 1)
-                    ssd_column_sums(&sh.column[w - 1][16 * J], W[0], W[1], g, q);
-                } else {
-                    ssd_inner_pairs(&sh.inner[16 * w], W[0], W[1], g, q, lane);
-                }
+                pairs(W, S, J, tk, lane);
+                row0 += (W[0][0] + W[0][1]) + (W[1][0] + W[1][1]);
+                row1 += (W[0][2] + W[0][3]) + (W[1][2] + W[1][3]);
+                if (J < 2) left[J + 1] = row0 + row1;          // pairs with columns below 16 (J + 1)
+                ssd_column_sums(&sh.column[w - 1][16 * J], W[0], W[1], g, q);
             }
             ssd_publish();
             asm volatile(SSD_ARRIVE " 1, 256;" ::: "memory");  // G L is there
+            for (int i = w; i < P / 16; i += 4) {              // <Lambda, H>: the diagonal of Lambda H^T
+                float s[2][4] = {};
+                #pragma unroll
+                for (int k = 0; k < N / 16; k++) {
+                    uint32_t a[4];
+                    load_matrices(a, sh.after[i / 4][k / 4] + ssd_piece(i % 4 * 16 + lr, k % 4 * 2 + lc));
+                    mma_pair(s, a, sh.before[i / 4][k / 4] + ssd_piece(i % 4 * 16 + kr, k % 4 * 2 + kc));
+                }
+                if (q == g >> 1) through += g & 1 ? s[0][1] + s[1][3] : s[0][0] + s[1][2];
+            }
             const float from0 = tk.from[r0], from1 = tk.from[r1];
             #pragma unroll
             for (int p = 0; p < PB; p++) {                     // dCt, f
                 float v[8][4];
+                uint32_t dy_p[4][4];
                 multiply(v, sh.Ct, sh.before[p]);
+                ssd_fragments(dy_p, sh.dy[p], w);
                 ssd_wait();
                 ssd_arrived(v);
-                ssd_rows_dot(&f0, &f1, dy_p[p], v);
-                ssd_scale(dy_p[p], from0, from1);
-                add(sum, dy_p[p], sh.before[p]);
+                ssd_rows_dot(&f0, &f1, dy_p, v);
+                ssd_scale(dy_p, from0, from1);
+                add(sum, dy_p, sh.before[p]);
                 ssd_wait();
             }
             row0 = fmaf(from0, f0, row0);
             row1 = fmaf(from1, f1, row1);
             left[0] = fmaf(from0, f0, from1 * f1);
-            float all[8] = {0.0f, left[0], left[1] + left[0], left[2] + left[0], through, skip};
+            float all[8] = {0.0f, left[0], left[1] + left[0], left[2] + left[0], through};
             const float v = ssd_sum_quads(all, g);
-            if (q == 0 && g > 0) sh.sums[w][g] = v;
+            if (q == 0 && g >= SSD_SUM_LEFT && g <= SSD_SUM_THROUGH) sh.sums[w][g] = v;
             row0 += __shfl_xor_sync(0xffffffffu, row0, 1);
             row1 += __shfl_xor_sync(0xffffffffu, row1, 1);
             row0 += __shfl_xor_sync(0xffffffffu, row0, 2);
@@ -5903,6 +5907,15 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
             const int channel = (int)(threadIdx.x - 4 * WARP) % P;
             const float D = Dskip[D_has_hdim ? h * P + channel : h];
             float e0 = 0.0f, e1 = 0.0f, direct0 = 0.0f, direct1 = 0.0f;
+            {                                                  // the pairs of the warp's own tokens
+                float W[2][4], S[2][4] = {};
+                pairs(W, S, w, tk, lane);
+                float skip = q != g >> 1 ? 0.0f : g & 1 ? S[0][1] + S[1][3] : S[0][0] + S[1][2];
+                skip = warp_sum(skip);
+                if (lane == 0) sh.sums[w][SSD_SUM_SKIP] = skip;
+                ssd_inner_pairs(&sh.inner[16 * w], W[0], W[1], g, q, lane);
+            }
+            ssd_publish();
             const float dt0 = tk.dt[r0], dt1 = tk.dt[r1], to0 = tk.to[r0], to1 = tk.to[r1];
             #pragma unroll
             for (int p = 0; p < PB; p++) {                     // e, dBt, v, dx
@@ -7835,13 +7848,14 @@ const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, si
 // A channel has N = 128 states, eight times those of Mamba-1: with 64 sequences of mamba2-130m they are nine
 // of ten bytes. So the kernel in the middle is built like a copy: every thread has its pieces of the states
 // under way before it looks at anything else, and before the kernel that makes x, B and C has ended.
-// mamba2-130m on one H200, us per token of all sequences: 1 sequence 253, 8: 378, 9: 407, 16: 477, 64: 928
-// (a kernel for each operation: 801, 1,931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in each of
-// 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a constant; with
-// states in bf16 14 us, and a token 664.
+// mamba2-130m on one H200, us per token of all sequences: 1 sequence 246, 8: 378, 9: 407, 16: 477, 64: 919,
+// 256: 3655 (a kernel for each operation: 801, 1931 with 1 and 64). With 64 sequences decode_ssd takes 26 us
+// in each of 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a
+// constant.
 // (No faster: fetching states into the L2 cache while the matmuls run, for from there the same pass takes
 // half as long and what is fetched displaces the rest; bulk copies through shared memory, 27 us; blocks that
-// walk over the states, 27 us.)
+// walk over the states, 27 us.) With the states in bf16 (--state-dtype) it takes 15 us, a token of 1, 64, 256
+// sequences 235, 651, 2585.
 
 // DecodeSsd: one token of each of `rows` sequences, formulas (S2) to (S5) at mamba2_block_forward.
 //   x (rows,H,P), Bt, Ct (rows,G,N): after the convolution, row stride ldx
@@ -7991,18 +8005,18 @@ template <typename S> static void decode_ssd_cuda(const DecodeSsd& a, size_t row
 //              sequences each, in the shared memory of these
 //   finish:    adds the parts, and what follows (AFTER), for this block's sequences
 // bytes: 2 per weight.   us per token on one H200, in parentheses with decode_linear (16 sequences) and
-// cuBLASLt (64): mamba-130m 16: 457 (549), 64: 521 (712); mamba2-130m 16: 477 (594), 64: 928 (1092);
+// cuBLASLt (64): mamba-130m 16: 457 (549), 64: 521 (712); mamba2-130m 16: 477 (594), 64: 919 (1092);
 // mamba2-1.3b 16: 2453 (2651), 64: 4900 (5009). mamba-2.8b 64: 4490 (4320), there the matmuls of cuBLASLt are
 // shorter, so models wider than DECODE_MANY_WIDTH take them.
 // mamba2-130m with 64 sequences, by timestamps inside the kernels: W_out takes 3.8 us, W_in 7.5 (two rounds
 // of tiles; most of its blocks find room only when those of W_out have ended), and from the last block of a
 // kernel to the first that goes on lie 0.5 to 0.8 us, three times in a layer.
-// (No faster than these 928: the sequences in two halves on two streams, so that the states of one are read
-// beside the products of the other, 1060 us; no more shared memory than needed, so that W_in waits beside
-// W_out, 1016, with flags of single tiles in place of the wait for W_out 1011; finishing blocks that fetch
-// the parts instead of being sent them, 987; W_in in one round, with half the splits, 929; the next weights
-// fetched into the L2 cache while the states are read, 925 to 935; inputs by the bulk copy engine, and each
-// multiplication begun before the one before has ended, 923 to 926.)
+// (No faster, where it took 923 to 928: the sequences in two halves on two streams, so that the states of one
+// are read beside the products of the other, 1060 us; no more shared memory than needed, so that W_in waits
+// beside W_out, 1016, and flags of single tiles instead of the wait for all of W_out do not help then;
+// finishing blocks that fetch the parts instead of being sent them, 987; W_in in one round, with half the
+// splits, 929; the next weights fetched into the L2 cache while the states are read, 925 to 935; inputs by
+// the bulk copy engine, and each multiplication begun before the one before has ended, 923 to 926.)
 // shared: inputs (chunks,SSD_TILE), ring (DECODE_RING,SSD_TILE), parts (2,64,DECODE_LD) float: of this
 // block's sequences, (splits,64 / splits)
 enum { DECODE_LD = 68, DECODE_RING = 9 };                  // 64 outputs and 4 more: other banks
