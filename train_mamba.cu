@@ -3440,12 +3440,15 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // the end of that one (0.7 us without). mamba-130m on one H200, us per token of one sequence: 429 with four
 // kernels that start late, 344 early, 303 with three, 246 with loads that are all under way at once.
 // (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
-// With more sequences than DECODE_FEW section 4.16 makes the products, or cuBLASLt, with norm and convolution
-// kernels of their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338,
-// 16: 569, 64: 540. More than DECODE_ROWS are decoded in turns of so many: 128 sequences 1052, 256: 2100
-// (with the kernels for any number of tokens 2095 and 3438).
+// From DECODE_MANY sequences on section 4.16 makes the products; where it cannot, with more than DECODE_FEW,
+// cuBLASLt does, with norm and convolution kernels of their own. us per token of all sequences, mamba-130m on
+// one H200: 1 sequence 241, 8: 339, 9: 449, 16: 457 (without 4.16 502, 549), 64: 521. More than DECODE_ROWS
+// are decoded in turns of so many: 128 sequences 1052, 256: 2100 (with the kernels for any number of tokens
+// 2095 and 3438).
 
-enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most at a time
+// DECODE_FEW: the most sequences of decode_linear; DECODE_MANY: the fewest for which decode_many is faster;
+// DECODE_ROWS: the most at a time
+enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_MANY = 9, DECODE_ROWS = 64 };
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
 
 // DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows, K a multiple of 32
@@ -7840,18 +7843,19 @@ const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, si
 // --------------------------------------------------------------------------------------------------
 // 4.15 Decoding: Mamba-2
 //
-// A layer of few sequences is three kernels, the first and the last of them from section 4.10:
+// A layer is three kernels, the first and the last of them from section 4.10 or 4.16:
 //   norm + W_in + conv | dt, state, skip, gate | W_out, and the factor 1/rms of the gated norm
 // A channel has N = 128 states, eight times those of Mamba-1: with 64 sequences of mamba2-130m they are nine
 // of ten bytes. So the kernel in the middle is built like a copy: every thread has its pieces of the states
 // under way before it looks at anything else, and before the kernel that makes x, B and C has ended.
-// mamba2-130m on one H200, us per token of all sequences: 1 sequence 246, 8: 384, 16: 612, 64: 919, 256: 3655
-// (a kernel for each operation: 801, 1931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in each of
-// 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a constant.
+// mamba2-130m on one H200, us per token of all sequences: 1 sequence 246, 8: 378, 9: 407, 16: 477, 64: 919,
+// 256: 3655 (a kernel for each operation: 801, 1931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in
+// each of 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a
+// constant. With the states in bf16 (--state-dtype) it takes 15 us, a token of 1, 64, 256 sequences 235, 651,
+// 2585.
 // (No faster: fetching states into the L2 cache while the matmuls run, for from there the same pass takes
 // half as long and what is fetched displaces the rest; bulk copies through shared memory, 27 us; blocks that
-// walk over the states, 27 us.) With the states in bf16 (--state-dtype) it takes 15 us, a token of 1, 64, 256
-// sequences 235, 651, 2585.
+// walk over the states, 27 us.)
 
 // DecodeSsd: one token of each of `rows` sequences, formulas (S2) to (S5) at mamba2_block_forward.
 //   x (rows,H,P), Bt, Ct (rows,G,N): after the convolution, row stride ldx
@@ -7988,8 +7992,8 @@ template <typename S> static void decode_ssd_cuda(const DecodeSsd& a, size_t row
 // --------------------------------------------------------------------------------------------------
 // 4.16 Decoding: many sequences
 //
-// decode_many: what decode_linear does, for up to 64 sequences, on GPUs with clusters and the bulk copy
-// engine (sm_90; elsewhere cuBLASLt, norm and convolution kernels do it).
+// decode_many: what decode_linear does, for 9 to 64 sequences, on GPUs with clusters and the bulk copy
+// engine (sm_90; elsewhere decode_linear, or cuBLASLt, norm and convolution kernels do it).
 //   out (rows,O) = input (rows,K) weight^T
 // The tensor core multiplies tiles of 64 sequences x 64 k with tiles of 64 k x 64 outputs, both in shared
 // memory. The sum over k is divided among the blocks of a cluster, so that the inputs of all sequences for
@@ -8000,9 +8004,19 @@ template <typename S> static void decode_ssd_cuda(const DecodeSsd& a, size_t row
 //   multiply:  tile after tile; the sums of 64 outputs go to the blocks that finish them, 64 / splits
 //              sequences each, in the shared memory of these
 //   finish:    adds the parts, and what follows (AFTER), for this block's sequences
-// bytes: 2 per weight.   mamba-130m on one H200, us per token of 17, 32, 64 sequences: 462, 489, 540; with
-// cuBLASLt, 64: 712. mamba-2.8b, 64: 4490 and 4320, there the matmuls of cuBLASLt are shorter, so models
-// wider than DECODE_MANY_WIDTH take them
+// bytes: 2 per weight.   us per token on one H200, in parentheses with decode_linear (16 sequences) and
+// cuBLASLt (64): mamba-130m 16: 457 (549), 64: 521 (712); mamba2-130m 16: 477 (594), 64: 928 (1092);
+// mamba2-1.3b 16: 2453 (2651), 64: 4900 (5009). mamba-2.8b 64: 4490 (4320), there the matmuls of cuBLASLt are
+// shorter, so models wider than DECODE_MANY_WIDTH take them.
+// mamba2-130m with 64 sequences, by timestamps inside the kernels: W_out takes 3.8 us, W_in 7.5 (two rounds
+// of tiles; most of its blocks find room only when those of W_out have ended), and from the last block of a
+// kernel to the first that goes on lie 0.5 to 0.8 us, three times in a layer.
+// (No faster than these 928: the sequences in two halves on two streams, so that the states of one are read
+// beside the products of the other, 1060 us; no more shared memory than needed, so that W_in waits beside
+// W_out, 1016, with flags of single tiles in place of the wait for W_out 1011; finishing blocks that fetch
+// the parts instead of being sent them, 987; W_in in one round, with half the splits, 929; the next weights
+// fetched into the L2 cache while the states are read, 925 to 935; inputs by the bulk copy engine, and each
+// multiplication begun before the one before has ended, 923 to 926.)
 // shared: inputs (chunks,SSD_TILE), ring (DECODE_RING,SSD_TILE), parts (2,64,DECODE_LD) float: of this
 // block's sequences, (splits,64 / splits)
 enum { DECODE_LD = 68, DECODE_RING = 9 };                  // 64 outputs and 4 more: other banks
@@ -8122,7 +8136,6 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
     bf16 (*input)[SSD_TILE] = (bf16 (*)[SSD_TILE])tile_shared;
     bf16 (*ring)[SSD_TILE] = input + ((all + splits - 1) >> log_splits);
     float* parts = (float*)(ring + DECODE_RING);
-    allow_next();
     if (threadIdx.x == 0) {
         for (int i = 0; i < DECODE_RING; i++) { signal_init(&full[i], 1); signal_init(&empty[i], 128); }
         for (int i = 0; i < 2; i++) { signal_init(&arrived[i], 1); signal_init(&finished[i], splits); }
@@ -8172,6 +8185,9 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                 signal_arrive(&empty[stage]);
                 if (++stage == DECODE_RING) { stage = 0; parity ^= 1; }
             }
+            // not before: what the next kernel loads early delays what this one loads (mamba-130m, 64
+            // sequences, one H200: 539 us, 521 so)
+            if (o == first_o) allow_next();
 #if __CUDA_ARCH__ >= 900
             if (o == first_o) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // all blocks run
 #endif
@@ -9850,7 +9866,7 @@ static bool model_decode_cuda(const Model* m, const ModelCuda<bf16>* d, WorkCuda
     float* res[2] = {w->acts[0].res, w->res_last};           // in turn
     const bf16* delta = NULL;
     DecodeStream stream = {w->res_last, w->squares, w->acts[0].u, (const float*)d->layer[0].p[0], 1};
-    const bool many = run->B > DECODE_FEW && model_decodes_many(&m->config);
+    const bool many = run->B >= DECODE_MANY && model_decodes_many(&m->config);
     if (many) {
         run->many = &stream;
         decode_begin_kernel<<<(unsigned)run->B, 256, 0, run->stream>>>(
