@@ -3442,8 +3442,8 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
 // With more sequences than DECODE_FEW section 4.16 makes the products, or cuBLASLt, with norm and convolution
 // kernels of their own. us per token of all sequences, mamba-130m on one H200: 1 sequence 246, 8: 338,
-// 16: 569, 64: 540. More than DECODE_ROWS are decoded in turns of so many: 128 sequences 1061, 256: 2100 (with
-// the kernels for any number of tokens 2095 and 3438).
+// 16: 569, 64: 540. More than DECODE_ROWS are decoded in turns of so many: 128 sequences 1052, 256: 2100
+// (with the kernels for any number of tokens 2095 and 3438).
 
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_ROWS = 64 };      // DECODE_ROWS: the most at a time
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
@@ -3931,7 +3931,8 @@ __device__ __forceinline__ void prefetch(const void* p) {
 // Every block runs through the code once, so that fetching the code costs time: loops stay loops, and FAST
 // has no branches for sizes other than N = 16, R % 8 = 0 (23 KB of code instead of 96).
 // bytes: 2 per weight, 2 sizeof(S) per state.   One H200, 64 sequences: mamba-130m 5.9 us (with a scalar
-// product for each dt 9.6), mamba-2.8b 17 (46); the states alone need 2.9 and 9.8 us at 4.3 TB/s
+// product for each dt 9.6), mamba-2.8b 17 (46); the states alone need 2.9 and 9.8 us at 4.3 TB/s. Timed alone
+// it takes 6.3 and 14.3 us, with states in bf16 4.8 and 10.7.
 enum { DECODE_SCAN_ROWS = 8 };
 
 // rows of shared memory are an odd number of 16 bytes long: the 8 rows of a matrix differ in banks
@@ -7844,12 +7845,13 @@ const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, si
 // A channel has N = 128 states, eight times those of Mamba-1: with 64 sequences of mamba2-130m they are nine
 // of ten bytes. So the kernel in the middle is built like a copy: every thread has its pieces of the states
 // under way before it looks at anything else, and before the kernel that makes x, B and C has ended.
-// mamba2-130m on one H200, us per token of all sequences: 1 sequence 253, 8: 384, 16: 612, 64: 1097 (a kernel
-// for each operation: 801, 1,931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in each of 24
-// layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a constant.
+// mamba2-130m on one H200, us per token of all sequences: 1 sequence 246, 8: 384, 16: 612, 64: 919, 256: 3655
+// (a kernel for each operation: 801, 1931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in each of
+// 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a constant.
 // (No faster: fetching states into the L2 cache while the matmuls run, for from there the same pass takes
 // half as long and what is fetched displaces the rest; bulk copies through shared memory, 27 us; blocks that
-// walk over the states, 27 us. States in bf16 would take 14 us.)
+// walk over the states, 27 us.) With the states in bf16 (--state-dtype) it takes 15 us, a token of 1, 64, 256
+// sequences 235, 651, 2585.
 
 // DecodeSsd: one token of each of `rows` sequences, formulas (S2) to (S5) at mamba2_block_forward.
 //   x (rows,H,P), Bt, Ct (rows,G,N): after the convolution, row stride ldx
