@@ -5521,7 +5521,7 @@ ssd_walk_kernel(const __grid_constant__ SsdWalks a) {
 // A block owns one tile of one sequence and the heads of one group, or of a part of it. Two groups of four
 // warps work side by side, warp w of a group on tokens 16w..16w+15. For every head, by the products of 4.11:
 //   both:   S = dy x^T, and of it dG, G L and sums of W, 16 x 16 pairs at a time; rows j have those on the
-//           diagonal, so that no warp has more than three before G L is there (backward: 0.259 instead of 0.265)
+//           diagonal, so that no warp has more than three before G L is there: 0.259 ms in all, not 0.265
 //   rows i: Ct H^T, for f; dCt += (from dy) H; <Lambda, H>
 //   rows j: Bt Lambda^T, for e and v; dBt += (to dt x) Lambda; v += (G L)^T dy; dx
 // The sums over heads stay: dCt and dBt in the registers of their group, dG in shared memory, each value with
