@@ -7849,8 +7849,8 @@ const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, si
 // of ten bytes. So the kernel in the middle is built like a copy: every thread has its pieces of the states
 // under way before it looks at anything else, and before the kernel that makes x, B and C has ended.
 // mamba2-130m on one H200, us per token of all sequences: 1 sequence 246, 8: 378, 9: 407, 16: 477, 64: 919,
-// 256: 3655 (a kernel for each operation: 801, 1931 with 1 and 64). With 64 sequences decode_ssd takes 26 us in
-// each of 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a
+// 256: 3655 (a kernel for each operation: 801, 1931 with 1 and 64). With 64 sequences decode_ssd takes 26 us
+// in each of 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a
 // constant. With the states in bf16 (--state-dtype) it takes 15 us, a token of 1, 64, 256 sequences 235, 651,
 // 2585.
 // (No faster: fetching states into the L2 cache while the matmuls run, for from there the same pass takes
