@@ -5521,7 +5521,7 @@ ssd_walk_kernel(const __grid_constant__ SsdWalks a) {
 // A block owns one tile of one sequence and the heads of one group, or of a part of it. Two groups of four
 // warps work side by side, warp w of a group on tokens 16w..16w+15. For every head, by the products of 4.11:
 //   both:   S = dy x^T, and of it dG, G L and sums of W, 16 x 16 pairs at a time; rows j have those on the
-//           diagonal, so that no warp has more than three before G L is there (backward: 0.259 instead of 0.265)
+//           diagonal, so that no warp has more than three before G L is there: 0.259 ms in all, not 0.265
 //   rows i: Ct H^T, for f; dCt += (from dy) H; <Lambda, H>
 //   rows j: Bt Lambda^T, for e and v; dBt += (to dt x) Lambda; v += (G L)^T dy; dx
 // The sums over heads stay: dCt and dBt in the registers of their group, dG in shared memory, each value with
@@ -7851,11 +7851,11 @@ const char* attention_decode_cuda(X* out, size_t ldo, X* kv, float* position, si
 // mamba2-130m on one H200, us per token of all sequences: 1 sequence 246, 8: 378, 9: 407, 16: 477, 64: 919,
 // 256: 3655 (a kernel for each operation: 801, 1931 with 1 and 64). With 64 sequences decode_ssd takes 26 us
 // in each of 24 layers: 3.9 TB/s, what a kernel reaches that only multiplies as many numbers in place by a
-// constant.
+// constant. With the states in bf16 (--state-dtype) it takes 15 us, a token of 1, 64, 256 sequences 235, 651,
+// 2585.
 // (No faster: fetching states into the L2 cache while the matmuls run, for from there the same pass takes
 // half as long and what is fetched displaces the rest; bulk copies through shared memory, 27 us; blocks that
-// walk over the states, 27 us.) With the states in bf16 (--state-dtype) it takes 15 us, a token of 1, 64, 256
-// sequences 235, 651, 2585.
+// walk over the states, 27 us.)
 
 // DecodeSsd: one token of each of `rows` sequences, formulas (S2) to (S5) at mamba2_block_forward.
 //   x (rows,H,P), Bt, Ct (rows,G,N): after the convolution, row stride ldx
