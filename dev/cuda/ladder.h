@@ -253,8 +253,10 @@ static int ladder_run(const Ladder* l, int only) {
     double floor_ms = l->floor_ms > 0 ? l->floor_ms : l->bytes / copy_bandwidth() * 1e3;
     cudaDeviceProp prop;
     cudaCheck(cudaGetDeviceProperties(&prop, 0));
-    printf("%s, %s: floor %.4f ms (%.0f MB, copy %.2f TB/s), %s\n", l->name, l->shape, floor_ms,
-           l->bytes / 1e6, copy_bandwidth() / 1e12, prop.name);
+    printf("%s, %s: floor %.4f ms ", l->name, l->shape, floor_ms);
+    if (l->bytes > 0) printf("(%.0f MB, copy %.2f TB/s), ", l->bytes / 1e6, copy_bandwidth() / 1e12);
+    else printf("(%.0f GFLOP), ", l->flop / 1e9);
+    printf("%s\n", prop.name);
     printf("  %-4s %-64s %9s %9s %9s %7s %9s\n", "rung", "idea", "ms", "least", l->flop ? "TFLOP/s" : "GB/s",
            "floor", "error");
     for (int which = 0; which < 2; which++) {
