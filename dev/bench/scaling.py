@@ -2,13 +2,15 @@
 tokens (65,536 tokens per step) and generating after a context of 1k to 128k tokens.
 
     python3 dev/bench/scaling.py run --data FILE [--binary build/train_mambacu] [--csv FILE] [--small] [--coarse]
+                                     [--only train|generate]
     python3 dev/bench/scaling.py plot [--csv FILE] [--svg FILE]           (gnuplot)
 
 The models read bytes (vocabulary 257), so that the layers are what is measured:
   Mamba-1      24 layers            Mamba-2      24 layers
   hybrid       24 layers, every sixth one attention with an MLP, the others Mamba-2
   attention    12 layers of attention and MLP, the Transformer
-Weights are random. --small: a tenth of the sizes, to try it on a CPU. Needs nothing but Python."""
+Weights are random. --small: a tenth of the sizes, to try it on a CPU. --only: measures one half, the other stays
+as it is in the CSV file. Needs nothing but Python."""
 import argparse
 import csv
 import datetime
@@ -26,6 +28,7 @@ MODELS = {
     "hybrid": "--preset mamba2-130m --pattern 22222am --d-intermediate 640",
     "attention": "--preset mamba2-130m --pattern am --d-intermediate 2304 --n-layer 12",
 }
+NEW_TOKENS = 400                   # the first ones load their kernels, 0.05 to 0.1 s on a GPU
 COLUMNS = ["model", "parameters", "what", "length", "microseconds_per_token", "kib_per_token", "mib"]
 
 
@@ -43,7 +46,15 @@ def number(pattern, text):
     return float(found.group(1))
 
 
+def read_rows(path):
+    """The first line of a CSV file without its mark, and the rows."""
+    with open(path, newline="") as f:
+        return f.readline().lstrip("# ").strip(), list(csv.DictReader(f))
+
+
 def measure(args):
+    other = [list(row.values()) for row in read_rows(args.csv)[1] if row["what"] != args.only] if args.only else []
+    known = {row[0]: row[1] for row in other}
     scale = 16 if args.small else 1
     sizes = "--vocab-size 257" + (" --d-model 64" if args.small else "")
     scratch = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -53,7 +64,7 @@ def measure(args):
     rows = []
     try:
         for name, options in MODELS.items():
-            for power in range(10, 17, 2 if args.coarse else 1):
+            for power in range(10, 17, 2 if args.coarse else 1) if args.only != "generate" else []:
                 T = 2 ** power // scale
                 out = call(args.binary, f"train {options} {sizes} --data {args.data} --val-fraction 0 "
                            f"--seq-len {T} --batch-size {65536 // scale // T} --steps 5 --eval-every 0 "
@@ -61,18 +72,18 @@ def measure(args):
                 shutil.rmtree(f"{scratch}/out")
                 found = re.search(r"sum +([\d.]+) MiB", out) or re.search(r"activations:? +([\d.]+) MiB", out)
                 mib = float(found.group(1)) if found else 0
-                rows.append([name, int(number(r"parameters: (\d+)", out)), "train", T,
+                known[name] = int(number(r"parameters: (\d+)", out))
+                rows.append([name, known[name], "train", T,
                              1e6 / number(r"speed: ([\d.]+) tokens/s", out), mib * 1024 * scale / 65536, mib])
                 print(*rows[-1], flush=True)
-            parameters = rows[-1][1]
-            for power in sorted({*range(10, 18, 2 if args.coarse else 1), 17}):
+            for power in sorted({*range(10, 18, 2 if args.coarse else 1), 17}) if args.only != "train" else []:
                 length = 2 ** power // scale
                 with open(f"{scratch}/prompt", "wb") as f:
                     f.write((text * (length // len(text) + 1))[:length])
                 out = call(args.binary, f"generate {options} {sizes} --prompt-file {scratch}/prompt "
-                           f"--chunk {min(4096, length)} --max-tokens 64 --temperature 0 --raw")
+                           f"--chunk {min(4096, length)} --max-tokens {NEW_TOKENS} --temperature 0 --raw")
                 mib = number(r"state: ([\d.]+) MiB", out)
-                rows.append([name, parameters, "generate", length,
+                rows.append([name, known[name], "generate", length,
                              1e6 / number(r"new: \d+ tokens, ([\d.]+) tok/s", out), mib * 1024 / length, mib])
                 print(*rows[-1], flush=True)
     finally:
@@ -82,14 +93,14 @@ def measure(args):
                 "training step; one sequence generating\n")
         writer = csv.writer(f)
         writer.writerow(COLUMNS)
-        writer.writerows([*row[:4], *(f"{x:.6g}" for x in row[4:])] for row in rows)
+        rows = [[*row[:4], *(f"{x:.6g}" for x in row[4:])] for row in rows] + other
+        rows.sort(key=lambda row: (list(MODELS).index(row[0]), row[2] != "train", int(row[3])))
+        writer.writerows(rows)
     print("wrote", args.csv)
 
 
 def plot(args):
-    with open(args.csv, newline="") as f:
-        title = f.readline().lstrip("# ").strip()
-        rows = list(csv.DictReader(f))
+    title, rows = read_rows(args.csv)
     script = [f"set terminal svg size 1000,760 font 'sans,13' noenhanced background '#ffffff'; set output '{args.svg}'",
               "set logscale xy 2; set logscale y 10; set grid; set key top left Left reverse samplen 2; set format y '%g'",
               f"set multiplot layout 2,2 title \"{title}\"",
@@ -121,6 +132,7 @@ def main():
     parser.add_argument("--machine", default="one H200, bf16")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--coarse", action="store_true", help="every second length")
+    parser.add_argument("--only", choices=["train", "generate"])
     args = parser.parse_args()
     if args.word == "run" and not args.data:
         sys.exit("run: name a text with --data")
