@@ -137,6 +137,8 @@ pid_t cli_start(const Launch* l) {
     setenv("PATH", "/nowhere", 1);               // without gnuplot
     if (l->bare) { unsetenv("HOME"); unsetenv("TERM"); }
     if (l->env) putenv(strdup(l->env));
+    for (int s = 1; s <= SIGTERM; s++)           // whoever started the tests may ignore some of them
+        if (s == SIGHUP || s == SIGINT || s == SIGPIPE || s == SIGTERM) signal(s, SIG_DFL);
     if (l->hangup_ignored) signal(SIGHUP, SIG_IGN);
     struct rlimit limit = {l->memory, l->memory};
     if (l->memory) setrlimit(RLIMIT_AS, &limit);
@@ -144,7 +146,8 @@ pid_t cli_start(const Launch* l) {
     _exit(127);
 }
 
-// cli_wait: the end of a run, its exit code or 128 + signal; -1 when it had to be killed after `seconds`.
+// cli_wait: the end of a run, its exit code or 128 + signal; -1 when it had to be killed, after `seconds` of
+// computing or ten times as long on the clock (the machine may have other work).
 Finished cli_wait(pid_t pid, double seconds) {
     Finished f;
     memset(&f, 0, sizeof f);
@@ -152,9 +155,13 @@ Finished cli_wait(pid_t pid, double seconds) {
     int status = 0;
     bool late = false;
     double start = seconds_now();
+    clockid_t clock;
+    struct timespec used = {0, 0};
     if (SANITIZED) seconds *= 10;
     while (wait4(pid, &status, WNOHANG, &usage) == 0) {
-        if (!late && seconds_now() - start > seconds) late = true, kill(pid, SIGKILL);
+        if (clock_getcpuclockid(pid, &clock) == 0) clock_gettime(clock, &used);
+        bool over = (double)used.tv_sec >= seconds || seconds_now() - start > 10 * seconds;
+        if (!late && over) late = true, kill(pid, SIGKILL);
         usleep(500);
     }
     f.seconds = seconds_now() - start;
@@ -172,9 +179,9 @@ Finished cli_run(const char* args) {
     return cli_wait(cli_start(&l), 10);
 }
 
-// cli_wait_for_rows: until a run's log has that many rows; false after 3 seconds
+// cli_wait_for_rows: until a run's log has that many rows; false after 30 seconds
 bool cli_wait_for_rows(const char* log, int rows) {
-    for (double start = seconds_now(); seconds_now() - start < (SANITIZED ? 30 : 3); usleep(500)) {
+    for (double start = seconds_now(); seconds_now() - start < 30; usleep(500)) {
         size_t size;
         int lines = 0;
         char* text = cli_read(log, &size);
@@ -184,6 +191,23 @@ bool cli_wait_for_rows(const char* log, int rows) {
         if (lines > rows) return true;
     }
     return false;
+}
+
+// cli_signal_arrived: waits until a signal that was sent to a run waits no longer, for at most 5 seconds
+void cli_signal_arrived(pid_t pid, int signal_number) {
+    char path[64], line[256];
+    snprintf(path, sizeof path, "/proc/%d/status", (int)pid);
+    for (int i = 0; i < 500; i++) {
+        usleep(10000);
+        bool waits = false;
+        FILE* f = fopen(path, "r");
+        if (!f) return;
+        while (fgets(line, sizeof line, f))
+            if (strncmp(line, "ShdPnd:", 7) == 0)
+                waits = strtoull(line + 7, NULL, 16) >> (signal_number - 1) & 1;
+        fclose(f);
+        if (!waits) return;
+    }
 }
 
 // cli_one_line: is this exactly one line, "error: ...", without control characters?
@@ -483,7 +507,7 @@ void cli_signals(void) {
         if (fd[0]) close(fd[0]);
         kill(pid, row[i].signals[0]);
         if (row[i].signals[1] != row[i].signals[0])
-            usleep(row[i].nohup ? 50000 : 1000);    // else they arrive together, in any order
+            cli_signal_arrived(pid, row[i].signals[0]);    // else they arrive together, in any order
         if (row[i].signals[1]) kill(pid, row[i].signals[1]);
         Finished f = cli_wait(pid, 5);
         bool pipe_end = row[i].pipe_closed && f.code == 128 + SIGPIPE;
@@ -546,7 +570,7 @@ void scratch_directories(void) {
         pid_t a = cli_start(&l), b = cli_start(&second), first = 0;
         int status = 0;
         double start = seconds_now();
-        while ((first = waitpid(-1, &status, WNOHANG)) == 0 && seconds_now() - start < 3) usleep(500);
+        while ((first = waitpid(-1, &status, WNOHANG)) == 0 && seconds_now() - start < 30) usleep(500);
         pid_t other = first == a ? b : a;
         bool running = first > 0 && cli_wait_for_rows("fresh/log.csv", 3);
         size_t size;

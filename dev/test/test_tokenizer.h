@@ -121,10 +121,10 @@ void test_merges(void) {
     const size_t long_word = 1 << 20;
     char* a = (char*)test_alloc(long_word, 1);
     memset(a, 'a', long_word);
-    double start = seconds_now();
+    double start = cpu_seconds();
     list.n = 0;
     bpe_word(w, a, long_word);
-    report("merges: a word of 1 MiB, seconds", seconds_now() - start, SANITIZED ? 20 : 1);
+    report("merges: a word of 1 MiB, seconds", cpu_seconds() - start, SANITIZED ? 20 : 1);
     size_t bytes = 0;
     for (size_t i = 0; i < list.n; i++) bytes += t.bpe->length[list.id[i]];
     report("merges: its bytes, lost or won", bytes == long_word ? 0 : 1, 0);
@@ -363,7 +363,7 @@ static void tokenizer_case(void* arg) {
     Tokenizer t;
     Error err;
     limit_memory(c->file_size);
-    double start = seconds_now();
+    double start = cpu_seconds();
     bool ok = tokenizer_load(&t, c->path, &err);
     if (ok && c->encode) {
         BpeWork* w = bpe_work(t.bpe);
@@ -372,7 +372,7 @@ static void tokenizer_case(void* arg) {
         bpe_work_free(w);
         free(list.id);
     }
-    double seconds = seconds_now() - start;
+    double seconds = cpu_seconds() - start;
     bool right = c->words ? !ok && one_line(err.text, c->words) && strstr(err.text, c->path) : ok;
     if (right && seconds < (SANITIZED ? 20 : 1)) return;
     fprintf(stderr, "%.2f s, expected \"%s\", found \"%s\"\n", seconds, c->words ? c->words : "loads",
