@@ -3123,7 +3123,37 @@ void check_written(const char* pattern) {
     model_free(&m);
 }
 
+// A prompt is given out in pieces as long as they are asked for, from memory and from a file. Catches: pieces
+// that end where the text was read in pieces.
+void check_prompt(void) {
+    enum { N = 9001 };
+    static char text[N + 1];
+    static int tokens[N + 1];
+    Tokenizer tok;
+    double wrong = 0;
+    tokenizer_bytes(&tok);
+    for (int i = 0; i < N; i++) text[i] = (char)('!' + random_bits(12, 0, (uint64_t)i) % 90);
+    FILE* file = tmpfile();
+    if (!file || fwrite(text, 1, N, file) != N) die("tmpfile: %s", strerror(errno));
+    const size_t most[] = { 1, 4095, 4096, 5000, N, N + 1 };
+    for (int k = 0; k < 12; k++) {
+        size_t at = 0, n = 1;
+        rewind(file);
+        Prompt p = prompt_open(&tok, k % 2 ? "" : text, k % 2 ? file : NULL);
+        for (; n > 0; at += n) {
+            must(prompt_read(&p, tokens, most[k / 2], &n, &written_error), &written_error);
+            wrong += n != min_size(most[k / 2], N - at);
+            for (size_t i = 0; i < n; i++) wrong += tokens[i] != (unsigned char)text[at + i];
+        }
+        wrong += at != N;
+        prompt_close(&p);
+    }
+    fclose(file);
+    report("a prompt of 9,001 bytes in pieces: wrong tokens or lengths", wrong, 0);
+}
+
 void test_generate(void) {
+    check_prompt();
     check_written("1m");
     check_written("1am");
 

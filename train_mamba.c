@@ -3658,7 +3658,7 @@ static void state_round(const Model* m, const State* s, size_t rows) {
             size_t n = spec->flags & RECURRENT ? rows * spec_count(spec, &m->config) : 0;
             real* h = s->field[l][i];
             #pragma omp parallel for if (n > 4096)
-            for (size_t j = 0; j < n; j++) h[j] = (real)widen_bf16(narrow_float((double)(float)h[j], 8, 7));
+            for (size_t j = 0; j < n; j++) h[j] = isnan(h[j]) ? h[j] : (real)round_bf16((float)h[j]);
         }
 }
 

@@ -147,12 +147,15 @@ static bool prompt_fill(Prompt* p, bool all, Error* err) {
     return true;
 }
 
-// prompt_read: *count: up to `max` more tokens; 0 at the end
+// prompt_read: *count: `max` more tokens; fewer, or 0, at the end
 static bool prompt_read(Prompt* p, int* tokens, size_t max, size_t* count, Error* err) {
-    if (!prompt_fill(p, false, err)) return false;
-    *count = min_size(max, p->ready.n - p->given);
-    if (*count) memcpy(tokens, p->ready.id + p->given, *count * sizeof(int));
-    p->given += *count;
+    size_t n = 1;
+    for (*count = 0; *count < max && n > 0; *count += n) {
+        if (!prompt_fill(p, false, err)) return false;
+        n = min_size(max - *count, p->ready.n - p->given);
+        if (n) memcpy(tokens + *count, p->ready.id + p->given, n * sizeof(int));
+        p->given += n;
+    }
     return true;
 }
 

@@ -202,8 +202,7 @@ static const Option options[] = {
     {"repetition-penalty", 'f', OPT(repetition_penalty), WORD_TRAIN | WORD_GENERATE, "1", 1e-3, 1e3, NULL,
      "weakens tokens already in the text; 1: off"},
     {"chunk", 'i', OPT(chunk), WORD_GENERATE, "256", 1, 1e6, NULL,
-     "tokens of the prompt per pass; the result does not depend on it, with --state-dtype bf16 by rounding "
-     "only"},
+     "tokens of the prompt per pass; the result depends on it by rounding at most (see README)"},
     {"context", 'i', OPT(context), WORD_GENERATE, "4096", 1, MAX_CONTEXT, NULL,
      "with --interactive: tokens of the conversation that attention layers can keep; otherwise counted"},
     {"save-state", 's', OPT(save_state), WORD_GENERATE, "", 0, 0, NULL,

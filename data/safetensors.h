@@ -464,6 +464,14 @@ static inline float widen_bf16(uint16_t h) {
     return value;
 }
 
+// round_bf16: a number that is not NaN to the nearest bfloat16, ties to even
+static inline float round_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits += 0x7fff + (bits >> 16 & 1);
+    return widen_bf16((uint16_t)(bits >> 16));
+}
+
 // narrow_float: rounds to a sign, an exponent of e bits and a mantissa of m bits, m <= 10.
 static uint16_t narrow_float(double value, int e, int m) {
     uint64_t bits, sign, top = ((uint64_t)1 << e) - 1;

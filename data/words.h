@@ -266,6 +266,8 @@ int generate_main(Settings* s) {
         (o->num_samples > 1 || strcmp(o->prompt, "-") == 0 || o->load_state[0] || o->save_state[0]))
         die("--interactive: leave out --num-samples, --prompt - and the saved states: lines are read from "
             "standard input");
+    if (strcmp(o->state_dtype, "bf16") == 0 && !strpbrk(m.config.pattern, "12"))
+        die("--state-dtype bf16: this model has no Mamba layers, of whose states it is; leave it out");
     if (!o->interactive && settings_origin(s, "context") == FROM_USER)
         die("--context is for --interactive; otherwise the room is counted: leave it out");
     size_t n = o->prompts[0] ? list.n : 1;

@@ -340,6 +340,7 @@ const CliRow cli_options[] = {
     {"generate --from run --dtype f16", NULL, 1, "f32 or bf16"},
     {"generate --from run --state-dtype f16", NULL, 1, "--state-dtype expects one of: f32 bf16; found 'f16'"},
     {TOY "--out run --state-dtype bf16", NULL, 1, "--state-dtype"},
+    {"generate --preset tiny --pattern a --state-dtype bf16", NULL, 1, "no Mamba layers"},
     {"generate --from nowhere", NULL, 1, "nowhere"}, {"generate --from run --top-p 1.1", NULL, 1, "--top-p"},
     {"generate --from run --top-k -1", NULL, 1, "--top-k"},
     {"generate --from run --temperature -1", NULL, 1, "--temperature"},
