@@ -1,8 +1,8 @@
 // ssm.c on the GPU: the layers of train_mamba.c as fused CUDA kernels, the device model, a CUDA backend.
 //
 // This file includes train_mamba.c: configuration, tensor table, files, data, training loop, generation,
-// command line and the CPU oracle exist once. Sections have the numbers and names of their counterparts
-// there.
+// command line and the CPU oracle exist once. Sections 1 to 12 have the numbers and names of their
+// counterparts there; the parts of section 4 are this file's own.
 //   --precision bf16  bf16 activations and matmuls; fp32 parameters (masters), residual stream, states (see
 //                     --state-dtype), decay and every reduction
 //   --precision fp32  everything in fp32, for exact comparison with the CPU
@@ -13,9 +13,9 @@
 //  1. Basics: checks, device memory
 //  3. Matmul: cuBLASLt
 //  4. Layers
+//  7. Optimizer: gradient norm, AdamW
 //  5. Blocks
 //  6. Model
-//  7. Optimizer: gradient norm, AdamW
 //  9. Backend
 // 12. Main
 
@@ -294,7 +294,7 @@ static void matmul_run(const Matmul* mm, const MatmulPlan* p, const cublasLtMatm
 }
 
 #ifdef SSM_SANITIZE
-// cuBLASLt's kernels do not survive what compute-sanitizer's racecheck adds to a program
+// plain_gemm: what gemm does, one thread per number: cuBLASLt's kernels do not survive what racecheck adds
 template <typename X, typename C>
 __global__ void plain_gemm_kernel(C* c, size_t ldc, const X* a, size_t lda, bool transpose_a, const X* b,
                                   size_t ldb, bool transpose_b, size_t M, size_t N, size_t K, float beta) {
@@ -3442,7 +3442,7 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 // (No faster: a whole token as one kernel with barriers between its blocks; W_x made by a cluster of blocks.)
 // From DECODE_MANY sequences on section 4.16 makes the products; where it cannot, with more than DECODE_FEW,
 // cuBLASLt does, with norm and convolution kernels of their own. us per token of all sequences, mamba-130m on
-// one H200: 1 sequence 241, 8: 339, 9: 449, 16: 457 (without 4.16 502, 549), 64: 521. More than DECODE_ROWS
+// one H200: 1 sequence 245, 8: 339, 9: 449, 16: 457 (without 4.16 502, 549), 64: 521. More than DECODE_ROWS
 // are decoded in turns of so many: 128 sequences 1052, 256: 2100 (with the kernels for any number of tokens
 // 2095 and 3438).
 
@@ -8006,7 +8006,7 @@ template <typename S> static void decode_ssd_cuda(const DecodeSsd& a, size_t row
 //   finish:    adds the parts, and what follows (AFTER), for this block's sequences
 // bytes: 2 per weight.   us per token on one H200, in parentheses with decode_linear (16 sequences) and
 // cuBLASLt (64): mamba-130m 16: 457 (549), 64: 521 (712); mamba2-130m 16: 477 (594), 64: 919 (1092);
-// mamba2-1.3b 16: 2453 (2651), 64: 4900 (5009). mamba-2.8b 64: 4490 (4320), there the matmuls of cuBLASLt are
+// mamba2-1.3b 16: 2453 (2651), 64: 4900 (5009). mamba-2.8b 64: 4490 (4340), there the matmuls of cuBLASLt are
 // shorter, so models wider than DECODE_MANY_WIDTH take them.
 // mamba2-130m with 64 sequences, by timestamps inside the kernels: W_out takes 3.8 us, W_in 7.5 (two rounds
 // of tiles; most of its blocks find room only when those of W_out have ended), and from the last block of a
@@ -8620,7 +8620,7 @@ template <typename X> struct CudaRun {
     SideCuda* side;
     SumsCuda* sums;                 // in backward
     DecodeStream* many;             // section 4.16; NULL: few sequences
-    float* wide;                    // with config.state_bf16: room for the floats of one layer's states
+    float* wide_states;             // with config.state_bf16: room for the floats of one layer's states
 };
 
 // side_fork: the side stream, which is returned, goes on behind what the main one has been given so far.
@@ -9818,7 +9818,7 @@ static int state_bf16_field(const Model* m, int l) {
 
 // model_forward_cuda: tokens (B,T) to w->f. state: states of `rows` rows on the device, from row0 on, or NULL
 // The kernels for any number of tokens work on states in float. With config.state_bf16, where state0 is
-// stateT, those of one layer at a time are in run->wide.
+// stateT, those of one layer at a time are in run->wide_states.
 template <typename X>
 void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, CudaRun<X>* run,
                         const int* tokens, float* state0, float* stateT, size_t rows, size_t row0) {
@@ -9834,10 +9834,10 @@ void model_forward_cuda(const Model* m, const ModelCuda<X>* d, WorkCuda<X>* w, C
         const int i = state_bf16_field(m, l);
         bf16* kept = i < 0 ? NULL : (bf16*)s0[i];
         const size_t n = kept ? run->B * spec_count(&m->layer[l].kind->state[i], &m->config) : 0;
-        if (kept) s0[i] = sT[i] = run->wide;
-        cast_cuda(run->wide, kept, n, run->stream);
+        if (kept) s0[i] = sT[i] = run->wide_states;
+        cast_cuda(run->wide_states, kept, n, run->stream);
         d->layer[l].kind->forward(run, &d->layer[l], &w->acts[l], &w->scratch, res, delta, s0, sT);
-        cast_cuda(kept, run->wide, n, run->stream);
+        cast_cuda(kept, run->wide_states, n, run->stream);
         res = w->acts[l].res;
         delta = w->scratch.delta;
         run->dropout.place++;
@@ -10092,8 +10092,8 @@ template <typename X> struct CudaSession {
     WorkCuda<X> work;
     float *state, *logits;
     size_t state_words;
-    float* wide;                       // (wide_count): see model_forward_cuda
-    size_t wide_count;
+    float* wide_states;                // (wide_states_count): see model_forward_cuda
+    size_t wide_states_count;
     int* host_tokens;                  // pinned
     float* host_logits;
     int64_t decoded[2];                // calls with one token for all rows: for logits; for the next tokens
@@ -10395,21 +10395,21 @@ template <typename X> static void wide_reserve(const Model* m, CudaSession<X>* d
         const int i = state_bf16_field(m, l);
         if (i >= 0) n = max_size(n, rows * spec_count(&m->layer[l].kind->state[i], &m->config));
     }
-    if (d->wide_count >= n) return;
-    cudaCheck(cudaFree(d->wide));
-    device_bytes -= d->wide_count * sizeof(float);
-    d->wide = (float*)device_calloc(n, sizeof(float));
-    d->wide_count = n;
+    if (d->wide_states_count >= n) return;
+    cudaCheck(cudaFree(d->wide_states));
+    device_bytes -= d->wide_states_count * sizeof(float);
+    d->wide_states = (float*)device_calloc(n, sizeof(float));
+    d->wide_states_count = n;
 }
 
 template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     work_free(&d->work);
-    device_bytes -= (d->state_words + d->wide_count + s->rows * (size_t)b->model->config.vocab_padded) *
+    device_bytes -= (d->state_words + d->wide_states_count + s->rows * (size_t)b->model->config.vocab_padded) *
                     sizeof(float);
     cudaCheck(cudaFree(d->state));
-    cudaCheck(cudaFree(d->wide));
+    cudaCheck(cudaFree(d->wide_states));
     cudaCheck(cudaFree(d->logits));
     cudaCheck(cudaFreeHost(d->host_tokens));
     cudaCheck(cudaFreeHost(d->host_logits));
@@ -10441,7 +10441,7 @@ static void decode_launch(Backend* b, Session* s, size_t row0, size_t rows, size
     if (decoded) return;
     CudaRun<X> run = run_of<X>(b, -1, NULL, rows, T, RECOMPUTE_NONE);
     wide_reserve(b->model, d, rows);
-    run.wide = d->wide;
+    run.wide_states = d->wide_states;
     model_forward_cuda(b->model, &c->model, w, &run, w->batch.tokens, d->state, d->state, s->rows, row0);
     for (size_t r = 0; logits && r < rows; r += CLASSIFIER_ROWS_CUDA) {
         size_t n = min_size(CLASSIFIER_ROWS_CUDA, rows - r);

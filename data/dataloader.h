@@ -317,7 +317,7 @@ typedef struct {
     int64_t seq_len;
     uint64_t seed;
     bool sequential;
-    int64_t streams;         // sequential only: rows of the whole batch over all ranks and accumulation steps
+    int64_t streams;         // sequential only: rows of the whole batch, over all accumulation steps
     int eos;                 // token that opens a document; -1: none
     int rank, world;         // 0, 1 when alone; world 0 counts as 1
 } Loader;
