@@ -10406,8 +10406,8 @@ template <typename X> static void cuda_session_close(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)s->device;
     cudaCheck(cudaStreamSynchronize(cuda_of<X>(b)->stream));
     work_free(&d->work);
-    device_bytes -= (d->state_words + d->wide_states_count + s->rows * (size_t)b->model->config.vocab_padded) *
-                    sizeof(float);
+    const size_t n_logits = s->rows * (size_t)b->model->config.vocab_padded;
+    device_bytes -= (d->state_words + d->wide_states_count + n_logits) * sizeof(float);
     cudaCheck(cudaFree(d->state));
     cudaCheck(cudaFree(d->wide_states));
     cudaCheck(cudaFree(d->logits));
