@@ -3359,10 +3359,13 @@ int main(int argc, char** argv) {
         if (!case_selected(i, wanted)) continue;
         case_name = cases[i].name;
         random_stream = 1 << 20;
+        double case_start = seconds_now();
         cases[i].function();
         remove_scratch();
         free_all();
         n_run++;
+        if (seconds_now() - case_start >= 3)
+            printf("%-4s %-14s took %.0f s\n", "", case_name, seconds_now() - case_start);
     }
     if (!n_run) die("no case has '%s' in its name; test_mamba --list shows them", wanted);
     for (int i = 0; i < rows_failed; i++) printf("failed: %s\n", failed_names[i]);
