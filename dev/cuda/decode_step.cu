@@ -73,15 +73,6 @@ static void close_model(void) {
     model_free(&model);
 }
 
-static Config config_of(int n, const char* const* args) {
-    Settings s;
-    Error err;
-    memset(&s, 0, sizeof s);
-    if (!settings_parse(&s, WORD_TRAIN, n, (char**)args, &err)) die("%s", err.text);
-    Config c = config_from_options(&s, 50277, 0);
-    settings_free(&s);
-    return c;
-}
 static Config config_of(const char* preset) {
     const char* args[] = {"--preset", preset};
     return config_of(2, args);
@@ -93,14 +84,7 @@ static const char* const small2[] = {"--n-layer", "3",  "--d-model", "96", "--d-
 
 static void setup_rows(Config c, size_t rows) {
     close_model();
-    model_describe(&model, &c);
-    model_alloc(&model, false);
-    model_init(&model, 1);
-    for (int i = 0; i < model.n_tensors; i++) {          // what bf16 rounds is not an error of the kernels
-        float* p = model.params + model.tensor[i].offset;
-        for (size_t j = 0; model.tensor[i].ndim == 2 && j < model.tensor[i].count; j++)
-            p[j] = host_float(__float2bfloat16_rn(p[j]));
-    }
+    random_model(&model, &c, false);
     backend = backend_cuda_of<bf16>(&model, 0, 0, false, RECOMPUTE_NONE);
     backend.upload(&backend);
     session = session_create(&backend, rows, 1);

@@ -302,4 +302,33 @@ static int ladder_main(int argc, char** argv, const Ladder* ladder, int n) {
     return failed > 0;
 }
 
+#ifdef LADDER_MODEL
+// ------------------------------------------------------------------------------------------------
+// Models
+
+// config_of: what options of `train` describe
+static Config config_of(int n, const char* const* args) {
+    Settings s;
+    Error err;
+    memset(&s, 0, sizeof s);
+    if (!settings_parse(&s, WORD_TRAIN, n, (char**)args, &err)) die("%s", err.text);
+    Config c = config_from_options(&s, 50277, 0);
+    settings_free(&s);
+    return c;
+}
+
+// random_model: as training begins, but with matrices that are exact in bf16: what it rounds is not an error
+// of the kernels
+static void random_model(Model* m, const Config* c, bool training) {
+    model_describe(m, c);
+    model_alloc(m, training);
+    model_init(m, 1);
+    for (int i = 0; i < m->n_tensors; i++) {
+        float* p = m->params + m->tensor[i].offset;
+        for (size_t j = 0; m->tensor[i].ndim == 2 && j < m->tensor[i].count; j++)
+            p[j] = host_float(__float2bfloat16_rn(p[j]));
+    }
+}
+#endif
+
 #endif

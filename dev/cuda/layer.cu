@@ -83,16 +83,10 @@ static void close_model(void) {
 static Config config_of(const char* pattern, int which) {
     const char* const timed[] = {"--n-layer", "1", "--d-model", "768", "--vocab-size", "64", "--pattern"};
     const char* const small[] = {"--n-layer", "1", "--d-model", "64", "--vocab-size", "64", "--pattern"};
-    Settings s;
-    Error err;
     const char* args[8];
     memcpy(args, which ? timed : small, sizeof timed);
     args[7] = pattern;
-    memset(&s, 0, sizeof s);
-    if (!settings_parse(&s, WORD_TRAIN, 8, (char**)args, &err)) die("%s", err.text);
-    Config c = config_from_options(&s, 64, 0);
-    settings_free(&s);
-    return c;
+    return config_of(8, args);
 }
 
 // All rows of a batch are the same one: the CPU computes it once, and the gradients of parameters are B times
@@ -103,14 +97,7 @@ static void setup_kind(const char* pattern, int which, bool backward) {
     T = which ? 2048 : 133;
     Config c = config_of(pattern, which);
     const size_t D = (size_t)c.d_model, M = B * T, row = T * D;
-    model_describe(&model, &c);
-    model_alloc(&model, true);
-    model_init(&model, 1);
-    for (int i = 0; i < model.n_tensors; i++) {        // what bf16 rounds is not an error of the kernels
-        float* p = model.params + model.tensor[i].offset;
-        for (size_t j = 0; model.tensor[i].ndim == 2 && j < model.tensor[i].count; j++)
-            p[j] = host_float(__float2bfloat16_rn(p[j]));
-    }
+    random_model(&model, &c, true);
     std::vector<float> res, delta, dres(row);
     res_in = repeated_array<float>(M * D, row, 1, 0, &res);
     delta_in = repeated_array<bf16>(M * D, row, 0.3, 0, &delta);
