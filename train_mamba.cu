@@ -5745,7 +5745,11 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         for (int n = 0; n < NB; n++) ssd_multiply_columns(sum[n], a, state[n], 4);
         ssd_end();
     };
-    auto store = [&](const float (&sum)[NB][8][4]) {
+    auto store = [&](float (&sum)[NB][8][4]) {
+        ssd_end();
+        ssd_wait();
+        #pragma unroll
+        for (int n = 0; n < NB; n++) ssd_arrived(sum[n]);
         #pragma unroll
         for (int k = 0; k < 2; k++) {
             const int row = k ? r1 : r0;
@@ -5766,6 +5770,9 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         copy_async_wait(0);
         ssd_publish();
         both();                                                // x, dy, H and Lambda of this head are there
+        uint32_t lane = threadIdx.x % WARP;                    // and what follows from it: not kept
+        ssd_recompute(lane);
+        return lane;
     };
     auto end = [&](int h) {
         both();                                                // everything but the decays is free
@@ -5809,9 +5816,7 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         #pragma unroll 1
         for (int h = h0; h < h1; h++) {
             const SsdTokens& tk = sh.tokens[(h - h0) & 1];
-            begin();
-            uint32_t lane = threadIdx.x % WARP;                // and what follows from it: not kept
-            ssd_recompute(lane);
+            const uint32_t lane = begin();
             const int g = lane >> 2, q = lane & 3, r0 = 16 * w + g, r1 = r0 + 8;
             const int lr = lane & 15, lc = lane >> 4, kr = (lane & 7) + lc * 8, kc = lane >> 3 & 1;
             float left[3] = {}, through = 0.0f, f0 = 0.0f, f1 = 0.0f, row0 = 0.0f, row1 = 0.0f;
@@ -5889,19 +5894,13 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         ssd_begin();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_multiply_columns(sum[n], a, sh.Bt[n], w + 1);
-        ssd_end();
-        ssd_wait();
-        #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_arrived(sum[n]);
         store(sum);
     } else {
         float sum[NB][8][4] = {};
         #pragma unroll 1
         for (int h = h0; h < h1; h++) {
             const SsdTokens& tk = sh.tokens[(h - h0) & 1];
-            begin();
-            uint32_t lane = threadIdx.x % WARP;                // and what follows from it: not kept
-            ssd_recompute(lane);
+            const uint32_t lane = begin();
             const int g = lane >> 2, q = lane & 3, r0 = 16 * w + g, r1 = r0 + 8;
             const uint32_t pair = ssd_piece(r0, 0) + 2 * q;
             const int channel = (int)(threadIdx.x - 4 * WARP) % P;
@@ -6020,10 +6019,6 @@ ssd_backward_fast_kernel(bf16* dx, size_t lddx, float* ddt, bf16* dBt, bf16* dCt
         ssd_begin();
         #pragma unroll
         for (int n = 0; n < NB; n++) ssd_multiply_lower(sum[n], sh.gram, sh.Ct[n], w);
-        ssd_end();
-        ssd_wait();
-        #pragma unroll
-        for (int n = 0; n < NB; n++) ssd_arrived(sum[n]);
         store(sum);
     }
 }
