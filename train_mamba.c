@@ -3800,7 +3800,7 @@ static Dropout step_dropout(const Options* o, int64_t number) {
     return drop;
 }
 
-// defines: trainer_evaluate, trainer_sample, find_nonfinite, trainer_check, spike_score, print_speed
+// defines: trainer_evaluate, trainer_sample, step_not_finite, trainer_check, spike_score, print_speed
 #include "data/watch.h"
 
 // step_start: begins one optimizer step; its loss comes from step_finish.
@@ -3832,33 +3832,14 @@ static void step_start(Trainer* t, double lr) {
 // step_finish: waits for the oldest step that was begun. Returns false with a description when its loss or
 // gradient is not finite; then it was not taken.
 static bool step_finish(Trainer* t, Record* r, Error* err) {
-    const Options* o = &t->settings->o;
-    Backend* b = &t->backend;
-    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
-    StepResult result = b->step_end(b);
+    StepResult result = t->backend.step_end(&t->backend);
     *r = t->queue[0];
     memmove(t->queue, t->queue + 1, (size_t)--t->queued * sizeof(Record));
     r->loss = r->targets > 0 ? result.loss / (double)r->targets : 0;
     r->norm = result.norm;
     t->progress.train_loss = r->loss;
     if (result.taken) return true;
-    char what[256] = "the loss itself";
-    size_t at = (size_t)result.micro * B * T;
-    const State* s0 = b->carry_in ? &b->carry_in[result.micro] : &b->none;
-    step_batch(t, r->samples);
-    if (!b->work.data)
-        b->work = workspace_alloc(&t->model, B, T, false, RECOMPUTE_NONE, false);    // the CPU looks for it
-    b->work.dropout = step_dropout(o, r->step);
-    b->work.dropout.first = at;
-    find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
-                   what, sizeof what);
-    bool starts;
-    return fail(err,
-                "step %lld: %s is not finite; first bad value in: %s; batch: samples %lld to %lld, from "
-                "token %lld of the data",
-                (long long)r->step, isfinite(result.loss) ? "the gradient" : "the loss", what,
-                (long long)r->samples, (long long)(r->samples + o->batch_size * o->grad_accum - 1),
-                (long long)loader_position(&t->loader, r->samples, &starts));
+    return step_not_finite(t, r, &result, err);
 }
 
 // train_loop: steps until done or stopped. Returns the exit code.

@@ -79,6 +79,31 @@ bool find_nonfinite(const Model* m, Workspace* w, const int* tokens, const int* 
     return found;
 }
 
+// step_not_finite: *err: where a step that was not taken has its first value that is not finite. Returns
+// false.
+static bool step_not_finite(Trainer* t, const Record* r, const StepResult* result, Error* err) {
+    const Options* o = &t->settings->o;
+    Backend* b = &t->backend;
+    size_t B = (size_t)o->batch_size, T = (size_t)o->seq_len;
+    char what[256] = "the loss itself";
+    size_t at = (size_t)result->micro * B * T;
+    const State* s0 = b->carry_in ? &b->carry_in[result->micro] : &b->none;
+    step_batch(t, r->samples);
+    if (!b->work.data)
+        b->work = workspace_alloc(&t->model, B, T, false, RECOMPUTE_NONE, false);    // the CPU looks for it
+    b->work.dropout = step_dropout(o, r->step);
+    b->work.dropout.first = at;
+    find_nonfinite(&t->model, &b->work, t->inputs + at, o->reset_documents ? t->doc + at : NULL, B, T, s0,
+                   what, sizeof what);
+    bool starts;
+    return fail(err,
+                "step %lld: %s is not finite; first bad value in: %s; batch: samples %lld to %lld, from "
+                "token %lld of the data",
+                (long long)r->step, isfinite(result->loss) ? "the gradient" : "the loss", what,
+                (long long)r->samples, (long long)(r->samples + o->batch_size * o->grad_accum - 1),
+                (long long)loader_position(&t->loader, r->samples, &starts));
+}
+
 // trainer_check: the CPU as oracle of the device. The first CHECK_TOKENS tokens of the batch of step r go
 // forward and backward on the device and on the CPU, with the device's weights after that step. Prints the
 // relative L2 error of every tensor's gradient, of equal tensors of all layers the worst.
