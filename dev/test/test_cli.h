@@ -137,8 +137,8 @@ pid_t cli_start(const Launch* l) {
     setenv("PATH", "/nowhere", 1);               // without gnuplot
     if (l->bare) { unsetenv("HOME"); unsetenv("TERM"); }
     if (l->env) putenv(strdup(l->env));
-    for (int s = 1; s <= SIGTERM; s++)           // whoever started the tests may ignore some of them
-        if (s == SIGHUP || s == SIGINT || s == SIGPIPE || s == SIGTERM) signal(s, SIG_DFL);
+    const int own[] = {SIGHUP, SIGINT, SIGPIPE, SIGTERM};      // whoever started the tests may ignore some
+    for (int i = 0; i < COUNT_OF(own); i++) signal(own[i], SIG_DFL);
     if (l->hangup_ignored) signal(SIGHUP, SIG_IGN);
     struct rlimit limit = {l->memory, l->memory};
     if (l->memory) setrlimit(RLIMIT_AS, &limit);
