@@ -128,8 +128,8 @@ $(BUILD)/sanitizable/test_mambacu: $(TESTS) train_mamba.cu $(SOURCES) Makefile
 	$(MAKE) BUILD=$(BUILD)/sanitizable ARCH="$(ARCH) -DSSM_SANITIZE" $@
 $(SANITIZED): $(BUILD)/sanitized/%: $(BUILD)/sanitizable/test_mambacu
 	@mkdir -p $(BUILD)/sanitized
-	@SSM_TEST_SMALL=$(if $(findstring racecheck,$*),2,1) SSM_TEST_NO_GUARDS=1 compute-sanitizer --tool $(word 1,$(subst -, ,$*)) --error-exitcode 1 \
-	    --show-backtrace no $(BUILD)/sanitizable/test_mambacu "cuda $(word 2,$(subst -, ,$*))" > $@.log 2>&1 \
+	@SSM_TEST_SMALL=$(if $(findstring racecheck,$*),2,1) SSM_TEST_NO_GUARDS=1 compute-sanitizer \
+	    --tool $(word 1,$(subst -, ,$*)) --error-exitcode 1 --show-backtrace no $(BUILD)/sanitizable/test_mambacu "cuda $(word 2,$(subst -, ,$*))" > $@.log 2>&1 \
 	    && { echo "$*: $$(tail -n 1 $@.log)"; mv $@.log $@; } || { tail -n 30 $@.log; echo "$*: see $@.log"; exit 1; }
 
 test: $(BUILD)/test_mamba $(BUILD)/test_mamba_double ## float and double test suites (SANITIZE=1: under sanitizers)

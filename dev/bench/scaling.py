@@ -53,8 +53,15 @@ def read_rows(path):
 
 
 def measure(args):
-    other = [list(row.values()) for row in read_rows(args.csv)[1] if row["what"] != args.only] if args.only else []
+    other, today = [], str(datetime.date.today())
+    if args.only:
+        if not os.path.exists(args.csv):
+            sys.exit(f"run: --only {args.only} keeps the other half of {args.csv}, which does not exist; leave it out")
+        other = [list(row.values()) for row in read_rows(args.csv)[1] if row["what"] != args.only]
+        today += f" ({args.only}; the rest before)"
     known = {row[0]: row[1] for row in other}
+    if args.only == "generate" and set(known) != set(MODELS):
+        sys.exit(f"run: expected rows of training of {', '.join(MODELS)} in {args.csv}, found {', '.join(known) or 'none'}")
     scale = 16 if args.small else 1
     sizes = "--vocab-size 257" + (" --d-model 64" if args.small else "")
     scratch = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -89,7 +96,7 @@ def measure(args):
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     with open(args.csv, "w", newline="") as f:
-        f.write(f"# {args.machine}, {datetime.date.today()}, 65536 tokens per "
+        f.write(f"# {args.machine}, {today}, 65536 tokens per "
                 "training step; one sequence generating\n")
         writer = csv.writer(f)
         writer.writerow(COLUMNS)
