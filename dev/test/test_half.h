@@ -2,8 +2,8 @@
 
 static real half_rounded(real x) { return (real)widen_bf16(narrow_float((double)(float)x, 8, 7)); }
 
-// Every bfloat16, and floats at, beside and between ties. Catches: ties away from zero or to odd, a carry that
-// is lost, infinity that overflows.
+// Every bfloat16, and floats at, beside and between ties. Catches: ties away from zero or to odd, a carry
+// that is lost, infinity that overflows.
 static void check_round_bf16(void) {
     const uint32_t low[] = {0, 1, 0x7fff, 0x8000, 0x8001, 0xffff};
     double wrong = 0;
