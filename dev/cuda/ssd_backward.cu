@@ -193,7 +193,7 @@ static void setup_problem(const size_t* size, bool small, bool recurrence) {
     expect("dDskip", dDskip, want_D, 3e-3, std::vector<float>(H, 0));
 }
 
-static const size_t SMALL[2][3] = {{2, 333, 6}, {1, 1000, 4}};
+static const size_t SMALL[2][3] = {{2, 333, 6}, {1, 1000, 24}};
 static void setup_wide(int which) { setup_problem(which ? TIMED[0] : SMALL[0], which == 0, true); }
 static void setup_one(int which) { setup_problem(which ? TIMED[1] : SMALL[1], which == 0, false); }
 
