@@ -2409,9 +2409,10 @@ __device__ __forceinline__ float scan_softplus_fast(float x2) {
 // One lane arrives for its warp, after a __syncwarp.
 //
 // -DSSM_SANITIZE is for compute-sanitizer. Its racecheck does not see through that: every lane arrives, and a
-// group of warps that only has to say that it has come waits for the others. Its synccheck wants barriers
-// that two groups reach at different places to be of the kind that expects nothing of a warp. And none of its
-// tools sees what wgmma reads; mma.sync takes its place (SSD_WGMMA).
+// group of warps that only has to say that it has come waits for the others; and it wants a barrier before a
+// block ends to which others write (cluster_end). Its synccheck wants barriers that two groups reach at
+// different places to be of the kind that expects nothing of a warp. And none of its tools sees what wgmma
+// reads; mma.sync takes its place (SSD_WGMMA).
 #ifdef SSM_SANITIZE
 enum { SCAN_ARRIVALS = WARP };
 #define SSD_BARRIER "barrier.sync"
@@ -8076,6 +8077,25 @@ __device__ __forceinline__ void send(uint32_t to, float x, float y, uint32_t sig
                  :: "r"(to), "f"(x), "f"(y), "r"(signal) : "memory");
 #endif
 }
+// All threads of a cluster tell that they run (cluster_arrive) and wait for the others (cluster_wait). At the
+// end racecheck wants them to do so again; nothing is sent to a block that has all it waits for, and that
+// barrier takes 2 % of a token.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_end() {
+#ifdef SSM_SANITIZE
+    cluster_arrive();
+    cluster_wait();
+#endif
+}
 template <int GROUP> __device__ __forceinline__ void group_barrier() {       // of the 128 threads of a group
     asm volatile("bar.sync %0, 128;" :: "n"(GROUP) : "memory");
 }
@@ -8133,20 +8153,20 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
     float* parts = (float*)(ring + DECODE_RING);
     if (threadIdx.x == 0) {
         for (int i = 0; i < DECODE_RING; i++) { signal_init(&full[i], 1); signal_init(&empty[i], 128); }
-        for (int i = 0; i < 2; i++) { signal_init(&arrived[i], 1); signal_init(&finished[i], splits); }
+        for (int i = 0; i < 2; i++) {
+            signal_init(&arrived[i], splits > 1 ? 1 : 4 * SCAN_ARRIVALS);
+            signal_init(&finished[i], splits);
+        }
 #if __CUDA_ARCH__ >= 900
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     }
     __syncthreads();
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-#endif
+    cluster_arrive();
     int stage = 0, parity = 0, half = 0, half_parity = 0;
     if (group == 0) {                                        // load
-        if (tid > 0) return;
         #pragma unroll 1
-        for (int o = first_o; o < O; o += step_o)
+        for (int o = first_o; tid == 0 && o < O; o += step_o)
             #pragma unroll 1
             for (int c = 0; c < chunks; c++) {
                 scan_wait(&empty[stage], parity ^ 1);
@@ -8154,6 +8174,8 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                 load_tile(ring[stage], &weights, (c0 + c) * 64, o, &full[stage]);
                 if (++stage == DECODE_RING) { stage = 0; parity ^= 1; }
             }
+        cluster_wait();
+        cluster_end();
         return;
     }
     wait_before();
@@ -8183,9 +8205,7 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
             // not before: what the next kernel loads early delays what this one loads (mamba-130m, 64
             // sequences, one H200: 539 us, 521 so)
             if (o == first_o) allow_next();
-#if __CUDA_ARCH__ >= 900
-            if (o == first_o) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // all blocks run
-#endif
+            if (o == first_o) cluster_wait();
             signal_wait(&finished[half], half_parity ^ 1);
             if (splits > 1 && tid == 0) signal_expect(&arrived[half], 64 * 64 * sizeof(float));
             #pragma unroll
@@ -8199,13 +8219,11 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                     if (splits > 1) send(to + 32 * i, d[i][2 * h], d[i][2 * h + 1], signal);
                     else *(float2*)(here + 8 * i) = make_float2(d[i][2 * h], d[i][2 * h + 1]);
             }
-            if (splits == 1) {                               // a block alone, all parts are its own
-                group_barrier<1>();
-                if (tid == 0) signal_arrive(&arrived[half]);
-            }
+            if (splits == 1) scan_arrive_warp(&arrived[half]);         // a block alone, all parts are its own
             half ^= 1;
             half_parity ^= !half;
         }
+        cluster_end();
         return;
     }
 
@@ -8222,9 +8240,11 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                 sum += n0 + 8 * i < a.rows ? a.squares[(n0 + 8 * i) * a.parts + p] : 0.0f;
             #pragma unroll
             for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-            scale[tid / 16 + 8 * i] = rsqrtf(fmaf(sum, inverse, a.eps));
+            if (tid % 16 == 0) scale[tid / 16 + 8 * i] = rsqrtf(fmaf(sum, inverse, a.eps));
         }
+        __syncwarp();
     }
+    cluster_wait();
     #pragma unroll 1
     for (int tile_o = first_o; tile_o < O; tile_o += step_o) {
         const int o = tile_o + tid % 16 * 4;
@@ -8327,6 +8347,7 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
         half ^= 1;
         half_parity ^= !half;
     }
+    cluster_end();
 }
 
 // matrix_tiles: how load_tile finds the tiles of a row-major matrix
