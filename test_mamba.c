@@ -3036,14 +3036,15 @@ void test_sampling(void) {
     report("NaN, +inf, all -inf: accepted", accepted, 0);
 }
 
-// written: what `generate` writes for a prompt; NULL when it fails, the line is then in `written_error`
+// written: what `generate` writes for a prompt; NULL when it fails, the line is then in `written_error`. With
+// `written_stop` as if Ctrl-C had been pressed before.
 Error written_error;
+volatile sig_atomic_t written_stop = 0;
 
 char* written(Model* m, const char* prompt, const char* options) {
     static Settings s;
     Tokenizer tok;
     GenerateStats stats;
-    volatile sig_atomic_t no = 0;
     char copy[512], *argv[64], *text = NULL;
     size_t size = 0;
     snprintf(copy, sizeof copy, "%s", options);
@@ -3055,7 +3056,7 @@ char* written(Model* m, const char* prompt, const char* options) {
     backend.upload(&backend);
     Prompt source = prompt_open(&tok, prompt, NULL);
     FILE* f = open_memstream(&text, &size);
-    bool ok = generate(&backend, &tok, &s.o, &source, 1, f, &stats, &no, &written_error);
+    bool ok = generate(&backend, &tok, &s.o, &source, 1, f, &stats, &written_stop, &written_error);
     prompt_close(&source);
     fclose(f);
     char* copy_of_text = (char*)test_alloc(size + 1, 1);
@@ -3114,6 +3115,13 @@ void check_written(const char* pattern) {
     written(&m, prompt, options);
     snprintf(options, sizeof options, "%s --load-state %s", common, scratch("whole.state"));
     report("save-state at its end: texts differ", texts_differ(base[0], written(&m, "", options)), 0);
+    written_stop = 1;
+    snprintf(options, sizeof options, "--chunk 7 --save-state %s", scratch("whole.state"));
+    written(&m, first, options);
+    written_stop = 0;
+    snprintf(options, sizeof options, "%s --load-state %s", common, scratch("whole.state"));
+    text = written(&m, "", options);
+    report("stopped inside a prompt: the old state is lost", texts_differ(base[0], text), 0);
     m.params[20] += 1;
     text = written(&m, "", options);
     report("state of other weights: not refused", refused(text != NULL, &written_error, "other weights"), 0);

@@ -3573,7 +3573,7 @@ struct Backend {
     // decode: T more tokens of `rows` sequences from row0 on; logits (rows,Vp) after the last one, or NULL
     void (*decode)(Backend*, Session*, size_t row0, size_t rows, const int* tokens, size_t T, real* logits);
     // greedy_begin: starts one more token of every sequence; tokens NULL: the most likely ones after the last
-    // begin. greedy_end: waits for it: the most likely next tokens, -1 after a logit that is not finite. A
+    // begin. greedy_end: waits for it: the most likely next tokens, -1 after a logit of NaN or +inf. A
     // GPU computes one token while the host writes the one before. NULL: use decode
     void (*greedy_begin)(Backend*, Session*, const int* tokens);
     void (*greedy_end)(Backend*, Session*, int* next);
@@ -3886,7 +3886,7 @@ static int train_loop(Trainer* t) {
             fprintf(stderr,
                     "error: %s; this step was not taken, earlier checkpoints are untouched; try a lower --lr "
                     "(now %g) or --clip\n",
-                    err.text, r.lr);
+                    err.text, o->lr);
             return 1;
         }
         bad_in_a_row = 0;
@@ -3913,7 +3913,7 @@ static int train_loop(Trainer* t) {
         bool best = false;
         if (evaluate_now) {
             if (!trainer_evaluate(t, &val_loss, &err)) die("%s", err.text);
-            best = !(val_loss >= p->best_loss);
+            best = val_loss < p->best_loss;
             if (best) { p->best_loss = val_loss; p->best_step = p->step; }
             bits_per_byte(&t->data.tokenizer, val_loss, bpb);
             snprintf(val_text, sizeof val_text, "%.6f", val_loss);

@@ -919,6 +919,12 @@ void embedding_backward_cuda(float* dweight, const float* dres, const int* token
 // --------------------------------------------------------------------------------------------------
 // 4.3 RMSNorm, with the residual addition
 
+// rstd_of: the factor of a row of n numbers with this sum of squares; NaN where it is infinite, as on the CPU
+__device__ __forceinline__ float rstd_of(float sum, float n, float eps) {
+    float r = 1.0f / sqrtf(sum / n + eps);
+    return r == 0 ? NAN : r;
+}
+
 // residual_rmsnorm_forward: what the block before adds to the residual stream, and the norm of the sum.
 //   res_out = res_in + dropout(delta)     rstd = (mean_d res_out^2 + eps)^(-1/2)
 //   y = weight * res_out * rstd
@@ -970,7 +976,7 @@ residual_rmsnorm_forward_kernel(float* res_out, X* y, float* rstd, const float* 
         #pragma unroll
         for (int j = 0; j < 4; j++) sum += x[i][j] * x[i][j];
     }
-    float r = 1.0f / sqrtf(group_sum<WARPS>(sum, shared, 0) / (float)D_ + eps);
+    float r = rstd_of(group_sum<WARPS>(sum, shared, 0), (float)D_, eps);
     #pragma unroll
     for (int i = 0; i < ITERS; i++) {
         int d = d0 + i * group * 4;
@@ -1001,7 +1007,7 @@ __global__ void residual_rmsnorm_forward_general_kernel(float* res_out, X* y, fl
         if (delta || (res_out && res_out != res_in)) res_out[row + d] = x;
         sum += x * x;
     }
-    float r = 1.0f / sqrtf(group_sum<8>(sum, shared, 0) / (float)D + eps);
+    float r = rstd_of(group_sum<8>(sum, shared, 0), (float)D, eps);
     const float* x = delta ? res_out : res_in;
     for (size_t d = threadIdx.x; d < D; d += blockDim.x)
         y[row + d] = from_float<X>(weight[d] * x[row + d] * r);
@@ -1657,7 +1663,7 @@ const char* causal_conv1d_backward_cuda(X* dinp, size_t lddi, float* dweight, fl
 // 4.5 Gate of the MLP, sums for biases
 
 // gate_forward: out = y * silu(z).   out, y, z (M,E) with row strides ldo, ldy, ldz
-// One thread per pack; blockIdx.x counts tokens, blockIdx.y pieces of a row.   bytes: 3 sizeof(X) per element
+// A block per token, whose threads go through the packs of its row.   bytes: 3 sizeof(X) per element
 template <typename X, int W>
 __global__ void gate_forward_kernel(X* out, size_t ldo, const X* y, size_t ldy, const X* z, size_t ldz,
                                     size_t E) {
@@ -1902,7 +1908,7 @@ const char* crossentropy_cuda(float* losses, X* dlogits, const X* logits, const 
 // Two pairs of kernels with the same meaning:
 //   general   any N, E, T, strides, X = float or bf16, accurate to float rounding
 //   fast      N = 16, E a multiple of 32, rows that start on 16-byte boundaries; the backward only for bf16
-// selective_scan_path_cuda() says which one serves given arguments. In both, a block of threads owns
+// selective_scan_path_cuda() says which one backward takes. In both, a block of threads owns
 // neighbouring channels of one sequence and walks through time, so that the state never leaves the chip. No
 // sum depends on the order in which threads happen to run: results repeat bitwise.
 
@@ -3287,7 +3293,8 @@ static inline bool scan_is_fast(const X* x, const X* Bt, const X* Ct, size_t ldb
            ldbc < (size_t)1 << 31 && ldz < (size_t)1 << 31 && scan_aligned(x, E) && scan_aligned(z, ldz) &&
            scan_aligned(Bt, ldbc) && scan_aligned(Ct, ldbc);
 }
-// which kernels serve these arguments: "fast" or "general"
+// which kernels serve these arguments: "fast" or "general". Of float only the backward is general: it must be
+// exact to float rounding, and so is the fast forward
 template <typename X>
 const char* selective_scan_path_cuda(const X* x, const X* Bt, const X* Ct, size_t ldbc, const X* z,
                                      size_t ldz, size_t B, size_t T, size_t E, size_t N) {
@@ -3296,7 +3303,9 @@ const char* selective_scan_path_cuda(const X* x, const X* Bt, const X* Ct, size_
 
 // a block may use more than 48 KB of shared memory only after the kernel was told so
 template <typename Kernel> static inline void scan_allow_shared(Kernel kernel, size_t bytes) {
-    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) != cudaSuccess)
+        die("a kernel for these sizes needs %zu bytes of shared memory per block, this GPU has %zu; choose a "
+            "smaller --d-state, --dt-rank or --seq-len, or --device cpu", bytes, shared_memory_limit());
 }
 static inline size_t scan_shared_bytes(size_t tile_bytes, size_t steps, size_t N, size_t state_arrays) {
     size_t padded = (N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;
@@ -3381,7 +3390,8 @@ void selective_scan_forward_cuda(X* y, X* s, X* hs, float* hT, const X* x, const
         int sms = 1;
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
         // few channels: blocks of half the size, as long as every processor has at most one of them
-        const bool few = B * E / 16 <= (size_t)sms;
+        const bool few = B * E / 16 <= (size_t)sms &&
+                         sizeof(ScanForwardShared<X, 2, 2>) <= shared_memory_limit();
         auto launch = few ? scan_launch_forward_fast<X, 2, 2> : scan_launch_forward_fast<X, 4, 1>;
         launch(y, s, hs, hT, x, dt_raw, dt_bias, A_log, Bt, Ct, ldbc, Dskip, z, ldz, h0, doc, B, T, E,
                spacing, stream);
@@ -3452,7 +3462,8 @@ void selective_scan_backward_cuda(X* dx, X* ddt_raw, X* dz, size_t lddz, X* y, f
 enum { DECODE_WARPS = 8, DECODE_FEW = 16, DECODE_MANY = 9, DECODE_ROWS = 64 };
 enum { DECODE_TAPS = 4, DECODE_STAGES = 6, DECODE_STAGE = 2048 };
 
-// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias, at most DECODE_FEW rows, K a multiple of 32
+// DecodeLinear: out (rows,O) = input (rows,K) weight^T + bias; in decode_linear at most DECODE_FEW rows, K a
+//   multiple of 32; in decode_many (section 4.16) at most DECODE_ROWS
 //   input: act (rows,K); or act NULL: RMSNorm of res_in + delta, which is stored in res_out (not res_in:
 //   other blocks still read it); or with `squares` act that lacks the factor of its norm: squares
 //   (rows,parts) are parts of the sum of the squares of a row. With conv_weight E outputs from conv_first on
@@ -3486,8 +3497,6 @@ typedef struct {
     float* second_parts;               // (decode_parts(O,E),rows,decode_padded(second_O))
     size_t second_O;
 } DecodeLinear;
-
-__device__ __forceinline__ float gated_rstd(float sum, float S, float eps);        // 4.13
 
 static inline size_t decode_padded(size_t O) { return (O + 7) / 8 * 8; }
 
@@ -3541,7 +3550,7 @@ static bool decode_linear_fits(const DecodeLinear& a) {
 // The weights go through a ring in shared memory, one for each warp: a stage is four pieces of 8 outputs, 256
 // neighbouring bytes of each, laid out as the lanes will multiply them. The ring is filled before the results
 // of the kernel before are there (launch_early). mamba-2.8b on one H200, 1 sequence: 1,945 us per token, with
-// 4 stages instead of 6: 2,085, with 8: 1,911 (but then 8 sequences do not fit); with bulk copies of a row's
+// 4 stages instead of 6: 2,085, with 8: 1,911; with bulk copies of a row's
 // piece by the copy engine: 2,159 and more; prefetches into the L2 cache beyond the ring add 100 to 200.
 // MANY: more than 8 sequences.   bytes: 2 per weight
 template <bool NORM, bool MANY>
@@ -3678,7 +3687,7 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
                 for (int j = 0; j < 8; j++)
                     square += i + j * WARP < a.parts ? a.squares[r * a.parts + i + j * WARP] : 0.0f;
             square = warp_sum(square);
-            if (lane == 0) squares[r] = gated_rstd(square, (float)K, a.eps);
+            if (lane == 0) squares[r] = rstd_of(square, (float)K, a.eps);
         }
         copy_async_wait(0);
     }
@@ -3735,7 +3744,7 @@ decode_linear_kernel(const DecodeLinear a, const DecodeShared s) {
                 float square = 0;
                 #pragma unroll
                 for (int i = 0; i < DECODE_WARPS; i++) square += squares[i * DECODE_FEW + n];
-                sum *= 1.0f / sqrtf(square / (float)K + a.eps);
+                sum *= rstd_of(square, (float)K, a.eps);
             } else if (a.squares) sum *= squares[n];
             sum += bias;
             const size_t e = mine - a.conv_first;
@@ -3889,9 +3898,11 @@ __global__ void __launch_bounds__(DECODE_WARPS * WARP, 3) decode_step_kernel(con
     if (l == 0) a.y[n * a.E + e] = from_float<bf16>(fmaf(skip, x, sum) * silu_cuda(z));
 }
 
+static size_t decode_step_shared(size_t R, size_t N) {
+    return WARP * R * sizeof(bf16) + (DECODE_WARPS + 1) * decode_padded(R + 2 * N) * sizeof(float);
+}
 template <typename S> static void decode_step_cuda(const DecodeStep& a, cudaStream_t stream) {
-    size_t columns = decode_padded(a.R + 2 * a.N);
-    size_t shared = WARP * a.R * sizeof(bf16) + (DECODE_WARPS + 1) * columns * sizeof(float);
+    const size_t shared = decode_step_shared(a.R, a.N);
     dim3 grid((unsigned)(a.E / WARP), (unsigned)a.rows);
     scan_allow_shared(decode_step_kernel<S>, shared);
     launch_early(decode_step_kernel<S>, grid, DECODE_WARPS * WARP, shared, stream, a);
@@ -4072,13 +4083,16 @@ decode_scan_kernel(bf16* y, S* h, const bf16* x, size_t ldx, const bf16* rbc, co
     }
 }
 
+static size_t decode_scan_shared(size_t R, size_t N) {
+    const int words = WARP * decode_scan_ldw((int)R) + DECODE_SCAN_ROWS * decode_scan_ldr((int)R, (int)N);
+    return (size_t)words * sizeof(bf16);
+}
 template <typename S>
 static void decode_scan_cuda(bf16* y, void* h, const bf16* x, size_t ldx, const bf16* rbc,
                              const bf16* dt_weight, const float* dt_bias, const float* A_log,
                              const float* Dskip, const bf16* z, size_t ldz, size_t rows, size_t E, size_t N,
                              size_t R, cudaStream_t stream) {
-    const int words = WARP * decode_scan_ldw((int)R) + DECODE_SCAN_ROWS * decode_scan_ldr((int)R, (int)N);
-    const size_t shared = (size_t)words * sizeof(bf16);
+    const size_t shared = decode_scan_shared(R, N);
     const dim3 grid((unsigned)(E / WARP), (unsigned)((rows + DECODE_SCAN_ROWS - 1) / DECODE_SCAN_ROWS));
     const auto kernel = N == 16 && R % 8 == 0 ? decode_scan_kernel<S, true> : decode_scan_kernel<S, false>;
     scan_allow_shared(kernel, shared);
@@ -4144,7 +4158,7 @@ void ssd_dt_forward_cuda(float* dt, const X* dt_raw, size_t ld, const float* dt_
 enum { SSD_STEPS = 8, SSD_CHANNELS = 32, SSD_GROUP = 16 };
 
 struct alignas(16) SsdTile {
-    float dt[SSD_STEPS], a[SSD_STEPS];            // a: 0 where a document begins; 1 beyond the last token
+    float dt[SSD_STEPS], a[SSD_STEPS];            // a: 1 beyond the last token
     bool reset[SSD_STEPS];
     float x[SSD_STEPS][SSD_CHANNELS];
     float part[4][SSD_STEPS][SSD_CHANNELS];       // sums over the states of one warp
@@ -6296,12 +6310,6 @@ __device__ __forceinline__ float gated_sum(float x, float* shared, int phase) {
     return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? part[threadIdx.x % WARP] : 0.0f);
 }
 
-// gated_rstd: NaN where the sum of squares was infinite, as on the CPU
-__device__ __forceinline__ float gated_rstd(float sum, float S, float eps) {
-    float r = 1.0f / sqrtf(sum / S + eps);
-    return r == 0 ? NAN : r;
-}
-
 template <typename X>
 __global__ void __launch_bounds__(GATED_THREADS)
 gated_rmsnorm_forward_kernel(X* out, size_t ldo, float* rstd, const X* y, const X* z, size_t ldz,
@@ -6322,7 +6330,7 @@ gated_rmsnorm_forward_kernel(X* out, size_t ldo, float* rstd, const X* y, const 
         float x = norm_first ? to_float(y_m.v[j]) : v[j];
         sum += x * x;
     }
-    float r = gated_rstd(gated_sum(sum, shared, 0), (float)S, eps);
+    float r = rstd_of(gated_sum(sum, shared, 0), (float)S, eps);
     if (threadIdx.x == 0) rstd[m * gridDim.y + blockIdx.y] = r;
     if (!own) return;
     float w[GATED_PACK];
@@ -6345,7 +6353,7 @@ __global__ void gated_rmsnorm_forward_general_kernel(X* out, size_t ldo, float* 
         if (!norm_first) x *= silu_cuda(to_float(z[m * ldz + e]));
         sum += x * x;
     }
-    float r = gated_rstd(gated_sum(sum, shared, 0), (float)S, eps);
+    float r = rstd_of(gated_sum(sum, shared, 0), (float)S, eps);
     for (size_t e = e0 + threadIdx.x; e < e0 + S; e += blockDim.x)
         out[m * ldo + e] =
             from_float<X>(weight[e] * r * (to_float(y[m * E + e]) * silu_cuda(to_float(z[m * ldz + e]))));
@@ -8129,7 +8137,7 @@ decode_begin_kernel(float* res, bf16* out, float* squares, const int* tokens, co
 // matmul of a block leaves act = res * norm of the next block, and sums of squares by which the first matmul
 // of that block divides its outputs.
 typedef struct {
-    float *res, *squares;              // (rows,D), (parts,64)
+    float *res, *squares;              // (rows,D), (rows,parts)
     bf16* act;                         // (rows,D)
     const float* norm;                 // of the next block
     int parts;
@@ -8240,7 +8248,8 @@ decode_many_kernel(const DecodeLinear a, const __grid_constant__ CUtensorMap wei
                 sum += n0 + 8 * i < a.rows ? a.squares[(n0 + 8 * i) * a.parts + p] : 0.0f;
             #pragma unroll
             for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-            if (tid % 16 == 0) scale[tid / 16 + 8 * i] = rsqrtf(fmaf(sum, inverse, a.eps));
+            const float r = rsqrtf(fmaf(sum, inverse, a.eps));
+            if (tid % 16 == 0) scale[tid / 16 + 8 * i] = r == 0 ? NAN : r;         // as rstd_of
         }
         __syncwarp();
     }
@@ -8919,7 +8928,11 @@ void mamba1_block_backward_cuda(const CudaRun<X>* run, const LayerCuda<X>* L, co
                          p->norm, p->in_proj, 2 * E);
 }
 
-static bool mamba1_decodes(const Config* c) { return c->d_inner % 32 == 0; }
+// beside what decode_scan asks for, it has up to 24 KB
+static bool mamba1_decodes(const Config* c) {
+    return c->d_inner % 32 == 0 &&
+           decode_scan_shared((size_t)c->dt_rank, (size_t)c->d_state) + (24 << 10) <= shared_memory_limit();
+}
 
 static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<bf16>* L,
                                      const ActsCuda<bf16>* acts, const ScratchCuda<bf16>* shared,
@@ -8935,7 +8948,8 @@ static void mamba1_block_decode_cuda(const CudaRun<bf16>* run, const LayerCuda<b
     in.weight = weight_x(L, p->in_proj); in.bias = p->in_proj_bias; in.O = 2 * E;
     in.out = a->xz; in.ldo = 2 * E;
     in.K = D; in.rows = (int)run->B; in.taps = (int)c->d_conv; in.E = E;
-    const bool fused = run->B <= 8;                        // the product with W_x begins in the first kernel
+    const bool fused = run->B <= 8 &&                      // the product with W_x begins in the first kernel
+                       decode_step_shared(R, N) + 1024 <= shared_memory_limit();
     if (fused) {
         in.second_weight = weight_x(L, p->x_proj); in.second_O = R + 2 * N; in.second_parts = shared->sums;
     }
@@ -9632,6 +9646,8 @@ WorkCuda<X> work_measure(const Model* m, size_t B, size_t T, size_t micros, bool
     return w;
 }
 
+enum { GRID_MOST = 65535 };
+
 // work_largest: the largest B whose work fits into `bytes`, 0: none
 template <typename X>
 size_t work_largest(const Model* m, size_t T, size_t micros, int recompute, size_t bytes) {
@@ -9642,7 +9658,7 @@ size_t work_largest(const Model* m, size_t T, size_t micros, int recompute, size
         return w.bytes <= bytes;
     };
     size_t low = 0, high = 1;
-    while (high < (size_t)1 << 32 && fits(high)) { low = high; high *= 2; }
+    while (high <= GRID_MOST && fits(high)) { low = high; high *= 2; }
     while (high - low > 1) {
         size_t middle = (low + high) / 2;
         if (fits(middle)) low = middle;
@@ -9651,8 +9667,18 @@ size_t work_largest(const Model* m, size_t T, size_t micros, int recompute, size
     return low;
 }
 
+// grid_check: sequences and runs of tokens are the y and z of several grids, which end at 65535
+static void grid_check(size_t B, size_t T) {
+    const size_t longest = GRID_MOST * 128;
+    if (B > GRID_MOST)
+        die("%zu sequences at a time: a GPU takes at most %d; choose fewer", B, GRID_MOST);
+    if (T > longest)
+        die("rows of %zu tokens: a GPU takes at most %zu; lower --seq-len or give --window", T, longest);
+}
+
 template <typename X>
 WorkCuda<X> work_create(const Model* m, size_t B, size_t T, size_t micros, bool training, int recompute) {
+    grid_check(B, T);
     WorkCuda<X> w = work_measure<X>(m, B, T, micros, training, recompute);
     size_t available = 0, total = 0;
     cudaCheck(cudaMemGetInfo(&available, &total));
@@ -9912,9 +9938,9 @@ static bool model_decode_cuda(const Model*, const ModelCuda<float>*, WorkCuda<fl
     return false;
 }
 
-// argmax: best = the index of the largest of n logits of each row, the first of equals, -1 when one is not
-// finite (an exploded model); token = the same for the next step to read, 0 instead of -1. One block per row.
-// best is memory of the host: a copy after the kernel would take as long as the kernel.
+// argmax: best = the index of the largest of n logits of each row, the first of equals, -1 when one is NaN
+// or +infinity (an exploded model); token = the same for the next step to read, 0 instead of -1. One block
+// per row. best is memory of the host: a copy after the kernel would take as long as the kernel.
 __global__ void __launch_bounds__(1024)
 argmax_kernel(int* best_token, int* token, const float* logits, size_t ld, int n) {
     __shared__ float best_of[WARP];
@@ -10393,6 +10419,7 @@ template <typename X> static void cuda_download(Backend* b) {
 template <typename X> static void cuda_session_open(Backend* b, Session* s) {
     CudaSession<X>* d = (CudaSession<X>*)xcalloc(1, sizeof(CudaSession<X>));
     size_t tokens = s->chunk > s->rows ? s->chunk : s->rows, Vp = (size_t)b->model->config.vocab_padded;
+    grid_check(s->rows, 1);
     d->work = work_create<X>(b->model, 1, tokens, 1, false, RECOMPUTE_NONE);
     d->state_words = state_begin<X>(b->model, s->rows, b->model->n_layers);
     d->state = (float*)device_calloc(d->state_words, sizeof(float));

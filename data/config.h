@@ -30,12 +30,12 @@ static bool check_ranges(const Range* range, size_t n, Error* err) {
 // what Mamba-2 layers rely on. Conditions on numbers with fractions are written so that NaN fails.
 static bool config_check_mamba2(const Config* c, Error* err) {
     const Range range[] = {
-        {"d_ssm", c->d_ssm, 1, c->d_inner},   {"headdim", c->headdim, 1, c->d_ssm},
+        {"d_ssm", c->d_ssm, 1, c->d_inner},   {"headdim (--headdim)", c->headdim, 1, c->d_ssm},
         {"ngroups", c->ngroups, 1, c->d_ssm}, {"chunk_size", c->chunk_size, 1, 65536} };
     if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
     if (c->d_ssm % c->headdim != 0)
-        return fail(err, "d_ssm is %lld, expected a multiple of headdim, %lld", (long long)c->d_ssm,
-                    (long long)c->headdim);
+        return fail(err, "d_ssm is %lld, expected a multiple of headdim (--headdim), %lld",
+                    (long long)c->d_ssm, (long long)c->headdim);
     if (c->d_ssm / c->headdim % c->ngroups != 0)
         return fail(err, "%lld heads (d_ssm %lld, headdim %lld) cannot be shared by %lld groups",
                     (long long)(c->d_ssm / c->headdim), (long long)c->d_ssm, (long long)c->headdim,
@@ -58,9 +58,11 @@ static bool config_check_attention(const Config* c, Error* err) {
     if (c->attn_heads % c->attn_heads_kv != 0)
         return fail(err, "%lld attention heads cannot share %lld KV heads", (long long)c->attn_heads,
                     (long long)c->attn_heads_kv);
-    if (c->rotary_dim % 2 != 0 || c->attn_mlp % 2 != 0)
-        return fail(err, "rotary_emb_dim %lld and mlp_dim %lld: expected even numbers",
-                    (long long)c->rotary_dim, (long long)c->attn_mlp);
+    if (c->rotary_dim % 2 != 0)
+        return fail(err, "rotary_emb_dim (--rotary-dim) is %lld, expected an even number",
+                    (long long)c->rotary_dim);
+    if (c->attn_mlp % 2 != 0)
+        return fail(err, "mlp_dim is %lld, expected an even number", (long long)c->attn_mlp);
     if (!(c->rotary_base > 0 && c->rotary_base <= 1e12))
         return fail(err, "rotary_emb_base is %g, expected above 0, at most 1e12", c->rotary_base);
     return (c->softmax_scale >= 0 && c->softmax_scale <= 1e6) ||

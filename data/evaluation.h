@@ -54,16 +54,8 @@ static bool eval_check(const Settings* s, Error* err) {
         return fail(err, "%s: exists already; remove it or choose another --results", o->results);
     if (o->dump_logits[0] && lstat(o->dump_logits, &st) == 0)
         return fail(err, "%s: exists already; remove it or choose another --dump-logits", o->dump_logits);
-    const char* outputs[] = {o->results, o->dump_logits};
-    for (int i = 0; i < 2; i++) {        // before the work, not after it
-        const char* slash = strrchr(outputs[i], '/');
-        char parent[4096];
-        snprintf(parent, sizeof parent, "%.*s", slash ? (int)(slash - outputs[i] + 1) : 1,
-                 slash ? outputs[i] : ".");
-        if (outputs[i][0] && access(parent, W_OK | X_OK) != 0)
-            return fail_line(err, "%s: cannot create: %s", outputs[i], strerror(errno));
-    }
-    return true;
+    return (!o->results[0] || can_create(o->results, err)) &&
+           (!o->dump_logits[0] || can_create(o->dump_logits, err));
 }
 
 static json_t* json_finite(double x) { return isfinite(x) ? json_real(x) : json_null(); }

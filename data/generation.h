@@ -195,7 +195,7 @@ static bool state_replaceable(const char* path, Error* err) {
     SafeTensors st;
     struct stat info;
     Error ignored;
-    if (lstat(path, &info) != 0) return true;
+    if (lstat(path, &info) != 0) return can_create(path, err);
     bool state = safetensors_open(&st, path, &ignored);
     if (state) {
         state = safetensors_metadata(&st, "model") && safetensors_find(&st, "state");
@@ -450,14 +450,17 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
     for (size_t i = 0; ok && i < n && !*interrupted; i++)
         ok = generation_read(&g, i * samples, &prompt[i], interrupted, err);
     if (samples > 1 || o->save_state[0]) backend->session_sync(backend, &g.s, true);
-    if (ok && o->save_state[0]) {
+    if (ok && o->save_state[0] && *interrupted) {
+        warn("stopped before the prompt was read to its end; %s was not written", o->save_state);
+    } else if (ok && o->save_state[0]) {
         for (size_t v = 0; v < Vp; v++) seen[v] = g.seen[v];
         ok = state_save(m, &g.s.state, g.logits, seen, g.position[0], o->save_state, err);
     }
     for (size_t i = 0; i < n; i++) generation_copy(&g, i * samples, samples);
     if (samples > 1) backend->session_sync(backend, &g.s, false);
+    const bool begun = ok;                       // of an error before this, nothing is on standard output
     ok = ok && generation_write(&g, interrupted, err);
-    for (size_t r = 0; r < rows; r++) {
+    for (size_t r = 0; begun && r < rows; r++) {
         if (rows > 1 && n > 1) fprintf(out, "--- prompt %zu", r / samples + 1);
         if (rows > 1 && samples > 1) fprintf(out, "%ssample %zu", n > 1 ? ", " : "--- ", r % samples + 1);
         if (rows > 1) fputc('\n', out);

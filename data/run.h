@@ -12,7 +12,8 @@ static bool option_is_saved(const Option* opt) {
     return true;
 }
 
-static bool option_is_fixed(const Option* opt) {
+// With --carry-state that is also what the place of every row in the text is computed from.
+static bool option_is_fixed(const Option* opt, bool carried) {
     static const char* const fixed[] = {"pattern",    "n-layer",   "d-model",        "expand",
                                         "d-state",    "d-conv",    "dt-rank",        "d-intermediate",
                                         "vocab-size", "eos-token", "tie-embeddings", "carry-state",
@@ -21,7 +22,16 @@ static bool option_is_fixed(const Option* opt) {
                                         "rotary-base"};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++)
         if (strcmp(opt->name, fixed[i]) == 0) return true;
+    static const char* const place[] = {"seq-len", "batch-size", "grad-accum", "seed"};
+    for (size_t i = 0; carried && i < sizeof place / sizeof place[0]; i++)
+        if (strcmp(opt->name, place[i]) == 0) return true;
     return false;
+}
+
+// option_differs: whether two valid values of an option are different: 0.1 and 0.10 are not
+static bool option_differs(const Option* opt, const char* a, const char* b) {
+    if (opt->type == 'u') return strtoull(a, NULL, 10) != strtoull(b, NULL, 10);
+    return opt->type == 'i' || opt->type == 'f' ? strtod(a, NULL) != strtod(b, NULL) : strcmp(a, b) != 0;
 }
 
 // What a validation loss is measured on: losses before and after a change do not compare
@@ -76,22 +86,30 @@ static bool resume_settings(Settings* s, const SafeTensors* st, Error* err) {
     if (!format || strcmp(format, "1") != 0)
         return fail(err, "%s: its format is %s, this program reads format 1; use the program that wrote it",
                     st->path, format ? format : "unknown");
+    const char* carry = safetensors_metadata(st, "option.carry-state");
+    const bool carried = carry && strcmp(carry, "on") == 0;
+    bool other = false;
     for (int i = 0; i < N_OPTIONS; i++) {
         char name[80];
         if (!option_is_saved(&options[i])) continue;
         snprintf(name, sizeof name, "option.%s", options[i].name);
         const char* value = safetensors_metadata(st, name);
         if (!value) continue;
-        if (s->origin[i] == FROM_USER && strcmp(value, s->text[i]) != 0) {
-            if (option_is_fixed(&options[i]))
-                return fail(err, "--%s %s: the run in %s has %s, which cannot change when it resumes",
-                            options[i].name, s->text[i], s->o.out, value);
+        if (s->origin[i] == FROM_USER && option_differs(&options[i], value, s->text[i])) {
+            if (option_is_fixed(&options[i], carried))
+                return fail(err, "--%s %s: the run in %s has %s, which cannot change when it resumes%s",
+                            options[i].name, s->text[i], s->o.out, value,
+                            option_is_fixed(&options[i], false) ? "" : " with --carry-state");
             printf("changed: --%s %s, was %s\n", options[i].name, s->text[i][0] ? s->text[i] : "-",
                    value[0] ? value : "-");
             if (option_is_validation(&options[i])) s->validation_changed = true;
         }
+        if (s->origin[i] == FROM_PRESET && option_is_fixed(&options[i], carried))
+            other = other || option_differs(&options[i], value, s->text[i]);
         if (!option_set(s, i, value, FROM_CHECKPOINT, err)) return false;
     }
+    if (other)
+        warn("--preset %s: the run in %s has other sizes and goes on with them", s->o.preset, s->o.out);
     return true;
 }
 
@@ -102,10 +120,19 @@ static bool resume_progress(Trainer* t, const SafeTensors* st, Error* err) {
     for (int i = 0; i < 5; i++)
         if (!(value[i] = safetensors_metadata(st, keys[i])))
             return fail(err, "%s: metadata '%s' is missing", st->path, keys[i]);
-    t->progress.step = atoll(value[0]);
-    t->progress.samples = atoll(value[1]);
-    t->progress.best_loss = atof(value[2]);
-    t->progress.best_step = atoll(value[3]);
+    Progress* p = &t->progress;
+    char* end[4];
+    errno = 0;
+    p->step = strtoll(value[0], &end[0], 10);
+    p->samples = strtoll(value[1], &end[1], 10);
+    p->best_loss = strtod(value[2], &end[2]);                  // infinite before the first validation
+    p->best_step = strtoll(value[3], &end[3], 10);
+    bool whole = errno == 0 && p->step >= 0 && p->samples >= 0 && p->samples <= INT64_MAX / 2 &&
+                 p->best_loss > -INFINITY && p->best_step >= 0 && p->best_step <= p->step;
+    for (int i = 0; i < 4; i++) whole = whole && end[i] != value[i] && !*end[i];
+    if (!whole)
+        return fail(err, "%s: is damaged: step %.40s, samples %.40s, best loss %.40s at step %.40s", st->path,
+                    value[0], value[1], value[2], value[3]);
     char print[32];
     snprintf(print, sizeof print, "%016llx", (unsigned long long)dataset_fingerprint(&t->data.train));
     if (strcmp(print, value[4]) != 0 && !o->force_data)
@@ -113,9 +140,9 @@ static bool resume_progress(Trainer* t, const SafeTensors* st, Error* err) {
                     "the training data changed since %s was saved (fingerprint %s, was %s); --force-data "
                     "goes on all the same",
                     st->path, print, value[4]);
-    if (t->progress.step >= o->steps)
+    if (p->step >= o->steps)
         return fail(err, "the run in %s is finished: step %lld of %lld; give a larger --steps to continue it",
-                    o->out, (long long)t->progress.step, (long long)o->steps);
+                    o->out, (long long)p->step, (long long)o->steps);
     return true;
 }
 

@@ -31,6 +31,15 @@ bool fail_line(Error* err, const char* format, ...) {
     return false;
 }
 
+// can_create: before long work whose result goes to `path`: whether its directory can be written
+bool can_create(const char* path, Error* err) {
+    const char* slash = strrchr(path, '/');
+    char parent[4096];
+    snprintf(parent, sizeof parent, "%.*s", slash ? (int)(slash - path + 1) : 1, slash ? path : ".");
+    return access(parent, W_OK | X_OK) == 0 ||
+           fail_line(err, "%s: cannot create: %s", path, strerror(errno));
+}
+
 bool join_path(char* out, size_t size, const char* dir, const char* name, Error* err) {
     int n = snprintf(out, size, "%s/%s", dir, name);
     return (n >= 0 && (size_t)n < size) || fail_line(err, "%.200s/%.200s: the path is too long", dir, name);

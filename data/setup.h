@@ -77,8 +77,14 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     if (tok->kind == TOKENIZER_NONE) {
         tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;
         tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : tok->vocab_size - 1);
-        return true;
+        return tok->eos < tok->vocab_size ||
+               fail(err, "--eos-token %d: the ids of the vocabulary end at %lld", tok->eos,
+                    (long long)tok->vocab_size - 1);
     }
+    if (tok->kind == TOKENIZER_BYTES && settings_origin(s, "eos-token") == FROM_USER &&
+        o->eos_token != tok->eos)
+        return fail(err, "--eos-token %lld: text that is read as bytes ends with token %d; leave it out",
+                    (long long)o->eos_token, tok->eos);
     if (tok->kind == TOKENIZER_BPE && o->eos_token >= 0) tok->eos = (int)o->eos_token;
     if (tok->kind == TOKENIZER_BPE && tok->eos < 0)
         warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token "
@@ -127,6 +133,8 @@ static bool tokenizer_given(Tokenizer* tok, const char* given, const char* dir, 
 
 bool data_open_all(Data* data, const Settings* s, Error* err) {
     const Options* o = &s->o;
+    if (o->val_data[0] && o->val_fraction > 0 && settings_origin(s, "val-fraction") == FROM_USER)
+        return fail(err, "--val-fraction takes validation data from --data, --val-data names it; give one");
     const char* list = o->data;
     if (!list[0]) list = data->default_list = default_data();
     if (!open_list(&data->train, list, &data->tokenizer, err)) return false;
@@ -161,11 +169,13 @@ static bool options_fit_pattern(const Settings* s, Error* err) {
         {"attn-head-dim", "a", "attention (a)"}, {"attn-conv", "a", "attention (a)"},
         {"rotary-dim", "a", "attention (a)"},    {"rotary-base", "a", "attention (a)"},
         {"d-intermediate", "m", "MLPs (m)"} };
+    const char* pattern = s->o.pattern;
+    if (!*pattern || pattern[strspn(pattern, "12am")]) return true;    // config_check says what is wrong
     for (size_t i = 0; i < sizeof of / sizeof *of; i++)
-        if (settings_origin(s, of[i].name) == FROM_USER && !strpbrk(s->o.pattern, of[i].letters))
+        if (settings_origin(s, of[i].name) == FROM_USER && !strpbrk(pattern, of[i].letters))
             return fail(err,
                         "--%s is of %s, and the pattern %.40s has none; leave it out, or change --pattern",
-                        of[i].name, of[i].layers, s->o.pattern);
+                        of[i].name, of[i].layers, pattern);
     return true;
 }
 

@@ -82,6 +82,8 @@ static void trainer_create(Trainer* t, Settings* s) {
         if (tok->kind == TOKENIZER_NONE && (!list[0] || !ends_with(list, ".bin")))
             die("%s has no tokenizer.json, so it trains on token shards only: --data FILE.bin", dir);
     }
+    if (settings_origin(s, "decay-steps") == FROM_USER && strcmp(o->schedule, "wsd") != 0)
+        die("--decay-steps is of --schedule wsd, and this one is %s; leave it out", o->schedule);
     if (!data_open_all(&t->data, s, &err)) die("%s", err.text);
     if (!o->resume && !o->from[0]) {
         int64_t V = t->data.tokenizer.vocab_size;
@@ -399,7 +401,8 @@ int eval_main(Settings* s) {
                           : !open_list(&data.train, list, &data.tokenizer, &err))
         die("%s", err.text);
     if (!workspace_fits(&m, B, T)) die("--batch-size x length of the rows x model does not fit in 63 bits");
-    const char* advice = "try a smaller --batch-size, --seq-len or --window";
+    const char* advice = task & TASK_ITEMS ? "try a smaller --batch-size"
+                                           : "try a smaller --batch-size, --seq-len or --window";
     if (task == TASK_TEXT && !o->window && has_cache(&m)) {      // attention keeps the whole text
         int64_t tokens = data.train.n_tokens - 1;
         if (o->eval_batches && o->eval_batches < tokens / T) tokens = o->eval_batches * T;

@@ -318,13 +318,17 @@ const CliRow cli_options[] = {
     {TOY "--out fresh --data --steps 1", NULL, 1, "at least one file"},
     {TOY "--out fresh --steps 1 --data=", NULL, 1, "--data"},
     {TOY "--out fresh --steps 1 --data \"\"", NULL, 1, "--data"}, {NEW "--pattern 1z", NULL, 1, "letter 'z'"},
+    {NEW "--pattern 3 --headdim 8", NULL, 1, "letter '3'"},
+    {NEW "--eos-token 65", NULL, 1, "ends with token 256"},
+    {NEW "--decay-steps 5", NULL, 1, "of --schedule wsd"},
+    {NEW "--val-data a.txt --val-fraction 0.3", NULL, 1, "give one"},
     {NEW "--headdim 8", NULL, 1, "Mamba-2"}, {NEW "--pattern 2 --rotary-dim 4", NULL, 1, "attention (a)"},
     {NEW "--pattern m", NULL, 1, "must follow a mixer"}, {NEW "--pattern \"\"", NULL, 1, "0 letters"},
     {NEW "--pattern 1mm", NULL, 1, "1mm"},
     {NEW "--pattern a1 --carry-state", NULL, 1, "train it without"},
     {NEW "--pattern a --attn-head-dim 257", NULL, 1, "head_dim is 257, expected 1 .. 256"},
     {NEW "--pattern a --attn-heads 4 --attn-heads-kv 3", NULL, 1, "4 attention heads cannot share 3"},
-    {NEW "--pattern a --rotary-dim 3", NULL, 1, "rotary_emb_dim 3"},
+    {NEW "--pattern a --rotary-dim 3", NULL, 1, "(--rotary-dim) is 3, expected an even"},
     {"generate --preset tiny --pattern a --context 0", NULL, 1, "--context expects"},
     {"generate --preset tiny --pattern a --context 50", NULL, 1, "--context is for --interactive"},
     {"generate --preset tiny --pattern a --max-tokens 99999999", NULL, 1, "lower --max-tokens"},
@@ -365,7 +369,7 @@ const CliRow cli_files[] = {
     {"eval --from run --data empty.txt", NULL, 1, "at least 2"},
     {"generate --from run --prompt-file missing.txt", NULL, 1, "missing.txt"},
     {"generate --from run --prompt-file run --max-tokens 1", NULL, 1, "run"},
-    {"generate --from run --save-state none/x --max-tokens 1", NULL, 1, "none/x"},
+    {"generate --from run --save-state none/x --max-tokens 1", NULL, 1, "none/x: cannot"},
     {"generate --from run --load-state a.txt --max-tokens 1", NULL, 1, "a.txt"},
     {"generate --from a.txt", NULL, 1, "found a file"}, {"info --from d_empty", NULL, 1, "holds neither"},
     {TOY "--data a.txt --out run", NULL, 1, "already holds a run"},
@@ -384,6 +388,11 @@ const CliRow cli_files[] = {
     {"--out d_format --resume --steps 9", NULL, 1, "format"},
     {"--out d_letter --resume --steps 9", NULL, 1, "'q'"}, {"generate --from d_letter", NULL, 1, "'q'"},
     {"--out d_nan --resume --steps 9", NULL, 1, "NaN"}, {"generate --from d_nan", NULL, 1, "NaN"},
+    {"--out d_samples --resume --steps 9", NULL, 1, "is damaged"},
+    {"--out d_best --resume --steps 9", NULL, 1, "is damaged"},
+    {"--out d_carry --resume --steps 9 --seq-len 8", NULL, 1, "resumes with --carry-state"},
+    {"--out d_carry --resume --steps 9 --batch-size 1", NULL, 1, "resumes with --carry-state"},
+    {"--out d_carry --resume --steps 9 --seq-len 16.0 --max-tokens 0", NULL, 0, ""},
     {"--out d_data --resume --steps 9", NULL, 1, "--force-data"},
     {"--out d_data --resume --steps 9 --force-data --max-tokens 0", NULL, 0, ""},
 };
@@ -445,7 +454,7 @@ void cli_prepare(void) {
               "ln -s step_00000099 d_dangling/last && ln -s ../run d_elsewhere/last", "", "");
     Finished f = cli_run(TOY "--data a.txt --out run --steps 5");
     if (f.code != 0) die("the toy run ended with code %d: %.300s", f.code, f.err);
-    cli_shell("for d in steps plain format letter nan; do cp -r run d_$d; done; "
+    cli_shell("for d in steps plain format letter nan samples best; do cp -r run d_$d; done; "
               "rm d_steps/last d_plain/last && mkdir d_plain/last && cp a.txt b.txt", "", "");
     if (!cli_replace("d_format/last/optimizer.safetensors", "\"ssm_c_format\":\"1\"",
                      "\"ssm_c_format\":\"2\"") ||
@@ -456,6 +465,10 @@ void cli_prepare(void) {
         truncate(scratch("d_nan/last/model.safetensors"), info.st_size - 8) != 0)
         die("d_nan");
     cli_write("d_nan/last/model.safetensors", nan_bytes, 8, "ab");
+    if (!cli_replace("d_samples/last/optimizer.safetensors", "\"samples\":\"10\"", "\"samples\":\"-9\"") ||
+        !cli_replace("d_best/last/optimizer.safetensors", "\"best_step\":\"5\"", "\"best_step\":\"9\""))
+        die("the optimizer does not look as expected");
+    f = cli_run(TOY "--data a.txt --out d_carry --steps 5 --carry-state");
     f = cli_run(TOY "--data b.txt --out d_data --steps 5");
     cli_write("b.txt", "more", 4, "ab");
 }

@@ -372,6 +372,22 @@ template <typename X> void check_embedding(size_t M, size_t D, size_t V, int ske
     gpu_release();
 }
 
+// A row whose squares overflow becomes NaN, which is noticed, and not zeros; the others stay as they are
+template <typename X> void check_rmsnorm_overflow(size_t D) {
+    snprintf(shape, sizeof shape, "D%zu", D);
+    Vec res = normal_vec<float>(3 * D);
+    res[D + D / 2] = 2e19;
+    float *rstd = gpu_nan<float>(3), *weight = gpu<float>(Vec(D, 1));
+    X* y = gpu<X>(Vec(3 * D, 0));
+    residual_rmsnorm_forward_cuda<X>(NULL, y, rstd, gpu<float>(res), (const X*)NULL, weight, 3, D, 1e-5f, 0,
+                                     random_dropout(0, D).cuda);
+    Vec got = from_gpu(y, 3 * D);
+    double wrong = 0;
+    for (size_t i = 0; i < 3 * D; i++) wrong += isnan(got[i]) != (i / D == 1);
+    claim_zero<X>("rmsnorm forward: overflow that is not NaN", wrong);
+    gpu_release();
+}
+
 // variant 1: no delta; 2: in place; 3: no dres_x; 4: dropout; 5: both. The normalized input once more: 0, 4
 template <typename X> void check_rmsnorm(size_t M, size_t D, int variant) {
     snprintf(shape, sizeof shape, "M%zu D%zu variant%d", M, D, variant);
@@ -637,6 +653,7 @@ template <typename X> void check_layers(void) {
             check_rmsnorm<X>(21, D[d], variant);
             if (!small && D[d] <= 1536) check_rmsnorm<X>(D[d] == 768 ? 2300 : 600, D[d], variant);
         }
+    for (size_t D : {37, 768, 5000}) check_rmsnorm_overflow<X>(D);
     const size_t conv[][3] = {{1, 1, 3}, {1, 1, 64}, {3, 7, 33}, {2, 2, 36}, {3, 3, 128}, {3, 37, 40},
                               {2, 100, 264}, {1, 517, 96}};
     for (int i = 0; i < (small ? 6 : 8); i++)
