@@ -2550,9 +2550,12 @@ void test_cuda_faults(void) {
         worst_add(&written, access(a, F_OK) == 0, "allocation %d", n);
     }
     worst_add(&ends, code, "with enough allocations");
-    code = run_on_gpu(text, sizeof text, "--n-layer 16 --d-model 64 --seq-len 16 --batch-size 1000000 "
+    code = run_on_gpu(text, sizeof text, "--n-layer 16 --d-model 64 --seq-len 128 --batch-size 65535 "
                       "--steps 3 --max-tokens 0 --device cuda", scratch("large"));
     worst_add(&refused, not_refused(code, text, "--batch-size"), "activations too large: %.40s", text);
+    code = run_on_gpu(text, sizeof text, "--n-layer 1 --d-model 32 --seq-len 1 --batch-size 65536 --steps 3 "
+                      "--max-tokens 0 --device cuda", scratch("large"));
+    worst_add(&refused, not_refused(code, text, "65536 sequences"), "too many sequences: %.40s", text);
 
     // the memory is full when the first sample is due: the checkpoint of step 2 is whole, and goes on
     snprintf(loud, sizeof loud, "%.200s", scratch("full"));
