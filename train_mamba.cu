@@ -3303,9 +3303,12 @@ const char* selective_scan_path_cuda(const X* x, const X* Bt, const X* Ct, size_
 
 // a block may use more than 48 KB of shared memory only after the kernel was told so
 template <typename Kernel> static inline void scan_allow_shared(Kernel kernel, size_t bytes) {
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) != cudaSuccess)
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, most, (int)bytes);
+    if (error == cudaErrorInvalidValue)
         die("a kernel for these sizes needs %zu bytes of shared memory per block, this GPU has %zu; choose a "
-            "smaller --d-state, --dt-rank or --seq-len, or --device cpu", bytes, shared_memory_limit());
+            "smaller --d-state or --dt-rank, or --device cpu", bytes, shared_memory_limit());
+    cudaCheck(error);
 }
 static inline size_t scan_shared_bytes(size_t tile_bytes, size_t steps, size_t N, size_t state_arrays) {
     size_t padded = (N + SCAN_GROUP - 1) / SCAN_GROUP * SCAN_GROUP;

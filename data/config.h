@@ -69,6 +69,23 @@ static bool config_check_attention(const Config* c, Error* err) {
            fail(err, "softmax_scale is %g, expected 0 (1/sqrt(head_dim)) .. 1e6", c->softmax_scale);
 }
 
+// pattern_check: mixers, each with at most one m after it
+static bool pattern_check(const char* pattern, Error* err) {
+    const size_t room = sizeof ((Config*)0)->pattern, letters = strnlen(pattern, room);
+    if (letters == 0 || letters == room)
+        return fail(err, "the pattern has %zu letters, expected 1 .. %zu", letters, room - 1);
+    for (size_t i = 0; i < letters; i++) {
+        unsigned char letter = (unsigned char)pattern[i];
+        if (!strchr("12am", letter))
+            return fail(err, "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1), "
+                        "2 (Mamba-2), a (attention) and m (gated MLP)",
+                        letter > 32 && letter < 127 ? letter : '?', i);
+        if (letter == 'm' && (i == 0 || pattern[i - 1] == 'm'))
+            return fail(err, "pattern \"%s\": an m must follow a mixer, like 1m", pattern);
+    }
+    return true;
+}
+
 // config_check: every size that the rest of the program relies on, whether it came from options or from a
 // file.
 bool config_check(const Config* c, Error* err) {
@@ -80,22 +97,8 @@ bool config_check(const Config* c, Error* err) {
         {"vocab_padded", c->vocab_padded, c->vocab_size, INT32_MAX},
         {"eos_token", c->eos_token, -1, c->vocab_padded - 1} };
     if (!check_ranges(range, sizeof range / sizeof *range, err)) return false;
-    // the pattern: mixers, each with at most one m after it
-    size_t letters = strnlen(c->pattern, sizeof c->pattern);
-    bool mlp = false;
-    if (letters == 0 || letters == sizeof c->pattern)
-        return fail(err, "the pattern has %zu letters, expected 1 .. %zu", letters, sizeof c->pattern - 1);
-    for (size_t i = 0; i < letters; i++) {
-        unsigned char letter = (unsigned char)c->pattern[i];
-        mlp = mlp || letter == 'm';
-        if (!letter || !strchr("12am", letter))
-            return fail(err, "pattern: letter '%c' at position %zu is not known; known are 1 (Mamba-1), "
-                        "2 (Mamba-2), a (attention) and m (gated MLP)",
-                        letter > 32 && letter < 127 ? letter : '?', i);
-        if (letter == 'm' && (i == 0 || c->pattern[i - 1] == 'm'))
-            return fail(err, "pattern \"%s\": an m must follow a mixer, like 1m", c->pattern);
-    }
-    if (mlp != (c->d_intermediate > 0))
+    if (!pattern_check(c->pattern, err)) return false;
+    if ((strchr(c->pattern, 'm') != NULL) != (c->d_intermediate > 0))
         return fail(err,
                     "pattern \"%s\" and d_intermediate %lld do not agree: d_intermediate is the width of m, "
                     "0 without m",

@@ -451,7 +451,7 @@ bool generate(Backend* backend, const Tokenizer* tok, const Options* o, Prompt* 
         ok = generation_read(&g, i * samples, &prompt[i], interrupted, err);
     if (samples > 1 || o->save_state[0]) backend->session_sync(backend, &g.s, true);
     if (ok && o->save_state[0] && *interrupted) {
-        warn("stopped before the prompt was read to its end; %s was not written", o->save_state);
+        warn("stopped while the prompt was read; %s was not written", o->save_state);
     } else if (ok && o->save_state[0]) {
         for (size_t v = 0; v < Vp; v++) seen[v] = g.seen[v];
         ok = state_save(m, &g.s.state, g.logits, seen, g.position[0], o->save_state, err);

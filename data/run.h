@@ -12,7 +12,8 @@ static bool option_is_saved(const Option* opt) {
     return true;
 }
 
-// With --carry-state that is also what the place of every row in the text is computed from.
+// option_is_fixed: what may not change. carried: with --carry-state, where the place of every row in the text
+// follows from the second list and the sample counter
 static bool option_is_fixed(const Option* opt, bool carried) {
     static const char* const fixed[] = {"pattern",    "n-layer",   "d-model",        "expand",
                                         "d-state",    "d-conv",    "dt-rank",        "d-intermediate",

@@ -77,9 +77,6 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
     if (tok->kind == TOKENIZER_NONE) {
         tok->vocab_size = o->vocab_size ? o->vocab_size : 50257;
         tok->eos = (int)(o->eos_token >= 0 ? o->eos_token : tok->vocab_size - 1);
-        return tok->eos < tok->vocab_size ||
-               fail(err, "--eos-token %d: the ids of the vocabulary end at %lld", tok->eos,
-                    (long long)tok->vocab_size - 1);
     }
     if (tok->kind == TOKENIZER_BYTES && settings_origin(s, "eos-token") == FROM_USER &&
         o->eos_token != tok->eos)
@@ -90,7 +87,7 @@ static bool tokenizer_choose(Tokenizer* tok, const Settings* s, const char* list
         warn("the tokenizer has none of the usual end tokens, so documents are not told apart; --eos-token "
              "gives one");
     if (tok->eos >= tok->vocab_size)
-        return fail(err, "--eos-token %d: the ids of the tokenizer end at %lld", tok->eos,
+        return fail(err, "--eos-token %d: the ids of the vocabulary end at %lld", tok->eos,
                     (long long)tok->vocab_size - 1);
     if (o->vocab_size && o->vocab_size < tok->vocab_size && settings_origin(s, "vocab-size") == FROM_USER) {
         if (tok->kind == TOKENIZER_BPE)
@@ -160,7 +157,7 @@ void data_close_all(Data* data) {
     free(data->default_list);
 }
 
-// options_fit_pattern: false when the user gave an option of layers that the pattern does not have
+// options_fit_pattern: false for a wrong pattern, or an option of layers that it does not have from the user
 static bool options_fit_pattern(const Settings* s, Error* err) {
     static const struct { const char *name, *letters, *layers; } of[] = {
         {"dt-rank", "1", "Mamba-1 (1)"},         {"headdim", "2", "Mamba-2 (2)"},
@@ -169,13 +166,12 @@ static bool options_fit_pattern(const Settings* s, Error* err) {
         {"attn-head-dim", "a", "attention (a)"}, {"attn-conv", "a", "attention (a)"},
         {"rotary-dim", "a", "attention (a)"},    {"rotary-base", "a", "attention (a)"},
         {"d-intermediate", "m", "MLPs (m)"} };
-    const char* pattern = s->o.pattern;
-    if (!*pattern || pattern[strspn(pattern, "12am")]) return true;    // config_check says what is wrong
+    if (!pattern_check(s->o.pattern, err)) return false;
     for (size_t i = 0; i < sizeof of / sizeof *of; i++)
-        if (settings_origin(s, of[i].name) == FROM_USER && !strpbrk(pattern, of[i].letters))
+        if (settings_origin(s, of[i].name) == FROM_USER && !strpbrk(s->o.pattern, of[i].letters))
             return fail(err,
                         "--%s is of %s, and the pattern %.40s has none; leave it out, or change --pattern",
-                        of[i].name, of[i].layers, pattern);
+                        of[i].name, of[i].layers, s->o.pattern);
     return true;
 }
 

@@ -393,6 +393,7 @@ const CliRow cli_files[] = {
     {"--out d_carry --resume --steps 9 --seq-len 8", NULL, 1, "resumes with --carry-state"},
     {"--out d_carry --resume --steps 9 --batch-size 1", NULL, 1, "resumes with --carry-state"},
     {"--out d_carry --resume --steps 9 --seq-len 16.0 --max-tokens 0", NULL, 0, ""},
+    {"--out d_carry --resume --steps 12 --preset tiny --max-tokens 0", NULL, 0, "has other sizes"},
     {"--out d_data --resume --steps 9", NULL, 1, "--force-data"},
     {"--out d_data --resume --steps 9 --force-data --max-tokens 0", NULL, 0, ""},
 };
